@@ -1,0 +1,45 @@
+# Everything a developer types. `make demo` needs Python and make alone.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: demo test test-all lint bench clean
+.DEFAULT_GOAL := help
+
+help: ## show this
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+demo: $(VENV)/.core ## set up a virtual environment and draw a picture
+	$(BIN)/latentrt generate "a red apple" --seed 7 --output out/a-red-apple.png
+	@echo "Look at out/a-red-apple.png"
+
+test: $(VENV)/.dev ## what CI runs, save the linters
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: $(VENV)/.dev ## with the tests that take minutes
+	$(BIN)/python -m pytest -m "not gpu"
+
+lint: $(VENV)/.dev ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev ## every benchmark that needs no GPU, side by side with diffusers; refreshes benchmarks/results
+	$(BIN)/python -m benchmarks all
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.core: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "Installing the core of latentrt (no torch) into $(VENV) ..."
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "Installing what tests need (torch, diffusers, ...) into $(VENV); this takes minutes ..."
+	$(PIP) --editable ".[dev]"
+	@touch $@ $(VENV)/.core
+
+clean: ## remove everything that was made
+	rm -rf $(VENV) out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,107 @@
+"""ONNX Runtime: the CPU, or CUDA through its execution provider."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from engine.backends.base import Arrays, check_feeds
+from engine.errors import BackendError, MissingDependencyError, NetworkError
+from engine.spec import GraphSpec
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+class OrtBackend:
+    """Runs graphs with ONNX Runtime on "cpu" or "cuda"; never on another device than the one asked for.
+
+    Args:
+        device: "cpu" or "cuda".
+        threads: threads of one network call on the CPU; None for all physical cores.
+
+    Raises:
+        MissingDependencyError: ONNX Runtime is not installed.
+        BackendError: the device is unknown, or this ONNX Runtime cannot use it.
+    """
+
+    name = "onnxruntime"
+
+    def __init__(self, device: str = "cpu", threads: int | None = None) -> None:
+        ort = _onnxruntime()
+        if device not in PROVIDERS:
+            raise BackendError(f"the device is {device!r}", f"one of {', '.join(PROVIDERS)}", "pass another device")
+        if threads is not None and threads < 1:
+            raise BackendError(f"threads is {threads!r}", "a whole number of 1 or more", "pass another threads")
+        if PROVIDERS[device] not in ort.get_available_providers():
+            raise BackendError(
+                f"this ONNX Runtime has only {', '.join(ort.get_available_providers())}",
+                PROVIDERS[device],
+                "pip uninstall onnxruntime && pip install onnxruntime-gpu",
+            )
+        self.device = device
+        self.threads = threads
+
+    def load(self, path: Path, graph: GraphSpec) -> OrtNetwork:
+        """Load a graph and the weights it points to.
+
+        Raises:
+            BackendError: ONNX Runtime cannot load the graph, or would not run it on the device.
+        """
+        ort = _onnxruntime()
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = self.threads or 0
+        provider = PROVIDERS[self.device]
+        try:
+            session = ort.InferenceSession(path, options, providers=[provider])
+        except Exception as error:  # onnxruntime's errors share no base class
+            raise BackendError(
+                f"ONNX Runtime cannot load {path} ({error})",
+                f"a graph of opset {graph.opset} that onnxruntime {ort.__version__} knows",
+                "latentrt doctor; then export again, or update onnxruntime",
+            ) from error
+        if session.get_providers()[0] != provider:
+            raise BackendError(
+                f"ONNX Runtime fell back to {session.get_providers()[0]} for {path}", provider, "latentrt doctor"
+            )
+        return OrtNetwork(session, graph)
+
+
+class OrtNetwork:
+    """One ONNX Runtime session."""
+
+    def __init__(self, session: Any, graph: GraphSpec) -> None:
+        self._session = session
+        self._graph = graph
+        self._outputs = [tensor.name for tensor in graph.outputs]
+
+    def __call__(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
+        """Run the session once.
+
+        Raises:
+            NetworkError: the feeds do not fit the signature, or ONNX Runtime fails.
+        """
+        check_feeds(self._graph, feeds)
+        try:
+            results = self._session.run(self._outputs, dict(feeds))
+        except Exception as error:
+            raise NetworkError(
+                f"{self._graph.path} failed in ONNX Runtime ({error})", "a run without errors", "latentrt doctor"
+            ) from error
+        return dict(zip(self._outputs, results, strict=True))
+
+    def close(self) -> None:
+        """Drop the session, and with it its weights."""
+        self._session = None
+
+
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"onnxruntime cannot be imported ({error})", "ONNX Runtime", "pip install onnxruntime"
+        ) from error
+    return onnxruntime

@@ -1,0 +1,91 @@
+"""What this machine can run, and what to install for the rest."""
+
+from __future__ import annotations
+
+import ctypes.util
+import os
+import platform
+import shutil
+import subprocess
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from engine.errors import LatentrtError
+
+EXPORT_PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "safetensors", "huggingface_hub")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing looked at: whether it is there, and what to type if it is not."""
+
+    what: str
+    good: bool
+    found: str
+    mend: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def examine() -> list[Finding]:
+    """Look at the machine, the libraries and the embedded bundle; nothing is changed."""
+    return [_machine(), _bundle(), _onnxruntime(), _export(), _gpu(), _cuda_provider()]
+
+
+def _machine() -> Finding:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    found = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GiB, Python {platform.python_version()}"
+    return Finding("machine", True, found)
+
+
+def _bundle() -> Finding:
+    from engine.bundle import Bundle
+
+    try:
+        return Finding("embedded bundle", True, f"{Bundle.open().spec.id}, hashes match")
+    except LatentrtError as error:
+        return Finding("embedded bundle", False, error.found, "pip install --force-reinstall latentrt")
+
+
+def _onnxruntime() -> Finding:
+    what = "pictures on the CPU (onnxruntime)"
+    try:
+        import onnxruntime
+    except ImportError as error:
+        return Finding(what, False, str(error), "pip install onnxruntime")
+    return Finding(what, True, f"onnxruntime {onnxruntime.__version__}")
+
+
+def _export() -> Finding:
+    found, missing = [], []
+    for package in EXPORT_PACKAGES:
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            missing.append(package)
+    what, mend = "export and verify", "pip install 'latentrt[export]'"
+    return Finding(what, not missing, f"missing {', '.join(missing)}" if missing else ", ".join(found), mend)
+
+
+def _gpu() -> Finding:
+    what, mend = "NVIDIA GPU", "a machine with an NVIDIA GPU and its driver"
+    if ctypes.util.find_library("cuda") is None or shutil.which("nvidia-smi") is None:
+        return Finding(what, False, "no CUDA driver", mend)
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
+    good = answer.returncode == 0 and bool(answer.stdout.strip())
+    return Finding(what, good, (answer.stdout if good else answer.stderr or answer.stdout).strip() or "nvidia-smi is silent", mend)
+
+
+def _cuda_provider() -> Finding:
+    what, mend = "pictures on CUDA (onnxruntime-gpu)", "pip uninstall onnxruntime && pip install onnxruntime-gpu"
+    try:
+        import onnxruntime
+
+        providers = onnxruntime.get_available_providers()
+    except ImportError:
+        providers = []
+    return Finding(what, "CUDAExecutionProvider" in providers, ", ".join(providers) or "no onnxruntime", mend)

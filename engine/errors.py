@@ -1,0 +1,86 @@
+"""The one exception tree of latentrt.
+
+Every error says three things: what was found, what was needed, and what to type (or change) to mend it.
+"""
+
+from __future__ import annotations
+
+
+class LatentrtError(Exception):
+    """Base of everything latentrt raises on purpose.
+
+    Args:
+        found: what is there, with the offending value.
+        needed: what would have been right.
+        mend: the command or the change that mends it.
+    """
+
+    def __init__(self, found: str, needed: str, mend: str) -> None:
+        super().__init__(found, needed, mend)
+        self.found = found
+        self.needed = needed
+        self.mend = mend
+
+    def __str__(self) -> str:
+        return f"{self.found}. Needed: {self.needed}. To mend it: {self.mend}"
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """The three parts by name, for machines."""
+        return {"found": self.found, "needed": self.needed, "mend": self.mend}
+
+
+class RequestError(LatentrtError, ValueError):
+    """What the caller asked for cannot be done: steps, sizes, guidance, prompts."""
+
+
+class UnknownSolverError(RequestError):
+    """No solver has that name; the nearest names are in the message."""
+
+
+class ScheduleError(LatentrtError, ValueError):
+    """A scheduler class or option that latentrt does not know or that a table cannot express."""
+
+
+class TraceError(LatentrtError):
+    """A solver function did something that rows cannot hold (two noises a row, too much history)."""
+
+
+class BundleError(LatentrtError):
+    """A bundle is not there, is not whole, or is not a bundle."""
+
+
+class HashMismatchError(BundleError):
+    """A file's size or SHA-256 differs from the manifest's."""
+
+
+class UnsafePathError(BundleError):
+    """A path in a bundle leads out of the bundle's folder."""
+
+
+class UnsafeWeightsError(BundleError):
+    """Weights come in a format that can run code (pickle)."""
+
+
+class BackendError(LatentrtError):
+    """A backend or device is unknown, not installed or not usable on this machine."""
+
+
+class NetworkError(LatentrtError):
+    """A network was fed, or returned, arrays that do not fit its signature, or numbers that are not finite."""
+
+
+class ExportError(LatentrtError):
+    """A checkpoint cannot be turned into a bundle."""
+
+
+class OutputError(LatentrtError, OSError):
+    """A picture or bundle cannot be written (disk full, no permission, bad pattern)."""
+
+
+class MissingDependencyError(LatentrtError, ImportError):
+    """A verb needs an optional dependency that is not installed."""
+
+
+class PromptTruncatedWarning(UserWarning):
+    """A prompt was longer than the model reads; the message has the text that was dropped."""

@@ -1,0 +1,91 @@
+"""The networks of a model with their names, shapes and dtypes: text encoders, UNet, VAE.
+
+A conditioning is a dict of one lane's UNet inputs, without the batch dimension: "encoder_hidden_states" (77, dim) and,
+for SDXL, "text_embeds" (dim,) and "time_ids" (6,); all float32.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.backends.base import Network
+from engine.errors import PromptTruncatedWarning
+from engine.prompt import Tokenizer
+from engine.spec import LatentSpec
+
+Float32 = NDArray[np.float32]
+Conditioning = Mapping[str, Float32]
+CACHED_PROMPTS = 64
+
+
+class TextEncoder:
+    """Prompts to conditionings, through every (tokenizer, network) pair of the model in order.
+
+    Prompts are encoded one at a time and remembered, so a text's states never depend on its company.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[Tokenizer, Network]]) -> None:
+        self._pairs = tuple(pairs)
+        self._cached = lru_cache(CACHED_PROMPTS)(self._encode)
+
+    def encode(self, prompt: str) -> dict[str, Float32]:
+        """The conditioning of a prompt; SDXL's time_ids are not in it.
+
+        A prompt longer than the model reads is cut, and a PromptTruncatedWarning says what was dropped.
+
+        Raises:
+            RequestError: the prompt is not text that can be encoded in UTF-8.
+        """
+        conditioning, dropped = self._cached(prompt)
+        if dropped:
+            warnings.warn(f"the prompt is too long for the model; it does not read: {dropped!r}", PromptTruncatedWarning, 3)
+        return dict(conditioning)
+
+    def _encode(self, prompt: str) -> tuple[dict[str, Float32], str]:
+        states, conditioning, dropped = [], {}, ""
+        for tokenizer, network in self._pairs:
+            encoded = tokenizer.encode(prompt)
+            outputs = network({"input_ids": encoded.ids[None]})
+            states.append(outputs["text_states"][0])
+            if "text_embeds" in outputs:
+                conditioning["text_embeds"] = outputs["text_embeds"][0]
+            dropped = max(dropped, encoded.dropped, key=len)
+        conditioning["encoder_hidden_states"] = np.concatenate(states, axis=-1)
+        return conditioning, dropped
+
+
+class UNet:
+    """The denoising network: one evaluation for a batch of lanes."""
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+
+    def __call__(self, sample: Float32, timestep: Float32, conditioning: Conditioning) -> Float32:
+        """Predict.
+
+        Args:
+            sample: (lanes, channels, height, width), already scaled by c_in.
+            timestep: (lanes,), in training timesteps, fractions allowed.
+            conditioning: the inputs of `Conditioning`, each with a leading lane dimension.
+
+        Returns:
+            The network's output, shape of `sample`.
+        """
+        return self._network({"sample": sample, "timestep": timestep, **conditioning})["out"]
+
+
+class VAE:
+    """Latents to pixels and back; scale and shift are applied here."""
+
+    def __init__(self, decoder: Network, latents: LatentSpec) -> None:
+        self._decoder = decoder
+        self._spec = latents
+
+    def decode(self, latents: Float32) -> Float32:
+        """(count, channels, height, width) latents to (count, 3, factor * height, factor * width) in about -1..1."""
+        return self._decoder({"latents": latents / self._spec.scale + self._spec.shift})["image"]

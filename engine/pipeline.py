@@ -1,0 +1,226 @@
+"""Engine: the public API. A bundle in, pictures out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.backends import Backend, open_backend
+from engine.bundle import EMBEDDED, Bundle
+from engine.denoiser import Denoiser, Job
+from engine.errors import RequestError
+from engine.guidance import Guidance
+from engine.image import INFO_KEY, to_pil, to_uint8
+from engine.models import VAE, TextEncoder, UNet
+from engine.noise import noise_source
+from engine.prompt import Tokenizer
+from engine.schedule import Schedule
+from engine.spec import ModelSpec, Request
+from engine.table import tabulate
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Float32 = NDArray[np.float32]
+OnTick = Callable[[Job], None]
+
+
+class Engine:
+    """A loaded model that makes pictures. Make one with `Engine.load`; use it in a `with` block or close it.
+
+    >>> with Engine.load() as sd:
+    ...     images = sd("a red apple", steps=20, solver="dpmpp-2m", seed=7, guidance=3.0)
+    """
+
+    def __init__(self, bundle: Bundle, backend: Backend, *, lanes: int = 16) -> None:
+        self.bundle = bundle
+        self.spec: ModelSpec = bundle.spec
+        self.backend = backend
+        self.schedule = Schedule.from_config(bundle.json(self.spec.schedule))
+        encoders = self.spec.text_encoders
+        with ThreadPoolExecutor() as pool:  # loading is mostly outside the interpreter lock
+            futures = {name: pool.submit(self._load, name) for name in ("unet", "vae_decoder", *encoders)}
+            tokenizers = [Tokenizer.open(bundle.path(name)) for name in self.spec.tokenizers]
+            self._networks = {name: future.result() for name, future in futures.items()}
+        self.text_encoder = TextEncoder(list(zip(tokenizers, (self._networks[n] for n in encoders), strict=True)))
+        self.unet = UNet(self._networks["unet"])
+        self.vae = VAE(self._networks["vae_decoder"], self.spec.latents)
+        self.denoiser = Denoiser(self.unet, lanes)
+
+    @classmethod
+    def load(
+        cls,
+        bundle: str | Path = EMBEDDED,
+        *,
+        backend: str | Backend = "onnxruntime",
+        device: str = "cpu",
+        threads: int | None = None,
+        lanes: int = 16,
+        check_hashes: bool = True,
+    ) -> Engine:
+        """Open a bundle and load its networks.
+
+        Args:
+            bundle: a folder made by `latentrt export`; by default the embedded model.
+            backend: "onnxruntime", or a Backend of your own.
+            device: "cpu" or "cuda" (needs onnxruntime-gpu). Nothing else is tried if it is not there.
+            threads: CPU threads of one network call; None for all physical cores.
+            lanes: the most lanes of one UNet call; a picture with guidance takes two.
+            check_hashes: compare every file's SHA-256 with the manifest (sizes are always compared).
+
+        Raises:
+            BundleError: the bundle is missing, damaged or unsafe.
+            BackendError, MissingDependencyError: the backend or device cannot be used here.
+        """
+        opened = Bundle.open(bundle, check_hashes=check_hashes)
+        chosen = open_backend(backend, device, threads) if isinstance(backend, str) else backend
+        return cls(opened, chosen, lanes=lanes)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the networks' memory back."""
+        for network in self._networks.values():
+            network.close()
+
+    def __call__(
+        self, prompt: str | Sequence[str], *, on_tick: OnTick | None = None, **settings: Any
+    ) -> list[Image]:
+        """Make pictures.
+
+        Args:
+            prompt: what to draw; several prompts share one batch.
+            on_tick: called after every row of every picture with its Job (progress, previews); an exception raised
+                in it ends the run.
+            settings: the fields of `Request`: negative_prompt, steps, solver, seed, guidance, height, width, count, ...;
+                anything else goes to `tabulate` (eta, use_karras_sigmas, timestep_spacing, ...).
+
+        Returns:
+            `count` PIL images for each prompt, RGB; each knows its settings (`engine.image.save` writes them).
+
+        Raises:
+            RequestError: a setting is out of range.
+            UnknownSolverError, ScheduleError: the solver or one of its options is unknown or does not fit.
+            NetworkError: a network returned numbers that are not finite.
+        """
+        jobs = self.requests([prompt] if isinstance(prompt, str) else prompt, settings)
+        self.run(jobs, on_tick)
+        return [self.picture(job) for job in jobs]
+
+    def requests(self, prompts: Iterable[str], settings: Mapping[str, Any]) -> list[Job]:
+        """The jobs of several prompts with the same settings (those of `__call__`); seeds count up over all of them."""
+        jobs: list[Job] = []
+        for prompt in prompts:
+            jobs += self.jobs(request_from(prompt, settings), first=len(jobs))
+        return jobs
+
+    def jobs(self, request: Request, *, first: int = 0) -> list[Job]:
+        """The jobs of a request, not yet admitted; picture i has seed `request.seed + first + i`."""
+        shape = self._latent_shape(request)
+        table = tabulate(request.solver, self.schedule, request.steps, **request.options)
+        cond, uncond = self._conditionings(request, shape)
+        guidance = Guidance(request.guidance, request.guidance_rescale, request.guidance_interval)
+        jobs = []
+        for index in range(first, first + request.count):
+            seed = request.seed + index
+            noise = noise_source(request.noise, seed)
+            latents = noise.normal(shape) * np.float32(table.start)
+            tag = self._settings(request, table.solver, seed, index, shape)
+            jobs.append(Job(table, latents, cond, uncond, noise, guidance, tag=tag))
+        return jobs
+
+    def run(self, jobs: Iterable[Job], on_tick: OnTick | None = None) -> None:
+        """Denoise jobs to their end, as many at once as there are lanes.
+
+        Raises:
+            NetworkError: a job's latents are no longer finite; the other jobs are given up too.
+        """
+        waiting = list(jobs)
+        mine = list(waiting)
+        try:
+            while not all(job.done for job in mine):
+                while waiting and self.denoiser.fits(waiting[0]):
+                    self.denoiser.admit(waiting.pop(0))
+                for job in self.denoiser.tick():
+                    if on_tick is not None:
+                        on_tick(job)
+                    if job.error is not None:
+                        raise job.error
+        finally:
+            for job in self.denoiser.jobs:
+                if job in mine:
+                    self.denoiser.retire(job)
+
+    def picture(self, job: Job) -> Image:
+        """The picture of a job's latents, with its settings in `image.info["latentrt"]`."""
+        image = self.decode(job.latents)
+        image.info[INFO_KEY] = job.tag
+        return image
+
+    def decode(self, latents: Float32) -> Image:
+        """Latents (channels, height, width) to a PIL image."""
+        return to_pil(to_uint8(self.vae.decode(latents[None])))[0]
+
+    def _load(self, name: str) -> Any:
+        graph = self.spec.graphs[name]
+        return self.backend.load(self.bundle.path(graph.path), graph)
+
+    def _latent_shape(self, request: Request) -> tuple[int, int, int]:
+        spec = self.spec.latents
+        sides = []
+        for name, pixels, default in (("height", request.height, spec.height), ("width", request.width, spec.width)):
+            pixels = default * spec.factor if pixels is None else pixels
+            if pixels % spec.factor:
+                lower = pixels // spec.factor * spec.factor
+                raise RequestError(
+                    f"{name} is {pixels}", f"a multiple of {spec.factor}", f"take {lower or spec.factor} or {lower + spec.factor}"
+                )
+            sides.append(pixels // spec.factor)
+        return spec.channels, sides[0], sides[1]
+
+    def _conditionings(self, request: Request, shape: tuple[int, int, int]) -> tuple[Mapping[str, Float32], ...]:
+        cond = self.text_encoder.encode(request.prompt)
+        uncond = cond
+        if request.guidance > 1:
+            uncond = self.text_encoder.encode(request.negative_prompt or "")
+            if request.negative_prompt is None and self.spec.zero_negative:
+                uncond = {name: np.zeros_like(array) for name, array in uncond.items()}
+        if self.spec.family == "sdxl":
+            height, width = (side * self.spec.latents.factor for side in shape[1:])
+            time_ids = np.array([height, width, 0, 0, height, width], np.float32)
+            cond, uncond = {**cond, "time_ids": time_ids}, {**uncond, "time_ids": time_ids}
+        return cond, uncond
+
+    def _settings(self, request: Request, solver: str, seed: int, index: int, shape: tuple[int, ...]) -> dict[str, Any]:
+        return {
+            "prompt": request.prompt,
+            "negative_prompt": request.negative_prompt or "",
+            "steps": request.steps,
+            "solver": solver,
+            "guidance": request.guidance,
+            "guidance_rescale": request.guidance_rescale,
+            "guidance_interval": list(request.guidance_interval),
+            "noise": request.noise,
+            "seed": seed,
+            "index": index,
+            "width": shape[2] * self.spec.latents.factor,
+            "height": shape[1] * self.spec.latents.factor,
+            "model": self.spec.id,
+            **request.options,
+        }
+
+
+def request_from(prompt: str, settings: Mapping[str, Any]) -> Request:
+    """A Request whose unknown settings are the solver's options."""
+    fields = {key: value for key, value in settings.items() if key in Request.__dataclass_fields__}
+    options = {key: value for key, value in settings.items() if key not in fields}
+    return Request(prompt=prompt, **{**fields, "options": {**fields.get("options", {}), **options}})

@@ -1,0 +1,242 @@
+"""A sampling run as data: one row for every network call.
+
+    memory[slot] = clip(p·x + q·out)
+    x            = a·x + o·out + Σₖ bₖ·memory[k] + c·noise
+    next input   = c_in·x                          (of the next row)
+    preview x₀   = u·x + v·out
+
+`tabulate` makes the table by tracing the solver; `advance` applies one row to arrays.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.errors import RequestError, ScheduleError, TraceError, UnknownSolverError
+from engine.schedule import Schedule
+from engine.settings import DEFAULTS
+from engine.solvers import ALIASES, SOLVERS, Solver
+from engine.trace import Call, trace, x0_from
+
+Float32 = NDArray[np.float32]
+SLOTS = 4
+COLUMNS = (
+    *("timestep", "c_in", "p", "q", "clip", "slot", "a", "o"),
+    *(f"b{k}" for k in range(SLOTS)),
+    *("c", "u", "v"),
+)
+
+
+class Row(NamedTuple):
+    """Everything one network call needs to know; see the module's equations.
+
+    `timestep` is what the network is told and `c_in` what x is multiplied by before. `clip` is the largest magnitude
+    a memory may have, 0 for no bound. `slot` is the memory that is written, `b` weighs the four memories. All are
+    numbers without units; x is in units of the latents' standard deviation.
+    """
+
+    timestep: float
+    c_in: float
+    p: float
+    q: float
+    clip: float
+    slot: int
+    a: float
+    o: float
+    b: tuple[float, ...]
+    c: float
+    u: float
+    v: float
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of a whole run.
+
+    `array` has shape (rows, len(COLUMNS)) and dtype float64; kernels read it as float32. `start` is what standard
+    normal noise is multiplied by to become the first latents. A row is a network call, not a step: Heun at N steps has
+    2N - 1 rows.
+    """
+
+    solver: str
+    steps: int
+    start: float
+    array: NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    @cached_property
+    def rows(self) -> tuple[Row, ...]:
+        """The rows by name, in the order of the run."""
+        return tuple(
+            Row(*r[:5], int(r[5]), r[6], r[7], tuple(r[8 : 8 + SLOTS]), *r[8 + SLOTS :]) for r in self.array.tolist()
+        )
+
+    @property
+    def timesteps(self) -> NDArray[np.float64]:
+        """What the network is told at each row, shape (rows,)."""
+        return self.array[:, 0]
+
+
+def tabulate(solver: str | None, schedule: Schedule, steps: int, **options: Any) -> Table:
+    """The table of a solver over a schedule.
+
+    Args:
+        solver: a name of `engine.SOLVERS`, or None for the class that the schedule's own config names.
+        schedule: from `Schedule.from_config`.
+        steps: how many steps, 1 or more; the table has a row for each network call.
+        options: the solver's own arguments (`eta`, `order`) and any setting of its diffusers class
+            (`use_karras_sigmas=True`, `timestep_spacing="trailing"`, ...), which overrule the config.
+
+    Returns:
+        Table, its `array` float64 of shape (rows, 15).
+
+    Raises:
+        UnknownSolverError: no such solver.
+        RequestError: steps < 1 or more than the schedule has.
+        ScheduleError: an option that the solver does not have, or settings that have no finite table.
+
+    Source:
+        each solver's paper, named in `engine.solvers`; parity with diffusers 0.42 holds to 1e-5 in float32.
+    """
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise RequestError(f"steps is {steps!r}", "a whole number of 1 or more", "pass another steps")
+    name, chosen = _find(solver, schedule)
+    arguments = {**chosen.arguments, **{key: value for key, value in options.items() if key in chosen.arguments}}
+    wanted = {key: value for key, value in options.items() if key not in chosen.arguments}
+    _check_arguments(name, arguments)
+    settings = schedule.settings(chosen.scheduler, **{**chosen.settings, **wanted})
+    try:
+        grid = chosen.grid(schedule, settings, steps)
+        clip = float(settings["clip_sample_range"]) if settings.get("clip_sample") else 0.0
+        calls = trace(chosen, grid, clip, arguments)
+        array = np.array(_rows(calls, grid.settings["prediction_type"]))
+        finite = bool(np.isfinite(array).all())
+    except (ZeroDivisionError, OverflowError, ValueError, np.linalg.LinAlgError) as error:
+        if isinstance(error, (ScheduleError, RequestError)):
+            raise
+        finite, array = False, np.empty(0)
+    if not finite:
+        raise ScheduleError(
+            f"{name} at {steps} steps has coefficients that are not finite (two levels coincide, or one holds no signal)",
+            "distinct levels, and v_prediction or sample prediction where the signal is zero",
+            "take fewer steps, or another timestep_spacing, final_sigmas_type or sigmas",
+        )
+    return Table(name, steps, grid.start, array)
+
+
+def advance(row: Row, x: Float32, out: Float32, memory: Float32, noise: Float32 | None = None) -> Float32:
+    """Apply one row.
+
+    Args:
+        row: the row of this network call.
+        x: latents before the call, any shape, float32.
+        out: the (guided) network output for input `row.c_in * x`, same shape.
+        memory: (4, *x.shape) float32; slot `row.slot` is overwritten. Slots never written are never read.
+        noise: standard normal, same shape; needed only where `row.c` is not 0.
+
+    Returns:
+        The latents after the step, a new array of x's shape and dtype.
+
+    Raises:
+        RequestError: the row adds noise and none was given.
+    """
+    remembered = row.p * x + row.q * out if row.p else row.q * out
+    memory[row.slot] = np.clip(remembered, -row.clip, row.clip) if row.clip else remembered
+    result = row.a * x
+    if row.o:
+        result += row.o * out
+    for weight, slot in zip(row.b, memory, strict=True):
+        if weight:
+            result += weight * slot
+    if row.c:
+        if noise is None:
+            raise RequestError("the row adds noise and none was given", "standard normal noise", "pass noise=")
+        result += row.c * noise
+    return result
+
+
+def preview(row: Row, x: Float32, out: Float32) -> Float32:
+    """The clean latents that the network predicts at this row: what the picture would be if it ended here."""
+    return row.u * x + row.v * out
+
+
+def _find(solver: str | None, schedule: Schedule) -> tuple[str, Solver]:
+    if solver is None:
+        return _configured(schedule)
+    name = ALIASES.get(solver, solver)
+    if name not in SOLVERS:
+        near = difflib.get_close_matches(str(solver), [*SOLVERS, *ALIASES], n=3, cutoff=0.4)
+        raise UnknownSolverError(
+            f"there is no solver {solver!r}",
+            f"one of {', '.join(SOLVERS)}",
+            f"did you mean {' or '.join(near)}?" if near else "choose one of these",
+        )
+    return name, SOLVERS[name]
+
+
+def _configured(schedule: Schedule) -> tuple[str, Solver]:
+    """The solver that serves the config's own class: with its settings if a name fixes just those, else with none."""
+    settings = schedule.settings(schedule.scheduler)
+    candidates = {name: s for name, s in SOLVERS.items() if s.scheduler == schedule.scheduler}
+    for name, solver in candidates.items():
+        if all(settings[key] == value for key, value in solver.settings.items()):
+            return name, solver
+    name, solver = next(iter(candidates.items()))
+    return name, Solver(solver.function, solver.scheduler, solver.grid, {}, solver.arguments)
+
+
+def _check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
+    eta, order = arguments.get("eta", 0.0), arguments.get("order", 1)
+    if isinstance(eta, bool) or not isinstance(eta, (int, float)) or not 0 <= eta <= 1:
+        raise ScheduleError(f"{name} has eta = {eta!r}", "a number from 0 to 1", "pass another eta")
+    if order not in range(1, SLOTS + 1):
+        raise ScheduleError(f"{name} has order = {order!r}", f"a whole number from 1 to {SLOTS}", "pass another order")
+
+
+def _rows(calls: list[Call], prediction: str) -> list[list[float]]:
+    slots = _allocate(calls)
+    rows = []
+    for k, call in enumerate(calls):
+        weights, noises = [0.0] * SLOTS, []
+        for (kind, index), value in call.leaves.terms.items():
+            if kind == "m":
+                weights[slots[index]] = value
+            elif kind == "noise":
+                noises.append((index, value))
+            elif index != k:
+                raise TraceError(f"row {k} uses {kind} of row {index}", "this row's own", "let the solver remember it")
+        if len(noises) > 1 or any(("noise", index) in c.leaves.terms for index, _ in noises for c in calls[:k]):
+            raise TraceError(
+                f"row {k} needs {len(noises)} noises or an earlier one", "one new noise a row", "use another solver"
+            )
+        a, o, c = call.leaves[("x", k)], call.leaves[("out", k)], noises[0][1] if noises else 0.0
+        here = call.here
+        remembers = [call.p, call.q, call.clip, float(slots[k])]
+        rows.append([here.timestep, here.c_in, *remembers, a, o, *weights, c, *x0_from(prediction, here)])
+    return rows
+
+
+def _allocate(calls: list[Call]) -> list[int]:
+    """A memory slot for every call's quantity, free again after the last row that reads it."""
+    last_use = list(range(len(calls)))
+    for k, call in enumerate(calls):
+        for kind, index in call.leaves.terms:
+            if kind == "m":
+                last_use[index] = k
+    slots: list[int] = []
+    for k in range(len(calls)):
+        busy = {slots[j] for j in range(k) if last_use[j] >= k}
+        free = [slot for slot in range(SLOTS) if slot not in busy]
+        if not free:
+            raise TraceError(f"row {k} needs more than {SLOTS} memories", f"at most {SLOTS}", "use another solver")
+        slots.append(free[0])
+    return slots
