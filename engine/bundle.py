@@ -108,9 +108,7 @@ class Bundle:
 
 def write_manifest(root: Path, spec: ModelSpec, names: Iterable[str]) -> None:
     """Hash the named files of `root` and write manifest.json beside them."""
-    files = {
-        name: {"sha256": sha256_of(root / name), "bytes": (root / name).stat().st_size} for name in sorted(names)
-    }
+    files = {name: {"sha256": sha256_of(root / name), "bytes": (root / name).stat().st_size} for name in sorted(names)}
     manifest = {"schema": SCHEMA, "model": spec.to_dict(), "files": files}
     (root / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -137,7 +135,9 @@ def read_json(path: Path) -> dict[str, Any]:
 def _read_manifest(root: Path) -> dict[str, Any]:
     if not root.is_dir():
         raise BundleError(
-            f"there is no folder {root}", "a bundle", "check the path, or make one: latentrt export CHECKPOINT BUNDLE"
+            f"there is no folder {root}",
+            "a bundle",
+            "check the path, or make one: latentrt export CHECKPOINT BUNDLE",
         )
     if not (root / MANIFEST).is_file():
         kind = "a diffusers checkpoint" if (root / "model_index.json").is_file() else "not a bundle"
@@ -147,7 +147,9 @@ def _read_manifest(root: Path) -> dict[str, Any]:
     manifest = read_json(root / MANIFEST)
     if manifest.get("schema") != SCHEMA:
         raise BundleError(
-            f"{root / MANIFEST} has schema {manifest.get('schema')!r}", f"schema {SCHEMA}", "update latentrt, or " + EXPORT
+            f"{root / MANIFEST} has schema {manifest.get('schema')!r}",
+            f"schema {SCHEMA}",
+            "update latentrt, or " + EXPORT,
         )
     for key in ("model", "files"):
         if not isinstance(manifest.get(key), dict):

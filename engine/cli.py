@@ -5,22 +5,15 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
 from engine import __version__
 from engine.bundle import EMBEDDED
 from engine.errors import LatentrtError, PromptTruncatedWarning, RequestError
-
-if TYPE_CHECKING:
-    from rich.table import Table as RichTable
-
-    from engine.denoiser import Job
-    from engine.pipeline import Engine
+from engine.terminal import progress, show, table_of, with_previews
 
 app = typer.Typer(
     name="latentrt",
@@ -30,18 +23,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-BundleOption = Annotated[Path, typer.Option("--bundle", "-b", help="Bundle to run [default: the embedded model].", show_default=False)]
+BundleOption = Annotated[
+    Path,
+    typer.Option("--bundle", "-b", help="Bundle to run [default: the embedded model].", show_default=False),
+]
 BundleArgument = Annotated[Path, typer.Argument(help="Bundle [default: the embedded model].", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Backend = Annotated[str, typer.Option(help="Backend that runs the networks: onnxruntime.")]
 Device = Annotated[str, typer.Option(help="cpu, or cuda (needs onnxruntime-gpu).")]
-Threads = Annotated[Optional[int], typer.Option(help="CPU threads of a network call [default: all cores].", show_default=False)]
+Threads = Annotated[
+    int | None,
+    typer.Option(help="CPU threads of a network call [default: all cores].", show_default=False),
+]
 Lanes = Annotated[int, typer.Option(help="Most lanes of one UNet call; a picture with guidance takes two.")]
 
 
 def main() -> None:
     """Entry point: errors of ours become a message and exit code 2, an interrupt 130."""
-    warnings.showwarning = _show_warning
+    warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
         app(standalone_mode=True)
     except LatentrtError as error:
@@ -70,20 +69,36 @@ def _root(
 
 @app.command()
 def generate(
-    prompts: Annotated[list[str], typer.Argument(help="What to draw; several prompts share one batch.", metavar="PROMPT...")],
+    prompts: Annotated[
+        list[str], typer.Argument(help="What to draw; several prompts share one batch.", metavar="PROMPT...")
+    ],
     bundle: BundleOption = EMBEDDED,
-    negative: Annotated[Optional[str], typer.Option("--negative", "-n", help="What to keep out.")] = None,
+    negative: Annotated[str | None, typer.Option("--negative", "-n", help="What to keep out.")] = None,
     steps: Annotated[int, typer.Option("--steps", "-s", help="Solver steps.")] = 20,
-    solver: Annotated[Optional[str], typer.Option(help="Solver [default: the bundle's own]; `latentrt solvers` lists them.")] = None,
+    solver: Annotated[
+        str | None, typer.Option(help="Solver [default: the bundle's own]; `latentrt solvers` lists them.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first picture; the next ones count up.")] = 0,
     guidance: Annotated[float, typer.Option("--guidance", "-g", help="Guidance scale; 1 for none.")] = 3.0,
-    size: Annotated[Optional[str], typer.Option(help="WIDTHxHEIGHT in pixels [default: the model's own].")] = None,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels [default: the model's own].")] = None,
     count: Annotated[int, typer.Option("--count", "-c", help="Pictures for each prompt.")] = 1,
-    output: Annotated[str, typer.Option("--output", "-o", help="File pattern; fields: {prompt} {seed} {index} {solver} {steps}.")] = "{prompt}-{seed}",
-    format: Annotated[Optional[str], typer.Option("--format", "-f", help="png, jpg or webp [default: the pattern's suffix, or png].")] = None,
-    grid: Annotated[Optional[Path], typer.Option(help="Also write all pictures as one contact sheet.")] = None,
-    preview_every: Annotated[int, typer.Option(help="Every N rows write the current latents and the predicted picture; 0 for never.")] = 0,
-    option: Annotated[Optional[list[str]], typer.Option(help="Solver or schedule option, as eta=0.5 or use_karras_sigmas=true; repeatable.")] = None,
+    output: Annotated[
+        str,
+        typer.Option("--output", "-o", help="File pattern; fields: {prompt} {seed} {index} {solver} {steps}."),
+    ] = "{prompt}-{seed}",
+    format: Annotated[
+        str | None,
+        typer.Option("--format", "-f", help="png, jpg or webp [default: the pattern's suffix, or png]."),
+    ] = None,
+    grid: Annotated[Path | None, typer.Option(help="Also write all pictures as one contact sheet.")] = None,
+    preview_every: Annotated[
+        int,
+        typer.Option(help="Every N rows write the current latents and the predicted picture; 0 for never."),
+    ] = 0,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(help="Solver or schedule option, as eta=0.5 or use_karras_sigmas=true; repeatable."),
+    ] = None,
     backend: Backend = "onnxruntime",
     device: Device = "cpu",
     threads: Threads = None,
@@ -91,28 +106,42 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Draw pictures from prompts."""
-    from engine.image import output_path
-    from engine.pipeline import Engine
     from engine.image import grid as contact_sheet
-    from engine.image import save
+    from engine.image import output_path, save
+    from engine.pipeline import Engine
 
     width, height = _size(size)
     pattern = _with_suffix(output, format)
-    settings = {"negative_prompt": negative, "steps": steps, "solver": solver, "seed": seed, "guidance": guidance}
+    settings = {
+        "negative_prompt": negative,
+        "steps": steps,
+        "solver": solver,
+        "seed": seed,
+        "guidance": guidance,
+    }
     settings |= {"width": width, "height": height, "count": count, **_options(option)}
     with Engine.load(bundle, backend=backend, device=device, threads=threads, lanes=lanes) as engine:
         jobs = engine.requests(prompts, settings)
         paths = [output_path(pattern, job.tag) for job in jobs]
         _refuse_same(paths)
-        with _progress(jobs, quiet=as_json) as on_tick:
-            engine.run(jobs, _with_previews(engine, jobs, paths, preview_every, on_tick))
+        with progress(jobs, quiet=as_json) as on_tick:
+            engine.run(jobs, with_previews(engine, jobs, paths, preview_every, on_tick))
         images = [engine.picture(job) for job in jobs]
     for image, path in zip(images, paths, strict=True):
         save(image, path)
     if grid is not None:
-        save(contact_sheet(images, captions=[job.tag["prompt"] for job in jobs]), grid, settings={"prompt": "; ".join(prompts), **settings})
+        save(
+            contact_sheet(images, captions=[job.tag["prompt"] for job in jobs]),
+            grid,
+            settings={"prompt": "; ".join(prompts), **settings},
+        )
     if as_json:
-        print(json.dumps([{**job.tag, "path": str(path)} for job, path in zip(jobs, paths, strict=True)], ensure_ascii=False))
+        print(
+            json.dumps(
+                [{**job.tag, "path": str(path)} for job, path in zip(jobs, paths, strict=True)],
+                ensure_ascii=False,
+            )
+        )
     else:
         for path in [*paths, *([grid] if grid else [])]:
             print(path)
@@ -123,22 +152,25 @@ def solvers(as_json: Json = False) -> None:
     """List the solvers."""
     from engine.solvers import SOLVERS
 
-    facts = {name: {"scheduler": s.scheduler, "settings": dict(s.settings), "arguments": dict(s.arguments)} for name, s in SOLVERS.items()}
+    facts: dict[str, dict[str, Any]] = {
+        name: {"scheduler": s.scheduler, "settings": dict(s.settings), "arguments": dict(s.arguments)}
+        for name, s in SOLVERS.items()
+    }
     if as_json:
         print(json.dumps(facts))
         return
-    table = _table("solver", "diffusers class", "its own arguments")
+    table = table_of("solver", "diffusers class", "its own arguments")
     for name, fact in facts.items():
         table.add_row(name, fact["scheduler"], ", ".join(f"{k}={v}" for k, v in fact["arguments"].items()))
-    _show(table)
+    show(table)
 
 
 @app.command()
 def export(
     source: Annotated[str, typer.Argument(help="diffusers checkpoint: a folder or a hub id.")],
     target: Annotated[Path, typer.Argument(help="Folder of the new bundle.")],
-    revision: Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a hub id.")] = None,
-    variant: Annotated[Optional[str], typer.Option(help="Weights variant, such as fp16.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    variant: Annotated[str | None, typer.Option(help="Weights variant, such as fp16.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace the bundle that is there.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -151,13 +183,17 @@ def export(
 @app.command()
 def verify(
     bundle: BundleArgument = EMBEDDED,
-    against: Annotated[Optional[Path], typer.Option(help="Checkpoint to compare with [default: the bundle itself, opened by diffusers].")] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(help="Checkpoint to compare with [default: the bundle itself, opened by diffusers]."),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Solver steps of the step and image depths.")] = 20,
     as_json: Json = False,
 ) -> None:
-    """Measure a bundle against diffusers: networks, steps, image (needs the extra `export`). Exit code 1 beyond a bound."""
+    """Measure a bundle against diffusers (needs the extra `export`); exit code 1 beyond a bound."""
     from export.cli import run_verify
 
-    raise typer.Exit(run_verify(bundle, against or bundle, as_json=as_json))
+    raise typer.Exit(run_verify(bundle, against or bundle, steps=steps, as_json=as_json))
 
 
 @app.command()
@@ -167,17 +203,28 @@ def inspect(bundle: BundleArgument = EMBEDDED, as_json: Json = False) -> None:
 
     opened = Bundle.open(bundle)
     if as_json:
-        print(json.dumps({"model": opened.spec.to_dict(), "files": {n: {"sha256": r.sha256, "bytes": r.bytes} for n, r in opened.files.items()}}))
+        print(
+            json.dumps(
+                {
+                    "model": opened.spec.to_dict(),
+                    "files": {n: {"sha256": r.sha256, "bytes": r.bytes} for n, r in opened.files.items()},
+                }
+            )
+        )
         return
     spec = opened.spec
     size = spec.latents.width * spec.latents.factor, spec.latents.height * spec.latents.factor
     print(f"{spec.id}  ({spec.family}, {size[0]}x{size[1]}, licence {spec.license or 'unknown'})")
-    print(f"{sum(record.bytes for record in opened.files.values()) / 1e6:.1f} MB in {len(opened.files)} files, hashes match")
-    table = _table("network", "nodes", "opset", "inputs", "outputs")
+    total = sum(record.bytes for record in opened.files.values()) / 1e6
+    print(f"{total:.1f} MB in {len(opened.files)} files, hashes match")
+    table = table_of("network", "nodes", "opset", "inputs", "outputs")
     for name, graph in spec.graphs.items():
-        shapes = [", ".join(f"{t.name} {t.dtype}[{', '.join(map(str, t.shape))}]" for t in ts) for ts in (graph.inputs, graph.outputs)]
+        shapes = [
+            ", ".join(f"{t.name} {t.dtype}[{', '.join(map(str, t.shape))}]" for t in ts)
+            for ts in (graph.inputs, graph.outputs)
+        ]
         table.add_row(name, str(graph.nodes), str(graph.opset), *shapes)
-    _show(table)
+    show(table)
     schedule = opened.json(spec.schedule)
     print(f"schedule: {schedule['_class_name']}, {schedule.get('prediction_type', 'epsilon')}")
 
@@ -203,11 +250,17 @@ def bench(
     if as_json:
         print(json.dumps(results))
         return
-    table = _table("pictures at once", "ms a step (min, median, max)", "images/s", "host % of a step", "decode ms")
+    table = table_of("pictures at once", "ms a step (min, median, max)", "images/s", "host % of a step", "decode ms")
     for row in results["batches"]:
         low, middle, high = row["step_ms"]
-        table.add_row(str(row["batch"]), f"{low:.1f}  {middle:.1f}  {high:.1f}", f"{row['images_per_second']:.2f}", f"{row['host_percent']:.1f}", f"{row['decode_ms']:.1f}")
-    _show(table)
+        table.add_row(
+            str(row["batch"]),
+            f"{low:.1f}  {middle:.1f}  {high:.1f}",
+            f"{row['images_per_second']:.2f}",
+            f"{row['host_percent']:.1f}",
+            f"{row['decode_ms']:.1f}",
+        )
+    show(table)
 
 
 @app.command()
@@ -219,11 +272,11 @@ def doctor(as_json: Json = False) -> None:
     if as_json:
         print(json.dumps([finding.to_dict() for finding in findings]))
         return
-    table = _table("", "what", "found", "to mend or gain it")
+    table = table_of("", "what", "found", "to mend or gain it")
     for finding in findings:
         mark = "[green]yes[/]" if finding.good else "[yellow]no[/]"
         table.add_row(mark, finding.what, finding.found, "" if finding.good else finding.mend)
-    _show(table)
+    show(table)
 
 
 def _size(text: str | None) -> tuple[int | None, int | None]:
@@ -235,7 +288,9 @@ def _size(text: str | None) -> tuple[int | None, int | None]:
 
 def _whole(text: str, name: str) -> int:
     if not text.strip().isdigit():
-        raise RequestError(f"{name} has {text!r}", "whole numbers, as in --size 512x512 or --batches 1,2,4", f"change {name}")
+        raise RequestError(
+            f"{name} has {text!r}", "whole numbers, as in --size 512x512 or --batches 1,2,4", f"change {name}"
+        )
     return int(text)
 
 
@@ -267,56 +322,7 @@ def _refuse_same(paths: list[Path]) -> None:
     twice = {path for path in paths if paths.count(path) > 1}
     if twice:
         raise RequestError(
-            f"{len(paths)} pictures would go to {', '.join(map(str, sorted(twice)))}", "a name for each", "add {seed} or {index} to --output"
+            f"{len(paths)} pictures would go to {', '.join(map(str, sorted(twice)))}",
+            "a name for each",
+            "add {seed} or {index} to --output",
         )
-
-
-@contextmanager
-def _progress(jobs: list[Job], *, quiet: bool) -> Iterator[Callable[[Job], None]]:
-    """A bar over all rows of all jobs, on standard error."""
-    if quiet:
-        yield lambda job: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("drawing", total=sum(len(job.table) for job in jobs))
-        yield lambda job: bar.advance(task)
-
-
-def _with_previews(
-    engine: Engine, jobs: list[Job], paths: list[Path], every: int, on_tick: Callable[[Job], None]
-) -> Callable[[Job], None]:
-    """Write the current latents and the predicted picture beside the final one, every so many rows."""
-    if every < 1:
-        return on_tick
-    for job in jobs:
-        job.wants_preview = True
-    where = {id(job): path for job, path in zip(jobs, paths, strict=True)}
-
-    def tick(job: Job) -> None:
-        from engine.image import save
-
-        on_tick(job)
-        if job.row % every == 0 and job.preview is not None:
-            path = where[id(job)]
-            for kind, latents in (("current", job.view), ("predicted", job.preview)):
-                save(engine.decode(latents), path.with_stem(f"{path.stem}-{job.row:03d}-{kind}"), settings=job.tag)
-
-    return tick
-
-
-def _table(*columns: str) -> RichTable:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for column in columns:
-        table.add_column(column)
-    return table
-
-
-def _show(table: RichTable) -> None:
-    from rich.console import Console
-
-    Console().print(table)

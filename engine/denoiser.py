@@ -110,7 +110,9 @@ class Denoiser:
             RequestError: there are not enough free lanes, or the job has no rows left.
         """
         if not self.fits(job):
-            raise RequestError(f"{self.free} of {self.lanes} lanes are free", f"{_promised(job)}", "tick until a job is done")
+            raise RequestError(
+                f"{self.free} of {self.lanes} lanes are free", f"{_promised(job)}", "tick until a job is done"
+            )
         if job.done:
             raise RequestError("the job has no rows left", "a job that is not done", "make a new job")
         self._jobs.append(job)

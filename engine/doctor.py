@@ -13,7 +13,15 @@ from typing import Any
 
 from engine.errors import LatentrtError
 
-EXPORT_PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "safetensors", "huggingface_hub")
+EXPORT_PACKAGES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "onnx",
+    "onnxscript",
+    "safetensors",
+    "huggingface_hub",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +45,8 @@ def examine() -> list[Finding]:
 
 def _machine() -> Finding:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    found = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GiB, Python {platform.python_version()}"
-    return Finding("machine", True, found)
+    machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GiB"
+    return Finding("machine", True, f"{machine}, Python {platform.python_version()}")
 
 
 def _bundle() -> Finding:
@@ -77,11 +85,19 @@ def _gpu() -> Finding:
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
     good = answer.returncode == 0 and bool(answer.stdout.strip())
-    return Finding(what, good, (answer.stdout if good else answer.stderr or answer.stdout).strip() or "nvidia-smi is silent", mend)
+    return Finding(
+        what,
+        good,
+        (answer.stdout if good else answer.stderr or answer.stdout).strip() or "nvidia-smi is silent",
+        mend,
+    )
 
 
 def _cuda_provider() -> Finding:
-    what, mend = "pictures on CUDA (onnxruntime-gpu)", "pip uninstall onnxruntime && pip install onnxruntime-gpu"
+    what, mend = (
+        "pictures on CUDA (onnxruntime-gpu)",
+        "pip uninstall onnxruntime && pip install onnxruntime-gpu",
+    )
     try:
         import onnxruntime
 

@@ -212,9 +212,7 @@ def output_path(pattern: str, values: Mapping[str, object]) -> Path:
             parts.append(literal)
             if field is not None:
                 value = formatter.convert_field(values[field], conversion)
-                parts.append(
-                    format(value if isinstance(value, int | float) else _slug(str(value)), spec or "")
-                )
+                parts.append(format(value if isinstance(value, int | float) else _slug(str(value)), spec or ""))
     except KeyError as error:
         raise OutputError(
             f"the pattern {pattern!r} has the unknown field {error}",
@@ -303,9 +301,7 @@ def _quoted(fact: object) -> str:
 def _check_grid(images: Sequence[Image], columns: int, captions: Sequence[str]) -> None:
     sizes = sorted({image.size for image in images})
     if len(sizes) != 1:
-        raise RequestError(
-            f"a grid of pictures of sizes {sizes}", "pictures of one size", "resize them first"
-        )
+        raise RequestError(f"a grid of pictures of sizes {sizes}", "pictures of one size", "resize them first")
     if columns < 1:
         raise RequestError(f"a grid of {columns} columns", "at least one", "pass another number of columns")
     if captions and len(captions) != len(images):

@@ -43,7 +43,11 @@ class TextEncoder:
         """
         conditioning, dropped = self._cached(prompt)
         if dropped:
-            warnings.warn(f"the prompt is too long for the model; it does not read: {dropped!r}", PromptTruncatedWarning, 3)
+            warnings.warn(
+                f"the prompt is too long for the model; it does not read: {dropped!r}",
+                PromptTruncatedWarning,
+                3,
+            )
         return dict(conditioning)
 
     def _encode(self, prompt: str) -> tuple[dict[str, Float32], str]:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.backends import Backend, open_backend
+from engine.backends import open_backend
+from engine.backends.base import Backend
 from engine.bundle import EMBEDDED, Bundle
 from engine.denoiser import Denoiser, Job
 from engine.errors import RequestError
@@ -92,16 +93,14 @@ class Engine:
         for network in self._networks.values():
             network.close()
 
-    def __call__(
-        self, prompt: str | Sequence[str], *, on_tick: OnTick | None = None, **settings: Any
-    ) -> list[Image]:
+    def __call__(self, prompt: str | Sequence[str], *, on_tick: OnTick | None = None, **settings: Any) -> list[Image]:
         """Make pictures.
 
         Args:
             prompt: what to draw; several prompts share one batch.
             on_tick: called after every row of every picture with its Job (progress, previews); an exception raised
                 in it ends the run.
-            settings: the fields of `Request`: negative_prompt, steps, solver, seed, guidance, height, width, count, ...;
+            settings: fields of `Request` (negative_prompt, steps, solver, seed, guidance, height, width, count, ...);
                 anything else goes to `tabulate` (eta, use_karras_sigmas, timestep_spacing, ...).
 
         Returns:
@@ -177,12 +176,17 @@ class Engine:
     def _latent_shape(self, request: Request) -> tuple[int, int, int]:
         spec = self.spec.latents
         sides = []
-        for name, pixels, default in (("height", request.height, spec.height), ("width", request.width, spec.width)):
+        for name, pixels, default in (
+            ("height", request.height, spec.height),
+            ("width", request.width, spec.width),
+        ):
             pixels = default * spec.factor if pixels is None else pixels
             if pixels % spec.factor:
                 lower = pixels // spec.factor * spec.factor
                 raise RequestError(
-                    f"{name} is {pixels}", f"a multiple of {spec.factor}", f"take {lower or spec.factor} or {lower + spec.factor}"
+                    f"{name} is {pixels}",
+                    f"a multiple of {spec.factor}",
+                    f"take {lower or spec.factor} or {lower + spec.factor}",
                 )
             sides.append(pixels // spec.factor)
         return spec.channels, sides[0], sides[1]

@@ -167,9 +167,7 @@ def _build_core(folder: Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
     )
     core.decoder = decoders.ByteLevel()
     # `encode` adds start and end itself; this is for other readers of the file that `write_json` writes.
-    end, start = (
-        (_content(config[name]), _id(core, config[name], folder)) for name in ("eos_token", "bos_token")
-    )
+    end, start = ((_content(config[name]), _id(core, config[name], folder)) for name in ("eos_token", "bos_token"))
     core.post_processor = processors.RobertaProcessing(end, start, trim_offsets=False, add_prefix_space=False)
     return core
 
@@ -199,9 +197,7 @@ def _added(token: str | dict[str, Any], *, special: bool) -> tokenizers.AddedTok
     flags = token if isinstance(token, dict) else {}
     special = special or flags.get("special", False)
     sides = {side: flags.get(side, False) for side in ("lstrip", "rstrip", "single_word")}
-    return AddedToken(
-        _content(token), special=special, normalized=flags.get("normalized", not special), **sides
-    )
+    return AddedToken(_content(token), special=special, normalized=flags.get("normalized", not special), **sides)
 
 
 def _content(token: str | dict[str, Any]) -> str:

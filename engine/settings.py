@@ -208,7 +208,9 @@ def _check(scheduler: str, settings: Mapping[str, Any]) -> None:
     for key, (needed, reason) in _REFUSED.items():
         if key in settings and settings[key] != needed:
             raise ScheduleError(
-                f"{scheduler} has {key} = {settings[key]!r}; {reason}", f"{key} = {needed!r}", f"set {key} to {needed!r}"
+                f"{scheduler} has {key} = {settings[key]!r}; {reason}",
+                f"{key} = {needed!r}",
+                f"set {key} to {needed!r}",
             )
     chosen = [key for key in _SIGMAS if settings.get(key)]
     if len(chosen) > 1:

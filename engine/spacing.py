@@ -163,16 +163,16 @@ def _preserving(sigma: float, timestep: float) -> Point:
     return Point(timestep, alpha, sigma * alpha)
 
 
-def _timesteps(
-    settings: Mapping[str, Any], steps: int, *, last: int | None = None, open_end: bool = False
-) -> Float64:
+def _timesteps(settings: Mapping[str, Any], steps: int, *, last: int | None = None, open_end: bool = False) -> Float64:
     """Descending timesteps, not yet rounded where the spacing is "linspace" (Lin et al. 2023, table 2).
 
     `open_end` is DPM-Solver's habit: one level more than steps, the lowest being where the last step leads.
     """
     train, offset = settings["num_train_timesteps"], settings["steps_offset"]
     if steps > train:
-        raise RequestError(f"{steps} steps were asked for", f"at most {train}, the training timesteps", "take fewer steps")
+        raise RequestError(
+            f"{steps} steps were asked for", f"at most {train}, the training timesteps", "take fewer steps"
+        )
     last, count = train if last is None else last, steps + 1 if open_end else steps
     if settings["timestep_spacing"] == "linspace":
         return np.linspace(0, last - 1, count)[::-1][:steps]

@@ -180,14 +180,10 @@ class Request:
 
 def _whole(name: str, value: object, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise RequestError(
-            f"{name} is {value!r}", f"a whole number from {low} to {high}", f"pass another {name}"
-        )
+        raise RequestError(f"{name} is {value!r}", f"a whole number from {low} to {high}", f"pass another {name}")
 
 
 def _number(name: str, value: object, low: float, high: float) -> None:
     good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not good or not low <= float(value) <= high:  # type: ignore[arg-type]
-        raise RequestError(
-            f"{name} is {value!r}", f"a finite number from {low:g} to {high:g}", f"pass another {name}"
-        )
+        raise RequestError(f"{name} is {value!r}", f"a finite number from {low:g} to {high:g}", f"pass another {name}")

@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 
 from engine.errors import RequestError, ScheduleError, TraceError, UnknownSolverError
 from engine.schedule import Schedule
-from engine.settings import DEFAULTS
 from engine.solvers import ALIASES, SOLVERS, Solver
 from engine.trace import Call, trace, x0_from
 

@@ -103,7 +103,9 @@ class Recorder:
     def finish(self, x: Sum) -> None:
         """Note what the last call's step leaves behind."""
         if not self.calls:
-            raise TraceError("the solver called the network not once", "one call or more", "call model.x0 in the solver")
+            raise TraceError(
+                "the solver called the network not once", "one call or more", "call model.x0 in the solver"
+            )
         self.calls[-1].leaves = self._reduce(x, len(self.calls) - 1)
 
     def _remember(self, x: Sum, here: Point, p: float, q: float, clip: float) -> Sum:

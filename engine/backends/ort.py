@@ -64,7 +64,9 @@ class OrtBackend:
             ) from error
         if session.get_providers()[0] != provider:
             raise BackendError(
-                f"ONNX Runtime fell back to {session.get_providers()[0]} for {path}", provider, "latentrt doctor"
+                f"ONNX Runtime fell back to {session.get_providers()[0]} for {path}",
+                provider,
+                "latentrt doctor",
             )
         return OrtNetwork(session, graph)
 
@@ -88,7 +90,9 @@ class OrtNetwork:
             results = self._session.run(self._outputs, dict(feeds))
         except Exception as error:
             raise NetworkError(
-                f"{self._graph.path} failed in ONNX Runtime ({error})", "a run without errors", "latentrt doctor"
+                f"{self._graph.path} failed in ONNX Runtime ({error})",
+                "a run without errors",
+                "latentrt doctor",
             ) from error
         return dict(zip(self._outputs, results, strict=True))
 

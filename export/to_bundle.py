@@ -1,0 +1,228 @@
+"""Export: a checkpoint becomes a bundle."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import onnx_ir as ir
+
+from engine.bundle import write_manifest
+from engine.errors import ExportError, LatentrtError
+from engine.prompt import Tokenizer
+from engine.spec import Golden, GraphSpec, LatentSpec, ModelSpec, TensorSpec
+from export import passes
+from export.place import place
+from export.source import SCHEDULE, Checkpoint, open_checkpoint
+from export.to_onnx import OPSET, quiet, trace
+from export.weights import share_weights
+from export.wrap import load_network
+
+GRAPHS = {
+    "text_encoder": "text_encoder/model.onnx",
+    "text_encoder_2": "text_encoder_2/model.onnx",
+    "unet": "unet/model.onnx",
+    "vae_decoder": "vae/decoder.onnx",
+    "vae_encoder": "vae/encoder.onnx",
+}
+LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript")
+NOT_EXPORTED = ("safety_checker", "feature_extractor", "image_encoder")
+GRAPH_ROOM = 4 * 2**20  # bytes per network for its graph, when free space is checked
+
+
+class Progress(Protocol):
+    """Told before each part of an export: its name, how many parts are done, how many there are."""
+
+    def __call__(self, part: str, done: int, total: int) -> None: ...
+
+
+Measure = Callable[[Path, ModelSpec], tuple[Golden, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkSummary:
+    """What exporting one network took and gave; bytes are of the graph, the weights it shares, and its sidecar."""
+
+    seconds: float
+    nodes: int
+    graph_bytes: int
+    shared_bytes: int
+    sidecar_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What an export made: one entry per network, and the bytes of all files that the manifest lists."""
+
+    networks: Mapping[str, NetworkSummary]
+    total_bytes: int
+
+    @property
+    def shared_bytes(self) -> int:
+        """Weight bytes that graphs read from the checkpoint's safetensors."""
+        return sum(n.shared_bytes for n in self.networks.values())
+
+    @property
+    def sidecar_bytes(self) -> int:
+        """Weight bytes that had to be written again."""
+        return sum(n.sidecar_bytes for n in self.networks.values())
+
+
+def export_bundle(
+    source: str | Path,
+    target: str | Path,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    progress: Progress = lambda part, done, total: None,
+    overwrite: bool = False,
+    golden: Measure | None = None,
+) -> Summary:
+    """Turn the checkpoint `source` into the bundle `target`.
+
+    Args:
+        source: a diffusers folder or a hub id.
+        target: a folder; `source` itself adds the graphs to the checkpoint (with `overwrite`).
+        revision, variant: as in `open_checkpoint`.
+        progress: called before each part.
+        overwrite: replace a bundle that is there. A folder that is no bundle is never replaced.
+        golden: measures golden runs on the finished bundle; they go into its manifest.
+
+    Raises:
+        ExportError: the checkpoint is none, or cannot be served.
+        UnsafeWeightsError: it has pickled weights only.
+        OutputError: the target exists, or cannot be written, or has no room.
+    """
+    checkpoint = open_checkpoint(source, revision, variant)
+    networks = (*checkpoint.text_encoders, "unet", "vae_decoder", "vae_encoder")
+    parts = ("copy", *networks, "manifest")
+    size = sum(path.stat().st_size for path in checkpoint.files.values()) + GRAPH_ROOM * len(networks)
+    with place(Path(target), checkpoint.root, size, overwrite=overwrite) as root:
+        progress("copy", 0, len(parts))
+        _copy(checkpoint, root)
+        graphs, summaries = {}, {}
+        for done, name in enumerate(networks, start=1):
+            progress(name, done, len(parts))
+            graphs[name], summaries[name] = _export_network(checkpoint, root, name)
+        progress("manifest", len(parts) - 1, len(parts))
+        _write_manifest(root, _model_spec(checkpoint, graphs, variant), golden)
+        total = sum(path.stat().st_size for path in _files(root))
+    return Summary(summaries, total)
+
+
+def _copy(checkpoint: Checkpoint, root: Path) -> None:
+    """Copy real bytes: ONNX Runtime refuses weights behind links, and a hub cache is made of links."""
+    for name, path in checkpoint.files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, root / name)
+    for folder in checkpoint.tokenizers:
+        if not (root / folder / "tokenizer.json").is_file():
+            Tokenizer.open(root / folder).write_json(root / folder / "tokenizer.json")
+    index = {k: [None, None] if k in NOT_EXPORTED else v for k, v in checkpoint.index.items()}
+    if checkpoint.family == "sd":
+        index["requires_safety_checker"] = False
+    (root / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _export_network(checkpoint: Checkpoint, root: Path, name: str) -> tuple[GraphSpec, NetworkSummary]:
+    start, path = time.perf_counter(), root / GRAPHS[name]
+    with _named(name), quiet():
+        network = load_network(root, name, family=checkpoint.family, tokens=_tokens(checkpoint, root))
+        model = trace(network)
+        passes.clean(model)
+        shared = share_weights(model, _weights(checkpoint, root, path.parent), path.with_suffix(".extra.safetensors"))
+        ir.save(model, path)
+    graph = model.graph
+    spec = GraphSpec(GRAPHS[name], OPSET, len(graph), _signature(graph.inputs), _signature(graph.outputs))
+    seconds = time.perf_counter() - start
+    return spec, NetworkSummary(seconds, len(graph), path.stat().st_size, shared.shared, shared.sidecar)
+
+
+@contextmanager
+def _named(network: str) -> Iterator[None]:
+    """Say which network could not be loaded or traced; torch and its libraries raise anything."""
+    try:
+        yield
+    except (LatentrtError, OSError):
+        raise
+    except Exception as error:
+        raise ExportError(
+            f"the {network} cannot be exported ({type(error).__name__}: {error})",
+            "a network that diffusers can load and torch can trace",
+            "check that diffusers can run the checkpoint; latentrt doctor shows the versions",
+        ) from error
+
+
+def _weights(checkpoint: Checkpoint, root: Path, folder: Path) -> list[Path]:
+    paths = (root / name for name in checkpoint.files if name.endswith(".safetensors"))
+    return sorted(path for path in paths if path.parent == folder)
+
+
+def _tokens(checkpoint: Checkpoint, root: Path) -> int:
+    """Length of a text chunk, as the engine will see it."""
+    return len(Tokenizer.open(root / checkpoint.tokenizers[0]).encode("").ids)
+
+
+def _signature(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:
+    return tuple(
+        TensorSpec(
+            str(value.name),
+            value.dtype.numpy().name if value.dtype else "",
+            tuple(size if isinstance(size, int) else str(size) for size in value.shape or ()),
+        )
+        for value in values
+    )
+
+
+def _model_spec(checkpoint: Checkpoint, graphs: Mapping[str, GraphSpec], variant: str | None) -> ModelSpec:
+    return ModelSpec(
+        id=checkpoint.id,
+        revision=checkpoint.revision,
+        license=checkpoint.license,
+        family=checkpoint.family,
+        latents=_latents(checkpoint.configs["vae"], checkpoint.configs["unet"]),
+        tokenizers=checkpoint.tokenizers,
+        text_encoders=checkpoint.text_encoders,
+        schedule=SCHEDULE,
+        graphs=graphs,
+        zero_negative=bool(checkpoint.index.get("force_zeros_for_empty_prompt", checkpoint.family == "sdxl")),
+        made=_made(checkpoint, variant),
+    )
+
+
+def _latents(vae: Mapping[str, Any], unet: Mapping[str, Any]) -> LatentSpec:
+    size = unet.get("sample_size") or 64
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    return LatentSpec(
+        channels=vae.get("latent_channels", 4),
+        factor=2 ** (len(vae.get("block_out_channels", (64,))) - 1),
+        scale=float(vae.get("scaling_factor", 0.18215)),
+        shift=float(vae.get("shift_factor") or 0.0),
+        height=height,
+        width=width,
+    )
+
+
+def _made(checkpoint: Checkpoint, variant: str | None) -> dict[str, Any]:
+    """How the bundle was made, without dates and paths: exporting twice gives the same bytes."""
+    options = {"revision": checkpoint.revision, "variant": variant}
+    command = ["latentrt", "export", checkpoint.id, *(f"--{k}={v}" for k, v in options.items() if v)]
+    return {"command": " ".join(command), "versions": {name: version(name) for name in LIBRARIES}}
+
+
+def _write_manifest(root: Path, spec: ModelSpec, golden: Measure | None) -> None:
+    names = [path.relative_to(root).as_posix() for path in _files(root)]
+    write_manifest(root, spec, names)
+    if golden is not None:
+        write_manifest(root, replace(spec, golden=golden(root, spec)), names)
+
+
+def _files(root: Path) -> list[Path]:
+    return sorted(path for path in root.rglob("*") if path.is_file())

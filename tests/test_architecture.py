@@ -1,0 +1,76 @@
+"""The house rules that imports can show: what the engine may not need, and that no layer looks up."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import engine
+
+ROOT = Path(engine.__file__).parents[1]
+FORBIDDEN = {"torch", "diffusers", "transformers", "onnx", "export"}
+# From the bottom to the top: the way of an image, and what surrounds it. A file imports only from files above it here.
+LAYERS = [
+    *("errors", "spec", "bundle", "prompt", "noise", "settings", "schedule", "spacing", "solvers", "trace", "table"),
+    *("guidance", "backends.base", "backends.ort", "backends.fake", "backends", "models", "denoiser", "image"),
+    *("pipeline", "golden", "bench", "doctor", "terminal", "cli"),
+]
+SOURCES = sorted((ROOT / "engine").rglob("*.py"))
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT / "engine").with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports, anywhere in it, by its full name."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_of)
+def test_engine_needs_no_research_stack(path: Path) -> None:
+    allowed = {"cli": {"export"}}.get(module_of(path), set())  # the command's export verbs, imported when they run
+    roots = {name.partition(".")[0] for name in imports(path)}
+    assert not roots & (FORBIDDEN - allowed)
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if module_of(p)], ids=module_of)
+def test_lower_layers_never_import_higher_ones(path: Path) -> None:
+    own = LAYERS.index(module_of(path))
+    used = {name.removeprefix("engine.") for name in imports(path) if name.startswith("engine.")}
+    higher = {name for name in used if LAYERS.index(name) > own}
+    assert higher == set()
+
+
+def test_export_imports_only_the_engine_below_the_pipeline() -> None:
+    for path in sorted((ROOT / "export").glob("*.py")):
+        if path.stem in ("verify", "cli"):  # parity runs the whole engine
+            continue
+        used = {name for name in imports(path) if name.startswith("engine")}
+        assert used <= {"engine", "engine.errors", "engine.spec", "engine.bundle", "engine.prompt", "engine.schedule"}
+
+
+@pytest.mark.parametrize("statement", ["import engine", "from engine import Engine", "from engine.cli import app"])
+def test_import_brings_no_research_stack(statement: str) -> None:
+    code = f"{statement}; import sys; print(sorted({{'torch', 'diffusers', 'transformers', 'onnx'}} & set(sys.modules)))"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == "[]"
+
+
+def test_every_public_name_is_there() -> None:
+    for name in engine.__all__:
+        assert getattr(engine, name) is not None
+    assert set(engine.__all__) <= set(dir(engine))
+    with pytest.raises(AttributeError, match="nothing"):
+        engine.nothing  # noqa: B018
