@@ -7,9 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from engine.denoiser import Denoiser
 from engine.pipeline import Engine
 
@@ -17,14 +14,14 @@ from engine.pipeline import Engine
 class Stopwatch:
     """Wraps a function and adds up the seconds spent in it."""
 
-    def __init__(self, function: Callable[..., NDArray[np.float32]]) -> None:
+    def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
         self.seconds = 0.0
 
-    def __call__(self, *arguments: Any) -> NDArray[np.float32]:
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
         start = time.perf_counter()
         try:
-            return self.function(*arguments)
+            return self.function(*arguments, **named)
         finally:
             self.seconds += time.perf_counter() - start
 

@@ -40,31 +40,38 @@ Lanes = Annotated[int, typer.Option(help="Most lanes of one UNet call; a picture
 
 def main() -> None:
     """Entry point: errors of ours become a message and exit code 2, an interrupt 130."""
-    warnings.showwarning = _show_warning  # type: ignore[assignment]
-    try:
-        app(standalone_mode=True)
-    except LatentrtError as error:
-        if "--json" in sys.argv:
-            print(json.dumps({"error": {"type": type(error).__name__, **error.parts}}))
-        else:
-            print(f"error: {error.found}\n  needed: {error.needed}\n  to mend it: {error.mend}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    with warnings.catch_warnings(record=False):
+        warnings.simplefilter("always", PromptTruncatedWarning)
+        warnings.showwarning = _show_warning
+        try:
+            app()
+        except LatentrtError as error:
+            if "--json" in sys.argv:
+                print(json.dumps({"error": {"type": type(error).__name__, **error.parts}}))
+            else:
+                print(f"error: {error.found}\n  needed: {error.needed}\n  to mend it: {error.mend}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            sys.exit(130)
 
 
-def _show_warning(message: Any, category: type[Warning], *_: Any) -> None:
-    if issubclass(category, PromptTruncatedWarning):
-        print(f"note: {message}", file=sys.stderr)
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"note: {message}", file=sys.stderr)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
 
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
 ) -> None:
-    if version:
-        print(__version__)
-        raise typer.Exit
+    pass
 
 
 @app.command()
@@ -326,3 +333,7 @@ def _refuse_same(paths: list[Path]) -> None:
             "a name for each",
             "add {seed} or {index} to --output",
         )
+
+
+if __name__ == "__main__":
+    main()

@@ -232,10 +232,11 @@ def _allocate(calls: list[Call]) -> list[int]:
             if kind == "m":
                 last_use[index] = k
     slots: list[int] = []
-    for k in range(len(calls)):
-        busy = {slots[j] for j in range(k) if last_use[j] >= k}
-        free = [slot for slot in range(SLOTS) if slot not in busy]
-        if not free:
+    busy_until = [-1] * SLOTS
+    for k, end in enumerate(last_use):
+        slot = next((slot for slot in range(SLOTS) if busy_until[slot] < k), None)
+        if slot is None:
             raise TraceError(f"row {k} needs more than {SLOTS} memories", f"at most {SLOTS}", "use another solver")
-        slots.append(free[0])
+        busy_until[slot] = end
+        slots.append(slot)
     return slots

@@ -111,25 +111,26 @@ class Recorder:
     def _remember(self, x: Sum, here: Point, p: float, q: float, clip: float) -> Sum:
         if self.calls:
             self.finish(x)
+        k = len(self.calls)
         self.calls.append(Call(here, p, q, clip))
-        return Sum({("m", len(self.calls) - 1): 1.0})
+        x.terms = {("x", k): 1.0}  # the solver's own x, so that its history does not grow with every step
+        return Sum({("m", k): 1.0})
 
     def _reduce(self, x: Sum, last: int) -> Sum:
         """Rewrite x so that ("x", last) is the only latents in it."""
-        for k in range(last):
-            old = x[("x", k)]
+        while (k := min((index for kind, index in x.terms if kind == "x"), default=last)) < last:
+            old, step = x.terms.pop(("x", k)), self.calls[k].leaves
+            kept = step[("x", k)]
             if old == 0:
                 continue
-            step = self.calls[k].leaves
-            kept = step[("x", k)]
             if kept == 0:
                 raise TraceError(
                     f"step {last} needs the latents from before step {k}, which kept nothing of them",
                     "steps that can be inverted",
                     "let the solver remember another quantity",
                 )
-            x = x + (old / kept) * (Sum({("x", k + 1): 1.0}) - step)
-            x.terms[("x", k)] = 0.0
+            others = Sum({key: -value for key, value in step.terms.items() if key != ("x", k)})
+            x = x + (old / kept) * (others + Sum({("x", k + 1): 1.0}))
         largest = max(map(abs, x.terms.values()), default=0.0)
         return Sum({key: value for key, value in x.terms.items() if abs(value) > NEGLIGIBLE * largest})
 

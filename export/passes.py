@@ -55,9 +55,7 @@ def fold_constants(model: ir.Model) -> None:
     def should_fold(node: ir.Node) -> bool | None:
         return False if any(v is not None and is_weight(v) for v in node.inputs) else None
 
-    optimizer.fold_constants(
-        model, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT, should_fold=should_fold
-    )
+    optimizer.fold_constants(model, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT, should_fold=should_fold)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     drop_unused(model)
 

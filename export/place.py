@@ -71,7 +71,9 @@ def _check(target: Path, source: Path, size: int, overwrite: bool) -> None:
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         what = "the checkpoint itself" if target == source else "a bundle"
         if target != source and not (target / MANIFEST).is_file():
-            raise OutputError(f"{target} is there and is no bundle", "a new place, or a bundle", "choose another target")
+            raise OutputError(
+                f"{target} is there and is no bundle", "a new place, or a bundle", "choose another target"
+            )
         if not overwrite:
             raise OutputError(f"{target} is {what}", "leave to replace it", "add --overwrite, or choose another target")
         if target in source.parents:

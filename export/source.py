@@ -95,9 +95,7 @@ def open_checkpoint(source: str | Path, revision: str | None = None, variant: st
         files |= {f"{part}/{f}": path for f, path in _weights(root / part, variant).items()}
         files[f"{part}/config.json"] = root / part / "config.json"
     read_json(root / SCHEDULE)
-    return Checkpoint(
-        root, name, commit, _license(root), family, index, configs, tokenizers, encoders, files
-    )
+    return Checkpoint(root, name, commit, _license(root), family, index, configs, tokenizers, encoders, files)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -128,7 +126,7 @@ def _locate(source: str | Path, revision: str | None, variant: str | None) -> tu
 
 def _single_file(path: Path) -> ExportError | UnsafeWeightsError:
     convert = (
-        "python -c \"from diffusers import StableDiffusionPipeline as P; "
+        'python -c "from diffusers import StableDiffusionPipeline as P; '
         f"P.from_single_file('{path}').save_pretrained('FOLDER')\", then export FOLDER"
     )
     if path.suffix in PICKLES:
@@ -147,9 +145,7 @@ def _download(repository: str, revision: str | None, variant: str | None) -> Pat
 
     def download(ignored: Sequence[str]) -> Path:
         return Path(
-            snapshot_download(
-                repository, revision=revision, allow_patterns=[*HUB_PATTERNS], ignore_patterns=[*ignored]
-            )
+            snapshot_download(repository, revision=revision, allow_patterns=[*HUB_PATTERNS], ignore_patterns=[*ignored])
         )
 
     try:
@@ -169,7 +165,9 @@ def _family(index: Mapping[str, Any]) -> str:
     kind = index.get("_class_name")
     if kind not in FAMILIES:
         raise ExportError(
-            f"model_index.json names the pipeline {kind!r}", f"one of {', '.join(FAMILIES)}", "choose another checkpoint"
+            f"model_index.json names the pipeline {kind!r}",
+            f"one of {', '.join(FAMILIES)}",
+            "choose another checkpoint",
         )
     if index.get("requires_aesthetics_score"):
         raise _unsupported("an SDXL refiner (requires_aesthetics_score)", "an SDXL base model")
@@ -234,9 +232,7 @@ def _weights(folder: Path, variant: str | None) -> dict[str, Path]:
     chosen = variant if variant is not None else next(iter(found)) if len(found) == 1 else ""
     if chosen not in found:
         names = ", ".join(sorted(v or "(plain)" for v in found))
-        raise ExportError(
-            f"{folder} has the weights {names}", f"variant {chosen or '(plain)'}", "pass another variant"
-        )
+        raise ExportError(f"{folder} has the weights {names}", f"variant {chosen or '(plain)'}", "pass another variant")
     path = found[chosen]
     if path.suffix == ".safetensors":
         return {f"{stem}.safetensors": path}

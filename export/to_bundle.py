@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import onnx_ir as ir
 
 from engine.bundle import write_manifest
-from engine.errors import ExportError, LatentrtError
+from engine.errors import BundleError, ExportError, LatentrtError
 from engine.prompt import Tokenizer
 from engine.spec import Golden, GraphSpec, LatentSpec, ModelSpec, TensorSpec
 from export import passes
@@ -124,7 +124,7 @@ def _copy(checkpoint: Checkpoint, root: Path) -> None:
         shutil.copyfile(path, root / name)
     for folder in checkpoint.tokenizers:
         if not (root / folder / "tokenizer.json").is_file():
-            Tokenizer.open(root / folder).write_json(root / folder / "tokenizer.json")
+            _tokenizer(checkpoint, folder).write_json(root / folder / "tokenizer.json")
     index = {k: [None, None] if k in NOT_EXPORTED else v for k, v in checkpoint.index.items()}
     if checkpoint.family == "sd":
         index["requires_safety_checker"] = False
@@ -134,7 +134,7 @@ def _copy(checkpoint: Checkpoint, root: Path) -> None:
 def _export_network(checkpoint: Checkpoint, root: Path, name: str) -> tuple[GraphSpec, NetworkSummary]:
     start, path = time.perf_counter(), root / GRAPHS[name]
     with _named(name), quiet():
-        network = load_network(root, name, family=checkpoint.family, tokens=_tokens(checkpoint, root))
+        network = load_network(root, name, family=checkpoint.family, tokens=_tokens(checkpoint))
         model = trace(network)
         passes.clean(model)
         shared = share_weights(model, _weights(checkpoint, root, path.parent), path.with_suffix(".extra.safetensors"))
@@ -165,9 +165,16 @@ def _weights(checkpoint: Checkpoint, root: Path, folder: Path) -> list[Path]:
     return sorted(path for path in paths if path.parent == folder)
 
 
-def _tokens(checkpoint: Checkpoint, root: Path) -> int:
+def _tokenizer(checkpoint: Checkpoint, folder: str) -> Tokenizer:
+    try:
+        return Tokenizer.open(checkpoint.root / folder)
+    except BundleError as error:
+        raise ExportError(error.found, error.needed, "download the checkpoint again") from error
+
+
+def _tokens(checkpoint: Checkpoint) -> int:
     """Length of a text chunk, as the engine will see it."""
-    return len(Tokenizer.open(root / checkpoint.tokenizers[0]).encode("").ids)
+    return len(_tokenizer(checkpoint, checkpoint.tokenizers[0]).encode("").ids)
 
 
 def _signature(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:

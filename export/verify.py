@@ -153,7 +153,8 @@ def run_table(name: str, schedule: Schedule, steps: int, shape: Sequence[int] = 
 
 def run_scheduler(scheduler: Any, steps: int, shape: Sequence[int] = (1, 4, 8, 8)) -> Iterator[Array]:
     """A diffusers scheduler's latents after every step, with the same outputs and noise."""
-    scheduler.set_timesteps(steps)
+    with quiet():
+        scheduler.set_timesteps(steps)
     outputs, noises = np.random.default_rng(1), torch.Generator().manual_seed(2)
     x = torch.from_numpy(np.random.default_rng(0).standard_normal(shape, np.float32)) * scheduler.init_noise_sigma
     takes_generator = "generator" in scheduler.step.__code__.co_varnames
@@ -177,7 +178,9 @@ def image_checks(
 ) -> Iterator[Check]:
     """Whole runs against the diffusers pipeline: same seeds, a batch of all prompts, latents at every step."""
     with quiet():
-        pipe = PIPELINES[engine.spec.family].from_pretrained(checkpoint, torch_dtype=torch.float32, local_files_only=True)
+        pipe = PIPELINES[engine.spec.family].from_pretrained(
+            checkpoint, torch_dtype=torch.float32, local_files_only=True
+        )
     pipe.set_progress_bar_config(disable=True)
     for solver in solvers:
         pipe.scheduler = diffusers_scheduler(solver, engine.schedule)
@@ -185,9 +188,7 @@ def image_checks(
             settings = {"steps": steps, "solver": solver, "seed": 7, "guidance": guidance, "negative_prompt": negative}
             ours, pictures = run_engine(engine, prompts, settings)
             theirs, expected = run_pipeline(pipe, engine, prompts, settings)
-            error = max(
-                float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(ours, theirs, strict=True)
-            )
+            error = max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(ours, theirs, strict=True))
             what = f"{solver or engine.schedule.scheduler}, guidance {guidance:g}, {len(prompts)} prompts"
             yield Check("image", what, f"latents, worst of {len(theirs)} steps", error, LATENTS_BOUND)
             yield Check("image", what, "PSNR, dB", psnr(pictures, expected), PSNR_BOUND, at_least=True)
@@ -236,5 +237,3 @@ def psnr(ours: Array, theirs: Array) -> float:
     """Peak signal-to-noise ratio of uint8 pictures in dB; infinite where they are equal."""
     error = float(np.mean((ours.astype(np.float64) - theirs.astype(np.float64)) ** 2))
     return 10 * float(np.log10(255**2 / error)) if error else float("inf")
-
-

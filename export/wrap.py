@@ -95,9 +95,7 @@ class UNet(nn.Module):
     ) -> Tensor:
         """One evaluation: sample (batch, channels, height, width) to out of the same shape."""
         added = None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
-        return self.model(
-            sample, timestep, encoder_hidden_states, added_cond_kwargs=added, return_dict=False
-        )[0]
+        return self.model(sample, timestep, encoder_hidden_states, added_cond_kwargs=added, return_dict=False)[0]
 
 
 class VaeDecoder(nn.Module):
@@ -184,8 +182,7 @@ _LOADERS: Mapping[str, Callable[[Path, str, str, int], Network]] = {
 def _examples(sizes: Mapping[str, tuple[tuple[int, ...], Axes]]) -> tuple[Input, ...]:
     generator = torch.Generator().manual_seed(0)
     return tuple(
-        Input(name, torch.rand(TRACE_BATCH, *shape, generator=generator), axes)
-        for name, (shape, axes) in sizes.items()
+        Input(name, torch.rand(TRACE_BATCH, *shape, generator=generator), axes) for name, (shape, axes) in sizes.items()
     )
 
 

@@ -1,0 +1,150 @@
+"""From cpu.json to README.md and its plots: tables, goals reached or not, and what was tried where one was missed."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from benchmarks.measures import Goal, Measure, Result, Spread
+
+NOTES = Path(__file__).with_name("notes.toml")
+HEAD = """# Benchmarks
+
+latentrt beside diffusers: the same model (the embedded one), threads, steps, solver and seeds, in one run, in turn.
+`python -m benchmarks all` (or `make bench`) wrote this page from [cpu.json](cpu.json), which keeps every sample.
+Figures are medians, with the least and the greatest sample in brackets. Ratios are taken round by round.
+"""
+NOT_MEASURED = """## Not measured
+
+- GPU: no figure here was taken on one.
+- Full-size models: the embedded model draws 128 x 128 pixels. Where a call of its UNet takes milliseconds, one of
+  Stable Diffusion 1.5 takes seconds, and whatever surrounds the call counts for less.
+"""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question with what was measured, and the note on what was tried, if there is one."""
+
+    name: str
+    part: Mapping[str, Any]
+    note: str | None
+
+    @cached_property
+    def question(self) -> ModuleType:
+        """The module that asks."""
+        return import_module(f"benchmarks.{self.name}")
+
+    @cached_property
+    def result(self) -> Result:
+        """The samples."""
+        return Result.from_dict(self.part)
+
+    @cached_property
+    def goals(self) -> Sequence[Goal]:
+        """What was to be reached."""
+        goals: Sequence[Goal] = self.question.goals(self.result)
+        return goals
+
+    @property
+    def plot(self) -> str:
+        """Name of the plot's file."""
+        return f"{self.name.replace('_', '-')}.png"
+
+
+def write(folder: Path) -> None:
+    """Read `folder`/cpu.json; write README.md and a plot for each question beside it."""
+    from benchmarks.plots import draw
+
+    notes = tomllib.loads(NOTES.read_text())
+    parts = json.loads((folder / "cpu.json").read_text())
+    answers = [Answer(name, part, notes.get(name)) for name, part in parts.items()]
+    for answer in answers:
+        draw(answer.result, folder / answer.plot)
+    (folder / "README.md").write_text(render(answers))
+
+
+def render(answers: Sequence[Answer]) -> str:
+    """The page as Markdown."""
+    goals = [goal for answer in answers for goal in answer.goals]
+    sections = [_section(answer) for answer in answers]
+    return "\n".join([HEAD, _machine(answers[0].part["machine"]), _goals(goals), *sections, NOT_MEASURED])
+
+
+def _machine(machine: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    return (
+        f"Machine: {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, {machine['system']}; "
+        f"Python {machine['python']}, {versions}.\n"
+    )
+
+
+def _goals(goals: Iterable[Goal]) -> str:
+    rows = [(goal.text, goal.measured, "yes" if goal.reached else "**no**") for goal in goals]
+    return _table(("to reach", "measured", "reached?"), rows)
+
+
+def _section(answer: Answer) -> str:
+    title, config, machine = answer.question.TITLE, answer.part["config"], answer.part["machine"]
+    how = (
+        f"{answer.part['date']}: {config['repeats']} rounds, {config['threads']} threads, {config['steps']} steps of "
+        f"{config['solver']}, guidance {config['guidance']:g}; load average before it {machine['load_before']:.1f}."
+    )
+    facts = [f"- {key.replace('_', ' ')}: {_fact(value)}" for key, value in answer.result.facts.items()]
+    blocks = [
+        f"## {title}",
+        inspect.getdoc(answer.question),
+        how,
+        _measures(answer.result.measures),
+        f"![{title}: latentrt and diffusers]({answer.plot})",
+        "\n".join(facts),
+        _tried(answer),
+    ]
+    return "\n\n".join(block.strip() for block in blocks if block) + "\n"
+
+
+def _tried(answer: Answer) -> str:
+    missed = "; ".join(goal.text for goal in answer.goals if not goal.reached)
+    if missed:
+        return f"Not reached: {missed}.\n\n{answer.note or 'What was tried is not written down yet.'}"
+    return answer.note or ""
+
+
+def _measures(measures: Sequence[Measure]) -> str:
+    first, *others = measures[0].samples
+    head = ("", "unit", first, *(cell for other in others for cell in (other, f"{first} is better by")))
+    rows = []
+    for measure in measures:
+        cells = [measure.name, measure.unit, _spread(measure.spread(first))]
+        for other in others:
+            cells += [_spread(measure.spread(other)), f"{_spread(measure.ratio(other))} times"]
+        rows.append(cells)
+    return _table(head, rows)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _spread(spread: Spread) -> str:
+    return f"{_number(spread.median)} ({_number(spread.low)} to {_number(spread.high)})"
+
+
+def _number(value: float) -> str:
+    """Three significant digits, never in powers of ten."""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _fact(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

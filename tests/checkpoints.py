@@ -1,0 +1,202 @@
+"""Small random diffusers checkpoints, made on the spot: each has the structure of a real family and a fixed seed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from tokenizers.pre_tokenizers import ByteLevel
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+MERGES = ("a n", "o n", "c a", "ca t</w>", "d o", "do g</w>")
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+Options = Mapping[str, Any]
+
+
+def tiny_sd(
+    folder: Path,
+    *,
+    unet: Options = {},
+    vae: Options = {},
+    text: Options = {},
+    scheduler: Options = {},
+    index: Options = {},
+    dtype: torch.dtype = torch.float32,
+    pad: str = END,
+    **save: Any,
+) -> Path:
+    """Like SD 1.5: float32, ε-prediction, PNDM, a tokenizer of vocab.json and merges.txt only.
+
+    Args:
+        folder: where it goes; it is also returned.
+        unet, vae, text, scheduler, index: entries of the configs (and of model_index.json) to change.
+        dtype: of the weights on disk.
+        pad: the tokenizer's padding token.
+        save: to the networks' save_pretrained (variant, max_shard_size).
+    """
+    size = write_tokenizer(folder / "tokenizer", pad)
+    torch.manual_seed(0)
+    networks: dict[str, nn.Module] = {
+        "text_encoder": CLIPTextModel(text_config(size, **text)),
+        "unet": UNet2DConditionModel(**(UNET | unet)),
+        "vae": AutoencoderKL(**(VAE | vae)),
+    }
+    _save(folder, networks, dtype, save)
+    pndm = {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1}
+    _json(folder / "scheduler" / "scheduler_config.json", pndm | BETAS | {"clip_sample": False} | scheduler)
+    parts = {
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "scheduler": ["diffusers", (pndm | scheduler)["_class_name"]],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+        "feature_extractor": ["transformers", "CLIPImageProcessor"],
+    }
+    _json(folder / "model_index.json", {"_class_name": "StableDiffusionPipeline"} | parts | index)
+    return folder
+
+
+def tiny_sd2(folder: Path, **save: Any) -> Path:
+    """Like SD 2: float16 on disk, v-prediction, gelu text encoder, linear projections, head counts per block.
+
+    `save` goes to the networks' save_pretrained (variant, max_shard_size).
+    """
+    return tiny_sd(
+        folder,
+        unet={"use_linear_projection": True, "attention_head_dim": [2, 4]},
+        text={"hidden_act": "gelu"},
+        scheduler={"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"},
+        dtype=torch.float16,
+        pad="!",
+        **save,
+    )
+
+
+def tiny_sdxl(folder: Path) -> Path:
+    """Like SDXL: two text encoders, the second with a projection; sizes and pooled text as added conditions."""
+    size = write_tokenizer(folder / "tokenizer", END)
+    write_tokenizer(folder / "tokenizer_2", "!")
+    torch.manual_seed(0)
+    added = {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + 24,
+        "cross_attention_dim": 32 + 48,
+        "use_linear_projection": True,
+        "transformer_layers_per_block": [1, 2],
+    }
+    second = text_config(size, hidden_size=48, intermediate_size=96, hidden_act="gelu", projection_dim=24)
+    networks: dict[str, nn.Module] = {
+        "text_encoder": CLIPTextModel(text_config(size)),
+        "text_encoder_2": CLIPTextModelWithProjection(second),
+        "unet": UNet2DConditionModel(**(UNET | added)),
+        "vae": AutoencoderKL(**(VAE | {"scaling_factor": 0.13025})),
+    }
+    _save(folder, networks, torch.float32, {})
+    euler = {"_class_name": "EulerDiscreteScheduler", "steps_offset": 1, "timestep_spacing": "leading"}
+    _json(folder / "scheduler" / "scheduler_config.json", euler | BETAS)
+    parts = {
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "force_zeros_for_empty_prompt": True,
+    }
+    _json(folder / "model_index.json", {"_class_name": "StableDiffusionXLPipeline"} | parts)
+    return folder
+
+
+UNET: Options = {
+    "sample_size": 8,
+    "block_out_channels": (16, 32),
+    "layers_per_block": 1,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "cross_attention_dim": 32,
+    "attention_head_dim": 4,
+    "norm_num_groups": 8,
+}
+VAE: Options = {
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "norm_num_groups": 2,
+    "sample_size": 16,
+    "latent_channels": 4,
+    "scaling_factor": 0.18215,
+}
+
+
+def text_config(vocabulary: int, **changes: Any) -> CLIPTextConfig:
+    """A small CLIP text encoder's config for a tokenizer of that many entries."""
+    config = {
+        "vocab_size": vocabulary,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 77,
+        "hidden_act": "quick_gelu",
+        "projection_dim": 32,
+        "bos_token_id": vocabulary - 2,
+        "eos_token_id": vocabulary - 1,
+        "pad_token_id": vocabulary - 1,
+    }
+    return CLIPTextConfig(**(config | changes))
+
+
+def write_tokenizer(folder: Path, pad: str) -> int:
+    """Write vocab.json, merges.txt and tokenizer_config.json as older checkpoints have them; return the entries."""
+    folder.mkdir(parents=True, exist_ok=True)
+    letters = sorted(ByteLevel.alphabet())
+    merged = [merge.replace(" ", "") for merge in MERGES]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), *merged, START, END]
+    _json(folder / "vocab.json", {word: i for i, word in enumerate(words)})
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *MERGES]) + "\n", encoding="utf-8")
+    tokens = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pad}
+    rules = {"model_max_length": 77, "do_lower_case": True, "tokenizer_class": "CLIPTokenizer"}
+    _json(folder / "tokenizer_config.json", tokens | rules)
+    return len(words)
+
+
+def rename_as_of_old(folder: Path) -> None:
+    """Give the weights of an SD checkpoint the names they have on the hub: those of the diffusers of 2022."""
+    attention = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    _rename(folder / "text_encoder" / "model.safetensors", lambda name: f"text_model.{name}")
+
+    def old_attention(name: str) -> str:
+        before, mark, after = name.partition("mid_block.attentions.0.")
+        part, _, kind = after.rpartition(".")
+        return f"{before}{mark}{attention.get(part, part)}.{kind}" if mark else name
+
+    _rename(folder / "vae" / "diffusion_pytorch_model.safetensors", old_attention)
+
+
+def _rename(path: Path, rename: Callable[[str], str]) -> None:
+    save_file({rename(name): tensor for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+
+
+def _save(folder: Path, networks: Mapping[str, nn.Module], dtype: torch.dtype, options: Options) -> None:
+    """Save with every parameter moved a little: norms start as ones and zeros, which would look alike."""
+    for name, network in networks.items():
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        nn.Module.to(network, dtype).save_pretrained(folder / name, safe_serialization=True, **options)
+
+
+def _json(path: Path, data: Options) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(dict(data), indent=2) + "\n", encoding="utf-8")
