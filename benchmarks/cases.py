@@ -109,7 +109,7 @@ class Theirs:
     """diffusers' own pipeline on the same folder, float32, no progress bar, never on the network."""
 
     def __init__(self, config: Config) -> None:
-        os.environ["HF_HUB_OFFLINE"] = "1"
+        os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
         import torch
         import transformers
         from diffusers import StableDiffusionPipeline

@@ -20,7 +20,8 @@ HEAD = """# Benchmarks
 
 latentrt beside diffusers: the same model (the embedded one), threads, steps, solver and seeds, in one run, in turn.
 `python -m benchmarks all` (or `make bench`) wrote this page from [cpu.json](cpu.json), which keeps every sample.
-Figures are medians, with the least and the greatest sample in brackets. Ratios are taken round by round.
+Figures are medians, with the least and the greatest sample in brackets. How many times better
+latentrt is stands in bold, the median of ratios taken round by round.
 """
 NOT_MEASURED = """## Not measured
 
@@ -74,9 +75,8 @@ def write(folder: Path) -> None:
 
 def render(answers: Sequence[Answer]) -> str:
     """The page as Markdown."""
-    goals = [goal for answer in answers for goal in answer.goals]
     sections = [_section(answer) for answer in answers]
-    return "\n".join([HEAD, _machine(answers[0].part["machine"]), _goals(goals), *sections, NOT_MEASURED])
+    return "\n".join([HEAD, _machine(answers[0].part["machine"]), _goals(answers), *sections, NOT_MEASURED])
 
 
 def _machine(machine: Mapping[str, Any]) -> str:
@@ -87,9 +87,13 @@ def _machine(machine: Mapping[str, Any]) -> str:
     )
 
 
-def _goals(goals: Iterable[Goal]) -> str:
-    rows = [(goal.text, goal.measured, "yes" if goal.reached else "**no**") for goal in goals]
-    return _table(("to reach", "measured", "reached?"), rows)
+def _goals(answers: Sequence[Answer]) -> str:
+    rows = [
+        (answer.question.TITLE, goal.text, goal.measured, "yes" if goal.reached else "**no**")
+        for answer in answers
+        for goal in answer.goals
+    ]
+    return _table(("question", "to reach", "measured", "reached?"), rows)
 
 
 def _section(answer: Answer) -> str:
@@ -119,15 +123,13 @@ def _tried(answer: Answer) -> str:
 
 
 def _measures(measures: Sequence[Measure]) -> str:
+    """Bold after another side's figures: how many times better the first side is."""
     first, *others = measures[0].samples
-    head = ("", "unit", first, *(cell for other in others for cell in (other, f"{first} is better by")))
     rows = []
     for measure in measures:
-        cells = [measure.name, measure.unit, _spread(measure.spread(first))]
-        for other in others:
-            cells += [_spread(measure.spread(other)), f"{_spread(measure.ratio(other))} times"]
-        rows.append(cells)
-    return _table(head, rows)
+        cells = [f"{_spread(measure.spread(o))}, **{_number(measure.ratio(o).median)}×**" for o in others]
+        rows.append([measure.name, measure.unit, _spread(measure.spread(first)), *cells])
+    return _table(("", "unit", first, *others), rows)
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

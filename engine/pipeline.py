@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.backends import open_backend
-from engine.backends.base import Backend
+from engine.backends.base import Backend, Network
 from engine.bundle import EMBEDDED, Bundle
 from engine.denoiser import Denoiser, Job
 from engine.errors import RequestError
@@ -44,10 +43,8 @@ class Engine:
         self.backend = backend
         self.schedule = Schedule.from_config(bundle.json(self.spec.schedule))
         encoders = self.spec.text_encoders
-        with ThreadPoolExecutor() as pool:  # loading is mostly outside the interpreter lock
-            futures = {name: pool.submit(self._load, name) for name in ("unet", "vae_decoder", *encoders)}
-            tokenizers = [Tokenizer.open(bundle.path(name)) for name in self.spec.tokenizers]
-            self._networks = {name: future.result() for name, future in futures.items()}
+        tokenizers = [Tokenizer.open(bundle.path(name)) for name in self.spec.tokenizers]
+        self._networks = {name: self._load(name) for name in (*encoders, "unet", "vae_decoder")}
         self.text_encoder = TextEncoder(list(zip(tokenizers, (self._networks[n] for n in encoders), strict=True)))
         self.unet = UNet(self._networks["unet"])
         self.vae = VAE(self._networks["vae_decoder"], self.spec.latents)
@@ -169,7 +166,7 @@ class Engine:
         """Latents (channels, height, width) to a PIL image."""
         return to_pil(to_uint8(self.vae.decode(latents[None])))[0]
 
-    def _load(self, name: str) -> Any:
+    def _load(self, name: str) -> Network:
         graph = self.spec.graphs[name]
         return self.backend.load(self.bundle.path(graph.path), graph)
 

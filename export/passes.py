@@ -40,7 +40,7 @@ def clean(model: ir.Model) -> None:
 def strip_metadata(model: ir.Model) -> None:
     """Drop the tracer's notes (stack traces, module names, paths of the exporting machine).
 
-    They are nine tenths of a traced graph's bytes, differ from machine to machine and tell a reader of a bundle nothing.
+    They are nine tenths of a traced graph's bytes, differ from machine to machine and tell a bundle's reader nothing.
     """
     common.ClearMetadataAndDocStringPass()(model)
     model.metadata_props.clear()
@@ -82,16 +82,15 @@ def static_reshapes(model: ir.Model) -> None:
 
 
 def _make_static(graph: ir.Graph, node: ir.Node, first_of_shape: dict[str, ir.Value]) -> None:
-    source, result = node.inputs[0], node.outputs[0]
-    assert source is not None and source.shape is not None and result.shape is not None
+    result = node.outputs[0]
+    before, after = _shape(node.inputs[0]), _shape(result)
     target = [
-        size if isinstance(size, int) else 0 if i < len(source.shape) and source.shape[i] == size else -1
-        for i, size in enumerate(result.shape)
+        size if isinstance(size, int) else 0 if before[i : i + 1] == (size,) else -1 for i, size in enumerate(after)
     ]
     if target.count(-1) <= 1:
         shape = constant(graph, "to_" + "_".join(map(str, target)), np.array(target, np.int64))
-    elif str(result.shape) in first_of_shape:
-        twin = first_of_shape[str(result.shape)]
+    elif str(after) in first_of_shape:
+        twin = first_of_shape[str(after)]
         (shape,) = _insert(graph, node, "Shape", [twin], f"{result.name}.shape")
     else:
         return
@@ -110,10 +109,10 @@ def flatten_attention(model: ir.Model) -> None:
         if merged is None or any(s is None for s in sources):
             continue
         for i, source in enumerate(sources):
-            value = node.inputs[i]
-            assert value is not None and value.shape is not None
+            heads = _shape(node.inputs[i])[1]
+            assert isinstance(heads, int)
             name = "q_num_heads" if i == 0 else "kv_num_heads"
-            node.attributes[name] = ir.AttrInt64(name, int(value.shape[1]))
+            node.attributes[name] = ir.AttrInt64(name, heads)
             node.replace_input_with(i, source)
         _take_over(node.outputs[0], merged)
     drop_unused(model)
@@ -152,11 +151,10 @@ def decompose_group_norm(model: ir.Model) -> None:
 
 
 def _decompose(graph: ir.Graph, node: ir.Node) -> None:
-    x, scale, bias = node.inputs
+    x, scale, bias = (value for value in node.inputs if value is not None)
     result, groups = node.outputs[0], node.attributes["num_groups"].as_int()
-    assert x is not None and x.shape is not None and scale is not None and bias is not None
     for weight in (scale, bias):
-        _append_axes(weight, len(x.shape) - 2)
+        _append_axes(weight, len(_shape(x)) - 2)
     ones = constant(graph, f"ones_{groups}", np.ones(groups, np.float32))
     zeros = constant(graph, f"zeros_{groups}", np.zeros(groups, np.float32))
     flat = constant(graph, f"to_0_{groups}_-1", np.array([0, groups, -1], np.int64))
@@ -202,6 +200,13 @@ def constant(graph: ir.Graph, name: str, array: NDArray[np.generic]) -> ir.Value
             ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
         )
     return graph.initializers[name]
+
+
+def _shape(value: ir.Value | None) -> tuple[int | ir.SymbolicDim, ...]:
+    """The shape that the tracer knew; it knows every one."""
+    assert value is not None
+    assert value.shape is not None
+    return tuple(value.shape)
 
 
 def _insert(

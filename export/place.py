@@ -1,7 +1,7 @@
 """Put a new bundle in its place whole, or not at all.
 
-The bundle is made beside its place, under another name, and put there by renaming: whoever interrupts an export finds the
-old bundle whole. What a killed export left behind is mended by the next one.
+The bundle is made beside its place, under another name, and put there by renaming: whoever interrupts an export finds
+the old bundle whole. What a killed export left behind is mended by the next one.
 """
 
 from __future__ import annotations

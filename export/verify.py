@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from engine.backends import open_backend
 from engine.bundle import Bundle
 from engine.denoiser import Job
-from engine.golden import measure, worst_error
+from engine.golden import TOLERANCE, measure, worst_error
 from engine.pipeline import Engine
 from engine.schedule import Schedule
 from engine.solvers import SOLVERS
@@ -29,7 +29,6 @@ NETWORK_BOUND = 1e-4  # relative L2 of a graph's outputs
 STEP_BOUND = 1e-5  # relative to the largest latent, at every step
 LATENTS_BOUND = 1e-3  # the same, of the whole pipeline
 PSNR_BOUND = 50.0  # dB, of the final pixels
-GOLDEN_BOUND = 1e-3
 PROMPTS = ("a red apple", "a cat face")
 IMAGE_SOLVERS = (None, "dpmpp-2m", "euler-ancestral", "unipc")
 PIPELINES = {"sd": diffusers.StableDiffusionPipeline, "sdxl": diffusers.StableDiffusionXLPipeline}
@@ -67,7 +66,7 @@ def verify(bundle: str | Path, checkpoint: str | Path, *, steps: int = 20) -> It
     opened = Bundle.open(bundle)
     with Engine.load(bundle) as engine:
         if opened.spec.golden:
-            yield Check("golden", "known runs", "relative error", worst_error(engine), GOLDEN_BOUND)
+            yield Check("golden", "known runs", "relative error", worst_error(engine), TOLERANCE)
         yield from network_checks(engine, Path(checkpoint))
         yield from step_checks(engine.schedule, steps)
         yield from image_checks(engine, Path(checkpoint), steps)

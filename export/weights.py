@@ -1,7 +1,7 @@
 """Let a graph read its weights where they are: in the checkpoint's safetensors.
 
-A safetensors file is an 8-byte length, a JSON header and raw little-endian tensors; ONNX's external data is a file name,
-an offset and a length. So an initializer can point into the safetensors, and weights exist once.
+A safetensors file is an 8-byte length, a JSON header and raw little-endian tensors; ONNX's external data is a file
+name, an offset and a length. So an initializer can point into the safetensors, and weights exist once.
 https://github.com/huggingface/safetensors#format, https://onnx.ai/onnx/repo-docs/ExternalData.html
 """
 
@@ -98,7 +98,7 @@ class Store:
         return None
 
     def _candidates(self, name: str) -> Iterator[Stored]:
-        """The tensor of that name, then those with a longer name (text_model.…), then all: old VAEs have other names."""
+        """The tensor of that name, then longer names (text_model.…), then all: the VAEs of 2022 have other names."""
         if name in self._tensors:
             yield self._tensors[name]
         yield from (s for s in self._tensors.values() if s.name.endswith("." + name))

@@ -18,16 +18,17 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 MERGES = ("a n", "o n", "c a", "ca t</w>", "d o", "do g</w>")
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 Options = Mapping[str, Any]
+AS_IT_IS: Options = {}
 
 
 def tiny_sd(
     folder: Path,
     *,
-    unet: Options = {},
-    vae: Options = {},
-    text: Options = {},
-    scheduler: Options = {},
-    index: Options = {},
+    unet: Options = AS_IT_IS,
+    vae: Options = AS_IT_IS,
+    text: Options = AS_IT_IS,
+    scheduler: Options = AS_IT_IS,
+    index: Options = AS_IT_IS,
     dtype: torch.dtype = torch.float32,
     pad: str = END,
     **save: Any,

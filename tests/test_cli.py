@@ -145,10 +145,10 @@ def test_doctor_finds_what_is_here(run: Run) -> None:
     code, out, _ = run("doctor", "--json")
     findings: dict[str, dict[str, Any]] = {finding["what"]: finding for finding in json.loads(out)}
     assert code == 0
-    assert findings["embedded bundle"]["good"]
+    assert findings["the embedded model"]["good"]
     assert all(finding["good"] or finding["mend"] for finding in findings.values())
     code, out, _ = run("doctor")
-    assert "embedded bundle" in out
+    assert "the embedded model" in out
 
 
 def test_version_and_help() -> None:

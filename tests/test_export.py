@@ -185,7 +185,7 @@ def test_every_weight_is_read_from_the_safetensors(exported: Callable[[str], tup
         inside = [t for t in model.graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL]
         assert max(len(t.raw_data) for t in inside) <= 77 * 77  # the causal mask
         assert {t.data_type for t in pointers} == {onnx.TensorProto.FLOAT16 if half else onnx.TensorProto.FLOAT}
-        assert len(pointers) >= 30
+        assert len(pointers) >= 18  # of a text encoder of two layers, whose last SDXL does not use
         for tensor in pointers:
             location = next(e.value for e in tensor.external_data if e.key == "location")
             assert location.endswith(".safetensors")
