@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: help demo test test-all lint bench pictures clean
 .DEFAULT_GOAL := help
 
 help: ## show this
@@ -27,6 +27,9 @@ lint: $(VENV)/.dev ## ruff and mypy
 
 bench: $(VENV)/.dev ## every benchmark that needs no GPU, side by side with diffusers; refreshes benchmarks/results
 	$(BIN)/python -m benchmarks all
+
+pictures: $(VENV)/.core ## the README's pictures
+	$(BIN)/python docs/pictures.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

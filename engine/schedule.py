@@ -36,7 +36,7 @@ class Point:
 
     @property
     def c_in(self) -> float:
-        """What x is multiplied by before the network reads it (Karras et al. 2022, table 1; 1 if variance-preserving)."""
+        """What x is multiplied by before the network reads it (Karras et al. 2022, table 1)."""
         return 1.0 / math.hypot(self.alpha, self.sigma)
 
     @property

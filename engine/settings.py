@@ -25,18 +25,17 @@ _TRAINING: dict[str, Any] = {
 }
 _STABLE_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
 _THRESHOLDING = {"thresholding": False, "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0}
-_SIGMAS = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
+_RESPACINGS = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
+# The bounds are Euler's and UniPC's own, but diffusers' other classes obey them in a config that has them.
+_SIGMAS = {**_RESPACINGS, "sigma_min": None, "sigma_max": None}
 _FLOW = {"use_flow_sigmas": False, "flow_shift": 1.0, "use_dynamic_shifting": False, "time_shift_type": "exponential"}
 _LEADING = {**_TRAINING, "timestep_spacing": "leading"}
 _LINSPACE = {**_TRAINING, "timestep_spacing": "linspace"}
 _CONSISTENCY = {
     **_LEADING,
     **_STABLE_BETAS,
-    **_THRESHOLDING,
     "beta_schedule": "scaled_linear",
     "original_inference_steps": 50,
-    "clip_sample": False,
-    "clip_sample_range": 1.0,
     "set_alpha_to_one": True,
     "timestep_scaling": 10.0,
     "rescale_betas_zero_snr": False,
@@ -64,8 +63,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         **_LINSPACE,
         **_SIGMAS,
         "interpolation_type": "linear",
-        "sigma_min": None,
-        "sigma_max": None,
         "timestep_type": "discrete",
         "rescale_betas_zero_snr": False,
         "final_sigmas_type": "zero",
@@ -110,17 +107,16 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "solver_p": None,
         "final_sigmas_type": "zero",
         "rescale_betas_zero_snr": False,
-        "sigma_min": None,
-        "sigma_max": None,
         "shift_terminal": None,
     },
-    "LCMScheduler": _CONSISTENCY,
-    "TCDScheduler": _CONSISTENCY,
+    "LCMScheduler": {**_CONSISTENCY, **_THRESHOLDING, "clip_sample": False, "clip_sample_range": 1.0},
+    "TCDScheduler": _CONSISTENCY,  # it has the keys to clip and to threshold too, and does neither
 }
 
 KNOWN_KEYS = frozenset(key for defaults in DEFAULTS.values() for key in defaults)
 
 _FIXED_VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large")
+_NOISE_OR_V = {"prediction_type": ("epsilon", "v_prediction")}
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
     "prediction_type": ("epsilon", "v_prediction", "sample"),
@@ -133,6 +129,10 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 }
 _PER_CLASS: dict[str, dict[str, tuple[Any, ...]]] = {
     "DDPMScheduler": {"variance_type": _FIXED_VARIANCES},
+    "PNDMScheduler": _NOISE_OR_V,
+    "EulerAncestralDiscreteScheduler": _NOISE_OR_V,
+    "KDPM2DiscreteScheduler": _NOISE_OR_V,
+    "KDPM2AncestralDiscreteScheduler": _NOISE_OR_V,
     "DPMSolverMultistepScheduler": {"variance_type": (None,), "solver_type": ("midpoint", "heun")},
     "UniPCMultistepScheduler": {"solver_type": ("bh1", "bh2")},
 }
@@ -212,7 +212,7 @@ def _check(scheduler: str, settings: Mapping[str, Any]) -> None:
                 f"{key} = {needed!r}",
                 f"set {key} to {needed!r}",
             )
-    chosen = [key for key in _SIGMAS if settings.get(key)]
+    chosen = [key for key in _RESPACINGS if settings.get(key)]
     if len(chosen) > 1:
         raise ScheduleError(f"{' and '.join(chosen)} are both set", "one choice of sigmas", "keep one of them")
     count = settings["num_train_timesteps"]

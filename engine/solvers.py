@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -30,7 +30,7 @@ class Model(Protocol):
         """The predicted clean latents (clipped where the schedule clips)."""
 
     def epsilon(self, x: Vector, here: Point) -> Vector:
-        """The predicted noise."""
+        """The predicted noise, (x - alpha * x0) / sigma."""
 
     def output(self, x: Vector, here: Point) -> Vector:
         """What the network itself returned."""
@@ -122,7 +122,7 @@ def tcd(x: Vector, grid: Grid, model: Model, noise: Noise, *, eta: float = 0.3) 
 def euler(x: Vector, grid: Grid, model: Model, noise: Noise) -> Vector:
     """Karras et al. 2022, algorithm 2 without churn and without the correction."""
     for here, there in grid.steps:
-        x = x + (there.sigma - here.sigma) * _slope(x, model.x0(x, here), here)
+        x = x + (there.sigma - here.sigma) * model.epsilon(x, here)  # epsilon is dx/dsigma where alpha is 1
     return x
 
 
@@ -130,7 +130,7 @@ def euler_ancestral(x: Vector, grid: Grid, model: Model, noise: Noise) -> Vector
     """k-diffusion's sample_euler_ancestral: an Euler step past the target, then noise up to it."""
     for here, there in grid.steps:
         up, down = _ancestral(here.sigma, there.sigma)
-        x = x + (down - here.sigma) * _slope(x, model.x0(x, here), here)
+        x = x + (down - here.sigma) * model.epsilon(x, here)
         if up > 0:
             x = x + up * noise()
     return x
@@ -139,25 +139,24 @@ def euler_ancestral(x: Vector, grid: Grid, model: Model, noise: Noise) -> Vector
 def heun(x: Vector, grid: Grid, model: Model, noise: Noise) -> Vector:
     """Karras et al. 2022, algorithm 1."""
     for here, there in grid.steps:
-        slope, distance = _slope(x, model.x0(x, here), here), there.sigma - here.sigma
+        slope, distance = model.epsilon(x, here), there.sigma - here.sigma
         guess = x + distance * slope
         if there.sigma > 0:
-            slope = (slope + _slope(guess, model.x0(guess, there), there)) / 2
-            guess = x + distance * slope
+            guess = x + distance * (slope + model.epsilon(guess, there)) / 2
         x = guess
     return x
 
 
 def dpm2(x: Vector, grid: Grid, model: Model, noise: Noise, *, ancestral: bool = False) -> Vector:
-    """k-diffusion's sample_dpm_2 and its ancestral form: the slope is taken at the geometric mean of the sigmas."""
+    """k-diffusion's sample_dpm_2 and its ancestral form: epsilon is taken at the geometric mean of both sigmas."""
     for here, there in grid.steps:
         up, down = _ancestral(here.sigma, there.sigma) if ancestral else (0.0, there.sigma)
-        slope = _slope(x, model.x0(x, here), here)
+        epsilon = model.epsilon(x, here)
         if down == 0:
-            return x + (down - here.sigma) * slope
+            return x + (down - here.sigma) * epsilon
         middle = grid.levels.exploding(math.sqrt(here.sigma * down))
-        guess = x + (middle.sigma - here.sigma) * slope
-        x = x + (down - here.sigma) * _slope(guess, model.x0(guess, middle), middle)
+        guess = x + (middle.sigma - here.sigma) * epsilon
+        x = x + (down - here.sigma) * model.epsilon(guess, middle)
         if up > 0:
             x = x + up * noise()
     return x
@@ -165,11 +164,10 @@ def dpm2(x: Vector, grid: Grid, model: Model, noise: Noise, *, ancestral: bool =
 
 def lms(x: Vector, grid: Grid, model: Model, noise: Noise, *, order: int = 4) -> Vector:
     """Adams-Bashforth in sigma (k-diffusion's sample_lms): the polynomial through past slopes, integrated exactly."""
-    sigmas = [point.sigma for point in grid.points]
     slopes: list[Vector] = []
     for index, (here, there) in enumerate(grid.steps):
         slopes = [model.epsilon(x, here), *slopes[: order - 1]]
-        known = [sigmas[index - k] for k in range(len(slopes))]
+        known = [grid.points[index - k].sigma for k in range(len(slopes))]
         weights = _lagrange_integrals(known, here.sigma, there.sigma)
         x = x + sum(weight * slope for weight, slope in zip(weights, slopes, strict=True))
     return x
@@ -202,11 +200,6 @@ def dpmpp_2s_ancestral(x: Vector, grid: Grid, model: Model, noise: Noise, *, eta
     return x
 
 
-def _slope(x: Vector, x0: Vector, here: Point) -> Vector:
-    """dx/dsigma (Karras et al. 2022, equation 3)."""
-    return (x - x0) / here.sigma
-
-
 def _ancestral(here: float, there: float, eta: float = 1.0) -> tuple[float, float]:
     """How much noise to add, and the sigma to step down to before (k-diffusion's get_ancestral_step)."""
     up = min(there, eta * math.sqrt(max(there**2 * (here**2 - there**2) / here**2, 0.0)))
@@ -216,8 +209,8 @@ def _ancestral(here: float, there: float, eta: float = 1.0) -> tuple[float, floa
 def dpmpp_multistep(x: Vector, grid: Grid, model: Model, noise: Noise, *, kdiffusion: bool = False) -> Vector:
     """Lu et al. 2022 (DPM-Solver++), algorithm 2 and appendix: 2M, 3M and their SDE forms.
 
-    `kdiffusion` gives third-order SDE steps the sign that k-diffusion's sample_dpmpp_3m_sde (and the expansion of the
-    exponential) has; diffusers 0.42 has the opposite one, and parity with it is the default.
+    In third-order SDE steps, k-diffusion's sample_dpmpp_3m_sde subtracts a half within phi_3, as the expansion of the
+    exponential wants (`kdiffusion`). diffusers 0.42 adds it; parity with diffusers is the default.
     """
     settings, count = grid.settings, len(grid.points)
     stochastic = settings["algorithm_type"] == "sde-dpmsolver++"
@@ -248,10 +241,12 @@ def _final_order(settings: Any, index: int, count: int) -> int:
 
 def _dpmpp_correction(x0s: list[Vector], h: float, y: float, hs: list[float], kind: str, sign: float) -> Vector:
     """The second- and third-order terms, from divided differences of past x0 (y is h, or 2h for the SDE)."""
-    phi_2 = math.expm1(-y) / y + 1
     first = (h / hs[0]) * (x0s[0] - x0s[1])
+    if len(hs) == 1 and kind == "midpoint":
+        return -0.5 * math.expm1(-y) * first
+    phi_2 = math.expm1(-y) / y + 1
     if len(hs) == 1:
-        return (-0.5 * math.expm1(-y) if kind == "midpoint" else phi_2) * first
+        return phi_2 * first
     r0, r1 = hs[0] / h, hs[1] / h
     second = (first - (x0s[1] - x0s[2]) / r1) / (r0 + r1)
     phi_3 = (math.expm1(-y) + y) / y**2 - sign * 0.5
@@ -259,49 +254,55 @@ def _dpmpp_correction(x0s: list[Vector], h: float, y: float, hs: list[float], ki
 
 
 def unipc(x: Vector, grid: Grid, model: Model, noise: Noise) -> Vector:
-    """Zhao et al. 2023, algorithm 5 (UniPC, data prediction, B(h) of either kind): correct, then predict."""
-    settings, count = grid.settings, len(grid.points)
+    """Zhao et al. 2023, algorithm 5 (UniPC, data prediction): correct, then predict.
+
+    Corrector and predictor differ only in the sum of divided differences, so to correct is to exchange that sum for one
+    that knows x0 at the place predicted too.
+    """
+    settings, count, kind = grid.settings, len(grid.points), grid.settings["solver_type"]
     x0s: list[Vector] = []
     known: list[Point] = []
+    order, guessed = 0, 0  # of the step before
     for index, (here, there) in enumerate(grid.steps):
         x0 = model.x0(x, here)
         if index > 0 and index - 1 not in settings["disable_corrector"]:
-            x = _unipc_step(corrected, x0s, known, here, order, settings["solver_type"], new=x0)
-        x0s, known, corrected = [x0, *x0s[:2]], [here, *known[:2]], x
+            x = x - guessed + _unipc_differences(x0s, known, here, order, kind, x0)
+        x0s, known = [x0, *x0s[:2]], [here, *known[:2]]
         left = count - index if settings["lower_order_final"] else count
         order = min(settings["solver_order"], left, index + 1)
-        x = _unipc_step(x, x0s, known, there, order, settings["solver_type"])
+        guessed = _unipc_differences(x0s, known, there, order, kind)
+        x = there.sigma / here.sigma * x - there.alpha * math.expm1(here.lam - there.lam) * x0 + guessed
     return x
 
 
-def _unipc_step(
-    x: Vector, x0s: list[Vector], known: list[Point], there: Point, order: int, kind: str, new: Vector = None
+def _unipc_differences(
+    x0s: list[Vector], known: list[Point], there: Point, order: int, kind: str, new: Vector = None
 ) -> Vector:
-    """UniP from known[0] to there or, given x0 predicted there (`new`), UniC (equations 3 and 8)."""
+    """The sum in UniP (equation 3) from known[0] to there or, given x0 there (`new`), in UniC (equation 8)."""
     here = known[0]
     h = there.lam - here.lam
-    ratios = [(point.lam - here.lam) / h for point in known[1:order]]
-    slopes = [(x0 - x0s[0]) / ratio for x0, ratio in zip(x0s[1:order], ratios, strict=True)]
+    gaps = [point.lam - here.lam for point in known[1:order]]
+    slopes = [h / gap * (x0 - x0s[0]) for x0, gap in zip(x0s[1:order], gaps, strict=True)]
     if new is not None:
-        ratios, slopes = [*ratios, 1.0], [*slopes, new - x0s[0]]
-    x = there.sigma / here.sigma * x - there.alpha * math.expm1(-h) * x0s[0]
-    if slopes:
-        scale, weights = _unipc_weights(ratios, h, kind)
-        x = x - there.alpha * scale * sum(float(w) * slope for w, slope in zip(weights, slopes, strict=True))
-    return x
+        gaps, slopes = [*gaps, h], [*slopes, new - x0s[0]]
+    if not slopes:
+        return 0
+    scale, weights = _unipc_weights(gaps, h, kind)
+    return -there.alpha * scale * sum(weight * slope for weight, slope in zip(weights, slopes, strict=True))
 
 
-def _unipc_weights(ratios: list[float], h: float, kind: str) -> tuple[float, Any]:
+def _unipc_weights(gaps: list[float], h: float, kind: str) -> tuple[float, list[float]]:
     """B(h) and the weights that cancel the error's leading terms; one slope alone always weighs a half."""
     scale = -h if kind == "bh1" else math.expm1(-h)
-    if len(ratios) == 1:
+    if len(gaps) == 1:
         return scale, [0.5]
     targets, factorial, phi = [], 1, math.expm1(-h) / -h - 1
-    for power in range(1, len(ratios) + 1):
+    for power in range(1, len(gaps) + 1):
         targets.append(phi * factorial / scale)
         factorial *= power + 1
         phi = phi / -h - 1 / factorial
-    return scale, np.linalg.solve(np.vander(ratios, increasing=True).T, targets)
+    matrix = np.vander([gap / h for gap in gaps], increasing=True).T
+    return scale, np.linalg.solve(matrix, targets).tolist()
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,9 +320,14 @@ class Solver:
 
 
 def _dpmpp(order: int, algorithm: str, **fixed: Any) -> Solver:
-    settings = {"algorithm_type": algorithm, "solver_order": order}
-    return Solver(partial(dpmpp_multistep, **fixed), "DPMSolverMultistepScheduler", lambda_grid, settings)
+    settings = {"algorithm_type": algorithm, "solver_order": order, **fixed}
+    return Solver(dpmpp_multistep, "DPMSolverMultistepScheduler", lambda_grid, settings)
 
+
+_KDIFFUSION = {"solver_type": "heun", "lower_order_final": False}
+_KDPM2A = "KDPM2AncestralDiscreteScheduler"
+_dpm2_grid = partial(sigma_grid, whole_karras_timesteps=True)
+_unipc_grid = partial(lambda_grid, unipc=True)
 
 SOLVERS: dict[str, Solver] = {
     "ddim": Solver(ddim, "DDIMScheduler", strided_grid, arguments={"eta": 0.0}),
@@ -332,18 +338,18 @@ SOLVERS: dict[str, Solver] = {
     "euler": Solver(euler, "EulerDiscreteScheduler", sigma_grid),
     "euler-ancestral": Solver(euler_ancestral, "EulerAncestralDiscreteScheduler", sigma_grid),
     "heun": Solver(heun, "HeunDiscreteScheduler", sigma_grid),
-    "dpm2": Solver(dpm2, "KDPM2DiscreteScheduler", sigma_grid),
-    "dpm2-ancestral": Solver(partial(dpm2, ancestral=True), "KDPM2AncestralDiscreteScheduler", sigma_grid),
+    "dpm2": Solver(dpm2, "KDPM2DiscreteScheduler", _dpm2_grid),
+    "dpm2-ancestral": Solver(partial(dpm2, ancestral=True), _KDPM2A, _dpm2_grid),
     "lms": Solver(lms, "LMSDiscreteScheduler", sigma_grid, arguments={"order": 4}),
     "dpmpp-2m": _dpmpp(2, "dpmsolver++"),
     "dpmpp-3m": _dpmpp(3, "dpmsolver++"),
     "dpmpp-2m-sde": _dpmpp(2, "sde-dpmsolver++"),
     "dpmpp-3m-sde": _dpmpp(3, "sde-dpmsolver++"),
-    "dpmpp-3m-sde-kdiffusion": _dpmpp(3, "sde-dpmsolver++", kdiffusion=True),
-    "dpmpp-2s-ancestral": Solver(
-        dpmpp_2s_ancestral, "KDPM2AncestralDiscreteScheduler", sigma_grid, arguments={"eta": 1.0}
+    "dpmpp-3m-sde-kdiffusion": replace(
+        _dpmpp(3, "sde-dpmsolver++", **_KDIFFUSION), function=partial(dpmpp_multistep, kdiffusion=True)
     ),
-    "unipc": Solver(unipc, "UniPCMultistepScheduler", lambda_grid, {"solver_order": 2}),
-    "unipc-3": Solver(unipc, "UniPCMultistepScheduler", lambda_grid, {"solver_order": 3}),
+    "dpmpp-2s-ancestral": Solver(dpmpp_2s_ancestral, _KDPM2A, sigma_grid, arguments={"eta": 1.0}),
+    "unipc": Solver(unipc, "UniPCMultistepScheduler", _unipc_grid, {"solver_order": 2}),
+    "unipc-3": Solver(unipc, "UniPCMultistepScheduler", _unipc_grid, {"solver_order": 3}),
 }
 ALIASES = {"plms": "pndm", "euler-a": "euler-ancestral", "dpm2-a": "dpm2-ancestral", "dpmpp-2s-a": "dpmpp-2s-ancestral"}

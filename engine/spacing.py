@@ -20,10 +20,15 @@ from engine.schedule import TINY_ALPHA_CUMPROD, Float64, Point, Schedule
 
 @dataclass(frozen=True, slots=True)
 class Levels:
-    """The training levels, and how any of them, or any sigma between them, becomes a point."""
+    """The training levels, and how any of them, or any sigma between them, becomes a point.
+
+    `log_sigmas` are float32's logarithms, held in float64, as diffusers looks timesteps up in: where timesteps are cut
+    to whole numbers, their rounding decides whether the network is told 999 or 998 at the first step.
+    """
 
     alphas_cumprod: Float64
     sigmas: Float64
+    log_sigmas: Float64
 
     @classmethod
     def of(cls, schedule: Schedule, settings: Mapping[str, Any], *, avoid_zero: bool) -> Levels:
@@ -33,7 +38,7 @@ class Levels:
             alphas_cumprod = np.append(alphas_cumprod[:-1], TINY_ALPHA_CUMPROD)
         with np.errstate(divide="ignore"):
             sigmas = np.sqrt((1 - alphas_cumprod) / alphas_cumprod)
-        return cls(alphas_cumprod, sigmas)
+            return cls(alphas_cumprod, sigmas, np.log(sigmas.astype(np.float32)).astype(np.float64))
 
     def at(self, timestep: float) -> Point:
         """The variance-preserving point of a whole training timestep."""
@@ -47,13 +52,13 @@ class Levels:
         alpha_cumprod = float(self.alphas_cumprod[index])
         return Point(float(index), math.sqrt(alpha_cumprod), math.sqrt(1 - alpha_cumprod))
 
-    def timestep(self, sigma: float) -> float:
-        """The fractional timestep of a sigma, linear in log sigma (Karras et al. 2022, k-diffusion's sigma_to_t)."""
-        return float(np.interp(math.log(max(sigma, 1e-10)), np.log(self.sigmas), np.arange(len(self.sigmas))))
+    def timesteps(self, sigmas: Float64) -> Float64:
+        """The fractional timesteps of sigmas, linear in log sigma (Karras et al. 2022, k-diffusion's sigma_to_t)."""
+        return np.interp(np.log(np.maximum(sigmas, 1e-10)), self.log_sigmas, np.arange(len(self.sigmas)))
 
     def exploding(self, sigma: float, timestep: float | None = None) -> Point:
         """The point with alpha = 1 of any sigma."""
-        return Point(self.timestep(sigma) if timestep is None else timestep, 1.0, sigma)
+        return Point(float(self.timesteps(np.array(sigma))) if timestep is None else timestep, 1.0, sigma)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,49 +118,71 @@ def consistency_grid(schedule: Schedule, settings: Mapping[str, Any], steps: int
     return Grid(points, (*points[1:], levels.at(0)), 1.0, levels, settings)
 
 
-def sigma_grid(schedule: Schedule, settings: Mapping[str, Any], steps: int) -> Grid:
-    """k-diffusion's solvers: x = x0 + sigma * epsilon."""
+def sigma_grid(
+    schedule: Schedule, settings: Mapping[str, Any], steps: int, *, whole_karras_timesteps: bool = False
+) -> Grid:
+    """k-diffusion's solvers: x = x0 + sigma * epsilon. Diffusers' DPM2 rounds the timesteps of Karras' sigmas."""
     levels = Levels.of(schedule, settings, avoid_zero=True)
-    timesteps = _timesteps(settings, steps)
+    timesteps = _float32(_timesteps(settings, steps))
+    last = _final_sigma(settings, levels)
     if settings.get("interpolation_type") == "log_linear":
-        ladder = np.exp(np.linspace(math.log(levels.sigmas[-1]), math.log(levels.sigmas[0]), steps + 1))
-        last = ladder[-1]  # the ladder has its own last rung, which stands in for the final sigma
+        sigmas = np.exp(np.linspace(math.log(levels.sigmas[-1]), math.log(levels.sigmas[0]), steps + 1))
     else:
-        ladder = np.interp(timesteps, np.arange(len(levels.sigmas)), levels.sigmas)
-        last = _final_sigma(settings, levels)
-    sigmas = ladder[:steps]
-    chosen = _respaced(settings, ladder[0], ladder[-1], steps)
+        sigmas = np.interp(timesteps, np.arange(len(levels.sigmas)), levels.sigmas)
+    chosen = _respaced(settings, sigmas[0], sigmas[-1], steps)
     if chosen is not None:
-        sigmas, timesteps = chosen, np.array([levels.timestep(sigma) for sigma in chosen])
-        last = _final_sigma(settings, levels)
+        sigmas, timesteps = chosen, levels.timesteps(chosen)
+        if whole_karras_timesteps and settings["use_karras_sigmas"]:
+            timesteps = np.round(timesteps)
+    elif len(sigmas) > steps:  # the log-linear ladder has its own last rung, which stands in for the final sigma
+        sigmas, last = sigmas[:-1], float(sigmas[-1])
+    sigmas = _float32(np.append(sigmas, last))
     if settings.get("timestep_type") == "continuous" and settings["prediction_type"] == "v_prediction":
-        timesteps = 0.25 * np.log(sigmas)
-    points = tuple(levels.exploding(float(s), float(t)) for s, t in zip(sigmas, timesteps, strict=True))
+        timesteps = 0.25 * np.log(sigmas[:-1])
+    points = [levels.exploding(s, t) for s, t in zip(sigmas.tolist(), [*timesteps.tolist(), 0.0], strict=True)]
     largest = float(max(sigmas))
     start = math.hypot(largest, 1.0) if settings["timestep_spacing"] == "leading" else largest
-    return Grid(points, (*points[1:], levels.exploding(float(last), 0.0)), start, levels, settings)
+    return Grid(tuple(points[:-1]), tuple(points[1:]), start, levels, settings)
 
 
-def lambda_grid(schedule: Schedule, settings: Mapping[str, Any], steps: int) -> Grid:
+def lambda_grid(schedule: Schedule, settings: Mapping[str, Any], steps: int, *, unipc: bool = False) -> Grid:
     """DPM-Solver and UniPC: x = alpha * x0 + sigma * epsilon with alpha² + sigma² = 1, whole timesteps."""
     levels = Levels.of(schedule, settings, avoid_zero=True)
-    usable = _unclipped(levels, settings.get("lambda_min_clipped", -math.inf))
-    timesteps = np.round(_timesteps(settings, steps, last=usable, open_end=True))
-    sigmas = np.interp(timesteps, np.arange(len(levels.sigmas)), levels.sigmas)
     last = _final_sigma(settings, levels)
-    chosen = _respaced(settings, levels.sigmas[-1], levels.sigmas[0], steps)
-    if chosen is not None:
-        sigmas, timesteps = chosen, np.array([levels.timestep(sigma) for sigma in chosen])
-        if settings["use_karras_sigmas"] or settings.get("use_lu_lambdas"):
-            cosine = settings["beta_schedule"] == "squaredcos_cap_v2" and "use_lu_lambdas" in settings
-            timesteps = timesteps if cosine else np.round(timesteps)
-        timesteps = np.trunc(timesteps)
-    points = tuple(_preserving(float(s), float(t)) for s, t in zip(sigmas, timesteps, strict=True))
-    return Grid(points, (*points[1:], _preserving(float(last), 0.0)), 1.0, levels, settings)
+    sigmas = _respaced(settings, levels.sigmas[-1], levels.sigmas[0], steps)
+    if sigmas is None and settings.get("use_lu_lambdas"):  # Lu et al. 2022: even in lambda
+        sigmas = np.exp(np.linspace(levels.log_sigmas[-1], levels.log_sigmas[0], steps))
+    if sigmas is None:
+        usable = _unclipped(levels, settings.get("lambda_min_clipped", -math.inf))
+        timesteps = np.round(_timesteps(settings, steps, last=usable, open_end=True))
+        sigmas = np.interp(timesteps, np.arange(len(levels.sigmas)), levels.sigmas)
+    else:
+        timesteps = _whole_timesteps(settings, levels, sigmas, cut_cosine=not unipc)
+        last = float(sigmas[-1]) if unipc and last > 0 else last
+    sigmas = _float32(np.append(sigmas, last))
+    points = [_preserving(s, t) for s, t in zip(sigmas.tolist(), [*timesteps.tolist(), 0.0], strict=True)]
+    return Grid(tuple(points[:-1]), tuple(points[1:]), 1.0, levels, settings)
+
+
+def _whole_timesteps(settings: Mapping[str, Any], levels: Levels, sigmas: Float64, *, cut_cosine: bool) -> Float64:
+    """What the network is told at respaced sigmas: diffusers rounds for Karras and Lu, and cuts for the others.
+
+    DPM-Solver's class (`cut_cosine`) also cuts wherever the betas are cosine.
+    """
+    timesteps = levels.timesteps(sigmas)
+    rounds = settings["use_karras_sigmas"] or settings.get("use_lu_lambdas")
+    if rounds and not (cut_cosine and settings["beta_schedule"] == "squaredcos_cap_v2"):
+        return np.round(timesteps)
+    return np.trunc(timesteps)
 
 
 def _final_sigma(settings: Mapping[str, Any], levels: Levels) -> float:
     return float(levels.sigmas[0]) if settings.get("final_sigmas_type") == "sigma_min" else 0.0
+
+
+def _float32(values: Float64) -> Float64:
+    """Values as float32 rounds them: diffusers keeps its grids so, and the grid is part of the definition of a run."""
+    return values.astype(np.float32).astype(np.float64)
 
 
 def _preserving(sigma: float, timestep: float) -> Point:
@@ -178,7 +205,8 @@ def _timesteps(settings: Mapping[str, Any], steps: int, *, last: int | None = No
         return np.linspace(0, last - 1, count)[::-1][:steps]
     if settings["timestep_spacing"] == "leading":
         return (np.arange(count) * (last // count))[::-1][:steps] + float(offset)
-    return np.round(np.arange(last, 0, -train / steps)) - 1
+    rounded = np.round(last - np.arange(steps) * (train / steps))
+    return rounded[rounded > 0] - 1
 
 
 def _unclipped(levels: Levels, lambda_min: float) -> int:
@@ -188,14 +216,14 @@ def _unclipped(levels: Levels, lambda_min: float) -> int:
 
 
 def _respaced(settings: Mapping[str, Any], sigma_max: float, sigma_min: float, steps: int) -> Float64 | None:
-    """Karras', exponential, beta or Lu's sigmas from sigma_max down to sigma_min, or None for the timesteps' own."""
+    """Karras', exponential or beta sigmas from sigma_max down to sigma_min, or None for the timesteps' own."""
     low = settings.get("sigma_min") or float(sigma_min)
     high = settings.get("sigma_max") or float(sigma_max)
     ramp = np.linspace(0, 1, steps)
     if settings.get("use_karras_sigmas"):  # Karras et al. 2022, equation 5
         rho = 7.0
         return np.asarray((high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho)
-    if settings.get("use_exponential_sigmas") or settings.get("use_lu_lambdas"):  # Lu et al. 2022: even in lambda
+    if settings.get("use_exponential_sigmas"):
         return np.exp(np.linspace(math.log(high), math.log(low), steps))
     if settings.get("use_beta_sigmas"):  # Lee et al. 2024
         return low + _beta_quantile(1 - ramp) * (high - low)

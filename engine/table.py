@@ -19,13 +19,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.errors import RequestError, ScheduleError, TraceError, UnknownSolverError
+from engine.errors import LatentrtError, RequestError, ScheduleError, TraceError, UnknownSolverError
 from engine.schedule import Schedule
 from engine.solvers import ALIASES, SOLVERS, Solver
+from engine.spacing import Grid
 from engine.trace import Call, trace, x0_from
 
 Float32 = NDArray[np.float32]
 SLOTS = 4
+MEND = "use another solver"
 COLUMNS = (
     *("timestep", "c_in", "p", "q", "clip", "slot", "a", "o"),
     *(f"b{k}" for k in range(SLOTS)),
@@ -75,14 +77,18 @@ class Table:
     @cached_property
     def rows(self) -> tuple[Row, ...]:
         """The rows by name, in the order of the run."""
-        return tuple(
-            Row(*r[:5], int(r[5]), r[6], r[7], tuple(r[8 : 8 + SLOTS]), *r[8 + SLOTS :]) for r in self.array.tolist()
-        )
+        return tuple(_row(*values) for values in self.array.tolist())
 
     @property
     def timesteps(self) -> NDArray[np.float64]:
         """What the network is told at each row, shape (rows,)."""
         return self.array[:, 0]
+
+
+def _row(
+    timestep: float, c_in: float, p: float, q: float, clip: float, slot: float, a: float, o: float, *rest: float
+) -> Row:
+    return Row(timestep, c_in, p, q, clip, int(slot), a, o, rest[:SLOTS], *rest[SLOTS:])
 
 
 def tabulate(solver: str | None, schedule: Schedule, steps: int, **options: Any) -> Table:
@@ -115,21 +121,24 @@ def tabulate(solver: str | None, schedule: Schedule, steps: int, **options: Any)
     settings = schedule.settings(chosen.scheduler, **{**chosen.settings, **wanted})
     try:
         grid = chosen.grid(schedule, settings, steps)
-        clip = float(settings["clip_sample_range"]) if settings.get("clip_sample") else 0.0
-        calls = trace(chosen, grid, clip, arguments)
-        array = np.array(_rows(calls, grid.settings["prediction_type"]))
-        finite = bool(np.isfinite(array).all())
-    except (ZeroDivisionError, OverflowError, ValueError, np.linalg.LinAlgError) as error:
-        if isinstance(error, (ScheduleError, RequestError)):
-            raise
-        finite, array = False, np.empty(0)
-    if not finite:
+        array = _array(chosen, grid, arguments)
+    except LatentrtError:
+        raise
+    except (ArithmeticError, ValueError) as error:
         raise ScheduleError(
-            f"{name} at {steps} steps has coefficients that are not finite (two levels coincide, or one holds no signal)",
+            f"{name} at {steps} steps has no finite coefficients: two levels coincide, or one holds no signal",
             "distinct levels, and v_prediction or sample prediction where the signal is zero",
             "take fewer steps, or another timestep_spacing, final_sigmas_type or sigmas",
-        )
+        ) from error
     return Table(name, steps, grid.start, array)
+
+
+def _array(solver: Solver, grid: Grid, arguments: Mapping[str, Any]) -> NDArray[np.float64]:
+    clip = float(grid.settings["clip_sample_range"]) if grid.settings.get("clip_sample") else 0.0
+    array = np.array(_rows(trace(solver, grid, clip, arguments), grid.settings["prediction_type"]))
+    if not np.isfinite(array).all():
+        raise OverflowError("a coefficient is not finite")
+    return array
 
 
 def advance(row: Row, x: Float32, out: Float32, memory: Float32, noise: Float32 | None = None) -> Float32:
@@ -197,31 +206,42 @@ def _check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
     eta, order = arguments.get("eta", 0.0), arguments.get("order", 1)
     if isinstance(eta, bool) or not isinstance(eta, (int, float)) or not 0 <= eta <= 1:
         raise ScheduleError(f"{name} has eta = {eta!r}", "a number from 0 to 1", "pass another eta")
-    if order not in range(1, SLOTS + 1):
+    if isinstance(order, bool) or not isinstance(order, int) or not 1 <= order <= SLOTS:
         raise ScheduleError(f"{name} has order = {order!r}", f"a whole number from 1 to {SLOTS}", "pass another order")
 
 
 def _rows(calls: list[Call], prediction: str) -> list[list[float]]:
     slots = _allocate(calls)
+    noises: set[int] = set()
     rows = []
     for k, call in enumerate(calls):
-        weights, noises = [0.0] * SLOTS, []
+        a, o = _own(call, k)
+        weights, c = [0.0] * SLOTS, 0.0
         for (kind, index), value in call.leaves.terms.items():
-            if kind == "m":
+            if kind == "m" and (index < k or call.clip):
                 weights[slots[index]] = value
             elif kind == "noise":
-                noises.append((index, value))
+                if c or index in noises:
+                    raise TraceError(f"row {k} needs two noises or an earlier one", "one new noise a row", MEND)
+                noises.add(index)
+                c = value
             elif index != k:
                 raise TraceError(f"row {k} uses {kind} of row {index}", "this row's own", "let the solver remember it")
-        if len(noises) > 1 or any(("noise", index) in c.leaves.terms for index, _ in noises for c in calls[:k]):
-            raise TraceError(
-                f"row {k} needs {len(noises)} noises or an earlier one", "one new noise a row", "use another solver"
-            )
-        a, o, c = call.leaves[("x", k)], call.leaves[("out", k)], noises[0][1] if noises else 0.0
         here = call.here
         remembers = [call.p, call.q, call.clip, float(slots[k])]
         rows.append([here.timestep, here.c_in, *remembers, a, o, *weights, c, *x0_from(prediction, here)])
     return rows
+
+
+def _own(call: Call, k: int) -> tuple[float, float]:
+    """The weights of this row's x and out. What it remembers is made of both, so unless it is clipped it is put in
+    here, where large terms that cancel do so in float64.
+    """
+    a, o = call.leaves[("x", k)], call.leaves[("out", k)]
+    if call.clip:
+        return a, o
+    remembered = call.leaves[("m", k)]
+    return a + remembered * call.p, o + remembered * call.q
 
 
 def _allocate(calls: list[Call]) -> list[int]:
@@ -236,7 +256,7 @@ def _allocate(calls: list[Call]) -> list[int]:
     for k, end in enumerate(last_use):
         slot = next((slot for slot in range(SLOTS) if busy_until[slot] < k), None)
         if slot is None:
-            raise TraceError(f"row {k} needs more than {SLOTS} memories", f"at most {SLOTS}", "use another solver")
+            raise TraceError(f"row {k} needs more than {SLOTS} memories", f"at most {SLOTS}", MEND)
         busy_until[slot] = end
         slots.append(slot)
     return slots

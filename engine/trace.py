@@ -7,6 +7,7 @@ alone, so an earlier x is eliminated by inverting the step that left it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -82,6 +83,9 @@ class Recorder:
         return self._remember(x, here, *x0_from(self.prediction, here), self.clip)
 
     def epsilon(self, x: Sum, here: Point) -> Sum:
+        if self.clip:
+            x0 = self.x0(x, here)
+            return (x - here.alpha * x0) / here.sigma
         return self._remember(x, here, *epsilon_from(self.prediction, here), 0.0)
 
     def output(self, x: Sum, here: Point) -> Sum:
@@ -131,6 +135,8 @@ class Recorder:
                 )
             others = Sum({key: -value for key, value in step.terms.items() if key != ("x", k)})
             x = x + (old / kept) * (others + Sum({("x", k + 1): 1.0}))
+        if not all(map(math.isfinite, x.terms.values())):
+            raise OverflowError(f"step {last} has a coefficient that is not finite")
         largest = max(map(abs, x.terms.values()), default=0.0)
         return Sum({key: value for key, value in x.terms.items() if abs(value) > NEGLIGIBLE * largest})
 

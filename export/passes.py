@@ -16,6 +16,7 @@ from onnxscript.rewriter.rules import common as rules
 
 from export.wrap import PREFIX
 
+Sizes = tuple[int | ir.SymbolicDim, ...]
 FOLD_LIMIT = 16_384  # elements: enough for a causal mask of 77 x 77
 NO_OPS = (
     *rules.mul_by_1_rule.commute(),
@@ -56,13 +57,13 @@ def fold_constants(model: ir.Model) -> None:
         return False if any(v is not None and is_weight(v) for v in node.inputs) else None
 
     optimizer.fold_constants(model, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT, should_fold=should_fold)
-    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     drop_unused(model)
 
 
 def drop_no_ops(model: ir.Model) -> None:
     """Drop multiplications by one, slices of everything and the like, which diffusers' options leave behind."""
     rewriter.rewrite(model, pattern_rewrite_rules=NO_OPS)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     drop_unused(model)
 
 
@@ -72,16 +73,16 @@ def static_reshapes(model: ir.Model) -> None:
     The tracer computes targets from the inputs' sizes with a chain of integer operations: small nodes that every call
     pays for and that keep a runtime from seeing that only batch, height and width are free.
     """
-    graph, first_of_shape = model.graph, dict[str, ir.Value]()
+    graph, first_of_shape = model.graph, dict[Sizes, ir.Value]()
     for node in list(graph):
-        if node.op_type == "Reshape" and node.inputs[1] is not None and node.inputs[1].const_value is None:
+        if node.op_type == "Reshape" and all(v and v.shape is not None for v in (node.inputs[0], node.outputs[0])):
             _make_static(graph, node, first_of_shape)
         for value in node.outputs:
             if value.shape is not None:
-                first_of_shape.setdefault(str(value.shape), value)
+                first_of_shape.setdefault(_shape(value), value)
 
 
-def _make_static(graph: ir.Graph, node: ir.Node, first_of_shape: dict[str, ir.Value]) -> None:
+def _make_static(graph: ir.Graph, node: ir.Node, first_of_shape: dict[Sizes, ir.Value]) -> None:
     result = node.outputs[0]
     before, after = _shape(node.inputs[0]), _shape(result)
     target = [
@@ -89,9 +90,9 @@ def _make_static(graph: ir.Graph, node: ir.Node, first_of_shape: dict[str, ir.Va
     ]
     if target.count(-1) <= 1:
         shape = constant(graph, "to_" + "_".join(map(str, target)), np.array(target, np.int64))
-    elif str(after) in first_of_shape:
-        twin = first_of_shape[str(after)]
-        (shape,) = _insert(graph, node, "Shape", [twin], f"{result.name}.shape")
+    elif after in first_of_shape:
+        twin = first_of_shape[after]
+        shape = _insert(graph, node, "Shape", [twin], f"{result.name}.shape")
     else:
         return
     node.replace_input_with(1, shape)
@@ -124,7 +125,9 @@ def _before_split(value: ir.Value | None) -> ir.Value | None:
     if transpose is None or not _is_swap(transpose) or transpose.inputs[0] is None:
         return None
     reshape = transpose.inputs[0].producer()
-    return reshape.inputs[0] if reshape is not None and reshape.op_type == "Reshape" else None
+    if reshape is None or reshape.op_type != "Reshape":
+        return None
+    return reshape.inputs[0] if len(_shape(reshape.inputs[0])) == 3 else None
 
 
 def _after_merge(value: ir.Value) -> ir.Value | None:
@@ -144,7 +147,7 @@ def decompose_group_norm(model: ir.Model) -> None:
     """GroupNormalization as InstanceNormalization over groups, then scale and bias.
 
     ONNX Runtime has no CPU kernel for GroupNormalization: it inlines the specification's function, some 18 nodes, which
-    made loading a small UNet two to three times slower and each call a fifth slower.
+    made loading a small UNet two to three times slower and each call a sixth slower.
     """
     for node in [n for n in model.graph if n.op_type == "GroupNormalization"]:
         _decompose(model.graph, node)
@@ -161,12 +164,12 @@ def _decompose(graph: ir.Graph, node: ir.Node) -> None:
     name = result.name
 
     def insert(op: str, *inputs: ir.Value, **attributes: float) -> ir.Value:
-        return _insert(graph, node, op, inputs, f"{name}.{op}", **attributes)[0]
+        return _insert(graph, node, op, inputs, f"{name}.{op}", **attributes)
 
     shape = insert("Shape", x)
     grouped = insert("Reshape", x, flat)
     normal = insert("InstanceNormalization", grouped, ones, zeros, epsilon=node.attributes["epsilon"].as_float())
-    scaled = insert("Mul", _insert(graph, node, "Reshape", [normal, shape], f"{name}.back")[0], scale)
+    scaled = insert("Mul", _insert(graph, node, "Reshape", [normal, shape], f"{name}.back"), scale)
     _take_over(insert("Add", scaled, bias), result)
     graph.remove(node, safe=True)
 
@@ -202,7 +205,7 @@ def constant(graph: ir.Graph, name: str, array: NDArray[np.generic]) -> ir.Value
     return graph.initializers[name]
 
 
-def _shape(value: ir.Value | None) -> tuple[int | ir.SymbolicDim, ...]:
+def _shape(value: ir.Value | None) -> Sizes:
     """The shape that the tracer knew; it knows every one."""
     assert value is not None
     assert value.shape is not None
@@ -211,11 +214,12 @@ def _shape(value: ir.Value | None) -> tuple[int | ir.SymbolicDim, ...]:
 
 def _insert(
     graph: ir.Graph, before: ir.Node, op: str, inputs: Sequence[ir.Value], name: str, **attributes: float
-) -> Sequence[ir.Value]:
+) -> ir.Value:
     node = ir.node(op, inputs, attributes=attributes, name=name)
-    node.outputs[0].name = name
+    result: ir.Value = node.outputs[0]
+    result.name = name
     graph.insert_before(before, node)
-    return node.outputs
+    return result
 
 
 def _take_over(new: ir.Value, old: ir.Value) -> None:

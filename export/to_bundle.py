@@ -150,9 +150,9 @@ def _named(network: str) -> Iterator[None]:
     """Say which network could not be loaded or traced; torch and its libraries raise anything."""
     try:
         yield
-    except (LatentrtError, OSError):
-        raise
     except Exception as error:
+        if isinstance(error, LatentrtError) or (isinstance(error, OSError) and error.errno):
+            raise  # transformers has OSErrors of its own, without a number
         raise ExportError(
             f"the {network} cannot be exported ({type(error).__name__}: {error})",
             "a network that diffusers can load and torch can trace",

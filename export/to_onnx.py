@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import warnings
 from collections.abc import Iterator
 
+import diffusers.utils as diffusers
 import onnx_ir as ir
 import torch
+import transformers.utils as transformers
 
 from export.wrap import Network
 
@@ -44,16 +45,17 @@ def trace(network: Network) -> ir.Model:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the warnings, log lines and prints of torch, diffusers and transformers from the user of an export."""
+    """Keep the warnings, log lines and progress bars of torch, diffusers and transformers from the user."""
     before = logging.root.manager.disable
+    bars = [module for module in (transformers.logging, diffusers.logging) if module.is_progress_bar_enabled()]
     logging.disable(logging.ERROR)
+    for module in bars:
+        module.disable_progress_bar()
     try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),  # progress bars
-        ):
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(before)
+        for module in bars:
+            module.enable_progress_bar()

@@ -22,7 +22,6 @@ from safetensors.numpy import save_file
 from export.wrap import PREFIX
 
 DTYPES: Mapping[str, type[np.generic]] = {
-    "F64": np.float64,
     "F32": np.float32,
     "F16": np.float16,
     "BF16": ml_dtypes.bfloat16,
@@ -146,7 +145,8 @@ def _point_at(graph: ir.Graph, value: ir.Value, stored: Stored) -> ir.Node | Non
 
 def _array(value: ir.Value) -> NDArray[np.generic]:
     assert value.const_value is not None
-    return value.const_value.numpy()
+    array: NDArray[np.generic] = value.const_value.numpy()
+    return array
 
 
 def _size(value: ir.Value) -> int:

@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from engine.errors import ExportError
 
 Axes = Mapping[int, str]
 IMAGE_AXES: Axes = {0: "batch", 2: "height", 3: "width"}
@@ -49,13 +52,14 @@ class Network:
 class TextEncoder(nn.Module):
     """CLIP's text model as StableDiffusionPipeline uses it: states after the final layer norm."""
 
-    def __init__(self, model: CLIPTextModel) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """input_ids (batch, tokens) int64 to text_states (batch, tokens, dim)."""
-        return self.model(input_ids).last_hidden_state
+        states: Tensor = self.model(input_ids).last_hidden_state
+        return states
 
 
 class PenultimateTextEncoder(nn.Module):
@@ -64,7 +68,7 @@ class PenultimateTextEncoder(nn.Module):
     A model with a projection also gives the projected, pooled text_embeds (batch, dim).
     """
 
-    def __init__(self, model: CLIPTextModel | CLIPTextModelWithProjection) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
@@ -78,7 +82,7 @@ class PenultimateTextEncoder(nn.Module):
 class UNet(nn.Module):
     """UNet2DConditionModel; SDXL's text_embeds (batch, d) and time_ids (batch, 6) are two more inputs."""
 
-    def __init__(self, model: UNet2DConditionModel) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         # diffusers gives upsamplers their output size only where a latent size is not divisible by 2**num_upsamplers,
         # and tracing keeps one branch. Nothing is divisible by 2**62: the branch that is right for every size is kept.
@@ -95,29 +99,32 @@ class UNet(nn.Module):
     ) -> Tensor:
         """One evaluation: sample (batch, channels, height, width) to out of the same shape."""
         added = None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
-        return self.model(sample, timestep, encoder_hidden_states, added_cond_kwargs=added, return_dict=False)[0]
+        out: Tensor = self.model(sample, timestep, encoder_hidden_states, added_cond_kwargs=added).sample
+        return out
 
 
 class VaeDecoder(nn.Module):
     """Unscaled latents (batch, channels, height, width) to an image (batch, 3, 8·height, 8·width) about -1..1."""
 
-    def __init__(self, model: AutoencoderKL) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, latents: Tensor) -> Tensor:
-        return self.model.decode(latents, return_dict=False)[0]
+        image: Tensor = self.model.decode(latents).sample
+        return image
 
 
 class VaeEncoder(nn.Module):
     """An image (batch, 3, height, width) to the moments (batch, 2·channels, ...): mean, then log variance."""
 
-    def __init__(self, model: AutoencoderKL) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.model.encode(image, return_dict=False)[0].parameters
+        moments: Tensor = self.model.encode(image).latent_dist.parameters
+        return moments
 
 
 def load_network(root: Path, name: str, *, family: str, tokens: int) -> Network:
@@ -186,5 +193,14 @@ def _examples(sizes: Mapping[str, tuple[tuple[int, ...], Axes]]) -> tuple[Input,
     )
 
 
-def _load(kind: type, folder: Path) -> nn.Module:
-    return kind.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, local_files_only=True)
+def _load(kind: Any, folder: Path) -> Any:
+    model, info = kind.from_pretrained(
+        folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
+    )
+    if missing := sorted(info["missing_keys"]):  # the libraries would fill them with random numbers
+        raise ExportError(
+            f"{folder.name} has no weights for {missing[0]} ({len(missing)} are missing)",
+            f"every weight of a {kind.__name__}",
+            "update diffusers and transformers: older ones do not know the names that newer ones write",
+        )
+    return model

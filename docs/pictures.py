@@ -1,0 +1,43 @@
+"""Make the README's pictures: `make pictures`. Captions by a fixed rule and one seed, nothing chosen by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from engine import Engine, Job, grid, save
+from engine.bundle import EMBEDDED
+
+IMAGES = Path(__file__).parent / "images"
+SETTINGS = {"steps": 20, "solver": "dpmpp-2m", "guidance": 2.5, "seed": 0}
+COLUMNS = 8
+
+
+def sheet(engine: Engine) -> None:
+    """Every thirteenth caption that the embedded model knows."""
+    captions = json.loads((EMBEDDED / "captions.json").read_text(encoding="utf-8"))[::13][: 3 * COLUMNS]
+    images = engine(captions, **SETTINGS)
+    save(grid(images, COLUMNS, captions), IMAGES / "sheet.png", settings={"prompt": "; ".join(captions), **SETTINGS})
+
+
+def previews(engine: Engine) -> None:
+    """One run: what the latents hold in the first line, what they predict in the second."""
+    (job,) = engine.requests(["dragon"], SETTINGS)
+    job.wants_preview = True
+    rows = range(2, SETTINGS["steps"] + 1, 3)
+    current, predicted = [], []
+
+    def keep(job: Job) -> None:
+        if job.row in rows and job.preview is not None:
+            current.append(engine.decode(job.view))
+            predicted.append(engine.decode(job.preview))
+
+    engine.run([job], keep)
+    captions = [f"row {row}" for row in rows]
+    save(grid(current + predicted, len(rows), captions * 2), IMAGES / "previews.png", settings=job.tag)
+
+
+if __name__ == "__main__":
+    with Engine.load() as engine:
+        sheet(engine)
+        previews(engine)
