@@ -1,7 +1,7 @@
 """The noise schedule a model was trained with, read from a diffusers `scheduler_config.json`.
 
 A schedule says how much signal and noise the latents hold at each training timestep, and what the network predicts.
-Where to sample it is `spacing.py`'s business; how to walk there is `solvers.py`'s.
+Where to sample it is `spacing.py`'s business; how to walk there is `solvers`'.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -174,6 +175,10 @@ def _whole_timesteps(settings: Mapping[str, Any], levels: Levels, sigmas: Float6
     if rounds and not (cut_cosine and settings["beta_schedule"] == "squaredcos_cap_v2"):
         return np.round(timesteps)
     return np.trunc(timesteps)
+
+
+dpm2_grid = partial(sigma_grid, whole_karras_timesteps=True)
+unipc_grid = partial(lambda_grid, unipc=True)
 
 
 def _final_sigma(settings: Mapping[str, Any], levels: Levels) -> float:

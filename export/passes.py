@@ -147,7 +147,7 @@ def decompose_group_norm(model: ir.Model) -> None:
     """GroupNormalization as InstanceNormalization over groups, then scale and bias.
 
     ONNX Runtime has no CPU kernel for GroupNormalization: it inlines the specification's function, some 18 nodes, which
-    made loading a small UNet two to three times slower and each call a sixth slower.
+    made loading a small UNet more than twice as slow and each call a tenth slower (docs/export.md).
     """
     for node in [n for n in model.graph if n.op_type == "GroupNormalization"]:
         _decompose(model.graph, node)

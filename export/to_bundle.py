@@ -59,7 +59,7 @@ class NetworkSummary:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What an export made: one entry per network, and the bytes of all files that the manifest lists."""
+    """What an export made: one entry per network, and the bytes of the whole bundle."""
 
     networks: Mapping[str, NetworkSummary]
     total_bytes: int

@@ -31,7 +31,7 @@ LATENTS_BOUND = 1e-3  # the same, of the whole pipeline
 PSNR_BOUND = 50.0  # dB, of the final pixels
 PROMPTS = ("a red apple", "a cat face")
 IMAGE_SOLVERS = (None, "dpmpp-2m", "euler-ancestral", "unipc")
-PIPELINES = {"sd": diffusers.StableDiffusionPipeline, "sdxl": diffusers.StableDiffusionXLPipeline}
+PIPELINES = {"sd": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,11 +131,9 @@ NO_DIFFUSERS_TWIN = ("dpmpp-2s-ancestral", "dpmpp-3m-sde-kdiffusion")
 
 def diffusers_scheduler(name: str | None, schedule: Schedule) -> Any:
     """The diffusers scheduler that a solver name stands for, made from the same config."""
-    if name is None:
-        return getattr(diffusers, schedule.scheduler).from_config(dict(schedule.config))
-    solver = SOLVERS[name]
+    scheduler, settings = (SOLVERS[name].scheduler, SOLVERS[name].settings) if name else (schedule.scheduler, {})
     with quiet():
-        return getattr(diffusers, solver.scheduler).from_config(dict(schedule.config), **solver.settings)
+        return getattr(diffusers, scheduler).from_config(dict(schedule.config), **settings)
 
 
 def run_table(name: str, schedule: Schedule, steps: int, shape: Sequence[int] = (1, 4, 8, 8)) -> Iterator[Array]:
@@ -177,9 +175,8 @@ def image_checks(
 ) -> Iterator[Check]:
     """Whole runs against the diffusers pipeline: same seeds, a batch of all prompts, latents at every step."""
     with quiet():
-        pipe = PIPELINES[engine.spec.family].from_pretrained(
-            checkpoint, torch_dtype=torch.float32, local_files_only=True
-        )
+        pipeline = getattr(diffusers, PIPELINES[engine.spec.family])
+        pipe = pipeline.from_pretrained(checkpoint, torch_dtype=torch.float32, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     for solver in solvers:
         pipe.scheduler = diffusers_scheduler(solver, engine.schedule)

@@ -1,0 +1,234 @@
+"""diffusers' schedulers, walked as its pipelines walk them: what tables are compared with.
+
+A scheduler runs in one of two ways. As shipped, its numbers are float32. Exact, its float32 settings are cast to
+float64 and its own casts down are undone: then only its mathematics is left, and a table agrees to 1e-9 or better.
+The two together tell an error of ours from a rounding error of theirs.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import diffusers
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from engine.schedule import TINY_ALPHA_CUMPROD, Schedule
+from engine.solvers import SOLVERS
+from engine.table import Table, advance
+
+SHAPE = (1, 4, 8, 8)
+Array = NDArray[Any]
+
+_SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+# Stable Diffusion 1.5's, this project's own and SDXL's `scheduler_config.json`, as they are published.
+SD15: dict[str, Any] = {"_class_name": "PNDMScheduler", "_diffusers_version": "0.6.0", **_SD} | {
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+    "clip_sample": False,
+}
+EMOJI: dict[str, Any] = {"_class_name": "DDIMScheduler", "_diffusers_version": "0.42.1", **_SD} | {
+    "clip_sample": False,
+    "clip_sample_range": 1.0,
+    "dynamic_thresholding_ratio": 0.995,
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": False,
+    "sample_max_value": 1.0,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "thresholding": False,
+    "timestep_spacing": "leading",
+    "trained_betas": None,
+}
+SDXL: dict[str, Any] = {"_class_name": "EulerDiscreteScheduler", "_diffusers_version": "0.19.0.dev0", **_SD} | {
+    "clip_sample": False,
+    "interpolation_type": "linear",
+    "prediction_type": "epsilon",
+    "sample_max_value": 1.0,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+    "trained_betas": None,
+    "use_karras_sigmas": False,
+}
+BASES = {"sd15": SD15, "emoji": EMOJI, "sdxl": SDXL}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One walk of a diffusers scheduler: `latents` has one entry more than the calls."""
+
+    timesteps: torch.Tensor
+    start: float
+    latents: list[Array]
+    inputs: list[Array]
+    outputs: list[Array]
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Worst differences of a table from a run, over all rows, relative to the largest number of that row."""
+
+    latents: float
+    inputs: float
+    start: float
+    timesteps: float  # absolute
+
+    @property
+    def worst(self) -> float:
+        return max(self.latents, self.inputs, self.start)
+
+
+class _Float64(torch.Tensor):
+    """A tensor that no scheduler can cast down."""
+
+    def to(self, *_: Any, **__: Any) -> torch.Tensor:
+        return self
+
+
+def scheduler(name: str, base: Mapping[str, Any], **options: Any) -> Any:
+    """The diffusers scheduler that a solver of ours stands for, made from the config as a user would make it."""
+    solver = SOLVERS[name]
+    settings = {key: value for key, value in options.items() if key not in solver.arguments}
+    return getattr(diffusers, solver.scheduler).from_config(dict(base), **{**solver.settings, **settings})
+
+
+def walk(
+    name: str, base: Mapping[str, Any], steps: int, *, exact: bool, outputs: str, seed: int = 0, **options: Any
+) -> Run:
+    """Run diffusers' scheduler for a solver.
+
+    Args:
+        outputs: "network" for a smooth function of what the network is shown, as a network gives; "random" for noise
+            that knows nothing of it, which brings out every wrong coefficient but also every rounding error.
+    """
+    theirs = scheduler(name, base, **options)
+    if exact:
+        theirs.alphas_cumprod = _alphas_cumprod(theirs, name, base, options)
+    theirs.set_timesteps(steps)
+    if hasattr(theirs, "set_begin_index"):  # else the index is looked up by timestep and fails where two are equal
+        theirs.set_begin_index(0)
+    if exact:
+        _cast_up(theirs)
+    rng = np.random.default_rng(7)
+    gain, drift = _tensor(rng, exact), _tensor(rng, exact)
+    x = _tensor(rng, exact) * float(theirs.init_noise_sigma)
+    latents, inputs, returned = [x], [], []
+    arguments = _arguments(name, theirs, seed, options)
+    with mock.patch.object(sys.modules[type(theirs).__module__], "randn_tensor", _drawer(seed, exact), create=True):
+        for t in theirs.timesteps:
+            shown = theirs.scale_model_input(x, t)
+            out = gain * torch.tanh(shown) + drift * (float(t) / 1000) if outputs == "network" else _tensor(rng, exact)
+            # LCM makes float32 coefficients of a tensor's timestep, float64 of a number's.
+            x = theirs.step(out, int(t) if exact and name == "lcm" else t, x, **arguments).prev_sample
+            latents.append(x)
+            inputs.append(shown)
+            returned.append(out)
+    arrays = [[_numpy(tensor) for tensor in tensors] for tensors in (latents, inputs, returned)]
+    return Run(theirs.timesteps, float(theirs.init_noise_sigma), *arrays)
+
+
+def follow(table: Table, run: Run, *, dtype: type[np.floating[Any]], exact: bool, seed: int = 0) -> Errors:
+    """Advance a table on the outputs of a run, in `dtype`, and compare after every row."""
+    assert len(table) == len(run.outputs)
+    draws = _draws(seed, exact)
+    x, memory = run.latents[0].astype(dtype), np.full((4, *SHAPE), np.nan, dtype)
+    latents, inputs = 0.0, 0.0
+    for row, shown, out, after in zip(table.rows, run.inputs, run.outputs, run.latents[1:], strict=True):
+        inputs = max(inputs, relative(dtype(row.c_in) * x, shown))
+        x = advance(row, x, out.astype(dtype), memory, next(draws).astype(dtype) if row.c else None)
+        latents = max(latents, relative(x, after))
+    timesteps = float(np.abs(table.timesteps - run.timesteps.double().numpy()).max())
+    return Errors(latents, inputs, abs(table.start / run.start - 1), timesteps)
+
+
+def relative(ours: Array, theirs: Array) -> float:
+    """The largest difference, relative to the largest number; infinite where either is not finite."""
+    error = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+    return error if np.isfinite(error) else np.inf
+
+
+def _tensor(rng: np.random.Generator, exact: bool) -> torch.Tensor:
+    tensor = torch.from_numpy(rng.standard_normal(SHAPE).astype(np.float32))
+    return tensor.double().as_subclass(_Float64) if exact else tensor
+
+
+def _numpy(tensor: torch.Tensor) -> Array:
+    return tensor.as_subclass(torch.Tensor).numpy()
+
+
+def _arguments(name: str, theirs: Any, seed: int, options: Mapping[str, Any]) -> dict[str, Any]:
+    own = {key: value for key, value in options.items() if key in SOLVERS[name].arguments}
+    if "generator" in inspect.signature(theirs.step).parameters:
+        own["generator"] = torch.Generator().manual_seed(seed)
+    return own
+
+
+def _drawer(seed: int, exact: bool) -> Any:
+    """What stands in for diffusers' `randn_tensor`; as shipped it draws from the generator that `step` was given."""
+    if not exact:
+        return lambda shape, generator, device, dtype: torch.randn(shape, generator=generator, dtype=dtype)
+    draws = _draws(seed, exact)
+    return lambda *_, **__: torch.from_numpy(next(draws)).as_subclass(_Float64)
+
+
+def _draws(seed: int, exact: bool) -> Iterator[Array]:
+    """Our noise: float32 from torch's generator; float64 has no counterpart there, so any will do."""
+    rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    while True:
+        yield rng.standard_normal(SHAPE) if exact else torch.randn(SHAPE, generator=generator).numpy()
+
+
+def _alphas_cumprod(theirs: Any, name: str, base: Mapping[str, Any], options: Mapping[str, Any]) -> torch.Tensor:
+    """Theirs in float64. Rescaled betas are ours: torch's float32 square root is not rounded as numpy's is."""
+    if not getattr(theirs.config, "rescale_betas_zero_snr", False) or "beta_start" not in base:
+        return theirs.alphas_cumprod.double()
+    settings = {key: value for key, value in options.items() if key not in SOLVERS[name].arguments}
+    schedule = Schedule.from_config(base)
+    ours = schedule.alphas_cumprod(schedule.settings(SOLVERS[name].scheduler, **settings)).copy()
+    if hasattr(theirs, "sigmas"):
+        ours[-1] = TINY_ALPHA_CUMPROD
+    return torch.from_numpy(ours)
+
+
+def _cast_up(theirs: Any) -> None:
+    for key in ("one", "final_alpha_cumprod", "sigmas"):
+        if hasattr(theirs, key):
+            setattr(theirs, key, getattr(theirs, key).double())
+    if hasattr(theirs, "final_alpha_cumprod") and theirs.final_alpha_cumprod < 1:
+        theirs.final_alpha_cumprod = theirs.alphas_cumprod[0]
+    if hasattr(theirs, "sigmas_up"):
+        _dpm2_ancestral_sigmas(theirs)
+    elif hasattr(theirs, "sigmas_interpol"):
+        _dpm2_sigmas(theirs)
+
+
+def _dpm2_sigmas(theirs: Any) -> None:
+    """What KDPM2DiscreteScheduler.set_timesteps derives from its sigmas, again in float64."""
+    sigmas = torch.cat([theirs.sigmas[:1], theirs.sigmas[1:-1:2]])
+    theirs.sigmas_interpol = _twice(sigmas.log().lerp(sigmas.roll(1).log(), 0.5).exp())
+
+
+def _dpm2_ancestral_sigmas(theirs: Any) -> None:
+    """What KDPM2AncestralDiscreteScheduler.set_timesteps derives from its sigmas, again in float64."""
+    here = torch.cat([theirs.sigmas[:1], theirs.sigmas[1:-1:2]])
+    there = torch.cat([here[1:], torch.zeros(1)])
+    up = (there**2 * (here**2 - there**2) / here**2).sqrt()
+    down = (there**2 - up**2).sqrt()
+    up[-1] = down[-1] = 0.0
+    middle = here.log().lerp(down.log(), 0.5).exp()
+    middle[-2:] = 0.0
+    theirs.sigmas_up, theirs.sigmas_down, theirs.sigmas_interpol = _twice(up), _twice(down), _twice(middle)
+
+
+def _twice(values: torch.Tensor) -> torch.Tensor:
+    return torch.cat([values[:1], values[1:].repeat_interleave(2), values[-1:]])
