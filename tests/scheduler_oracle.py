@@ -7,10 +7,13 @@ The two together tell an error of ours from a rounding error of theirs.
 
 from __future__ import annotations
 
+import copy
 import inspect
+import json
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 from unittest import mock
 
@@ -99,7 +102,12 @@ def scheduler(name: str, base: Mapping[str, Any], **options: Any) -> Any:
     """The diffusers scheduler that a solver of ours stands for, made from the config as a user would make it."""
     solver = SOLVERS[name]
     settings = {key: value for key, value in options.items() if key not in solver.arguments}
-    return getattr(diffusers, solver.scheduler).from_config(dict(base), **{**solver.settings, **settings})
+    return copy.deepcopy(_made(solver.scheduler, json.dumps(base), json.dumps({**solver.settings, **settings})))
+
+
+@lru_cache(maxsize=4)  # some of them need 50 ms to be made
+def _made(class_name: str, base: str, settings: str) -> Any:
+    return getattr(diffusers, class_name).from_config(json.loads(base), **json.loads(settings))
 
 
 def walk(
@@ -125,9 +133,10 @@ def walk(
     latents, inputs, returned = [x], [], []
     arguments = _arguments(name, theirs, seed, options)
     with mock.patch.object(sys.modules[type(theirs).__module__], "randn_tensor", _drawer(seed, exact), create=True):
-        for t in theirs.timesteps:
+        for index, t in enumerate(theirs.timesteps):
             shown = theirs.scale_model_input(x, t)
-            out = gain * torch.tanh(shown) + drift * (float(t) / 1000) if outputs == "network" else _tensor(rng, exact)
+            network = gain * torch.tanh(shown) + drift * (1 - index / len(theirs.timesteps))
+            out = network if outputs == "network" else _tensor(rng, exact)
             # LCM makes float32 coefficients of a tensor's timestep, float64 of a number's.
             x = theirs.step(out, int(t) if exact and name == "lcm" else t, x, **arguments).prev_sample
             latents.append(x)

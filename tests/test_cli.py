@@ -152,5 +152,7 @@ def test_doctor_finds_what_is_here(run: Run) -> None:
 
 
 def test_version_and_help() -> None:
-    answer = subprocess.run([sys.executable, "-m", "engine.cli", "--version"], capture_output=True, text=True, check=True)
+    answer = subprocess.run(
+        [sys.executable, "-m", "engine.cli", "--version"], capture_output=True, text=True, check=True
+    )
     assert answer.stdout.strip() == "0.1.0"

@@ -99,11 +99,7 @@ def test_settings_come_back(tmp_path: Path, suffix: str) -> None:
     prompt=st.text(),
     extra=st.dictionaries(
         st.text(),
-        st.none()
-        | st.booleans()
-        | st.integers()
-        | st.floats(allow_nan=False, allow_infinity=False)
-        | st.text(),
+        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
     ),
     suffix=st.sampled_from(SUFFIXES),
 )
@@ -154,9 +150,7 @@ def prose_of(path: Path) -> str:
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_prose_is_what_web_ui_readers_parse(tmp_path: Path, suffix: str) -> None:
-    path = save(
-        picture((128, 64)), tmp_path / f"x{suffix}", settings={**SETTINGS, "prompt": "ein Äpfelchen 🍎"}
-    )
+    path = save(picture((128, 64)), tmp_path / f"x{suffix}", settings={**SETTINGS, "prompt": "ein Äpfelchen 🍎"})
     assert prose_of(path) == (
         "ein Äpfelchen 🍎\n"
         "Negative prompt: blurry: very\n"
@@ -166,9 +160,7 @@ def test_prose_is_what_web_ui_readers_parse(tmp_path: Path, suffix: str) -> None
 
 
 def test_prose_leaves_out_what_is_not_known(tmp_path: Path) -> None:
-    path = save(
-        picture(), tmp_path / "x.png", settings={"prompt": "a", "noise": "torch-cuda:h200", "seed": 0}
-    )
+    path = save(picture(), tmp_path / "x.png", settings={"prompt": "a", "noise": "torch-cuda:h200", "seed": 0})
     assert prose_of(path) == "a\nSeed: 0, Size: 16x8, RNG: NV"
 
 
@@ -302,9 +294,7 @@ def test_impossible_grids(images: list[Image.Image], columns: int | None, captio
 
 def test_output_path_fills_fields() -> None:
     values = {"seed": 7, "index": 3, "guidance": 7.5, "prompt": "A red apple, on a table!"}
-    assert output_path("out/{seed}-{index:03d}-{prompt}.png", values) == Path(
-        "out/7-003-A-red-apple-on-a-table.png"
-    )
+    assert output_path("out/{seed}-{index:03d}-{prompt}.png", values) == Path("out/7-003-A-red-apple-on-a-table.png")
     assert output_path("{prompt:.5}_{guidance}{{x}}.webp", values) == Path("A-red_7.5{x}.webp")
 
 

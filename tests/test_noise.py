@@ -80,9 +80,7 @@ def test_philox_known_answers(counter: list[int], key: list[int], words: list[in
 
 def test_cuda_published_small_draws() -> None:
     """Printed by torch on GPUs: pytorch#79496 (seed 10), and three draws in a row (seed 0)."""
-    np.testing.assert_allclose(
-        noise_source("torch-cuda:t4", 10).normal((3,)), [-0.1029, 1.6810, -0.2708], atol=6e-5
-    )
+    np.testing.assert_allclose(noise_source("torch-cuda:t4", 10).normal((3,)), [-0.1029, 1.6810, -0.2708], atol=6e-5)
     noise = noise_source("torch-cuda:t4", 0)
     first, second, third = noise.normal((8, 10)), noise.normal((10,)), noise.normal((8, 10))
     np.testing.assert_allclose(first[0, :5], [-0.9247, -0.4253, -2.6438, 0.1452, -0.1209], atol=6e-5)
@@ -102,9 +100,7 @@ PUBLISHED_LARGE_DRAWS = [  # device, seed, numel, (index, value)s, where
 
 
 @pytest.mark.parametrize(("device", "seed", "numel", "values", "where"), PUBLISHED_LARGE_DRAWS)
-def test_cuda_published_large_draws(
-    device: str, seed: int, numel: int, values: dict[int, float], where: str
-) -> None:
+def test_cuda_published_large_draws(device: str, seed: int, numel: int, values: dict[int, float], where: str) -> None:
     """More numbers than threads, so that the launch geometry of each GPU decides the order."""
     noise = noise_source(f"torch-cuda:{device}", seed).normal((numel,))
     found = {index: round(float(noise[index]), 4) for index in values}

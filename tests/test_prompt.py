@@ -128,9 +128,7 @@ def write_tiny(folder: Path, **config: object) -> Path:
     vocabulary = {piece: number for number, piece in enumerate(pieces)}
     (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps({"model_max_length": 77, **config}), encoding="utf-8"
-    )
+    (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 77, **config}), encoding="utf-8")
     return folder
 
 
@@ -157,21 +155,15 @@ def test_ids_are_those_of_transformers(emoji: Tokenizer, emoji_reference: CLIPTo
     assert ids.tolist() == reference_ids(emoji_reference, text)
 
 
-@given(
-    st.lists(st.one_of(st.text(), st.sampled_from([*TEXTS, END, START.upper(), "'ll", "  "]))).map("".join)
-)
+@given(st.lists(st.one_of(st.text(), st.sampled_from([*TEXTS, END, START.upper(), "'ll", "  "]))).map("".join))
 @settings(deadline=None, max_examples=300)
-def test_ids_of_any_text_are_those_of_transformers(
-    emoji: Tokenizer, emoji_reference: CLIPTokenizer, text: str
-) -> None:
+def test_ids_of_any_text_are_those_of_transformers(emoji: Tokenizer, emoji_reference: CLIPTokenizer, text: str) -> None:
     assert emoji.encode(text).ids.tolist() == reference_ids(emoji_reference, text)
 
 
 @pytest.mark.parametrize("with_json", [False, True])
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_every_checkpoints_files_are_read_as_transformers_does(
-    tmp_path: Path, name: str, with_json: bool
-) -> None:
+def test_every_checkpoints_files_are_read_as_transformers_does(tmp_path: Path, name: str, with_json: bool) -> None:
     folder = write_checkpoint(tmp_path / name, name, with_json=with_json)
     ours, reference = Tokenizer.open(folder), CLIPTokenizer.from_pretrained(folder)
     for text in TEXTS:
@@ -213,10 +205,7 @@ def test_other_lengths(tmp_path: Path, length: int) -> None:
 
 
 def test_unknown_length_is_clips(tmp_path: Path) -> None:
-    assert (
-        Tokenizer.open(write_tiny(tmp_path, model_max_length=int(1e30), pad_token=None)).encode("a").ids.size
-        == 77
-    )
+    assert Tokenizer.open(write_tiny(tmp_path, model_max_length=int(1e30), pad_token=None)).encode("a").ids.size == 77
 
 
 # What did not fit

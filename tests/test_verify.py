@@ -42,7 +42,7 @@ def test_steps(engine: Engine) -> None:
 
 @pytest.mark.parametrize("solver", [None, "dpmpp-2m", "euler-ancestral", "unipc"])
 def test_image(engine: Engine, solver: str | None) -> None:
-    """Eight prompts in one batch, with and without guidance, with a negative prompt: latents at every step, and pixels."""
+    """Eight prompts in one batch, guided and not, with a negative prompt: latents at every step, pixels."""
     checks = list(image_checks(engine, EMBEDDED, 12, prompts=PROMPTS, solvers=[solver], negative="blurry"))
     assert len(checks) == 4
     for check in checks:

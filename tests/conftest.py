@@ -1,0 +1,63 @@
+"""Checkpoints made on the spot and their bundles, shared by the tests of the export side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import pytest
+
+from engine.bundle import EMBEDDED
+from engine.spec import GraphSpec
+from export import to_bundle
+from export.to_bundle import NetworkSummary, export_bundle
+from export.to_onnx import quiet
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
+    """Make, once each, a checkpoint and its bundle: (checkpoint, bundle)."""
+    root = tmp_path_factory.mktemp("exported")
+
+    def make(name: str) -> tuple[Path, Path]:
+        if name == "emoji":
+            return EMBEDDED, EMBEDDED
+        source, target = root / name, root / f"{name}-bundle"
+        if not target.exists():
+            with quiet():
+                _make_checkpoint(name, source)
+            export_bundle(source, target)
+        return source, target
+
+    return make
+
+
+def _make_checkpoint(name: str, folder: Path) -> None:
+    if name == "sd":
+        checkpoints.tiny_sd(folder)
+        checkpoints.rename_as_of_old(folder)
+    elif name == "sd2":
+        checkpoints.tiny_sd2(folder, variant="fp16", max_shard_size="200KB")
+    else:
+        checkpoints.tiny_sdxl(folder)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    with quiet():
+        return checkpoints.tiny_sd(tmp_path / "checkpoint")
+
+
+@pytest.fixture
+def fast(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Write a stand-in for each graph instead of tracing it."""
+
+    def stand_in(checkpoint: Any, root: Path, name: str) -> tuple[GraphSpec, NetworkSummary]:
+        path = to_bundle.GRAPHS[name]
+        (root / path).write_bytes(b"graph")
+        return GraphSpec(path, 23, 1, (), ()), NetworkSummary(0.0, 1, 5, 0, 0)
+
+    monkeypatch.setattr(to_bundle, "_export_network", stand_in)
+    return monkeypatch
