@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scheduler_oracle import BASES, SD15, follow, walk
+from scheduler_oracle import BASES, SD15, SDXL, follow, walk
 
 from engine.schedule import Schedule
 from engine.solvers import SOLVERS
@@ -82,11 +82,13 @@ INEXACT = [
     # A clipped x0 must be remembered as float32 has it, so that this table suffers as well.
     Inexact("heun", (2,), {"clip_sample": True}, 2.3e-4, table=5e-5),
     # sigma_down² is sigma'² - sigma_up², two numbers that nearly cancel: it may even come out negative.
-    Inexact("dpm2-ancestral", (2,), LINSPACE, 1.5e-5),
+    Inexact("dpm2-ancestral", (2,), LINSPACE, 1.0e-4),
     Inexact("dpm2-ancestral", (2,), {"steps_offset": 0}, 1.5e-5),
     Inexact("dpm2-ancestral", (2,), LINEAR, np.inf),
     Inexact("dpm2-ancestral", (2,), TRAINED, np.inf),
     Inexact("dpm2-ancestral", (2, 10), COSINE, np.inf),
+    # One step's beta is 1 minus the ratio of two neighbouring levels.
+    Inexact("ddpm", (1000,), {}, 2.4e-5),
     # Steps in lambda are differences of float32 logarithms; the third order divides by them twice.
     Inexact("dpmpp-3m-sde", (50,), {}, 1.1e-5),
     Inexact("dpmpp-3m-sde", (16, 20), BETA, 8.0e-5),
@@ -150,11 +152,38 @@ def test_config_of_another_class(solver: str, base: str) -> None:
     check(solver, 6, BASES[base])
 
 
-@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize(
+    ("spacing", "steps"),
+    [
+        *((spacing, steps) for spacing in SPACINGS for steps in (2, 3, 7)),
+        *(("leading", 50), ("trailing", 15), ("trailing", 30), ("linspace", 14), ("linspace", 33)),
+    ],
+)
 @pytest.mark.parametrize("solver", NAMES)
-def test_number_of_steps(solver: str, spacing: str) -> None:
-    for steps in (2, 3, 7, 15, 30, 33, 50):
-        check(solver, steps, timestep_spacing=spacing)
+def test_number_of_steps(solver: str, spacing: str, steps: int) -> None:
+    check(solver, steps, timestep_spacing=spacing)
+
+
+@pytest.mark.parametrize(
+    ("solver", "steps"), [("ddim", 1000), ("ddpm", 1000), ("pndm", 500), ("euler", 1000), ("unipc", 333)]
+)
+def test_many_steps(solver: str, steps: int) -> None:
+    check(solver, steps, steps_offset=0)
+
+
+@pytest.mark.parametrize(
+    ("solver", "key", "value"),
+    [
+        *((solver, "sigma_max", 10.0) for solver in ("heun", "dpm2", "dpm2-ancestral", *DPM)),
+        *((solver, "solver_type", kind) for solver in DPM for kind in ("bh1", "bh2", "logrho")),
+        *((solver, "solver_type", kind) for solver in UNIPC for kind in ("midpoint", "heun", "logrho")),
+        ("tcd", "clip_sample", True),
+        ("tcd", "thresholding", True),
+    ],
+)
+def test_key_of_another_class_in_the_config(solver: str, key: str, value: Any) -> None:
+    sigmas = {} if solver == "tcd" else KARRAS
+    check(solver, 6, {**SDXL, **sigmas, key: value})
 
 
 @pytest.mark.parametrize(
