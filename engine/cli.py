@@ -5,112 +5,102 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+import click
 
 from engine import __version__
 from engine.bundle import EMBEDDED
 from engine.errors import LatentrtError, PromptTruncatedWarning, RequestError
 from engine.terminal import progress, show, table_of, with_previews
 
-app = typer.Typer(
-    name="latentrt",
-    help="Stable Diffusion without the research stack: generate, export, verify.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+FOLDER = click.Path(path_type=Path)
+argument_bundle = click.argument("bundle", type=FOLDER, default=EMBEDDED, required=False)
+option_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 
-BundleOption = Annotated[
-    Path,
-    typer.Option("--bundle", "-b", help="Bundle to run [default: the embedded model].", show_default=False),
-]
-BundleArgument = Annotated[Path, typer.Argument(help="Bundle [default: the embedded model].", show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-Backend = Annotated[str, typer.Option(help="Backend that runs the networks: onnxruntime.")]
-Device = Annotated[str, typer.Option(help="cpu, or cuda (needs onnxruntime-gpu).")]
-Threads = Annotated[
-    int | None,
-    typer.Option(help="CPU threads of a network call [default: all cores].", show_default=False),
-]
-Lanes = Annotated[int, typer.Option(help="Most lanes of one UNet call; a picture with guidance takes two.")]
+
+def runs_networks(verb: Callable[..., None]) -> Callable[..., None]:
+    """The options of verbs that run networks."""
+    for option in (
+        click.option("--threads", type=int, help="CPU threads of a network call  [default: all cores]"),
+        click.option("--device", default="cpu", show_default=True, help="cpu, or cuda (needs onnxruntime-gpu)."),
+        click.option("--backend", default="onnxruntime", show_default=True, help="What runs the networks."),
+    ):
+        verb = option(verb)
+    return verb
 
 
 def main() -> None:
     """Entry point: errors of ours become a message and exit code 2, an interrupt 130."""
-    with warnings.catch_warnings(record=False):
+    with warnings.catch_warnings():
         warnings.simplefilter("always", PromptTruncatedWarning)
         warnings.showwarning = _show_warning
         try:
-            app()
+            latentrt()
         except LatentrtError as error:
             if "--json" in sys.argv:
                 print(json.dumps({"error": {"type": type(error).__name__, **error.parts}}))
             else:
                 print(f"error: {error.found}\n  needed: {error.needed}\n  to mend it: {error.mend}", file=sys.stderr)
             sys.exit(2)
-        except KeyboardInterrupt:
-            sys.exit(130)
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     print(f"note: {message}", file=sys.stderr)
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        print(__version__)
-        raise typer.Exit
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, message="%(version)s")
+def latentrt() -> None:
+    """Stable Diffusion without the research stack: generate, export, verify."""
 
 
-@app.callback()
-def _root(
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
-    ] = False,
-) -> None:
-    pass
-
-
-@app.command()
+@latentrt.command()
+@click.argument("prompts", nargs=-1, required=True, metavar="PROMPT...")
+@click.option("--bundle", "-b", type=FOLDER, default=EMBEDDED, help="Bundle to run  [default: the embedded model]")
+@click.option("--negative", "-n", help="What to keep out.")
+@click.option("--steps", "-s", type=int, default=20, show_default=True, help="Solver steps.")
+@click.option("--solver", help="`latentrt solvers` lists them  [default: the bundle's own]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the first picture; the next count up.")
+@click.option("--guidance", "-g", type=float, default=3.0, show_default=True, help="Guidance scale; 1 for none.")
+@click.option("--size", help="WIDTHxHEIGHT in pixels  [default: the model's own]")
+@click.option("--count", "-c", type=int, default=1, show_default=True, help="Pictures for each prompt.")
+@click.option(
+    "--output",
+    "-o",
+    default="{prompt}-{seed}",
+    show_default=True,
+    help="File pattern; fields: {prompt} {seed} {index} {solver} {steps} and other settings.",
+)
+@click.option("--format", "-f", help="png, jpg or webp  [default: the pattern's suffix, or png]")
+@click.option("--grid", type=FOLDER, help="Also write all pictures as one contact sheet.")
+@click.option("--preview-every", type=int, default=0, help="Every N rows write the current and the predicted picture.")
+@click.option("--option", multiple=True, help="Any other setting, as eta=0.5 or use_karras_sigmas=true; repeatable.")
+@click.option("--lanes", default=16, show_default=True, help="Most lanes of a UNet call; guidance takes two a picture.")
+@runs_networks
+@option_json
 def generate(
-    prompts: Annotated[
-        list[str], typer.Argument(help="What to draw; several prompts share one batch.", metavar="PROMPT...")
-    ],
-    bundle: BundleOption = EMBEDDED,
-    negative: Annotated[str | None, typer.Option("--negative", "-n", help="What to keep out.")] = None,
-    steps: Annotated[int, typer.Option("--steps", "-s", help="Solver steps.")] = 20,
-    solver: Annotated[
-        str | None, typer.Option(help="Solver [default: the bundle's own]; `latentrt solvers` lists them.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the first picture; the next ones count up.")] = 0,
-    guidance: Annotated[float, typer.Option("--guidance", "-g", help="Guidance scale; 1 for none.")] = 3.0,
-    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels [default: the model's own].")] = None,
-    count: Annotated[int, typer.Option("--count", "-c", help="Pictures for each prompt.")] = 1,
-    output: Annotated[
-        str,
-        typer.Option("--output", "-o", help="File pattern; fields: {prompt} {seed} {index} {solver} {steps}."),
-    ] = "{prompt}-{seed}",
-    format: Annotated[
-        str | None,
-        typer.Option("--format", "-f", help="png, jpg or webp [default: the pattern's suffix, or png]."),
-    ] = None,
-    grid: Annotated[Path | None, typer.Option(help="Also write all pictures as one contact sheet.")] = None,
-    preview_every: Annotated[
-        int,
-        typer.Option(help="Every N rows write the current latents and the predicted picture; 0 for never."),
-    ] = 0,
-    option: Annotated[
-        list[str] | None,
-        typer.Option(help="Solver or schedule option, as eta=0.5 or use_karras_sigmas=true; repeatable."),
-    ] = None,
-    backend: Backend = "onnxruntime",
-    device: Device = "cpu",
-    threads: Threads = None,
-    lanes: Lanes = 16,
-    as_json: Json = False,
+    prompts: tuple[str, ...],
+    bundle: Path,
+    negative: str | None,
+    steps: int,
+    solver: str | None,
+    seed: int,
+    guidance: float,
+    size: str | None,
+    count: int,
+    output: str,
+    format: str | None,
+    grid: Path | None,
+    preview_every: int,
+    option: tuple[str, ...],
+    lanes: int,
+    backend: str,
+    device: str,
+    threads: int | None,
+    as_json: bool,
 ) -> None:
     """Draw pictures from prompts."""
     from engine.image import grid as contact_sheet
@@ -127,7 +117,7 @@ def generate(
         "guidance": guidance,
     }
     settings |= {"width": width, "height": height, "count": count, **_options(option)}
-    with Engine.load(bundle, backend=backend, device=device, threads=threads, lanes=lanes) as engine:
+    with Engine.load(bundle, backend=backend, device=device, threads=threads, lanes=lanes, resident=False) as engine:
         jobs = engine.requests(prompts, settings)
         paths = [output_path(pattern, job.tag) for job in jobs]
         _refuse_same(paths)
@@ -154,8 +144,9 @@ def generate(
             print(path)
 
 
-@app.command()
-def solvers(as_json: Json = False) -> None:
+@latentrt.command()
+@option_json
+def solvers(as_json: bool) -> None:
     """List the solvers."""
     from engine.solvers import SOLVERS
 
@@ -172,39 +163,46 @@ def solvers(as_json: Json = False) -> None:
     show(table)
 
 
-@app.command()
+@latentrt.command()
+@click.argument("source")
+@click.argument("target", type=FOLDER)
+@click.option("--revision", help="Branch, tag or commit of a hub id.")
+@click.option("--variant", help="Weights variant, such as fp16.")
+@click.option("--overwrite", is_flag=True, help="Replace the bundle that is there.")
+@option_json
 def export(
-    source: Annotated[str, typer.Argument(help="diffusers checkpoint: a folder or a hub id.")],
-    target: Annotated[Path, typer.Argument(help="Folder of the new bundle.")],
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
-    variant: Annotated[str | None, typer.Option(help="Weights variant, such as fp16.")] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace the bundle that is there.")] = False,
-    as_json: Json = False,
+    source: str, target: Path, revision: str | None, variant: str | None, overwrite: bool, as_json: bool
 ) -> None:
-    """Turn a diffusers checkpoint into a bundle (needs the extra `export`)."""
+    """Turn the diffusers checkpoint SOURCE (a folder or a hub id) into the bundle TARGET.
+
+    Needs the extra `export`.
+    """
     from export.cli import run_export
 
     run_export(source, target, revision=revision, variant=variant, overwrite=overwrite, as_json=as_json)
 
 
-@app.command()
-def verify(
-    bundle: BundleArgument = EMBEDDED,
-    against: Annotated[
-        Path | None,
-        typer.Option(help="Checkpoint to compare with [default: the bundle itself, opened by diffusers]."),
-    ] = None,
-    steps: Annotated[int, typer.Option(help="Solver steps of the step and image depths.")] = 20,
-    as_json: Json = False,
-) -> None:
-    """Measure a bundle against diffusers (needs the extra `export`); exit code 1 beyond a bound."""
+@latentrt.command()
+@argument_bundle
+@click.option(
+    "--against", type=FOLDER, help="Checkpoint to compare with  [default: BUNDLE itself, opened by diffusers]"
+)
+@click.option("--steps", default=20, show_default=True, help="Solver steps of the step and image depths.")
+@option_json
+def verify(bundle: Path, against: Path | None, steps: int, as_json: bool) -> None:
+    """Measure a bundle against diffusers; exit code 1 beyond a bound.
+
+    Needs the extra `export`.
+    """
     from export.cli import run_verify
 
-    raise typer.Exit(run_verify(bundle, against or bundle, steps=steps, as_json=as_json))
+    sys.exit(run_verify(bundle, against or bundle, steps=steps, as_json=as_json))
 
 
-@app.command()
-def inspect(bundle: BundleArgument = EMBEDDED, as_json: Json = False) -> None:
+@latentrt.command()
+@argument_bundle
+@option_json
+def inspect(bundle: Path, as_json: bool) -> None:
     """Show what a bundle holds; its hashes are checked on the way."""
     from engine.bundle import Bundle
 
@@ -236,16 +234,22 @@ def inspect(bundle: BundleArgument = EMBEDDED, as_json: Json = False) -> None:
     print(f"schedule: {schedule['_class_name']}, {schedule.get('prediction_type', 'epsilon')}")
 
 
-@app.command()
+@latentrt.command()
+@argument_bundle
+@click.option("--steps", default=20, show_default=True, help="Steps of each run.")
+@click.option("--batches", default="1,2,4,8", show_default=True, help="Pictures at once, comma-separated.")
+@click.option("--repeats", default=5, show_default=True, help="Runs of each batch; medians are shown.")
+@runs_networks
+@option_json
 def bench(
-    bundle: BundleArgument = EMBEDDED,
-    steps: Annotated[int, typer.Option(help="Steps of each run.")] = 20,
-    batches: Annotated[str, typer.Option(help="Pictures at once, comma-separated.")] = "1,2,4,8",
-    repeats: Annotated[int, typer.Option(help="Runs of each batch; medians are shown.")] = 5,
-    backend: Backend = "onnxruntime",
-    device: Device = "cpu",
-    threads: Threads = None,
-    as_json: Json = False,
+    bundle: Path,
+    steps: int,
+    batches: str,
+    repeats: int,
+    backend: str,
+    device: str,
+    threads: int | None,
+    as_json: bool,
 ) -> None:
     """Time this machine: latency and throughput by batch, and the engine's share outside the networks."""
     from engine.bench import measure
@@ -270,8 +274,9 @@ def bench(
     show(table)
 
 
-@app.command()
-def doctor(as_json: Json = False) -> None:
+@latentrt.command()
+@option_json
+def doctor(as_json: bool) -> None:
     """Say what this machine can run, and what to install for the rest."""
     from engine.doctor import examine
 
@@ -312,9 +317,9 @@ def _with_suffix(pattern: str, format: str | None) -> str:
     return f"{pattern[: -len(Path(pattern).suffix)] if known else pattern}.{format.lower()}"
 
 
-def _options(pairs: list[str] | None) -> dict[str, Any]:
+def _options(pairs: tuple[str, ...]) -> dict[str, Any]:
     options = {}
-    for pair in pairs or []:
+    for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals:
             raise RequestError(f"--option is {pair!r}", "KEY=VALUE, as in eta=0.5", "change --option")

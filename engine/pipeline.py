@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.backends import open_backend
-from engine.backends.base import Backend, Network
+from engine.backends.base import Backend
+from engine.backends.lazy import LazyNetwork
 from engine.bundle import EMBEDDED, Bundle
 from engine.denoiser import Denoiser, Job
 from engine.errors import RequestError
@@ -37,14 +38,18 @@ class Engine:
     ...     images = sd("a red apple", steps=20, solver="dpmpp-2m", seed=7, guidance=3.0)
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend, *, lanes: int = 16) -> None:
+    def __init__(self, bundle: Bundle, backend: Backend, *, lanes: int = 16, resident: bool = True) -> None:
         self.bundle = bundle
         self.spec: ModelSpec = bundle.spec
         self.backend = backend
         self.schedule = Schedule.from_config(bundle.json(self.spec.schedule))
         encoders = self.spec.text_encoders
         tokenizers = [Tokenizer.open(bundle.path(name)) for name in self.spec.tokenizers]
-        self._networks = {name: self._load(name) for name in (*encoders, "unet", "vae_decoder")}
+        self._resident = resident
+        self._networks = {name: self._lazy(name) for name in (*encoders, "unet", "vae_decoder")}
+        if resident:
+            for network in self._networks.values():
+                network.open()
         self.text_encoder = TextEncoder(list(zip(tokenizers, (self._networks[n] for n in encoders), strict=True)))
         self.unet = UNet(self._networks["unet"])
         self.vae = VAE(self._networks["vae_decoder"], self.spec.latents)
@@ -59,6 +64,7 @@ class Engine:
         device: str = "cpu",
         threads: int | None = None,
         lanes: int = 16,
+        resident: bool = True,
         check_hashes: bool = True,
     ) -> Engine:
         """Open a bundle and load its networks.
@@ -69,6 +75,8 @@ class Engine:
             device: "cpu" or "cuda" (needs onnxruntime-gpu). Nothing else is tried if it is not there.
             threads: CPU threads of one network call; None for all physical cores.
             lanes: the most lanes of one UNet call; a picture with guidance takes two.
+            resident: keep all networks loaded. False loads each when it is needed and drops it when the next one is
+                (text encoders, UNet, VAE): the least memory, for a process that makes one batch.
             check_hashes: compare every file's SHA-256 with the manifest (sizes are always compared).
 
         Raises:
@@ -77,7 +85,7 @@ class Engine:
         """
         opened = Bundle.open(bundle, check_hashes=check_hashes)
         chosen = open_backend(backend, device, threads) if isinstance(backend, str) else backend
-        return cls(opened, chosen, lanes=lanes)
+        return cls(opened, chosen, lanes=lanes, resident=resident)
 
     def __enter__(self) -> Engine:
         return self
@@ -142,6 +150,7 @@ class Engine:
         """
         waiting = list(jobs)
         mine = list(waiting)
+        self._drop(*self.spec.text_encoders)
         try:
             while not all(job.done for job in mine):
                 while waiting and self.denoiser.fits(waiting[0]):
@@ -158,6 +167,7 @@ class Engine:
 
     def picture(self, job: Job) -> Image:
         """The picture of a job's latents, with its settings in `image.info["latentrt"]`."""
+        self._drop("unet")
         image = self.decode(job.latents)
         image.info[INFO_KEY] = job.tag
         return image
@@ -166,9 +176,15 @@ class Engine:
         """Latents (channels, height, width) to a PIL image."""
         return to_pil(to_uint8(self.vae.decode(latents[None])))[0]
 
-    def _load(self, name: str) -> Network:
+    def _lazy(self, name: str) -> LazyNetwork:
         graph = self.spec.graphs[name]
-        return self.backend.load(self.bundle.path(graph.path), graph)
+        return LazyNetwork(lambda: self.backend.load(self.bundle.path(graph.path), graph))
+
+    def _drop(self, *names: str) -> None:
+        """Without residents, close networks whose turn is over."""
+        if not self._resident:
+            for name in names:
+                self._networks[name].close()
 
     def _latent_shape(self, request: Request) -> tuple[int, int, int]:
         spec = self.spec.latents

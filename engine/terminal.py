@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,12 +21,10 @@ def progress(jobs: list[Job], *, quiet: bool) -> Iterator[Callable[[Job], None]]
     if quiet:
         yield lambda job: None
         return
-    from rich.console import Console
-    from rich.progress import Progress
+    import click
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("drawing", total=sum(len(job.table) for job in jobs))
-        yield lambda job: bar.advance(task)
+    with click.progressbar(length=sum(len(job.table) for job in jobs), label="drawing", file=sys.stderr) as bar:
+        yield lambda job: bar.update(1)
 
 
 def with_previews(

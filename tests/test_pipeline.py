@@ -92,6 +92,19 @@ def test_more_pictures_than_lanes_come_out_the_same(sd: Engine) -> None:
         np.testing.assert_array_equal(a, b)
 
 
+def test_one_network_at_a_time_draws_the_same(sd: Engine) -> None:
+    settings = {"steps": 2, "seed": 5}
+    with Engine.load(resident=False, threads=2, check_hashes=False) as lean:
+        opened: list[str] = []
+        for name, network in lean._networks.items():
+            load = network._load
+            network._load = lambda name=name, load=load: (opened.append(name), load())[1]
+        first, again = lean("a cat", **settings)[0], lean("a cat", **settings)[0]
+    assert opened == ["text_encoder", "unet", "vae_decoder", "unet"]  # the prompt is remembered
+    assert np.array_equal(np.asarray(first), np.asarray(again))
+    assert np.array_equal(np.asarray(first), np.asarray(sd("a cat", **settings)[0]))
+
+
 def test_on_tick_sees_every_row_and_may_stop_the_run(fake: Engine) -> None:
     seen: list[int] = []
     fake("a", steps=3, solver="heun", on_tick=lambda job: seen.append(job.row))

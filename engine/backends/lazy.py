@@ -1,0 +1,38 @@
+"""A network that is loaded when it is first called, and again after it was closed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from numpy.typing import NDArray
+
+from engine.backends.base import Arrays, Network
+
+
+class LazyNetwork:
+    """Stands in for a network until it is needed.
+
+    Args:
+        load: makes the network; called once, and once more after each `close`.
+    """
+
+    def __init__(self, load: Callable[[], Network]) -> None:
+        self._load = load
+        self._network: Network | None = None
+
+    def open(self) -> Network:
+        """Load the network now."""
+        if self._network is None:
+            self._network = self._load()
+        return self._network
+
+    def __call__(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
+        """Run the network, loading it first where it is not."""
+        return self.open()(feeds)
+
+    def close(self) -> None:
+        """Give the network's memory back; a later call loads it again."""
+        if self._network is not None:
+            self._network.close()
+            self._network = None
