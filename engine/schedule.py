@@ -137,14 +137,14 @@ def _linspace(start: float, end: float, count: int) -> NDArray[np.float32]:
     step = float((last - first) / np.float32(max(count - 1, 1)))
     index = np.arange(count)
     rising, falling = float(first) + step * index, float(last) - step * (count - 1 - index)
-    return np.where(index < count // 2, rising, falling).astype(np.float32)
+    return np.where(index < max(count // 2, 1), rising, falling).astype(np.float32)
 
 
 def _cosine_betas(count: int, max_beta: float = 0.999) -> NDArray[np.float32]:
     """Nichol and Dhariwal 2021, equation 17."""
     time = np.arange(count + 1) / count
     alpha_bar = np.cos((time + 0.008) / 1.008 * np.pi / 2) ** 2
-    return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], max_beta).astype(np.float32)
+    return np.asarray(np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], max_beta), np.float32)
 
 
 def _rescale_zero_terminal_snr(betas: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -26,7 +26,7 @@ _TRAINING: dict[str, Any] = {
 _STABLE_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
 _THRESHOLDING = {"thresholding": False, "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0}
 _RESPACINGS = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
-# The bounds are Euler's and UniPC's own, but diffusers' other classes obey them in a config that has them.
+# The bounds are Euler's and UniPC's own, but diffusers' other classes (not LMS) obey them in a config that has them.
 _SIGMAS = {**_RESPACINGS, "sigma_min": None, "sigma_max": None}
 _FLOW = {"use_flow_sigmas": False, "flow_shift": 1.0, "use_dynamic_shifting": False, "time_shift_type": "exponential"}
 _LEADING = {**_TRAINING, "timestep_spacing": "leading"}
@@ -77,7 +77,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "KDPM2DiscreteScheduler": {**_LINSPACE, **_STABLE_BETAS, **_SIGMAS},
     "KDPM2AncestralDiscreteScheduler": {**_LINSPACE, **_STABLE_BETAS, **_SIGMAS},
-    "LMSDiscreteScheduler": {**_LINSPACE, **_SIGMAS},
+    "LMSDiscreteScheduler": {**_LINSPACE, **_RESPACINGS},
     "DPMSolverMultistepScheduler": {
         **_LINSPACE,
         **_THRESHOLDING,

@@ -210,8 +210,8 @@ def _timesteps(settings: Mapping[str, Any], steps: int, *, last: int | None = No
         return np.linspace(0, last - 1, count)[::-1][:steps]
     if settings["timestep_spacing"] == "leading":
         return (np.arange(count) * (last // count))[::-1][:steps] + float(offset)
-    rounded = np.round(last - np.arange(steps) * (train / steps))
-    return rounded[rounded > 0] - 1
+    descending: Float64 = np.round(last - np.arange(steps) * (train / steps))
+    return descending[descending > 0] - 1
 
 
 def _unclipped(levels: Levels, lambda_min: float) -> int:
@@ -222,8 +222,8 @@ def _unclipped(levels: Levels, lambda_min: float) -> int:
 
 def _respaced(settings: Mapping[str, Any], sigma_max: float, sigma_min: float, steps: int) -> Float64 | None:
     """Karras', exponential or beta sigmas from sigma_max down to sigma_min, or None for the timesteps' own."""
-    low = settings.get("sigma_min") or float(sigma_min)
-    high = settings.get("sigma_max") or float(sigma_max)
+    low = float(sigma_min) if settings.get("sigma_min") is None else settings["sigma_min"]
+    high = float(sigma_max) if settings.get("sigma_max") is None else settings["sigma_max"]
     ramp = np.linspace(0, 1, steps)
     if settings.get("use_karras_sigmas"):  # Karras et al. 2022, equation 5
         rho = 7.0

@@ -177,6 +177,7 @@ def test_many_steps(solver: str, steps: int) -> None:
         *((solver, "sigma_max", 10.0) for solver in ("heun", "dpm2", "dpm2-ancestral", *DPM)),
         *((solver, "solver_type", kind) for solver in DPM for kind in ("bh1", "bh2", "logrho")),
         *((solver, "solver_type", kind) for solver in UNIPC for kind in ("midpoint", "heun", "logrho")),
+        ("lms", "sigma_max", 10.0),
         ("tcd", "clip_sample", True),
         ("tcd", "thresholding", True),
     ],

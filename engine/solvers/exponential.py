@@ -46,7 +46,11 @@ def _final_order(settings: Any, index: int, count: int) -> int:
 
 
 def _dpmpp_correction(x0s: list[Vector], h: float, y: float, hs: list[float], kind: str, sign: float) -> Vector:
-    """The second- and third-order terms, from divided differences of past x0 (y is h, or 2h for the SDE)."""
+    """The second- and third-order terms, from divided differences of past x0 (y is h, or 2h for the SDE).
+
+    `second` is half a second derivative and a whole one is due, so that 3M's errors fall with order 2 only; diffusers
+    and k-diffusion have it so.
+    """
     first = (h / hs[0]) * (x0s[0] - x0s[1])
     if len(hs) == 1 and kind == "midpoint":
         return -0.5 * math.expm1(-y) * first

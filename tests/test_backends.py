@@ -1,0 +1,109 @@
+"""Networks: what they refuse, and what stands in for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine.backends import open_backend
+from engine.backends.base import check_feeds
+from engine.backends.fake import FakeBackend, FakeNetwork
+from engine.backends.lazy import LazyNetwork
+from engine.backends.ort import OrtBackend
+from engine.bundle import EMBEDDED, Bundle
+from engine.errors import BackendError, NetworkError
+from engine.spec import GraphSpec, TensorSpec
+
+GRAPH = GraphSpec(
+    "vae/decoder.onnx",
+    23,
+    1,
+    (TensorSpec("a", "float32", ("batch", 4, "height")), TensorSpec("b", "int64", ("batch",))),
+    (TensorSpec("y", "float32", ("batch", 3, "8*height")),),
+)
+A, B = np.zeros((2, 4, 5), np.float32), np.zeros(2, np.int64)
+
+
+@pytest.mark.parametrize(
+    ("feeds", "words"),
+    [
+        ({"a": A}, "inputs"),
+        ({"a": A, "b": B, "c": B}, "inputs"),
+        ({"a": A, "x": B}, "inputs"),
+        ({"a": A.astype(np.float64), "b": B}, "a of float64"),
+        ({"a": A[:, :3], "b": B}, r"\(2, 3, 5\)"),
+        ({"a": A[0], "b": B}, r"\(4, 5\)"),
+        ({"a": A, "b": np.zeros(3, np.int64)}, r"b of int64 \(3,\)"),
+    ],
+)
+def test_feeds_that_do_not_fit_are_named(feeds: dict[str, np.ndarray], words: str) -> None:
+    with pytest.raises(NetworkError, match=words):
+        check_feeds(GRAPH, feeds)
+
+
+def test_the_fake_follows_the_signature() -> None:
+    network = FakeBackend(seconds=0.0).load(Path("nothing"), GRAPH)
+    assert network({"a": A, "b": B})["y"].shape == (2, 3, 40)
+    assert network.calls == 1
+    doubling = FakeNetwork(GRAPH, lambda feeds: {"y": feeds["a"] * 2})
+    np.testing.assert_array_equal(doubling({"a": A + 1, "b": B})["y"], A + 2)
+
+
+def test_onnxruntime_names_what_it_cannot_load(tmp_path: Path) -> None:
+    (tmp_path / "broken.onnx").write_bytes(b"no graph")
+    with pytest.raises(BackendError, match=r"cannot load .*broken\.onnx"):
+        OrtBackend().load(tmp_path / "broken.onnx", GRAPH)
+
+
+def test_onnxruntime_results_do_not_depend_on_threads_or_spinning() -> None:
+    bundle = Bundle.open(check_hashes=False)
+    graph = bundle.spec.graphs["text_encoder"]
+    feeds = {"input_ids": np.arange(77, dtype=np.int64)[None]}
+    results = [
+        OrtBackend(threads=threads, spin=spin).load(bundle.path(graph.path), graph)(feeds)["text_states"]
+        for threads, spin in ((1, True), (2, True), (2, False))
+    ]
+    np.testing.assert_array_equal(results[0], results[1])
+    np.testing.assert_array_equal(results[0], results[2])
+
+
+def test_a_graph_cannot_read_weights_outside_its_folder(tmp_path: Path) -> None:
+    """ONNX Runtime itself holds this; the test says so if that ever changes."""
+    graph = Bundle.open(check_hashes=False).spec.graphs["text_encoder"]
+    weights = b"model.safetensors"
+    data = (EMBEDDED / graph.path).read_bytes()
+    assert data.count(weights) > 1
+    escaping = b"../secret.weights"
+    assert len(escaping) == len(weights)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "model.onnx").write_bytes(data.replace(weights, escaping))
+    (tmp_path / "secret.weights").write_bytes((EMBEDDED / "text_encoder" / "model.safetensors").read_bytes())
+    with pytest.raises(BackendError, match="cannot load"):
+        OrtBackend().load(tmp_path / "in" / "model.onnx", graph)
+
+
+def test_a_lazy_network_is_loaded_when_called_and_again_after_closing() -> None:
+    loads: list[int] = []
+
+    def load() -> FakeNetwork:
+        loads.append(1)
+        return FakeNetwork(GRAPH, lambda feeds: {"y": feeds["a"]})
+
+    lazy = LazyNetwork(load)
+    assert not loads
+    lazy({"a": A, "b": B})
+    lazy.open()
+    assert len(loads) == 1
+    lazy.close()
+    lazy.close()
+    lazy({"a": A, "b": B})
+    assert len(loads) == 2
+
+
+def test_backends_by_name() -> None:
+    assert open_backend("onnxruntime", threads=1).device == "cpu"
+    assert open_backend("fake").name == "fake"
+    with pytest.raises(BackendError, match="onnxruntime, fake"):
+        open_backend("cuda")
