@@ -69,9 +69,9 @@ Run = Callable[[Task], Any]
 
 
 def task(config: Config, round_: int = 0, size: int = 1) -> Task:
-    """`size` pictures, other ones every round, so that no side gains from remembering prompts."""
+    """`size` pictures of prompts that no other round or size has, so that no side gains from remembering them."""
     numbers = range(round_ * size, (round_ + 1) * size)
-    prompts = tuple(PROMPTS[number % len(PROMPTS)] for number in numbers)
+    prompts = tuple(f"{PROMPTS[number % len(PROMPTS)]} {size} {number}" for number in numbers)
     seeds = tuple(config.seed + number for number in numbers)
     return Task(prompts, seeds, config.steps, config.solver, config.guidance)
 

@@ -27,15 +27,15 @@ def paired(sides: Mapping[str, Callable[[int], Any]], repeats: int, warmup: int 
     """Time the sides in turn, ABABAB, so that what the machine does meanwhile meets all of them.
 
     Args:
-        sides: by name, a function of the round's number (the same for every side).
+        sides: by name, a function of the round's number (the same for every side, another one every round).
         repeats: rounds that are kept.
         warmup: rounds before these, timed by nobody.
     """
     samples: dict[str, list[Sample]] = {name: [] for name in sides}
-    for round_ in range(-warmup, repeats):
+    for round_ in range(warmup + repeats):
         for name, function in sides.items():
-            sample = timed(function, round_ % repeats)
-            if round_ >= 0:
+            sample = timed(function, round_)
+            if round_ >= warmup:
                 samples[name].append(sample)
     return samples
 

@@ -48,22 +48,20 @@ class Bundle:
         `check_hashes=False` still compares every file's size; it saves reading full-size weights twice.
 
         Raises:
-            BundleError: the folder or its manifest is missing or not readable.
-            UnsafePathError: a path of the manifest leaves the folder (links count as leaving).
+            BundleError: the folder or its manifest is missing or not readable, or a file that the engine would read
+                is not listed in it.
+            UnsafePathError: a path of the manifest leaves the folder, or anything in the folder is a link.
             UnsafeWeightsError: the manifest lists pickled weights.
             HashMismatchError: a file's size or SHA-256 is not the manifest's.
         """
         root = Path(root)
-        manifest = _read_manifest(root)
+        manifest = read_manifest(root)
         spec = ModelSpec.from_dict(manifest["model"])
         files = _records(manifest["files"])
         bundle = cls(root, spec, files)
-        named = [graph.path for graph in spec.graphs.values()] + [spec.schedule]
-        for name in (*files, *named):
+        for name in files:
             bundle.path(name)
-        for name in named:
-            if name not in files:
-                raise BundleError(f"{name} is used but not listed in {root / MANIFEST}", "an entry under files", EXPORT)
+        bundle._check_listed()
         bundle._check_sizes()
         if check_hashes:
             bundle._check_hashes()
@@ -71,8 +69,10 @@ class Bundle:
 
     def path(self, name: str) -> Path:
         """The path of one of the bundle's files, guaranteed to lie inside the folder."""
+        if not isinstance(name, str) or not name or set(name) & set("\\:\0"):
+            raise UnsafePathError(f"the bundle names the file {name!r}", f"a path inside {self.root}", EXPORT)
         pure = PurePosixPath(name)
-        if pure.is_absolute() or ".." in pure.parts or "\\" in name or ":" in name or not pure.parts:
+        if pure.is_absolute() or ".." in pure.parts:
             raise UnsafePathError(f"the bundle names the file {name!r}", f"a path inside {self.root}", EXPORT)
         path = self.root.joinpath(*pure.parts)
         if not path.resolve().is_relative_to(self.root.resolve()):
@@ -86,6 +86,21 @@ class Bundle:
     def json(self, name: str) -> dict[str, Any]:
         """One of the bundle's JSON files."""
         return read_json(self.path(name))
+
+    def _check_listed(self) -> None:
+        """What is read must be listed, and so hashed: every file in the folders of graphs, tokenizers and schedule."""
+        used = [graph.path for graph in self.spec.graphs.values()] + [self.spec.schedule]
+        folders = {self.path(name).parent for name in used} | {self.path(name) for name in self.spec.tokenizers}
+        listed = {self.path(name) for name in self.files}
+        for path in sorted(self.root.rglob("*")):
+            if path.is_symlink():
+                mend = "copy the file into the bundle instead of linking it"
+                raise UnsafePathError(f"{path} is a link", f"real files inside {self.root}", mend)
+            if path.parent in folders and path.is_file() and path not in listed:
+                raise BundleError(f"{path} is not listed in {MANIFEST}", "an entry with its hash", EXPORT)
+        for name in used:
+            if name not in self.files:
+                raise BundleError(f"{name} is used but not listed in {MANIFEST}", "an entry with its hash", EXPORT)
 
     def _check_sizes(self) -> None:
         for name, record in self.files.items():
@@ -132,7 +147,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _read_manifest(root: Path) -> dict[str, Any]:
+def read_manifest(root: Path) -> dict[str, Any]:
+    """The manifest of the folder `root`, or a BundleError where it has none of latentrt's."""
     if not root.is_dir():
         raise BundleError(
             f"there is no folder {root}",

@@ -113,13 +113,15 @@ class Denoiser:
             raise RequestError(
                 f"{self.free} of {self.lanes} lanes are free", f"{_promised(job)}", "tick until a job is done"
             )
-        if job.done:
-            raise RequestError("the job has no rows left", "a job that is not done", "make a new job")
+        if job.done or job in self._jobs:
+            state = "no rows left" if job.done else "lanes already"
+            raise RequestError(f"the job has {state}", "a job that waits for its first row", "make a new job")
         self._jobs.append(job)
 
     def retire(self, job: Job) -> None:
-        """Take a job's lanes away, done or not."""
-        self._jobs.remove(job)
+        """Take a job's lanes away, done or not; a job that has none is left alone."""
+        if job in self._jobs:
+            self._jobs.remove(job)
 
     def tick(self) -> list[Job]:
         """Run one row of every job: one network call for each latent shape.

@@ -9,8 +9,8 @@ machines that a model made it.
 | PNG       | text chunk "latentrt"  | chunk "parameters" | XMP                 |
 | JPEG, WebP| EXIF ImageDescription  | EXIF UserComment   | XMP                 |
 
-PIL writes none of this by itself: a plain `image.save("x.png")` works but keeps the pixels only, because PIL
-does not write `image.info` back. Use `save` to keep the metadata.
+PIL writes none of this by itself. The engine's pictures do (`engine.picture.Picture`); `save` here does it for any PIL
+image, whole or not at all.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def encode(image: Image, suffix: str, *, settings: Settings | None = None) -> by
     buffer = BytesIO()
     try:
         settings = _own_settings(image) if settings is None else settings
-        image.save(buffer, kind, **_metadata(kind, settings, image.size))
+        image.save(buffer, kind, **metadata(kind, settings, image.size))
     except (OSError, TypeError, ValueError) as error:
         raise OutputError(
             f"a {image.mode} picture with these settings cannot be {kind} ({error})",
@@ -245,8 +245,8 @@ def _write_whole(path: Path, data: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _metadata(kind: str, settings: Settings, size: tuple[int, int]) -> dict[str, Any]:
-    """Keyword arguments for PIL's `save`. Without settings only the digital source type is written."""
+def metadata(kind: str, settings: Settings, size: tuple[int, int]) -> dict[str, Any]:
+    """Keyword arguments for PIL's `save` to write a `kind` of FORMATS; without settings only the digital source type."""
     from PIL.PngImagePlugin import PngInfo
 
     # ASCII with escapes: PNG text and EXIF each have their own idea of Unicode, JSON needs neither.

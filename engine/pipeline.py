@@ -16,7 +16,7 @@ from engine.bundle import EMBEDDED, Bundle
 from engine.denoiser import Denoiser, Job
 from engine.errors import RequestError
 from engine.guidance import Guidance
-from engine.image import INFO_KEY, to_pil, to_uint8
+from engine.image import to_pil, to_uint8
 from engine.models import VAE, TextEncoder, UNet
 from engine.noise import noise_source
 from engine.prompt import Tokenizer
@@ -27,12 +27,16 @@ from engine.table import tabulate
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from engine.picture import Picture
+
 Float32 = NDArray[np.float32]
 OnTick = Callable[[Job], None]
 
 
 class Engine:
     """A loaded model that makes pictures. Make one with `Engine.load`; use it in a `with` block or close it.
+
+    An engine serves one thread at a time.
 
     >>> with Engine.load() as sd:
     ...     images = sd("a red apple", steps=20, solver="dpmpp-2m", seed=7, guidance=3.0)
@@ -98,7 +102,7 @@ class Engine:
         for network in self._networks.values():
             network.close()
 
-    def __call__(self, prompt: str | Sequence[str], *, on_tick: OnTick | None = None, **settings: Any) -> list[Image]:
+    def __call__(self, prompt: str | Sequence[str], *, on_tick: OnTick | None = None, **settings: Any) -> list[Picture]:
         """Make pictures.
 
         Args:
@@ -109,7 +113,7 @@ class Engine:
                 anything else goes to `tabulate` (eta, use_karras_sigmas, timestep_spacing, ...).
 
         Returns:
-            `count` PIL images for each prompt, RGB; each knows its settings (`engine.image.save` writes them).
+            `count` PIL images for each prompt, RGB; `image.save("x.png")` writes their settings too.
 
         Raises:
             RequestError: a setting is out of range.
@@ -145,46 +149,53 @@ class Engine:
     def run(self, jobs: Iterable[Job], on_tick: OnTick | None = None) -> None:
         """Denoise jobs to their end, as many at once as there are lanes.
 
+        `on_tick` is called after every row of each of these jobs. It may cancel one with `engine.denoiser.retire(job)`,
+        or end the run by raising.
+
         Raises:
-            NetworkError: a job's latents are no longer finite; the other jobs are given up too.
+            NetworkError: a job's latents are no longer finite; the other jobs of this run are given up too.
         """
         waiting = list(jobs)
-        mine = list(waiting)
+        mine = set(waiting)
         self._drop(*self.spec.text_encoders)
         try:
-            while not all(job.done for job in mine):
+            while waiting or any(job in mine for job in self.denoiser.jobs):
                 while waiting and self.denoiser.fits(waiting[0]):
                     self.denoiser.admit(waiting.pop(0))
                 for job in self.denoiser.tick():
-                    if on_tick is not None:
-                        on_tick(job)
-                    if job.error is not None:
-                        raise job.error
+                    if job in mine:
+                        if on_tick is not None:
+                            on_tick(job)
+                        if job.error is not None:
+                            raise job.error
         finally:
-            for job in self.denoiser.jobs:
-                if job in mine:
-                    self.denoiser.retire(job)
+            for job in mine:
+                self.denoiser.retire(job)
 
-    def picture(self, job: Job) -> Image:
-        """The picture of a job's latents, with its settings in `image.info["latentrt"]`."""
+    def picture(self, job: Job) -> Picture:
+        """The picture of a job's latents; it knows its settings."""
         self._drop("unet")
-        image = self.decode(job.latents)
-        image.info[INFO_KEY] = job.tag
-        return image
+        from engine.picture import Picture
+
+        return Picture.of(self._pixels(job.latents), job.tag)
 
     def decode(self, latents: Float32) -> Image:
         """Latents (channels, height, width) to a PIL image."""
-        return to_pil(to_uint8(self.vae.decode(latents[None])))[0]
+        return to_pil(self._pixels(latents)[None])[0]
+
+    def _pixels(self, latents: Float32) -> NDArray[np.uint8]:
+        pixels: NDArray[np.uint8] = to_uint8(self.vae.decode(latents[None]))[0]
+        return pixels
 
     def _lazy(self, name: str) -> LazyNetwork:
         graph = self.spec.graphs[name]
         return LazyNetwork(lambda: self.backend.load(self.bundle.path(graph.path), graph))
 
     def _drop(self, *names: str) -> None:
-        """Without residents, close networks whose turn is over."""
+        """Without residents, drop networks whose turn is over."""
         if not self._resident:
             for name in names:
-                self._networks[name].close()
+                self._networks[name].drop()
 
     def _latent_shape(self, request: Request) -> tuple[int, int, int]:
         spec = self.spec.latents

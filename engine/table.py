@@ -95,7 +95,7 @@ def tabulate(solver: str | None, schedule: Schedule, steps: int, **options: Any)
     """The table of a solver over a schedule.
 
     Args:
-        solver: a name of `engine.SOLVERS`, or None for the class that the schedule's own config names.
+        solver: a name of `engine.SOLVERS`; None, or the class itself, for the one that the schedule's config names.
         schedule: from `Schedule.from_config`.
         steps: how many steps, 1 or more; the table has a row for each network call.
         options: the solver's own arguments (`eta`, `order`) and any setting of its diffusers class
@@ -178,7 +178,7 @@ def preview(row: Row, x: Float32, out: Float32) -> Float32:
 
 
 def _find(solver: str | None, schedule: Schedule) -> tuple[str, Solver]:
-    if solver is None:
+    if solver is None or solver == schedule.scheduler:
         return _configured(schedule)
     name = ALIASES.get(solver, solver)
     if name not in SOLVERS:
@@ -192,14 +192,14 @@ def _find(solver: str | None, schedule: Schedule) -> tuple[str, Solver]:
 
 
 def _configured(schedule: Schedule) -> tuple[str, Solver]:
-    """The solver that serves the config's own class: with its settings if a name fixes just those, else with none."""
+    """The solver of the config's own class: by name if one fixes just its settings, else under the class' own name."""
     settings = schedule.settings(schedule.scheduler)
     candidates = {name: s for name, s in SOLVERS.items() if s.scheduler == schedule.scheduler}
     for name, solver in candidates.items():
         if all(settings[key] == value for key, value in solver.settings.items()):
             return name, solver
-    name, solver = next(iter(candidates.items()))
-    return name, Solver(solver.function, solver.scheduler, solver.grid, {}, solver.arguments)
+    solver = next(iter(candidates.values()))
+    return schedule.scheduler, Solver(solver.function, solver.scheduler, solver.grid, {}, solver.arguments)
 
 
 def _check_arguments(name: str, arguments: Mapping[str, Any]) -> None:

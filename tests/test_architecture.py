@@ -17,17 +17,8 @@ FORBIDDEN = {"torch", "diffusers", "transformers", "onnx", "export"}
 LAYERS = [
     *("errors", "spec", "bundle", "prompt", "noise", "settings", "schedule", "spacing"),
     *("solvers.base", "solvers.training", "solvers.sigma", "solvers.exponential", "solvers", "trace", "table"),
-    *(
-        "guidance",
-        "backends.base",
-        "backends.ort",
-        "backends.lazy",
-        "backends.fake",
-        "backends",
-        "models",
-        "denoiser",
-        "image",
-    ),
+    *("guidance", "backends.base", "backends.ort", "backends.lazy", "backends.fake", "backends"),
+    *("models", "denoiser", "image", "picture"),
     *("pipeline", "golden", "bench", "doctor", "terminal", "cli"),
 ]
 SOURCES = sorted((ROOT / "engine").rglob("*.py"))

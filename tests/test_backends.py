@@ -84,7 +84,7 @@ def test_a_graph_cannot_read_weights_outside_its_folder(tmp_path: Path) -> None:
         OrtBackend().load(tmp_path / "in" / "model.onnx", graph)
 
 
-def test_a_lazy_network_is_loaded_when_called_and_again_after_closing() -> None:
+def test_a_lazy_network_is_loaded_when_called_and_again_after_it_was_dropped() -> None:
     loads: list[int] = []
 
     def load() -> FakeNetwork:
@@ -96,10 +96,13 @@ def test_a_lazy_network_is_loaded_when_called_and_again_after_closing() -> None:
     lazy({"a": A, "b": B})
     lazy.open()
     assert len(loads) == 1
-    lazy.close()
-    lazy.close()
+    lazy.drop()
+    lazy.drop()
     lazy({"a": A, "b": B})
     assert len(loads) == 2
+    lazy.close()
+    with pytest.raises(BackendError, match="closed"):
+        lazy({"a": A, "b": B})
 
 
 def test_backends_by_name() -> None:

@@ -99,7 +99,9 @@ def test_a_missing_file_is_named(bundle: Path) -> None:
         Bundle.open(bundle)
 
 
-@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "unet/../../secret", "C:\\secret", "a\\..\\b", ""])
+@pytest.mark.parametrize(
+    "name", ["../secret", "/etc/passwd", "unet/../../secret", "C:\\secret", "a\\..\\b", "a\0b", ""]
+)
 def test_paths_never_leave_the_folder(bundle: Path, name: str) -> None:
     (bundle.parent / "secret").write_text("x")
     edit(bundle, lambda m: m["files"].update({name: {"sha256": "", "bytes": 1}}))
@@ -114,6 +116,24 @@ def test_links_out_of_the_folder_are_refused(bundle: Path) -> None:
     (bundle / "vae" / "config.json").symlink_to(outside)
     with pytest.raises(UnsafePathError, match="leads out of the bundle"):
         Bundle.open(bundle)
+
+
+@pytest.mark.parametrize("name", ["tokenizer/tokenizer.json", "unet/diffusion_pytorch_model.safetensors"])
+def test_nothing_is_read_that_is_not_listed(bundle: Path, name: str) -> None:
+    edit(bundle, lambda m: m["files"].pop(name))
+    with pytest.raises(BundleError, match="is not listed"):
+        Bundle.open(bundle)
+
+
+def test_a_link_is_refused_even_where_nothing_lists_it(bundle: Path) -> None:
+    (bundle / "notes").symlink_to(bundle.parent)
+    with pytest.raises(UnsafePathError, match="is a link"):
+        Bundle.open(bundle)
+
+
+def test_other_files_beside_the_model_are_none_of_its_business(bundle: Path) -> None:
+    (bundle / "notes.txt").write_text("mine")
+    assert Bundle.open(bundle).root == bundle
 
 
 @pytest.mark.parametrize("name", ["unet/diffusion_pytorch_model.bin", "model.CKPT", "x.pt", "x.pkl"])

@@ -121,6 +121,16 @@ def test_a_finished_job_is_not_admitted_again() -> None:
         Denoiser(network).admit(job)
 
 
+def test_a_job_has_its_lanes_once() -> None:
+    denoiser, job = Denoiser(network), make(1)
+    denoiser.admit(job)
+    with pytest.raises(RequestError, match="lanes already"):
+        denoiser.admit(job)
+    denoiser.retire(job)
+    denoiser.retire(job)
+    assert denoiser.free == denoiser.lanes
+
+
 def test_a_job_that_turns_nan_fails_alone() -> None:
     sick, healthy = make(1, scale=1.0), make(2)
     sick.cond = {"encoder_hidden_states": np.full((77, 8), np.nan, np.float32)}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine import Engine
+from engine import Engine, read_settings
 from engine.backends.fake import FakeBackend
 from engine.denoiser import Job
 from engine.errors import (
@@ -116,6 +118,44 @@ def test_on_tick_sees_every_row_and_may_stop_the_run(fake: Engine) -> None:
     with pytest.raises(KeyboardInterrupt):
         fake("a", steps=3, on_tick=stop)
     assert fake.denoiser.jobs == ()
+
+
+def test_on_tick_may_cancel_a_job_and_sees_no_others(fake: Engine) -> None:
+    other = fake.requests(["other"], {"steps": 9})[0]
+    fake.denoiser.admit(other)
+    first, second = fake.requests(["a", "b"], {"steps": 4})
+    seen: list[Job] = []
+
+    def cancel(job: Job) -> None:
+        seen.append(job)
+        if job is first and job.row == 2:
+            fake.denoiser.retire(job)
+
+    fake.run([first, second], cancel)
+    assert (first.row, second.row, other.row) == (2, 4, 4)
+    assert set(seen) == {first, second}
+    assert fake.denoiser.jobs == (other,)
+    fake.denoiser.retire(other)
+
+
+def test_a_closed_engine_says_so() -> None:
+    with Engine.load(backend=FakeBackend(), check_hashes=False) as engine:
+        pass
+    with pytest.raises(BackendError, match="closed"):
+        engine("a", steps=1)
+
+
+@pytest.mark.parametrize("name", ["apple.png", "apple.jpg", "apple.webp"])
+def test_plain_pil_save_keeps_the_settings(fake: Engine, tmp_path: Path, name: str) -> None:
+    (image,) = fake("a red apple", steps=1, seed=3)
+    image.save(tmp_path / name)
+    made = read_settings(tmp_path / name)
+    assert (made["prompt"], made["seed"]) == ("a red apple", 3)
+    assert b"trainedAlgorithmicMedia" in (tmp_path / name).read_bytes()
+    buffer = BytesIO()
+    image.save(buffer, "PNG")
+    assert b"trainedAlgorithmicMedia" in buffer.getvalue()
+    image.save(tmp_path / "apple.bmp")  # a format that carries nothing is left to PIL
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

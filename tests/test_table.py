@@ -186,7 +186,7 @@ def test_no_name_means_the_configs_own_solver(base: str) -> None:
         ({"algorithm_type": "dpmsolver++", "solver_order": 3}, "dpmpp-3m"),
         ({"algorithm_type": "sde-dpmsolver++", "solver_order": 2}, "dpmpp-2m-sde"),
         ({"algorithm_type": "sde-dpmsolver++", "solver_order": 3}, "dpmpp-3m-sde"),
-        ({"solver_order": 1}, "dpmpp-2m"),  # no name of its own: DDIM, in DPM-Solver's words
+        ({"solver_order": 1}, "DPMSolverMultistepScheduler"),  # no name of its own: DDIM, in DPM-Solver's words
     ],
 )
 def test_no_name_means_the_configs_own_settings(settings_: dict[str, Any], name: str) -> None:

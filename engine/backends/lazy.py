@@ -1,4 +1,4 @@
-"""A network that is loaded when it is first called, and again after it was closed."""
+"""A network that is loaded when it is first called, and again after it was dropped."""
 
 from __future__ import annotations
 
@@ -8,21 +8,29 @@ from typing import Any
 from numpy.typing import NDArray
 
 from engine.backends.base import Arrays, Network
+from engine.errors import BackendError
 
 
 class LazyNetwork:
     """Stands in for a network until it is needed.
 
     Args:
-        load: makes the network; called once, and once more after each `close`.
+        load: makes the network; called once, and once more after each `drop`.
     """
 
     def __init__(self, load: Callable[[], Network]) -> None:
         self._load = load
         self._network: Network | None = None
+        self._closed = False
 
     def open(self) -> Network:
-        """Load the network now."""
+        """Load the network now.
+
+        Raises:
+            BackendError: it was closed.
+        """
+        if self._closed:
+            raise BackendError("the network was closed", "an open engine", "load the engine again: Engine.load(...)")
         if self._network is None:
             self._network = self._load()
         return self._network
@@ -31,8 +39,13 @@ class LazyNetwork:
         """Run the network, loading it first where it is not."""
         return self.open()(feeds)
 
-    def close(self) -> None:
+    def drop(self) -> None:
         """Give the network's memory back; a later call loads it again."""
         if self._network is not None:
             self._network.close()
             self._network = None
+
+    def close(self) -> None:
+        """Give the network's memory back for good."""
+        self.drop()
+        self._closed = True

@@ -13,10 +13,14 @@ from engine.errors import BackendError, MissingDependencyError, NetworkError
 from engine.spec import GraphSpec
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+PROVIDER_OPTIONS = {"cpu": {}, "cuda": {"use_tf32": "0"}}
 
 
 class OrtBackend:
-    """Runs graphs with ONNX Runtime on "cpu" or "cuda"; never on another device than the one asked for.
+    """Runs graphs with ONNX Runtime on "cpu" or "cuda"; a device that is not there is an error.
+
+    On "cuda" ONNX Runtime itself leaves single nodes that have no CUDA kernel (shape arithmetic, as a rule) to the CPU;
+    products are kept in full float32 (no TF32).
 
     Args:
         device: "cpu" or "cuda".
@@ -54,7 +58,6 @@ class OrtBackend:
             BackendError: ONNX Runtime cannot load the graph, or would not run it on the device.
         """
         ort = _onnxruntime()
-        _return_freed_pages()
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = self.threads or 0
@@ -62,7 +65,7 @@ class OrtBackend:
         options.add_session_config_entry("session.force_spinning_stop", "1")  # idle networks would steal cores
         provider = PROVIDERS[self.device]
         try:
-            session = ort.InferenceSession(path, options, providers=[provider])
+            session = ort.InferenceSession(path, options, providers=[(provider, PROVIDER_OPTIONS[self.device])])
         except Exception as error:  # onnxruntime's errors share no base class
             raise BackendError(
                 f"ONNX Runtime cannot load {path} ({error})",
@@ -108,11 +111,12 @@ class OrtNetwork:
         self._session = None
 
 
-def _return_freed_pages() -> None:
-    """Have glibc give blocks of 64 KiB and more back when they are freed.
+def return_freed_pages() -> None:
+    """Have glibc give blocks of 64 KiB and more back to the system when they are freed; it holds for the whole process.
 
     While a session is made, ONNX Runtime frees about as much as it keeps (half-precision weights that it has widened,
-    weights that it has repacked); glibc would hold on to it, a sixth of the embedded model's peak memory.
+    weights that it has repacked); glibc would hold on to it, a sixth of the embedded model's peak memory. The price is
+    page faults for every large temporary array.
     """
     mmap_threshold = -3  # M_MMAP_THRESHOLD of mallopt(3)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
