@@ -246,7 +246,7 @@ def _write_whole(path: Path, data: bytes) -> None:
 
 
 def metadata(kind: str, settings: Settings, size: tuple[int, int]) -> dict[str, Any]:
-    """Keyword arguments for PIL's `save` to write a `kind` of FORMATS; without settings only the digital source type."""
+    """Keyword arguments for PIL's `save` in a format of FORMATS; without settings only the digital source type."""
     from PIL.PngImagePlugin import PngInfo
 
     # ASCII with escapes: PNG text and EXIF each have their own idea of Unicode, JSON needs neither.

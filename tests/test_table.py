@@ -153,9 +153,9 @@ def test_noise_is_drawn_only_where_it_counts(name: str, steps: int) -> None:
     stochastic = {"ddpm", "lcm", "tcd", "euler-ancestral", "dpm2-ancestral", "dpmpp-2s-ancestral"}
     noisy = [index for index, row in enumerate(rows) if row.c]
     expected = name in stochastic or "sde" in name
-    assert bool(noisy) == (expected and steps > 1)
-    last_is_timestep_0 = name != "ddpm"  # given a steps_offset of 1, as here, DDPM ends at timestep 1, with noise
-    assert len(rows) - 1 not in noisy or not last_is_timestep_0
+    ends_in_noise = name == "ddpm"  # given a steps_offset of 1, as here, its last timestep is 1, not 0
+    assert bool(noisy) == (expected and (steps > 1 or ends_in_noise))
+    assert (len(rows) - 1 in noisy) == ends_in_noise
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
