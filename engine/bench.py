@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any
 
 from engine.denoiser import Denoiser
+from engine.errors import RequestError
 from engine.pipeline import Engine
 
 
@@ -33,7 +34,16 @@ def measure(engine: Engine, batches: Sequence[int], *, steps: int = 20, repeats:
         {"model", "backend", "device", "steps", "repeats", "batches": [...]}; each batch has "step_ms" as (min, median,
         max) over its runs' mean step, "images_per_second" (denoising and decoding), "host_percent" (the part of a
         step that is not the UNet call) and "decode_ms" a picture.
+
+    Raises:
+        RequestError: a number below 1, or no batch.
     """
+    if not batches or min(steps, repeats, *batches) < 1:
+        raise RequestError(
+            f"steps {steps}, repeats {repeats}, batches {list(batches)}",
+            "numbers of 1 or more",
+            "raise the one below 1",
+        )
     rows = [_measure_batch(engine, size, steps, repeats) for size in batches]
     about = {"model": engine.spec.id, "backend": engine.backend.name, "device": engine.backend.device}
     return {**about, "steps": steps, "repeats": repeats, "batches": rows}

@@ -14,12 +14,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from engine.errors import BundleError, HashMismatchError, UnsafePathError, UnsafeWeightsError
-from engine.spec import SCHEMA, ModelSpec
+from engine.spec import EXPORT, SCHEMA, ModelSpec
 
 MANIFEST = "manifest.json"
 EMBEDDED = Path(__file__).parent / "bundles" / "emoji"
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
-EXPORT = "export the checkpoint again: latentrt export CHECKPOINT BUNDLE"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +49,7 @@ class Bundle:
         Raises:
             BundleError: the folder or its manifest is missing or not readable, or a file that the engine would read
                 is not listed in it.
-            UnsafePathError: a path of the manifest leaves the folder, or anything in the folder is a link.
+            UnsafePathError: a path of the manifest leaves the folder (links count as leaving).
             UnsafeWeightsError: the manifest lists pickled weights.
             HashMismatchError: a file's size or SHA-256 is not the manifest's.
         """
@@ -88,19 +87,17 @@ class Bundle:
         return read_json(self.path(name))
 
     def _check_listed(self) -> None:
-        """What is read must be listed, and so hashed: every file in the folders of graphs, tokenizers and schedule."""
-        used = [graph.path for graph in self.spec.graphs.values()] + [self.spec.schedule]
-        folders = {self.path(name).parent for name in used} | {self.path(name) for name in self.spec.tokenizers}
-        listed = {self.path(name) for name in self.files}
-        for path in sorted(self.root.rglob("*")):
-            if path.is_symlink():
-                mend = "copy the file into the bundle instead of linking it"
-                raise UnsafePathError(f"{path} is a link", f"real files inside {self.root}", mend)
-            if path.parent in folders and path.is_file() and path not in listed:
-                raise BundleError(f"{path} is not listed in {MANIFEST}", "an entry with its hash", EXPORT)
-        for name in used:
-            if name not in self.files:
-                raise BundleError(f"{name} is used but not listed in {MANIFEST}", "an entry with its hash", EXPORT)
+        """What is read must be listed, and so hashed: graphs, the files that they name, tokenizers, the schedule."""
+        graphs = [self.path(graph.path) for graph in self.spec.graphs.values()]
+        whole = {self.path(name) for name in self.spec.tokenizers} | {self.path(self.spec.schedule).parent}
+        listed = {self.path(name) for name in self.files} | {self.root / MANIFEST}
+        for path in [*graphs, self.path(self.spec.schedule)]:
+            if path not in listed:
+                raise _unlisted(path)
+        for path in sorted(set(self.root.rglob("*")) - listed):
+            named = any(path.name.encode() in graph.read_bytes() for graph in graphs if graph.is_file())
+            if not path.is_dir() and (path.parent in whole or named):
+                raise _unlisted(path)
 
     def _check_sizes(self) -> None:
         for name, record in self.files.items():
@@ -119,6 +116,10 @@ class Bundle:
                     raise HashMismatchError(
                         f"{path} has SHA-256 {sha256}", f"{record.sha256}, as in the manifest", EXPORT
                     )
+
+
+def _unlisted(path: Path) -> BundleError:
+    return BundleError(f"{path} is used but not listed in {MANIFEST}", "an entry with its hash", EXPORT)
 
 
 def write_manifest(root: Path, spec: ModelSpec, names: Iterable[str]) -> None:

@@ -4,47 +4,87 @@ from __future__ import annotations
 
 import json
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from engine import __version__
+from engine.arguments import options_of, size_of, whole_of
 from engine.bundle import EMBEDDED
-from engine.errors import LatentrtError, PromptTruncatedWarning, RequestError
+from engine.errors import BackendError, LatentrtError, PromptTruncatedWarning
 from engine.terminal import progress, show, table_of, with_previews
+
+if TYPE_CHECKING:
+    from engine.denoiser import Job
 
 FOLDER = click.Path(path_type=Path)
 argument_bundle = click.argument("bundle", type=FOLDER, default=EMBEDDED, required=False)
 option_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 
 
+AT_LEAST_ONE = click.IntRange(min=1)
+INTERRUPTED, CRASHED = 130, 70  # 128 + SIGINT; EX_SOFTWARE of BSD's sysexits.h
+
+
+def _only_onnxruntime(_: click.Context, __: click.Parameter, backend: str) -> str:
+    if backend != "onnxruntime":
+        raise BackendError(
+            f"there is no backend {backend!r} for the command",
+            "onnxruntime",
+            "leave --backend out; Python takes others",
+        )
+    return backend
+
+
 def runs_networks(verb: Callable[..., None]) -> Callable[..., None]:
     """The options of verbs that run networks."""
     for option in (
-        click.option("--threads", type=int, help="CPU threads of a network call  [default: all cores]"),
+        click.option("--threads", type=AT_LEAST_ONE, help="CPU threads of a network call  [default: all cores]"),
         click.option("--device", default="cpu", show_default=True, help="cpu, or cuda (needs onnxruntime-gpu)."),
-        click.option("--backend", default="onnxruntime", show_default=True, help="What runs the networks."),
+        click.option("--backend", default="onnxruntime", show_default=True, callback=_only_onnxruntime, hidden=True),
     ):
         verb = option(verb)
     return verb
 
 
 def main() -> None:
-    """Entry point: errors of ours become a message and exit code 2, an interrupt 130."""
+    """Entry point. Exit codes: 0 done, 1 a check failed, 2 bad input, 130 an interrupt, 70 a fault of latentrt."""
     with warnings.catch_warnings():
         warnings.simplefilter("always", PromptTruncatedWarning)
         warnings.showwarning = _show_warning
-        try:
-            latentrt()
-        except LatentrtError as error:
-            if "--json" in sys.argv:
-                print(json.dumps({"error": {"type": type(error).__name__, **error.parts}}))
-            else:
-                print(f"error: {error.found}\n  needed: {error.needed}\n  to mend it: {error.mend}", file=sys.stderr)
-            sys.exit(2)
+        sys.exit(_run())
+
+
+def _run() -> int:
+    as_json = "--json" in sys.argv
+    try:
+        code = latentrt(prog_name="latentrt", standalone_mode=False)
+    except LatentrtError as error:
+        if not as_json:
+            print(f"error: {error.found}\n  needed: {error.needed}\n  to mend it: {error.mend}", file=sys.stderr)
+        return _fail(error, error.parts, as_json, 2)
+    except click.ClickException as error:
+        if not as_json:
+            error.show()
+        parts = {"found": error.format_message(), "needed": "a call as --help shows", "mend": "latentrt --help"}
+        return _fail(error, parts, as_json, error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Exception:
+        traceback.print_exc()
+        return CRASHED
+    return code if isinstance(code, int) else 0
+
+
+def _fail(error: Exception, parts: dict[str, str], as_json: bool, code: int) -> int:
+    if as_json:
+        print(json.dumps({"error": {"type": type(error).__name__, **parts}}))
+    return code
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -76,9 +116,20 @@ def latentrt() -> None:
 )
 @click.option("--format", "-f", help="png, jpg or webp  [default: the pattern's suffix, or png]")
 @click.option("--grid", type=FOLDER, help="Also write all pictures as one contact sheet.")
-@click.option("--preview-every", type=int, default=0, help="Every N rows write the current and the predicted picture.")
+@click.option(
+    "--preview-every",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Every N rows write the current and the predicted picture.",
+)
 @click.option("--option", multiple=True, help="Any other setting, as eta=0.5 or use_karras_sigmas=true; repeatable.")
-@click.option("--lanes", default=16, show_default=True, help="Most lanes of a UNet call; guidance takes two a picture.")
+@click.option(
+    "--lanes",
+    type=click.IntRange(min=2),
+    default=16,
+    show_default=True,
+    help="Most lanes of a UNet call; guidance takes two a picture.",
+)
 @runs_networks
 @option_json
 def generate(
@@ -103,44 +154,52 @@ def generate(
     as_json: bool,
 ) -> None:
     """Draw pictures from prompts."""
+    from engine.backends.ort import return_freed_pages
     from engine.image import grid as contact_sheet
     from engine.image import output_path, save
+    from engine.output import check_distinct, check_folder, check_grid, check_writable, preview_paths, with_suffix
     from engine.pipeline import Engine
 
-    width, height = _size(size)
-    pattern = _with_suffix(output, format)
-    settings = {
-        "negative_prompt": negative,
-        "steps": steps,
-        "solver": solver,
-        "seed": seed,
-        "guidance": guidance,
-    }
-    settings |= {"width": width, "height": height, "count": count, **_options(option)}
+    width, height = size_of(size)
+    pattern = with_suffix(output, format)
+    check_folder(pattern)
+    check_grid(grid)
+    settings = {"negative_prompt": negative, "steps": steps, "solver": solver, "seed": seed, "guidance": guidance}
+    settings |= {"width": width, "height": height, "count": count, **options_of(option)}
+    if settings["negative_prompt"] and guidance <= 1:
+        print("note: --negative has no effect with a --guidance of 1 or less", file=sys.stderr)
+    images = []
+    return_freed_pages()
     with Engine.load(bundle, backend=backend, device=device, threads=threads, lanes=lanes, resident=False) as engine:
         jobs = engine.requests(prompts, settings)
-        paths = [output_path(pattern, job.tag) for job in jobs]
-        _refuse_same(paths)
+        paths = {job: output_path(pattern, job.tag) for job in jobs}
+        previews = [preview_paths(paths[job], len(job.table), preview_every) for job in jobs]
+        shown = [path for rows in previews for pair in rows.values() for path in pair]
+        check_distinct([*paths.values(), *shown, *([grid] if grid else [])])
+        for path in [*paths.values(), *shown]:
+            check_writable(path)
         with progress(jobs, quiet=as_json) as on_tick:
-            engine.run(jobs, with_previews(engine, jobs, paths, preview_every, on_tick))
-        images = [engine.picture(job) for job in jobs]
-    for image, path in zip(images, paths, strict=True):
-        save(image, path)
+            tick = with_previews(engine, jobs, previews, on_tick)
+
+            def tick_and_save(job: Job) -> None:
+                """An interrupt must not lose what is done. The UNet stays loaded as long as a job waits for it."""
+                tick(job)
+                if job.done and job.error is None:
+                    image = engine.picture(job) if jobs[-1].done else engine.decode(job.latents)
+                    save(image, paths[job], settings=job.tag)
+                    if grid is not None:
+                        images.append(image)
+
+            engine.run(jobs, tick_and_save)
     if grid is not None:
-        save(
-            contact_sheet(images, captions=[job.tag["prompt"] for job in jobs]),
-            grid,
-            settings={"prompt": "; ".join(prompts), **settings},
-        )
+        captions = [job.tag["prompt"] for job in jobs]
+        save(contact_sheet(images, captions=captions), grid, settings={"prompt": "; ".join(prompts), **settings})
     if as_json:
-        print(
-            json.dumps(
-                [{**job.tag, "path": str(path)} for job, path in zip(jobs, paths, strict=True)],
-                ensure_ascii=False,
-            )
-        )
+        pictures = [{**job.tag, "path": str(path)} for job, path in paths.items()]
+        made = {"pictures": pictures, "grid": grid and str(grid), "previews": [str(path) for path in shown]}
+        print(json.dumps(made, ensure_ascii=False))
     else:
-        for path in [*paths, *([grid] if grid else [])]:
+        for path in [*paths.values(), *([grid] if grid else [])]:
             print(path)
 
 
@@ -184,19 +243,19 @@ def export(
 
 @latentrt.command()
 @argument_bundle
+@click.option("--against", help="Checkpoint (a folder or a hub id)  [default: BUNDLE itself, opened by diffusers]")
 @click.option(
-    "--against", type=FOLDER, help="Checkpoint to compare with  [default: BUNDLE itself, opened by diffusers]"
+    "--steps", type=AT_LEAST_ONE, default=20, show_default=True, help="Solver steps of the step and image depths."
 )
-@click.option("--steps", default=20, show_default=True, help="Solver steps of the step and image depths.")
 @option_json
-def verify(bundle: Path, against: Path | None, steps: int, as_json: bool) -> None:
+def verify(bundle: Path, against: str | None, steps: int, as_json: bool) -> None:
     """Measure a bundle against diffusers; exit code 1 beyond a bound.
 
     Needs the extra `export`.
     """
     from export.cli import run_verify
 
-    sys.exit(run_verify(bundle, against or bundle, steps=steps, as_json=as_json))
+    sys.exit(run_verify(bundle, against or str(bundle), steps=steps, as_json=as_json))
 
 
 @latentrt.command()
@@ -208,14 +267,8 @@ def inspect(bundle: Path, as_json: bool) -> None:
 
     opened = Bundle.open(bundle)
     if as_json:
-        print(
-            json.dumps(
-                {
-                    "model": opened.spec.to_dict(),
-                    "files": {n: {"sha256": r.sha256, "bytes": r.bytes} for n, r in opened.files.items()},
-                }
-            )
-        )
+        files = {name: {"sha256": record.sha256, "bytes": record.bytes} for name, record in opened.files.items()}
+        print(json.dumps({"model": opened.spec.to_dict(), "files": files}))
         return
     spec = opened.spec
     size = spec.latents.width * spec.latents.factor, spec.latents.height * spec.latents.factor
@@ -236,9 +289,11 @@ def inspect(bundle: Path, as_json: bool) -> None:
 
 @latentrt.command()
 @argument_bundle
-@click.option("--steps", default=20, show_default=True, help="Steps of each run.")
+@click.option("--steps", type=AT_LEAST_ONE, default=20, show_default=True, help="Steps of each run.")
 @click.option("--batches", default="1,2,4,8", show_default=True, help="Pictures at once, comma-separated.")
-@click.option("--repeats", default=5, show_default=True, help="Runs of each batch; medians are shown.")
+@click.option(
+    "--repeats", type=AT_LEAST_ONE, default=5, show_default=True, help="Runs of each batch; medians are shown."
+)
 @runs_networks
 @option_json
 def bench(
@@ -255,7 +310,7 @@ def bench(
     from engine.bench import measure
     from engine.pipeline import Engine
 
-    sizes = [_whole(size, "--batches") for size in batches.split(",")]
+    sizes = [whole_of(size, "--batches", least=1) for size in batches.split(",")]
     with Engine.load(bundle, backend=backend, device=device, threads=threads, lanes=2 * max(sizes)) as engine:
         results = measure(engine, sizes, steps=steps, repeats=repeats)
     if as_json:
@@ -277,67 +332,19 @@ def bench(
 @latentrt.command()
 @option_json
 def doctor(as_json: bool) -> None:
-    """Say what this machine can run, and what to install for the rest."""
+    """Say what this machine can run, and what to install for the rest; exit code 1 if it cannot draw."""
     from engine.doctor import examine
 
     findings = examine()
     if as_json:
         print(json.dumps([finding.to_dict() for finding in findings]))
-        return
-    table = table_of("", "what", "found", "to mend or gain it")
-    for finding in findings:
-        mark = "[green]yes[/]" if finding.good else "[yellow]no[/]"
-        table.add_row(mark, finding.what, finding.found, "" if finding.good else finding.mend)
-    show(table)
-
-
-def _size(text: str | None) -> tuple[int | None, int | None]:
-    if text is None:
-        return None, None
-    width, _, height = text.lower().partition("x")
-    return _whole(width, "--size"), _whole(height or width, "--size")
-
-
-def _whole(text: str, name: str) -> int:
-    if not text.strip().isdigit():
-        raise RequestError(
-            f"{name} has {text!r}", "whole numbers, as in --size 512x512 or --batches 1,2,4", f"change {name}"
-        )
-    return int(text)
-
-
-def _with_suffix(pattern: str, format: str | None) -> str:
-    from engine.image import FORMATS
-
-    if format is not None and f".{format.lower()}" not in FORMATS:
-        raise RequestError(f"--format is {format!r}", f"one of {', '.join(s[1:] for s in FORMATS)}", "change --format")
-    known = Path(pattern).suffix.lower() in FORMATS
-    if format is None:
-        return pattern if known else f"{pattern}.png"
-    return f"{pattern[: -len(Path(pattern).suffix)] if known else pattern}.{format.lower()}"
-
-
-def _options(pairs: tuple[str, ...]) -> dict[str, Any]:
-    options = {}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not equals:
-            raise RequestError(f"--option is {pair!r}", "KEY=VALUE, as in eta=0.5", "change --option")
-        try:
-            options[key] = json.loads(text)
-        except ValueError:
-            options[key] = text
-    return options
-
-
-def _refuse_same(paths: list[Path]) -> None:
-    twice = {path for path in paths if paths.count(path) > 1}
-    if twice:
-        raise RequestError(
-            f"{len(paths)} pictures would go to {', '.join(map(str, sorted(twice)))}",
-            "a name for each",
-            "add {seed} or {index} to --output",
-        )
+    else:
+        table = table_of("", "what", "found", "to mend or gain it")
+        for finding in findings:
+            mark = "[green]yes[/]" if finding.good else "[yellow]no[/]"
+            table.add_row(mark, finding.what, finding.found, "" if finding.good else finding.mend)
+        show(table)
+    sys.exit(any(finding.vital and not finding.good for finding in findings))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,9 @@ EXPORT_PACKAGES = (
     "torch",
     "diffusers",
     "transformers",
+    "accelerate",
     "onnx",
+    "onnx-ir",
     "onnxscript",
     "safetensors",
     "huggingface_hub",
@@ -32,6 +34,7 @@ class Finding:
     good: bool
     found: str
     mend: str = ""
+    vital: bool = False  # nothing can be drawn without it
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -58,17 +61,18 @@ def _bundle() -> Finding:
         with Engine.load() as engine:
             error = worst_error(engine)
     except LatentrtError as trouble:
-        return Finding(what, False, trouble.found, mend)
-    return Finding(what, error <= TOLERANCE, f"hashes match, latents within {error:.0e} of the export's", mend)
+        return Finding(what, False, trouble.found, mend, vital=True)
+    found = f"hashes match, latents within {error:.0e} of the export's"
+    return Finding(what, error <= TOLERANCE, found, mend, vital=True)
 
 
 def _onnxruntime() -> Finding:
     what = "pictures on the CPU (onnxruntime)"
     try:
         import onnxruntime
-    except ImportError as error:
-        return Finding(what, False, str(error), "pip install onnxruntime")
-    return Finding(what, True, f"onnxruntime {onnxruntime.__version__}")
+    except (ImportError, OSError) as error:
+        return Finding(what, False, str(error), "pip install onnxruntime", vital=True)
+    return Finding(what, True, f"onnxruntime {onnxruntime.__version__}", vital=True)
 
 
 def _export() -> Finding:
@@ -87,7 +91,10 @@ def _gpu() -> Finding:
     if ctypes.util.find_library("cuda") is None or shutil.which("nvidia-smi") is None:
         return Finding(what, False, "no CUDA driver", mend)
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
-    answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Finding(what, False, f"nvidia-smi does not answer ({error})", mend)
     good = answer.returncode == 0 and bool(answer.stdout.strip())
     return Finding(
         what,
@@ -106,6 +113,6 @@ def _cuda_provider() -> Finding:
         import onnxruntime
 
         providers = onnxruntime.get_available_providers()
-    except ImportError:
+    except (ImportError, OSError):
         providers = []
     return Finding(what, "CUDAExecutionProvider" in providers, ", ".join(providers) or "no onnxruntime", mend)

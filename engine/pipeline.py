@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ from engine.models import VAE, TextEncoder, UNet
 from engine.noise import noise_source
 from engine.prompt import Tokenizer
 from engine.schedule import Schedule
+from engine.settings import KNOWN_KEYS
+from engine.solvers import SOLVERS
 from engine.spec import ModelSpec, Request
 from engine.table import tabulate
 
@@ -247,8 +250,33 @@ class Engine:
         }
 
 
+# What users of other tools type, and what it is called here.
+_OTHER_NAMES = {
+    "num_inference_steps": "steps",
+    "guidance_scale": "guidance",
+    "num_images_per_prompt": "count",
+    "schedule": "solver",
+    "scheduler": "solver",
+    "sampler": "solver",
+    "negative": "negative_prompt",
+    "prompt": "",
+    "options": "",
+}
+
+
 def request_from(prompt: str, settings: Mapping[str, Any]) -> Request:
-    """A Request whose unknown settings are the solver's options."""
-    fields = {key: value for key, value in settings.items() if key in Request.__dataclass_fields__}
-    options = {key: value for key, value in settings.items() if key not in fields}
-    return Request(prompt=prompt, **{**fields, "options": {**fields.get("options", {}), **options}})
+    """A Request whose settings other than its own fields are the solver's options.
+
+    Raises:
+        RequestError: a setting that neither a Request nor any solver has, or a value out of range.
+    """
+    own = set(Request.__dataclass_fields__) - {"prompt", "options"}
+    known = {*own, *KNOWN_KEYS, *(key for solver in SOLVERS.values() for key in solver.arguments)}
+    for key in settings:
+        if key not in known:
+            near = _OTHER_NAMES[key] if key in _OTHER_NAMES else " or ".join(get_close_matches(str(key), known))
+            mend = f"did you mean {near}?" if near else "leave it out"
+            raise RequestError(f"{key!r} is not an option", "a field of Request or a setting of a solver", mend)
+    fields = {key: value for key, value in settings.items() if key in own}
+    options = {key: value for key, value in settings.items() if key not in own}
+    return Request(prompt=prompt, **fields, options=options)

@@ -41,8 +41,10 @@ class Point:
 
     @property
     def lam(self) -> float:
-        """Half the log signal-to-noise ratio, log(alpha / sigma) (Lu et al. 2022); +inf where there is no noise."""
-        return math.log(self.alpha) - math.log(self.sigma) if self.sigma > 0 else math.inf
+        """Half the log signal-to-noise ratio, log(alpha / sigma) (Lu et al. 2022); ±inf without noise or signal."""
+        if self.alpha <= 0 or self.sigma <= 0:
+            return math.inf if self.sigma <= 0 else -math.inf
+        return math.log(self.alpha) - math.log(self.sigma)
 
 
 @dataclass(frozen=True)

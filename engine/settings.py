@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -113,6 +114,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "TCDScheduler": _CONSISTENCY,  # it has the keys to clip and to threshold too, and does neither
 }
 
+_LISTS = ("trained_betas", "disable_corrector")
+MAX_TIMESTEPS = 1_000_000  # far beyond any model; keeps a damaged config from taking all memory
+
 KNOWN_KEYS = frozenset(key for defaults in DEFAULTS.values() for key in defaults)
 
 _FIXED_VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large")
@@ -159,7 +163,7 @@ def class_of(config: Mapping[str, Any]) -> str:
         ScheduleError: the class is missing or not one that latentrt serves.
     """
     name = config.get("_class_name")
-    if name not in DEFAULTS:
+    if not isinstance(name, str) or name not in DEFAULTS:
         raise ScheduleError(
             f"the scheduler class is {name!r}",
             f"_class_name: one of {', '.join(DEFAULTS)}",
@@ -189,9 +193,14 @@ def settings_of(scheduler: str, config: Mapping[str, Any], options: Mapping[str,
             )
     read = {key: value for key, value in config.items() if key in defaults}
     for key, meanings in _TRANSLATED.get(scheduler, {}).items():
-        if read.get(key) in meanings:
-            read[key] = meanings[read[key]]
+        if isinstance(read.get(key), str):
+            read[key] = meanings.get(read[key], read[key])
     settings = {**defaults, **read, **options}
+    for key, default in defaults.items():
+        if (
+            isinstance(default, bool) and settings[key] is None
+        ):  # JSON's null, which diffusers only ever tests for truth
+            settings[key] = False
     _check(scheduler, settings)
     return settings
 
@@ -212,12 +221,52 @@ def _check(scheduler: str, settings: Mapping[str, Any]) -> None:
                 f"{key} = {needed!r}",
                 f"set {key} to {needed!r}",
             )
+    for key, default in DEFAULTS[scheduler].items():
+        _check_kind(scheduler, key, default, settings[key])
     chosen = [key for key in _RESPACINGS if settings.get(key)]
     if len(chosen) > 1:
         raise ScheduleError(f"{' and '.join(chosen)} are both set", "one choice of sigmas", "keep one of them")
-    count = settings["num_train_timesteps"]
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise ScheduleError(f"num_train_timesteps is {count!r}", "a whole number of 1 or more", "correct the config")
+    _check_ranges(settings)
+
+
+def _check_kind(scheduler: str, key: str, default: object, value: object) -> None:
+    """A value must be of its default's kind; where there is no default, it may be left out too."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if key in _LISTS:
+        good, needed = isinstance(value, (list, tuple)) and all(map(_is_number, value)), "a list of numbers"
+    elif isinstance(default, bool):
+        good, needed = isinstance(value, bool), "true or false"
+    elif isinstance(default, int):
+        good, needed = whole and value >= 0, "a whole number of 0 or more"  # type: ignore[operator]
+    elif isinstance(default, str):
+        good, needed = isinstance(value, str), "text"
+    else:
+        good, needed = _is_number(value) or value == default == -math.inf, "a finite number"
+    if not good and not (value is None and default is None):
+        raise ScheduleError(f"{scheduler} has {key} = {value!r}", needed, f"set {key} to {needed}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _check_ranges(settings: Mapping[str, Any]) -> None:
+    for key in ("num_train_timesteps", "original_inference_steps"):
+        if not 1 <= settings.get(key, 1) <= MAX_TIMESTEPS:
+            found, needed = f"{key} is {settings[key]!r}", f"a whole number from 1 to {MAX_TIMESTEPS}"
+            raise ScheduleError(found, needed, "correct the config")
+    low, high = settings.get("sigma_min"), settings.get("sigma_max")
+    if any(sigma is not None and sigma <= 0 for sigma in (low, high)) or (low and high and low >= high):
+        raise ScheduleError(
+            f"sigma_min is {low!r} and sigma_max {high!r}",
+            "0 < sigma_min < sigma_max",
+            "correct them, or leave both out",
+        )
+    start, end = settings["beta_start"], settings["beta_end"]
+    if settings["beta_schedule"] == "scaled_linear" and min(start, end) < 0:
+        raise ScheduleError(f"the betas run from {start!r} to {end!r}", "numbers between 0 and 1", "correct beta_start")
+    if settings["trained_betas"] is not None and not settings["trained_betas"]:
+        raise ScheduleError("trained_betas is empty", "a beta for each training timestep", "set trained_betas to null")
 
 
 def _nearest(word: str, words: Iterable[str]) -> str:

@@ -5,7 +5,7 @@ Plain frozen data, checked where it is made; nothing here opens a file.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -15,6 +15,8 @@ from engine.errors import BundleError, RequestError
 SCHEMA = 1
 FAMILIES = ("sd", "sdxl")
 MAX_SEED = 2**64 - 1
+DTYPES = ("float16", "float32", "float64", "int32", "int64", "uint8", "bool")
+EXPORT = "export the checkpoint again: latentrt export CHECKPOINT BUNDLE"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +97,7 @@ class ModelSpec:
         """Read the manifest's "model" part.
 
         Raises:
-            BundleError: a field is missing, unknown or of the wrong kind.
+            BundleError: a field is missing, unknown or of the wrong kind or out of range; each by its name.
         """
         try:
             fields = dict(data)
@@ -104,7 +106,7 @@ class ModelSpec:
             golden = tuple(
                 Golden(**{**g, "first": tuple(float(v) for v in g["first"])}) for g in fields.pop("golden", ())
             )
-            tokenizers, encoders = tuple(fields.pop("tokenizers")), tuple(fields.pop("text_encoders"))
+            tokenizers, encoders = (_texts(name, fields.pop(name)) for name in ("tokenizers", "text_encoders"))
             spec = cls(
                 **fields,
                 latents=latents,
@@ -113,18 +115,13 @@ class ModelSpec:
                 graphs=graphs,
                 golden=golden,
             )
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise BundleError(
                 f"manifest.json has a model part that cannot be read ({error!r})",
                 f"the fields of manifest schema {SCHEMA}",
-                "export the checkpoint again: latentrt export CHECKPOINT BUNDLE",
+                EXPORT,
             ) from error
-        if spec.family not in FAMILIES:
-            raise BundleError(
-                f"manifest.json names the family {spec.family!r}",
-                f"one of {', '.join(FAMILIES)}",
-                "update latentrt, or export the checkpoint again: latentrt export CHECKPOINT BUNDLE",
-            )
+        _check(spec)
         return spec
 
 
@@ -133,6 +130,83 @@ def _graph(data: Mapping[str, Any]) -> GraphSpec:
         return tuple(TensorSpec(t["name"], t["dtype"], tuple(t["shape"])) for t in data[key])
 
     return GraphSpec(data["path"], data["opset"], data["nodes"], tensors("inputs"), tensors("outputs"))
+
+
+def _texts(name: str, value: object) -> tuple[str, ...]:
+    _need(isinstance(value, (list, tuple)) and value and all(map(_is_text, value)), name, value, "a list of names")
+    return tuple(value)  # type: ignore[arg-type]
+
+
+def _check(spec: ModelSpec) -> None:
+    """Every field's kind and range, so that nothing that reads a manifest has to doubt it.
+
+    Raises:
+        BundleError: the first field that is wrong, by its name.
+    """
+    _need(spec.family in FAMILIES, "family", spec.family, f"one of {', '.join(FAMILIES)}")
+    for name in ("id", "schedule"):
+        _need(_is_text(getattr(spec, name)), name, getattr(spec, name), "text")
+    for name in ("revision", "license"):
+        value = getattr(spec, name)
+        _need(value is None or isinstance(value, str), name, value, "text or null")
+    _need(isinstance(spec.zero_negative, bool), "zero_negative", spec.zero_negative, "true or false")
+    _need(isinstance(spec.made, Mapping), "made", spec.made, "an object")
+    _check_latents(spec.latents)
+    encoders, tokenizers = spec.text_encoders, spec.tokenizers
+    _need(len(encoders) == len(tokenizers), "tokenizers", tokenizers, f"as many as text_encoders: {len(encoders)}")
+    for name in (*encoders, "unet", "vae_decoder"):
+        _need(name in spec.graphs, "graphs", list(spec.graphs), f"a graph {name!r}")
+    for name, graph in spec.graphs.items():
+        _check_graph(f"graphs.{name}", graph)
+    for golden in spec.golden:
+        _check_golden(golden)
+
+
+def _check_latents(latents: LatentSpec) -> None:
+    for name in ("channels", "factor", "height", "width"):
+        value = getattr(latents, name)
+        _need(_is_whole(value) and 1 <= value <= 65_536, f"latents.{name}", value, "a whole number from 1 to 65536")
+    _need(_is_number(latents.scale) and latents.scale != 0, "latents.scale", latents.scale, "a finite number, not 0")
+    _need(_is_number(latents.shift), "latents.shift", latents.shift, "a finite number")
+
+
+def _check_graph(where: str, graph: GraphSpec) -> None:
+    _need(_is_text(graph.path), f"{where}.path", graph.path, "text")
+    for name in ("opset", "nodes"):
+        value = getattr(graph, name)
+        _need(_is_whole(value) and value >= 0, f"{where}.{name}", value, "a whole number")
+    for tensor in (*graph.inputs, *graph.outputs):
+        _need(_is_text(tensor.name), f"{where}: a tensor's name", tensor.name, "text")
+        where_tensor = f"{where}.{tensor.name}"
+        _need(tensor.dtype in DTYPES, f"{where_tensor}.dtype", tensor.dtype, f"one of {', '.join(DTYPES)}")
+        sides = all(_is_text(side) or (_is_whole(side) and int(side) >= 0) for side in tensor.shape)
+        _need(sides, f"{where_tensor}.shape", tensor.shape, "whole numbers and names")
+
+
+def _check_golden(golden: Golden) -> None:
+    texts = (golden.prompt, golden.negative_prompt, golden.solver)
+    _need(all(isinstance(text, str) for text in texts), "golden's prompts and solver", texts, "text")
+    for name in ("steps", "seed"):
+        _need(_is_whole(getattr(golden, name)), f"golden.{name}", getattr(golden, name), "a whole number")
+    numbers = (golden.guidance, golden.mean, golden.std, *golden.first)
+    _need(all(map(_is_number, numbers)) and golden.std > 0, "golden's numbers", numbers, "finite, with std above 0")
+
+
+def _need(good: object, field: str, value: object, needed: str) -> None:
+    if not good:
+        raise BundleError(f"manifest.json has {field} = {value!r}", needed, f"update latentrt, or {EXPORT}")
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,22 +242,46 @@ class Request:
         _whole("steps", self.steps, 1, 10_000)
         _whole("count", self.count, 1, 10_000)
         _whole("seed", self.seed, 0, MAX_SEED)
+        _whole("the last picture's seed (seed + count - 1)", self.seed + self.count - 1, 0, MAX_SEED)
         for name in ("height", "width"):
             if getattr(self, name) is not None:
                 _whole(name, getattr(self, name), 1, 65_536)
+        for name, optional in (("negative_prompt", True), ("solver", True), ("noise", False)):
+            value = getattr(self, name)
+            if not isinstance(value, str) and not (optional and value is None):
+                raise RequestError(
+                    f"{name} is {value!r}", "text or None" if optional else "text", f"pass another {name}"
+                )
         _number("guidance", self.guidance, 0.0, 1e6)
         _number("guidance_rescale", self.guidance_rescale, 0.0, 1.0)
-        start, end = self.guidance_interval
-        _number("guidance_interval's start", start, 0.0, 1.0)
-        _number("guidance_interval's end", end, start, 1.0)
+        interval = self.guidance_interval
+        if not isinstance(interval, (list, tuple)) or len(interval) != 2:
+            raise RequestError(
+                f"guidance_interval is {interval!r}", "two numbers: start and end", "pass (0.0, 1.0) for the whole run"
+            )
+        _number("guidance_interval's start", interval[0], 0.0, 1.0)
+        _number("guidance_interval's end", interval[1], interval[0], 1.0)
+        _check_options(self.options)
+
+
+def _check_options(options: object) -> None:
+    """Options are the solver's alone: what has a field of its own, or a place in a call, is none of them."""
+    if not isinstance(options, Mapping) or not all(isinstance(key, str) for key in options):
+        raise RequestError(f"options is {options!r}", "names with their values", "pass options={'eta': 0.5}")
+    taken = sorted({*Request.__dataclass_fields__, "schedule", "scheduler", "self"} & set(options))
+    if taken:
+        raise RequestError(
+            f"{taken[0]!r} is given as an option",
+            "a solver's own settings, such as eta",
+            f"leave {taken[0]} out of them",
+        )
 
 
 def _whole(name: str, value: object, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+    if not _is_whole(value) or not low <= value <= high:  # type: ignore[operator]
         raise RequestError(f"{name} is {value!r}", f"a whole number from {low} to {high}", f"pass another {name}")
 
 
 def _number(name: str, value: object, low: float, high: float) -> None:
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or not low <= float(value) <= high:  # type: ignore[arg-type]
+    if not _is_number(value) or not low <= float(value) <= high:  # type: ignore[arg-type]
         raise RequestError(f"{name} is {value!r}", f"a finite number from {low:g} to {high:g}", f"pass another {name}")

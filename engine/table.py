@@ -125,12 +125,21 @@ def tabulate(solver: str | None, schedule: Schedule, steps: int, **options: Any)
     except LatentrtError:
         raise
     except (ArithmeticError, ValueError) as error:
+        if not _is_arithmetic(error):
+            raise
         raise ScheduleError(
             f"{name} at {steps} steps has no finite coefficients: two levels coincide, or one holds no signal",
             "distinct levels, and v_prediction or sample prediction where the signal is zero",
             "take fewer steps, or another timestep_spacing, final_sigmas_type or sigmas",
         ) from error
     return Table(name, steps, grid.start, array)
+
+
+def _is_arithmetic(error: Exception) -> bool:
+    """Whether numbers are to blame; `math` says with a plain ValueError that it has no logarithm or root of one."""
+    if isinstance(error, (ArithmeticError, np.linalg.LinAlgError)):
+        return True
+    return str(error).startswith(("math domain error", "expected a positive", "expected a nonnegative"))
 
 
 def _array(solver: Solver, grid: Grid, arguments: Mapping[str, Any]) -> NDArray[np.float64]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from engine.denoiser import Job
+    from engine.output import Previews
     from engine.pipeline import Engine
 
 
@@ -28,27 +28,21 @@ def progress(jobs: list[Job], *, quiet: bool) -> Iterator[Callable[[Job], None]]
 
 
 def with_previews(
-    engine: Engine, jobs: list[Job], paths: list[Path], every: int, on_tick: Callable[[Job], None]
+    engine: Engine, jobs: list[Job], previews: list[Previews], on_tick: Callable[[Job], None]
 ) -> Callable[[Job], None]:
-    """Write the current latents and the predicted picture beside the final one, every so many rows."""
-    if every < 1:
-        return on_tick
+    """Write the current latents and the predicted picture of the rows that `previews` names for each job."""
+    where = {id(job): paths for job, paths in zip(jobs, previews, strict=True) if paths}
     for job in jobs:
-        job.wants_preview = True
-    where = {id(job): path for job, path in zip(jobs, paths, strict=True)}
+        job.wants_preview = id(job) in where
 
     def tick(job: Job) -> None:
         from engine.image import save
 
         on_tick(job)
-        if job.row % every == 0 and job.preview is not None:
-            path = where[id(job)]
-            for kind, latents in (("current", job.view), ("predicted", job.preview)):
-                save(
-                    engine.decode(latents),
-                    path.with_stem(f"{path.stem}-{job.row:03d}-{kind}"),
-                    settings=job.tag,
-                )
+        paths = where.get(id(job), {}).get(job.row)
+        if paths is not None and job.preview is not None:
+            for path, latents in zip(paths, (job.view, job.preview), strict=True):
+                save(engine.decode(latents), path, settings=job.tag)
 
     return tick
 

@@ -42,8 +42,8 @@ def run_export(
     print(f"{target}: {summary.total_bytes / 1e6:.1f} MB")
 
 
-def run_verify(bundle: Path, against: Path, *, steps: int, as_json: bool) -> int:
-    """Print every check as it is made; 1 if any is beyond its bound, else 0."""
+def run_verify(bundle: Path, against: str | Path, *, steps: int, as_json: bool) -> int:
+    """Show every check against a checkpoint (a folder or a hub id); 1 if any is beyond its bound, else 0."""
     _need_torch("verify")
     from rich.console import Console
 
@@ -55,17 +55,22 @@ def run_verify(bundle: Path, against: Path, *, steps: int, as_json: bool) -> int
         for check in verify(bundle, against, steps=steps):
             checks.append(check)
             status.update(f"measured {check.depth}: {check.what}")
-    failed = sum(not check.passed for check in checks)
+    failed = sum(check.passed is False for check in checks)
     if as_json:
         print(json.dumps({"passed": not failed, "checks": [check.to_dict() for check in checks]}))
         return int(failed > 0)
     table = table_of("depth", "what", "measured", "value", "bound", "")
     for check in checks:
         bound = f"{'>=' if check.at_least else '<='} {check.bound:g}"
-        mark = "[green]ok[/]" if check.passed else "[red]beyond[/]"
-        table.add_row(check.depth, check.what, check.measure, f"{check.value:.3g}", bound, mark)
+        if check.value is None:
+            table.add_row(check.depth, check.what, check.note, "", "", "[yellow]not served[/]")
+        else:
+            mark = "[green]ok[/]" if check.passed else "[red]beyond[/]"
+            table.add_row(check.depth, check.what, check.measure, f"{check.value:.3g}", bound, mark)
     show(table)
-    print(f"{len(checks) - failed} of {len(checks)} within their bounds")
+    measured = sum(check.value is not None for check in checks)
+    unserved = f", {len(checks) - measured} not served" if measured < len(checks) else ""
+    print(f"{measured - failed} of {measured} within their bounds{unserved}")
     return int(failed > 0)
 
 

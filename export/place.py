@@ -6,14 +6,15 @@ the old bundle whole. What a killed export left behind is mended by the next one
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from engine.bundle import MANIFEST, read_json
-from engine.errors import LatentrtError, OutputError
+from engine.bundle import MANIFEST, read_manifest
+from engine.errors import BundleError, LatentrtError, OutputError
 
 
 @contextmanager
@@ -27,27 +28,49 @@ def place(target: Path, source: Path, size: int, *, overwrite: bool) -> Iterator
         overwrite: replace the bundle, or add to the checkpoint, that is there.
 
     Raises:
-        OutputError: the target is there and may not be replaced, or cannot be written, or has no room.
+        OutputError: the target is there and may not be replaced, cannot be written, has no room, or another export
+            is writing to it.
     """
     target = target.resolve()
     new, old = _new(target), _old(target)
     try:
-        _mend(target)
-        _check(target, source.resolve(), size, overwrite)
-        new.mkdir(parents=True)
-        try:
-            yield new
-            if target == source.resolve():
-                _keep_others(target, new)
-            _swap(new, target, old)
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
+        with _alone(target):
+            _mend(target)
+            _check(target, source.resolve(), size, overwrite)
+            new.mkdir()
+            try:
+                yield new
+                if target == source.resolve():
+                    _keep_others(target, new)
+                _swap(new, target, old)
+            finally:
+                shutil.rmtree(new, ignore_errors=True)
     except LatentrtError:
         raise
     except OSError as error:
         raise OutputError(
             f"{target} cannot be written ({error})", "a writable place with room", "choose another target"
         ) from error
+
+
+@contextmanager
+def _alone(target: Path) -> Iterator[None]:
+    """Hold the lock file beside `target`; the system lets go of it for whoever is killed."""
+    lock = target.with_name(f".{target.name}.latentrt-lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                raise BlockingIOError  # its owner ended, and yet another export began, since it was opened
+        except (BlockingIOError, FileNotFoundError) as error:
+            raise OutputError(
+                f"another export is writing to {target}", "one export at a time", "wait, or choose another target"
+            ) from error
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def _new(target: Path) -> Path:
@@ -69,11 +92,16 @@ def _mend(target: Path) -> None:
 
 def _check(target: Path, source: Path, size: int, overwrite: bool) -> None:
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        what = "the checkpoint itself" if target == source else "a bundle"
-        if target != source and not (target / MANIFEST).is_file():
+        bundle = _is_bundle(target)
+        if target != source and not bundle:
             raise OutputError(
                 f"{target} is there and is no bundle", "a new place, or a bundle", "choose another target"
             )
+        if not bundle and (target / MANIFEST).exists():
+            raise OutputError(
+                f"{target / MANIFEST} is not latentrt's", "a checkpoint without one", "choose another target"
+            )
+        what = "the checkpoint itself" if target == source else "a bundle"
         if not overwrite:
             raise OutputError(f"{target} is {what}", "leave to replace it", "add --overwrite, or choose another target")
         if target in source.parents:
@@ -86,9 +114,18 @@ def _check(target: Path, source: Path, size: int, overwrite: bool) -> None:
         )
 
 
+def _is_bundle(folder: Path) -> bool:
+    """Whether the folder's manifest is one that latentrt wrote; many other things have a manifest.json."""
+    try:
+        read_manifest(folder)
+    except BundleError:
+        return False
+    return True
+
+
 def _keep_others(target: Path, new: Path) -> None:
     """Carry over what stands in a checkpoint and in no bundle. Links do: the old names go in a moment."""
-    listed = read_json(target / MANIFEST)["files"] if (target / MANIFEST).is_file() else {}
+    listed = read_manifest(target)["files"] if _is_bundle(target) else {}
     for path in [p for p in target.rglob("*") if p.is_file()]:
         name = path.relative_to(target)
         if name.as_posix() not in listed and not (new / name).exists():

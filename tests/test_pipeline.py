@@ -181,7 +181,7 @@ def test_sizes_follow_the_request(fake: Engine) -> None:
         ({"solver": "dpmp-2m"}, UnknownSolverError, "dpmpp-2m"),
         ({"guidance": float("nan")}, RequestError, "guidance"),
         ({"eta": 2.0}, ScheduleError, "eta"),
-        ({"etta": 0.5}, ScheduleError, "etta"),
+        ({"etta": 0.5}, RequestError, "etta"),
         ({"noise": "torch-cpuu"}, RequestError, "torch-cpu"),
     ],
 )

@@ -161,6 +161,53 @@ def test_a_config_that_cannot_be_served_is_refused_when_it_is_read(key: str, val
         Schedule.from_config({**EMOJI, key: value})
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("beta_start", value) for value in ("x", None, True, float("nan"), [0.1], 10**400)),
+        *(("sigma_min", value) for value in ("x", 0.0, -1.0, float("inf"))),
+        ("sigma_max", 0),
+        *(("use_karras_sigmas", value) for value in ("yes", 1, [])),
+        *(("trained_betas", value) for value in ([[0.1]], "0.1", 0.1, [], ["x"])),
+        *(("steps_offset", value) for value in (1.5, "1", -1, True)),
+        ("num_train_timesteps", 10**9),
+        ("_class_name", []),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_by_name(key: str, value: Any) -> None:
+    config = {**SD15, "_class_name": "EulerDiscreteScheduler", key: value}
+    with pytest.raises(ScheduleError, match="class" if key == "_class_name" else key):
+        Schedule.from_config(config)
+
+
+@pytest.mark.parametrize("scheduler", DEFAULTS)
+def test_every_setting_has_a_kind(scheduler: str) -> None:
+    for key in DEFAULTS[scheduler]:
+        with pytest.raises(ScheduleError, match=key):
+            SCHEDULE.settings(scheduler, **{"skip_prk_steps": True, key: {}})
+
+
+def test_sigma_bounds_must_be_in_order() -> None:
+    assert SCHEDULE.settings("EulerDiscreteScheduler", sigma_min=0.1, sigma_max=10)["sigma_max"] == 10
+    for low, high in ((100, 1), (1, 1)):
+        with pytest.raises(ScheduleError, match="0 < sigma_min < sigma_max"):
+            SCHEDULE.settings("EulerDiscreteScheduler", sigma_min=low, sigma_max=high)
+
+
+def test_a_root_of_a_negative_beta_is_refused() -> None:
+    with pytest.raises(ScheduleError, match=r"the betas run from -0\.1"):
+        SCHEDULE.settings("DDIMScheduler", beta_start=-0.1, beta_schedule="scaled_linear")
+
+
+def test_null_flags_are_false_and_whole_numbers_are_numbers() -> None:
+    flags = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "rescale_betas_zero_snr")
+    config = {**SD15, **dict.fromkeys(flags), "sigma_min": None, "clip_sample_range": 1, "sample_max_value": 1}
+    for name in ("EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DDIMScheduler"):
+        chosen = Schedule.from_config(config).settings(name)
+        assert not any(chosen.get(flag) for flag in flags)
+        assert None not in [chosen.get(flag, False) for flag in flags]
+
+
 def test_pndm_must_skip_its_warm_up() -> None:
     without = {key: value for key, value in SD15.items() if key != "skip_prk_steps"}
     with pytest.raises(ScheduleError, match=r"skip_prk_steps = False.*six memory slots.*set skip_prk_steps to True"):
@@ -173,6 +220,7 @@ def test_points() -> None:
     assert point.lam == pytest.approx(math.log(0.6 / 0.8))
     assert Point(0.0, 1.0, 3.0).c_in == pytest.approx(1 / math.sqrt(10))
     assert CLEAN.lam == math.inf
+    assert Point(0.0, 0.0, 1.0).lam == -math.inf
 
 
 def test_levels_outside_of_training_are_refused() -> None:

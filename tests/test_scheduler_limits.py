@@ -162,3 +162,24 @@ def test_equal_timesteps_are_no_hindrance(solver: str) -> None:
     theirs = scheduler(solver, SD15, use_beta_sigmas=True)
     theirs.set_timesteps(50)
     assert theirs.index_for_timestep(theirs.timesteps[0]) == 1
+
+
+def test_a_fault_of_ours_is_not_called_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr("engine.table.trace", broken)
+    with pytest.raises(ValueError, match=r"^a bug$"):
+        tabulate("ddim", SCHEDULE, 4)
+
+
+@pytest.mark.parametrize(
+    ("solver", "options"),
+    [
+        ("euler", {"interpolation_type": "log_linear", "beta_start": 1e-30}),
+        ("dpmpp-2s-ancestral", {"use_exponential_sigmas": True, "beta_start": 1e-30}),
+    ],
+)
+def test_a_schedule_that_ends_without_noise_has_no_logarithm(solver: str, options: dict[str, Any]) -> None:
+    with pytest.raises(ScheduleError, match="has no finite coefficients"):
+        tabulate(solver, SCHEDULE, 4, **options)

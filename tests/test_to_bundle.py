@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -139,6 +141,50 @@ def test_what_is_no_bundle_is_never_replaced(checkpoint: Path, tmp_path: Path, f
         with pytest.raises(OutputError, match="no bundle"):
             export_bundle(checkpoint, target, overwrite=True)
     assert (tmp_path / "notes" / "letter.txt").read_text() == "dear"
+
+
+@pytest.mark.parametrize(
+    "manifest", [{"manifest_version": 3, "name": "an extension"}, {"schema": 1, "files": []}, [], "cut short"]
+)
+def test_a_manifest_of_others_makes_no_bundle(
+    checkpoint: Path, tmp_path: Path, fast: pytest.MonkeyPatch, manifest: Any
+) -> None:
+    extension = tmp_path / "extension"
+    extension.mkdir()
+    for folder in (extension, checkpoint):
+        (folder / "manifest.json").write_text(json.dumps(manifest)[: 9 if manifest == "cut short" else None])
+    before = _contents(tmp_path)
+    with pytest.raises(OutputError, match="no bundle"):
+        export_bundle(checkpoint, extension, overwrite=True)
+    with pytest.raises(OutputError, match=r"manifest\.json is not latentrt's"):
+        export_bundle(checkpoint, checkpoint, overwrite=True)
+    assert _contents(tmp_path) == before
+
+
+def test_two_exports_to_one_place_do_not_meet(checkpoint: Path, tmp_path: Path, fast: pytest.MonkeyPatch) -> None:
+    bundle, refused = tmp_path / "bundle", []
+
+    def meanwhile(part: str, done: int, total: int) -> None:
+        if part == "unet":
+            with pytest.raises(OutputError, match="another export is writing to") as error:
+                export_bundle(checkpoint, bundle, overwrite=True)
+            refused.append(error.value)
+
+    export_bundle(checkpoint, bundle, progress=meanwhile)
+    assert len(refused) == 1
+    Bundle.open(bundle)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle", "checkpoint"]
+
+
+def test_a_lock_is_its_holders_not_its_files(checkpoint: Path, tmp_path: Path, fast: pytest.MonkeyPatch) -> None:
+    lock = tmp_path / ".bundle.latentrt-lock"
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(OutputError, match="another export"):
+            export_bundle(checkpoint, tmp_path / "bundle")
+        assert lock.exists()
+    export_bundle(checkpoint, tmp_path / "bundle")  # the file was left by one who was killed
+    assert not lock.exists()
 
 
 def test_graphs_can_be_added_to_the_checkpoint_itself(
