@@ -79,7 +79,7 @@ ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 @pytest.mark.parametrize(
     ("config", "steps", "unserved"),
     [
-        ({}, 60, {"lcm", "tcd"}),
+        ({"original_inference_steps": 10}, 12, {"lcm", "tcd"}),
         ({"prediction_type": "sample"}, 12, {"pndm", "euler-ancestral", "dpm2", "dpm2-ancestral"}),
         (ZERO_SNR, 12, {"ddim", "ddpm", "lcm", "tcd"}),
         ({**ZERO_SNR, "prediction_type": "v_prediction"}, 12, set()),
