@@ -63,13 +63,13 @@ def run_verify(bundle: Path, against: str | Path, *, steps: int, as_json: bool) 
     for check in checks:
         bound = f"{'>=' if check.at_least else '<='} {check.bound:g}"
         if check.value is None:
-            table.add_row(check.depth, check.what, check.note, "", "", "[yellow]not served[/]")
+            table.add_row(check.depth, check.what, check.note, "", "", "[yellow]not measured[/]")
         else:
             mark = "[green]ok[/]" if check.passed else "[red]beyond[/]"
             table.add_row(check.depth, check.what, check.measure, f"{check.value:.3g}", bound, mark)
     show(table)
     measured = sum(check.value is not None for check in checks)
-    unserved = f", {len(checks) - measured} not served" if measured < len(checks) else ""
+    unserved = f", {len(checks) - measured} not measured" if measured < len(checks) else ""
     print(f"{measured - failed} of {measured} within their bounds{unserved}")
     return int(failed > 0)
 

@@ -215,6 +215,10 @@ def step_checks(schedule: Schedule, steps: int) -> Iterator[Check]:
         if name in NO_DIFFUSERS_TWIN:
             continue
         what = f"{name}: {solver.scheduler}"
+        if name in COARSE_AT_ZERO_SNR and schedule.config.get("rescale_betas_zero_snr"):
+            note = "diffusers' own float32 is coarser than the bound where sigma starts at 4096"
+            yield Check("step", what, "not compared", None, STEP_BOUND, note=note)
+            continue
         try:
             ours = list(run_table(name, schedule, steps))
         except (ScheduleError, RequestError) as error:
@@ -226,6 +230,7 @@ def step_checks(schedule: Schedule, steps: int) -> Iterator[Check]:
         yield Check("step", what, f"worst of {len(ours)} rows", worst, STEP_BOUND)
 
 
+COARSE_AT_ZERO_SNR = ("euler", "euler-ancestral")
 NO_DIFFUSERS_TWIN = ("dpmpp-2s-ancestral", "dpmpp-3m-sde-kdiffusion")
 
 

@@ -30,7 +30,7 @@ def test_the_readme_names_real_verbs_and_files() -> None:
     help_text = subprocess.run(
         [sys.executable, "-m", "engine.cli", "--help"], capture_output=True, text=True, check=True
     )
-    for verb in set(re.findall(r"latentrt ([a-z]+)", README)) - {"is", "beside"}:
+    for verb in set(re.findall(r"(?:^    |`)latentrt ([a-z]+)", README, re.MULTILINE)):
         assert re.search(rf"^  {verb} ", help_text.stdout, re.MULTILINE), verb
     for path in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
         assert (ROOT / path).exists(), path
