@@ -141,7 +141,7 @@ def test_the_table_shows_what_is_not_served(
         assert [check["passed"] for check in report["checks"]] == [None, True]
     else:
         assert "60 steps" in out
-        assert "1 of 1 within their bounds, 1 not served" in out
+        assert "1 of 1 within their bounds, 1 not measured" in out
 
 
 def test_what_is_no_checkpoint_is_no_failed_measurement(
