@@ -71,9 +71,8 @@ def test_a_missed_goal_is_said_and_explained(monkeypatch: pytest.MonkeyPatch) ->
         "measures": [{"name": "one image", "unit": "s", "samples": {OURS: [2.0], THEIRS: [3.0]}, "better": "less"}],
         "facts": {"psnr_db": 90.0},
     }
-    monkeypatch.setattr(
-        sys.modules["benchmarks.one_image"], "goals", lambda r: [at_least("2 times", r["one image"], 2)]
-    )
+    goals = [at_least("2 times", Result.from_dict(part)["one image"], 2)]
+    monkeypatch.setattr("benchmarks.one_image.goals", lambda result: goals)
     section = report._section(report.Answer("one_image", part, "This was tried."))
     assert "Not reached: 2 times." in section
     assert "This was tried." in section
