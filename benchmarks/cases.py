@@ -19,7 +19,7 @@ from engine.spec import Request
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from engine.denoiser import Job
+    from engine.job import Job
 
 COLOURS = ("red", "green", "blue", "yellow")
 THINGS = ("apple", "heart", "car", "fish")

@@ -15,6 +15,7 @@ from benchmarks.cases import Config, Ours, Task, Theirs, race
 from benchmarks.measures import Goal, Measure, Result, at_most
 from engine.bench import Stopwatch
 from engine.denoiser import Denoiser
+from engine.lanes import HostLanes
 
 TITLE = "Host time"
 PERCENT, MILLISECONDS = "% of a step", "ms a step"
@@ -41,7 +42,7 @@ def goals(result: Result) -> list[Goal]:
 
 def _our_steps(ours: Ours, task: Task) -> tuple[float, float]:
     watch = Stopwatch(ours.engine.unet)
-    denoiser = Denoiser(watch, lanes=2 * len(task.prompts))
+    denoiser = Denoiser(HostLanes(watch, 2 * len(task.prompts)))
     for job in ours.jobs(task):
         denoiser.admit(job)
     start = time.perf_counter()

@@ -21,7 +21,9 @@ import numpy as np
 from benchmarks.cases import PROMPTS, Config, Ours, Task, Theirs, psnr, task, together
 from benchmarks.measures import OURS, THEIRS, Goal, Measure, Result, Spread
 from benchmarks.timing import paired, timed
-from engine.denoiser import Denoiser, Job
+from engine.denoiser import Denoiser
+from engine.job import Job
+from engine.lanes import HostLanes
 
 TITLE = "Jobs that join and leave a shared batch"
 BY_STEP, BY_REQUEST, ALONE = f"{OURS}, by step", f"{OURS}, by request", f"{OURS}, one at a time"
@@ -101,7 +103,7 @@ def arrivals(config: Config, interval: float) -> list[Arrival]:
 
 def by_step(ours: Ours, traffic: Sequence[Arrival]) -> Served:
     """Join and leave between any two network calls."""
-    denoiser, waiting, served = Denoiser(ours.engine.unet, lanes=2 * PICTURES), list(traffic), Served({}, {})
+    denoiser, waiting, served = Denoiser(HostLanes(ours.engine.unet, 2 * PICTURES)), list(traffic), Served({}, {})
     owner: dict[Job, Arrival] = {}
     start = time.perf_counter()
     while waiting or denoiser.jobs:

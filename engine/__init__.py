@@ -12,10 +12,12 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from engine.bundle import Bundle
-    from engine.denoiser import Denoiser, Job
+    from engine.denoiser import Denoiser
     from engine.errors import LatentrtError
     from engine.guidance import Guidance
     from engine.image import grid, read_settings, save
+    from engine.job import Job
+    from engine.lanes import HostLanes
     from engine.noise import noise_source
     from engine.pipeline import Engine
     from engine.schedule import Schedule
@@ -28,7 +30,8 @@ _HOME = {
     "Denoiser": "denoiser",
     "Engine": "pipeline",
     "Guidance": "guidance",
-    "Job": "denoiser",
+    "HostLanes": "lanes",
+    "Job": "job",
     "LatentrtError": "errors",
     "Request": "spec",
     "Row": "table",
@@ -50,6 +53,7 @@ __all__ = [
     "Denoiser",
     "Engine",
     "Guidance",
+    "HostLanes",
     "Job",
     "LatentrtError",
     "Request",

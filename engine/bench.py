@@ -9,6 +9,7 @@ from typing import Any
 
 from engine.denoiser import Denoiser
 from engine.errors import RequestError
+from engine.lanes import HostLanes
 from engine.pipeline import Engine
 
 
@@ -63,7 +64,7 @@ def _measure_batch(engine: Engine, size: int, steps: int, repeats: int) -> dict[
 
 def _run(engine: Engine, size: int, steps: int) -> Mapping[str, float]:
     watch = Stopwatch(engine.unet)
-    denoiser = Denoiser(watch, lanes=2 * size)
+    denoiser = Denoiser(HostLanes(watch, 2 * size))
     jobs = engine.requests([""], {"steps": steps, "count": size, "guidance": 3.0, "negative_prompt": "a"})
     start = time.perf_counter()
     for job in jobs:

@@ -19,7 +19,7 @@ from engine.errors import BackendError, LatentrtError, PromptTruncatedWarning
 from engine.terminal import progress, show, table_of, with_previews
 
 if TYPE_CHECKING:
-    from engine.denoiser import Job
+    from engine.job import Job
 
 FOLDER = click.Path(path_type=Path)
 argument_bundle = click.argument("bundle", type=FOLDER, default=EMBEDDED, required=False)

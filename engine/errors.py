@@ -66,6 +66,18 @@ class BackendError(LatentrtError):
     """A backend or device is unknown, not installed or not usable on this machine."""
 
 
+class DeviceMemoryError(BackendError):
+    """A device has too little memory for what was asked of it."""
+
+
+class PlanError(LatentrtError):
+    """A TensorRT plan is missing, was built for something else, or cannot be built."""
+
+
+class UntrustedPlanError(PlanError):
+    """A plan is damaged or was not built here: plans are native code and are not loaded unless they are known."""
+
+
 class NetworkError(LatentrtError):
     """A network was fed, or returned, arrays that do not fit its signature, or numbers that are not finite."""
 

@@ -14,10 +14,12 @@ from engine.backends import open_backend
 from engine.backends.base import Backend
 from engine.backends.lazy import LazyNetwork
 from engine.bundle import EMBEDDED, Bundle
-from engine.denoiser import Denoiser, Job
+from engine.denoiser import Denoiser
 from engine.errors import RequestError
 from engine.guidance import Guidance
 from engine.image import to_pil, to_uint8
+from engine.job import Job
+from engine.lanes import HostLanes
 from engine.models import VAE, TextEncoder, UNet
 from engine.noise import noise_source
 from engine.prompt import Tokenizer
@@ -60,7 +62,7 @@ class Engine:
         self.text_encoder = TextEncoder(list(zip(tokenizers, (self._networks[n] for n in encoders), strict=True)))
         self.unet = UNet(self._networks["unet"])
         self.vae = VAE(self._networks["vae_decoder"], self.spec.latents)
-        self.denoiser = Denoiser(self.unet, lanes)
+        self.denoiser = Denoiser(HostLanes(self.unet, lanes))
 
     @classmethod
     def load(
@@ -191,8 +193,7 @@ class Engine:
         return pixels
 
     def _lazy(self, name: str) -> LazyNetwork:
-        graph = self.spec.graphs[name]
-        return LazyNetwork(lambda: self.backend.load(self.bundle.path(graph.path), graph))
+        return LazyNetwork(lambda: self.backend.load(self.bundle, name))
 
     def _drop(self, *names: str) -> None:
         """Without residents, drop networks whose turn is over."""

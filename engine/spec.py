@@ -87,6 +87,18 @@ class ModelSpec:
     zero_negative: bool = False
     made: Mapping[str, Any] = field(default_factory=dict)
     golden: tuple[Golden, ...] = ()
+    half: Mapping[str, GraphSpec] = field(default_factory=dict)
+
+    def graph(self, network: str, precision: str) -> GraphSpec:
+        """A network's graph in "fp32" or "fp16".
+
+        Raises:
+            BundleError: the bundle has none.
+        """
+        graphs = {"fp32": self.graphs, "fp16": self.half}.get(precision)
+        if graphs is None or network not in graphs:
+            raise BundleError(f"{self.id} has no {network} in {precision}", "one of its own: fp32 or fp16", EXPORT)
+        return graphs[network]
 
     def to_dict(self) -> dict[str, Any]:
         """The manifest's "model" part, ready for JSON."""

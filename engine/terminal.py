@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from engine.denoiser import Job
+    from engine.job import Job
     from engine.output import Previews
     from engine.pipeline import Engine
 

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from engine.backends import open_backend
 from engine.bundle import Bundle
-from engine.denoiser import Job
 from engine.errors import LatentrtError, RequestError, ScheduleError
 from engine.golden import TOLERANCE, measure, worst_error
+from engine.job import Job
 from engine.pipeline import Engine
 from engine.prompt import Tokenizer
 from engine.schedule import Schedule
@@ -127,7 +127,7 @@ def network_checks(engine: Engine, checkpoint: Path) -> Iterator[Check]:
     for name, graph in spec.graphs.items():
         with comparing(name):
             module = load_network(checkpoint, name, family=spec.family, tokens=tokens).module
-        network = engine.backend.load(engine.bundle.path(graph.path), graph)
+        network = engine.backend.load(engine.bundle, name)
         pairs: dict[str, list[tuple[Array, Array]]] = {tensor.name: [] for tensor in graph.outputs}
         for prompts, size in ((PROMPTS, own), (PROMPTS[:1], odd)):
             feeds = make_feeds(engine, name, prompts, size)

@@ -15,10 +15,10 @@ ROOT = Path(engine.__file__).parents[1]
 FORBIDDEN = {"torch", "diffusers", "transformers", "onnx", "export"}
 # From the bottom to the top: the way of an image, and what surrounds it. A file imports only from files above it here.
 LAYERS = [
-    *("errors", "spec", "bundle", "prompt", "noise", "settings", "schedule", "spacing"),
+    *("errors", "spec", "bundle", "plans", "prompt", "noise", "settings", "schedule", "spacing"),
     *("solvers.base", "solvers.training", "solvers.sigma", "solvers.exponential", "solvers", "trace", "table"),
     *("guidance", "backends.base", "backends.ort", "backends.lazy", "backends.fake", "backends"),
-    *("models", "denoiser", "image", "picture"),
+    *("models", "job", "lanes", "denoiser", "image", "picture"),
     *("pipeline", "golden", "bench", "doctor", "output", "terminal", "arguments", "cli"),
 ]
 SOURCES = sorted((ROOT / "engine").rglob("*.py"))

@@ -9,7 +9,7 @@ import pytest
 
 from engine.backends import open_backend
 from engine.backends.base import check_feeds
-from engine.backends.fake import FakeBackend, FakeNetwork
+from engine.backends.fake import FakeNetwork, zeros
 from engine.backends.lazy import LazyNetwork
 from engine.backends.ort import OrtBackend
 from engine.bundle import EMBEDDED, Bundle
@@ -44,7 +44,7 @@ def test_feeds_that_do_not_fit_are_named(feeds: dict[str, np.ndarray], words: st
 
 
 def test_the_fake_follows_the_signature() -> None:
-    network = FakeBackend(seconds=0.0).load(Path("nothing"), GRAPH)
+    network = FakeNetwork(GRAPH, zeros(GRAPH))
     assert network({"a": A, "b": B})["y"].shape == (2, 3, 40)
     assert network.calls == 1
     doubling = FakeNetwork(GRAPH, lambda feeds: {"y": feeds["a"] * 2})
@@ -54,15 +54,14 @@ def test_the_fake_follows_the_signature() -> None:
 def test_onnxruntime_names_what_it_cannot_load(tmp_path: Path) -> None:
     (tmp_path / "broken.onnx").write_bytes(b"no graph")
     with pytest.raises(BackendError, match=r"cannot load .*broken\.onnx"):
-        OrtBackend().load(tmp_path / "broken.onnx", GRAPH)
+        OrtBackend().session(tmp_path / "broken.onnx", 23)
 
 
 def test_onnxruntime_results_do_not_depend_on_threads_or_spinning() -> None:
     bundle = Bundle.open(check_hashes=False)
-    graph = bundle.spec.graphs["text_encoder"]
     feeds = {"input_ids": np.arange(77, dtype=np.int64)[None]}
     results = [
-        OrtBackend(threads=threads, spin=spin).load(bundle.path(graph.path), graph)(feeds)["text_states"]
+        OrtBackend(threads=threads, spin=spin).load(bundle, "text_encoder")(feeds)["text_states"]
         for threads, spin in ((1, True), (2, True), (2, False))
     ]
     np.testing.assert_array_equal(results[0], results[1])
@@ -81,7 +80,7 @@ def test_a_graph_cannot_read_weights_outside_its_folder(tmp_path: Path) -> None:
     (tmp_path / "in" / "model.onnx").write_bytes(data.replace(weights, escaping))
     (tmp_path / "secret.weights").write_bytes((EMBEDDED / "text_encoder" / "model.safetensors").read_bytes())
     with pytest.raises(BackendError, match="cannot load"):
-        OrtBackend().load(tmp_path / "in" / "model.onnx", graph)
+        OrtBackend().session(tmp_path / "in" / "model.onnx", graph.opset)
 
 
 def test_a_lazy_network_is_loaded_when_called_and_again_after_it_was_dropped() -> None:

@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.denoiser import Denoiser, Job
+from engine.denoiser import Denoiser
 from engine.errors import NetworkError, RequestError
 from engine.guidance import Guidance
+from engine.job import Job
+from engine.lanes import HostLanes
 from engine.noise import TorchCpuNoise
 from engine.schedule import Schedule
 from engine.table import advance, tabulate
@@ -40,7 +42,7 @@ def make(seed: int, solver: str = "ddim", steps: int = 4, scale: float = 3.0, si
 
 
 def alone(job: Job) -> np.ndarray:
-    denoiser = Denoiser(network)
+    denoiser = Denoiser(HostLanes(network))
     denoiser.admit(job)
     while denoiser.jobs:
         denoiser.tick()
@@ -72,7 +74,7 @@ jobs = st.tuples(
 @settings(max_examples=60, deadline=None)
 @given(plan=st.lists(jobs, min_size=1, max_size=7), lanes=st.integers(2, 8))
 def test_joining_and_leaving_changes_no_bit(plan: list[tuple[Any, ...]], lanes: int) -> None:
-    denoiser = Denoiser(network, lanes)
+    denoiser = Denoiser(HostLanes(network, lanes))
     waiting = sorted(((arrival, make(*rest)) for *rest, arrival in plan), key=lambda pair: pair[0])
     made = [job for _, job in waiting]
     tick = 0
@@ -96,7 +98,7 @@ def test_guidance_interval_frees_lanes() -> None:
 
     job = make(1)
     job.guidance = Guidance(3.0, interval=(0.25, 0.75))
-    denoiser = Denoiser(counting)
+    denoiser = Denoiser(HostLanes(counting))
     denoiser.admit(job)
     while denoiser.jobs:
         denoiser.tick()
@@ -104,7 +106,7 @@ def test_guidance_interval_frees_lanes() -> None:
 
 
 def test_lanes_are_never_overbooked() -> None:
-    denoiser = Denoiser(network, lanes=3)
+    denoiser = Denoiser(HostLanes(network, 3))
     first, second = make(1), make(2)
     denoiser.admit(first)
     with pytest.raises(RequestError, match="1 of 3 lanes"):
@@ -118,11 +120,11 @@ def test_a_finished_job_is_not_admitted_again() -> None:
     job = make(1)
     alone(job)
     with pytest.raises(RequestError, match="no rows left"):
-        Denoiser(network).admit(job)
+        Denoiser(HostLanes(network)).admit(job)
 
 
 def test_a_job_has_its_lanes_once() -> None:
-    denoiser, job = Denoiser(network), make(1)
+    denoiser, job = Denoiser(HostLanes(network)), make(1)
     denoiser.admit(job)
     with pytest.raises(RequestError, match="lanes already"):
         denoiser.admit(job)
@@ -134,7 +136,7 @@ def test_a_job_has_its_lanes_once() -> None:
 def test_a_job_that_turns_nan_fails_alone() -> None:
     sick, healthy = make(1, scale=1.0), make(2)
     sick.cond = {"encoder_hidden_states": np.full((77, 8), np.nan, np.float32)}
-    denoiser = Denoiser(network)
+    denoiser = Denoiser(HostLanes(network))
     denoiser.admit(sick)
     denoiser.admit(healthy)
     while denoiser.jobs:
@@ -155,7 +157,7 @@ def test_previews_end_in_the_picture() -> None:
 
 def test_a_new_conditioning_is_never_taken_for_a_dead_one() -> None:
     """Python reuses addresses: lanes are told apart by the objects, not by their ids."""
-    denoiser = Denoiser(network)
+    denoiser = Denoiser(HostLanes(network))
     for seed in range(20):
         job = make(seed, steps=1)
         denoiser.admit(job)

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from engine import Engine, read_settings
 from engine.backends.fake import FakeBackend
-from engine.denoiser import Job
 from engine.errors import (
     BackendError,
     LatentrtError,
@@ -26,6 +25,7 @@ from engine.errors import (
     UnknownSolverError,
 )
 from engine.golden import worst_error
+from engine.job import Job
 from engine.solvers import SOLVERS
 
 

@@ -1,14 +1,18 @@
-"""What the engine asks of a backend: load a graph, call it with named arrays."""
+"""What the engine asks of a backend: load a graph, call it with named arrays; on a GPU, queue it on a stream."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Protocol
+import ctypes
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.bundle import Bundle
 from engine.errors import NetworkError
 from engine.spec import GraphSpec, TensorSpec
 
@@ -31,8 +35,122 @@ class Backend(Protocol):
     name: str
     device: str
 
-    def load(self, path: Path, graph: GraphSpec) -> Network:
-        """Load the graph at `path`, whose signature is `graph`."""
+    precision: str
+
+    def load(self, bundle: Bundle, network: str) -> Network:
+        """Load a bundle's network ("unet", ...) in this backend's precision."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceArray:
+    """An array in a device's memory, dense, in C order; whoever made it frees it."""
+
+    pointer: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def bytes(self) -> int:
+        """Its size."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def part(self, index: int, count: int = 1) -> DeviceArray:
+        """`count` items of the first axis from `index` on, in the same memory."""
+        shape = (count, *self.shape[1:])
+        step = math.prod(self.shape[1:]) * self.dtype.itemsize
+        return DeviceArray(self.pointer + index * step, shape, self.dtype)
+
+    def reshape(self, *shape: int) -> DeviceArray:
+        """The same memory with another shape of as many items."""
+        return DeviceArray(self.pointer, shape, self.dtype)
+
+
+class Graph(Protocol):
+    """Work that was captured once and is launched as a whole, again and again, on the memory it was captured with."""
+
+    def launch(self) -> None:
+        """Queue it all."""
+
+    def close(self) -> None:
+        """Give it up."""
+
+
+class Gpu(Protocol):
+    """One device with one stream: everything queued on it runs in that order, and only `download` and `wait` wait.
+
+    Kernels are those of `advance.cu`. Whatever is called between `with gpu.capture() as graph` and its end is recorded,
+    not run; memory can be neither taken nor downloaded there.
+    """
+
+    name: str
+    compute_capability: tuple[int, int]
+    driver: str
+    stream: int
+
+    def empty(self, shape: Sequence[int], dtype: Any) -> DeviceArray:
+        """New memory, its contents undefined. Raises DeviceMemoryError where there is not enough."""
+
+    def zeros(self, shape: Sequence[int], dtype: Any) -> DeviceArray:
+        """New memory of zeros."""
+
+    def free(self, array: DeviceArray) -> None:
+        """Give memory back that `empty` or `zeros` gave."""
+
+    def upload(self, array: NDArray[Any], target: DeviceArray) -> None:
+        """Queue a copy from the host; the array may be changed as soon as this returns."""
+
+    def download(self, source: DeviceArray) -> NDArray[Any]:
+        """Wait for all that was queued, and copy to the host."""
+
+    def copy(self, source: DeviceArray, target: DeviceArray) -> None:
+        """Queue a copy within the device, of the source's bytes."""
+
+    def copy_columns(self, source: DeviceArray, target: DeviceArray, column: int) -> None:
+        """Queue a copy of a (rows, width) array into columns `column`... of a (rows, wider) one."""
+
+    def fill_zero(self, target: DeviceArray) -> None:
+        """Queue zeros."""
+
+    def launch(
+        self, kernel: str, grid: tuple[int, int], threads: int, arguments: Sequence[ctypes._SimpleCData[Any]]
+    ) -> None:
+        """Queue a kernel of `advance.cu` over (x, y) blocks of `threads` threads each."""
+
+    def capture(self) -> AbstractContextManager[Graph]:
+        """Record instead of running; the graph may be launched once the block has ended."""
+
+    def wait(self) -> None:
+        """Wait for everything that was queued."""
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes of the device that are free, and bytes in all."""
+
+    def close(self) -> None:
+        """Give the device's context back."""
+
+
+class Bound(Protocol):
+    """A network tied to arrays in device memory."""
+
+    def enqueue(self) -> None:
+        """Queue one call on the device's stream; it may be captured."""
+
+    def close(self) -> None:
+        """Give it up; the arrays stay."""
+
+
+@runtime_checkable
+class DeviceNetwork(Network, Protocol):
+    """A loaded graph that can also read and write device memory."""
+
+    gpu: Gpu
+
+    def bind(self, arrays: Mapping[str, DeviceArray]) -> Bound:
+        """Tie every input and output of the graph to an array; symbolic dimensions take the arrays' sizes.
+
+        Raises:
+            NetworkError: names, dtypes or shapes do not fit the signature, or no profile has these shapes.
+        """
 
 
 def check_feeds(graph: GraphSpec, feeds: Arrays) -> None:

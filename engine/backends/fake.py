@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.backends.base import Arrays, check_feeds
+from engine.bundle import Bundle
 from engine.spec import GraphSpec
 
 Function = Callable[[Arrays], dict[str, NDArray[Any]]]
@@ -26,13 +26,15 @@ class FakeBackend:
 
     name = "fake"
     device = "cpu"
+    precision = "fp32"
 
     def __init__(self, functions: Mapping[str, Function] | None = None, seconds: float = 0.0) -> None:
         self.functions = dict(functions or {})
         self.seconds = seconds
 
-    def load(self, path: Path, graph: GraphSpec) -> FakeNetwork:
-        """The network of a graph; the file at `path` is not read."""
+    def load(self, bundle: Bundle, network: str) -> FakeNetwork:
+        """The network of a graph; its file is not read."""
+        graph = bundle.spec.graph(network, self.precision)
         return FakeNetwork(graph, self.functions.get(graph.path, zeros(graph)), self.seconds)
 
 

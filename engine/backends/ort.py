@@ -9,6 +9,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from engine.backends.base import Arrays, check_feeds
+from engine.bundle import Bundle
 from engine.errors import BackendError, MissingDependencyError, NetworkError
 from engine.spec import GraphSpec
 
@@ -25,6 +26,7 @@ class OrtBackend:
     Args:
         device: "cpu" or "cuda".
         threads: threads of one network call on the CPU; None for all physical cores.
+        precision: "fp32", or "fp16" for the bundle's half-precision graphs (on a CPU those are the slower ones).
         spin: whether threads wait for each other by spinning within a call. On idle cores that is a fifth faster; where
             other processes hold cores, it is twice as slow. Between calls they never spin.
 
@@ -35,7 +37,9 @@ class OrtBackend:
 
     name = "onnxruntime"
 
-    def __init__(self, device: str = "cpu", threads: int | None = None, *, spin: bool = True) -> None:
+    def __init__(
+        self, device: str = "cpu", threads: int | None = None, *, precision: str = "fp32", spin: bool = True
+    ) -> None:
         ort = _onnxruntime()
         if device not in PROVIDERS:
             raise BackendError(f"the device is {device!r}", f"one of {', '.join(PROVIDERS)}", "pass another device")
@@ -48,15 +52,21 @@ class OrtBackend:
                 "pip uninstall onnxruntime && pip install onnxruntime-gpu",
             )
         self.device = device
+        self.precision = precision
         self.threads = threads
         self.spin = spin
 
-    def load(self, path: Path, graph: GraphSpec) -> OrtNetwork:
-        """Load a graph and the weights it points to.
+    def load(self, bundle: Bundle, network: str) -> OrtNetwork:
+        """Load a network's graph and the weights it points to.
 
         Raises:
             BackendError: ONNX Runtime cannot load the graph, or would not run it on the device.
         """
+        graph = bundle.spec.graph(network, self.precision)
+        return OrtNetwork(self.session(bundle.path(graph.path), graph.opset), graph)
+
+    def session(self, path: Path, opset: int) -> Any:
+        """An `onnxruntime.InferenceSession` of a graph of that opset, with this backend's options."""
         ort = _onnxruntime()
         options = ort.SessionOptions()
         options.log_severity_level = 3
@@ -69,7 +79,7 @@ class OrtBackend:
         except Exception as error:  # onnxruntime's errors share no base class
             raise BackendError(
                 f"ONNX Runtime cannot load {path} ({error})",
-                f"a graph of opset {graph.opset} that onnxruntime {ort.__version__} knows",
+                f"a graph of opset {opset} that onnxruntime {ort.__version__} knows",
                 "latentrt doctor; then export again, or update onnxruntime",
             ) from error
         if session.get_providers()[0] != provider:
@@ -78,7 +88,7 @@ class OrtBackend:
                 provider,
                 "latentrt doctor",
             )
-        return OrtNetwork(session, graph)
+        return session
 
 
 class OrtNetwork:

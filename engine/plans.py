@@ -1,0 +1,341 @@
+"""Plans: serialized TensorRT engines in a bundle's plan cache, keyed, sealed and verified.
+
+A plan is native code for one device. So it lies under a key of everything it depends on, its record is sealed with a
+secret of the machine (or fleet) that built it, and its bytes are compared with the record before anyone may load them.
+A plan that came with a download is none of ours: it is refused, whatever hash stands beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from engine.bundle import Bundle
+from engine.errors import PlanError, UntrustedPlanError
+from engine.spec import GraphSpec, TensorSpec
+
+SCHEMA = 1
+FOLDER = "plans"
+SEAL_VARIABLE = "LATENTRT_SEAL"
+STRIPPED, VERSION_COMPATIBLE = "stripped", "version-compatible"
+Range = tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Ranges (least, best, most) of a graph's symbolic dimensions: what one optimization profile covers."""
+
+    ranges: Mapping[str, Range]
+
+    def covers(self, sizes: Mapping[str, int]) -> bool:
+        """Whether every size lies in its range."""
+        return all(self.ranges[name][0] <= size <= self.ranges[name][2] for name, size in sizes.items())
+
+    def shapes(self, tensor: TensorSpec) -> tuple[tuple[int, ...], ...]:
+        """A tensor's (least, best, most) shapes."""
+        return tuple(
+            tuple(self.ranges[side][which] if isinstance(side, str) else side for side in tensor.shape)
+            for which in range(3)
+        )
+
+    def __str__(self) -> str:
+        return ", ".join(
+            f"{name} {low}" if low == high else f"{name} {low} to {high} (best {best})"
+            for name, (low, best, high) in self.ranges.items()
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PlanKey:
+    """Everything a plan depends on.
+
+    `graph` and `weights` are SHA-256; `library` is the wheel ("tensorrt", "tensorrt-rtx"), `version` its version; `gpu`
+    and `driver` are empty in a plan that was built ahead of time, without a GPU; `options` are STRIPPED and
+    VERSION_COMPATIBLE. `profiles` are the shapes that it serves; what is looked for has none.
+    """
+
+    network: str
+    graph: str
+    weights: str
+    precision: str
+    library: str
+    version: str
+    gpu: str
+    compute_capability: str
+    driver: str
+    options: tuple[str, ...] = ()
+    profiles: tuple[Profile, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the key, in hexadecimal: the name under which a plan lies."""
+        return hashlib.sha256(_canonical(asdict(self))).hexdigest()
+
+    def mismatches(self, wanted: PlanKey) -> list[tuple[str, str, str]]:
+        """What keeps a plan of this key from serving `wanted`: (what, found, needed) each.
+
+        A stripped plan takes its weights from the bundle, so those need not match; a version-compatible one serves
+        every later version of its major version.
+        """
+        found = []
+        for what in ("network", "graph", "weights", "precision", "library", "version", "compute_capability"):
+            mine, theirs = getattr(self, what), getattr(wanted, what)
+            if mine != theirs and not self._may_differ(what, mine, theirs):
+                found.append((what, mine, theirs))
+        for what in ("gpu", "driver"):
+            mine, theirs = getattr(self, what), getattr(wanted, what)
+            if mine and mine != theirs:
+                found.append((what, mine, theirs))
+        return found
+
+    def _may_differ(self, what: str, mine: str, theirs: str) -> bool:
+        if what == "weights":
+            return STRIPPED in self.options
+        if what == "version" and VERSION_COMPATIBLE in self.options:
+            built, here = _numbers(mine), _numbers(theirs)
+            return built[:1] == here[:1] and built <= here
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """Where a refittable weight lies: `bytes` at `offset` of a safetensors file of the bundle.
+
+    `stored` is its dtype there (safetensors' name, "F16"), `dtype` the one that the plan wants (numpy's name).
+    """
+
+    file: str
+    offset: int
+    bytes: int
+    stored: str
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRecord:
+    """What is known of a plan: its key, its bytes, where a stripped one finds its weights, and how it was made."""
+
+    key: PlanKey
+    sha256: str
+    bytes: int
+    refit: Mapping[str, Weight] = field(default_factory=dict)
+    made: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Its file's name without suffix."""
+        return f"{self.key.network}-{self.key.digest[:16]}"
+
+    def profile(self, sizes: Mapping[str, int]) -> int:
+        """The index of the first profile that covers the sizes of the symbolic dimensions; -1 if none does."""
+        return next((i for i, profile in enumerate(self.key.profiles) if profile.covers(sizes)), -1)
+
+
+class PlanStore:
+    """A folder of plans and their records.
+
+    Args:
+        bundle: whose plans these are.
+        folder: where they lie; the bundle's own `plans/` by default.
+    """
+
+    def __init__(self, bundle: Bundle, folder: str | Path | None = None) -> None:
+        self.bundle = bundle
+        self.folder = Path(folder) if folder is not None else bundle.root / FOLDER
+
+    def find(self, wanted: PlanKey, sizes: Mapping[str, int]) -> PlanRecord:
+        """The record of a plan that serves `wanted` with these sizes of its symbolic dimensions (none: any).
+
+        Raises:
+            PlanError: there is none; the nearest one's differences are named.
+            UntrustedPlanError: a record of this network is damaged or was not sealed here.
+        """
+        records = list(self.records(wanted.network))
+        fitting = [record for record in records if not record.key.mismatches(wanted)]
+        for record in fitting:
+            if record.profile(sizes) >= 0:
+                return record
+        if fitting:
+            raise self._no_profile(wanted, fitting, sizes)
+        if not records:
+            raise self._error(f"{self.folder} holds no plan of the {wanted.network}", "a plan built on this device")
+        nearest = min((record.key.mismatches(wanted) for record in records), key=len)
+        found = ", ".join(f"{what} {_short(mine)}" for what, mine, _ in nearest)
+        needed = ", ".join(f"{what} {_short(theirs)}" for what, _, theirs in nearest)
+        raise self._error(f"the nearest plan of the {wanted.network} was built for {found}", needed)
+
+    def records(self, network: str) -> Iterator[PlanRecord]:
+        """The records of a network's plans, each one's seal checked.
+
+        Raises:
+            UntrustedPlanError: a record is damaged or was not sealed here.
+        """
+        for path in sorted(self.folder.glob(f"{network}-*.json")):
+            if path.stem.removeprefix(f"{network}-").isalnum():  # text_encoder-... is none of text_encoder_2's
+                yield self._record(path)
+
+    def read(self, record: PlanRecord) -> bytes:
+        """A plan's bytes, exactly those that were built.
+
+        Raises:
+            UntrustedPlanError: the file is missing, or its bytes are others.
+        """
+        path = self.folder / f"{record.name}.plan"
+        try:
+            plan = path.read_bytes()
+        except OSError as error:
+            raise self._untrusted(f"{path} cannot be read ({error})", "the plan of its record") from error
+        if len(plan) != record.bytes or hashlib.sha256(plan).hexdigest() != record.sha256:
+            raise self._untrusted(
+                f"{path} has {len(plan)} bytes that are not the built ones", f"SHA-256 {record.sha256}"
+            )
+        return plan
+
+    def put(self, record: PlanRecord, plan: bytes) -> Path:
+        """Write a plan and its sealed record; a plan of the same key is replaced at once or not at all.
+
+        Raises:
+            PlanError: it cannot be written.
+        """
+        path = self.folder / f"{record.name}.plan"
+        sealed = {**_to_dict(record), "seal": _seal(_to_dict(record), _secret(make=True))}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _replace(path, plan)
+            _replace(path.with_suffix(".json"), json.dumps(sealed, indent=1).encode())
+        except OSError as error:
+            raise PlanError(
+                f"{path} cannot be written ({error})",
+                f"a folder that can be written to, with {len(plan) / 1e6:.0f} MB free",
+                "make room, or choose another folder: latentrt build BUNDLE --plans FOLDER",
+            ) from error
+        return path
+
+    def _record(self, path: Path) -> PlanRecord:
+        try:
+            data = json.loads(path.read_bytes())
+            seal = data.pop("seal")
+            genuine = hmac.compare_digest(seal, _seal(data, _secret(make=False)))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise self._untrusted(f"{path} cannot be read ({error!r})", "the record of a plan") from error
+        if not genuine:
+            raise self._untrusted(
+                f"{path} was not sealed with this machine's secret: the plan was built elsewhere, or changed",
+                "a plan built here; plans are native code",
+            )
+        record = _from_dict(data)
+        if record.name != path.stem:
+            raise self._untrusted(f"{path} is the record of {record.name}", "a record under its own name")
+        return record
+
+    def _no_profile(self, wanted: PlanKey, fitting: Iterable[PlanRecord], sizes: Mapping[str, int]) -> PlanError:
+        profiles = "; or ".join(str(profile) for record in fitting for profile in record.key.profiles)
+        asked = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        return self._error(f"the {wanted.network} was asked for {asked}", profiles)
+
+    def _error(self, found: str, needed: str) -> PlanError:
+        return PlanError(found, needed, f"latentrt build {self.bundle.root} (see --lanes, --size, --precision)")
+
+    def _untrusted(self, found: str, needed: str) -> UntrustedPlanError:
+        return UntrustedPlanError(found, needed, f"delete it, then: latentrt build {self.bundle.root}")
+
+
+def weights_digest(bundle: Bundle, graph: GraphSpec) -> str:
+    """SHA-256 over the names and hashes of the safetensors beside a graph: the weights it can read."""
+    folder = graph.path.rpartition("/")[0]
+    lines = [
+        f"{name} {record.sha256}\n"
+        for name, record in sorted(bundle.files.items())
+        if name.endswith(".safetensors") and name.rpartition("/")[0] == folder
+    ]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _canonical(data: Any) -> bytes:
+    return json.dumps(data, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _to_dict(record: PlanRecord) -> dict[str, Any]:
+    """As JSON will give it back."""
+    data: dict[str, Any] = json.loads(_canonical({"schema": SCHEMA, **asdict(record)}))
+    return data
+
+
+def _from_dict(data: Mapping[str, Any]) -> PlanRecord:
+    """A record whose seal was good: its fields are those that were written here."""
+    if data["schema"] != SCHEMA:
+        raise PlanError(f"a plan's record has schema {data['schema']!r}", f"schema {SCHEMA}", "build the plan again")
+    key = {f.name: data["key"][f.name] for f in fields(PlanKey)}
+    key["profiles"] = tuple(
+        Profile({name: (low, best, high) for name, (low, best, high) in profile["ranges"].items()})
+        for profile in key["profiles"]
+    )
+    key["options"] = tuple(key["options"])
+    refit = {name: Weight(**weight) for name, weight in data["refit"].items()}
+    return PlanRecord(PlanKey(**key), data["sha256"], data["bytes"], refit, data["made"])
+
+
+def _seal(data: Mapping[str, Any], secret: bytes) -> str:
+    return hmac.new(secret, _canonical(data), hashlib.sha256).hexdigest()
+
+
+def secret_path() -> Path:
+    """The file of the machine's secret; LATENTRT_SEAL names another one, which a fleet of like devices may share."""
+    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    return Path(os.environ.get(SEAL_VARIABLE) or state / "latentrt" / "seal.key")
+
+
+def _secret(*, make: bool) -> bytes:
+    """The secret that seals records; made where it is wanted for writing and is not there."""
+    path = secret_path()
+    if make and not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(secrets.token_bytes(32))
+        except FileExistsError:  # another build was faster
+            pass
+    try:
+        mode, secret = path.stat().st_mode, path.read_bytes()
+    except OSError as error:
+        raise UntrustedPlanError(
+            f"the secret that seals plans cannot be read ({error})",
+            f"the file that `latentrt build` makes, or another one named by {SEAL_VARIABLE}",
+            "build the plans on this machine: latentrt build BUNDLE",
+        ) from error
+    if mode & 0o077 or len(secret) < 16:
+        raise UntrustedPlanError(
+            f"{path} has mode {mode & 0o777:o} and {len(secret)} bytes",
+            "16 bytes or more that only its owner can read",
+            f"chmod 600 {path}; or delete it and build again",
+        )
+    return secret
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write beside, then rename: a reader sees the old file or the new one, and a full disk leaves the old one."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdigit())
+
+
+def _short(value: str) -> str:
+    """A hash is told apart by its beginning."""
+    return value[:12] if len(value) == 64 else value
