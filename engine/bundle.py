@@ -88,7 +88,8 @@ class Bundle:
 
     def _check_listed(self) -> None:
         """What is read must be listed, and so hashed: graphs, the files that they name, tokenizers, the schedule."""
-        graphs = [self.path(graph.path) for graph in self.spec.graphs.values()]
+        specs = (*self.spec.graphs.values(), *self.spec.half.values())
+        graphs = [self.path(graph.path) for graph in specs]
         whole = {self.path(name) for name in self.spec.tokenizers} | {self.path(self.spec.schedule).parent}
         listed = {self.path(name) for name in self.files} | {self.root / MANIFEST}
         for path in [*graphs, self.path(self.spec.schedule)]:

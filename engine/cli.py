@@ -14,8 +14,9 @@ import click
 
 from engine import __version__
 from engine.arguments import options_of, size_of, whole_of
+from engine.build_verb import build
 from engine.bundle import EMBEDDED
-from engine.errors import BackendError, LatentrtError, PromptTruncatedWarning
+from engine.errors import LatentrtError, PromptTruncatedWarning
 from engine.terminal import progress, show, table_of, with_previews
 
 if TYPE_CHECKING:
@@ -30,22 +31,24 @@ AT_LEAST_ONE = click.IntRange(min=1)
 INTERRUPTED, CRASHED = 130, 70  # 128 + SIGINT; EX_SOFTWARE of BSD's sysexits.h
 
 
-def _only_onnxruntime(_: click.Context, __: click.Parameter, backend: str) -> str:
-    if backend != "onnxruntime":
-        raise BackendError(
-            f"there is no backend {backend!r} for the command",
-            "onnxruntime",
-            "leave --backend out; Python takes others",
-        )
-    return backend
-
-
 def runs_networks(verb: Callable[..., None]) -> Callable[..., None]:
-    """The options of verbs that run networks."""
+    """The options of verbs that run networks; their names are those of `Engine.load`."""
     for option in (
         click.option("--threads", type=AT_LEAST_ONE, help="CPU threads of a network call  [default: all cores]"),
-        click.option("--device", default="cpu", show_default=True, help="cpu, or cuda (needs onnxruntime-gpu)."),
-        click.option("--backend", default="onnxruntime", show_default=True, callback=_only_onnxruntime, hidden=True),
+        click.option("--plans", type=FOLDER, help="Folder of TensorRT plans  [default: the bundle's own]"),
+        click.option(
+            "--precision",
+            type=click.Choice(["fp32", "fp16"]),
+            help="Of the graphs  [default: fp32 for onnxruntime, fp16 for TensorRT]",
+        ),
+        click.option("--device", help="cpu, cuda or cuda:1  [default: cpu for onnxruntime, cuda for TensorRT]"),
+        click.option(
+            "--backend",
+            type=click.Choice(["onnxruntime", "tensorrt", "tensorrt-rtx"]),
+            default="onnxruntime",
+            show_default=True,
+            help="What runs the networks; TensorRT needs the plans of `latentrt build`.",
+        ),
     ):
         verb = option(verb)
     return verb
@@ -125,10 +128,8 @@ def latentrt() -> None:
 @click.option("--option", multiple=True, help="Any other setting, as eta=0.5 or use_karras_sigmas=true; repeatable.")
 @click.option(
     "--lanes",
-    type=click.IntRange(min=2),
-    default=16,
-    show_default=True,
-    help="Most lanes of a UNet call; guidance takes two a picture.",
+    type=AT_LEAST_ONE,
+    help="Most lanes of a UNet call; guidance takes two a picture  [default: 16; on a GPU the plan's]",
 )
 @runs_networks
 @option_json
@@ -147,11 +148,9 @@ def generate(
     grid: Path | None,
     preview_every: int,
     option: tuple[str, ...],
-    lanes: int,
-    backend: str,
-    device: str,
-    threads: int | None,
+    lanes: int | None,
     as_json: bool,
+    **loading: Any,
 ) -> None:
     """Draw pictures from prompts."""
     from engine.backends.ort import return_freed_pages
@@ -170,7 +169,7 @@ def generate(
         print("note: --negative has no effect with a --guidance of 1 or less", file=sys.stderr)
     images = []
     return_freed_pages()
-    with Engine.load(bundle, backend=backend, device=device, threads=threads, lanes=lanes, resident=False) as engine:
+    with Engine.load(bundle, lanes=lanes, resident=False, **loading) as engine:
         jobs = engine.requests(prompts, settings)
         paths = {job: output_path(pattern, job.tag) for job in jobs}
         previews = [preview_paths(paths[job], len(job.table), preview_every) for job in jobs]
@@ -290,7 +289,9 @@ def inspect(bundle: Path, as_json: bool) -> None:
 @latentrt.command()
 @argument_bundle
 @click.option("--steps", type=AT_LEAST_ONE, default=20, show_default=True, help="Steps of each run.")
-@click.option("--batches", default="1,2,4,8", show_default=True, help="Pictures at once, comma-separated.")
+@click.option(
+    "--batches", help="Pictures at once, comma-separated  [default: 1,2,4,8; on a GPU as many as its lanes hold]"
+)
 @click.option(
     "--repeats", type=AT_LEAST_ONE, default=5, show_default=True, help="Runs of each batch; medians are shown."
 )
@@ -299,20 +300,19 @@ def inspect(bundle: Path, as_json: bool) -> None:
 def bench(
     bundle: Path,
     steps: int,
-    batches: str,
+    batches: str | None,
     repeats: int,
-    backend: str,
-    device: str,
-    threads: int | None,
     as_json: bool,
+    **loading: Any,
 ) -> None:
     """Time this machine: latency and throughput by batch, and the engine's share outside the networks."""
     from engine.bench import measure
     from engine.pipeline import Engine
 
-    sizes = [whole_of(size, "--batches", least=1) for size in batches.split(",")]
-    with Engine.load(bundle, backend=backend, device=device, threads=threads, lanes=2 * max(sizes)) as engine:
-        results = measure(engine, sizes, steps=steps, repeats=repeats)
+    sizes = [whole_of(size, "--batches", least=1) for size in batches.split(",")] if batches is not None else []
+    with Engine.load(bundle, lanes=2 * max(sizes) if sizes else None, **loading) as engine:
+        fitting = [size for size in (1, 2, 4, 8) if 2 * size <= engine.denoiser.lanes]
+        results = measure(engine, sizes or fitting, steps=steps, repeats=repeats)
     if as_json:
         print(json.dumps(results))
         return
@@ -323,7 +323,7 @@ def bench(
             str(row["batch"]),
             f"{low:.1f}  {middle:.1f}  {high:.1f}",
             f"{row['images_per_second']:.2f}",
-            f"{row['host_percent']:.1f}",
+            "" if row["host_percent"] is None else f"{row['host_percent']:.1f}",
             f"{row['decode_ms']:.1f}",
         )
     show(table)
@@ -333,6 +333,8 @@ def bench(
 @option_json
 def doctor(as_json: bool) -> None:
     """Say what this machine can run, and what to install for the rest; exit code 1 if it cannot draw."""
+    from rich.markup import escape
+
     from engine.doctor import examine
 
     findings = examine()
@@ -342,10 +344,12 @@ def doctor(as_json: bool) -> None:
         table = table_of("", "what", "found", "to mend or gain it")
         for finding in findings:
             mark = "[green]yes[/]" if finding.good else "[yellow]no[/]"
-            table.add_row(mark, finding.what, finding.found, "" if finding.good else finding.mend)
+            table.add_row(mark, finding.what, escape(finding.found), "" if finding.good else escape(finding.mend))
         show(table)
     sys.exit(any(finding.vital and not finding.good for finding in findings))
 
+
+latentrt.add_command(build)
 
 if __name__ == "__main__":
     main()

@@ -7,10 +7,12 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distributions, version
 from typing import Any
 
+from engine.backends.trt import LIBRARIES, open_library
 from engine.errors import LatentrtError
 
 EXPORT_PACKAGES = (
@@ -24,6 +26,8 @@ EXPORT_PACKAGES = (
     "safetensors",
     "huggingface_hub",
 )
+BUILD_PACKAGES = ("onnx", "onnx-ir")
+NVRTC_PACKAGES = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +47,11 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Look at the machine, the libraries and the embedded bundle; nothing is changed."""
-    return [_machine(), _bundle(), _onnxruntime(), _export(), _gpu(), _cuda_provider()]
+    return [
+        *(_machine(), _bundle(), _onnxruntime(), _export(), _gpu(), _cuda_provider(), _cuda()),
+        *(_tensorrt(name) for name in LIBRARIES if name != "tensorrt-lean"),
+        _build(),
+    ]
 
 
 def _machine() -> Finding:
@@ -76,14 +84,37 @@ def _onnxruntime() -> Finding:
 
 
 def _export() -> Finding:
+    return _packages("export and verify", EXPORT_PACKAGES, "pip install 'latentrt[export]'")
+
+
+def _packages(what: str, packages: Sequence[str], mend: str) -> Finding:
+    """Whether all of some packages are installed."""
     found, missing = [], []
-    for package in EXPORT_PACKAGES:
+    for package in packages:
         try:
             found.append(f"{package} {version(package)}")
         except PackageNotFoundError:
             missing.append(package)
-    what, mend = "export and verify", "pip install 'latentrt[export]'"
     return Finding(what, not missing, f"missing {', '.join(missing)}" if missing else ", ".join(found), mend)
+
+
+def _build() -> Finding:
+    return _packages("plans from bundles (build)", BUILD_PACKAGES, "pip install 'latentrt[build]'")
+
+
+def _cuda() -> Finding:
+    installed = {distribution.name for distribution in distributions()}
+    nvrtc = next((name for name in NVRTC_PACKAGES if name in installed), NVRTC_PACKAGES[0])
+    return _packages("one launch an image (CUDA)", ("cuda-bindings", nvrtc), "pip install 'latentrt[cuda]'")
+
+
+def _tensorrt(name: str) -> Finding:
+    what = f"pictures by plans ({name})"
+    try:
+        library = open_library(name)
+    except LatentrtError as trouble:
+        return Finding(what, False, trouble.found, trouble.mend)
+    return Finding(what, True, f"{name} {library.version}")
 
 
 def _gpu() -> Finding:

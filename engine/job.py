@@ -69,11 +69,10 @@ class Job:
         """The most lanes that any of its rows takes: what it is promised for its whole run."""
         return 2 if self.guidance.scale > 1 else 1
 
-    def fail_unless(self, finite: bool) -> None:
-        """End the job with an error where its latents are no longer finite."""
-        if not finite:
-            self.error = NetworkError(
-                f"the latents are not finite after row {self.row} of {len(self.table)}",
-                "finite numbers",
-                "check the bundle (latentrt verify), or take a smaller guidance or another solver",
-            )
+    def fail(self, row: int) -> None:
+        """End the job: its latents are not finite after `row` rows."""
+        self.error = NetworkError(
+            f"the latents are not finite after row {row} of {len(self.table)}",
+            "finite numbers",
+            "check the bundle (latentrt verify), or take a smaller guidance or another solver",
+        )

@@ -54,6 +54,9 @@ class HostLanes:
     def retire(self, job: Job) -> None:
         """Nothing to do."""
 
+    def close(self) -> None:
+        """Nothing to give back."""
+
     def advance(self, jobs: list[Job]) -> None:
         """One network call over the lanes that these rows need, then each job's row."""
         guided = [job.guided for job in jobs]
@@ -87,4 +90,5 @@ def _advance(job: Job, row: Row, out: Float32) -> None:
     noise = job.noise.normal(job.latents.shape) if row.c else None
     job.latents = advance(row, job.latents, out, job.memory, noise)
     job.row += 1
-    job.fail_unless(bool(np.isfinite(job.latents).all()))
+    if not np.isfinite(job.latents).all():
+        job.fail(job.row)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.backends.base import Network
+from engine.backends.base import Arrays, Network
 from engine.errors import PromptTruncatedWarning
 from engine.prompt import Tokenizer
 from engine.spec import LatentSpec
@@ -21,6 +22,13 @@ from engine.spec import LatentSpec
 Float32 = NDArray[np.float32]
 Conditioning = Mapping[str, Float32]
 CACHED_PROMPTS = 64
+
+
+def call(network: Network, feeds: Arrays) -> dict[str, NDArray[Any]]:
+    """Call a network whose graph may be half: floats are fed in its dtypes, and come back as float32."""
+    dtypes = {tensor.name: tensor.dtype for tensor in network.graph.inputs}
+    outputs = network({name: array.astype(dtypes.get(name), copy=False) for name, array in feeds.items()})
+    return {name: array.astype(np.float32, copy=False) for name, array in outputs.items()}
 
 
 class TextEncoder:
@@ -41,26 +49,30 @@ class TextEncoder:
         Raises:
             RequestError: the prompt is not text that can be encoded in UTF-8.
         """
-        conditioning, dropped = self._cached(prompt)
+        self.ids(prompt)
+        return dict(self._cached(prompt))
+
+    def ids(self, prompt: str) -> tuple[NDArray[np.int64], ...]:
+        """A prompt's token ids (tokens,) for each encoder; cut, and warned of, as in `encode`."""
+        encoded = [tokenizer.encode(prompt) for tokenizer, _ in self._pairs]
+        dropped = max((each.dropped for each in encoded), key=len)
         if dropped:
             warnings.warn(
                 f"the prompt is too long for the model; it does not read: {dropped!r}",
                 PromptTruncatedWarning,
                 3,
             )
-        return dict(conditioning)
+        return tuple(each.ids for each in encoded)
 
-    def _encode(self, prompt: str) -> tuple[dict[str, Float32], str]:
-        states, conditioning, dropped = [], {}, ""
+    def _encode(self, prompt: str) -> dict[str, Float32]:
+        states, conditioning = [], {}
         for tokenizer, network in self._pairs:
-            encoded = tokenizer.encode(prompt)
-            outputs = network({"input_ids": encoded.ids[None]})
+            outputs = call(network, {"input_ids": tokenizer.encode(prompt).ids[None]})
             states.append(outputs["text_states"][0])
             if "text_embeds" in outputs:
                 conditioning["text_embeds"] = outputs["text_embeds"][0]
-            dropped = max(dropped, encoded.dropped, key=len)
         conditioning["encoder_hidden_states"] = np.concatenate(states, axis=-1)
-        return conditioning, dropped
+        return conditioning
 
 
 class UNet:
@@ -80,7 +92,7 @@ class UNet:
         Returns:
             The network's output, shape of `sample`.
         """
-        return self._network({"sample": sample, "timestep": timestep, **conditioning})["out"]
+        return call(self._network, {"sample": sample, "timestep": timestep, **conditioning})["out"]
 
 
 class VAE:
@@ -92,4 +104,4 @@ class VAE:
 
     def decode(self, latents: Float32) -> Float32:
         """(count, channels, height, width) latents to (count, 3, factor * height, factor * width) in about -1..1."""
-        return self._decoder({"latents": latents / self._spec.scale + self._spec.shift})["image"]
+        return call(self._decoder, {"latents": latents / self._spec.scale + self._spec.shift})["image"]

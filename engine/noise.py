@@ -142,7 +142,8 @@ class TorchCudaNoise:
     """
 
     def __init__(self, seed: int, multiprocessors: int, threads_per_multiprocessor: int) -> None:
-        self._key = _unsigned(seed)
+        self.seed = _unsigned(seed)
+        self.draws = 0  # how often each thread has drawn so far: torch's philox offset / 4
         self._max_blocks = multiprocessors * (threads_per_multiprocessor // 256)
         if self._max_blocks < 1:
             raise RequestError(
@@ -150,7 +151,10 @@ class TorchCudaNoise:
                 "at least 1 multiprocessor with at least 256 threads",
                 "read both from torch.cuda.get_device_properties",
             )
-        self._draws = 0  # how often each thread has drawn so far: torch's philox offset / 4
+
+    def threads(self, numel: int) -> int:
+        """How many threads torch launches for a tensor of `numel` numbers."""
+        return 256 * min(self._max_blocks, -(-numel // 256))
 
     def normal(self, shape: Sequence[int]) -> Float32:
         """See `NoiseSource.normal`.
@@ -163,12 +167,12 @@ class TorchCudaNoise:
             raise RequestError(f"a noise of {numel} numbers", "less than 2**29", "draw smaller tensors")
         if numel == 0:
             return np.empty(shape, np.float32)
-        threads = 256 * min(self._max_blocks, -(-numel // 256))
+        threads = self.threads(numel)
         draws = -(-numel // (4 * threads))
-        draw = np.arange(self._draws, self._draws + draws, dtype=np.uint64)[:, None]
+        draw = np.arange(self.draws, self.draws + draws, dtype=np.uint64)[:, None]
         thread = np.arange(threads, dtype=np.uint64)
-        self._draws += draws
-        words = philox4x32_10((draw & _LOW_32_BITS, draw >> _32, thread, thread >> _32), self._key)
+        self.draws += draws
+        words = philox4x32_10((draw & _LOW_32_BITS, draw >> _32, thread, thread >> _32), self.seed)
         pairs = [*_curand_pair(*words[:2]), *_curand_pair(*words[2:])]
         return np.stack(pairs, axis=1).reshape(-1)[:numel].reshape(shape)
 

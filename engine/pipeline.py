@@ -32,10 +32,13 @@ from engine.table import tabulate
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from engine.device_lanes import DeviceLanes
+    from engine.one_launch import OneLaunch, Text
     from engine.picture import Picture
 
 Float32 = NDArray[np.float32]
 OnTick = Callable[[Job], None]
+LANES = 16  # on a CPU
 
 
 class Engine:
@@ -47,14 +50,22 @@ class Engine:
     ...     images = sd("a red apple", steps=20, solver="dpmpp-2m", seed=7, guidance=3.0)
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend, *, lanes: int = 16, resident: bool = True) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: Backend,
+        *,
+        lanes: int | None = None,
+        resident: bool = True,
+        capture: bool = True,
+    ) -> None:
         self.bundle = bundle
         self.spec: ModelSpec = bundle.spec
         self.backend = backend
         self.schedule = Schedule.from_config(bundle.json(self.spec.schedule))
         encoders = self.spec.text_encoders
         tokenizers = [Tokenizer.open(bundle.path(name)) for name in self.spec.tokenizers]
-        self._resident = resident
+        self._resident = resident = resident or backend.gpu is not None
         self._networks = {name: self._lazy(name) for name in (*encoders, "unet", "vae_decoder")}
         if resident:
             for network in self._networks.values():
@@ -62,7 +73,26 @@ class Engine:
         self.text_encoder = TextEncoder(list(zip(tokenizers, (self._networks[n] for n in encoders), strict=True)))
         self.unet = UNet(self._networks["unet"])
         self.vae = VAE(self._networks["vae_decoder"], self.spec.latents)
-        self.denoiser = Denoiser(HostLanes(self.unet, lanes))
+        self._lanes: HostLanes | DeviceLanes
+        self._one_launch: OneLaunch | None = None
+        if backend.gpu is None:
+            self._lanes = HostLanes(self.unet, lanes or LANES)
+        else:
+            self._on_device(lanes, capture)
+        self.denoiser = Denoiser(self._lanes)
+
+    def _on_device(self, lanes: int | None, capture: bool) -> None:
+        """Keep latents on the device; its networks read and write device memory (`DeviceNetwork`)."""
+        from engine.device_lanes import DeviceLanes
+        from engine.one_launch import OneLaunch
+
+        loaded: dict[str, Any] = {name: network.open() for name, network in self._networks.items()}
+        encoders = [loaded[name] for name in self.spec.text_encoders]
+        count = lanes or loaded["unet"].best_lanes
+        self._lanes = DeviceLanes(loaded["unet"], count, capture=capture)
+        self._one_launch = OneLaunch(
+            encoders, loaded["unet"], loaded["vae_decoder"], self.spec.latents, count, capture=capture
+        )
 
     @classmethod
     def load(
@@ -70,31 +100,43 @@ class Engine:
         bundle: str | Path = EMBEDDED,
         *,
         backend: str | Backend = "onnxruntime",
-        device: str = "cpu",
+        device: str | None = None,
         threads: int | None = None,
-        lanes: int = 16,
+        precision: str | None = None,
+        lanes: int | None = None,
         resident: bool = True,
+        capture: bool = True,
+        plans: str | Path | None = None,
         check_hashes: bool = True,
     ) -> Engine:
         """Open a bundle and load its networks.
 
         Args:
             bundle: a folder made by `latentrt export`; by default the embedded model.
-            backend: "onnxruntime", or a Backend of your own.
-            device: "cpu" or "cuda" (needs onnxruntime-gpu). Nothing else is tried if it is not there.
+            backend: "onnxruntime", "tensorrt" or "tensorrt-rtx" (plans made by `latentrt build`), or a Backend of your
+                own.
+            device: "cpu", "cuda", or "cuda:1" for the second GPU; None is the CPU for onnxruntime and "cuda" for the
+                others. Nothing else is tried if it is not there.
             threads: CPU threads of one network call; None for all physical cores.
-            lanes: the most lanes of one UNet call; a picture with guidance takes two.
+            precision: "fp32" or "fp16" graphs; None is fp32 for onnxruntime and fp16 for TensorRT.
+            lanes: the most lanes of one UNet call; a picture with guidance takes two. On a GPU every call has exactly
+                so many. None is 16 on a CPU; on a GPU what the plan was built for, or 2.
             resident: keep all networks loaded. False loads each when it is needed and drops it when the next one is
-                (text encoders, UNet, VAE): the least memory, for a process that makes one batch.
+                (text encoders, UNet, VAE): the least memory, for a process that makes one batch on a CPU.
+            capture: on a GPU, launch ticks and whole pictures as CUDA graphs; False queues their calls one by one.
+            plans: the folder of TensorRT plans; None is the bundle's own.
             check_hashes: compare every file's SHA-256 with the manifest (sizes are always compared).
 
         Raises:
             BundleError: the bundle is missing, damaged or unsafe.
             BackendError, MissingDependencyError: the backend or device cannot be used here.
+            PlanError: there is no plan for this device, bundle and precision; the message names the command.
         """
         opened = Bundle.open(bundle, check_hashes=check_hashes)
-        chosen = open_backend(backend, device, threads) if isinstance(backend, str) else backend
-        return cls(opened, chosen, lanes=lanes, resident=resident)
+        chosen = backend
+        if isinstance(chosen, str):
+            chosen = open_backend(chosen, device, threads, precision=precision, plans=plans)
+        return cls(opened, chosen, lanes=lanes, resident=resident, capture=capture)
 
     def __enter__(self) -> Engine:
         return self
@@ -104,6 +146,9 @@ class Engine:
 
     def close(self) -> None:
         """Give the networks' memory back."""
+        for owner in (self._one_launch, self._lanes):
+            if owner is not None:
+                owner.close()
         for network in self._networks.values():
             network.close()
 
@@ -125,9 +170,25 @@ class Engine:
             UnknownSolverError, ScheduleError: the solver or one of its options is unknown or does not fit.
             NetworkError: a network returned numbers that are not finite.
         """
-        jobs = self.requests([prompt] if isinstance(prompt, str) else prompt, settings)
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        if self._one_launch is not None and on_tick is None:
+            return self._draw(self._one_launch, prompts, settings)
+        jobs = self.requests(prompts, settings)
         self.run(jobs, on_tick)
         return [self.picture(job) for job in jobs]
+
+    def _draw(self, one_launch: OneLaunch, prompts: Iterable[str], settings: Mapping[str, Any]) -> list[Picture]:
+        """Make pictures on a GPU, each batch of them in one launch."""
+        from engine.picture import Picture
+
+        jobs: list[Job] = []
+        texts: list[Text] = []
+        for prompt in prompts:
+            request = request_from(prompt, settings)
+            made = self._drafts(request, len(jobs))
+            jobs += made
+            texts += [self._text(request)] * len(made)
+        return [Picture.of(pixels, job.tag) for pixels, job in zip(one_launch.draw(jobs, texts), jobs, strict=True)]
 
     def requests(self, prompts: Iterable[str], settings: Mapping[str, Any]) -> list[Job]:
         """The jobs of several prompts with the same settings (those of `__call__`); seeds count up over all of them."""
@@ -138,9 +199,16 @@ class Engine:
 
     def jobs(self, request: Request, *, first: int = 0) -> list[Job]:
         """The jobs of a request, not yet admitted; picture i has seed `request.seed + first + i`."""
+        jobs = self._drafts(request, first)
+        cond, uncond = self._conditionings(request)
+        for job in jobs:
+            job.cond, job.uncond = cond, uncond
+        return jobs
+
+    def _drafts(self, request: Request, first: int) -> list[Job]:
+        """The jobs of a request without their conditionings."""
         shape = self._latent_shape(request)
         table = tabulate(request.solver, self.schedule, request.steps, **request.options)
-        cond, uncond = self._conditionings(request, shape)
         guidance = Guidance(request.guidance, request.guidance_rescale, request.guidance_interval)
         jobs = []
         for index in range(first, first + request.count):
@@ -148,7 +216,7 @@ class Engine:
             noise = noise_source(request.noise, seed)
             latents = noise.normal(shape) * np.float32(table.start)
             tag = self._settings(request, table.solver, seed, index, shape)
-            jobs.append(Job(table, latents, cond, uncond, noise, guidance, tag=tag))
+            jobs.append(Job(table, latents, {}, {}, noise, guidance, tag=tag))
         return jobs
 
     def run(self, jobs: Iterable[Job], on_tick: OnTick | None = None) -> None:
@@ -165,7 +233,7 @@ class Engine:
         self._drop(*self.spec.text_encoders)
         try:
             while waiting or any(job in mine for job in self.denoiser.jobs):
-                while waiting and self.denoiser.fits(waiting[0]):
+                while waiting and (self.denoiser.fits(waiting[0]) or not self.denoiser.jobs):
                     self.denoiser.admit(waiting.pop(0))
                 for job in self.denoiser.tick():
                     if job in mine:
@@ -219,18 +287,35 @@ class Engine:
             sides.append(pixels // spec.factor)
         return spec.channels, sides[0], sides[1]
 
-    def _conditionings(self, request: Request, shape: tuple[int, int, int]) -> tuple[Mapping[str, Float32], ...]:
+    def _conditionings(self, request: Request) -> tuple[Mapping[str, Float32], ...]:
         cond = self.text_encoder.encode(request.prompt)
         uncond = cond
         if request.guidance > 1:
             uncond = self.text_encoder.encode(request.negative_prompt or "")
-            if request.negative_prompt is None and self.spec.zero_negative:
+            if self._zero_negative(request):
                 uncond = {name: np.zeros_like(array) for name, array in uncond.items()}
         if self.spec.family == "sdxl":
-            height, width = (side * self.spec.latents.factor for side in shape[1:])
-            time_ids = np.array([height, width, 0, 0, height, width], np.float32)
+            time_ids = self._time_ids(request)
             cond, uncond = {**cond, "time_ids": time_ids}, {**uncond, "time_ids": time_ids}
         return cond, uncond
+
+    def _text(self, request: Request) -> Text:
+        """The same, before it is encoded."""
+        from engine.one_launch import Text
+
+        cond = uncond = self.text_encoder.ids(request.prompt)
+        if request.guidance > 1:
+            uncond = self.text_encoder.ids(request.negative_prompt or "")
+        time_ids = self._time_ids(request) if self.spec.family == "sdxl" else None
+        return Text(cond, None if self._zero_negative(request) else uncond, time_ids)
+
+    def _zero_negative(self, request: Request) -> bool:
+        return request.negative_prompt is None and self.spec.zero_negative
+
+    def _time_ids(self, request: Request) -> Float32:
+        """SDXL's size conditioning: original size, crop corner, target size."""
+        height, width = (side * self.spec.latents.factor for side in self._latent_shape(request)[1:])
+        return np.array([height, width, 0, 0, height, width], np.float32)
 
     def _settings(self, request: Request, solver: str, seed: int, index: int, shape: tuple[int, ...]) -> dict[str, Any]:
         return {

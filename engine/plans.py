@@ -24,7 +24,7 @@ from engine.spec import GraphSpec, TensorSpec
 SCHEMA = 1
 FOLDER = "plans"
 SEAL_VARIABLE = "LATENTRT_SEAL"
-STRIPPED, VERSION_COMPATIBLE = "stripped", "version-compatible"
+STRIPPED, REFITTABLE, VERSION_COMPATIBLE = "stripped", "refittable", "version-compatible"
 Range = tuple[int, int, int]
 
 
@@ -57,8 +57,10 @@ class PlanKey:
     """Everything a plan depends on.
 
     `graph` and `weights` are SHA-256; `library` is the wheel ("tensorrt", "tensorrt-rtx"), `version` its version; `gpu`
-    and `driver` are empty in a plan that was built ahead of time, without a GPU; `options` are STRIPPED and
-    VERSION_COMPATIBLE. `profiles` are the shapes that it serves; what is looked for has none.
+    and `driver` are empty in a plan that was built ahead of time, without a GPU. `options`: STRIPPED, its weights were
+    left out and are read from the bundle; REFITTABLE, it takes any weights, where a plan that is stripped alone takes
+    none but those it was built with; VERSION_COMPATIBLE, the lean runtime can run it. `profiles` are the shapes that
+    it serves; what is looked for has none.
     """
 
     network: str
@@ -81,8 +83,8 @@ class PlanKey:
     def mismatches(self, wanted: PlanKey) -> list[tuple[str, str, str]]:
         """What keeps a plan of this key from serving `wanted`: (what, found, needed) each.
 
-        A stripped plan takes its weights from the bundle, so those need not match; a version-compatible one serves
-        every later version of its major version.
+        A refittable plan takes its weights from the bundle, so those need not match; a version-compatible one serves
+        every later version of its major version, and the lean runtime.
         """
         found = []
         for what in ("network", "graph", "weights", "precision", "library", "version", "compute_capability"):
@@ -97,7 +99,9 @@ class PlanKey:
 
     def _may_differ(self, what: str, mine: str, theirs: str) -> bool:
         if what == "weights":
-            return STRIPPED in self.options
+            return REFITTABLE in self.options
+        if what == "library":
+            return VERSION_COMPATIBLE in self.options and (mine, theirs) == ("tensorrt", "tensorrt-lean")
         if what == "version" and VERSION_COMPATIBLE in self.options:
             built, here = _numbers(mine), _numbers(theirs)
             return built[:1] == here[:1] and built <= here
@@ -148,10 +152,23 @@ class PlanStore:
 
     def __init__(self, bundle: Bundle, folder: str | Path | None = None) -> None:
         self.bundle = bundle
-        self.folder = Path(folder) if folder is not None else bundle.root / FOLDER
+        self.folder = Path(folder) if folder is not None else bundle.path(FOLDER)
 
     def find(self, wanted: PlanKey, sizes: Mapping[str, int]) -> PlanRecord:
         """The record of a plan that serves `wanted` with these sizes of its symbolic dimensions (none: any).
+
+        Raises:
+            PlanError: there is none; the nearest one's differences, or the ranges that there are, are named.
+            UntrustedPlanError: a record of this network is damaged or was not sealed here.
+        """
+        fitting = self.fitting(wanted)
+        for record in fitting:
+            if record.profile(sizes) >= 0:
+                return record
+        raise self._no_profile(wanted, fitting, sizes)
+
+    def fitting(self, wanted: PlanKey) -> list[PlanRecord]:
+        """The records of all plans that serve `wanted`, whatever their profiles; those with the fewest options first.
 
         Raises:
             PlanError: there is none; the nearest one's differences are named.
@@ -159,11 +176,8 @@ class PlanStore:
         """
         records = list(self.records(wanted.network))
         fitting = [record for record in records if not record.key.mismatches(wanted)]
-        for record in fitting:
-            if record.profile(sizes) >= 0:
-                return record
         if fitting:
-            raise self._no_profile(wanted, fitting, sizes)
+            return sorted(fitting, key=lambda record: len(record.key.options))
         if not records:
             raise self._error(f"{self.folder} holds no plan of the {wanted.network}", "a plan built on this device")
         nearest = min((record.key.mismatches(wanted) for record in records), key=len)
@@ -187,7 +201,7 @@ class PlanStore:
         Raises:
             UntrustedPlanError: the file is missing, or its bytes are others.
         """
-        path = self.folder / f"{record.name}.plan"
+        path = self.path(record)
         try:
             plan = path.read_bytes()
         except OSError as error:
@@ -198,18 +212,25 @@ class PlanStore:
             )
         return plan
 
+    def path(self, record: PlanRecord) -> Path:
+        """Where a record's plan lies. A name of its contents' own lets a new plan lie beside the old one of its key."""
+        return self.folder / f"{record.name}-{record.sha256[:16]}.plan"
+
     def put(self, record: PlanRecord, plan: bytes) -> Path:
         """Write a plan and its sealed record; a plan of the same key is replaced at once or not at all.
 
         Raises:
             PlanError: it cannot be written.
+            UntrustedPlanError: the secret that seals it is not private.
         """
-        path = self.folder / f"{record.name}.plan"
-        sealed = {**_to_dict(record), "seal": _seal(_to_dict(record), _secret(make=True))}
+        path = self.path(record)
         try:
+            sealed = {**_to_dict(record), "seal": _seal(_to_dict(record), _secret(make=True))}
             self.folder.mkdir(parents=True, exist_ok=True)
             _replace(path, plan)
-            _replace(path.with_suffix(".json"), json.dumps(sealed, indent=1).encode())
+            _replace(self.folder / f"{record.name}.json", json.dumps(sealed, indent=1).encode())
+            for old in set(self.folder.glob(f"{record.name}-*.plan")) - {path}:
+                old.unlink(missing_ok=True)
         except OSError as error:
             raise PlanError(
                 f"{path} cannot be written ({error})",
@@ -218,12 +239,17 @@ class PlanStore:
             ) from error
         return path
 
+    def remove(self, record: PlanRecord) -> None:
+        """Remove a plan: its record first, so that no record is ever without its plan."""
+        (self.folder / f"{record.name}.json").unlink(missing_ok=True)
+        self.path(record).unlink(missing_ok=True)
+
     def _record(self, path: Path) -> PlanRecord:
         try:
             data = json.loads(path.read_bytes())
             seal = data.pop("seal")
             genuine = hmac.compare_digest(seal, _seal(data, _secret(make=False)))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise self._untrusted(f"{path} cannot be read ({error!r})", "the record of a plan") from error
         if not genuine:
             raise self._untrusted(

@@ -67,12 +67,24 @@ class Golden:
 
 
 @dataclass(frozen=True, slots=True)
+class Islands:
+    """The nodes that a network's half graph keeps in float32, and the largest number measured anywhere in the network.
+
+    float16 ends at 65504. What only holds the times (the sinusoidal embedding) is float32 always and not listed.
+    """
+
+    largest: float
+    nodes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
     """Everything the engine must know about a model before it loads a weight.
 
     `text_encoders` and `tokenizers` are folder names of the bundle, in the order in which the UNet's text states
     are concatenated (one for SD 1 and 2, two for SDXL). `graphs` maps a network's name ("text_encoder",
-    "text_encoder_2", "unet", "vae_decoder", "vae_encoder") to its graph.
+    "text_encoder_2", "unet", "vae_decoder", "vae_encoder") to its graph. `half` has the same networks in float16 with
+    `islands` of float32; bundles of before have neither.
     """
 
     id: str
@@ -88,6 +100,7 @@ class ModelSpec:
     made: Mapping[str, Any] = field(default_factory=dict)
     golden: tuple[Golden, ...] = ()
     half: Mapping[str, GraphSpec] = field(default_factory=dict)
+    islands: Mapping[str, Islands] = field(default_factory=dict)
 
     def graph(self, network: str, precision: str) -> GraphSpec:
         """A network's graph in "fp32" or "fp16".
@@ -113,7 +126,11 @@ class ModelSpec:
         """
         try:
             fields = dict(data)
-            graphs = {name: _graph(graph) for name, graph in fields.pop("graphs").items()}
+            graphs, half = (
+                {name: _graph(graph) for name, graph in part.items()}
+                for part in (fields.pop("graphs"), fields.pop("half", {}))
+            )
+            islands = {name: Islands(i["largest"], tuple(i["nodes"])) for name, i in fields.pop("islands", {}).items()}
             latents = LatentSpec(**fields.pop("latents"))
             golden = tuple(
                 Golden(**{**g, "first": tuple(float(v) for v in g["first"])}) for g in fields.pop("golden", ())
@@ -126,6 +143,8 @@ class ModelSpec:
                 text_encoders=encoders,
                 graphs=graphs,
                 golden=golden,
+                half=half,
+                islands=islands,
             )
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise BundleError(
@@ -170,6 +189,13 @@ def _check(spec: ModelSpec) -> None:
         _need(name in spec.graphs, "graphs", list(spec.graphs), f"a graph {name!r}")
     for name, graph in spec.graphs.items():
         _check_graph(f"graphs.{name}", graph)
+    for name, graph in spec.half.items():
+        _need(name in spec.graphs, "half", name, f"one of {', '.join(spec.graphs)}")
+        _check_graph(f"half.{name}", graph)
+    for name, islands in spec.islands.items():
+        _need(name in spec.half, "islands", name, f"one of {', '.join(spec.half) or 'no network'}")
+        _need(_is_number(islands.largest), f"islands.{name}.largest", islands.largest, "a finite number")
+        _need(all(map(_is_text, islands.nodes)), f"islands.{name}.nodes", islands.nodes, "names of nodes")
     for golden in spec.golden:
         _check_golden(golden)
 

@@ -17,9 +17,11 @@ import onnx_ir as ir
 from engine.bundle import write_manifest
 from engine.errors import BundleError, ExportError, LatentrtError
 from engine.prompt import Tokenizer
-from engine.spec import Golden, GraphSpec, LatentSpec, ModelSpec, TensorSpec
+from engine.spec import Golden, GraphSpec, Islands, LatentSpec, ModelSpec, TensorSpec
 from export import passes
+from export.half import half_path, to_half
 from export.place import place
+from export.ranges import measure_networks, overflowing
 from export.source import SCHEDULE, Checkpoint, open_checkpoint
 from export.to_onnx import OPSET, quiet, trace
 from export.weights import share_weights
@@ -102,8 +104,8 @@ def export_bundle(
     """
     checkpoint = open_checkpoint(source, revision, variant)
     networks = (*checkpoint.text_encoders, "unet", "vae_decoder", "vae_encoder")
-    parts = ("copy", *networks, "manifest")
-    size = sum(path.stat().st_size for path in checkpoint.files.values()) + GRAPH_ROOM * len(networks)
+    parts = ("copy", *networks, "half precision", "manifest")
+    size = sum(path.stat().st_size for path in checkpoint.files.values()) + 2 * GRAPH_ROOM * len(networks)
     with place(Path(target), checkpoint.root, size, overwrite=overwrite) as root:
         progress("copy", 0, len(parts))
         _copy(checkpoint, root)
@@ -111,8 +113,10 @@ def export_bundle(
         for done, name in enumerate(networks, start=1):
             progress(name, done, len(parts))
             graphs[name], summaries[name] = _export_network(checkpoint, root, name)
+        progress("half precision", len(parts) - 2, len(parts))
+        spec = _add_half(root, _model_spec(checkpoint, graphs, variant))
         progress("manifest", len(parts) - 1, len(parts))
-        _write_manifest(root, _model_spec(checkpoint, graphs, variant), golden)
+        _write_manifest(root, spec, golden)
         total = sum(path.stat().st_size for path in _files(root))
     return Summary(summaries, total)
 
@@ -139,10 +143,26 @@ def _export_network(checkpoint: Checkpoint, root: Path, name: str) -> tuple[Grap
         passes.clean(model)
         shared = share_weights(model, _weights(checkpoint, root, path.parent), path.with_suffix(".extra.safetensors"))
         ir.save(model, path)
-    graph = model.graph
-    spec = GraphSpec(GRAPHS[name], OPSET, len(graph), _signature(graph.inputs), _signature(graph.outputs))
     seconds = time.perf_counter() - start
-    return spec, NetworkSummary(seconds, len(graph), path.stat().st_size, shared.shared, shared.sidecar)
+    summary = NetworkSummary(seconds, len(model.graph), path.stat().st_size, shared.shared, shared.sidecar)
+    return _graph_spec(GRAPHS[name], model), summary
+
+
+def _add_half(root: Path, spec: ModelSpec) -> ModelSpec:
+    """Write the half graph of every network beside the float32 one; what would overflow in one small run stays."""
+    half, islands = {}, {}
+    for name, ranges in measure_networks(root, spec).items():
+        model, path = ir.load(root / spec.graphs[name].path), half_path(spec.graphs[name].path)
+        islands[name] = Islands(float(f"{max(ranges.values()):.3g}"), overflowing(model, ranges))
+        to_half(model, islands[name].nodes)
+        ir.save(model, root / path)
+        half[name] = _graph_spec(path, model)
+    return replace(spec, half=half, islands=islands)
+
+
+def _graph_spec(path: str, model: ir.Model) -> GraphSpec:
+    graph = model.graph
+    return GraphSpec(path, OPSET, len(graph), _signature(graph.inputs), _signature(graph.outputs))
 
 
 @contextmanager

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
@@ -21,8 +22,10 @@ from engine.pipeline import Engine
 from engine.prompt import Tokenizer
 from engine.schedule import Schedule
 from engine.solvers import SOLVERS
-from engine.spec import Golden, ModelSpec
+from engine.spec import Golden, GraphSpec, ModelSpec
 from engine.table import advance, tabulate
+from export.half import emulate
+from export.ranges import open_session
 from export.reference import (
     comparing,
     diffusers_scheduler,
@@ -37,8 +40,10 @@ from export.source import open_checkpoint
 from export.wrap import load_network
 
 Array = NDArray[Any]
+Arrays = Mapping[str, Array]
 NETWORK_BOUND = 2e-5  # relative L2 of a graph's outputs
 LARGEST_BOUND = 4e-5  # the largest difference of one number, relative to the largest output
+HALF_BOUND = 5e-3  # relative L2 of a float16 graph to the float32 one
 STEP_BOUND = 1e-5  # relative to the largest latent, at every step
 STEP_DEPTH_STEPS = 100
 LATENTS_BOUND = 1e-3  # the same, of the whole pipeline
@@ -125,6 +130,7 @@ def network_checks(engine: Engine, checkpoint: Path) -> Iterator[Check]:
     own = spec.latents.height, spec.latents.width
     odd = min(own[0], ODD_SIDE) - 3, min(own[1], ODD_SIDE) + 2
     for name, graph in spec.graphs.items():
+        runs: list[tuple[Arrays, Arrays]] = []
         with comparing(name):
             module = load_network(checkpoint, name, family=spec.family, tokens=tokens).module
         network = engine.backend.load(engine.bundle, name)
@@ -132,6 +138,7 @@ def network_checks(engine: Engine, checkpoint: Path) -> Iterator[Check]:
         for prompts, size in ((PROMPTS, own), (PROMPTS[:1], odd)):
             feeds = make_feeds(engine, name, prompts, size)
             ours = network(feeds)
+            runs.append((feeds, ours))
             with torch.no_grad(), comparing(name):
                 theirs = module(*(torch.from_numpy(feeds[tensor.name]) for tensor in graph.inputs))
             theirs = theirs if isinstance(theirs, tuple) else (theirs,)
@@ -139,10 +146,33 @@ def network_checks(engine: Engine, checkpoint: Path) -> Iterator[Check]:
                 pairs[tensor.name].append((ours[tensor.name], expected.numpy()))
         for output, values in pairs.items():
             with comparing(name):  # outputs of other shapes
-                l2 = _worst([float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in values])
+                l2 = _worst([_relative_l2(a, b) for a, b in values])
                 largest = _worst([_difference(a, b) for a, b in values])
             yield Check("network", f"{name}: {output}", "relative L2, worst of 2 sizes", l2, NETWORK_BOUND)
             yield Check("network", f"{name}: {output}", "max abs, relative to the largest", largest, LARGEST_BOUND)
+        network.close()
+        if name in spec.half:
+            yield half_check(engine.bundle.path(spec.half[name].path), spec.half[name], name, runs)
+
+
+def half_check(path: Path, graph: GraphSpec, name: str, runs: Sequence[tuple[Arrays, Arrays]]) -> Check:
+    """A half graph against its float32 one, on the same feeds, rounding as a GPU would."""
+    model = ir.load(path)
+    emulate(model)
+    session = open_session(model, path.parent)
+    names = [tensor.name for tensor in graph.outputs]
+    errors = []
+    for feeds, expected in runs:
+        narrow = {tensor.name: feeds[tensor.name].astype(tensor.dtype) for tensor in graph.inputs}
+        for output, array in zip(names, session.run(names, narrow), strict=True):
+            errors.append(_relative_l2(array.astype(np.float32), expected[output]))
+    return Check(
+        "network", f"{name} in float16", "relative L2 to float32, worst of 2 sizes", _worst(errors), HALF_BOUND
+    )
+
+
+def _relative_l2(ours: Array, theirs: Array) -> float:
+    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
 
 
 def _difference(ours: Array, theirs: Array) -> float:

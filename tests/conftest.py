@@ -60,4 +60,5 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         return GraphSpec(path, 23, 1, (), ()), NetworkSummary(0.0, 1, 5, 0, 0)
 
     monkeypatch.setattr(to_bundle, "_export_network", stand_in)
+    monkeypatch.setattr(to_bundle, "_add_half", lambda root, spec: spec)
     return monkeypatch

@@ -199,7 +199,7 @@ def test_what_was_drawn_is_kept(
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["generate", "a", "--lanes", "1"],
+        ["generate", "a", "--lanes", "0"],
         ["generate", "a", "--preview-every", "-3"],
         ["generate", "a", "--threads", "0"],
         ["generate"],

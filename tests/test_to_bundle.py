@@ -93,9 +93,9 @@ def _contents(root: Path) -> dict[str, bytes]:
 def test_progress_and_summary(checkpoint: Path, tmp_path: Path, fast: pytest.MonkeyPatch) -> None:
     told: list[tuple[str, int, int]] = []
     summary = export_bundle(checkpoint, tmp_path / "one", progress=lambda *args: told.append(args))
-    parts = ["copy", "text_encoder", "unet", "vae_decoder", "vae_encoder", "manifest"]
-    assert told == [(part, done, 6) for done, part in enumerate(parts)]
-    assert list(summary.networks) == parts[1:-1]
+    parts = ["copy", "text_encoder", "unet", "vae_decoder", "vae_encoder", "half precision", "manifest"]
+    assert told == [(part, done, 7) for done, part in enumerate(parts)]
+    assert list(summary.networks) == parts[1:-2]
     assert summary.total_bytes == sum(len(data) for data in _contents(tmp_path / "one").values())
     export_bundle(checkpoint, tmp_path / "two")
     assert _contents(tmp_path / "one") == _contents(tmp_path / "two")
@@ -204,7 +204,7 @@ def test_a_full_disk_is_seen_before_anything_is_written(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=3_000_000)
     fast.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(OutputError, match=r"3 MB free.*Needed: 18 MB"):
+    with pytest.raises(OutputError, match=r"3 MB free.*Needed: 35 MB"):
         export_bundle(checkpoint, tmp_path / "bundle")
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
 

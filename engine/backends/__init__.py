@@ -2,25 +2,60 @@
 
 from __future__ import annotations
 
-from engine.backends.base import Backend
+from pathlib import Path
+
+from engine.backends.base import Backend, Gpu
 from engine.errors import BackendError
 
-BACKENDS = ("onnxruntime", "fake")
+BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx", "fake")
 
 
-def open_backend(name: str, device: str = "cpu", threads: int | None = None) -> Backend:
+def open_backend(
+    name: str,
+    device: str | None = None,
+    threads: int | None = None,
+    *,
+    precision: str | None = None,
+    plans: str | Path | None = None,
+) -> Backend:
     """The backend of that name on that device.
 
+    Args:
+        name: one of BACKENDS.
+        device: "cpu", "cuda" or "cuda:1"; None is the CPU for onnxruntime and "cuda" for TensorRT.
+        threads: of a call on the CPU.
+        precision: "fp32" or "fp16"; None is fp32 for onnxruntime and fp16 for TensorRT.
+        plans: where TensorRT's plans lie; None is the bundle's own folder.
+
     Raises:
-        BackendError: unknown name or device, or the device cannot be used; nothing else is tried instead.
+        BackendError: unknown name, device or precision, or the device cannot be used; nothing else is tried instead.
         MissingDependencyError: the backend's library is not installed.
     """
+    if precision not in (None, "fp32", "fp16"):
+        raise BackendError(f"the precision is {precision!r}", "fp32 or fp16", "pass another precision")
     if name == "onnxruntime":
-        from engine.backends.ort import OrtBackend
+        from engine.backends.ort import OrtBackend, check_device
 
-        return OrtBackend(device, threads)
+        kind = (device or "cpu").partition(":")[0]
+        check_device(kind)
+        gpu = _cuda(device) if kind == "cuda" else None
+        return OrtBackend(kind, threads, precision=precision or "fp32", gpu=gpu)
+    if name in ("tensorrt", "tensorrt-rtx"):
+        from engine.backends.tensorrt import TensorRtBackend
+        from engine.backends.trt import open_library
+
+        library = open_library(name)
+        return TensorRtBackend(
+            _cuda(device), library, precision=precision or "fp16", plans=None if plans is None else Path(plans)
+        )
     if name == "fake":
         from engine.backends.fake import FakeBackend
 
         return FakeBackend()
     raise BackendError(f"there is no backend {name!r}", f"one of {', '.join(BACKENDS)}", "pass another backend")
+
+
+def _cuda(device: str | None) -> Gpu:
+    from engine.backends.cuda import Cuda
+
+    return Cuda(device or "cuda")

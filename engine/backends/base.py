@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -20,7 +21,11 @@ Arrays = Mapping[str, NDArray[Any]]
 
 
 class Network(Protocol):
-    """A loaded graph: named arrays in, named arrays out."""
+    """A loaded graph: named arrays in, named arrays out, in the dtypes of the graph's signature."""
+
+    @property
+    def graph(self) -> GraphSpec:
+        """The graph's signature."""
 
     def __call__(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
         """Run the graph once; the result has every output of the graph's signature."""
@@ -34,8 +39,11 @@ class Backend(Protocol):
 
     name: str
     device: str
-
     precision: str
+
+    @property
+    def gpu(self) -> Gpu | None:
+        """The GPU that its networks run on, `DeviceNetwork`s then; None on a CPU."""
 
     def load(self, bundle: Bundle, network: str) -> Network:
         """Load a bundle's network ("unet", ...) in this backend's precision."""
@@ -83,6 +91,7 @@ class Gpu(Protocol):
     """
 
     name: str
+    ordinal: int
     compute_capability: tuple[int, int]
     driver: str
     stream: int
@@ -111,6 +120,9 @@ class Gpu(Protocol):
     def fill_zero(self, target: DeviceArray) -> None:
         """Queue zeros."""
 
+    def call(self, enqueue: Callable[[], None]) -> None:
+        """Call a function that queues work of a library's own on `stream`."""
+
     def launch(
         self, kernel: str, grid: tuple[int, int], threads: int, arguments: Sequence[ctypes._SimpleCData[Any]]
     ) -> None:
@@ -118,6 +130,12 @@ class Gpu(Protocol):
 
     def capture(self) -> AbstractContextManager[Graph]:
         """Record instead of running; the graph may be launched once the block has ended."""
+
+    def mark(self) -> Any:
+        """A point in the queue: after everything that was queued so far."""
+
+    def wait_for(self, mark: Any) -> None:
+        """Wait until the device has come to a mark."""
 
     def wait(self) -> None:
         """Wait for everything that was queued."""
@@ -143,7 +161,13 @@ class Bound(Protocol):
 class DeviceNetwork(Network, Protocol):
     """A loaded graph that can also read and write device memory."""
 
-    gpu: Gpu
+    @property
+    def gpu(self) -> Gpu:
+        """The device whose memory and stream it uses."""
+
+    @property
+    def best_lanes(self) -> int:
+        """The batch that it was built for; for networks that take any, that of one guided picture."""
 
     def bind(self, arrays: Mapping[str, DeviceArray]) -> Bound:
         """Tie every input and output of the graph to an array; symbolic dimensions take the arrays' sizes.
@@ -151,6 +175,41 @@ class DeviceNetwork(Network, Protocol):
         Raises:
             NetworkError: names, dtypes or shapes do not fit the signature, or no profile has these shapes.
         """
+
+
+def check_arrays(graph: GraphSpec, arrays: Mapping[str, DeviceArray]) -> dict[str, int]:
+    """Refuse arrays that do not fit a graph's signature, inputs and outputs; the sizes of its symbolic dimensions.
+
+    Raises:
+        NetworkError: a name, dtype or shape is off.
+    """
+    names = {tensor.name for tensor in (*graph.inputs, *graph.outputs)}
+    if set(arrays) != names:
+        raise _mismatch(graph, f"arrays {sorted(arrays)}", f"arrays {sorted(names)}")
+    sizes: dict[str, int] = {}
+    for tensor in (*graph.inputs, *graph.outputs):
+        array, shape = arrays[tensor.name], tensor.shape
+        if tensor in graph.outputs:
+            shape = tuple(size_of(side, sizes) for side in shape)
+        if array.dtype != np.dtype(tensor.dtype) or not _fits(TensorSpec("", "", shape), array.shape, sizes):
+            found = f"{tensor.name} of {array.dtype} {array.shape}"
+            raise _mismatch(graph, found, f"{tensor.dtype} {tensor.shape}")
+    return sizes
+
+
+def size_of(side: int | str, sizes: Mapping[str, int]) -> int:
+    """A dimension as a number: "8*height" is eight times the height, "(height//8)" an eighth of it.
+
+    Raises:
+        KeyError: it depends on a dimension that has no size.
+    """
+    if isinstance(side, int):
+        return side
+    parts = re.fullmatch(r"(?:(\d+)\*)?\(?(\w+?)(?://(\d+))?\)?", side)
+    if parts is None:
+        raise KeyError(side)
+    factor, name, divisor = parts.groups()
+    return int(factor or 1) * sizes[name] // int(divisor or 1)
 
 
 def check_feeds(graph: GraphSpec, feeds: Arrays) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.backends.base import Arrays, check_feeds
+from engine.backends.base import Arrays, Gpu, check_feeds, size_of
 from engine.bundle import Bundle
 from engine.spec import GraphSpec
 
@@ -27,6 +27,7 @@ class FakeBackend:
     name = "fake"
     device = "cpu"
     precision = "fp32"
+    gpu: Gpu | None = None
 
     def __init__(self, functions: Mapping[str, Function] | None = None, seconds: float = 0.0) -> None:
         self.functions = dict(functions or {})
@@ -69,13 +70,6 @@ def zeros(graph: GraphSpec) -> Function:
             for name, size in zip(tensor.shape, feeds[tensor.name].shape, strict=True)
             if isinstance(name, str)
         }
-        return {t.name: np.zeros([_size(d, sizes) for d in t.shape], t.dtype) for t in graph.outputs}
+        return {t.name: np.zeros([size_of(d, sizes) for d in t.shape], t.dtype) for t in graph.outputs}
 
     return function
-
-
-def _size(dimension: int | str, sizes: Mapping[str, int]) -> int:
-    if isinstance(dimension, int):
-        return dimension
-    factor, _, name = dimension.rpartition("*")
-    return int(factor or 1) * sizes[name]

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from engine.backends.base import Arrays, Network
 from engine.errors import BackendError
+from engine.spec import GraphSpec
 
 
 class LazyNetwork:
@@ -34,6 +35,11 @@ class LazyNetwork:
         if self._network is None:
             self._network = self._load()
         return self._network
+
+    @property
+    def graph(self) -> GraphSpec:
+        """The network's signature."""
+        return self.open().graph
 
     def __call__(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
         """Run the network, loading it first where it is not."""

@@ -1,20 +1,22 @@
-"""ONNX Runtime: the CPU, or CUDA through its execution provider."""
+"""ONNX Runtime: the CPU, or CUDA through its execution provider, on our stream and our memory."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
-from engine.backends.base import Arrays, check_feeds
+from engine.backends.base import Arrays, DeviceArray, Gpu, check_arrays, check_feeds
 from engine.bundle import Bundle
 from engine.errors import BackendError, MissingDependencyError, NetworkError
 from engine.spec import GraphSpec
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 PROVIDER_OPTIONS = {"cpu": {}, "cuda": {"use_tf32": "0"}}
+GUIDED_PICTURE = 2  # lanes
 
 
 class OrtBackend:
@@ -26,6 +28,7 @@ class OrtBackend:
     Args:
         device: "cpu" or "cuda".
         threads: threads of one network call on the CPU; None for all physical cores.
+        gpu: the opened device; its stream and memory are then used, and networks are `DeviceNetwork`s.
         precision: "fp32", or "fp16" for the bundle's half-precision graphs (on a CPU those are the slower ones).
         spin: whether threads wait for each other by spinning within a call. On idle cores that is a fifth faster; where
             other processes hold cores, it is twice as slow. Between calls they never spin.
@@ -38,21 +41,20 @@ class OrtBackend:
     name = "onnxruntime"
 
     def __init__(
-        self, device: str = "cpu", threads: int | None = None, *, precision: str = "fp32", spin: bool = True
+        self,
+        device: str = "cpu",
+        threads: int | None = None,
+        *,
+        precision: str = "fp32",
+        gpu: Gpu | None = None,
+        spin: bool = True,
     ) -> None:
-        ort = _onnxruntime()
-        if device not in PROVIDERS:
-            raise BackendError(f"the device is {device!r}", f"one of {', '.join(PROVIDERS)}", "pass another device")
+        check_device(device)
         if threads is not None and threads < 1:
             raise BackendError(f"threads is {threads!r}", "a whole number of 1 or more", "pass another threads")
-        if PROVIDERS[device] not in ort.get_available_providers():
-            raise BackendError(
-                f"this ONNX Runtime has only {', '.join(ort.get_available_providers())}",
-                PROVIDERS[device],
-                "pip uninstall onnxruntime && pip install onnxruntime-gpu",
-            )
         self.device = device
         self.precision = precision
+        self.gpu = gpu
         self.threads = threads
         self.spin = spin
 
@@ -63,7 +65,10 @@ class OrtBackend:
             BackendError: ONNX Runtime cannot load the graph, or would not run it on the device.
         """
         graph = bundle.spec.graph(network, self.precision)
-        return OrtNetwork(self.session(bundle.path(graph.path), graph.opset), graph)
+        session = self.session(bundle.path(graph.path), graph.opset)
+        return (
+            OrtNetwork(session, graph) if self.gpu is None else OrtDeviceNetwork(session, graph, self.gpu, self.device)
+        )
 
     def session(self, path: Path, opset: int) -> Any:
         """An `onnxruntime.InferenceSession` of a graph of that opset, with this backend's options."""
@@ -73,9 +78,11 @@ class OrtBackend:
         options.intra_op_num_threads = self.threads or 0
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(self.spin)))
         options.add_session_config_entry("session.force_spinning_stop", "1")  # idle networks would steal cores
-        provider = PROVIDERS[self.device]
+        provider, settings = PROVIDERS[self.device], dict(PROVIDER_OPTIONS[self.device])
+        if self.gpu is not None and self.device == "cuda":
+            settings |= {"device_id": str(self.gpu.ordinal), "user_compute_stream": str(self.gpu.stream)}
         try:
-            session = ort.InferenceSession(path, options, providers=[(provider, PROVIDER_OPTIONS[self.device])])
+            session = ort.InferenceSession(path, options, providers=[(provider, settings)])
         except Exception as error:  # onnxruntime's errors share no base class
             raise BackendError(
                 f"ONNX Runtime cannot load {path} ({error})",
@@ -91,12 +98,29 @@ class OrtBackend:
         return session
 
 
+def check_device(device: str) -> None:
+    """Refuse a device that this ONNX Runtime does not know.
+
+    Raises:
+        BackendError: the device is not "cpu" or "cuda", or the installed onnxruntime has no provider for it.
+    """
+    if device not in PROVIDERS:
+        raise BackendError(f"the device is {device!r}", f"one of {', '.join(PROVIDERS)}", "pass another device")
+    providers = _onnxruntime().get_available_providers()
+    if PROVIDERS[device] not in providers:
+        raise BackendError(
+            f"this ONNX Runtime has only {', '.join(providers)}",
+            PROVIDERS[device],
+            "pip uninstall onnxruntime && pip install onnxruntime-gpu",
+        )
+
+
 class OrtNetwork:
     """One ONNX Runtime session."""
 
     def __init__(self, session: Any, graph: GraphSpec) -> None:
         self._session = session
-        self._graph = graph
+        self.graph = graph
         self._outputs = [tensor.name for tensor in graph.outputs]
 
     def __call__(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
@@ -105,20 +129,64 @@ class OrtNetwork:
         Raises:
             NetworkError: the feeds do not fit the signature, or ONNX Runtime fails.
         """
-        check_feeds(self._graph, feeds)
+        check_feeds(self.graph, feeds)
         try:
             results = self._session.run(self._outputs, dict(feeds))
         except Exception as error:
-            raise NetworkError(
-                f"{self._graph.path} failed in ONNX Runtime ({error})",
-                "a run without errors",
-                "latentrt doctor",
-            ) from error
+            raise _failed(self.graph.path, error) from error
         return dict(zip(self._outputs, results, strict=True))
 
     def close(self) -> None:
         """Drop the session, and with it its weights."""
         self._session = None
+
+
+class OrtDeviceNetwork(OrtNetwork):
+    """A session that can also read and write the memory of a device, on its stream."""
+
+    best_lanes = GUIDED_PICTURE
+
+    def __init__(self, session: Any, graph: GraphSpec, gpu: Gpu, kind: str) -> None:
+        super().__init__(session, graph)
+        self.gpu = gpu
+        self._kind = kind
+
+    def bind(self, arrays: Mapping[str, DeviceArray]) -> OrtBound:
+        """See `DeviceNetwork.bind`. The call is made once, so that what ONNX Runtime allocates is there when a graph is
+        captured; the arrays' contents are then those of that call.
+        """
+        check_arrays(self.graph, arrays)
+        binding = self._session.io_binding()
+        for tensors, bind in ((self.graph.inputs, binding.bind_input), (self.graph.outputs, binding.bind_output)):
+            for tensor in tensors:
+                array = arrays[tensor.name]
+                bind(tensor.name, self._kind, self.gpu.ordinal, array.dtype.type, array.shape, array.pointer)
+        bound = OrtBound(self._session, binding, self.gpu, self.graph.path)
+        bound.enqueue()
+        return bound
+
+
+class OrtBound:
+    """A session with its arrays."""
+
+    def __init__(self, session: Any, binding: Any, gpu: Gpu, path: str) -> None:
+        self._session, self._binding, self._gpu, self._path = session, binding, gpu, path
+        self._options = _onnxruntime().RunOptions()
+        self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+
+    def enqueue(self) -> None:
+        """See `Bound.enqueue`."""
+        self._gpu.call(self._run)
+
+    def _run(self) -> None:
+        try:
+            self._session.run_with_iobinding(self._binding, self._options)
+        except Exception as error:
+            raise _failed(self._path, error) from error
+
+    def close(self) -> None:
+        """See `Bound.close`."""
+        self._session = self._binding = None
 
 
 def return_freed_pages() -> None:
@@ -132,6 +200,10 @@ def return_freed_pages() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(mmap_threshold, 64 * 1024)
+
+
+def _failed(path: str, error: Exception) -> NetworkError:
+    return NetworkError(f"{path} failed in ONNX Runtime ({error})", "a run without errors", "latentrt doctor")
 
 
 def _onnxruntime() -> Any:

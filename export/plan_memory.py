@@ -1,0 +1,162 @@
+"""What building and running a plan will take, told from its graph before anything is built.
+
+Weights are counted exactly. Activations are the largest sum of tensors that are alive at once when the nodes run in
+the graph's order at the largest shapes; TensorRT fuses some away and keeps scratch for others. The host's peak is a
+line through what was measured: docs/tensorrt.md tells how far off all of it was.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from engine.errors import DeviceMemoryError, PlanError
+from engine.plans import STRIPPED, PlanKey, Profile, Weight
+
+SCRATCH = 2**23  # bytes that every plan takes for its kernels
+KERNELS = 5_000_000  # bytes of code in a plan
+HOST_BASE = 500_000_000  # bytes of host memory: the library, and the process that it works in
+HOST_PER_WEIGHT = 3  # times the weights: parsed, cloned, serialized
+SIZES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "BOOL": 1}
+VIEWS = ("Reshape", "Squeeze", "Unsqueeze", "Identity", "Shape", "Cast")  # no memory of their own once fused
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Bytes that a network takes; `seconds` is what its last build here took, where there was one.
+
+    `device` is what the GPU must have free: weights, activations and the workspace in which tactics are tried.
+    """
+
+    network: str
+    weights: int
+    activations: int
+    plan: int
+    device: int
+    host: int
+    seconds: float | None = None
+
+
+def estimate(key: PlanKey, model: onnx.ModelProto, weights: Iterable[Weight], seconds: float | None = None) -> Estimate:
+    """Estimate a plan.
+
+    Args:
+        model: the graph that the parser gets; its weights are not read.
+        weights: what they are.
+        seconds: what building it took before.
+    """
+    held = sum(weight.bytes * np.dtype(weight.dtype).itemsize // SIZES[weight.stored] for weight in weights)
+    activations = SCRATCH + max(peak_activations(model, profile) for profile in key.profiles)
+    return Estimate(
+        key.network,
+        held,
+        activations,
+        plan=KERNELS + (0 if STRIPPED in key.options else held),
+        device=held + 2 * activations,  # tactics are tried on tensors of their own
+        host=HOST_BASE + HOST_PER_WEIGHT * held,
+        seconds=seconds,
+    )
+
+
+def check_room(estimates: Sequence[Estimate], folder: Path, device_free: int | None) -> None:
+    """Refuse what will not fit, before it is begun. Memory must hold one network at a time, the disk all plans.
+
+    Args:
+        folder: where the plans will lie.
+        device_free: bytes of the GPU that are free; None where none is at hand.
+
+    Raises:
+        DeviceMemoryError: the GPU, or this machine, has too little memory free for a network.
+        PlanError: the disk has too little room.
+    """
+    plans, room = sum(each.plan for each in estimates), shutil.disk_usage(folder).free
+    if room < plans:
+        raise PlanError(
+            f"{folder} has {room / 1e6:.0f} MB free",
+            f"about {plans / 1e6:.0f} MB for plans",
+            "make room, or pass --plans",
+        )
+    for each in estimates:
+        for what, needed, free in (("the GPU", each.device, device_free), ("this machine", each.host, host_free())):
+            if free is not None and free < needed:
+                raise DeviceMemoryError(
+                    f"{what} has {free / 2**30:.1f} GiB free",
+                    f"about {needed / 2**30:.1f} GiB to build the {each.network} "
+                    f"(weights {each.weights / 2**30:.2f}, activations {each.activations / 2**30:.2f})",
+                    "end other programs, take fewer lanes or a smaller size, or build one network at a time: --network",
+                )
+
+
+def host_free() -> int | None:
+    """Bytes of host memory that programs can still have (Linux's MemAvailable); None where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
+
+
+def peak_activations(model: onnx.ModelProto, profile: Profile) -> int:
+    """The largest sum of bytes of tensors that are alive at once, at a profile's largest shapes."""
+    graph = model.graph
+    sizes = _value_bytes(model, profile)
+    last = {name: index for index, node in enumerate(graph.node) for name in node.input}
+    last |= {value.name: len(graph.node) for value in graph.output}
+    alive = sum(sizes.get(value.name, 0) for value in graph.input)
+    peak, ends = alive, dict[int, list[str]]()
+    for index, node in enumerate(graph.node):
+        for name in node.output:
+            alive += sizes.get(name, 0)
+            ends.setdefault(last.get(name, index), []).append(name)
+        peak = max(peak, alive)
+        alive -= sum(sizes.get(name, 0) for name in ends.pop(index, ()))
+    return peak
+
+
+def _value_bytes(model: onnx.ModelProto, profile: Profile) -> dict[str, int]:
+    """Bytes of every input and node's output. One whose shape cannot be inferred is as large as what is made of it."""
+    sized = _sized(model, profile)
+    values = [*sized.graph.value_info, *sized.graph.input, *sized.graph.output]
+    known = {value.name: size for value in values if (size := _bytes(value)) is not None}
+    for node in reversed(sized.graph.node):
+        made = max((known.get(name, 0) for name in node.output), default=0)
+        for name in node.input:
+            known.setdefault(name, made)
+    for node in sized.graph.node:
+        if node.op_type in VIEWS:
+            known.update(dict.fromkeys(node.output, 0))
+    return known | {tensor.name: 0 for tensor in sized.graph.initializer}
+
+
+def _sized(model: onnx.ModelProto, profile: Profile) -> onnx.ModelProto:
+    """The graph with every dimension a number, as far as it can be inferred."""
+    sized = onnx.ModelProto()
+    sized.CopyFrom(model)
+    for value in sized.graph.input:
+        for side in _sides(value):
+            if side.dim_param:
+                side.dim_value = profile.ranges[side.dim_param][2]
+    for value in sized.graph.output:
+        for side in _sides(value):
+            side.Clear()
+    del sized.graph.value_info[:]
+    return onnx.shape_inference.infer_shapes(sized, data_prop=True)
+
+
+def _sides(value: onnx.ValueInfoProto) -> Iterator[onnx.TensorShapeProto.Dimension]:
+    yield from value.type.tensor_type.shape.dim
+
+
+def _bytes(value: onnx.ValueInfoProto) -> int | None:
+    sides = list(_sides(value))
+    if not value.type.tensor_type.HasField("shape") or any(not side.HasField("dim_value") for side in sides):
+        return None
+    kind = ir.DataType(value.type.tensor_type.elem_type)
+    return int(math.prod(side.dim_value for side in sides) * kind.itemsize)

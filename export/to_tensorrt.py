@@ -1,0 +1,338 @@
+"""`latentrt build`: a bundle's graphs become TensorRT plans for one device, one network after another.
+
+Each network is built in a process of its own: what the builder took is given back when it ends (an 8 GiB board has no
+room for what it would keep), it can be stopped whatever it is doing, and its crash is an error here. A plan is in its
+place as soon as it is built, so a build that was stopped or killed goes on where it ended.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import multiprocessing
+import os
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import Event
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+import onnx_ir as ir
+
+from engine.backends.base import Gpu
+from engine.backends.trt import Library, open_library, wanted_key
+from engine.bundle import Bundle
+from engine.errors import BackendError, LatentrtError, PlanError, UntrustedPlanError
+from engine.plans import REFITTABLE, STRIPPED, PlanKey, PlanRecord, PlanStore
+from export.plan_builder import Cancelled, Order, build
+from export.plan_graph import load_graph, weights_of
+from export.plan_memory import Estimate, check_room, estimate
+from export.plan_shapes import Shapes, profiles_of
+
+GRACE = 5.0  # seconds that a build gets to stop by itself
+OUTPUT = "output.txt"  # what the library prints in the child
+
+
+class Progress(Protocol):
+    """Told of a network that is being built: what TensorRT does, the share that is done, seconds that are left."""
+
+    def __call__(self, network: str, phase: str, share: float, left: float | None) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A plan that is in its place; `seconds` is what it took now, 0 where it was there already."""
+
+    record: PlanRecord
+    path: Path
+    seconds: float
+
+
+def open_target(name: str, device: str, compute_capability: str | None) -> tuple[Library, Gpu]:
+    """The library, and the GPU that plans are built for.
+
+    Args:
+        name: "tensorrt" or "tensorrt-rtx".
+        device: "cuda" or "cuda:1".
+        compute_capability: as "8.9", of GPUs that need not be here (TensorRT-RTX alone); None for the GPU at hand.
+
+    Raises:
+        MissingDependencyError: the library, or cuda-bindings, is not installed.
+        BackendError: there is no GPU, or the library cannot build for what was asked.
+    """
+    library = open_library(name)
+    if not library.builds:
+        raise BackendError(f"{name} only runs plans", "tensorrt or tensorrt-rtx", "pass another --library")
+    if compute_capability is not None:
+        return library, _absent(library, compute_capability)
+    from engine.backends.cuda import Cuda
+
+    try:
+        return library, Cuda(device)
+    except BackendError as error:
+        mend = "latentrt doctor; or, without a GPU: --library tensorrt-rtx --compute-capability 8.9"
+        raise BackendError(error.found, error.needed, f"{error.mend}; {mend}") from error
+
+
+def _absent(library: Library, compute_capability: str) -> Any:
+    """Stands in for a GPU of that compute capability; nothing can be run on it."""
+    if not library.rtx:
+        raise BackendError(
+            f"{library.name} was asked to build for compute capability {compute_capability}",
+            "the GPU itself, on which it measures",
+            "build there; or: --library tensorrt-rtx",
+        )
+    known = library.compute_capabilities
+    if compute_capability not in known:
+        raise BackendError(
+            f"{library.name} {library.version} was asked for compute capability {compute_capability}",
+            f"one of {', '.join(known)}",
+            "pass another --compute-capability, or use tensorrt on that GPU",
+        )
+    major, _, minor = compute_capability.partition(".")
+    return SimpleNamespace(name="", driver="", compute_capability=(int(major), int(minor)), memory=None, close=int)
+
+
+def orders_of(
+    bundle: Bundle,
+    library: Library,
+    gpu: Gpu,
+    shapes: Sequence[Shapes],
+    *,
+    precision: str = "fp16",
+    networks: Sequence[str] = (),
+    options: Sequence[str] = (),
+    workspace: int | None = None,
+    plans: Path | None = None,
+) -> list[Order]:
+    """What there is to build, in the order of an image's way.
+
+    Args:
+        shapes: one optimization profile each.
+        networks: names; all of the bundle's by default.
+        options: of `PlanKey`.
+        workspace: bytes.
+        plans: the folder for them; the bundle's own by default.
+
+    Raises:
+        BundleError: the bundle has no such network, or none in that precision.
+        BackendError: the library cannot build such plans without a GPU.
+        PlanError: it cannot build such plans at all.
+    """
+    ahead = gpu.memory is None
+    if ahead and {STRIPPED, REFITTABLE} & set(options):
+        raise BackendError(
+            f"{library.name} was asked for a plan that is {' and '.join(options)}, without a GPU",
+            "a GPU: weights that are set later are laid out there",
+            "build on the device, or leave --strip and --refittable out",
+        )
+    library.option_flags(options)  # raises what this version cannot do
+    folder = PlanStore(bundle, plans).folder
+    orders = []
+    for name in networks or bundle.spec.graphs:
+        bundle.spec.graph(name, precision)
+        key = wanted_key(bundle, name, precision, library, gpu)
+        key = replace(key, options=tuple(sorted(options)), profiles=profiles_of(bundle.spec, name, shapes))
+        if library.rtx:  # it compiles kernels where the plan runs
+            key = replace(key, gpu="", driver="")
+        device = "" if ahead else f"cuda:{gpu.ordinal}"
+        orders.append(Order(key, bundle.root, folder, device, workspace))
+    return orders
+
+
+def estimates_of(bundle: Bundle, library: Library, orders: Sequence[Order]) -> list[Estimate]:
+    """What each plan will take, told from its graph.
+
+    Raises:
+        PlanError: a graph is damaged.
+    """
+    found = []
+    for order in orders:
+        graph = bundle.spec.graph(order.key.network, order.key.precision)
+        model = load_graph(bundle, graph, order.key.profiles, library.opset)
+        weights = weights_of(model, graph).values()
+        found.append(estimate(order.key, ir.to_proto(model), weights, _seconds_before(bundle, order)))
+    return found
+
+
+def _seconds_before(bundle: Bundle, order: Order) -> float | None:
+    """What the last plan of this network took with this library."""
+    records = PlanStore(bundle, order.plans).records(order.key.network)
+    times = [record.made.get("seconds") for record in records if record.key.library == order.key.library]
+    return times[-1] if times else None
+
+
+def free_memory(gpu: Gpu) -> int | None:
+    """Bytes of the GPU that are free; None where it is not here."""
+    return gpu.memory()[0] if gpu.memory is not None else None
+
+
+def build_plans(
+    bundle: Bundle,
+    orders: Sequence[Order],
+    estimates: Sequence[Estimate],
+    *,
+    free: int | None = None,
+    progress: Progress = lambda network, phase, share, left: None,
+    rebuild: bool = False,
+) -> list[Built]:
+    """Build what is not built yet. Whatever stops it, the plans that were built stay.
+
+    Args:
+        estimates: of the orders; what was measured is recorded beside them.
+        free: free bytes of the GPU's memory, None where it is not here.
+        progress: an exception that it raises ends the build.
+        rebuild: build what is there, too.
+
+    Raises:
+        DeviceMemoryError: there is too little memory; nothing has been begun then.
+        PlanError: a plan cannot be built or written, or another build is at work in that folder.
+        UntrustedPlanError: a record that lies there is not ours.
+    """
+    if not orders:
+        return []
+    with _alone(orders[0].plans):
+        store = PlanStore(bundle, orders[0].plans)
+        there = {order.key.digest: record for order in orders if not rebuild and (record := _built(store, order.key))}
+        waiting = [each for order, each in zip(orders, estimates, strict=True) if order.key.digest not in there]
+        check_room(waiting, store.folder, free)
+        found = []
+        for order, each in zip(orders, estimates, strict=True):
+            start, record = time.monotonic(), there.get(order.key.digest)
+            if record is None:
+                record = _in_child(replace(order, made={"estimate": asdict(each)}), each.seconds, progress)
+                seconds = time.monotonic() - start
+            else:
+                seconds = 0.0
+            found.append(Built(record, store.path(record), seconds))
+        return found
+
+
+def _built(store: PlanStore, key: PlanKey) -> PlanRecord | None:
+    """The record of exactly this plan, where it is there and whole."""
+    record = next((record for record in store.records(key.network) if record.key == key), None)
+    try:
+        if record is not None:
+            store.read(record)
+    except UntrustedPlanError:  # its bytes are not those that were built: it is built again
+        return None
+    return record
+
+
+def _in_child(order: Order, known: float | None, progress: Progress) -> PlanRecord:
+    """Build in a process of its own; whatever ends this function ends that process."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    stop = context.Event()
+    with tempfile.TemporaryDirectory(prefix="latentrt-") as folder:
+        child = context.Process(target=_child, args=(order, Path(folder), theirs, stop), daemon=True)
+        child.start()
+        theirs.close()
+        try:
+            return _listen(order, child, ours, Path(folder), known, progress)
+        finally:
+            _end(child, stop)
+            ours.close()
+            for part in order.plans.glob(f"*.{child.pid}.part"):  # a killed child cannot clean up
+                part.unlink(missing_ok=True)
+
+
+def _listen(
+    order: Order, child: BaseProcess, ours: Connection, folder: Path, known: float | None, progress: Progress
+) -> PlanRecord:
+    """Pass progress on until the child sends its record, or the error that it met."""
+    start, phase, share = time.monotonic(), "starting", 0.0
+    while True:
+        try:
+            message = ours.recv() if ours.poll(0.1) else None
+        except EOFError:
+            child.join()
+            raise _crash(order, child.exitcode, folder) from None
+        if isinstance(message, PlanRecord):
+            return message
+        if isinstance(message, Exception):
+            raise message
+        if message is not None:
+            phase, share = message
+        progress(order.key.network, phase, share, _left(time.monotonic() - start, share, known))
+
+
+def _left(elapsed: float, share: float, known: float | None) -> float | None:
+    """Seconds that are left: by what the last build took while that lasts, then by the share that is done."""
+    if known is not None and elapsed < known:
+        return known - elapsed
+    return elapsed / share - elapsed if share > 0.02 else None
+
+
+def _crash(order: Order, code: int | None, folder: Path) -> PlanError:
+    said = (folder / OUTPUT).read_text(errors="replace").strip().splitlines()[-3:] if (folder / OUTPUT).exists() else []
+    how = f"exit code {code}" if code is None or code >= 0 else signal.Signals(-code).name
+    if code == -signal.SIGKILL:
+        how += ", as a system does that runs out of memory"
+    found = f"the build of the {order.key.network} crashed ({'; '.join([how, *said])})"
+    return PlanError(
+        found, "a build that ends well", "more free memory, fewer lanes, or another version of the library"
+    )
+
+
+def _end(child: BaseProcess, stop: Event) -> None:
+    """Have the child stop at TensorRT's next step; TensorRT-RTX, whose steps are long, and 8.6 are stopped by force."""
+    stop.set()
+    child.join(GRACE)
+    if child.is_alive():
+        child.kill()
+        child.join()
+
+
+def _child(order: Order, folder: Path, theirs: Connection, stop: Event) -> None:
+    """The process in which a plan is built."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says when to stop
+    parent, lock, last = os.getppid(), threading.Lock(), 0.0
+    with (folder / OUTPUT).open("wb") as output:  # the library's own prints would spoil the terminal, and JSON
+        for stream in (1, 2):
+            os.dup2(output.fileno(), stream)
+
+    def report(phase: str, share: float) -> None:
+        nonlocal last
+        with lock:
+            if time.monotonic() > last + 0.1:
+                last = time.monotonic()
+                theirs.send((phase, share))
+
+    def cancelled() -> bool:
+        return stop.is_set() or os.getppid() != parent
+
+    try:
+        result: PlanRecord | LatentrtError = build(order, folder, report, cancelled)
+    except Cancelled:
+        return
+    except LatentrtError as error:
+        result = error
+    with lock:
+        theirs.send(result)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Be the only build that works in a folder of plans."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise PlanError(f"{folder} cannot be made ({error})", "a folder for plans", "pass another --plans") from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise PlanError(
+            f"another build is at work in {folder}", "one build at a time", "wait for it, or pass another --plans"
+        ) from error
+    finally:
+        os.close(handle)

@@ -1,0 +1,138 @@
+"""Whole pictures as one graph, on the emulated GPU, against the same engine in numpy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from host_gpu import HostGpu
+
+from engine import Engine
+from engine.backends.ort import OrtBackend
+from engine.bench import measure
+from engine.errors import NetworkError, RequestError
+from engine.spec import Request
+from export.verify import psnr
+
+SIZE = {"width": 32, "height": 40, "steps": 3}
+
+
+@pytest.fixture(scope="module")
+def gpu() -> Iterator[HostGpu]:
+    gpu = HostGpu()
+    yield gpu
+    assert gpu.in_use == 0
+    gpu.close()
+
+
+def pictures(made: list[Any]) -> np.ndarray:
+    return np.stack([np.asarray(picture) for picture in made])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"solver": "dpmpp-2m"},
+        {"solver": "euler-ancestral", "seed": 5},
+        {"solver": "euler-ancestral", "seed": 5, "noise": "torch-cuda:t4"},
+        {"solver": "ddim", "guidance": 1.0},
+        {"solver": "heun", "guidance": 6.0, "guidance_rescale": 0.7, "negative_prompt": "blue"},
+        {"solver": "unipc", "guidance_interval": (0.4, 1.0), "count": 3},
+    ],
+    ids=str,
+)
+def test_pictures_are_those_of_numpy(gpu: HostGpu, settings: dict[str, Any]) -> None:
+    with Engine.load(backend=OrtBackend(threads=1, gpu=gpu), lanes=4, check_hashes=False) as there:
+        ours = there(["a red apple", "a cat"], **SIZE, **settings)
+    with Engine.load(threads=1, check_hashes=False) as here:
+        theirs = here(["a red apple", "a cat"], **SIZE, **settings)
+    assert psnr(pictures(ours), pictures(theirs)) > 60
+    assert [picture.info for picture in ours] == [picture.info for picture in theirs]
+
+
+def test_sdxl_concatenates_texts_and_zeroes_the_negative_one(
+    gpu: HostGpu, exported: Callable[[str], tuple[Path, Path]]
+) -> None:
+    _, bundle = exported("sdxl")
+    for more in ({}, {"negative_prompt": "a"}):
+        with Engine.load(bundle, backend=OrtBackend(threads=1, gpu=gpu), check_hashes=False) as there:
+            ours = there("a cat", steps=2, **more)
+        with Engine.load(bundle, threads=1, check_hashes=False) as here:
+            theirs = here("a cat", steps=2, **more)
+        assert psnr(pictures(ours), pictures(theirs)) > 60
+
+
+def test_half_graphs_draw_nearly_the_same(gpu: HostGpu) -> None:
+    backend = OrtBackend(threads=1, gpu=gpu, precision="fp16")
+    with Engine.load(backend=backend, check_hashes=False) as there:
+        ours = there("a red apple", steps=4)
+    with Engine.load(threads=1, check_hashes=False) as here:
+        theirs = here("a red apple", steps=4)
+    assert psnr(pictures(ours), pictures(theirs)) > 40
+
+
+def test_a_captured_picture_is_the_queued_one(gpu: HostGpu) -> None:
+    made = []
+    for capture in (True, False):
+        backend = OrtBackend(threads=1, gpu=gpu)
+        with Engine.load(backend=backend, capture=capture, check_hashes=False) as engine:
+            made.append(pictures(engine(["a", "a dog"], **SIZE, solver="dpmpp-3m-sde")))
+    np.testing.assert_array_equal(*made)
+
+
+def test_one_picture_is_one_launch(gpu: HostGpu) -> None:
+    with Engine.load(backend=OrtBackend(threads=1, gpu=gpu), check_hashes=False) as engine:
+        engine("a", **SIZE)
+        before = len(gpu.host.calls)
+        engine("a red car", **SIZE, solver="ddim", guidance=5.0, seed=9)
+        calls = gpu.host.calls[before:]
+    assert calls.count("cuGraphLaunch") == 1
+    assert "cuLaunchKernel" not in calls
+    assert calls.count("cuMemcpyDtoHAsync") == 1
+    launch = calls.index("cuGraphLaunch")
+    assert set(calls[launch + 1 :]) <= {"cuMemcpyDtoHAsync", "cuStreamSynchronize", "cuCtxSetCurrent"}
+
+
+def test_a_tick_and_one_launch_agree(gpu: HostGpu) -> None:
+    with Engine.load(backend=OrtBackend(threads=1, gpu=gpu), check_hashes=False) as engine:
+        whole = pictures(engine("a red apple", **SIZE))
+        ticked = pictures(engine("a red apple", **SIZE, on_tick=lambda job: None))
+    assert psnr(whole, ticked) > 60
+
+
+def test_kinds_of_pictures_are_kept_and_the_oldest_makes_place(gpu: HostGpu) -> None:
+    with Engine.load(backend=OrtBackend(threads=1, gpu=gpu), check_hashes=False) as engine:
+        for width in (16, 24, 32, 40, 48):
+            engine("a", width=width, height=16, steps=1)
+        five = gpu.in_use
+        engine("a", width=16, height=16, steps=2)  # drawn anew, in place of 24 x 16
+        assert gpu.in_use < five
+
+
+def test_what_cannot_be_drawn_is_said(gpu: HostGpu) -> None:
+    with Engine.load(backend=OrtBackend(threads=1, gpu=gpu), lanes=1, check_hashes=False) as engine:
+        with pytest.raises(RequestError, match="lanes=2"):
+            engine("a", **SIZE)
+        with pytest.raises(RequestError, match="lanes=2"):
+            engine("a", **SIZE, on_tick=lambda job: None)
+        assert len(engine("a", **SIZE, guidance=1.0)) == 1
+
+
+def test_numbers_that_are_not_finite_are_an_error(gpu: HostGpu) -> None:
+    with Engine.load(backend=OrtBackend(threads=1, gpu=gpu), check_hashes=False) as engine:
+        request = Request(prompt="a", **SIZE)
+        jobs, text = engine._drafts(request, 0), engine._text(request)
+        jobs[0].latents[0, 0, 0] = np.nan
+        assert engine._one_launch is not None
+        with pytest.raises(NetworkError, match="after row 1 of 3"):
+            engine._one_launch.draw(jobs, [text])
+
+
+def test_bench_measures_a_device(gpu: HostGpu) -> None:
+    with Engine.load(backend=OrtBackend(threads=1, gpu=gpu), lanes=4, check_hashes=False) as engine:
+        result = measure(engine, [1, 2], steps=1, repeats=1)
+    assert [row["batch"] for row in result["batches"]] == [1, 2]
+    assert all(row["host_percent"] is None and row["images_per_second"] > 0 for row in result["batches"])
