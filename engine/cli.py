@@ -44,10 +44,9 @@ def runs_networks(verb: Callable[..., None]) -> Callable[..., None]:
         click.option("--device", help="cpu, cuda or cuda:1  [default: cpu for onnxruntime, cuda for TensorRT]"),
         click.option(
             "--backend",
-            type=click.Choice(["onnxruntime", "tensorrt", "tensorrt-rtx"]),
             default="onnxruntime",
             show_default=True,
-            help="What runs the networks; TensorRT needs the plans of `latentrt build`.",
+            help="onnxruntime, tensorrt or tensorrt-rtx (those two run what `latentrt build` made).",
         ),
     ):
         verb = option(verb)

@@ -7,7 +7,7 @@ from pathlib import Path
 from engine.backends.base import Backend, Gpu
 from engine.errors import BackendError
 
-BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx", "fake")
+BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx")
 
 
 def open_backend(
@@ -48,10 +48,6 @@ def open_backend(
         return TensorRtBackend(
             _cuda(device), library, precision=precision or "fp16", plans=None if plans is None else Path(plans)
         )
-    if name == "fake":
-        from engine.backends.fake import FakeBackend
-
-        return FakeBackend()
     raise BackendError(f"there is no backend {name!r}", f"one of {', '.join(BACKENDS)}", "pass another backend")
 
 
