@@ -1,4 +1,7 @@
-"""`python -m benchmarks QUESTION... | all | report`: measure, keep the samples, write the report."""
+"""`python -m benchmarks QUESTION... | all | report`: measure, keep the samples, write the report.
+
+`python -m benchmarks gpu` measures full-size models on a GPU; it has options of its own.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +16,21 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import QUICK, Config
+from benchmarks.measures import rounded
 from benchmarks.timing import machine
 
 QUESTIONS = ("cold_start", "one_image", "throughput", "host_time", "shared_batch")
 REPORT = "report"
+GPU = "gpu"
 RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
     """Several names run one after the other, each in a process of its own: none warms up or grows for another."""
+    if sys.argv[1:2] == [GPU]:
+        from benchmarks.gpu.command import main as measure_on_gpu
+
+        sys.exit(measure_on_gpu(sys.argv[2:]))
     arguments = _parser().parse_args()
     names = [n for name in arguments.names for n in ((*QUESTIONS, REPORT) if name == "all" else (name,))]
     if len(names) > 1:
@@ -50,16 +59,7 @@ def store(path: Path, name: str, part: dict[str, Any]) -> None:
     parts[name] = part
     path.parent.mkdir(parents=True, exist_ok=True)
     ordered = {question: parts[question] for question in QUESTIONS if question in parts}
-    path.write_text(json.dumps(_rounded(ordered), indent=1, ensure_ascii=False) + "\n")
-
-
-def _rounded(value: Any) -> Any:
-    """The same data with six significant digits, which is more than any clock here can tell."""
-    if isinstance(value, float):
-        return float(f"{value:.6g}")
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value
+    path.write_text(json.dumps(rounded(ordered), indent=1, ensure_ascii=False) + "\n")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -86,3 +86,12 @@ def at_most(text: str, measure: Measure, bound: float) -> Goal:
     """A goal for the first side's own median."""
     ours = Spread.of(next(iter(measure.samples.values())))
     return Goal(text, f"{ours.median:.3g} {measure.unit} ({ours.low:.3g} to {ours.high:.3g})", ours.median < bound)
+
+
+def rounded(value: Any) -> Any:
+    """The same data with six significant digits, which is more than any clock here can tell."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,4 +1,7 @@
-"""From cpu.json to README.md and its plots: tables, goals reached or not, and what was tried where one was missed."""
+"""From cpu.json to README.md and its plots: tables, goals reached or not, and what was tried where one was missed.
+
+GPU.md is made by `benchmarks.gpu.page`.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ latentrt is stands in bold, the median of ratios taken round by round.
 """
 NOT_MEASURED = """## Not measured
 
-- GPU: no figure here was taken on one.
+- GPU: no figure here was taken on one; [GPU.md](GPU.md) is that page.
 - Full-size models: the embedded model draws 128 x 128 pixels. Where a call of its UNet takes milliseconds, one of
   Stable Diffusion 1.5 takes seconds, and whatever surrounds the call counts for less.
 """
@@ -62,9 +65,13 @@ class Answer:
 
 
 def write(folder: Path) -> None:
-    """Read `folder`/cpu.json; write README.md and a plot for each question beside it."""
+    """From `folder`/cpu.json README.md and a plot for each question; from its gpu-*.json GPU.md and plots."""
+    from benchmarks.gpu import page
     from benchmarks.plots import draw
 
+    page.write(folder)
+    if not (folder / "cpu.json").is_file():
+        return
     notes = tomllib.loads(NOTES.read_text())
     parts = json.loads((folder / "cpu.json").read_text())
     answers = [Answer(name, part, notes.get(name)) for name, part in parts.items()]
@@ -93,7 +100,7 @@ def _goals(answers: Sequence[Answer]) -> str:
         for answer in answers
         for goal in answer.goals
     ]
-    return _table(("question", "to reach", "measured", "reached?"), rows)
+    return table(("question", "to reach", "measured", "reached?"), rows)
 
 
 def _section(answer: Answer) -> str:
@@ -127,21 +134,23 @@ def _measures(measures: Sequence[Measure]) -> str:
     first, *others = measures[0].samples
     rows = []
     for measure in measures:
-        cells = [f"{_spread(measure.spread(o))}, **{_number(measure.ratio(o).median)}×**" for o in others]
-        rows.append([measure.name, measure.unit, _spread(measure.spread(first)), *cells])
-    return _table(("", "unit", first, *others), rows)
+        cells = [f"{spread(measure.spread(o))}, **{number(measure.ratio(o).median)}×**" for o in others]
+        rows.append([measure.name, measure.unit, spread(measure.spread(first)), *cells])
+    return table(("", "unit", first, *others), rows)
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def _spread(spread: Spread) -> str:
-    return f"{_number(spread.median)} ({_number(spread.low)} to {_number(spread.high)})"
+def spread(found: Spread) -> str:
+    """The median, with the ends in brackets."""
+    return f"{number(found.median)} ({number(found.low)} to {number(found.high)})"
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     """Three significant digits, never in powers of ten."""
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 

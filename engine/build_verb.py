@@ -1,4 +1,4 @@
-"""`latentrt build`: what it is asked; `export.cli` does it. Needs the extra `build`, and no torch."""
+"""`latentrt build`: what it is asked; `export.build_cli` does it. Needs the extra `build`, and no torch."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ FOLDER = click.Path(path_type=Path)
     "--strip", is_flag=True, help="Leave the weights out; they are read from the bundle when a plan is loaded."
 )
 @click.option("--refittable", is_flag=True, help="Let weights be replaced in a loaded plan; slower.")
-@click.option("--version-compatible", is_flag=True, help="For the lean runtime and later versions; slower.")
+@click.option("--version-compatible", is_flag=True, help="For the lean runtime of the same version too; slower.")
 @click.option("--plans", type=FOLDER, help="Folder for the plans  [default: plans/ in the bundle]")
 @click.option("--rebuild", is_flag=True, help="Build what is built already, too.")
 @click.option("--dry-run", is_flag=True, help="Say what it would take, and build nothing.")

@@ -46,7 +46,7 @@ def runs_networks(verb: Callable[..., None]) -> Callable[..., None]:
             "--backend",
             default="onnxruntime",
             show_default=True,
-            help="onnxruntime, tensorrt or tensorrt-rtx (those two run what `latentrt build` made).",
+            help="onnxruntime, tensorrt, tensorrt-rtx or tensorrt-lean (the last three run what `latentrt build` made).",
         ),
     ):
         verb = option(verb)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,9 @@ from numpy.typing import NDArray
 
 from engine.backends import kernels
 from engine.backends.base import DeviceArray, DeviceNetwork, Graph
-from engine.backends.kernels import PREVIEW, PROGRESS, ROW_COLUMNS, SLOT, State
+from engine.backends.kernels import BLEND, PREVIEW, PROGRESS, ROW_COLUMNS, SLOT, State
 from engine.errors import DeviceMemoryError, RequestError
-from engine.job import Job
+from engine.job import Job, Kept
 from engine.models import Conditioning
 from engine.noise import TorchCudaNoise
 from engine.table import COLUMNS, SLOTS, Table
@@ -82,13 +83,37 @@ class Arena:
         self._owned.append(array)
         return array
 
+    def make_room_for(self, jobs: Sequence[Job]) -> bool:
+        """Take memory for what jobs keep of given pictures, where there is none yet and a job keeps something.
+
+        Returns:
+            Whether there is more now, so that graphs captured before know too little.
+
+        Raises:
+            DeviceMemoryError: there is not enough memory; nothing has changed.
+        """
+        if self.state.mask is not None or all(job.kept is None for job in jobs):
+            return False
+        held = self.zeros((3, self.slots, *self.shape), np.float32)
+        mask, known, noise = (held.part(k).reshape(self.slots, *self.shape) for k in range(3))
+        self.state = replace(self.state, mask=mask, known=known, known_noise=noise)
+        return True
+
     def place(self, slot: int, job: Job, lanes: Sequence[int]) -> None:
         """Queue the copies that put a job with its latents into a slot; its conditioning is placed by `condition`."""
         table = rows_of(job.table)
         self.gpu.upload(table, self._rows(slot, len(table)))
         self.gpu.upload(job.latents.astype(np.float32, copy=False)[None], self.state.x.part(slot))
         self.gpu.upload(np.zeros(1, PROGRESS), self.state.progress.part(slot))
+        if job.kept is not None:
+            self._place_kept(slot, job.kept)
         self.seat(slot, job, lanes)
+
+    def _place_kept(self, slot: int, kept: Kept) -> None:
+        targets = self.state.mask, self.state.known, self.state.known_noise
+        for array, target in zip((kept.mask, kept.clean, kept.noise), targets, strict=True):
+            assert target is not None, "make_room_for comes first"
+            self.gpu.upload(array[None], target.part(slot))
 
     def seat(self, slot: int, job: Job, lanes: Sequence[int]) -> None:
         """Queue the copy of what the kernel must know of a job: its lanes (uncond, cond), guidance, noise and flags."""
@@ -205,6 +230,8 @@ class _Room:
         self._previewed: set[Job] = set()
 
     def admit(self, job: Job) -> None:
+        if self._arena.make_room_for([job]):
+            self._close_graphs()
         slot = self._free_slots.pop(0)
         lanes = [self._free_lanes.pop(0) for _ in range(job.most_lanes)]
         self.places[job] = slot, lanes
@@ -267,9 +294,12 @@ class _Room:
         if bad:
             job.fail(bad)
 
+    def _close_graphs(self) -> None:
+        while self._graphs:
+            self._graphs.popitem()[1].close()
+
     def close(self) -> None:
-        for graph in self._graphs.values():
-            graph.close()
+        self._close_graphs()
         self._arena.close()
 
 
@@ -286,9 +316,9 @@ def check_fresh(job: Job) -> None:
 
 
 def rows_of(table: Table) -> NDArray[np.float32]:
-    """A table as the kernel reads it, (rows, 17): nothing is blended in."""
-    array = np.zeros((len(table), len(ROW_COLUMNS)), np.float32)
-    array[:, : len(COLUMNS)] = table.array
+    """A table as the kernel reads it, (rows, 17): with what a picture that is kept has after each row."""
+    array = np.empty((len(table), len(ROW_COLUMNS)), np.float32)
+    array[:, : len(COLUMNS)], array[:, len(COLUMNS) :] = table.array, table.known[1:]
     return array
 
 
@@ -300,7 +330,7 @@ def slot_of(job: Job, lanes: Sequence[int]) -> NDArray[Any]:
     slot["rows"], slot["scale"], slot["rescale"] = rows, guidance.scale, guidance.rescale
     slot["lane_cond"], slot["lane_uncond"] = lanes[-1], lanes[0] if len(lanes) == 2 else -1
     slot["guided_from"], slot["guided_to"] = guided[0], guided[-1] + 1
-    slot["flags"] = PREVIEW if job.wants_preview else 0
+    slot["flags"] = (PREVIEW if job.wants_preview else 0) | (BLEND if job.kept is not None else 0)
     if isinstance(job.noise, TorchCudaNoise):
         slot["seed"], slot["draws"] = job.noise.seed, job.noise.draws
         slot["threads"] = job.noise.threads(job.latents.size)

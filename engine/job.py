@@ -17,6 +17,19 @@ from engine.table import SLOTS, Table
 Float32 = NDArray[np.float32]
 
 
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What of a given picture a job keeps: see `engine.table.blend`.
+
+    All three have the latents' shape, float32: `mask` is 1 where the picture is repainted and 0 elsewhere, `clean` are
+    its latents, `noise` brings them to any level.
+    """
+
+    mask: Float32
+    clean: Float32
+    noise: Float32
+
+
 @dataclass(slots=True, eq=False)
 class Job:
     """One image being made.
@@ -26,6 +39,7 @@ class Job:
         latents: x, (channels, height, width) float32, as the table's solver scales it.
         cond, uncond: conditionings of the prompt and of the negative prompt; without guidance uncond is not read.
         noise: where rows that add noise draw it.
+        kept: what is put back after every row, where a part of a picture is repainted.
         row: index of the next row.
         wants_preview: whether ticks leave the predicted clean latents in `preview`.
         error: why the job ended early, if it did.
@@ -38,6 +52,7 @@ class Job:
     uncond: Conditioning
     noise: NoiseSource
     guidance: Guidance = field(default_factory=Guidance)
+    kept: Kept | None = None
     row: int = 0
     wants_preview: bool = False
     preview: Float32 | None = None

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from engine.job import Job
 from engine.models import Conditioning
-from engine.table import Row, advance, preview
+from engine.table import Row, advance, blend, preview
 
 Float32 = NDArray[np.float32]
 Predict = Callable[[Float32, Float32, Conditioning], Float32]
@@ -90,5 +90,8 @@ def _advance(job: Job, row: Row, out: Float32) -> None:
     noise = job.noise.normal(job.latents.shape) if row.c else None
     job.latents = advance(row, job.latents, out, job.memory, noise)
     job.row += 1
+    if job.kept is not None:
+        kept, level = job.kept, job.table.known[job.row]
+        job.latents = blend(level, job.latents, kept.mask, kept.clean, kept.noise)
     if not np.isfinite(job.latents).all():
         job.fail(job.row)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.backends.base import Arrays, Network
-from engine.errors import PromptTruncatedWarning
+from engine.errors import NetworkError, PromptTruncatedWarning
 from engine.prompt import Tokenizer
 from engine.spec import LatentSpec
 
@@ -95,12 +96,38 @@ class UNet:
         return call(self._network, {"sample": sample, "timestep": timestep, **conditioning})["out"]
 
 
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """What the VAE makes of a picture: the mean and standard deviation of its latents, (channels, height, width)."""
+
+    mean: Float32
+    std: Float32
+
+    def draw(self, noise: Float32) -> Float32:
+        """One of the latents that the picture may have, by standard normal noise of their shape."""
+        return self.mean + self.std * noise
+
+
 class VAE:
     """Latents to pixels and back; scale and shift are applied here."""
 
-    def __init__(self, decoder: Network, latents: LatentSpec) -> None:
-        self._decoder = decoder
+    def __init__(self, decoder: Network, encoder: Network, latents: LatentSpec) -> None:
+        self._decoder, self._encoder = decoder, encoder
         self._spec = latents
+
+    def encode(self, image: Float32) -> Encoded:
+        """The latents of one picture (3, height, width) in -1..1, sides multiples of the factor.
+
+        Raises:
+            NetworkError: the encoder returns numbers that are not finite.
+        """
+        moments: Float32 = call(self._encoder, {"image": image[None]})["moments"][0]
+        if not np.isfinite(moments).all():
+            raise NetworkError("the VAE encoder's numbers are not finite", "finite numbers", "take --precision fp32")
+        mean, log_variance = np.split(moments, 2)
+        std: Float32 = np.exp(log_variance.clip(-30, 20) / 2)  # diffusers' DiagonalGaussianDistribution
+        scale, shift = np.float32(self._spec.scale), np.float32(self._spec.shift)
+        return Encoded((mean - shift) * scale, std * scale)
 
     def decode(self, latents: Float32) -> Float32:
         """(count, channels, height, width) latents to (count, 3, factor * height, factor * width) in about -1..1."""

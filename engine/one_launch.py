@@ -190,6 +190,8 @@ class _Canvas:
 
     def draw(self, jobs: Sequence[Job], texts: Sequence[Text], course: Course) -> list[Pixels]:
         """Run up to `count` jobs; slots beyond them stay idle."""
+        if self._arena.make_room_for(jobs):
+            self._close_graphs()
         for slot, (job, text) in enumerate(zip(jobs, texts, strict=True)):
             self._place(slot, job, text)
         for slot in range(len(jobs), self.count):
@@ -270,10 +272,13 @@ class _Canvas:
                 )
         return [np.array(picture) for picture in pixels[: len(jobs)]]
 
+    def _close_graphs(self) -> None:
+        while self._graphs:
+            self._graphs.popitem()[1].close()
+
     def close(self) -> None:
         """Give the memory back."""
-        for graph in self._graphs.values():
-            graph.close()
+        self._close_graphs()
         for bound in self._bounds:
             bound.close()
         self._arena.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,17 +14,17 @@ from engine.backends.base import Backend
 from engine.backends.lazy import LazyNetwork
 from engine.bundle import EMBEDDED, Bundle
 from engine.denoiser import Denoiser
+from engine.edit import Edit, on, prepared
 from engine.errors import RequestError
 from engine.guidance import Guidance
-from engine.image import to_pil, to_uint8
+from engine.image import from_uint8, to_pil, to_uint8
 from engine.job import Job
 from engine.lanes import HostLanes
 from engine.models import VAE, TextEncoder, UNet
 from engine.noise import noise_source
 from engine.prompt import Tokenizer
+from engine.request import facts_of, request_from
 from engine.schedule import Schedule
-from engine.settings import KNOWN_KEYS
-from engine.solvers import SOLVERS
 from engine.spec import ModelSpec, Request
 from engine.table import tabulate
 
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from engine.device_lanes import DeviceLanes
+    from engine.edit import Source
     from engine.one_launch import OneLaunch, Text
     from engine.picture import Picture
 
@@ -66,13 +66,12 @@ class Engine:
         encoders = self.spec.text_encoders
         tokenizers = [Tokenizer.open(bundle.path(name)) for name in self.spec.tokenizers]
         self._resident = resident = resident or backend.gpu is not None
-        self._networks = {name: self._lazy(name) for name in (*encoders, "unet", "vae_decoder")}
+        self._networks = {name: self._lazy(name) for name in (*encoders, "unet", "vae_decoder", "vae_encoder")}
         if resident:
-            for network in self._networks.values():
-                network.open()
+            self._open()
         self.text_encoder = TextEncoder(list(zip(tokenizers, (self._networks[n] for n in encoders), strict=True)))
         self.unet = UNet(self._networks["unet"])
-        self.vae = VAE(self._networks["vae_decoder"], self.spec.latents)
+        self.vae = VAE(self._networks["vae_decoder"], self._networks["vae_encoder"], self.spec.latents)
         self._lanes: HostLanes | DeviceLanes
         self._one_launch: OneLaunch | None = None
         if backend.gpu is None:
@@ -86,13 +85,17 @@ class Engine:
         from engine.device_lanes import DeviceLanes
         from engine.one_launch import OneLaunch
 
-        loaded: dict[str, Any] = {name: network.open() for name, network in self._networks.items()}
+        loaded = self._open()
         encoders = [loaded[name] for name in self.spec.text_encoders]
         count = lanes or loaded["unet"].best_lanes
         self._lanes = DeviceLanes(loaded["unet"], count, capture=capture)
         self._one_launch = OneLaunch(
             encoders, loaded["unet"], loaded["vae_decoder"], self.spec.latents, count, capture=capture
         )
+
+    def _open(self) -> dict[str, Any]:
+        """Load what every picture needs; the VAE's encoder is loaded when a picture is given."""
+        return {name: network.open() for name, network in self._networks.items() if name != "vae_encoder"}
 
     @classmethod
     def load(
@@ -152,11 +155,20 @@ class Engine:
         for network in self._networks.values():
             network.close()
 
-    def __call__(self, prompt: str | Sequence[str], *, on_tick: OnTick | None = None, **settings: Any) -> list[Picture]:
-        """Make pictures.
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        image: Source | None = None,
+        mask: Source | None = None,
+        on_tick: OnTick | None = None,
+        **settings: Any,
+    ) -> list[Picture]:
+        """Make pictures, from noise or from a given picture.
 
         Args:
             prompt: what to draw; several prompts share one batch.
+            image, mask: a picture to start from and what of it to repaint; see `edit`. `strength` says how far.
             on_tick: called after every row of every picture with its Job (progress, previews); an exception raised
                 in it ends the run.
             settings: fields of `Request` (negative_prompt, steps, solver, seed, guidance, height, width, count, ...);
@@ -171,52 +183,94 @@ class Engine:
             NetworkError: a network returned numbers that are not finite.
         """
         prompts = [prompt] if isinstance(prompt, str) else prompt
+        edit = self._edit_for(prompts, settings, image, mask)
         if self._one_launch is not None and on_tick is None:
-            return self._draw(self._one_launch, prompts, settings)
-        jobs = self.requests(prompts, settings)
+            return self._draw(self._one_launch, prompts, settings, edit)
+        jobs = self.requests(prompts, settings, edit)
         self.run(jobs, on_tick)
         return [self.picture(job) for job in jobs]
 
-    def _draw(self, one_launch: OneLaunch, prompts: Iterable[str], settings: Mapping[str, Any]) -> list[Picture]:
+    def edit(
+        self, image: Source, mask: Source | None = None, *, height: int | None = None, width: int | None = None
+    ) -> Edit:
+        """Encode a picture, for `jobs` and `requests` to start from.
+
+        Args:
+            image: a PIL image, or pixels (height, width, 3) uint8. What is transparent becomes white.
+            mask: of the picture's own size, white where to repaint; None repaints all.
+            height, width: of the pictures to make; the given one is resized to that as diffusers resizes (Lanczos).
+                None is its own, rounded down to a multiple of the latents' factor.
+
+        Raises:
+            RequestError: a size, mode or mask that cannot be used.
+            BundleError, PlanError: the bundle has no VAE encoder that can be used here.
+        """
+        pixels, repaint = prepared(image, mask, height, width, self.spec.latents.factor)
+        encoded = self.vae.encode(from_uint8(pixels[None])[0])
+        self._drop("vae_encoder")
+        return Edit.of(encoded, pixels, repaint)
+
+    def _edit_for(
+        self, prompts: Sequence[str], settings: Mapping[str, Any], image: Source | None, mask: Source | None
+    ) -> Edit | None:
+        """The edit of a call, whose settings are checked before the picture is encoded."""
+        if image is None:
+            if mask is not None:
+                raise RequestError("there is a mask and no picture", "the picture that it belongs to", "pass image=")
+            return None
+        size = {side: settings.get(side) for side in ("height", "width")}
+        for prompt in prompts:
+            request_from(prompt, settings)
+        return self.edit(image, mask, **size)
+
+    def _draw(
+        self, one_launch: OneLaunch, prompts: Iterable[str], settings: Mapping[str, Any], edit: Edit | None
+    ) -> list[Picture]:
         """Make pictures on a GPU, each batch of them in one launch."""
         from engine.picture import Picture
 
         jobs: list[Job] = []
         texts: list[Text] = []
         for prompt in prompts:
-            request = request_from(prompt, settings)
-            made = self._drafts(request, len(jobs))
+            request = on(request_from(prompt, settings), edit)
+            made = self._drafts(request, len(jobs), edit)
             jobs += made
             texts += [self._text(request)] * len(made)
         return [Picture.of(pixels, job.tag) for pixels, job in zip(one_launch.draw(jobs, texts), jobs, strict=True)]
 
-    def requests(self, prompts: Iterable[str], settings: Mapping[str, Any]) -> list[Job]:
+    def requests(self, prompts: Iterable[str], settings: Mapping[str, Any], edit: Edit | None = None) -> list[Job]:
         """The jobs of several prompts with the same settings (those of `__call__`); seeds count up over all of them."""
         jobs: list[Job] = []
         for prompt in prompts:
-            jobs += self.jobs(request_from(prompt, settings), first=len(jobs))
+            jobs += self.jobs(request_from(prompt, settings), first=len(jobs), edit=edit)
         return jobs
 
-    def jobs(self, request: Request, *, first: int = 0) -> list[Job]:
+    def jobs(self, request: Request, *, first: int = 0, edit: Edit | None = None) -> list[Job]:
         """The jobs of a request, not yet admitted; picture i has seed `request.seed + first + i`."""
-        jobs = self._drafts(request, first)
+        request = on(request, edit)
+        jobs = self._drafts(request, first, edit)
         cond, uncond = self._conditionings(request)
         for job in jobs:
             job.cond, job.uncond = cond, uncond
         return jobs
 
-    def _drafts(self, request: Request, first: int) -> list[Job]:
+    def _drafts(self, request: Request, first: int, edit: Edit | None = None) -> list[Job]:
         """The jobs of a request without their conditionings."""
         shape = self._latent_shape(request)
-        table = tabulate(request.solver, self.schedule, request.steps, **request.options)
+        strength = 1.0 if request.strength is None else request.strength
+        table = tabulate(request.solver, self.schedule, request.steps, strength=strength, **request.options)
         guidance = Guidance(request.guidance, request.guidance_rescale, request.guidance_interval)
         jobs = []
         for index in range(first, first + request.count):
             seed = request.seed + index
             noise = noise_source(request.noise, seed)
-            latents = noise.normal(shape) * np.float32(table.start)
-            tag = self._settings(request, table.solver, seed, index, shape)
-            jobs.append(Job(table, latents, {}, {}, noise, guidance, tag=tag))
+            if edit is None:
+                latents, kept = noise.normal(shape) * np.float32(table.start), None
+            else:
+                latents, kept = edit.begin(table, noise, strength)
+            tag = facts_of(request, table.solver, seed, index, self._size(request), self.spec.id)
+            tag |= edit.facts if edit is not None else {}
+            jobs.append(Job(table, latents, {}, {}, noise, guidance, kept, tag=tag))
         return jobs
 
     def run(self, jobs: Iterable[Job], on_tick: OnTick | None = None) -> None:
@@ -314,55 +368,10 @@ class Engine:
 
     def _time_ids(self, request: Request) -> Float32:
         """SDXL's size conditioning: original size, crop corner, target size."""
-        height, width = (side * self.spec.latents.factor for side in self._latent_shape(request)[1:])
+        height, width = self._size(request)
         return np.array([height, width, 0, 0, height, width], np.float32)
 
-    def _settings(self, request: Request, solver: str, seed: int, index: int, shape: tuple[int, ...]) -> dict[str, Any]:
-        return {
-            "prompt": request.prompt,
-            "negative_prompt": request.negative_prompt or "",
-            "steps": request.steps,
-            "solver": solver,
-            "guidance": request.guidance,
-            "guidance_rescale": request.guidance_rescale,
-            "guidance_interval": list(request.guidance_interval),
-            "noise": request.noise,
-            "seed": seed,
-            "index": index,
-            "width": shape[2] * self.spec.latents.factor,
-            "height": shape[1] * self.spec.latents.factor,
-            "model": self.spec.id,
-            **request.options,
-        }
-
-
-# What users of other tools type, and what it is called here.
-_OTHER_NAMES = {
-    "num_inference_steps": "steps",
-    "guidance_scale": "guidance",
-    "num_images_per_prompt": "count",
-    "schedule": "solver",
-    "scheduler": "solver",
-    "sampler": "solver",
-    "negative": "negative_prompt",
-    "prompt": "",
-    "options": "",
-}
-
-
-def request_from(prompt: str, settings: Mapping[str, Any]) -> Request:
-    """A Request whose settings other than its own fields are the solver's options.
-
-    Raises:
-        RequestError: a setting that neither a Request nor any solver has, or a value out of range.
-    """
-    own = set(Request.__dataclass_fields__) - {"prompt", "options"}
-    known = {*own, *KNOWN_KEYS, *(key for solver in SOLVERS.values() for key in solver.arguments)}
-    for key in settings:
-        if key not in known:
-            near = _OTHER_NAMES[key] if key in _OTHER_NAMES else " or ".join(get_close_matches(str(key), known))
-            mend = f"did you mean {near}?" if near else "leave it out"
-            raise RequestError(f"{key!r} is not an option", "a field of Request or a setting of a solver", mend)
-    fields = {key: value for key, value in settings.items() if key in own}
-    options = {key: value for key, value in settings.items() if key not in own}
-    return Request(prompt=prompt, **fields, options=options)
+    def _size(self, request: Request) -> tuple[int, int]:
+        """Height and width in pixels."""
+        _, height, width = self._latent_shape(request)
+        return height * self.spec.latents.factor, width * self.spec.latents.factor

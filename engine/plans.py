@@ -12,7 +12,7 @@ import hmac
 import json
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,11 @@ class Profile:
     def covers(self, sizes: Mapping[str, int]) -> bool:
         """Whether every size lies in its range."""
         return all(self.ranges[name][0] <= size <= self.ranges[name][2] for name, size in sizes.items())
+
+    def slack(self, sizes: Mapping[str, int]) -> int:
+        """How far sizes are from the best ones, and how wide the ranges are: a plan is fastest where this is 0."""
+        ranges = [(self.ranges[name], size) for name, size in sizes.items()]
+        return sum(abs(size - best) + most - least for (least, best, most), size in ranges)
 
     def shapes(self, tensor: TensorSpec) -> tuple[tuple[int, ...], ...]:
         """A tensor's (least, best, most) shapes."""
@@ -84,7 +89,7 @@ class PlanKey:
         """What keeps a plan of this key from serving `wanted`: (what, found, needed) each.
 
         A refittable plan takes its weights from the bundle, so those need not match; a version-compatible one serves
-        every later version of its major version, and the lean runtime.
+        the lean runtime too, of the version that built it (other versions would need host code in the plan).
         """
         found = []
         for what in ("network", "graph", "weights", "precision", "library", "version", "compute_capability"):
@@ -102,9 +107,6 @@ class PlanKey:
             return REFITTABLE in self.options
         if what == "library":
             return VERSION_COMPATIBLE in self.options and (mine, theirs) == ("tensorrt", "tensorrt-lean")
-        if what == "version" and VERSION_COMPATIBLE in self.options:
-            built, here = _numbers(mine), _numbers(theirs)
-            return built[:1] == here[:1] and built <= here
         return False
 
 
@@ -138,8 +140,10 @@ class PlanRecord:
         return f"{self.key.network}-{self.key.digest[:16]}"
 
     def profile(self, sizes: Mapping[str, int]) -> int:
-        """The index of the first profile that covers the sizes of the symbolic dimensions; -1 if none does."""
-        return next((i for i, profile in enumerate(self.key.profiles) if profile.covers(sizes)), -1)
+        """The index of the profile that serves these sizes of the symbolic dimensions best; -1 if none does."""
+        profiles = self.key.profiles
+        covering = [index for index, profile in enumerate(profiles) if profile.covers(sizes)]
+        return min(covering, key=lambda index: profiles[index].slack(sizes), default=-1)
 
 
 class PlanStore:
@@ -155,17 +159,24 @@ class PlanStore:
         self.folder = Path(folder) if folder is not None else bundle.path(FOLDER)
 
     def find(self, wanted: PlanKey, sizes: Mapping[str, int]) -> PlanRecord:
-        """The record of a plan that serves `wanted` with these sizes of its symbolic dimensions (none: any).
+        """The record of the plan that serves `wanted` best with these sizes of its symbolic dimensions (none: any).
 
         Raises:
             PlanError: there is none; the nearest one's differences, or the ranges that there are, are named.
             UntrustedPlanError: a record of this network is damaged or was not sealed here.
         """
-        fitting = self.fitting(wanted)
-        for record in fitting:
-            if record.profile(sizes) >= 0:
-                return record
-        raise self._no_profile(wanted, fitting, sizes)
+        return self.choose(self.fitting(wanted), sizes)
+
+    def choose(self, records: Sequence[PlanRecord], sizes: Mapping[str, int]) -> PlanRecord:
+        """Of plans of a network, that which serves these sizes best: among the same plans, always the same one.
+
+        Raises:
+            PlanError: none does; the ranges that there are are named.
+        """
+        covering = [record for record in records if record.profile(sizes) >= 0]
+        if not covering:
+            raise self._no_profile(records, sizes)
+        return min(covering, key=lambda record: record.key.profiles[record.profile(sizes)].slack(sizes))
 
     def fitting(self, wanted: PlanKey) -> list[PlanRecord]:
         """The records of all plans that serve `wanted`, whatever their profiles; those with the fewest options first.
@@ -261,10 +272,10 @@ class PlanStore:
             raise self._untrusted(f"{path} is the record of {record.name}", "a record under its own name")
         return record
 
-    def _no_profile(self, wanted: PlanKey, fitting: Iterable[PlanRecord], sizes: Mapping[str, int]) -> PlanError:
-        profiles = "; or ".join(str(profile) for record in fitting for profile in record.key.profiles)
+    def _no_profile(self, records: Sequence[PlanRecord], sizes: Mapping[str, int]) -> PlanError:
+        profiles = "; or ".join(str(profile) for record in records for profile in record.key.profiles)
         asked = ", ".join(f"{name} {size}" for name, size in sizes.items())
-        return self._error(f"the {wanted.network} was asked for {asked}", profiles)
+        return self._error(f"the {records[0].key.network} was asked for {asked}", profiles)
 
     def _error(self, found: str, needed: str) -> PlanError:
         return PlanError(found, needed, f"latentrt build {self.bundle.root} (see --lanes, --size, --precision)")
@@ -356,10 +367,6 @@ def _replace(path: Path, data: bytes) -> None:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".") if part.isdigit())
 
 
 def _short(value: str) -> str:

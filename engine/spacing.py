@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -68,7 +68,7 @@ class Grid:
 
     `points[i]` is where step i calls the network and `targets[i]` is where it leads: the next point, save in those
     diffusers classes that count back a fixed number of timesteps. `start` is what standard normal noise is
-    multiplied by to become the first latents.
+    multiplied by to become the first latents. `first` is how many points of the whole run were left out.
     """
 
     points: tuple[Point, ...]
@@ -76,11 +76,21 @@ class Grid:
     start: float
     levels: Levels
     settings: Mapping[str, Any]
+    first: int = 0
 
     @property
     def steps(self) -> tuple[tuple[Point, Point], ...]:
         """Pairs (here, there), one a step."""
         return tuple(zip(self.points, self.targets, strict=True))
+
+    @property
+    def count(self) -> int:
+        """How many points the whole run has."""
+        return self.first + len(self.points)
+
+    def since(self, first: int) -> Grid:
+        """The rest of the run from a point on: where it goes on a picture that is there already."""
+        return replace(self, points=self.points[first:], targets=self.targets[first:], first=self.first + first)
 
 
 CLEAN = Point(-1.0, 1.0, 0.0)
@@ -94,13 +104,19 @@ def training_grid(schedule: Schedule, settings: Mapping[str, Any], steps: int) -
 
 
 def strided_grid(schedule: Schedule, settings: Mapping[str, Any], steps: int) -> Grid:
-    """DDIM and PNDM: each step leads `num_train_timesteps // steps` back, whatever the spacing, as in diffusers."""
+    """DDIM: each step leads `num_train_timesteps // steps` back, whatever the spacing, as in diffusers."""
     levels = Levels.of(schedule, settings, avoid_zero=False)
     points = tuple(levels.at(t) for t in np.round(_timesteps(settings, steps)))
     final = CLEAN if settings["set_alpha_to_one"] else levels.at(0)
     stride = settings["num_train_timesteps"] // steps
     targets = tuple(levels.at(p.timestep - stride) if p.timestep >= stride else final for p in points)
     return Grid(points, targets, 1.0, levels, settings)
+
+
+def plms_grid(schedule: Schedule, settings: Mapping[str, Any], steps: int) -> Grid:
+    """PNDM without Runge-Kutta: a point for each network call, which makes the second level two points."""
+    once = strided_grid(schedule, settings, steps)
+    return replace(once, points=once.points[:2] + once.points[1:], targets=once.targets[:2] + once.targets[1:])
 
 
 def consistency_grid(schedule: Schedule, settings: Mapping[str, Any], steps: int) -> Grid:

@@ -256,7 +256,9 @@ class Request:
     part of the run, as fractions of its rows, in which guidance acts. `solver` None means the class that the bundle's
     scheduler_config.json names, `height` and `width` None the size the model was trained at (pixels), `negative_prompt`
     None what it was trained with for no prompt: empty text or, for some, zeros. `noise` names the torch generator whose
-    numbers a seed stands for. `options` go to `tabulate`: eta, use_karras_sigmas, timestep_spacing, ...
+    numbers a seed stands for. `strength` is how much of the run is made on a given picture, above 0 to 1; None means
+    0.8, or all of it where a mask says what is repainted. `options` go to `tabulate`: eta, use_karras_sigmas,
+    timestep_spacing, ...
 
     Raises:
         RequestError: a value is out of range.
@@ -274,6 +276,7 @@ class Request:
     width: int | None = None
     count: int = 1
     noise: str = "torch-cpu"
+    strength: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -292,6 +295,8 @@ class Request:
                 )
         _number("guidance", self.guidance, 0.0, 1e6)
         _number("guidance_rescale", self.guidance_rescale, 0.0, 1.0)
+        if self.strength is not None:
+            _number("strength", self.strength, 0.0, 1.0)
         interval = self.guidance_interval
         if not isinstance(interval, (list, tuple)) or len(interval) != 2:
             raise RequestError(

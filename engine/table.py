@@ -5,6 +5,10 @@
     next input   = c_in·x                          (of the next row)
     preview x₀   = u·x + v·out
 
+A run that keeps a part of a given picture ends every row with
+
+    x            = mask·x + (1 - mask)·(known[0]·picture + known[1]·noise)
+
 `tabulate` makes the table by tracing the solver; `advance` applies one row to arrays.
 """
 
@@ -12,7 +16,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -22,7 +26,7 @@ from numpy.typing import NDArray
 from engine.errors import LatentrtError, RequestError, ScheduleError, TraceError, UnknownSolverError
 from engine.schedule import Schedule
 from engine.solvers import ALIASES, SOLVERS, Solver
-from engine.spacing import Grid
+from engine.spacing import CLEAN, Grid
 from engine.trace import Call, trace, x0_from
 
 Float32 = NDArray[np.float32]
@@ -59,17 +63,19 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of a whole run.
+    """The rows of a whole run, or of the rest of one that begins on a given picture.
 
     `array` has shape (rows, len(COLUMNS)) and dtype float64; kernels read it as float32. `start` is what standard
     normal noise is multiplied by to become the first latents. A row is a network call, not a step: Heun at N steps has
-    2N - 1 rows.
+    2N - 1 rows. `known`, (rows + 1, 2) float64, has the weights of clean latents and of noise that make latents of the
+    level before the first row, and after each row (`noised`).
     """
 
     solver: str
     steps: int
     start: float
     array: NDArray[np.float64]
+    known: NDArray[np.float64]
 
     def __len__(self) -> int:
         return len(self.array)
@@ -91,13 +97,14 @@ def _row(
     return Row(timestep, c_in, p, q, clip, int(slot), a, o, rest[:SLOTS], *rest[SLOTS:])
 
 
-def tabulate(solver: str | None, schedule: Schedule, steps: int, **options: Any) -> Table:
+def tabulate(solver: str | None, schedule: Schedule, steps: int, *, strength: float = 1.0, **options: Any) -> Table:
     """The table of a solver over a schedule.
 
     Args:
         solver: a name of `engine.SOLVERS`; None, or the class itself, for the one that the schedule's config names.
         schedule: from `Schedule.from_config`.
         steps: how many steps, 1 or more; the table has a row for each network call.
+        strength: how much of the run is made, above 0 to 1: its last int(steps * strength) steps, as diffusers counts.
         options: the solver's own arguments (`eta`, `order`) and any setting of its diffusers class
             (`use_karras_sigmas=True`, `timestep_spacing="trailing"`, ...), which overrule the config.
 
@@ -106,8 +113,9 @@ def tabulate(solver: str | None, schedule: Schedule, steps: int, **options: Any)
 
     Raises:
         UnknownSolverError: no such solver.
-        RequestError: steps < 1 or more than the schedule has.
-        ScheduleError: an option that the solver does not have, or settings that have no finite table.
+        RequestError: steps < 1 or more than the schedule has; a strength out of range, or one that leaves no step.
+        ScheduleError: an option that the solver does not have, settings that have no finite table, or a solver that
+            cannot begin midway.
 
     Source:
         each solver's paper, named in `engine.solvers`; parity with diffusers 0.42 holds to 1e-5 in float32.
@@ -115,12 +123,13 @@ def tabulate(solver: str | None, schedule: Schedule, steps: int, **options: Any)
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise RequestError(f"steps is {steps!r}", "a whole number of 1 or more", "pass another steps")
     name, chosen = _find(solver, schedule)
+    first = _first(name, chosen, steps, strength)
     arguments = {**chosen.arguments, **{key: value for key, value in options.items() if key in chosen.arguments}}
     wanted = {key: value for key, value in options.items() if key not in chosen.arguments}
     _check_arguments(name, arguments)
     settings = schedule.settings(chosen.scheduler, **{**chosen.settings, **wanted})
     try:
-        grid = chosen.grid(schedule, settings, steps)
+        grid = chosen.grid(schedule, settings, steps).since(first)
         array = _array(chosen, grid, arguments)
     except LatentrtError:
         raise
@@ -132,7 +141,34 @@ def tabulate(solver: str | None, schedule: Schedule, steps: int, **options: Any)
             "distinct levels, and v_prediction or sample prediction where the signal is zero",
             "take fewer steps, or another timestep_spacing, final_sigmas_type or sigmas",
         ) from error
-    return Table(name, steps, grid.start, array)
+    return Table(name, steps, grid.start, array, _known(grid, len(array), chosen.calls))
+
+
+def _first(name: str, solver: Solver, steps: int, strength: float) -> int:
+    """How many steps of the whole run are left out."""
+    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 < strength <= 1:
+        raise RequestError(f"strength is {strength!r}", "a number above 0 and at most 1", "pass another strength")
+    first = steps - int(steps * strength)
+    if first == steps:
+        raise RequestError(
+            f"a strength of {strength:g} leaves none of {steps} steps",
+            f"1 / {steps} or more",
+            "raise strength, or take more steps",
+        )
+    if first and solver.only_whole:
+        raise ScheduleError(
+            f"{name} cannot begin midway ({solver.only_whole})", "a strength of 1 or another solver", "take dpmpp-2m"
+        )
+    return first
+
+
+def _known(grid: Grid, rows: int, calls: int) -> NDArray[np.float64]:
+    """Where a step calls the network more than once, its calls share the level that the step leads to, as in diffusers;
+    and that is the next point, also for those classes whose own target is another.
+    """
+    levels = [*grid.points, CLEAN]
+    ends = (min(row // calls + 1, len(levels) - 1) for row in range(rows))
+    return np.array([(levels[end].alpha, levels[end].sigma) for end in (0, *ends)])
 
 
 def _is_arithmetic(error: Exception) -> bool:
@@ -181,6 +217,25 @@ def advance(row: Row, x: Float32, out: Float32, memory: Float32, noise: Float32 
     return result
 
 
+def noised(level: NDArray[np.float64], clean: Float32, noise: Float32) -> Float32:
+    """Clean latents brought to a level, a row of `Table.known`: level[0]·clean + level[1]·noise."""
+    alpha, sigma = level.tolist()  # Python's floats leave float32 what it is
+    return np.asarray(alpha * clean + sigma * noise)
+
+
+def blend(level: NDArray[np.float64], x: Float32, mask: Float32, clean: Float32, noise: Float32) -> Float32:
+    """Put back what is known after a row, brought to that row's end: mask·x + (1 - mask)·noised(clean).
+
+    Args:
+        level: of `Table.known`, the row's own index plus one.
+        x: latents after the row.
+        mask: 1 where the picture is repainted, 0 where it is kept, and nothing between: solvers eliminate earlier
+            latents as if the row had left x as it is, which holds where the mask is 1 and is overwritten where it is 0.
+        clean, noise: the given picture's latents, and the one noise of the whole run.
+    """
+    return mask * x + (1 - mask) * noised(level, clean, noise)
+
+
 def preview(row: Row, x: Float32, out: Float32) -> Float32:
     """The clean latents that the network predicts at this row: what the picture would be if it ended here."""
     return row.u * x + row.v * out
@@ -208,7 +263,7 @@ def _configured(schedule: Schedule) -> tuple[str, Solver]:
         if all(settings[key] == value for key, value in solver.settings.items()):
             return name, solver
     solver = next(iter(candidates.values()))
-    return schedule.scheduler, Solver(solver.function, solver.scheduler, solver.grid, {}, solver.arguments)
+    return schedule.scheduler, replace(solver, settings={})
 
 
 def _check_arguments(name: str, arguments: Mapping[str, Any]) -> None:

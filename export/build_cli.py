@@ -17,9 +17,10 @@ from engine.terminal import show, table_of
 if TYPE_CHECKING:
     from engine.backends.base import Gpu
     from engine.backends.trt import Library
+    from export.build_process import Progress
     from export.plan_memory import Estimate
     from export.plan_shapes import Shapes
-    from export.to_tensorrt import Built, Progress
+    from export.to_tensorrt import Built
 
 
 def run_build(
@@ -160,11 +161,11 @@ def _check(
     bundle: Bundle, name: str, precision: str, networks: Sequence[str], shapes: Sequence[Shapes], as_json: bool
 ) -> int:
     """Show what the parser refuses; 1 if it refuses anything."""
+    from rich.markup import escape
+
     from engine.backends.trt import open_library
     from export.capability import capability
     from export.plan_shapes import profiles_of
-
-    from rich.markup import escape
 
     library = open_library(name)
     found = [

@@ -24,6 +24,7 @@ HALF, SINGLE = ir.DataType.FLOAT16, ir.DataType.FLOAT
 LARGEST = 65504.0  # float16's largest finite number
 TIME_INPUTS = ("timestep", "time_ids")  # up to 999 and 4096, and no whole numbers above 2048 in float16
 LINEAR = ("Gemm", "MatMul")
+CARRIERS = ("Add", "Max", "Sqrt", "Reciprocal", "Pow", "Log")  # their result may need float32 as their input does
 # Inputs whose type the operator's specification fixes to float32.
 FIXED = {"Resize": (1, 2)}
 
@@ -119,12 +120,15 @@ def timing(graph: ir.Graph) -> set[ir.Node]:
 
 
 def _not_for_half(graph: ir.Graph, constant: Collection[ir.Value]) -> set[ir.Node]:
-    """Nodes that read a number which float16 cannot hold, or that turn whole numbers, inexact above 2048, to floats."""
+    """Nodes that read a number which float16 cannot hold, or that turn whole numbers, inexact above 2048, to floats.
+
+    A tiny number is there to be added before a root and a division: these are float32 with it.
+    """
     unsafe = {value for value in graph.initializers.values() if not _fits(value)}
     nodes = set()
     for node in graph:
         if any(value in unsafe for value in node.inputs):
-            if all(value in constant for value in node.outputs):  # a Cast or Transpose of such a weight
+            if node.op_type in CARRIERS or all(value in constant for value in node.outputs):  # a Transpose of a weight
                 unsafe.update(node.outputs)
             nodes.add(node)
         if node.op_type == "Cast" and node.outputs[0].dtype == SINGLE and not _is_float(node.inputs[0]):

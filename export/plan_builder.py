@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import resource
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,11 +14,12 @@ from typing import Any, TypeVar
 
 from engine.backends.trt import Library, open_library
 from engine.bundle import Bundle
-from engine.errors import BackendError, DeviceMemoryError, PlanError
+from engine.errors import DeviceMemoryError, PlanError
 from engine.plans import REFITTABLE, STRIPPED, PlanKey, PlanRecord, PlanStore
 from engine.spec import GraphSpec
 from export import timing_cache
 from export.plan_graph import load_graph, serialized, weights_of
+from export.plan_memory import peak_here
 
 T = TypeVar("T")
 Report = Callable[[str, float], None]  # what TensorRT is doing, and the share that is done
@@ -74,8 +74,7 @@ def build(order: Order, folder: Path, report: Report, cancelled: Callable[[], bo
     if cancelled():
         raise Cancelled
     seconds = round(time.monotonic() - start, 1)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    made = {**order.made, **builder.logger.facts, "seconds": seconds, "host": peak, "opset": library.opset}
+    made = {**order.made, **builder.logger.facts, "seconds": seconds, "host": peak_here(), "opset": library.opset}
     data = memoryview(plan)
     record = PlanRecord(order.key, hashlib.sha256(data).hexdigest(), data.nbytes, refit, made)
     PlanStore(bundle, order.plans).put(record, data)  # type: ignore[arg-type]  # a view: no second copy of gigabytes
@@ -151,14 +150,7 @@ def new_builder(library: Library, logger: Any) -> Any:
     Raises:
         BackendError: it finds no GPU; TensorRT-RTX needs none.
     """
-    try:
-        return library.module.Builder(logger)
-    except (RuntimeError, TypeError) as error:  # pybind11 raises TypeError where the factory returns null
-        raise BackendError(
-            f"{library.name} {library.version} cannot start ({logger.take_errors() or error})",
-            "an NVIDIA GPU and a driver that is new enough",
-            "latentrt doctor",
-        ) from error
+    return library.builder(logger)
 
 
 def parse(library: Library, network: Any, logger: Any, onnx: bytes, path: Path) -> Any:

@@ -71,7 +71,7 @@ def serialized(model: ir.Model, path: Path, folder: Path) -> tuple[bytes, Path]:
 
 
 def fix_shapes(model: ir.Model, profiles: Sequence[Profile]) -> None:
-    """Give every dimension of the inputs that is the same in all profiles its size: the builder has less to allow for."""
+    """Give inputs' dimensions that are the same in all profiles their size: the builder has less to allow for."""
     ranges = [profile.ranges for profile in profiles]
     for value in model.graph.inputs:
         sides: list[int | ir.SymbolicDim] = []

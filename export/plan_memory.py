@@ -21,10 +21,12 @@ from engine.errors import DeviceMemoryError, PlanError
 from engine.plans import STRIPPED, PlanKey, Profile, Weight
 
 SCRATCH = 2**23  # bytes that every plan takes for its kernels
-KERNELS = 5_000_000  # bytes of code in a plan
-HOST_BASE = 500_000_000  # bytes of host memory: the library, and the process that it works in
+CODE = 25_000  # bytes of kernels in a plan for each node of the graph
+HOST_BASE = 300_000_000  # bytes of host memory: the library, and the process that it works in
+HOST_PER_NODE = 400_000  # what compiling takes
 HOST_PER_WEIGHT = 3  # times the weights: parsed, cloned, serialized
 SIZES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "BOOL": 1}
+SHARES_MEMORY = ("5.3", "6.2", "7.2", "8.7", "10.1", "11.0", "12.1")  # Jetson boards, Thor, Spark
 VIEWS = ("Reshape", "Squeeze", "Unsqueeze", "Identity", "Shape", "Cast")  # no memory of their own once fused
 
 
@@ -53,24 +55,28 @@ def estimate(key: PlanKey, model: onnx.ModelProto, weights: Iterable[Weight], se
         seconds: what building it took before.
     """
     held = sum(weight.bytes * np.dtype(weight.dtype).itemsize // SIZES[weight.stored] for weight in weights)
+    nodes = len(model.graph.node)
     activations = SCRATCH + max(peak_activations(model, profile) for profile in key.profiles)
     return Estimate(
         key.network,
         held,
         activations,
-        plan=KERNELS + (0 if STRIPPED in key.options else held),
+        plan=CODE * nodes + (0 if STRIPPED in key.options else held),
         device=held + 2 * activations,  # tactics are tried on tensors of their own
-        host=HOST_BASE + HOST_PER_WEIGHT * held,
+        host=HOST_BASE + HOST_PER_NODE * nodes + HOST_PER_WEIGHT * held,
         seconds=seconds,
     )
 
 
-def check_room(estimates: Sequence[Estimate], folder: Path, device_free: int | None) -> None:
+def check_room(
+    estimates: Sequence[Estimate], folder: Path, device_free: int | None, compute_capability: str = ""
+) -> None:
     """Refuse what will not fit, before it is begun. Memory must hold one network at a time, the disk all plans.
 
     Args:
         folder: where the plans will lie.
         device_free: bytes of the GPU that are free; None where none is at hand.
+        compute_capability: of the GPU, as "8.7"; some share the host's memory.
 
     Raises:
         DeviceMemoryError: the GPU, or this machine, has too little memory free for a network.
@@ -84,7 +90,8 @@ def check_room(estimates: Sequence[Estimate], folder: Path, device_free: int | N
             "make room, or pass --plans",
         )
     for each in estimates:
-        for what, needed, free in (("the GPU", each.device, device_free), ("this machine", each.host, host_free())):
+        on_device = each.device + (each.host if compute_capability in SHARES_MEMORY else 0)
+        for what, needed, free in (("the GPU", on_device, device_free), ("this machine", each.host, host_free())):
             if free is not None and free < needed:
                 raise DeviceMemoryError(
                     f"{what} has {free / 2**30:.1f} GiB free",
@@ -96,11 +103,20 @@ def check_room(estimates: Sequence[Estimate], folder: Path, device_free: int | N
 
 def host_free() -> int | None:
     """Bytes of host memory that programs can still have (Linux's MemAvailable); None where the system does not tell."""
+    return _of_system("meminfo", "MemAvailable")
+
+
+def peak_here() -> int | None:
+    """Bytes of host memory that this process has had at most (Linux's VmHWM); None where the system does not tell."""
+    return _of_system("self/status", "VmHWM")  # getrusage would count the process that started this one, too
+
+
+def _of_system(file: str, name: str) -> int | None:
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        lines = Path("/proc", file).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
 
 
 def peak_activations(model: onnx.ModelProto, profile: Profile) -> int:

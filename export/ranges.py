@@ -52,11 +52,12 @@ def measure_ranges(path: Path, feeds: Iterable[Arrays]) -> dict[str, float]:
 def overflowing(model: ir.Model, ranges: Ranges, margin: float = MARGIN) -> tuple[str, ...]:
     """The names of the nodes of a float32 graph that read or write what comes within `margin` of float16's end."""
 
-    def fits(value: ir.Value | None) -> bool:
-        names = () if value is None else (value.name, f"{value.name}{SCORES}")
+    def fits(node: ir.Node) -> bool:
+        names = [value.name for value in (*node.inputs, *node.outputs) if value is not None]
+        names += [f"{value.name}{SCORES}" for value in node.outputs]
         return all(ranges.get(name, 0.0) <= LARGEST / margin for name in names)  # a NaN does not fit
 
-    return tuple(node.name for node in model.graph if not all(map(fits, (*node.inputs, *node.outputs))))
+    return tuple(node.name for node in model.graph if not fits(node))
 
 
 def measure_networks(root: Path, spec: ModelSpec) -> dict[str, dict[str, float]]:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,7 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_WEIGHTS = ("text_encoder*/*.safetensors", "unet/*.safetensors", "vae/*.safetensors")
 HUB_PATTERNS = ("*.json", "*.txt", "README.md", "LICENSE*", *HUB_WEIGHTS)
 HUB_VARIANTS = ("*.fp16.*", "*.fp16-*", "*.bf16.*", "*.bf16-*", "*.non_ema.*", "*.non_ema-*")
+PRESET = "preset:"
 FOLDER_OR_ID = "pass a folder that has a model_index.json, or the id of one on the hub"
 
 
@@ -64,6 +67,19 @@ class Checkpoint:
     tokenizers: tuple[str, ...]
     text_encoders: tuple[str, ...]
     files: Mapping[str, Path]
+
+
+@contextmanager
+def checkpoint_of(source: str | Path, revision: str | None = None, variant: str | None = None) -> Iterator[Checkpoint]:
+    """`open_checkpoint`, and for "preset:NAME" a checkpoint with random weights, made for the time of the `with`."""
+    name = str(source)
+    if not name.startswith(PRESET):
+        yield open_checkpoint(source, revision, variant)
+        return
+    from export.presets import make_checkpoint  # torch; reading a checkpoint needs none
+
+    with tempfile.TemporaryDirectory(prefix="latentrt-") as folder:
+        yield replace(open_checkpoint(make_checkpoint(name.removeprefix(PRESET), Path(folder))), id=name)
 
 
 def open_checkpoint(source: str | Path, revision: str | None = None, variant: str | None = None) -> Checkpoint:

@@ -22,7 +22,7 @@ from export import passes
 from export.half import half_path, to_half
 from export.place import place
 from export.ranges import measure_networks, overflowing
-from export.source import SCHEDULE, Checkpoint, open_checkpoint
+from export.source import SCHEDULE, Checkpoint, checkpoint_of
 from export.to_onnx import OPSET, quiet, trace
 from export.weights import share_weights
 from export.wrap import load_network
@@ -90,7 +90,7 @@ def export_bundle(
     """Turn the checkpoint `source` into the bundle `target`.
 
     Args:
-        source: a diffusers folder or a hub id.
+        source: a diffusers folder, a hub id, or preset:NAME (see `export.presets`).
         target: a folder; `source` itself adds the graphs to the checkpoint (with `overwrite`).
         revision, variant: as in `open_checkpoint`.
         progress: called before each part.
@@ -102,11 +102,22 @@ def export_bundle(
         UnsafeWeightsError: it has pickled weights only.
         OutputError: the target exists, or cannot be written, or has no room.
     """
-    checkpoint = open_checkpoint(source, revision, variant)
+    with checkpoint_of(source, revision, variant) as checkpoint:
+        return _export(checkpoint, Path(target), variant, progress, overwrite, golden)
+
+
+def _export(
+    checkpoint: Checkpoint,
+    target: Path,
+    variant: str | None,
+    progress: Progress,
+    overwrite: bool,
+    golden: Measure | None,
+) -> Summary:
     networks = (*checkpoint.text_encoders, "unet", "vae_decoder", "vae_encoder")
     parts = ("copy", *networks, "half precision", "manifest")
     size = sum(path.stat().st_size for path in checkpoint.files.values()) + 2 * GRAPH_ROOM * len(networks)
-    with place(Path(target), checkpoint.root, size, overwrite=overwrite) as root:
+    with place(target, checkpoint.root, size, overwrite=overwrite) as root:
         progress("copy", 0, len(parts))
         _copy(checkpoint, root)
         graphs, summaries = {}, {}

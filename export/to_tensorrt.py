@@ -1,49 +1,36 @@
 """`latentrt build`: a bundle's graphs become TensorRT plans for one device, one network after another.
 
-Each network is built in a process of its own: what the builder took is given back when it ends (an 8 GiB board has no
-room for what it would keep), it can be stopped whatever it is doing, and its crash is an error here. A plan is in its
-place as soon as it is built, so a build that was stopped or killed goes on where it ended.
+A plan is in its place as soon as it is built, so a build that was stopped or killed goes on where it ended.
+
+Polygraphy would do part of this. It is not used here: it chooses between TensorRT and TensorRT-RTX once for a process,
+finds weights beside a graph in a file alone, where ours is changed in memory, and always makes a timing cache, for
+which RTX wants a GPU. The tests ask it for a second opinion.
 """
 
 from __future__ import annotations
 
 import fcntl
-import multiprocessing
 import os
-import signal
-import tempfile
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
-from multiprocessing.synchronize import Event
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any
 
 import onnx_ir as ir
 
 from engine.backends.base import Gpu
 from engine.backends.trt import Library, open_library, wanted_key
 from engine.bundle import Bundle
-from engine.errors import BackendError, LatentrtError, PlanError, UntrustedPlanError
+from engine.errors import BackendError, PlanError, UntrustedPlanError
 from engine.plans import REFITTABLE, STRIPPED, PlanKey, PlanRecord, PlanStore
-from export.plan_builder import Cancelled, Order, build
+from export.build_process import Progress, build_in_child
+from export.plan_builder import Order
 from export.plan_graph import load_graph, weights_of
 from export.plan_memory import Estimate, check_room, estimate
 from export.plan_shapes import Shapes, profiles_of
-
-GRACE = 5.0  # seconds that a build gets to stop by itself
-OUTPUT = "output.txt"  # what the library prints in the child
-
-
-class Progress(Protocol):
-    """Told of a network that is being built: what TensorRT does, the share that is done, seconds that are left."""
-
-    def __call__(self, network: str, phase: str, share: float, left: float | None) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,12 +189,12 @@ def build_plans(
         store = PlanStore(bundle, orders[0].plans)
         there = {order.key.digest: record for order in orders if not rebuild and (record := _built(store, order.key))}
         waiting = [each for order, each in zip(orders, estimates, strict=True) if order.key.digest not in there]
-        check_room(waiting, store.folder, free)
+        check_room(waiting, store.folder, free, orders[0].key.compute_capability)
         found = []
         for order, each in zip(orders, estimates, strict=True):
             start, record = time.monotonic(), there.get(order.key.digest)
             if record is None:
-                record = _in_child(replace(order, made={"estimate": asdict(each)}), each.seconds, progress)
+                record = build_in_child(replace(order, made={"estimate": asdict(each)}), each.seconds, progress)
                 seconds = time.monotonic() - start
             else:
                 seconds = 0.0
@@ -224,99 +211,6 @@ def _built(store: PlanStore, key: PlanKey) -> PlanRecord | None:
     except UntrustedPlanError:  # its bytes are not those that were built: it is built again
         return None
     return record
-
-
-def _in_child(order: Order, known: float | None, progress: Progress) -> PlanRecord:
-    """Build in a process of its own; whatever ends this function ends that process."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    stop = context.Event()
-    with tempfile.TemporaryDirectory(prefix="latentrt-") as folder:
-        child = context.Process(target=_child, args=(order, Path(folder), theirs, stop), daemon=True)
-        child.start()
-        theirs.close()
-        try:
-            return _listen(order, child, ours, Path(folder), known, progress)
-        finally:
-            _end(child, stop)
-            ours.close()
-            for part in order.plans.glob(f"*.{child.pid}.part"):  # a killed child cannot clean up
-                part.unlink(missing_ok=True)
-
-
-def _listen(
-    order: Order, child: BaseProcess, ours: Connection, folder: Path, known: float | None, progress: Progress
-) -> PlanRecord:
-    """Pass progress on until the child sends its record, or the error that it met."""
-    start, phase, share = time.monotonic(), "starting", 0.0
-    while True:
-        try:
-            message = ours.recv() if ours.poll(0.1) else None
-        except EOFError:
-            child.join()
-            raise _crash(order, child.exitcode, folder) from None
-        if isinstance(message, PlanRecord):
-            return message
-        if isinstance(message, Exception):
-            raise message
-        if message is not None:
-            phase, share = message
-        progress(order.key.network, phase, share, _left(time.monotonic() - start, share, known))
-
-
-def _left(elapsed: float, share: float, known: float | None) -> float | None:
-    """Seconds that are left: by what the last build took while that lasts, then by the share that is done."""
-    if known is not None and elapsed < known:
-        return known - elapsed
-    return elapsed / share - elapsed if share > 0.02 else None
-
-
-def _crash(order: Order, code: int | None, folder: Path) -> PlanError:
-    said = (folder / OUTPUT).read_text(errors="replace").strip().splitlines()[-3:] if (folder / OUTPUT).exists() else []
-    how = f"exit code {code}" if code is None or code >= 0 else signal.Signals(-code).name
-    if code == -signal.SIGKILL:
-        how += ", as a system does that runs out of memory"
-    found = f"the build of the {order.key.network} crashed ({'; '.join([how, *said])})"
-    return PlanError(
-        found, "a build that ends well", "more free memory, fewer lanes, or another version of the library"
-    )
-
-
-def _end(child: BaseProcess, stop: Event) -> None:
-    """Have the child stop at TensorRT's next step; TensorRT-RTX, whose steps are long, and 8.6 are stopped by force."""
-    stop.set()
-    child.join(GRACE)
-    if child.is_alive():
-        child.kill()
-        child.join()
-
-
-def _child(order: Order, folder: Path, theirs: Connection, stop: Event) -> None:
-    """The process in which a plan is built."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says when to stop
-    parent, lock, last = os.getppid(), threading.Lock(), 0.0
-    with (folder / OUTPUT).open("wb") as output:  # the library's own prints would spoil the terminal, and JSON
-        for stream in (1, 2):
-            os.dup2(output.fileno(), stream)
-
-    def report(phase: str, share: float) -> None:
-        nonlocal last
-        with lock:
-            if time.monotonic() > last + 0.1:
-                last = time.monotonic()
-                theirs.send((phase, share))
-
-    def cancelled() -> bool:
-        return stop.is_set() or os.getppid() != parent
-
-    try:
-        result: PlanRecord | LatentrtError = build(order, folder, report, cancelled)
-    except Cancelled:
-        return
-    except LatentrtError as error:
-        result = error
-    with lock:
-        theirs.send(result)
 
 
 @contextmanager

@@ -36,7 +36,7 @@ from export.reference import (
     run_scheduler,
     stand_in,
 )
-from export.source import open_checkpoint
+from export.source import Checkpoint, checkpoint_of
 from export.wrap import load_network
 
 Array = NDArray[Any]
@@ -96,7 +96,7 @@ def verify(
 
     Args:
         bundle: the bundle to measure; its hashes are checked.
-        checkpoint: the diffusers folder or hub id that it must equal (a bundle is such a folder too).
+        checkpoint: the diffusers folder, hub id or preset:NAME that it must equal (a bundle is such a folder too).
         steps: solver steps of the step depth (100 at most) and of the image depth.
         revision, variant: of the checkpoint, as in `open_checkpoint`.
 
@@ -105,10 +105,15 @@ def verify(
         ExportError: the checkpoint is none, or one that the bundle cannot be compared with.
         UnsafeWeightsError: the checkpoint has pickled weights only.
     """
-    opened, source = Bundle.open(bundle), open_checkpoint(checkpoint, revision, variant)
+    opened = Bundle.open(bundle)
+    with checkpoint_of(checkpoint, revision, variant) as source:
+        yield from _verify(opened, source, steps)
+
+
+def _verify(opened: Bundle, source: Checkpoint, steps: int) -> Iterator[Check]:
     if source.family != opened.spec.family:
-        raise incomparable(f"{checkpoint} is of the family {source.family}, {bundle} of {opened.spec.family}")
-    with plain_folder(source) as folder, Engine.load(bundle, check_hashes=False) as engine:
+        raise incomparable(f"{source.id} is of the family {source.family}, {opened.root} of {opened.spec.family}")
+    with plain_folder(source) as folder, Engine.load(opened.root, check_hashes=False) as engine:
         if opened.spec.golden:
             yield Check("golden", "known runs", "relative error", worst_error(engine), TOLERANCE)
         yield from network_checks(engine, folder)

@@ -133,6 +133,10 @@ class ICudaEngine:
         return len(self._plan["profiles"])
 
     @property
+    def refittable(self) -> bool:
+        return bool(self._plan["refittable"])
+
+    @property
     def device_memory_size_v2(self) -> int:
         return self._plan["memory"]
 
@@ -313,6 +317,7 @@ class OldEngine(ICudaEngine):
 
 class Refitter:
     def __init__(self, engine: ICudaEngine, logger: ILogger) -> None:
+        assert engine.refittable  # the real one would be a null pointer
         self._engine, self._logger = engine, logger
         self._set: dict[str, weakref.ref[NDArray[Any]]] = {}  # a pointer: whoever sets weights has to keep them
 
@@ -321,7 +326,7 @@ class Refitter:
 
     def set_named_weights(self, name: str, weights: Weights) -> bool:
         initializer = self._engine._initializers.get(name)
-        if initializer is None or not self._engine._plan["refittable"]:
+        if initializer is None:
             return self._refuse(f"{name} is not refittable")
         dtype = onnx.helper.tensor_dtype_to_np_dtype(initializer.data_type).name
         if weights.size != math.prod(initializer.dims) or weights.dtype is not TYPES[dtype]:

@@ -82,6 +82,20 @@ def host_library() -> ctypes.CDLL:
     return library
 
 
+class _Launch:
+    """A kernel with a copy of its arguments, to be run once or again and again."""
+
+    def __init__(self, bind: Any, parameters: int, x: int, y: int, threads: int) -> None:
+        self._name, self._library = bind.__name__, host_library()
+        self._launch = bind(parameters, x, y, threads)
+
+    def __call__(self) -> None:
+        assert self._library.run_launch(self._launch), f"{self._name}: a barrier that not all threads reach"
+
+    def __del__(self) -> None:
+        self._library.free_launch(self._launch)
+
+
 class HostDriver:
     """`cuda.bindings.driver`, as far as `Cuda` goes, in host memory.
 
@@ -238,16 +252,7 @@ class HostDriver:
         x, y, _, threads, _, _, _, _, parameters, _ = rest
         if min(x, y, threads) < 1 or threads > 1024 or y > 65535:
             return (Status.CUDA_ERROR_INVALID_VALUE,)
-        library, bind = host_library(), self._handles[function]
-        launch = bind(parameters, x, y, threads)
-
-        def run() -> None:
-            assert library.run_launch(launch), f"{bind.__name__}: a barrier that not all threads reach"
-
-        self._queue(run)
-        if self._recorded is None:
-            library.free_launch(launch)
-        return (OK,)
+        return self._queue(_Launch(self._handles[function], parameters, x, y, threads))
 
     def cuStreamBeginCapture(self, stream: int, mode: int) -> tuple[Any, ...]:  # noqa: N802
         self._recorded, self._invalid = [], False

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from engine.schedule import TINY_ALPHA_CUMPROD, Schedule
 from engine.solvers import SOLVERS
-from engine.table import Table, advance
+from engine.table import Table, advance, blend, noised
 
 SHAPE = (1, 4, 8, 8)
 Array = NDArray[Any]
@@ -68,13 +68,19 @@ BASES = {"sd15": SD15, "emoji": EMOJI, "sdxl": SDXL}
 
 @dataclass(frozen=True)
 class Run:
-    """One walk of a diffusers scheduler: `latents` has one entry more than the calls."""
+    """One walk of a diffusers scheduler: `latents` has one entry more than the calls.
+
+    `clean` and `noise` are those of a given picture; `mask` is what was repainted of it, None if all.
+    """
 
     timesteps: torch.Tensor
     start: float
     latents: list[Array]
     inputs: list[Array]
     outputs: list[Array]
+    clean: Array | None = None
+    noise: Array | None = None
+    mask: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -111,39 +117,61 @@ def _made(class_name: str, base: str, settings: str) -> Any:
 
 
 def walk(
-    name: str, base: Mapping[str, Any], steps: int, *, exact: bool, outputs: str, seed: int = 0, **options: Any
+    name: str,
+    base: Mapping[str, Any],
+    steps: int,
+    *,
+    exact: bool,
+    outputs: str,
+    seed: int = 0,
+    given: float | None = None,
+    masked: bool = False,
+    **options: Any,
 ) -> Run:
     """Run diffusers' scheduler for a solver.
 
     Args:
         outputs: "network" for a smooth function of what the network is shown, as a network gives; "random" for noise
             that knows nothing of it, which brings out every wrong coefficient but also every rounding error.
+        given: the strength of a run that begins on a given picture, as in the image-to-image pipelines.
+        masked: a part of that picture is kept, as in the inpainting pipelines.
     """
     theirs = scheduler(name, base, **options)
     if exact:
         theirs.alphas_cumprod = _alphas_cumprod(theirs, name, base, options)
     theirs.set_timesteps(steps)
+    first = (0 if given is None else steps - min(int(steps * given), steps)) * theirs.order
+    timesteps = theirs.timesteps[first:]
     if hasattr(theirs, "set_begin_index"):  # else the index is looked up by timestep and fails where two are equal
-        theirs.set_begin_index(0)
+        theirs.set_begin_index(first)
     if exact:
         _cast_up(theirs)
     rng = np.random.default_rng(7)
     gain, drift = _tensor(rng, exact), _tensor(rng, exact)
     x = _tensor(rng, exact) * float(theirs.init_noise_sigma)
+    clean, unit, drawn = (_tensor(rng, exact) for _ in range(3)) if given is not None else (None,) * 3
+    mask = None if drawn is None or not masked else (drawn > 0.5).as_subclass(torch.Tensor).to(drawn.dtype)
+    if clean is not None:
+        x = theirs.add_noise(clean, unit, timesteps[:1])
     latents, inputs, returned = [x], [], []
     arguments = _arguments(name, theirs, seed, options)
     with mock.patch.object(sys.modules[type(theirs).__module__], "randn_tensor", _drawer(seed, exact), create=True):
-        for index, t in enumerate(theirs.timesteps):
+        for index, t in enumerate(timesteps):
             shown = theirs.scale_model_input(x, t)
-            network = gain * torch.tanh(shown) + drift * (1 - index / len(theirs.timesteps))
+            network = gain * torch.tanh(shown) + drift * (1 - index / len(timesteps))
             out = network if outputs == "network" else _tensor(rng, exact)
             # LCM makes float32 coefficients of a tensor's timestep, float64 of a number's.
             x = theirs.step(out, int(t) if exact and name == "lcm" else t, x, **arguments).prev_sample
+            if mask is not None:
+                last = index == len(timesteps) - 1
+                known = clean if last else theirs.add_noise(clean, unit, timesteps[index + 1 : index + 2])
+                x = (1 - mask) * known + mask * x
             latents.append(x)
             inputs.append(shown)
             returned.append(out)
     arrays = [[_numpy(tensor) for tensor in tensors] for tensors in (latents, inputs, returned)]
-    return Run(theirs.timesteps, float(theirs.init_noise_sigma), *arrays)
+    edit = [None if tensor is None else _numpy(tensor) for tensor in (clean, unit, mask)]
+    return Run(timesteps, float(theirs.init_noise_sigma), *arrays, *edit)
 
 
 def follow(table: Table, run: Run, *, dtype: type[np.floating[Any]], exact: bool, seed: int = 0) -> Errors:
@@ -152,9 +180,14 @@ def follow(table: Table, run: Run, *, dtype: type[np.floating[Any]], exact: bool
     draws = _draws(seed, exact)
     x, memory = run.latents[0].astype(dtype), np.full((4, *SHAPE), np.nan, dtype)
     latents, inputs = 0.0, 0.0
-    for row, shown, out, after in zip(table.rows, run.inputs, run.outputs, run.latents[1:], strict=True):
+    if run.clean is not None:
+        latents = relative(noised(table.known[0], run.clean.astype(dtype), run.noise.astype(dtype)), x)
+    rows = zip(table.rows, run.inputs, run.outputs, run.latents[1:], table.known[1:], strict=True)
+    for row, shown, out, after, level in rows:
         inputs = max(inputs, relative(dtype(row.c_in) * x, shown))
         x = advance(row, x, out.astype(dtype), memory, next(draws).astype(dtype) if row.c else None)
+        if run.mask is not None:
+            x = blend(level, x, *(array.astype(dtype) for array in (run.mask, run.clean, run.noise)))
         latents = max(latents, relative(x, after))
     timesteps = float(np.abs(table.timesteps - run.timesteps.double().numpy()).max())
     return Errors(latents, inputs, abs(table.start / run.start - 1), timesteps)

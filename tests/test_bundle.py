@@ -118,7 +118,15 @@ def test_links_out_of_the_folder_are_refused(bundle: Path) -> None:
         Bundle.open(bundle)
 
 
-@pytest.mark.parametrize("name", ["tokenizer/tokenizer.json", "unet/diffusion_pytorch_model.safetensors"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tokenizer/tokenizer.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "unet/model.onnx",
+        "unet/model.fp16.onnx",
+    ],
+)
 def test_nothing_is_read_that_is_not_listed(bundle: Path, name: str) -> None:
     edit(bundle, lambda m: m["files"].pop(name))
     with pytest.raises(BundleError, match="not listed"):

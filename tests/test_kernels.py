@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from host_gpu import HostGpu, compile_host, host_gpu
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from rig import SHAPE, Job, Rig, check_inputs, check_slot, run, table_of
@@ -79,8 +79,11 @@ def test_jobs_of_all_kinds_share_a_batch(rig: Rig) -> None:
 
 
 def test_a_job_that_is_done_leaves_its_lanes_alone(rig: Rig) -> None:
-    rig.admit(0, Job(table_of("euler", 2)), (0,))
+    """Its last row writes no input: there is no row to write one for."""
+    job = Job(table_of("euler", 2))
+    rig.admit(0, job, (0,))
     run(rig)
+    assert rig["timestep"][0] == job.table.timesteps[-1]
     rig.put("sample", 0, 7)
     rig.put("timestep", 0, 8)
     x = rig["x"][0]
@@ -129,6 +132,18 @@ def test_what_is_known_is_kept(rig: Rig) -> None:
     np.testing.assert_array_equal(rig["x"][0][kept], job.known[kept])
 
 
+def test_deviations_are_those_of_samples(rig: Rig) -> None:
+    job = Job(table_of("euler"), Guidance(5.0, 0.5))
+    rig.admit(3, job, (1, 2))
+    uncond, cond = np.random.default_rng(0).standard_normal((2, *SHAPE), dtype=np.float32)
+    rig.put("out", 1, uncond)
+    rig.put("out", 2, cond + 9)
+    kernels.deviations(rig.gpu, rig.state)
+    guided = uncond + np.float32(5) * (cond + 9 - uncond)
+    np.testing.assert_allclose(rig["deviation"][3], [cond.std(ddof=1), guided.std(ddof=1)], rtol=1e-6)
+    assert (rig["deviation"][:3] == 0).all()
+
+
 # ---- Noise
 
 
@@ -143,6 +158,7 @@ def test_noise_of_the_device_is_torchs_on_cuda(rig: Rig, solver: str, blocks: in
 
 
 def test_the_start_is_made_on_the_device(rig: Rig) -> None:
+    """And not once more where lanes move."""
     table, source = table_of("euler-ancestral"), TorchCudaNoise(3, 1, 256)
     job = Job(table, noise=TorchCudaNoise(3, 1, 256))
     rig.admit(0, job, (0,))
@@ -150,23 +166,25 @@ def test_the_start_is_made_on_the_device(rig: Rig) -> None:
     rig.seat(0, (0,), table.start)
     job.x = source.normal(SHAPE) * np.float32(table.start)
     job.noise = source
-    run(rig)
+    run(rig, begins=2)
 
 
 @given(
     seed=st.integers(0, 2**64 - 1),
     blocks=st.integers(1, 6),
     counts=st.lists(st.integers(1, 6000), min_size=1, max_size=3),
+    draws=st.integers(0, 2**40),
 )
+@example(seed=7, blocks=1, counts=[2000, 3], draws=2**32 - 1)
 @FEW
-def test_normals_are_those_of_the_noise_module(seed: int, blocks: int, counts: list[int]) -> None:
+def test_normals_are_those_of_the_noise_module(seed: int, blocks: int, counts: list[int], draws: int) -> None:
     source = TorchCudaNoise(seed, blocks, 256)
+    source.draws = draws
     with host_gpu() as gpu:
         for count in counts:
-            array, draws = gpu.empty((count,), np.float32), source.draws
-            expected = source.normal((count,))
-            kernels.normal(gpu, array, seed, draws, source.threads(count))
-            np.testing.assert_allclose(gpu.download(array), expected, rtol=2e-7)
+            array = gpu.empty((count,), np.float32)
+            kernels.normal(gpu, array, seed, source.draws, source.threads(count))
+            np.testing.assert_allclose(gpu.download(array), source.normal((count,)), rtol=2e-7)
             gpu.free(array)
 
 
@@ -274,6 +292,14 @@ def test_every_half_becomes_the_same_pixel_as_in_numpy(gpu: HostGpu) -> None:
     pixels, bad = pixels_of(gpu, image)
     np.testing.assert_array_equal(pixels, to_uint8(image))
     assert bad.tolist() == [0, 0]
+
+
+def test_ties_are_rounded_to_even(gpu: HostGpu) -> None:
+    middles = np.float32(2 * (np.arange(255) + 0.5) / 255 - 1)
+    near = (middles[:, None] + np.arange(-8, 9, dtype=np.float32) * np.float32(2**-24)).reshape(1, 3, 85, 17)
+    scaled = (near * np.float32(0.5) + np.float32(0.5)) * np.float32(255)
+    assert (scaled % 1 == 0.5).sum() > 300
+    np.testing.assert_array_equal(pixels_of(gpu, near)[0], to_uint8(near))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

@@ -1,25 +1,47 @@
-"""Weights of plans: read from safetensors bit for bit, and set in an engine."""
+"""Weights of plans: read from safetensors bit for bit, set in an engine, replaced and brought back."""
 
 from __future__ import annotations
 
 import json
 import math
 import struct
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import small_bundle
 import torch
+from fake_tensorrt import FakeTensorRt, put_plan
+from host_gpu import HostGpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from safetensors.torch import save_file
+from small_bundle import (
+    BIG,
+    PLANES,
+    SHIFT,
+    SQUARE,
+    WEIGHTS,
+    WIDE,
+    Arrays,
+    expected,
+    feeds,
+    load,
+    make_bundle,
+    record,
+    rounded_once,
+)
 
 from engine.backends.refit import STORED, StoredWeights, as_wanted
 from engine.bundle import Bundle
-from engine.errors import PlanError, UnsafePathError
-from engine.plans import Weight
+from engine.errors import BackendError, LatentrtError, PlanError, UnsafePathError
+from engine.plans import REFITTABLE, STRIPPED, Weight
 
-NAMES = {torch.float16: "F16", torch.float32: "F32", torch.bfloat16: "BF16", torch.float64: "F64", torch.int64: "I64"}
+secret, bundle, gpu, fake = small_bundle.secret, small_bundle.bundle, small_bundle.gpu, small_bundle.fake
+network, arrays = small_bundle.network, small_bundle.arrays
 
 
 def table(path: Path, dtype: str) -> dict[str, Weight]:
@@ -124,3 +146,164 @@ def test_given_values_are_copied_and_counted() -> None:
     assert not wanted.any()
     with pytest.raises(PlanError, match=r"3 values are given for the weight a\. Needed: 4 values"):
         as_wanted("a", np.zeros(3, np.float32), weight)
+
+
+# Refitting
+
+
+def refit_plan(bundle: Bundle, fake: FakeTensorRt, gpu: HostGpu, *options: str, **more: Any) -> None:
+    precision = more.get("precision", "fp32")
+    where = {
+        name: replace(weight, file=WEIGHTS)
+        for name, weight in table(bundle.root / WEIGHTS, {"fp32": "float32", "fp16": "float16"}[precision]).items()
+    }
+    put_plan(bundle, "unet", fake, gpu, more.pop("ranges", WIDE), options=options, refit=where, **more)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", "float32"), ("fp16", "float16")])
+def test_a_stripped_plan_takes_the_bundles_weights(
+    tmp_path: Path, gpu: HostGpu, stored: torch.dtype, precision: str, dtype: str
+) -> None:
+    fake = FakeTensorRt()
+    bundle = make_bundle(tmp_path / "bundle", PLANES.to(stored) / 3, SHIFT.to(stored) / 7)
+    refit_plan(bundle, fake, gpu, STRIPPED, precision=precision)
+    network = load(bundle, fake, gpu, precision=precision)
+    for fed in rounded_once(dtype):
+        wanted = expected(fed, PLANES.to(stored) / 3, SHIFT.to(stored) / 7)
+        np.testing.assert_array_equal(network(fed)["out"], wanted)
+    assert fake.refits == 1
+    network.close()
+
+
+def test_a_plan_with_its_own_weights_is_not_refitted(bundle: Bundle, fake: FakeTensorRt, gpu: HostGpu) -> None:
+    refit_plan(bundle, fake, gpu, REFITTABLE)
+    load(bundle, fake, gpu).close()
+    assert fake.refits == 0
+
+
+def with_weights(bundle: Bundle, planes: torch.Tensor, shift: torch.Tensor) -> Bundle:
+    """The bundle with others."""
+    save_file({"planes": planes, "shift": shift}, bundle.root / WEIGHTS)
+    return replace(bundle, files={**bundle.files, WEIGHTS: record(bundle.root / WEIGHTS)})
+
+
+def test_a_refittable_plan_takes_a_bundles_other_weights(bundle: Bundle, fake: FakeTensorRt, gpu: HostGpu) -> None:
+    refit_plan(bundle, fake, gpu, REFITTABLE)
+    other = with_weights(bundle, PLANES + 1, SHIFT * 2)
+    network = load(other, fake, gpu)
+    np.testing.assert_array_equal(network(feeds())["out"], expected(feeds(), PLANES + 1, SHIFT * 2))
+    network.close()
+
+
+@pytest.mark.parametrize("options", [(), (STRIPPED,)])
+def test_other_plans_are_refused_for_other_weights(
+    bundle: Bundle, fake: FakeTensorRt, gpu: HostGpu, options: tuple[str, ...]
+) -> None:
+    refit_plan(bundle, fake, gpu, *options)
+    with pytest.raises(PlanError, match="built for weights"):
+        load(with_weights(bundle, PLANES + 1, SHIFT), fake, gpu)
+    assert fake.deserialized == 0
+
+
+def test_missing_weights_are_named(bundle: Bundle, fake: FakeTensorRt, gpu: HostGpu) -> None:
+    where = table(bundle.root / WEIGHTS, "float32")
+    only = {"planes": replace(where["planes"], file=WEIGHTS)}
+    put_plan(bundle, "unet", fake, gpu, WIDE, options=(STRIPPED,), refit=only)
+    with pytest.raises(PlanError, match="nothing says where the weight shift lies"):
+        load(bundle, fake, gpu)
+
+
+def test_refused_weights_are_named(bundle: Bundle, fake: FakeTensorRt, gpu: HostGpu) -> None:
+    where = {n: replace(w, file=WEIGHTS, dtype="float16") for n, w in table(bundle.root / WEIGHTS, "float32").items()}
+    put_plan(bundle, "unet", fake, gpu, WIDE, options=(STRIPPED,), refit=where)
+    with pytest.raises(PlanError, match=r"TensorRT refuses the weight \w+ \(.*has 4 values of HALF"):
+        load(bundle, fake, gpu)
+
+
+def test_weights_are_replaced_and_come_back(bundle: Bundle, fake: FakeTensorRt, gpu: HostGpu, arrays: Arrays) -> None:
+    refit_plan(bundle, fake, gpu, REFITTABLE)
+    network = load(bundle, fake, gpu)
+    named, fed = arrays(), feeds()
+    bound = network.bind(named)
+    for name, value in fed.items():
+        gpu.upload(value, named[name])
+
+    def out() -> NDArray[Any]:
+        bound.enqueue()  # what is bound stays so
+        return gpu.download(named["out"])
+
+    planes, shift = PLANES * 1.5, SHIFT - 1
+    network.refit({"planes": planes.numpy()})
+    np.testing.assert_array_equal(out(), expected(fed, planes))
+    network.refit({"shift": shift.numpy()})
+    np.testing.assert_array_equal(out(), expected(fed, PLANES, shift))
+    network.refit({"shift": shift.numpy(), "planes": planes.numpy().ravel()})
+    np.testing.assert_array_equal(out(), expected(fed, planes, shift))
+    network.refit({})
+    np.testing.assert_array_equal(out(), expected(fed))
+    assert network(fed)["out"].tobytes() == expected(fed).tobytes()
+    network.close()
+
+
+def test_weights_that_were_merged_are_given_along(bundle: Bundle, fake: FakeTensorRt, gpu: HostGpu) -> None:
+    refit_plan(bundle, fake, gpu, REFITTABLE, merged=[["planes", "shift"]])
+    network = load(bundle, fake, gpu)
+    network.refit({"planes": PLANES.numpy() * 2})
+    np.testing.assert_array_equal(network(feeds())["out"], expected(feeds(), PLANES * 2))
+    network.close()
+
+
+def test_replaced_weights_reach_plans_that_are_loaded_later(bundle: Bundle, fake: FakeTensorRt, gpu: HostGpu) -> None:
+    refit_plan(bundle, fake, gpu, REFITTABLE, ranges=SQUARE)
+    refit_plan(bundle, fake, gpu, REFITTABLE, ranges=BIG)
+    network = load(bundle, fake, gpu)
+    network.refit({"planes": PLANES.numpy() * 2})
+    for batch, side in ((2, 4), (1, 16)):
+        fed = feeds(batch, side)
+        np.testing.assert_array_equal(network(fed)["out"], expected(fed, PLANES * 2))
+    network.refit({})
+    for batch, side in ((2, 4), (1, 16)):
+        fed = feeds(batch, side)
+        np.testing.assert_array_equal(network(fed)["out"], expected(fed))
+    network.close()
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        ({"plains": np.zeros(4, np.float32)}, "unet has no weight plains"),
+        ({"planes": np.zeros(5, np.float32)}, r"5 values are given for the weight planes\. Needed: 4 values"),
+    ],
+)
+def test_weights_that_do_not_fit_change_nothing(
+    bundle: Bundle, fake: FakeTensorRt, gpu: HostGpu, weights: dict[str, NDArray[Any]], words: str
+) -> None:
+    refit_plan(bundle, fake, gpu, REFITTABLE)
+    network = load(bundle, fake, gpu)
+    with pytest.raises(PlanError, match=words):
+        network.refit(weights)
+    np.testing.assert_array_equal(network(feeds())["out"], expected(feeds()))
+    network.close()
+
+
+@pytest.mark.parametrize("options", [(), (STRIPPED,)])
+def test_plans_that_are_not_refittable_say_so(
+    bundle: Bundle, fake: FakeTensorRt, gpu: HostGpu, options: tuple[str, ...]
+) -> None:
+    refit_plan(bundle, fake, gpu, *options)
+    network = load(bundle, fake, gpu)
+    with pytest.raises(PlanError, match=r"takes no weights but its own.*--refittable"):
+        network.refit({"planes": PLANES.numpy()})
+    network.close()
+
+
+def test_a_refit_that_fails_closes_the_network(bundle: Bundle, fake: FakeTensorRt, gpu: HostGpu) -> None:
+    refit_plan(bundle, fake, gpu, REFITTABLE, refittable=False)  # TensorRT will refuse
+    network = load(bundle, fake, gpu)
+    network(feeds())
+    with pytest.raises(LatentrtError, match="built to keep its weights"):
+        network.refit({"planes": PLANES.numpy()})
+    assert gpu.in_use == 0
+    with pytest.raises(BackendError, match="was closed"):
+        network(feeds())

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import BundleError, RequestError
-from engine.spec import Golden, GraphSpec, LatentSpec, ModelSpec, Request, TensorSpec
+from engine.spec import Golden, GraphSpec, Islands, LatentSpec, ModelSpec, Request, TensorSpec
 
 MODEL = ModelSpec(
     id="tiny",
@@ -26,11 +26,23 @@ MODEL = ModelSpec(
         for name in ("text_encoder", "unet", "vae_decoder")
     },
     golden=(Golden("a", "", "ddim", 4, 7, 3.0, 0.1, 1.0, (0.5, 0.25)),),
+    half={"unet": GraphSpec("unet.fp16.onnx", 23, 9, (TensorSpec("sample", "float16", ("batch", 4)),), ())},
+    islands={"unet": Islands(70_000.0, ("node_add_3",))},
 )
 
 
 def test_model_spec_survives_json() -> None:
     assert ModelSpec.from_dict(json.loads(json.dumps(MODEL.to_dict()))) == MODEL
+
+
+def test_bundles_of_before_have_no_half_graphs() -> None:
+    data = MODEL.to_dict()
+    del data["half"], data["islands"]
+    spec = ModelSpec.from_dict(data)
+    assert (spec.half, spec.islands) == ({}, {})
+    with pytest.raises(BundleError, match="tiny has no unet in fp16"):
+        spec.graph("unet", "fp16")
+    assert MODEL.graph("unet", "fp16").path == "unet.fp16.onnx"
 
 
 @pytest.mark.parametrize(
@@ -70,6 +82,12 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("family", []),
         ("zero_negative", "no"),
         ("made", "by hand"),
+        ("half", {"vae": MODEL.to_dict()["half"]["unet"]}),
+        ("half.unet.path", ""),
+        ("half.unet.inputs.0.dtype", "float8"),
+        ("islands", {"vae_decoder": {"largest": 1.0, "nodes": []}}),
+        *(("islands.unet.largest", value) for value in ("1", None, float("inf"))),
+        *(("islands.unet.nodes", value) for value in ([3], [""], None)),
         *(("tokenizers", value) for value in (5, "tokenizer", [], [3], ["a", "b"])),
         *(("text_encoders", value) for value in ("text_encoder", ["text_encoder", "text_encoder"], ["other"])),
         *(("latents.factor", value) for value in (0, -8, "8", 8.0, True, None)),

@@ -7,7 +7,7 @@ from pathlib import Path
 from engine.backends.base import Backend, Gpu
 from engine.errors import BackendError
 
-BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx")
+BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx", "tensorrt-lean")
 
 
 def open_backend(
@@ -40,7 +40,7 @@ def open_backend(
         check_device(kind)
         gpu = _cuda(device) if kind == "cuda" else None
         return OrtBackend(kind, threads, precision=precision or "fp32", gpu=gpu)
-    if name in ("tensorrt", "tensorrt-rtx"):
+    if name in BACKENDS:
         from engine.backends.tensorrt import TensorRtBackend
         from engine.backends.trt import open_library
 

@@ -66,20 +66,20 @@ struct Progress {
 // All jobs and lanes of one latent shape of n numbers. T is half or float, as the network has it.
 template <typename T>
 struct State {
-    T* sample;           // (lanes, n)             the network's next input
-    float* timestep;     // (lanes,)
-    const T* out;        // (lanes, n)             the network's output
-    float* x;            // (slots, n)             latents
-    float* memory;       // (slots, 4, n)          what the solver remembers
-    float* preview;      // (slots, n)             written where PREVIEW is set
-    const Row* table;    // (slots, rows_max)
-    const float* noise;  // (slots, noises_max, n) a ring, read where Slot::threads is 0
-    const float* mask;   // (slots, n)             1: repaint, 0: keep what is known; these three where BLEND is set
-    const float* known;        // (slots, n)
-    const float* known_noise;  // (slots, n)
-    float* deviation;          // (slots, 2)       standard deviations of the conditional and of the guided output
-    const Slot* slots;
-    Progress* progress;
+    T* sample;                 // (lanes, n)             the network's next input
+    float* timestep;           // (lanes,)
+    const T* out;              // (lanes, n)             the network's output
+    float* x;                  // (slots, n)             latents
+    float* memory;             // (slots, 4, n)          what the solver remembers
+    float* preview;            // (slots, n)             written where PREVIEW is set
+    const Row* table;          // (slots, rows_max)
+    const float* noise;        // (slots, noises_max, n) a ring, read where Slot::threads is 0
+    const float* mask;         // (slots, n)             1: repaint, 0: keep what is known; read where BLEND is set
+    const float* known;        // (slots, n)             likewise
+    const float* known_noise;  // (slots, n)             likewise
+    float* deviation;          // (slots, 2)             of the conditional and of the guided output
+    const Slot* slots;         // (slots,)
+    Progress* progress;        // (slots,)
     int n, rows_max, noises_max;
 };
 
@@ -179,15 +179,14 @@ __device__ inline float clipped(float value, float most) {
 
 // x after the row. A memory of weight 0 is not read: it may never have been written.
 __device__ inline float step(const Row& row, float x, float out, float* memory, size_t n, float noise) {
-    const int slot = (int)row.slot;
     float remembered = row.p != 0 ? row.p * x + row.q * out : row.q * out;
     if (row.clip != 0) remembered = clipped(remembered, row.clip);
-    memory[slot * n] = remembered;
+    memory[(int)row.slot * n] = remembered;
 
     float result = row.a * x;
     if (row.o != 0) result += row.o * out;
     for (int k = 0; k < 4; ++k)
-        if (row.b[k] != 0) result += row.b[k] * (k == slot ? remembered : memory[k * n]);
+        if (row.b[k] != 0) result += row.b[k] * memory[k * n];
     if (row.c != 0) result += row.c * noise;
     return result;
 }

@@ -173,7 +173,8 @@ class DeviceNetwork(Network, Protocol):
         """Tie every input and output of the graph to an array; symbolic dimensions take the arrays' sizes.
 
         Raises:
-            NetworkError: names, dtypes or shapes do not fit the signature, or no profile has these shapes.
+            NetworkError: names, dtypes or shapes do not fit the signature.
+            PlanError: no plan serves these shapes.
         """
 
 

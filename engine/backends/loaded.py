@@ -103,18 +103,23 @@ class LoadedPlan:
         self.record = record
         self._host = host
         self.stored = StoredWeights(store.bundle, record.refit)
-        plan = store.read(record)
-        self.engine = host.on_device(lambda: host.runtime.deserialize_cuda_engine(plan))
-        if self.engine is None:
-            raise host.failure(
-                f"{host.library.name} {host.library.version} cannot load {store.path(record)}",
-                f"a plan for it and for {host.gpu.name}",
-                f"latentrt build {store.bundle.root}",
-            )
+        self.engine = self._deserialize(store)
         check_signature(host.library, self.engine, graph, len(record.key.profiles))
         if STRIPPED in record.key.options or stale:
             self.refit(record.refit, self.stored)
         self.new_context = host.library.contexts(self.engine)
+
+    def _deserialize(self, store: PlanStore) -> Any:
+        """The engine; the verified bytes themselves are handed over, and dropped with this call."""
+        host, plan = self._host, store.read(self.record)
+        engine = host.on_device(lambda: host.runtime.deserialize_cuda_engine(plan))
+        if engine is None:
+            raise host.failure(
+                f"{host.library.name} {host.library.version} cannot load {store.path(self.record)}",
+                f"a plan for it and for {host.gpu.name}",
+                f"latentrt build {store.bundle.root}",
+            )
+        return engine
 
     def refit(self, names: Iterable[str], value: Callable[[str], NDArray[Any]]) -> None:
         """Set weights; see `engine.backends.refit.refit`."""

@@ -66,6 +66,8 @@ def refit(library: Library, logger: Any, engine: Any, names: Iterable[str], valu
     Raises:
         PlanError: a weight is missing or refused. The engine may then have some of the new weights: drop it.
     """
+    if not engine.refittable:
+        raise _error("the plan was built to keep its weights", "one whose weights can be set")
     refitter = library.module.Refitter(engine, logger)
     held: dict[str, NDArray[Any]] = {}  # TensorRT reads them until it has refitted
     wanted = list(names)

@@ -60,13 +60,13 @@ class TensorRtBackend:
 class TensorRtNetwork:
     """A network of a bundle through its plans.
 
-    `bind` ties it to arrays on the device; calling it copies host arrays there and back.
+    `bind` ties it to arrays on the device; calling it copies host arrays there and back. `graph` is the signature that
+    its plans have: for TensorRT 8.6, which has no int64, token ids are int32.
     """
 
     def __init__(self, host: Host, store: PlanStore, graph: GraphSpec, wanted: PlanKey) -> None:
-        self.graph, self.gpu = graph, host.gpu
+        self.graph, self.gpu = _as_served(graph, host.library), host.gpu
         self._host, self._store, self._wanted = host, store, wanted
-        self._served = _as_served(graph, host.library)
         self._loaded: dict[str, LoadedPlan] = {}
         self._bounds: dict[int, TensorRtBound] = {}
         self._calls: dict[tuple[tuple[str, int], ...], _HostCall] = {}
@@ -93,10 +93,10 @@ class TensorRtNetwork:
         """
         if self._closed:
             raise BackendError("the network was closed", "an open one", "load the engine again: Engine.load(...)")
-        sizes = check_arrays(self._served, arrays)
-        _check_alignment(self._served, arrays)
+        sizes = check_arrays(self.graph, arrays)
+        _check_alignment(self.graph, arrays)
         plan = self._plan(sizes)
-        bound = TensorRtBound(self._host, plan, self._served, arrays, plan.record.profile(sizes))
+        bound = TensorRtBound(self._host, plan, self.graph, arrays, plan.record.profile(sizes))
         bound.on_close = lambda: self._bounds.pop(id(bound), None)
         self._bounds[id(bound)] = bound
         return bound
@@ -111,7 +111,7 @@ class TensorRtNetwork:
         check_feeds(self.graph, feeds)
         pairs = [pair for t in self.graph.inputs for pair in zip(t.shape, feeds[t.name].shape, strict=True)]
         sizes = {side: size for side, size in pairs if isinstance(side, str)}
-        call = self._calls.pop(tuple(sizes.items()), None) or _HostCall(self, self._served, sizes)
+        call = self._calls.pop(tuple(sizes.items()), None) or _HostCall(self, self.graph, sizes)
         self._calls[tuple(sizes.items())] = call
         if len(self._calls) > SHAPES_KEPT:
             self._calls.pop(next(iter(self._calls))).close()
@@ -149,18 +149,16 @@ class TensorRtNetwork:
         self._loaded.clear()
 
     def _plan(self, sizes: Mapping[str, int]) -> LoadedPlan:
-        """A plan that serves these sizes: a loaded one, or else one of the store's."""
-        for plan in self._loaded.values():
-            if plan.record.profile(sizes) >= 0:
-                return plan
-        return self._load(self._store.find(self._wanted, sizes))
+        """The plan that serves these sizes best, which does not depend on what was asked for before."""
+        record = self._store.choose(self._fitting, sizes)
+        return self._loaded.get(record.name) or self._load(record)
 
     def _load(self, record: PlanRecord) -> LoadedPlan:
         stale = record.key.weights != self._wanted.weights
-        plan = LoadedPlan(self._host, self._store, record, self._served, stale=stale)
+        plan = LoadedPlan(self._host, self._store, record, self.graph, stale=stale)
         if self._replaced:
             plan.refit(self._replaced, self._values(plan))
-        self._loaded[record.sha256] = plan
+        self._loaded[record.name] = plan
         return plan
 
     def _values(self, plan: LoadedPlan) -> Callable[[str], NDArray[Any]]:
@@ -185,7 +183,7 @@ class _HostCall:
     def __call__(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
         for tensor in self._graph.inputs:
             array = self._arrays[tensor.name]
-            self._gpu.upload(feeds[tensor.name].astype(array.dtype, copy=False), array)
+            self._gpu.upload(feeds[tensor.name], array)
         self._bound.enqueue()
         return {tensor.name: self._gpu.download(self._arrays[tensor.name]) for tensor in self._graph.outputs}
 

@@ -6,6 +6,7 @@ version numbers. Names that a version lacks are looked up only where that versio
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import logging
 import re
@@ -44,6 +45,7 @@ DTYPES = {
     "UINT8": "uint8",
     "BOOL": "bool",
 }
+BROKEN_REFIT = (11, 3)  # says its own documentation: the bias of a product can get lost
 UNTYPED_LAYERS = ("CAST", "CONSTANT", "SHAPE")  # 8.6 takes no precision for them
 
 
@@ -91,14 +93,7 @@ class Library:
         Raises:
             BackendError: there is no driver or device that TensorRT can use.
         """
-        try:
-            runtime = self.module.Runtime(logger)
-        except (RuntimeError, TypeError) as error:  # pybind11 raises TypeError where the factory returns null
-            raise BackendError(
-                f"{self.name} {self.version} cannot start ({logger.take_errors() or error})",
-                "an NVIDIA GPU and a driver that is new enough",
-                "latentrt doctor",
-            ) from error
+        runtime = self._start("Runtime", logger)
         runtime.engine_host_code_allowed = False
         runtime.tempfile_control_flags = 0
         return runtime
@@ -147,6 +142,14 @@ class Library:
             context.device_memory = pointer
 
     # Build time
+
+    def builder(self, logger: Any) -> Any:
+        """A builder.
+
+        Raises:
+            BackendError: there is no driver or device that TensorRT can use; RTX needs none.
+        """
+        return self._start("Builder", logger)
 
     @property
     def opset(self) -> int:
@@ -254,6 +257,24 @@ class Library:
                 for i, output in enumerate(outputs):
                     layer.set_output_type(i, output.dtype)
 
+    def _start(self, kind: str, logger: Any) -> Any:
+        """Make a Runtime or Builder. Where there is no driver, that is a null pointer in disguise: an error was logged,
+        and the process crashes if it is used or destroyed, so it never is.
+        """
+        try:
+            made = getattr(self.module, kind)(logger)
+            words = logger.take_errors()
+        except TypeError as error:  # some versions raise instead
+            made, words = None, logger.take_errors() or str(error)
+        if words:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(made))
+            raise BackendError(
+                f"{self.name} {self.version} cannot start ({words})",
+                "an NVIDIA GPU and a driver that is new enough",
+                "latentrt doctor",
+            )
+        return made
+
     def _check_options(self, options: Collection[str], flags: list[str]) -> None:
         asked = f"{self.name} {self.version} was asked for a plan that is {' and '.join(options)}"
         lacking = [name for name in flags if not hasattr(self.module.BuilderFlag, name)]
@@ -263,10 +284,7 @@ class Library:
             raise PlanError(asked, "plans for this very version", "build without --version-compatible")
         if VERSION_COMPATIBLE in options and {STRIPPED, REFITTABLE} & set(options):
             raise PlanError(asked, "one of the two: the lean runtime cannot refit", "leave one of the options out")
-        if {STRIPPED, REFITTABLE} & set(options) and self.numbers[:2] == (
-            11,
-            3,
-        ):  # its release notes: GEMM biases can get lost
+        if {STRIPPED, REFITTABLE} & set(options) and self.numbers[:2] == BROKEN_REFIT:
             raise PlanError(asked, "a version whose refittable plans compute right: not 11.3", "update it")
 
 

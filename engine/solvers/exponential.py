@@ -18,12 +18,12 @@ def dpmpp_multistep(x: Vector, grid: Grid, model: Model, noise: Noise, *, kdiffu
     In third-order SDE steps, k-diffusion's sample_dpmpp_3m_sde subtracts a half within phi_3, as the expansion of the
     exponential wants (`kdiffusion`). diffusers 0.42 adds it; parity with diffusers is the default.
     """
-    settings, count = grid.settings, len(grid.points)
+    settings = grid.settings
     stochastic = settings["algorithm_type"] == "sde-dpmsolver++"
     x0s: list[Vector] = []
     for index, (here, there) in enumerate(grid.steps):
         x0s = [model.x0(x, here), *x0s[:2]]
-        order = min(settings["solver_order"], len(x0s), _final_order(settings, index, count))
+        order = min(settings["solver_order"], len(x0s), _final_order(settings, grid.first + index, grid.count))
         h = there.lam - here.lam
         y = 2 * h if stochastic else h
         decay = math.exp(-h) if stochastic else 1.0
@@ -69,16 +69,16 @@ def unipc(x: Vector, grid: Grid, model: Model, noise: Noise) -> Vector:
     Corrector and predictor differ only in the sum of divided differences, so to correct is to exchange that sum for one
     that knows x0 at the place predicted too.
     """
-    settings, count, kind = grid.settings, len(grid.points), grid.settings["solver_type"]
+    settings, kind = grid.settings, grid.settings["solver_type"]
     x0s: list[Vector] = []
     known: list[Point] = []
     order, guessed = 0, 0  # of the step before
     for index, (here, there) in enumerate(grid.steps):
         x0 = model.x0(x, here)
-        if index > 0 and index - 1 not in settings["disable_corrector"]:
+        if index > 0 and grid.first + index - 1 not in settings["disable_corrector"]:
             x = x - guessed + _unipc_differences(x0s, known, here, order, kind, x0)
         x0s, known = [x0, *x0s[:2]], [here, *known[:2]]
-        left = count - index if settings["lower_order_final"] else count
+        left = len(grid.points) - index if settings["lower_order_final"] else grid.count
         order = min(settings["solver_order"], left, index + 1)
         guessed = _unipc_differences(x0s, known, there, order, kind)
         x = there.sigma / here.sigma * x - there.alpha * math.expm1(here.lam - there.lam) * x0 + guessed

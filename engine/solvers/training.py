@@ -38,21 +38,21 @@ def ddim(x: Vector, grid: Grid, model: Model, noise: Noise, *, eta: float = 0.0)
 def pndm(x: Vector, grid: Grid, model: Model, noise: Noise) -> Vector:
     """Liu et al. 2022, linear multistep with one Euler-trapezoid step to begin with (`skip_prk_steps`).
 
-    As in diffusers the network's outputs themselves are combined, and turned into epsilon afterwards.
+    As in diffusers the network's outputs themselves are combined, and turned into epsilon afterwards; and a run that
+    begins midway redoes its first step from one stride above its second call, whichever level that is.
     """
-    stride = grid.settings["num_train_timesteps"] // len(grid.points)
-    here, there = grid.steps[0]
-    outputs = [model.output(x, here)]
-    guess = _transfer(x, outputs[0], here, there, grid)
-    if len(grid.points) == 1:
-        return guess
-    here = grid.points[1]
-    earlier = grid.levels.at(here.timestep + stride)
-    x = _transfer(x, (model.output(guess, here) + outputs[0]) / 2, earlier, here, grid)
     weights = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
-    for here, there in grid.steps[1:]:
-        outputs = [model.output(x, here), *outputs[:3]]
-        combined = sum(w * out for w, out in zip(weights[len(outputs) - 1], outputs, strict=True))
+    begin = x
+    outputs: list[Vector] = []
+    for index, (here, there) in enumerate(grid.steps):
+        out = model.output(x, here)
+        if index == 1:
+            stride = grid.settings["num_train_timesteps"] // (grid.count - 1)  # one level has two points
+            earlier = grid.levels.at(here.timestep + stride)
+            x = _transfer(begin, (out + outputs[0]) / 2, earlier, here, grid)
+            continue
+        outputs = [out, *outputs[:3]]
+        combined = sum(w * each for w, each in zip(weights[len(outputs) - 1], outputs, strict=True))
         x = _transfer(x, combined, here, there, grid)
     return x
 

@@ -1,0 +1,167 @@
+"""Workers in processes of their own: their memory is theirs, and what ends one of them ends no other."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+GRACE = 20.0  # seconds that a child gets to close
+POLL = 0.005  # seconds between two looks at the free memory
+
+
+class NotMeasuredError(Exception):
+    """A child could not do what it was asked; the message is the reason, in one line."""
+
+
+class Child:
+    """A worker object in a process of its own, called by the names of its methods.
+
+    Args:
+        worker: "module:class".
+        arguments: for it.
+    """
+
+    def __init__(self, worker: str, *arguments: Any) -> None:
+        self._started = time.perf_counter()
+        self._log = tempfile.NamedTemporaryFile("w+", prefix="latentrt-", suffix=".log", errors="replace")  # noqa: SIM115
+        context = multiprocessing.get_context("spawn")  # no daemon: torch.compile has processes of its own
+        self._ours, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(worker, arguments, theirs, self._log.name))
+        self._process.start()
+        theirs.close()
+
+    @property
+    def age(self) -> float:
+        """Seconds since the process was started."""
+        return time.perf_counter() - self._started
+
+    def ask(self, limit: float, method: str, *arguments: Any) -> Any:
+        """Call a method and wait for what it returns.
+
+        Raises:
+            NotMeasuredError: it raised, took longer than `limit` seconds, or the process died.
+        """
+        try:
+            self._ours.send((method, arguments))
+            if not self._ours.poll(limit):
+                self._process.kill()
+                raise NotMeasuredError(f"it took longer than {limit:.0f} s")
+            good, answer = self._ours.recv()
+        except (EOFError, OSError):
+            raise NotMeasuredError(self._death()) from None
+        if not good:
+            raise NotMeasuredError(answer)
+        return answer
+
+    def _death(self) -> str:
+        self._process.join(GRACE)
+        code = self._process.exitcode
+        how = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+        self._log.seek(0)
+        said = " ".join(" ".join(self._log.read().split()[-60:]).split())
+        return f"the process ended with {how}: {said[-400:]}" if said else f"the process ended with {how}"
+
+    def close(self) -> None:
+        """Let it give everything back, and end it."""
+        try:
+            self._ours.send(("close", ()))
+            self._process.join(GRACE)
+        except OSError:
+            pass
+        if self._process.is_alive():
+            self._process.kill()
+        self._process.join()
+        self._ours.close()
+        self._log.close()
+
+
+def _serve(worker: str, arguments: tuple[Any, ...], connection: Connection, log: str) -> None:
+    """The child: make the worker at the first request, and answer until it is closed."""
+    with open(log, "ab") as file:  # libraries print what they like; the last of it tells why a process died
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    module, _, name = worker.partition(":")
+    made: Any = None
+    while True:
+        try:
+            method, given = connection.recv()
+        except EOFError:  # the parent is gone
+            break
+        try:
+            if method == "close":
+                break
+            if method == "host_peak":
+                answer: Any = host_peak()
+            else:
+                made = made or getattr(import_module(module), name)(*arguments)
+                answer = getattr(made, method)(*given)
+            connection.send((True, answer))
+        except Exception as error:  # whatever it is, it is the reason why there is no figure
+            connection.send((False, reason(error)))
+    if made is not None:
+        made.close()
+
+
+def reason(error: BaseException) -> str:
+    """An error in one line, without what is private to this machine."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    text = text.replace(str(Path.home()), "~").replace(tempfile.gettempdir(), "TMP")
+    return re.sub(r"\|", "/", text)[:600]
+
+
+def host_peak() -> int:
+    """The most bytes of memory that this process ever had at once (Linux)."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
+class Meter:
+    """How much of the GPU's memory each of several processes takes, of which one works at a time.
+
+    The driver only tells what is free. What one process takes is by how much that falls while it works, and what it
+    had before. All sides are measured so, whatever their allocators say.
+
+    Args:
+        free: tells the free bytes.
+    """
+
+    def __init__(self, free: Callable[[], int]) -> None:
+        self._free = free
+        self._held: dict[str, int] = {}
+
+    @contextmanager
+    def watch(self, name: str) -> Iterator[list[int]]:
+        """Watch while `name` works; the list then has the most bytes that it had."""
+        before = least = self._free()
+        done, found = threading.Event(), list[int]()
+
+        def look() -> None:
+            nonlocal least
+            while not done.wait(POLL):
+                least = min(least, self._free())
+
+        thread = threading.Thread(target=look, daemon=True)
+        thread.start()
+        try:
+            yield found
+        finally:
+            done.set()
+            thread.join()
+            after, held = self._free(), self._held.get(name, 0)
+            self._held[name] = held + before - after
+            found.append(held + before - min(least, after))
+
+    def gone(self, name: str) -> None:
+        """Its process has ended."""
+        self._held.pop(name, None)

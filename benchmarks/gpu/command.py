@@ -1,0 +1,77 @@
+"""`python -m benchmarks gpu`: what is typed."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks.gpu.config import SIDES, Config
+from benchmarks.gpu.run import run
+from engine.errors import LatentrtError
+
+RESULTS = Path(__file__).parents[1] / "results"
+PRESETS = ("sd15", "sd21", "sdxl", "sd15-small")
+
+
+def main(words: Sequence[str]) -> int:
+    """Measure and write the report; 1 where there is nothing to measure with."""
+    arguments = _parser().parse_args(words)
+    try:
+        results = run(config_of(arguments), arguments.results)
+    except (LatentrtError, RuntimeError, subprocess.SubprocessError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    subprocess.run([sys.executable, "-m", "benchmarks", "report", "--results", arguments.results], check=True)
+    print(results.path)
+    return 0 if any(results.measured()) else 1
+
+
+def config_of(arguments: argparse.Namespace) -> Config:
+    """What was typed; what was not is the default, or a smoke run's."""
+    config = Config(batches=(1,), steps=2, repeats=1, calls=2, drift=(2,)) if arguments.quick else Config()
+    asked = {key: value for key, value in vars(arguments).items() if key not in ("quick", "results")}
+    return replace(config, **{key: value for key, value in asked.items() if value is not None})
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks gpu",
+        description="Measure full-size models on this machine's first GPU, side by side. Figures of other sides and "
+        "batches of a preset are kept, so a long run may be split into several.",
+    )
+    add = parser.add_argument
+    add("--preset", choices=PRESETS, help="true configuration, random weights [sd15]")
+    add("--bundle", type=Path, help="take this bundle's networks; --preset then only names the results")
+    add("--batches", type=_numbers, help="pictures at once [1,2,4,8,16]")
+    add("--sides", type=_sides, help=f"[{','.join(SIDES)}]")
+    add("--steps", type=int, help="[50]")
+    add("--size", type=_size, help="WIDTHxHEIGHT in pixels [the model's own]")
+    add("--repeats", type=int, help="rounds that are kept [5]")
+    add("--drift", type=_numbers, help="steps of the runs whose latents are compared; 0 for none [20,50]")
+    add("--library", choices=("tensorrt", "tensorrt-rtx"), help="[tensorrt]")
+    add("--alone", action="store_true", default=None, help="one side after the other: a GPU has room for one only")
+    add("--limit", type=float, help="seconds that opening a side for a batch may take [1200]")
+    add("--quick", action="store_true", help="a smoke run: two steps, one round; says nothing")
+    add("--results", type=Path, default=RESULTS, help="folder of the JSON and the report")
+    return parser
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(",") if int(part))
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.partition("x")
+    return int(width), int(height or width)
+
+
+def _sides(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    unknown = sorted(set(names) - set(SIDES))
+    if unknown:
+        raise argparse.ArgumentTypeError(f"no side {', '.join(unknown)}; there are {', '.join(SIDES)}")
+    return names

@@ -1,0 +1,98 @@
+"""What is measured, and by which sides."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.cases import Task, task
+
+FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "latentrt" / "benchmarks"
+
+
+class Side(NamedTuple):
+    """A way to draw pictures: a `worker` class for the child process, and what it needs to know.
+
+    `backend` is latentrt's ("tensorrt" stands for the library that was chosen); `capture` says whether CUDA graphs are
+    used, `ticks` whether the host launches row by row.
+    """
+
+    title: str
+    worker: str
+    backend: str = ""
+    capture: bool = True
+    ticks: bool = False
+    compiled: bool = False
+
+
+DIFFUSERS, ENGINE = "benchmarks.gpu.theirs:DiffusersSide", "benchmarks.gpu.ours:EngineSide"
+SIDES: Mapping[str, Side] = {
+    "diffusers": Side("diffusers, eager", DIFFUSERS),
+    "compile": Side("diffusers, torch.compile", DIFFUSERS, compiled=True),
+    "ort-ticks": Side("ONNX Runtime, tick by tick", ENGINE, "onnxruntime", ticks=True),
+    "ort-loop": Side("ONNX Runtime, plain loop", ENGINE, "onnxruntime", capture=False),
+    "ort": Side("ONNX Runtime, one launch", ENGINE, "onnxruntime"),
+    "trt-loop": Side("TensorRT, plain loop", ENGINE, "tensorrt", capture=False),
+    "trt": Side("TensorRT, one launch", ENGINE, "tensorrt"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """How much is measured.
+
+    Attributes:
+        preset: names the results; with no `bundle` it is exported, with random weights.
+        size: width and height in pixels; None is the model's own.
+        repeats: rounds that are kept, after the one that warms up.
+        calls: of a network alone, in one sample.
+        drift: numbers of steps over which latents are compared; none at all to leave that out.
+        library: the flavour of TensorRT.
+        alone: one side after the other, instead of all in turn, where the GPU has no room for all at once.
+        limit: seconds that one request to a child may take (opening a compiled side takes longest).
+        hardware: the module that opens what needs a GPU.
+    """
+
+    preset: str = "sd15"
+    bundle: Path | None = None
+    batches: tuple[int, ...] = (1, 2, 4, 8, 16)
+    sides: tuple[str, ...] = tuple(SIDES)
+    steps: int = 50
+    size: tuple[int, int] | None = None
+    repeats: int = 5
+    calls: int = 10
+    drift: tuple[int, ...] = (20, 50)
+    library: str = "tensorrt"
+    alone: bool = False
+    limit: float = 1200.0
+    solver: str = "dpmpp-2m"
+    guidance: float = 7.5
+    seed: int = 7
+    hardware: str = "benchmarks.gpu.hardware"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What every picture has in common, as `Engine.__call__` names it."""
+        sides = {} if self.size is None else {"width": self.size[0], "height": self.size[1]}
+        return {"steps": self.steps, "solver": self.solver, "guidance": self.guidance, **sides}
+
+    def backend(self, side: Side) -> str:
+        """The name of a side's backend."""
+        return self.library if side.backend == "tensorrt" else side.backend
+
+    def task(self, round_: int, batch: int) -> Task:
+        """A round's pictures, the same for every side."""
+        return task(self, round_, batch)  # type: ignore[arg-type]  # it reads what both kinds of Config have
+
+    def open_hardware(self) -> Any:
+        """The module that opens what needs a GPU."""
+        return import_module(self.hardware)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: what figures depend on."""
+        dropped = ("bundle", "hardware", "sides", "batches", "limit", "drift")
+        return {key: value for key, value in asdict(self).items() if key not in dropped}

@@ -1,0 +1,106 @@
+"""Everything that is opened on a GPU. The tests have a module of the same functions for machines without one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from engine.backends import open_backend as _open_backend
+from engine.backends.base import Backend
+from engine.backends.driver import Driver
+
+DEVICE = "cuda"  # torch's name
+HALF = "float16"  # the dtype of diffusers' sides
+COMPILE = {"mode": "max-autotune", "fullgraph": True}
+PRODUCT = (8192, 20)  # side of the matrices whose product shows the peak, and calls
+ROOT = Path(__file__).parents[2]
+
+
+def open_backend(name: str, precision: str = "fp16") -> Backend:
+    """A backend with its GPU.
+
+    Raises:
+        BackendError, MissingDependencyError: it cannot be used here.
+    """
+    return _open_backend(name, DEVICE, precision=precision)
+
+
+def build_plans(
+    bundle: Path,
+    networks: Sequence[str],
+    library: str,
+    lanes: int,
+    size: tuple[int, int],
+    limit: float,
+    options: Sequence[str] = (),
+) -> list[dict[str, Any]]:
+    """Build what plans are missing, as a user does; the seconds that each took when it was built, and its bytes.
+
+    `size` is width and height in pixels; `options` are flags of `latentrt build` ("refittable", ...).
+
+    Raises:
+        RuntimeError: they cannot be built; the message is the command's.
+        subprocess.TimeoutExpired: it takes longer than `limit` seconds.
+    """
+    named = [word for network in networks for word in ("--network", network)]
+    named += [f"--{option}" for option in options]
+    shapes = ["--lanes", str(lanes), "--size", "{}x{}".format(*size)]
+    out = latentrt("build", str(bundle), *named, *shapes, "--library", library, "--json", limit=limit)
+    plans = json.loads(out)["plans"]
+    return [
+        {"network": plan["key"]["network"], "seconds": plan["made"].get("seconds"), "bytes": plan["bytes"]}
+        for plan in plans
+    ]
+
+
+def latentrt(*words: str, limit: float) -> str:
+    """Run the command in a process of its own; what it printed.
+
+    Raises:
+        RuntimeError: it failed; the message is its own.
+        subprocess.TimeoutExpired: it takes longer than `limit` seconds.
+    """
+    command = [sys.executable, "-m", "engine.cli", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit, check=False)
+    if done.returncode:
+        said = done.stderr.strip() or done.stdout.strip()
+        raise RuntimeError(" ".join(said.split())[-600:] or f"latentrt {words[0]} exited with {done.returncode}")
+    return done.stdout
+
+
+def free_memory() -> Callable[[], int]:
+    """A function that tells how many bytes of the GPU are free, whoever took the others.
+
+    Raises:
+        BackendError, MissingDependencyError: there is no driver, or no bindings.
+    """
+    drive = _first_device()
+    return lambda: int(drive("cuMemGetInfo")[0])
+
+
+def describe() -> dict[str, Any]:
+    """The GPU that the figures are for."""
+    drive = _first_device()
+    device = drive("cuDeviceGet", 0)
+    names = ("COMPUTE_CAPABILITY_MAJOR", "COMPUTE_CAPABILITY_MINOR", "MULTIPROCESSOR_COUNT")
+    major, minor, multiprocessors = (
+        drive("cuDeviceGetAttribute", getattr(drive.api.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}"), device)
+        for name in names
+    )
+    return {
+        "name": drive("cuDeviceGetName", 256, device).split(b"\0")[0].decode(),
+        "compute_capability": f"{major}.{minor}",
+        "multiprocessors": multiprocessors,
+        "memory_gib": round(drive("cuMemGetInfo")[1] / 2**30, 1),
+        "cuda": drive.version,
+    }
+
+
+def _first_device() -> Driver:
+    drive = Driver()
+    drive.context = drive("cuDevicePrimaryCtxRetain", drive("cuDeviceGet", 0))
+    return drive

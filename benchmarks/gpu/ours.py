@@ -1,0 +1,118 @@
+"""latentrt's sides: an Engine on a GPU, drawing whole pictures, and its networks by themselves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.gpu.config import SIDES, Config
+from engine import Engine
+from engine.backends.base import Bound, DeviceArray, DeviceNetwork, size_of
+
+PARTS = ("text", "unet", "vae")
+
+
+class EngineSide:
+    """One engine, loaded for each batch anew, since every call of its UNet has the same number of lanes."""
+
+    def __init__(self, config: Config, name: str) -> None:
+        self._config, self._side = config, SIDES[name]
+        self._backend: Any = config.open_hardware().open_backend(config.backend(self._side))
+        self._engine: Engine | None = None
+        self._batch = 0
+
+    @property
+    def engine(self) -> Engine:
+        """The engine that was opened."""
+        assert self._engine is not None
+        return self._engine
+
+    def open(self, batch: int) -> None:
+        """Load the engine with lanes for `batch` guided pictures."""
+        if self._engine is not None:
+            self._engine.close()
+        self._batch = batch
+        bundle = self._config.bundle
+        assert bundle is not None
+        self._engine = Engine.load(bundle, backend=self._backend, lanes=2 * batch, capture=self._side.capture)
+
+    def draw(self, round_: int) -> tuple[float, float, list[NDArray[np.uint8]]]:
+        """A round's pictures: seconds by the wall clock, milliseconds by the device's, and the pixels."""
+        task, gpu = self._config.task(round_, self._batch), self._backend.gpu
+        ticked = {"on_tick": lambda job: None} if self._side.ticks else {}
+        gpu.wait()
+        first, start = gpu.mark(), time.perf_counter()
+        made = self.engine(task.prompts, seed=task.seeds[0], **self._config.settings, **ticked)
+        seconds = time.perf_counter() - start
+        return seconds, gpu.milliseconds(first, gpu.mark()), [np.asarray(picture) for picture in made]
+
+    def alone(self) -> dict[str, list[float]]:
+        """Milliseconds of each network for the batch: all lanes' texts, one UNet call, all pictures' decoding."""
+        spec = self.engine.spec
+        parts = {"text": spec.text_encoders, "unet": ("unet",), "vae": ("vae_decoder",)}
+        found = {}
+        for part, names in parts.items():
+            times = [self._time(name) for name in names]
+            calls = self._batch if part == "vae" else 1  # pictures are decoded one by one
+            found[part] = [calls * sum(each) for each in zip(*times, strict=True)]
+        return found
+
+    def _time(self, name: str) -> list[float]:
+        """Milliseconds of one call of a network, `repeats` times over the mean of `calls`, by the device's clock."""
+        gpu, calls = self._backend.gpu, self._config.calls
+        network: Any = self.engine._networks[name].open()
+        samples = []
+        with self._call(network, 1 if name == "vae_decoder" else 2 * self._batch) as call:
+            for _ in range(self._config.repeats + 1):
+                first = gpu.mark()
+                for _ in range(calls):
+                    call()
+                samples.append(gpu.milliseconds(first, gpu.mark()) / calls)
+        return samples[1:]
+
+    @contextmanager
+    def _call(self, network: DeviceNetwork, batch: int) -> Iterator[Callable[[], None]]:
+        """A network's call as the side queues it: as a graph, or by itself."""
+        gpu = network.gpu
+        arrays = self._arrays(network, batch)
+        bound: Bound | None = None
+        graph: Any = None
+        try:
+            bound = network.bind(arrays)
+            if self._side.capture:
+                with gpu.capture() as graph:
+                    bound.enqueue()
+            yield graph.launch if self._side.capture else bound.enqueue
+        finally:
+            for owner in (graph, bound):
+                if owner is not None:
+                    owner.close()
+            for array in arrays.values():
+                gpu.free(array)
+
+    def _arrays(self, network: DeviceNetwork, batch: int) -> dict[str, DeviceArray]:
+        """Inputs of random numbers (a GPU that multiplies zeros draws less power, and is faster), and outputs."""
+        latents, random = self.engine.spec.latents, np.random.default_rng(0)
+        width, height = self._config.size or (latents.width * latents.factor, latents.height * latents.factor)
+        sizes = {"batch": batch, "height": height // latents.factor, "width": width // latents.factor}
+        arrays = {}
+        for tensor in (*network.graph.inputs, *network.graph.outputs):
+            shape = tuple(size_of(side, sizes) for side in tensor.shape)
+            arrays[tensor.name] = network.gpu.zeros(shape, tensor.dtype)
+            if tensor in network.graph.inputs:
+                values = random.standard_normal(shape)
+                if tensor.name == "timestep" or "int" in tensor.dtype:
+                    values = random.integers(1, 100, shape)
+                network.gpu.upload(values.astype(tensor.dtype), arrays[tensor.name])
+        return arrays
+
+    def close(self) -> None:
+        """Give everything back."""
+        if self._engine is not None:
+            self._engine.close()
+        self._backend.gpu.close()

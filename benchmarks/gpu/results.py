@@ -1,0 +1,62 @@
+"""gpu-PRESET.json: every sample by side and batch, and the runs that they belong to."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.config import Config
+from benchmarks.measures import rounded
+
+
+@dataclass
+class Results:
+    """The file's contents: {"preset", "size", "runs": {run: about}, "sides": {side: {batch: record}}, "drift"}."""
+
+    path: Path
+    data: dict[str, Any]
+    run: str = ""
+
+    @classmethod
+    def open(cls, folder: Path, config: Config) -> Results:
+        """A preset's file, empty where there is none; figures of another size or number of steps make place."""
+        path = folder / f"gpu-{config.preset}.json"
+        new = {"preset": config.preset, "size": list(config.size or ()), "steps": config.steps}
+        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if any(data.get(key) != value for key, value in new.items()):
+            data = {**new, "runs": {}, "sides": {}, "drift": {}}
+        return cls(path, data)
+
+    def begin(self, about: dict[str, Any]) -> None:
+        """A run begins; runs that have no figures left are forgotten."""
+        self.run = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S}"
+        self.data["runs"] = {run: part for run, part in self.data["runs"].items() if run in self._used()}
+        self.data["runs"][self.run] = about
+        self._write()
+
+    def put(self, side: str, batch: int, record: dict[str, Any]) -> None:
+        """Replace a side's record of a batch."""
+        self.data["sides"].setdefault(side, {})[str(batch)] = {"run": self.run, **record}
+        self._write()
+
+    def put_drift(self, kind: str, steps: int, found: dict[str, Any]) -> None:
+        """Replace the drift of one kind over a number of steps."""
+        self.data["drift"].setdefault(str(steps), {})[kind] = {"run": self.run, **found}
+        self._write()
+
+    def _used(self) -> set[str]:
+        parts = (*self.data["sides"].values(), *self.data["drift"].values())
+        return {record["run"] for part in parts for record in part.values()}
+
+    def _write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(rounded(self.data), indent=1, ensure_ascii=False) + "\n"
+        self.path.write_text(text, encoding="utf-8")
+
+    def measured(self) -> list[str]:
+        """The sides that have figures."""
+        sides = self.data["sides"].items()
+        return [side for side, part in sides if any("missing" not in record for record in part.values())]

@@ -1,0 +1,194 @@
+"""diffusers' sides, as a user would write them: float16 pipelines, eager or compiled; and the matrix units' peak."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from benchmarks.gpu.config import FOLDER, SIDES, Config
+from engine.bundle import Bundle
+from engine.solvers import SOLVERS
+
+PIPELINES = {"sd": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
+
+
+class Clock:
+    """Times what is queued on torch's device: CUDA events, or the wall clock where it is a CPU."""
+
+    def __init__(self, device: str) -> None:
+        self._cuda = torch.device(device).type == "cuda"
+
+    def mark(self) -> Any:
+        """A point in the queue."""
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def milliseconds(self, start: Any, end: Any) -> float:
+        """Wait for the end; the time between."""
+        if not self._cuda:
+            return 1000 * float(end - start)
+        end.synchronize()
+        return float(start.elapsed_time(end))
+
+    def wait(self) -> None:
+        """Wait for everything that was queued."""
+        if self._cuda:
+            torch.cuda.synchronize()
+
+
+class Timed:
+    """A function whose calls are timed while `spans` is a list."""
+
+    def __init__(self, function: Callable[..., Any], clock: Clock) -> None:
+        self._function, self._clock = function, clock
+        self.spans: list[tuple[Any, Any]] | None = None
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        if self.spans is None:
+            return self._function(*arguments, **named)
+        start = self._clock.mark()
+        result = self._function(*arguments, **named)
+        self.spans.append((start, self._clock.mark()))
+        return result
+
+    def take(self) -> float:
+        """Milliseconds of all calls since timing began; it begins anew."""
+        total = sum(self._clock.milliseconds(*span) for span in self.spans or ())
+        self.spans = []
+        return total
+
+
+class DiffusersSide:
+    """A pipeline on the bundle's own folder; compiled, its UNet and VAE are tuned for each batch."""
+
+    def __init__(self, config: Config, name: str) -> None:
+        self._config, self._hardware = config, config.open_hardware()
+        self._device = self._hardware.DEVICE
+        _need_device(self._device)
+        self._clock = Clock(self._device)
+        self._pipe = open_pipeline(config, self._device, self._hardware.HALF)
+        if SIDES[name].compiled:
+            self._compile()
+        encoders = [
+            getattr(self._pipe, each) for each in Bundle.open(config.bundle, check_hashes=False).spec.text_encoders
+        ]
+        self._parts = {"text": [self._watch(each) for each in encoders], "unet": [self._watch(self._pipe.unet)]}
+        self._pipe.vae.decode = Timed(self._pipe.vae.decode, self._clock)
+        self._parts["vae"] = [self._pipe.vae.decode]
+        self._batch = 0
+
+    def _compile(self) -> None:
+        """As diffusers' own pages tell to."""
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(FOLDER / "inductor"))
+        pipe, how = self._pipe, self._hardware.COMPILE
+        for network in (pipe.unet, pipe.vae):
+            network.to(memory_format=torch.channels_last)
+        pipe.unet = torch.compile(pipe.unet, dynamic=False, **how)
+        pipe.vae.decode = torch.compile(pipe.vae.decode, dynamic=False, **how)
+
+    def _watch(self, network: Any) -> Timed:
+        network.forward = Timed(network.forward, self._clock)
+        timed: Timed = network.forward
+        return timed
+
+    def open(self, batch: int) -> None:
+        """Nothing is loaded for a batch; a compiled side compiles in its first pictures."""
+        self._batch = batch
+        if self._device == "cuda":
+            torch.cuda.empty_cache()
+
+    def draw(self, round_: int) -> tuple[float, float, list[NDArray[np.uint8]]]:
+        """As `EngineSide.draw`."""
+        task = self._config.task(round_, self._batch)
+        self._clock.wait()
+        first, start = self._clock.mark(), time.perf_counter()
+        made = draw(self._pipe, self._config, task.prompts, task.seeds)
+        seconds = time.perf_counter() - start
+        return seconds, self._clock.milliseconds(first, self._clock.mark()), [np.asarray(each) for each in made.images]
+
+    def alone(self) -> dict[str, list[float]]:
+        """As `EngineSide.alone`, but within whole pictures: the device's time from a call's start to its end."""
+        samples: dict[str, list[float]] = {part: [] for part in self._parts}
+        for round_ in range(1 + min(3, self._config.repeats)):
+            for timed in (each for part in self._parts.values() for each in part):
+                timed.spans = []
+            self.draw(round_)
+            for part, each in self._parts.items():
+                total = sum(timed.take() for timed in each)
+                samples[part].append(total / self._config.steps if part == "unet" else total)
+        for timed in (each for part in self._parts.values() for each in part):
+            timed.spans = None
+        return {part: times[1:] for part, times in samples.items()}
+
+    def close(self) -> None:
+        """The process ends next."""
+
+
+class Peak:
+    """What the matrix units do at most, measured."""
+
+    def __init__(self, config: Config) -> None:
+        self._hardware = config.open_hardware()
+        _need_device(self._hardware.DEVICE)
+
+    def tflops(self) -> float:
+        """The best of five times: float16 products of two square matrices, in 10**12 operations a second."""
+        device, dtype = self._hardware.DEVICE, getattr(torch, self._hardware.HALF)
+        side, calls = self._hardware.PRODUCT
+        clock, a, b = Clock(device), *(torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+        times = []
+        for _ in range(6):
+            start = clock.mark()
+            for _ in range(calls):
+                a @ b
+            times.append(clock.milliseconds(start, clock.mark()) / calls)
+        return 2 * side**3 / min(times[1:]) / 1e9
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+
+def open_pipeline(config: Config, device: str, dtype: str) -> Any:
+    """The pipeline of the bundle's folder, quiet and never on the network."""
+    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", DIFFUSERS_VERBOSITY="error")
+    import diffusers
+    from diffusers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    assert config.bundle is not None
+    kind = getattr(diffusers, PIPELINES[Bundle.open(config.bundle, check_hashes=False).spec.family])
+    pipe = kind.from_pretrained(Path(config.bundle), torch_dtype=getattr(torch, dtype), local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    solver = SOLVERS[config.solver]
+    scheduler: Any = getattr(diffusers, solver.scheduler)
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **solver.settings)
+    return pipe.to(device)
+
+
+def draw(pipe: Any, config: Config, prompts: Any, seeds: Any, steps: int | None = None, **more: Any) -> Any:
+    """The pipeline's answer; noise is made on the CPU, as latentrt's default is."""
+    width, height = config.size or (None, None)
+    return pipe(
+        list(prompts),
+        num_inference_steps=steps or config.steps,
+        guidance_scale=config.guidance,
+        width=width,
+        height=height,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        **more,
+    )
+
+
+def _need_device(device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f"this torch ({torch.__version__}) has no CUDA device")

@@ -1,0 +1,117 @@
+"""The ASGI application: routes, errors, metrics and the gate, around a service."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.staticfiles import StaticFiles
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
+
+from engine import __version__
+from engine.errors import LatentrtError
+from engine.serve import health, openai_api, sdapi
+from engine.serve.catalog import Catalog
+from engine.serve.config import Settings
+from engine.serve.context import Context
+from engine.serve.gate import Gate, too_much
+from engine.serve.logs import logger
+from engine.serve.metrics import Metrics
+from engine.serve.problems import Answer, answer_to, answer_to_status, answer_to_validation
+
+if TYPE_CHECKING:
+    from engine.serve.service import Service
+
+Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
+# Parts of a form: every field there is, with room for repeated ones.
+_FORM = {"max_fields": 64, "max_files": 18}
+
+
+def create_app(
+    service: Service, settings: Settings, *, metrics: Metrics | None = None, lifespan: Lifespan | None = None
+) -> FastAPI:
+    """The application.
+
+    Args:
+        service: what draws.
+        settings: its limits, names and keys.
+        metrics: the service's observer; None where the service has another one.
+        lifespan: what runs around the serving, if anything.
+
+    Raises:
+        RequestError: a setting does not suit the model, or the keys cannot be read.
+    """
+    catalog = Catalog(service.engine.spec, service.engine.schedule, settings)
+    metrics = metrics or Metrics(catalog.name)
+    context = Context(service, settings, catalog, metrics)
+    _gauges(context)
+    keys = settings.secrets()
+    app = FastAPI(
+        title="latentrt",
+        summary="Stable Diffusion: the OpenAI Images API, and a thin one of A1111.",
+        version=__version__,
+        redoc_url=None,
+        lifespan=lifespan,
+        strict_content_type=True,
+        form_limits={**_FORM, "max_part_size": 4 * settings.max_prompt + 1024},
+        middleware=[
+            Middleware(
+                Gate, keys=keys, most_bytes=settings.max_body, body_timeout=settings.body_timeout, metrics=metrics
+            ),
+            Middleware(RequestBodyLimitMiddleware, max_body_size=settings.max_body),
+        ],
+    )
+    app.state.context = context
+    for router in (health.router, openai_api.router, sdapi.router):
+        app.include_router(router)
+    if health.PAGE.is_dir():
+        app.mount("/static", StaticFiles(directory=health.PAGE), name="static")
+    for kind in (LatentrtError, RequestValidationError, HTTPException):
+        app.add_exception_handler(kind, _answer)
+    return app
+
+
+def _gauges(context: Context) -> None:
+    service, board, metrics = context.service, context.board, context.metrics
+    metrics.gauge("num_requests_running", "Requests whose first step has run.", lambda: _count(board, True))
+    metrics.gauge("num_requests_waiting", "Requests whose first step has not run.", lambda: _count(board, False))
+    metrics.gauge("num_images_running", "Pictures that have lanes.", lambda: service.running)
+    metrics.gauge("num_images_waiting", "Pictures that wait for lanes.", lambda: service.waiting)
+    metrics.gauge("ready", "1 if requests are taken.", lambda: float(service.ready))
+
+
+def _count(board: Any, running: bool) -> int:
+    return sum((entry.started is not None) is running for entry in board)
+
+
+async def _answer(request: Request, error: Exception) -> JSONResponse:
+    """Any error that a route or the framework raised, in OpenAI's shape."""
+    answer = _answer_of(request, error)
+    facts = request.scope["state"]["facts"]
+    facts["outcome"] = answer.code
+    if answer.status == 500:
+        logger().error("a request failed", id=facts["id"], exc_info=error)
+    return JSONResponse(answer.body, answer.status, answer.headers)
+
+
+def _answer_of(request: Request, error: Exception) -> Answer:
+    if isinstance(error, RequestValidationError):
+        return answer_to_validation(error.errors())
+    if isinstance(error, HTTPException):
+        if error.status_code == 413:
+            return too_much(request.app.state.context.settings.max_body)
+        answer = answer_to_status(error.status_code, str(error.detail))
+        return Answer(answer.status, answer.code, answer.message, None, dict(error.headers or {}))
+    return answer_to(error)
+
+
+@asynccontextmanager
+async def nothing(_: FastAPI) -> AsyncIterator[None]:
+    """A lifespan without a beginning or an end."""
+    yield

@@ -1,0 +1,201 @@
+"""What is served: the model's names, the sizes it draws, its solvers; from what a client wrote to a Request."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+from engine.errors import RequestError
+from engine.schedule import Schedule
+from engine.serve.config import Settings
+from engine.serve.problems import Problem
+from engine.solvers import ALIASES, SOLVERS
+from engine.spec import MAX_SEED, ModelSpec, Request
+from engine.table import tabulate
+
+LEAST_LATENTS = 8  # a side; below it a UNet's deepest level would have less than one
+SUGGESTED = ("256x256", "512x512", "768x768", "1024x1024", "1024x1536", "1536x1024")
+
+
+class Catalog:
+    """The model as clients see it."""
+
+    def __init__(self, spec: ModelSpec, schedule: Schedule, settings: Settings) -> None:
+        self.spec = spec
+        self.settings = settings
+        self.name = settings.model_name or spec.id
+        self.names = (self.name, *(alias for alias in settings.aliases if alias != self.name))
+        self.factor = spec.latents.factor
+        self.own = spec.latents.width * self.factor, spec.latents.height * self.factor
+        self.sizes = tuple(self._listed(size) for size in settings.sizes)
+        self._solvers = _solver_names(schedule)
+        self._default: str | None = None
+        self._default = self.solver(settings.scheduler)
+
+        @lru_cache(maxsize=4096)
+        def rows(solver: str | None, steps: int, options: tuple[tuple[str, Any], ...]) -> int:
+            return len(tabulate(solver, schedule, steps, **dict(options)))
+
+        self._rows = rows
+
+    def model(self, name: str | None) -> str:
+        """The model's own name for one of its names; none stands for it too.
+
+        Raises:
+            Problem: 404 model_not_found.
+        """
+        if name and name not in self.names:
+            raise Problem(
+                f"there is no model {name[:100]!r}",
+                f"one of {', '.join(self.names)}",
+                "take one of these, or leave model out",
+                param="model",
+                status=404,
+                code="model_not_found",
+            )
+        return self.name
+
+    def size(self, text: str | None) -> tuple[int, int]:
+        """Width and height of "512x512"; None, "" and "auto" are the model's own.
+
+        Raises:
+            Problem: 400 unsupported_size, with those that are there.
+        """
+        if text in (None, "", "auto"):
+            return self.own
+        width, _, height = str(text).partition("x")
+        if not all(side.isascii() and side.isdecimal() and len(side) < 6 for side in (width, height)):
+            raise self._unsupported(str(text)[:40], "size")
+        return self.sides(int(width), int(height))
+
+    def sides(self, width: int, height: int, *, param: str = "size") -> tuple[int, int]:
+        """The same, for two numbers."""
+        if not self._drawn(width, height):
+            raise self._unsupported(f"{width}x{height}", param)
+        return width, height
+
+    def fitting(self, width: int, height: int) -> tuple[int, int]:
+        """The size in which a picture that a client sent is edited: its shape, with the model's own number of pixels."""
+        if self.sizes:
+            return min(self.sizes, key=lambda size: abs(math.log(size[0] / size[1] * height / width)))
+        scale = math.sqrt(self.own[0] * self.own[1] / (width * height))
+        least, step = LEAST_LATENTS * self.factor, self.factor
+        most = self.settings.max_side // step * step
+        fitted = [min(most, max(least, round(side * scale / step) * step)) for side in (width, height)]
+        return fitted[0], fitted[1]
+
+    def solver(self, name: str | None) -> str | None:
+        """The engine's name of a solver or diffusers class; None is the default one.
+
+        Raises:
+            Problem: 400 invalid_value.
+        """
+        if not name:
+            return self._default
+        if name not in self._solvers:
+            raise Problem(
+                f"there is no scheduler {name[:100]!r}",
+                f"one of {', '.join(self._solvers)}",
+                "take one of these, or leave scheduler out",
+                param="scheduler",
+            )
+        return self._solvers[name]
+
+    def rows(self, request: Request) -> int:
+        """How many network calls each of its pictures takes.
+
+        Raises:
+            Problem: the solver does not take so many steps, or not these options.
+        """
+        try:
+            return self._rows(request.solver, request.steps, tuple(sorted(request.options.items())))
+        except RequestError as error:
+            raise Problem(error.found, error.needed, error.mend, param="num_inference_steps") from error
+
+    def request(
+        self,
+        prompt: str,
+        *,
+        negative_prompt: str | None,
+        n: int | None,
+        size: tuple[int, int],
+        steps: int | None,
+        guidance: float | None,
+        scheduler: str | None,
+        seed: int | None,
+        options: Mapping[str, Any] | None = None,
+    ) -> Request:
+        """What the engine is asked, with the defaults of this server and within its limits.
+
+        Raises:
+            Problem: what goes beyond a limit, by the name it has in the OpenAI API.
+        """
+        limits = self.settings
+        count = n or 1
+        steps = steps or limits.steps
+        _at_most("n", count, limits.most_pictures)
+        _at_most("num_inference_steps", steps, limits.max_steps)
+        for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt or "")):
+            _at_most(name, len(text), limits.max_prompt, "characters")
+        _at_most("seed", 0 if seed is None else seed, MAX_SEED - count + 1)
+        return Request(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            steps=steps,
+            solver=self.solver(scheduler),
+            seed=secrets.randbelow(2**32 - count) if seed is None else seed,
+            guidance=limits.guidance if guidance is None else guidance,
+            width=size[0],
+            height=size[1],
+            count=count,
+            options=options or {},
+        )
+
+    def _drawn(self, width: int, height: int) -> bool:
+        if self.sizes:
+            return (width, height) in self.sizes
+        least, step = LEAST_LATENTS * self.factor, self.factor
+        sides = all(least <= side <= self.settings.max_side and side % step == 0 for side in (width, height))
+        return (width, height) == self.own or (sides and width * height <= self.settings.max_pixels)
+
+    def _unsupported(self, found: str, param: str) -> Problem:
+        own = f"{self.own[0]}x{self.own[1]}"
+        if self.sizes:
+            needed = ", ".join(f"{width}x{height}" for width, height in self.sizes)
+        else:
+            good = [size for size in SUGGESTED if self._drawn(*map(int, size.split("x"))) and size != own]
+            needed = (
+                f"{', '.join((own, *good))}, or any sides that are multiples of {self.factor} from"
+                f" {LEAST_LATENTS * self.factor} to {self.settings.max_side} with at most"
+                f" {self.settings.max_pixels} pixels in all"
+            )
+        mend = "take one of these, or auto"
+        return Problem(f"size {found!r} is not supported", needed, mend, param=param, code="unsupported_size")
+
+    def _listed(self, text: str) -> tuple[int, int]:
+        width, _, height = text.partition("x")
+        good = all(side.isascii() and side.isdecimal() and len(side) < 6 for side in (width, height))
+        if not good or any(int(side) < 1 or int(side) % self.factor for side in (width, height)):
+            raise RequestError(
+                f"sizes has {text!r}", f"WIDTHxHEIGHT in multiples of {self.factor}", "change sizes in the settings"
+            )
+        return int(width), int(height)
+
+
+def _solver_names(schedule: Schedule) -> dict[str, str | None]:
+    """Every name that a client may give a solver; a class has the first solver that is of it, the bundle's own None."""
+    names: dict[str, str | None] = {name: name for name in SOLVERS}
+    names |= ALIASES
+    for name, solver in SOLVERS.items():
+        names.setdefault(solver.scheduler, name)
+    names[schedule.scheduler] = None
+    return names
+
+
+def _at_most(name: str, value: int, most: int, unit: str = "") -> None:
+    if value > most:
+        what = f"{value} {unit}".strip()
+        raise Problem(f"{name} is {what}", f"at most {most}", f"take a smaller {name}", param=name)

@@ -1,0 +1,205 @@
+"""What every request passes before a route sees it: its id, its key, the size and pace of its body; and its log line.
+
+ASGI, not Starlette's BaseHTTPMiddleware: streams pass through untouched, and a refusal comes before the body is read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hmac
+import re
+import secrets
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from engine.serve.logs import logger
+from engine.serve.metrics import Metrics
+from engine.serve.problems import Answer, answer_to
+
+OPEN = ("/", "/health/live", "/health/ready", "/metrics", "/openapi.json", "/docs", "/favicon.ico")
+OPEN_BELOW = "/static/"
+CLIENT_GONE = 499  # nginx' number for it; it is seen in the log alone
+_ID = re.compile(r"[!-~]{1,128}")
+_QUIET_ROUTES = ("/health/live", "/health/ready", "/metrics")
+
+
+class Gate:
+    """The outermost layer of the application."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        keys: tuple[bytes, ...],
+        most_bytes: int,
+        body_timeout: float,
+        metrics: Metrics,
+    ) -> None:
+        self._app = app
+        self._keys = keys
+        self._most_bytes = most_bytes
+        self._body_timeout = body_timeout
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        headers = Headers(scope=scope)
+        passage = _Passage(scope, receive, send, _id_of(headers), self._body_timeout)
+        refusal = self._refusal(scope["path"], headers, passage.facts)
+        try:
+            if refusal is not None:
+                await passage.answer(refusal)
+            else:
+                await self._app(scope, passage.receive, passage.send)
+        except (ClientDisconnect, asyncio.CancelledError) as error:
+            passage.gone = True
+            if isinstance(error, asyncio.CancelledError):
+                raise
+        except Exception as error:
+            passage.facts["outcome"] = "engine_error"
+            logger().exception("the server failed", id=passage.facts["id"])
+            if passage.status is None:
+                await passage.answer(answer_to(error))
+        finally:
+            self._report(passage)
+
+    def _refusal(self, path: str, headers: Headers, facts: dict[str, Any]) -> Answer | None:
+        """Why the body need not be read."""
+        if self._keys and path not in OPEN and not path.startswith(OPEN_BELOW):
+            owner = _owner(self._keys, headers.get("authorization", ""))
+            if owner is None:
+                message = "a key is needed: send it as `Authorization: Bearer KEY`"
+                return Answer(401, "invalid_api_key", message, None, {"www-authenticate": "Bearer"})
+            facts["owner"] = owner
+        length = headers.get("content-length", "")
+        if length.isdecimal() and int(length[:20]) > self._most_bytes:
+            return too_much(self._most_bytes)
+        return None
+
+    def _report(self, passage: _Passage) -> None:
+        facts, seconds = passage.facts, time.monotonic() - passage.began
+        status, outcome = passage.end()
+        route = getattr(passage.scope.get("route"), "path", None) or "unknown"
+        drawn = "n" in facts and outcome == "ok"
+        self._metrics.ended_request(route, outcome, status, seconds if drawn else None)
+        told = {key: value for key, value in facts.items() if key not in ("owner", "outcome")}
+        write = logger().debug if passage.scope["path"] in _QUIET_ROUTES else logger().info
+        write(
+            "request",
+            method=passage.scope["method"],
+            route=route,
+            status=status,
+            outcome=outcome,
+            seconds=round(seconds, 4),
+            **told,
+        )
+
+
+@dataclass(slots=True)
+class _Passage:
+    """One request on its way in and its answer on the way out."""
+
+    scope: Scope
+    inner_receive: Receive
+    inner_send: Send
+    id: str
+    body_timeout: float
+    began: float = field(default_factory=time.monotonic)
+    status: int | None = None
+    gone: bool = False
+    closed: bool = False
+    body_read: bool = False
+    facts: dict[str, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.facts = {"id": self.id, "owner": ""}
+        self.scope.setdefault("state", {})["facts"] = self.facts
+
+    async def receive(self) -> Message:
+        """The body has a time in which to come; after it, only a disconnect can."""
+        if self.body_read:
+            return self._noted(await self.inner_receive())
+        try:
+            async with asyncio.timeout(self.began + self.body_timeout - time.monotonic()):
+                message = await self.inner_receive()
+        except TimeoutError:
+            raise HTTPException(408, f"the request's body did not come within {self.body_timeout:g} seconds") from None
+        self.body_read = not message.get("more_body", False)
+        return self._noted(message)
+
+    def _noted(self, message: Message) -> Message:
+        if message["type"] == "http.disconnect" and not self.closed:
+            self.gone = True
+        return message
+
+    async def send(self, message: Message) -> None:
+        """Pass on, with the request's id."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            headers = MutableHeaders(scope=message)
+            headers["x-request-id"] = self.id
+            headers["x-content-type-options"] = "nosniff"
+        elif not message.get("more_body", False):
+            self.closed = True
+        await self.inner_send(message)
+
+    async def answer(self, answer: Answer) -> None:
+        """Refuse."""
+        self.facts["outcome"] = answer.code
+        response = JSONResponse(answer.body, answer.status, answer.headers)
+        await response(self.scope, self.inner_receive, self.send)
+
+    def end(self) -> tuple[int, str]:
+        """Status and outcome, as the log and the metrics tell them."""
+        outcome = self.facts.get("outcome")
+        if outcome is None and self.gone and not self.closed:
+            return CLIENT_GONE, "client_gone"
+        status = self.status or CLIENT_GONE
+        return status, outcome or ("ok" if status < 400 else "refused")
+
+
+def too_much(most_bytes: int) -> Answer:
+    """413."""
+    return Answer(413, "body_too_large", f"the request is too large; at most {most_bytes} bytes are read")
+
+
+def _id_of(headers: Headers) -> str:
+    """The client's own id, if it is one that a log can hold; else a new one."""
+    given = headers.get("x-request-id", "")
+    return given if _ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
+
+
+def _owner(keys: tuple[bytes, ...], authorization: str) -> str | None:
+    """A stable name of the key that was sent, or None; how long it takes does not tell which key came close.
+
+    A1111's clients send Basic: the key may stand there alone, as the password, or with its user as "user:password".
+    """
+    scheme, _, credentials = authorization.partition(" ")
+    tries = [credentials.strip().encode()]
+    if scheme.lower() == "basic":
+        tries = _of_basic(credentials.strip())
+    elif scheme.lower() != "bearer":
+        return None
+    found = None
+    for index, key in enumerate(keys):
+        for attempt in tries:
+            if hmac.compare_digest(key, attempt):
+                found = f"key-{index}"
+    return found
+
+
+def _of_basic(credentials: str) -> list[bytes]:
+    try:
+        pair = base64.b64decode(credentials, validate=True)
+    except ValueError:
+        return []
+    return [pair, pair.partition(b":")[2]]

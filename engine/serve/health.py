@@ -1,0 +1,127 @@
+"""Is it alive, is it ready, what does it measure, what is it doing; and the page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from fastapi import APIRouter
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
+from pydantic import BaseModel
+from starlette.responses import Response
+
+from engine.serve.context import Served
+from engine.serve.metrics import CONTENT_TYPE
+from engine.serve.problems import Problem, answer_to_status
+from engine.serve.routes import errors
+
+PAGE = Path(__file__).parent / "page"
+
+router = APIRouter(tags=["operations"])
+
+
+class Health(BaseModel):
+    """Of the server."""
+
+    status: Literal["ok", "starting", "draining", "failed"]
+
+
+class Job(BaseModel):
+    """A request for pictures that waits or runs."""
+
+    id: str
+    api: str
+    state: Literal["waiting", "running"]
+    pictures: int
+    done: int
+    rows: int
+    row: int
+    progress: float
+    queue_seconds: float
+    seconds: float
+
+
+class Queue(BaseModel):
+    """What the server is doing. Pictures are counted, not requests; prompts are nobody else's business."""
+
+    state: Literal["starting", "ready", "draining", "failed"]
+    waiting: int
+    running: int
+    capacity: int
+    jobs: list[Job]
+
+
+@router.get("/health/live")
+async def live() -> Health:
+    """200 as long as the process can answer."""
+    return Health(status="ok")
+
+
+@router.get("/health/ready", responses={503: {"model": Health, "description": "It takes no requests now."}})
+async def ready(context: Served) -> JSONResponse:
+    """200 if requests are taken, 503 if not: starting, draining, or failed until a self-check passes."""
+    good = context.service.ready
+    return JSONResponse({"status": "ok" if good else context.service.state}, 200 if good else 503)
+
+
+@router.get("/metrics", response_class=PlainTextResponse)
+async def metrics(context: Served) -> Response:
+    """For Prometheus."""
+    return Response(context.metrics.text(), media_type=CONTENT_TYPE)
+
+
+@router.get("/latentrt/queue", responses=errors(401))
+async def queue(context: Served) -> Queue:
+    """Every request that waits or runs, oldest first, and how far it is."""
+    service = context.service
+    return Queue(
+        state=service.state,
+        waiting=service.waiting,
+        running=service.running,
+        capacity=context.settings.queue,
+        jobs=[Job(**entry.facts()) for entry in context.board],
+    )
+
+
+@router.get("/latentrt/model", responses=errors(401))
+async def model(context: Served) -> dict[str, Any]:
+    """What a page or a client may offer: names, the model's own size, limits, defaults, solvers."""
+    catalog, settings = context.catalog, context.settings
+    return {
+        "model": catalog.name,
+        "names": catalog.names,
+        "size": "{}x{}".format(*catalog.own),
+        "sizes": ["{}x{}".format(*size) for size in catalog.sizes],
+        "step": catalog.factor,
+        "limits": {
+            name: getattr(settings, name)
+            for name in ("max_side", "max_pixels", "max_steps", "max_prompt", "max_image_bytes")
+        }
+        | {"max_n": settings.most_pictures},
+        "defaults": {"steps": settings.steps, "guidance": settings.guidance, "scheduler": settings.scheduler},
+        "schedulers": catalog.solver_names,
+    }
+
+
+@router.post("/latentrt/jobs/{job}/cancel", responses=errors(401, 404))
+async def cancel(job: str, context: Served) -> JSONResponse:
+    """Give up every request with this x-request-id; whoever waits for it gets 409 cancelled."""
+    entries = [entry for entry in context.board if entry.id == job]
+    for entry in entries:
+        entry.ticket.cancel()
+    if not entries:
+        raise Problem(
+            f"no request {job[:128]!r} waits or runs", "one that /latentrt/queue lists", "ask there", status=404,
+            code="not_found",
+        )
+    return JSONResponse({"cancelled": len(entries)})
+
+
+@router.get("/", include_in_schema=False)
+async def page() -> Response:
+    """The page."""
+    index = PAGE / "index.html"
+    if index.is_file():
+        return FileResponse(index)
+    missing = answer_to_status(404, "this server has no page; the API is described at /docs")
+    return JSONResponse(missing.body, 404)

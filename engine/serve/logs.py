@@ -1,0 +1,64 @@
+"""Structured logs: JSON for machines, colours for a terminal; what people wrote stays out unless it is asked for."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any, TextIO
+
+import structlog
+from structlog.typing import EventDict, WrappedLogger
+
+from engine.serve.config import Settings
+
+# What the libraries beneath have to say of every request is said once, by our own line.
+_QUIET = ("uvicorn.access", "sse_starlette", "python_multipart", "asyncio", "PIL")
+SECRET = ("prompt", "negative_prompt")
+
+
+def configure(settings: Settings, stream: TextIO | None = None) -> None:
+    """Send all logs, those of the libraries too, to one stream in one form; standard error if none is given."""
+    stream = sys.stderr if stream is None else stream
+    as_json = settings.log_format == "json" or (settings.log_format == "auto" and not stream.isatty())
+    shared: list[Any] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    last: list[Any] = (
+        [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+        if as_json
+        else [structlog.dev.ConsoleRenderer(colors=stream.isatty())]
+    )
+    if not settings.log_prompts:
+        shared.append(_without_prompts)
+    structlog.configure(
+        processors=[structlog.stdlib.filter_by_level, *shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=False,
+    )
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *last],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(settings.log_level.upper())
+    for name in _QUIET:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # it warns of every malformed body
+
+
+def logger() -> Any:
+    """The server's own logger."""
+    return structlog.stdlib.get_logger("latentrt.serve")
+
+
+def _without_prompts(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+    for name in SECRET:
+        event.pop(name, None)
+    return event

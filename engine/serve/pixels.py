@@ -1,0 +1,182 @@
+"""Files that clients send → arrays, pictures → what is sent back. Runs in threads of its own, off the event loop."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from io import BytesIO
+from typing import TYPE_CHECKING, TypeVar
+
+import anyio.to_thread
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.serve.problems import Problem
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+T = TypeVar("T")
+Uint8 = NDArray[np.uint8]
+FORMATS = ("PNG", "JPEG", "WEBP")
+_THREADS = anyio.CapacityLimiter(2)  # enough to keep up with any engine, too few to take the CPU from it
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A picture to edit, as it came: bytes of files, not decoded yet.
+
+    `mask_alpha` says how the mask is meant: alpha 0 is edited (OpenAI), or white is (A1111).
+    """
+
+    image: bytes
+    mask: bytes | None = None
+    mask_alpha: bool = True
+    mask_inverted: bool = False
+    strength: float = 0.8
+    names: tuple[str, str] = ("image", "mask")
+
+
+async def in_thread(work: Callable[[], T]) -> T:
+    """Run something that takes milliseconds of CPU where the event loop does not wait for it."""
+    return await anyio.to_thread.run_sync(work, limiter=_THREADS)
+
+
+async def decode(source: Source, size: tuple[int, int], most_pixels: int) -> tuple[Uint8, Uint8 | None]:
+    """The picture (H, W, 3) and the mask (H, W), 255 where it is repainted, both of the given width and height.
+
+    Raises:
+        Problem: 400 image_decode_failed, or a mask that does not fit the picture.
+    """
+    return await in_thread(partial(_decode, source, size, most_pixels))
+
+
+def shape_of(data: bytes, param: str, most_pixels: int) -> tuple[int, int]:
+    """Width and height as seen (EXIF's rotation counts); reads the header alone.
+
+    Raises:
+        Problem: 400 image_decode_failed.
+    """
+    with _opened(data, param, most_pixels) as image:
+        turned = image.getexif().get(0x0112, 1) >= 5
+        return (image.height, image.width) if turned else image.size
+
+
+def encode(image: Image, kind: str, quality: int | None = None) -> str:
+    """Base64 of a file: png, jpeg or webp; a picture of the engine takes its settings along."""
+    buffer = BytesIO()
+    if quality is None or kind == "png":
+        image.save(buffer, kind)
+    else:
+        image.save(buffer, kind, quality=quality)
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def from_base64(text: str, param: str, most_bytes: int) -> bytes:
+    """The bytes of base64 text or of a data: URL; no other URL is ever read.
+
+    Raises:
+        Problem: a URL, or no base64, or too much of it.
+    """
+    if text.startswith(("http:", "https:", "file:", "ftp:")):
+        raise Problem(f"{param} is a URL", "the picture itself, as base64", "send its bytes", param=param)
+    if text.startswith("data:"):
+        text = text.partition(",")[2]
+    if len(text) > most_bytes * 4 // 3 + 4:
+        raise too_large(param, most_bytes)
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise _undecodable(param, "no base64") from error
+
+
+def too_large(param: str, most_bytes: int) -> Problem:
+    """The refusal of a file that has too many bytes."""
+    return Problem(
+        f"{param} is too large",
+        f"at most {most_bytes} bytes",
+        "send a smaller picture",
+        param=param,
+        status=413,
+        code="image_too_large",
+    )
+
+
+def _decode(source: Source, size: tuple[int, int], most_pixels: int) -> tuple[Uint8, Uint8 | None]:
+    from PIL import Image
+
+    image_name, mask_name = source.names
+    picture = _loaded(source.image, image_name, most_pixels)
+    pixels = np.asarray(_flat(picture).resize(size, Image.Resampling.LANCZOS))
+    if source.mask is None:
+        return pixels, None
+    mask = _loaded(source.mask, mask_name, most_pixels)
+    if mask.size != picture.size:
+        found, needed = (f"{side[0]}x{side[1]}" for side in (mask.size, picture.size))
+        raise Problem(f"{mask_name} is {found}", f"the picture's {needed}", "resize it", param=mask_name)
+    chosen = np.asarray(_repainted(mask, source).resize(size, Image.Resampling.BILINEAR))
+    return pixels, np.where(chosen >= 128, np.uint8(255), np.uint8(0))
+
+
+def _repainted(mask: Image, source: Source) -> Image:
+    """The mask as levels of grey: white is what is repainted."""
+    from PIL import ImageChops
+
+    name = source.names[1]
+    if source.mask_alpha:
+        if "A" not in mask.getbands():
+            raise Problem(f"{name} has no alpha", "a PNG whose alpha is 0 where to edit", "save it so", param=name)
+        return ImageChops.invert(mask.getchannel("A"))
+    grey = _flat(mask).convert("L")
+    return ImageChops.invert(grey) if source.mask_inverted else grey
+
+
+def _flat(image: Image) -> Image:
+    """RGB; what is transparent becomes white."""
+    from PIL import Image as Pillow
+
+    if "A" not in image.getbands():
+        return image.convert("RGB")
+    paper = Pillow.new("RGBA", image.size, "white")
+    paper.alpha_composite(image.convert("RGBA"))
+    return paper.convert("RGB")
+
+
+def _loaded(data: bytes, param: str, most_pixels: int) -> Image:
+    """Upright, with palettes and their transparency resolved."""
+    from PIL import ImageOps
+
+    image = _opened(data, param, most_pixels)
+    try:
+        image.load()
+        upright = ImageOps.exif_transpose(image)
+        return upright.convert("RGBA") if "transparency" in upright.info else upright
+    except Exception as error:  # what a decoder raises on broken input is not specified
+        raise _undecodable(param, "damaged") from error
+
+
+def _opened(data: bytes, param: str, most_pixels: int) -> Image:
+    """A file whose header was read; its size is checked before anything is decoded."""
+    from PIL import Image
+
+    try:
+        image = Image.open(BytesIO(data), formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _undecodable(param, "too many pixels") from error
+    except Exception as error:
+        raise _undecodable(param, f"no {', '.join(FORMATS)}, or damaged") from error
+    if image.width * image.height > most_pixels:
+        raise _undecodable(param, f"{image.width}x{image.height} pixels, more than {most_pixels} in all")
+    return image
+
+
+def _undecodable(param: str, why: str) -> Problem:
+    return Problem(
+        f"{param} cannot be decoded: {why}",
+        f"a whole picture: {', '.join(FORMATS)}",
+        "send another file",
+        param=param,
+        code="image_decode_failed",
+    )

@@ -1,0 +1,91 @@
+"""`benchmarks.gpu.hardware` without a GPU: an emulated device, ONNX Runtime on the CPU, a fake TensorRT, torch's CPU.
+
+So the whole benchmark and the tests of tests/gpu run where there is no GPU. No figure that comes of it means anything.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fake_tensorrt import FakeTensorRt, put_plan
+from host_gpu import HostGpu
+
+from engine.backends.base import Backend
+from engine.backends.ort import OrtBackend
+from engine.backends.tensorrt import TensorRtBackend
+from engine.bundle import Bundle
+
+DEVICE = "cpu"
+HALF = "float32"
+COMPILE = {"backend": "eager"}
+PRODUCT = (64, 2)
+PLANS = "LATENTRT_TEST_PLANS"  # the environment's name for the folder of fake plans
+
+
+class ClockedGpu(HostGpu):
+    """An emulated GPU whose marks are points in real time."""
+
+    def mark(self) -> Any:
+        mark = super().mark()
+        mark.seconds = time.perf_counter()
+        return mark
+
+    def milliseconds(self, start: Any, end: Any) -> float:
+        return 1000 * float(end.seconds - start.seconds)
+
+
+def open_backend(name: str, precision: str = "fp16") -> Backend:
+    """A backend on an emulated GPU of its own."""
+    gpu = ClockedGpu()
+    if name == "onnxruntime":
+        return OrtBackend(threads=1, precision=precision, gpu=gpu)
+    fake = FakeTensorRt(name, submit=gpu.call)
+    return TensorRtBackend(gpu, fake.library, precision=precision, plans=Path(os.environ[PLANS]))
+
+
+def build_plans(
+    bundle: Path,
+    networks: Sequence[str],
+    library: str,
+    lanes: int,
+    size: tuple[int, int],
+    limit: float,
+    options: Sequence[str] = (),
+) -> list[dict[str, Any]]:
+    """Fake plans for a number of lanes and a size in pixels."""
+    opened, gpu = Bundle.open(bundle, check_hashes=False), HostGpu()
+    fake, factor = FakeTensorRt(library, submit=gpu.call), opened.spec.latents.factor
+    built = []
+    for network in networks:
+        batch = (1, 1, lanes) if network in opened.spec.text_encoders else (lanes if network == "unet" else 1,) * 3
+        ranges = {"batch": batch, "height": (size[1] // factor,) * 3, "width": (size[0] // factor,) * 3}
+        names = {side for tensor in opened.spec.half[network].inputs for side in tensor.shape if isinstance(side, str)}
+        record = put_plan(
+            *(opened, network, fake, gpu, {name: ranges[name] for name in ranges if name in names}),
+            precision="fp16",
+            folder=Path(os.environ[PLANS]),
+            options=options,
+        )
+        built.append({"network": network, "seconds": 1.0, "bytes": record.bytes})
+    gpu.close()
+    return built
+
+
+def free_memory() -> Callable[[], int]:
+    """Of nothing."""
+    return lambda: 2**30
+
+
+def describe() -> dict[str, Any]:
+    """Not a GPU."""
+    return {
+        "name": "an emulated GPU",
+        "compute_capability": "9.0",
+        "multiprocessors": 2,
+        "memory_gib": 1.0,
+        "cuda": "13",
+    }
