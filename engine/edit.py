@@ -21,7 +21,7 @@ from engine.errors import RequestError
 from engine.job import Kept
 from engine.models import Encoded
 from engine.noise import NoiseSource
-from engine.spec import Request
+from engine.spec import LatentSpec, Request
 from engine.table import Table, noised
 
 Float32 = NDArray[np.float32]
@@ -119,13 +119,15 @@ def on(request: Request, edit: Edit | None) -> Request:
         return edit.on(request)
     if request.strength is not None:
         raise RequestError(
-            f"strength is {request.strength:g} and there is no picture", "a picture to start from", "pass image="
+            f"strength is {request.strength:g} and there is no picture",
+            "a picture to start from",
+            "pass one: image=, --image",
         )
     return request
 
 
 def prepared(
-    image: Source, mask: Source | None, height: int | None, width: int | None, factor: int
+    image: Source, mask: Source | None, height: int | None, width: int | None, latents: LatentSpec
 ) -> tuple[Pixels, NDArray[np.bool_] | None]:
     """Bring a picture and its mask to the run's size: pixels (height, width, 3), and which to repaint (height, width).
 
@@ -133,12 +135,14 @@ def prepared(
         RequestError: a kind, mode or size that cannot be used; a mask of another size than the picture.
     """
     picture = _opaque(_picture(image, "image"))
+    own = picture.width, picture.height
     size = tuple(
-        _side(name, wanted, own, factor)
-        for name, wanted, own in zip(("width", "height"), (width, height), picture.size, strict=True)
+        wanted or side // latents.factor * latents.factor or side
+        for wanted, side in zip((width, height), own, strict=True)
     )
+    latents.shape_of(size[1], size[0])  # complains about what is no multiple
     pixels = np.asarray(_resized(picture, size))
-    return pixels, None if mask is None else _repaint(_picture(mask, "mask"), picture.size, size)
+    return pixels, None if mask is None else _repaint(_picture(mask, "mask"), own, size)
 
 
 def open_picture(path: str | Path) -> Image:
@@ -182,16 +186,6 @@ def _opaque(picture: Image) -> Image:
     ground = Image.new("RGBA", picture.size, "white")
     ground.alpha_composite(picture.convert("RGBA"))
     return ground.convert("RGB")
-
-
-def _side(name: str, wanted: int | None, own: int, factor: int) -> int:
-    side = own // factor * factor if wanted is None else wanted
-    if side < factor or side % factor:
-        found = f"the image's {name} is {own}" if wanted is None else f"{name} is {wanted}"
-        lower = side // factor * factor
-        needed = f"{factor} at least" if wanted is None else f"a multiple of {factor}"
-        raise RequestError(found, needed, f"take {name}={lower or factor}")
-    return side
 
 
 def _repaint(mask: Image, own: tuple[int, int], size: tuple[int, ...]) -> NDArray[np.bool_]:

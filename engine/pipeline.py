@@ -183,17 +183,16 @@ class Engine:
             NetworkError: a network returned numbers that are not finite.
         """
         prompts = [prompt] if isinstance(prompt, str) else prompt
-        edit = self._edit_for(prompts, settings, image, mask)
         if self._one_launch is not None and on_tick is None:
-            return self._draw(self._one_launch, prompts, settings, edit)
-        jobs = self.requests(prompts, settings, edit)
+            return self._draw(self._one_launch, prompts, settings, image, mask)
+        jobs = self.requests(prompts, settings, image, mask)
         self.run(jobs, on_tick)
         return [self.picture(job) for job in jobs]
 
     def edit(
         self, image: Source, mask: Source | None = None, *, height: int | None = None, width: int | None = None
     ) -> Edit:
-        """Encode a picture, for `jobs` and `requests` to start from.
+        """Encode a picture, for `jobs` to start from.
 
         Args:
             image: a PIL image, or pixels (height, width, 3) uint8. What is transparent becomes white.
@@ -205,45 +204,56 @@ class Engine:
             RequestError: a size, mode or mask that cannot be used.
             BundleError, PlanError: the bundle has no VAE encoder that can be used here.
         """
-        pixels, repaint = prepared(image, mask, height, width, self.spec.latents.factor)
+        pixels, repaint = prepared(image, mask, height, width, self.spec.latents)
         encoded = self.vae.encode(from_uint8(pixels[None])[0])
         self._drop("vae_encoder")
         return Edit.of(encoded, pixels, repaint)
 
-    def _edit_for(
-        self, prompts: Sequence[str], settings: Mapping[str, Any], image: Source | None, mask: Source | None
-    ) -> Edit | None:
-        """The edit of a call, whose settings are checked before the picture is encoded."""
-        if image is None:
-            if mask is not None:
-                raise RequestError("there is a mask and no picture", "the picture that it belongs to", "pass image=")
-            return None
-        size = {side: settings.get(side) for side in ("height", "width")}
-        for prompt in prompts:
-            request_from(prompt, settings)
-        return self.edit(image, mask, **size)
-
     def _draw(
-        self, one_launch: OneLaunch, prompts: Iterable[str], settings: Mapping[str, Any], edit: Edit | None
+        self,
+        one_launch: OneLaunch,
+        prompts: Iterable[str],
+        settings: Mapping[str, Any],
+        image: Source | None,
+        mask: Source | None,
     ) -> list[Picture]:
         """Make pictures on a GPU, each batch of them in one launch."""
         from engine.picture import Picture
 
         jobs: list[Job] = []
         texts: list[Text] = []
-        for prompt in prompts:
-            request = on(request_from(prompt, settings), edit)
+        asked, edit = self._asked(prompts, settings, image, mask)
+        for request in asked:
+            request = on(request, edit)
             made = self._drafts(request, len(jobs), edit)
             jobs += made
             texts += [self._text(request)] * len(made)
         return [Picture.of(pixels, job.tag) for pixels, job in zip(one_launch.draw(jobs, texts), jobs, strict=True)]
 
-    def requests(self, prompts: Iterable[str], settings: Mapping[str, Any], edit: Edit | None = None) -> list[Job]:
-        """The jobs of several prompts with the same settings (those of `__call__`); seeds count up over all of them."""
+    def requests(
+        self,
+        prompts: Iterable[str],
+        settings: Mapping[str, Any],
+        image: Source | None = None,
+        mask: Source | None = None,
+    ) -> list[Job]:
+        """The jobs of several prompts, all else as in `__call__`; seeds count up over all of them."""
         jobs: list[Job] = []
-        for prompt in prompts:
-            jobs += self.jobs(request_from(prompt, settings), first=len(jobs), edit=edit)
+        asked, edit = self._asked(prompts, settings, image, mask)
+        for request in asked:
+            jobs += self.jobs(request, first=len(jobs), edit=edit)
         return jobs
+
+    def _asked(
+        self, prompts: Iterable[str], settings: Mapping[str, Any], image: Source | None, mask: Source | None
+    ) -> tuple[list[Request], Edit | None]:
+        """What a call asks for, checked before the picture is encoded, and the picture."""
+        asked = [request_from(prompt, settings) for prompt in prompts]
+        if image is not None:
+            return asked, self.edit(image, mask, height=settings.get("height"), width=settings.get("width"))
+        if mask is not None:
+            raise RequestError("there is a mask and no picture", "the one it belongs to", "pass it: image=, --image")
+        return asked, None
 
     def jobs(self, request: Request, *, first: int = 0, edit: Edit | None = None) -> list[Job]:
         """The jobs of a request, not yet admitted; picture i has seed `request.seed + first + i`."""
@@ -256,7 +266,8 @@ class Engine:
 
     def _drafts(self, request: Request, first: int, edit: Edit | None = None) -> list[Job]:
         """The jobs of a request without their conditionings."""
-        shape = self._latent_shape(request)
+        shape = self.spec.latents.shape_of(request.height, request.width)
+        size = self._size(request)
         strength = 1.0 if request.strength is None else request.strength
         table = tabulate(request.solver, self.schedule, request.steps, strength=strength, **request.options)
         guidance = Guidance(request.guidance, request.guidance_rescale, request.guidance_interval)
@@ -264,12 +275,12 @@ class Engine:
         for index in range(first, first + request.count):
             seed = request.seed + index
             noise = noise_source(request.noise, seed)
+            tag, kept = facts_of(request, table.solver, seed, index, size, self.spec.id), None
             if edit is None:
-                latents, kept = noise.normal(shape) * np.float32(table.start), None
+                latents = noise.normal(shape) * np.float32(table.start)
             else:
                 latents, kept = edit.begin(table, noise, strength)
-            tag = facts_of(request, table.solver, seed, index, self._size(request), self.spec.id)
-            tag |= edit.facts if edit is not None else {}
+                tag |= edit.facts
             jobs.append(Job(table, latents, {}, {}, noise, guidance, kept, tag=tag))
         return jobs
 
@@ -323,24 +334,6 @@ class Engine:
             for name in names:
                 self._networks[name].drop()
 
-    def _latent_shape(self, request: Request) -> tuple[int, int, int]:
-        spec = self.spec.latents
-        sides = []
-        for name, pixels, default in (
-            ("height", request.height, spec.height),
-            ("width", request.width, spec.width),
-        ):
-            pixels = default * spec.factor if pixels is None else pixels
-            if pixels % spec.factor:
-                lower = pixels // spec.factor * spec.factor
-                raise RequestError(
-                    f"{name} is {pixels}",
-                    f"a multiple of {spec.factor}",
-                    f"take {lower or spec.factor} or {lower + spec.factor}",
-                )
-            sides.append(pixels // spec.factor)
-        return spec.channels, sides[0], sides[1]
-
     def _conditionings(self, request: Request) -> tuple[Mapping[str, Float32], ...]:
         cond = self.text_encoder.encode(request.prompt)
         uncond = cond
@@ -373,5 +366,5 @@ class Engine:
 
     def _size(self, request: Request) -> tuple[int, int]:
         """Height and width in pixels."""
-        _, height, width = self._latent_shape(request)
+        _, height, width = self.spec.latents.shape_of(request.height, request.width)
         return height * self.spec.latents.factor, width * self.spec.latents.factor

@@ -50,6 +50,22 @@ class LatentSpec:
     height: int
     width: int
 
+    def shape_of(self, height: int | None, width: int | None) -> tuple[int, int, int]:
+        """The latents' (channels, height, width) of a picture's size in pixels; None is the model's own.
+
+        Raises:
+            RequestError: a side is not a multiple of the factor.
+        """
+        sides = []
+        for name, pixels, own in (("height", height, self.height), ("width", width, self.width)):
+            side, rest = (own, 0) if pixels is None else divmod(pixels, self.factor)
+            if rest:
+                lower = max(side, 1) * self.factor
+                mend = f"take {lower} or {lower + self.factor}"
+                raise RequestError(f"{name} is {pixels}", f"a multiple of {self.factor}", mend)
+            sides.append(side)
+        return self.channels, sides[0], sides[1]
+
 
 @dataclass(frozen=True, slots=True)
 class Golden:

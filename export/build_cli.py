@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from export.build_process import Progress
     from export.plan_memory import Estimate
     from export.plan_shapes import Shapes
-    from export.to_tensorrt import Built
+    from export.to_tensorrt import Absent, Built
 
 
 def run_build(
@@ -63,7 +63,7 @@ def run_build(
 def _build(
     bundle: Bundle,
     library: Library,
-    gpu: Gpu,
+    gpu: Gpu | Absent,
     shapes: Sequence[Shapes],
     plans: Path | None,
     *,
@@ -95,6 +95,7 @@ def _build(
     free = free_memory(gpu)
     if not as_json:
         _show_estimates(estimates, ["; ".join(map(str, order.key.profiles)) for order in orders], free)
+    gpu.close()  # its memory is for the process that builds
     built: list[Built] = []
     if not dry_run:
         with _bars(quiet=as_json) as progress:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ HOST_BASE = 300_000_000  # bytes of host memory: the library, and the process th
 HOST_PER_NODE = 400_000  # what compiling takes
 HOST_PER_WEIGHT = 3  # times the weights: parsed, cloned, serialized
 SIZES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "BOOL": 1}
+FUSED = range(16, 257, 8)  # sizes of a head, in float16, for which there are fused kernels
 SHARES_MEMORY = ("5.3", "6.2", "7.2", "8.7", "10.1", "11.0", "12.1")  # Jetson boards, Thor, Spark
 VIEWS = ("Reshape", "Squeeze", "Unsqueeze", "Identity", "Shape", "Cast")  # no memory of their own once fused
 
@@ -119,10 +120,23 @@ def _of_system(file: str, name: str) -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
 
 
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """A value's shape and the bytes of one of its items."""
+
+    shape: tuple[int, ...]
+    itemsize: int
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.itemsize
+
+
 def peak_activations(model: onnx.ModelProto, profile: Profile) -> int:
     """The largest sum of bytes of tensors that are alive at once, at a profile's largest shapes."""
+    tensors = _tensors(model, profile)
     graph = model.graph
-    sizes = _value_bytes(model, profile)
+    sizes = _sizes(graph, tensors)
     last = {name: index for index, node in enumerate(graph.node) for name in node.input}
     last |= {value.name: len(graph.node) for value in graph.output}
     alive = sum(sizes.get(value.name, 0) for value in graph.input)
@@ -131,48 +145,56 @@ def peak_activations(model: onnx.ModelProto, profile: Profile) -> int:
         for name in node.output:
             alive += sizes.get(name, 0)
             ends.setdefault(last.get(name, index), []).append(name)
-        peak = max(peak, alive)
+        peak = max(peak, alive + _scores(node, tensors))
         alive -= sum(sizes.get(name, 0) for name in ends.pop(index, ()))
     return peak
 
 
-def _value_bytes(model: onnx.ModelProto, profile: Profile) -> dict[str, int]:
+def _sizes(graph: onnx.GraphProto, tensors: Mapping[str, _Tensor]) -> dict[str, int]:
     """Bytes of every input and node's output. One whose shape cannot be inferred is as large as what is made of it."""
-    sized = _sized(model, profile)
-    values = [*sized.graph.value_info, *sized.graph.input, *sized.graph.output]
-    known = {value.name: size for value in values if (size := _bytes(value)) is not None}
-    for node in reversed(sized.graph.node):
-        made = max((known.get(name, 0) for name in node.output), default=0)
+    sizes = {name: tensor.bytes for name, tensor in tensors.items()}
+    for node in reversed(graph.node):
+        made = max((sizes.get(name, 0) for name in node.output), default=0)
         for name in node.input:
-            known.setdefault(name, made)
-    for node in sized.graph.node:
+            sizes.setdefault(name, made)
+    for node in graph.node:
         if node.op_type in VIEWS:
-            known.update(dict.fromkeys(node.output, 0))
-    return known | {tensor.name: 0 for tensor in sized.graph.initializer}
+            sizes.update(dict.fromkeys(node.output, 0))
+    return sizes | {tensor.name: 0 for tensor in graph.initializer}
 
 
-def _sized(model: onnx.ModelProto, profile: Profile) -> onnx.ModelProto:
-    """The graph with every dimension a number, as far as it can be inferred."""
+def _scores(node: onnx.NodeProto, tensors: Mapping[str, _Tensor]) -> int:
+    """Bytes of an attention's scores, before and after Softmax, where no fused kernel keeps them out of memory."""
+    if node.op_type != "Attention" or not {node.input[0], node.input[1]} <= set(tensors):
+        return 0
+    query, key = tensors[node.input[0]], tensors[node.input[1]]
+    named = {attribute.name: attribute.i for attribute in node.attribute}
+    heads = named.get("q_num_heads") or query.shape[1]
+    size = query.shape[-1] // (heads if len(query.shape) == 3 else 1)
+    if query.itemsize == 2 and size in FUSED:
+        return 0
+    return 2 * query.shape[0] * heads * query.shape[-2] * key.shape[-2] * query.itemsize
+
+
+def _tensors(model: onnx.ModelProto, profile: Profile) -> dict[str, _Tensor]:
+    """Every input and output of a node whose shape can be inferred, at the profile's largest sizes."""
     sized = onnx.ModelProto()
     sized.CopyFrom(model)
     for value in sized.graph.input:
-        for side in _sides(value):
+        for side in value.type.tensor_type.shape.dim:
             if side.dim_param:
                 side.dim_value = profile.ranges[side.dim_param][2]
     for value in sized.graph.output:
-        for side in _sides(value):
+        for side in value.type.tensor_type.shape.dim:
             side.Clear()
     del sized.graph.value_info[:]
-    return onnx.shape_inference.infer_shapes(sized, data_prop=True)
+    graph = onnx.shape_inference.infer_shapes(sized, data_prop=True).graph
+    values = [*graph.value_info, *graph.input, *graph.output]
+    return {value.name: tensor for value in values if (tensor := _tensor(value)) is not None}
 
 
-def _sides(value: onnx.ValueInfoProto) -> Iterator[onnx.TensorShapeProto.Dimension]:
-    yield from value.type.tensor_type.shape.dim
-
-
-def _bytes(value: onnx.ValueInfoProto) -> int | None:
-    sides = list(_sides(value))
-    if not value.type.tensor_type.HasField("shape") or any(not side.HasField("dim_value") for side in sides):
+def _tensor(value: onnx.ValueInfoProto) -> _Tensor | None:
+    kind = value.type.tensor_type
+    if not kind.HasField("shape") or any(not side.HasField("dim_value") for side in kind.shape.dim):
         return None
-    kind = ir.DataType(value.type.tensor_type.elem_type)
-    return int(math.prod(side.dim_value for side in sides) * kind.itemsize)
+    return _Tensor(tuple(side.dim_value for side in kind.shape.dim), int(ir.DataType(kind.elem_type).itemsize))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import onnx_ir as ir
 
 from engine.bundle import write_manifest
@@ -164,7 +166,12 @@ def _add_half(root: Path, spec: ModelSpec) -> ModelSpec:
     half, islands = {}, {}
     for name, ranges in measure_networks(root, spec).items():
         model, path = ir.load(root / spec.graphs[name].path), half_path(spec.graphs[name].path)
-        islands[name] = Islands(float(f"{max(ranges.values()):.3g}"), overflowing(model, ranges))
+        largest = float(np.max([*ranges.values()]))  # keeps a NaN
+        if not math.isfinite(largest):
+            raise ExportError(
+                f"the {name} computes numbers that are not finite", "a sound checkpoint", "download it again"
+            )
+        islands[name] = Islands(float(f"{largest:.3g}"), overflowing(model, ranges))
         to_half(model, islands[name].nodes)
         ir.save(model, root / path)
         half[name] = _graph_spec(path, model)

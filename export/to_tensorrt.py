@@ -16,8 +16,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import onnx_ir as ir
 
@@ -42,7 +40,19 @@ class Built:
     seconds: float
 
 
-def open_target(name: str, device: str, compute_capability: str | None) -> tuple[Library, Gpu]:
+@dataclass(slots=True)
+class Absent:
+    """GPUs of a compute capability, for which TensorRT-RTX builds without one; any of them, with any driver."""
+
+    compute_capability: tuple[int, int]
+    name: str = ""
+    driver: str = ""
+
+    def close(self) -> None:
+        """As of a `Gpu`."""
+
+
+def open_target(name: str, device: str, compute_capability: str | None) -> tuple[Library, Gpu | Absent]:
     """The library, and the GPU that plans are built for.
 
     Args:
@@ -68,8 +78,7 @@ def open_target(name: str, device: str, compute_capability: str | None) -> tuple
         raise BackendError(error.found, error.needed, f"{error.mend}; {mend}") from error
 
 
-def _absent(library: Library, compute_capability: str) -> Any:
-    """Stands in for a GPU of that compute capability; nothing can be run on it."""
+def _absent(library: Library, compute_capability: str) -> Absent:
     if not library.rtx:
         raise BackendError(
             f"{library.name} was asked to build for compute capability {compute_capability}",
@@ -84,13 +93,13 @@ def _absent(library: Library, compute_capability: str) -> Any:
             "pass another --compute-capability, or use tensorrt on that GPU",
         )
     major, _, minor = compute_capability.partition(".")
-    return SimpleNamespace(name="", driver="", compute_capability=(int(major), int(minor)), memory=None, close=int)
+    return Absent((int(major), int(minor)))
 
 
 def orders_of(
     bundle: Bundle,
     library: Library,
-    gpu: Gpu,
+    gpu: Gpu | Absent,
     shapes: Sequence[Shapes],
     *,
     precision: str = "fp16",
@@ -113,8 +122,7 @@ def orders_of(
         BackendError: the library cannot build such plans without a GPU.
         PlanError: it cannot build such plans at all.
     """
-    ahead = gpu.memory is None
-    if ahead and {STRIPPED, REFITTABLE} & set(options):
+    if isinstance(gpu, Absent) and {STRIPPED, REFITTABLE} & set(options):
         raise BackendError(
             f"{library.name} was asked for a plan that is {' and '.join(options)}, without a GPU",
             "a GPU: weights that are set later are laid out there",
@@ -123,13 +131,12 @@ def orders_of(
     library.option_flags(options)  # raises what this version cannot do
     folder = PlanStore(bundle, plans).folder
     orders = []
-    for name in networks or bundle.spec.graphs:
-        bundle.spec.graph(name, precision)
+    for name in dict.fromkeys(networks or bundle.spec.graphs):
         key = wanted_key(bundle, name, precision, library, gpu)
         key = replace(key, options=tuple(sorted(options)), profiles=profiles_of(bundle.spec, name, shapes))
         if library.rtx:  # it compiles kernels where the plan runs
             key = replace(key, gpu="", driver="")
-        device = "" if ahead else f"cuda:{gpu.ordinal}"
+        device = "" if isinstance(gpu, Absent) else f"cuda:{gpu.ordinal}"
         orders.append(Order(key, bundle.root, folder, device, workspace))
     return orders
 
@@ -139,6 +146,7 @@ def estimates_of(bundle: Bundle, library: Library, orders: Sequence[Order]) -> l
 
     Raises:
         PlanError: a graph is damaged.
+        UntrustedPlanError: a plan that lies there is not ours.
     """
     found = []
     for order in orders:
@@ -156,9 +164,9 @@ def _seconds_before(bundle: Bundle, order: Order) -> float | None:
     return times[-1] if times else None
 
 
-def free_memory(gpu: Gpu) -> int | None:
+def free_memory(gpu: Gpu | Absent) -> int | None:
     """Bytes of the GPU that are free; None where it is not here."""
-    return gpu.memory()[0] if gpu.memory is not None else None
+    return None if isinstance(gpu, Absent) else gpu.memory()[0]
 
 
 def build_plans(
@@ -222,11 +230,16 @@ def _alone(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise PlanError(f"{folder} cannot be made ({error})", "a folder for plans", "pass another --plans") from error
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(handle, folder)
         yield
+    finally:
+        os.close(handle)  # and with it the lock, as when the process is killed
+
+
+def _lock(handle: int, folder: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise PlanError(
             f"another build is at work in {folder}", "one build at a time", "wait for it, or pass another --plans"
         ) from error
-    finally:
-        os.close(handle)

@@ -5,12 +5,12 @@ So the whole benchmark and the tests of tests/gpu run where there is no GPU. No 
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 from fake_tensorrt import FakeTensorRt, put_plan
 from host_gpu import HostGpu
 
@@ -18,12 +18,12 @@ from engine.backends.base import Backend
 from engine.backends.ort import OrtBackend
 from engine.backends.tensorrt import TensorRtBackend
 from engine.bundle import Bundle
+from export.plan_graph import weights_of
 
 DEVICE = "cpu"
 HALF = "float32"
 COMPILE = {"backend": "eager"}
 PRODUCT = (64, 2)
-PLANS = "LATENTRT_TEST_PLANS"  # the environment's name for the folder of fake plans
 
 
 class ClockedGpu(HostGpu):
@@ -44,7 +44,7 @@ def open_backend(name: str, precision: str = "fp16") -> Backend:
     if name == "onnxruntime":
         return OrtBackend(threads=1, precision=precision, gpu=gpu)
     fake = FakeTensorRt(name, submit=gpu.call)
-    return TensorRtBackend(gpu, fake.library, precision=precision, plans=Path(os.environ[PLANS]))
+    return TensorRtBackend(gpu, fake.library, precision=precision)
 
 
 def build_plans(
@@ -61,14 +61,16 @@ def build_plans(
     fake, factor = FakeTensorRt(library, submit=gpu.call), opened.spec.latents.factor
     built = []
     for network in networks:
+        graph, divisor = opened.spec.half[network], 1 if network == "vae_encoder" else factor
         batch = (1, 1, lanes) if network in opened.spec.text_encoders else (lanes if network == "unet" else 1,) * 3
-        ranges = {"batch": batch, "height": (size[1] // factor,) * 3, "width": (size[0] // factor,) * 3}
-        names = {side for tensor in opened.spec.half[network].inputs for side in tensor.shape if isinstance(side, str)}
+        ranges = {"batch": batch, "height": (size[1] // divisor,) * 3, "width": (size[0] // divisor,) * 3}
+        names = {side for tensor in graph.inputs for side in tensor.shape if isinstance(side, str)}
+        refit = weights_of(ir.load(opened.path(graph.path)), graph) if options else {}
         record = put_plan(
             *(opened, network, fake, gpu, {name: ranges[name] for name in ranges if name in names}),
             precision="fp16",
-            folder=Path(os.environ[PLANS]),
             options=options,
+            refit=refit,
         )
         built.append({"network": network, "seconds": 1.0, "bytes": record.bytes})
     gpu.close()

@@ -42,16 +42,17 @@ class Job:
     noise: NoiseSource = field(default_factory=lambda: TorchCpuNoise(1))
     seed: int = 0
     flags: int = 0
+    shape: tuple[int, ...] = SHAPE
     lanes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        draw = np.random.default_rng(self.seed).standard_normal((5, *SHAPE), dtype=np.float32)
+        draw = np.random.default_rng(self.seed).standard_normal((5, *self.shape), dtype=np.float32)
         self.x = draw[0] * np.float32(self.table.start)
         self.prompts, self.known, self.known_noise = draw[1:3], draw[3], draw[4]
         self.mask = (draw[4] > 0.3).astype(np.float32)
         self.blend = np.linspace([0.1, 0.9], [1, 0], len(self.table), dtype=np.float32)
-        self.memory = np.full((SLOTS, *SHAPE), np.nan, np.float32)
-        self.preview = np.full(SHAPE, np.nan, np.float32)
+        self.memory = np.full((SLOTS, *self.shape), np.nan, np.float32)
+        self.preview = np.full(self.shape, np.nan, np.float32)
         self.row = self.noises = 0
 
     @property
@@ -69,7 +70,7 @@ class Job:
         out = self.guidance.combine(uncond, cond) if acts else cond
         if self.flags & PREVIEW:
             self.preview = preview(row, self.x, out)
-        noise = self.noise.normal(SHAPE) if row.c else None
+        noise = self.noise.normal(self.shape) if row.c else None
         self.x = advance(row, self.x, out, self.memory, noise)
         if self.flags & BLEND:
             known, known_noise = self.blend[self.row]
@@ -80,16 +81,16 @@ class Job:
 class Rig:
     """Device state for JOBS slots and LANES lanes, with the network on the host; names of arrays are State's."""
 
-    def __init__(self, gpu: Gpu, dtype: Any = np.float32) -> None:
+    def __init__(self, gpu: Gpu, dtype: Any = np.float32, shape: tuple[int, ...] = SHAPE) -> None:
         self.gpu, self.dtype = gpu, np.dtype(dtype)
         shapes = {
-            **dict.fromkeys(("x", "preview", "mask", "known", "known_noise"), (JOBS, *SHAPE)),
-            **{"memory": (JOBS, SLOTS, *SHAPE), "noise": (JOBS, NOISES, *SHAPE), "deviation": (JOBS, 2)},
+            **dict.fromkeys(("x", "preview", "mask", "known", "known_noise"), (JOBS, *shape)),
+            **{"memory": (JOBS, SLOTS, *shape), "noise": (JOBS, NOISES, *shape), "deviation": (JOBS, 2)},
             **{"table": (JOBS, ROWS, len(ROW_COLUMNS)), "timestep": (LANES,)},
         }
         self.state = State(
             **{name: gpu.zeros(shape, np.float32) for name, shape in shapes.items()},
-            **{name: gpu.zeros((LANES, *SHAPE), dtype) for name in ("sample", "out")},
+            **{name: gpu.zeros((LANES, *shape), dtype) for name in ("sample", "out")},
             slots=gpu.zeros((JOBS,), SLOT),
             progress=gpu.zeros((JOBS,), PROGRESS),
         )
@@ -97,11 +98,11 @@ class Rig:
             for slot in range(JOBS):
                 self.put(name, slot, np.full_like(self[name][slot], np.nan))
         self.jobs: dict[int, Job] = {}
-        self.prompts = np.zeros((LANES, *SHAPE), np.float32)
+        self.prompts = np.zeros((LANES, *shape), np.float32)
 
     def admit(self, slot: int, job: Job, lanes: tuple[int, ...] = (0, 1)) -> None:
         self.jobs[slot] = job
-        table = np.zeros((ROWS, len(ROW_COLUMNS)), np.float32)
+        table = np.full((ROWS, len(ROW_COLUMNS)), np.nan, np.float32)
         table[: len(job.table), : len(COLUMNS)] = job.table.array
         table[: len(job.table), len(COLUMNS) :] = job.blend
         self.put("table", slot, table)
@@ -130,7 +131,7 @@ class Rig:
         for slot, job in self.jobs.items():
             if not job.done and job.table.rows[job.row].c and isinstance(job.noise, TorchCpuNoise):
                 noises = self["noise"][slot]
-                noises[job.noises % NOISES] = _ahead(job.noise)
+                noises[job.noises % NOISES] = _ahead(job)
                 self.put("noise", slot, noises)
                 job.noises += 1
         self.queue()
@@ -158,11 +159,12 @@ class Rig:
             self.gpu.free(array)
 
 
-def _ahead(noise: TorchCpuNoise) -> Float32:
-    """What the source will give next, which it still gives then."""
-    state = noise._words.state
-    drawn = noise.normal(SHAPE)
-    noise._words.state = state
+def _ahead(job: Job) -> Float32:
+    """What the job's source will give next, which it still gives then."""
+    assert isinstance(job.noise, TorchCpuNoise)
+    state = job.noise._words.state
+    drawn = job.noise.normal(job.shape)
+    job.noise._words.state = state
     return drawn
 
 

@@ -1,4 +1,4 @@
-"""Runs that begin on a given picture, and keep a part of it, against diffusers' schedulers as its pipelines walk them."""
+"""Runs that begin on a given picture, and keep a part of it, against diffusers' schedulers as pipelines walk them."""
 
 from __future__ import annotations
 

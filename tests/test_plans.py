@@ -39,7 +39,7 @@ KEY = PlanKey(
     version="10.13.3.9",
     gpu="NVIDIA H200",
     compute_capability="9.0",
-    driver="580",
+    driver="13.0",
 )
 SQUARE = Profile({"batch": (2, 2, 8), "height": (64, 64, 96), "width": (64, 64, 96)})
 SMALL = Profile({"batch": (1, 1, 1), "height": (32, 32, 32), "width": (32, 32, 32)})
@@ -118,7 +118,7 @@ def test_nearest_plan_is_the_one_that_is_named(store: PlanStore) -> None:
     with pytest.raises(PlanError) as caught:
         store.find(KEY, SIZES)
     assert caught.value.found == "the nearest plan of the unet was built for driver 570"
-    assert caught.value.needed == "driver 580"
+    assert caught.value.needed == "driver 13.0"
 
 
 def test_no_folder_is_no_plan(store: PlanStore) -> None:
@@ -137,7 +137,7 @@ def test_networks_whose_names_begin_alike_are_apart(store: PlanStore) -> None:
 def test_a_plan_built_ahead_of_time_runs_on_every_gpu_of_its_capability(store: PlanStore) -> None:
     store.put(record(replace(KEY, library="tensorrt-rtx", gpu="", driver="")), PLAN)
     wanted = replace(KEY, library="tensorrt-rtx")
-    assert store.find(replace(wanted, gpu="another", driver="590"), SIZES)
+    assert store.find(replace(wanted, gpu="another", driver="13.2"), SIZES)
     with pytest.raises(PlanError, match=r"compute_capability 9\.0\. Needed: compute_capability 8\.9"):
         store.find(replace(wanted, compute_capability="8.9"), SIZES)
 

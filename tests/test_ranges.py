@@ -13,6 +13,7 @@ import onnx_ir as ir
 import pytest
 
 from engine.bundle import Bundle
+from engine.errors import ExportError
 from engine.spec import Islands
 from export import ranges, to_bundle
 from export.half import LARGEST, emulate, to_half
@@ -71,6 +72,12 @@ def test_the_bundle_says_so(loud: Path) -> None:
     assert {node.name for node in model.graph} >= set(again.islands["vae_decoder"].nodes)
     onnx.checker.check_model(loud / again.half["vae_decoder"].path, full_check=True)
     assert type(spec).from_dict(again.to_dict()).islands == again.islands
+
+
+def test_a_network_that_is_not_finite_is_refused(loud: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(to_bundle, "measure_networks", lambda root, spec: {"unet": {"a": 1.0, "b": float("nan")}})
+    with pytest.raises(ExportError, match="the unet computes numbers that are not finite"):
+        to_bundle._add_half(loud, Bundle.open(loud, check_hashes=False).spec)
 
 
 def test_ranges_are_the_values(exported: Exported) -> None:

@@ -28,7 +28,7 @@ from export.to_tensorrt import build_plans, estimates_of, orders_of
 EMOJI = Bundle.open(check_hashes=False)
 FIXED = shapes_of(EMOJI.spec, {})
 GPU: Any = SimpleNamespace(
-    name="NVIDIA Fake", driver="580.95.05", compute_capability=(9, 0), ordinal=0, memory=lambda: (2**40, 2**41)
+    name="NVIDIA Fake", driver="13.0", compute_capability=(9, 0), ordinal=0, memory=lambda: (2**40, 2**41)
 )
 
 
@@ -92,7 +92,7 @@ def test_a_build_puts_every_plan_in_its_place(fake: Fake, tmp_path: Path) -> Non
     library, told = fake(), list[tuple[str, float]]()
     orders = plain_orders(library, tmp_path / "plans", workspace=2**30)
     assert {order.key.gpu for order in orders} == {"NVIDIA Fake"}
-    assert {order.key.driver for order in orders} == {"580"}
+    assert {order.key.driver for order in orders} == {"13.0"}
     estimates = estimates_of(EMOJI, library, orders)
     built = build_plans(EMOJI, orders, estimates, progress=lambda n, phase, share, left: told.append((n, share)))
     store = PlanStore(EMOJI, tmp_path / "plans")

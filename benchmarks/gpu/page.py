@@ -109,9 +109,10 @@ def _runs(data: Mapping[str, Any]) -> str:
         versions = ", ".join(f"{package} {version}" for package, version in machine["versions"].items())
         macs = run["macs"].get("unet")
         host = f"{machine['cpu']}, {machine['cores']} cores, Python {machine['python']}, {versions}"
+        turns = "one side after the other" if config["alone"] else "all sides in turn"
         lines.append(
             f"- {run['date']}: {device}; {host}. {config['repeats']} rounds of {config['solver']}, "
-            f"guidance {config['guidance']:g}, {'one side after the other' if config['alone'] else 'all sides in turn'}. Matrix peak: {matrix}."
+            f"guidance {config['guidance']:g}, {turns}. Matrix peak: {matrix}."
             + (f" UNet: {macs / 1e9:.1f} GMAC a lane, {4 * macs / 1e12:.3g} TFLOP an it." if macs else "")
         )
     return "\n".join(lines)

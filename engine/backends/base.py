@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -123,9 +122,7 @@ class Gpu(Protocol):
     def call(self, enqueue: Callable[[], None]) -> None:
         """Call a function that queues work of a library's own on `stream`."""
 
-    def launch(
-        self, kernel: str, grid: tuple[int, int], threads: int, arguments: Sequence[ctypes._SimpleCData[Any]]
-    ) -> None:
+    def launch(self, kernel: str, grid: tuple[int, int], threads: int, arguments: Sequence[Any]) -> None:
         """Queue a kernel of `advance.cu` over (x, y) blocks of `threads` threads each."""
 
     def capture(self) -> AbstractContextManager[Graph]:

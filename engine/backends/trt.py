@@ -13,11 +13,10 @@ import re
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from engine.backends.base import Gpu
 from engine.bundle import Bundle
 from engine.errors import BackendError, MissingDependencyError, PlanError
 from engine.plans import REFITTABLE, STRIPPED, VERSION_COMPATIBLE, PlanKey, weights_digest
@@ -310,16 +309,21 @@ def open_library(name: str) -> Library:
     return Library(name, module, version, tuple(int(part) for part in re.findall(r"\d+", version)[:4]))
 
 
-def wanted_key(bundle: Bundle, network: str, precision: str, library: Library, gpu: Gpu) -> PlanKey:
-    """The key of a plan that serves a network here and now, without options and profiles.
+class Device(Protocol):
+    """What a plan's key tells of a GPU: a `Gpu`, or one that is not here."""
 
-    Of the driver, its branch is meant: "580" of "580.95.05"; where only the CUDA version is known, all of it: "13.0".
+    name: str
+    compute_capability: tuple[int, int]
+    driver: str
+
+
+def wanted_key(bundle: Bundle, network: str, precision: str, library: Library, gpu: Device) -> PlanKey:
+    """The key of a plan that serves a network here and now, without options and profiles.
 
     Raises:
         BundleError: the bundle has no such network in that precision ("fp16", "fp32").
     """
     graph = bundle.spec.graph(network, precision)
-    branch = gpu.driver.partition(".")[0]
     return PlanKey(
         network=network,
         graph=bundle.files[graph.path].sha256,
@@ -329,7 +333,7 @@ def wanted_key(bundle: Bundle, network: str, precision: str, library: Library, g
         version=library.version,
         gpu=gpu.name,
         compute_capability="{}.{}".format(*gpu.compute_capability),
-        driver=branch if len(branch) > 2 else gpu.driver,
+        driver=gpu.driver,
     )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
@@ -18,7 +18,6 @@ from engine import __version__
 from engine.errors import LatentrtError
 from engine.serve import health, openai_api, sdapi
 from engine.serve.catalog import Catalog
-from engine.serve.config import Settings
 from engine.serve.context import Context
 from engine.serve.gate import Gate, too_much
 from engine.serve.logs import logger
@@ -30,24 +29,24 @@ if TYPE_CHECKING:
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 # Parts of a form: every field there is, with room for repeated ones.
-_FORM = {"max_fields": 64, "max_files": 18}
+_MOST_FIELDS, _MOST_FILES = 64, 18
 
 
 def create_app(
-    service: Service, settings: Settings, *, metrics: Metrics | None = None, lifespan: Lifespan | None = None
+    service: Service, catalog: Catalog, *, metrics: Metrics | None = None, lifespan: Lifespan | None = None
 ) -> FastAPI:
     """The application.
 
     Args:
         service: what draws.
-        settings: its limits, names and keys.
+        catalog: the model as clients see it, with the settings that hold.
         metrics: the service's observer; None where the service has another one.
         lifespan: what runs around the serving, if anything.
 
     Raises:
-        RequestError: a setting does not suit the model, or the keys cannot be read.
+        RequestError: the keys cannot be read.
     """
-    catalog = Catalog(service.engine.spec, service.engine.schedule, settings)
+    settings = catalog.settings
     metrics = metrics or Metrics(catalog.name)
     context = Context(service, settings, catalog, metrics)
     _gauges(context)
@@ -59,7 +58,11 @@ def create_app(
         redoc_url=None,
         lifespan=lifespan,
         strict_content_type=True,
-        form_limits={**_FORM, "max_part_size": 4 * settings.max_prompt + 1024},
+        form_limits={
+            "max_fields": _MOST_FIELDS,
+            "max_files": _MOST_FILES,
+            "max_part_size": 4 * settings.max_prompt + 1024,
+        },
         middleware=[
             Middleware(
                 Gate, keys=keys, most_bytes=settings.max_body, body_timeout=settings.body_timeout, metrics=metrics
@@ -109,9 +112,3 @@ def _answer_of(request: Request, error: Exception) -> Answer:
         answer = answer_to_status(error.status_code, str(error.detail))
         return Answer(answer.status, answer.code, answer.message, None, dict(error.headers or {}))
     return answer_to(error)
-
-
-@asynccontextmanager
-async def nothing(_: FastAPI) -> AsyncIterator[None]:
-    """A lifespan without a beginning or an end."""
-    yield

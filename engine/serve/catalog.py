@@ -87,6 +87,10 @@ class Catalog:
         fitted = [min(most, max(least, round(side * scale / step) * step)) for side in (width, height)]
         return fitted[0], fitted[1]
 
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """(channels, height, width) of the latents of a picture of this width and height."""
+        return self.spec.latents.channels, size[1] // self.factor, size[0] // self.factor
+
     def solver(self, name: str | None) -> str | None:
         """The engine's name of a solver or diffusers class; None is the default one.
 
@@ -103,6 +107,11 @@ class Catalog:
                 param="scheduler",
             )
         return self._solvers[name]
+
+    @property
+    def solver_names(self) -> tuple[str, ...]:
+        """Every name that `solver` takes."""
+        return tuple(self._solvers)
 
     def rows(self, request: Request) -> int:
         """How many network calls each of its pictures takes.

@@ -48,7 +48,7 @@ class Settings(BaseSettings):
     body_timeout: Seconds = _field(60.0, "Network", "Seconds in which a request's body must have arrived.")
     heartbeat: Seconds = _field(10.0, "Network", "Seconds between comments that keep a stream alive.")
 
-    bundle: Path = _field(EMBEDDED, "Model", "Bundle to serve; the embedded model if none is named.")
+    bundle: Path = _field(EMBEDDED, "Model", "Bundle to serve.")
     model_name: str | None = _field(None, "Model", "The model's name for clients; the bundle's id if none is named.")
     aliases: Texts = _field(OTHER_NAMES, "Model", "Other names for it, with commas between them.")
     backend: str = _field("onnxruntime", "Model", "onnxruntime, tensorrt or tensorrt-rtx.")
@@ -73,11 +73,15 @@ class Settings(BaseSettings):
     max_image_bytes: Count = _field(32 * MIB, "Limits", "Most bytes of a picture that is sent here.")
     max_image_pixels: Count = _field(4096 * 4096, "Limits", "Most pixels of a picture that is sent here.")
 
-    steps: Count = _field(Request.__dataclass_fields__["steps"].default, "Defaults", "Steps, for clients that name none.")
+    steps: Count = _field(
+        Request.__dataclass_fields__["steps"].default, "Defaults", "Steps, for clients that name none."
+    )
     guidance: Annotated[float, Field(ge=0, le=100)] = _field(
         Request.__dataclass_fields__["guidance"].default, "Defaults", "Guidance scale, for clients that name none."
     )
-    scheduler: str | None = _field(None, "Defaults", "Solver, for clients that name none; the bundle's own if not given.")
+    scheduler: str | None = _field(
+        None, "Defaults", "Solver, for clients that name none; the bundle's own if not given."
+    )
 
     log_format: Literal["auto", "console", "json"] = _field("auto", "Logs", "auto: console on a terminal, else json.")
     log_level: Literal["debug", "info", "warning", "error"] = _field("info", "Logs", "debug, info, warning or error.")

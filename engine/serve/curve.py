@@ -61,8 +61,9 @@ class Curve:
     def cap(self, shape: Shape, most: int) -> int:
         """The most lanes of this shape that a tick should have, from 2 to `most`.
 
-        More lanes are taken as long as a doubling of them gives a tenth more lanes a second; beyond that everybody in
-        the batch only waits longer. A shape that was never measured fills the device earlier or later, by its pixels.
+        More lanes are taken as long as a doubling of them gives a tenth more lanes a second, and never more than were
+        measured; beyond that everybody in the batch only waits longer. A shape that was never measured fills the
+        device earlier or later, by its pixels. Where nothing was measured, all lanes are used.
         """
         known = _nearest(self.ticks, shape)
         if known is None:
@@ -72,8 +73,6 @@ class Curve:
             if lanes / longer < best / seconds * PAYS ** math.log2(lanes / best):
                 break
             best, seconds = lanes, longer
-        else:
-            best = most if known == shape else best  # where even the largest batch measured pays, so may larger ones
         scaled = int(best * math.prod(known) / math.prod(shape))
         return max(min(GUIDED, most), min(most, scaled))
 

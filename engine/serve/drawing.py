@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -81,11 +81,20 @@ async def _submit(context: Context, plan: Plan, facts: dict[str, Any]) -> Entry:
     if source is not None:
         rows = max(1, math.ceil(rows * source.strength))
     facts.update(n=request.count, steps=request.steps, solver=request.solver or "default", rows=rows)
-    facts.update(size="{}x{}".format(*plan.size), prompt=request.prompt)
+    facts["size"] = "{}x{}".format(*plan.size)
+    if context.settings.log_prompts:
+        facts["prompt"] = request.prompt
     deadline = None if plan.timeout is None else time.monotonic() + plan.timeout
     image: NDArray[np.uint8] | None = None
     mask: NDArray[np.uint8] | None = None
-    with context.service.reserve(request.count, rows=rows, deadline=deadline) as place:
+    reserved = context.service.reserve(
+        request.count,
+        rows=rows,
+        deadline=deadline,
+        guided=request.guidance > 1,
+        shape=context.catalog.latent_shape(plan.size),
+    )
+    with reserved as place:
         if source is not None:
             image, mask = await decode(source, plan.size, context.settings.max_image_pixels)
         order = Order(
@@ -102,7 +111,7 @@ async def _submit(context: Context, plan: Plan, facts: dict[str, Any]) -> Entry:
     return Entry(facts["id"], ticket, request.count, rows, plan.api, plan.task, facts["owner"])
 
 
-async def follow(context: Context, entry: Entry) -> AsyncIterator[Event]:
+async def follow(context: Context, entry: Entry) -> AsyncGenerator[Event, None]:
     """A ticket's events, each noted on the board; a failure is raised.
 
     Raises:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from fastapi import APIRouter
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from starlette.responses import Response
 
 from engine.serve.context import Served
@@ -23,7 +23,7 @@ router = APIRouter(tags=["operations"])
 class Health(BaseModel):
     """Of the server."""
 
-    status: Literal["ok", "starting", "draining", "failed"]
+    status: str = Field(description="ok, starting, draining or failed")
 
 
 class Job(BaseModel):
@@ -44,7 +44,7 @@ class Job(BaseModel):
 class Queue(BaseModel):
     """What the server is doing. Pictures are counted, not requests; prompts are nobody else's business."""
 
-    state: Literal["starting", "ready", "draining", "failed"]
+    state: str = Field(description="starting, ready, draining or failed")
     waiting: int
     running: int
     capacity: int
@@ -111,7 +111,10 @@ async def cancel(job: str, context: Served) -> JSONResponse:
         entry.ticket.cancel()
     if not entries:
         raise Problem(
-            f"no request {job[:128]!r} waits or runs", "one that /latentrt/queue lists", "ask there", status=404,
+            f"no request {job[:128]!r} waits or runs",
+            "one that /latentrt/queue lists",
+            "ask there",
+            status=404,
             code="not_found",
         )
     return JSONResponse({"cancelled": len(entries)})

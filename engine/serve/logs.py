@@ -1,4 +1,4 @@
-"""Structured logs: JSON for machines, colours for a terminal; what people wrote stays out unless it is asked for."""
+"""Structured logs: JSON for machines, colours for a terminal."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ import sys
 from typing import Any, TextIO
 
 import structlog
-from structlog.typing import EventDict, WrappedLogger
 
 from engine.serve.config import Settings
 
 # What the libraries beneath have to say of every request is said once, by our own line.
-_QUIET = ("uvicorn.access", "sse_starlette", "python_multipart", "asyncio", "PIL")
-SECRET = ("prompt", "negative_prompt")
+_QUIET = ("uvicorn", "sse_starlette", "python_multipart", "asyncio", "PIL")
 
 
 def configure(settings: Settings, stream: TextIO | None = None) -> None:
@@ -30,8 +28,6 @@ def configure(settings: Settings, stream: TextIO | None = None) -> None:
         if as_json
         else [structlog.dev.ConsoleRenderer(colors=stream.isatty())]
     )
-    if not settings.log_prompts:
-        shared.append(_without_prompts)
     structlog.configure(
         processors=[structlog.stdlib.filter_by_level, *shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         logger_factory=structlog.stdlib.LoggerFactory(),
@@ -56,9 +52,3 @@ def configure(settings: Settings, stream: TextIO | None = None) -> None:
 def logger() -> Any:
     """The server's own logger."""
     return structlog.stdlib.get_logger("latentrt.serve")
-
-
-def _without_prompts(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
-    for name in SECRET:
-        event.pop(name, None)
-    return event

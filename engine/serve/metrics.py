@@ -18,16 +18,24 @@ _LANES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 
 class Metrics:
-    """All metrics of one server, in a registry of their own. An `engine.serve.observer.Observer`."""
+    """All metrics of one server, in a registry of their own. An `engine.serve.observer.Observer`.
 
-    def __init__(self, model: str) -> None:
+    Args:
+        model: its name for clients, a label of everything.
+        on_hang: called from the service's thread when a step hangs.
+    """
+
+    def __init__(self, model: str, on_hang: Callable[[], None] = lambda: None) -> None:
+        self._on_hang = on_hang
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
         self._model = model
         self._requests = self._make(Counter, "requests", "Requests that ended, by how.", "route", "outcome")
         self._rejected = self._make(Counter, "request_rejected", "Requests that were refused, by reason.", "reason")
-        self._latency = self._make(Histogram, "e2e_request_latency_seconds", "Whole requests for pictures.", buckets=_WAITS)
+        self._latency = self._make(
+            Histogram, "e2e_request_latency_seconds", "Whole requests for pictures.", buckets=_WAITS
+        )
         self._queue = self._make(
             Histogram, "request_queue_time_seconds", "From a request's acceptance to its first step.", buckets=_WAITS
         )
@@ -86,6 +94,8 @@ class Metrics:
     def faulted(self, error: LatentrtError, hung: bool) -> None:
         """Of Observer."""
         self._faults.labels(self._model, "hung" if hung else "raised").inc()
+        if hung:
+            self._on_hang()
 
     def _make(self, kind: Any, name: str, help: str, *labels: str, **options: Any) -> Any:
         """A metric whose first label is the model; bound to it at once where it is the only one."""

@@ -76,9 +76,7 @@ def _model(context: Context, name: str) -> Model:
     return Model(id=name, created=context.created, owned_by="latentrt", root=context.catalog.name)
 
 
-def _plan(
-    context: Context, wanted: Wanted, size: tuple[int, int], api: str, source: Source | None = None
-) -> Plan:
+def _plan(context: Context, wanted: Wanted, size: tuple[int, int], api: str, source: Source | None = None) -> Plan:
     kind = wanted.output_format or "png"
     if kind == "png" and wanted.output_compression not in (None, 100):
         raise Problem(
@@ -189,11 +187,11 @@ async def _events(
             async for event in events:
                 if isinstance(event, Preview):
                     data = await in_thread(partial(encode, event.image, plan.kind, plan.quality))
-                    own = {"partial_image_index": event.number, "index": event.index}
-                    yield _event(f"{kind}.partial_image", {"b64_json": data, **own, **look})
+                    number = {"partial_image_index": event.number, "index": event.index}
+                    yield _event(f"{kind}.partial_image", {"b64_json": data, **number, **look})
                 elif isinstance(event, Picture):
                     one = await made(event, plan)
-                    own = {"usage": USAGE, "index": event.index, "seed": one.seed}
+                    own: dict[str, Any] = {"usage": USAGE, "index": event.index, "seed": one.seed}
                     own |= {"safety_identifier": safety} if safety else {}
                     yield _event(f"{kind}.completed", {"b64_json": one.data, **own, **look})
     except Exception as error:

@@ -9,7 +9,7 @@ from typing import Any
 from engine.errors import LatentrtError, RequestError, ScheduleError, UnknownSolverError
 
 
-class Problem(RequestError):
+class Problem(RequestError):  # noqa: N818 - as RFC 9457 calls it
     """A refusal that knows its status, code and the parameter it is about.
 
     Args:
@@ -96,7 +96,8 @@ def _of_service(error: LatentrtError, code: str) -> Answer:
 
 def answer_to_status(status: int, detail: str) -> Answer:
     """What a client is told where the framework itself refused: no such path, no such method, a broken body."""
-    return Answer(status, _OF_STATUS.get(status, "invalid_value" if status < 500 else "engine_error"), detail)
+    code = _OF_STATUS.get(status, "invalid_value" if status < 500 else "engine_error")
+    return Answer(status, code, "there is no such path; /docs lists them" if detail == "Not Found" else detail)
 
 
 def answer_to_validation(errors: Any) -> Answer:
@@ -113,4 +114,6 @@ def answer_to_validation(errors: Any) -> Answer:
         text = f"{param or 'the body'} is missing"
     elif first["type"] == "none_required":
         text = f"{param} is not supported"
+    elif text.startswith("Expected UploadFile"):
+        text = f"{param} is no file; nothing is fetched from a URL"
     return Answer(400, "invalid_value", text if param is None or param in text else f"{param}: {text}", param)

@@ -107,6 +107,11 @@ class Queue:
         return chosen
 
 
+def sooner(moment: float, deadline: float | None) -> float:
+    """The earlier of the two."""
+    return moment if deadline is None else min(moment, deadline)
+
+
 def begins(running: Sequence[float], waiting: Sequence[float], seats: int) -> list[float]:
     """When each waiting picture begins, in ticks from now, where `seats` run at once.
 

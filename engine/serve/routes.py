@@ -54,7 +54,7 @@ def _check_media(found: str, needed: str) -> None:
     kind = found.partition(";")[0].strip().lower()
     if kind != needed:
         raise Problem(
-            f"the body is {kind[:100] or 'of no type'!r}",
+            f"the body's Content-Type is {kind[:100]!r}" if kind else "the body has no Content-Type",
             needed,
             f"send it with Content-Type: {needed}",
             status=415,

@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.errors import LatentrtError, RequestError, ScheduleError
-from engine.golden import TOLERANCE, worst_error
+from engine.errors import LatentrtError, NetworkError, RequestError, ScheduleError
+from engine.golden import SIDE, TOLERANCE, worst_error
 from engine.image import to_uint8
 from engine.job import Job
 from engine.pipeline import Engine
@@ -46,23 +47,30 @@ def prepare(engine: Engine, orders: Sequence[Order]) -> list[list[Job] | Excepti
 
 def _jobs(engine: Engine, order: Order) -> list[Job] | Exception:
     try:
-        if order.image is not None or order.mask is not None:
-            raise RequestError("an order with a picture to begin on", "an order without", "leave image and mask out")
-        return engine.jobs(order.request)
+        if order.image is None:
+            if order.mask is not None:
+                raise RequestError("there is a mask and no picture", "the picture that it belongs to", "add the image")
+            return engine.jobs(order.request)
+        request = replace(order.request, strength=order.strength)
+        edit = engine.edit(order.image, order.mask, height=request.height, width=request.width)
+        return engine.jobs(request, edit=edit)
     except Exception as error:
         return error
 
 
-def draw(engine: Engine, jobs: Sequence[Job]) -> list[Picture]:
-    """The pictures of jobs with latents of one shape, in one call of the VAE.
+def draw(engine: Engine, jobs: Sequence[Job]) -> list[Picture | NetworkError]:
+    """The pictures of jobs with latents of one shape, in one call of the VAE; an error for each that is not finite."""
+    images = engine.vae.decode(np.stack([job.latents for job in jobs]))
+    return [_picture(image, job) for image, job in zip(images, jobs, strict=True)]
 
-    Raises:
-        NetworkError: one of them is not finite; nobody knows which.
-    """
+
+def _picture(image: NDArray[np.float32], job: Job) -> Picture | NetworkError:
     from engine.picture import Picture
 
-    pixels = to_uint8(engine.vae.decode(np.stack([job.latents for job in jobs])))
-    return [Picture.of(one, job.tag) for one, job in zip(pixels, jobs, strict=True)]
+    try:
+        return Picture.of(to_uint8(image[None])[0], job.tag)
+    except NetworkError as error:
+        return error
 
 
 def sketch(engine: Engine, latents: NDArray[np.float32]) -> Image:
@@ -87,9 +95,19 @@ def check(engine: Engine) -> None:
             raise EngineFault(
                 f"golden runs differ by {error:.1e} of their size", f"at most {TOLERANCE:g}", "latentrt verify BUNDLE"
             )
-    jobs = engine.requests([""], {"steps": 1})
+    jobs = engine.requests([""], {"steps": 1, **_check_size(engine)})
     engine.run(jobs)
-    draw(engine, jobs)
+    for drawn in draw(engine, jobs):
+        if isinstance(drawn, NetworkError):
+            raise drawn
+
+
+def _check_size(engine: Engine) -> dict[str, int]:
+    """Small on a CPU, which may take minutes for a whole picture; on a GPU the model's own."""
+    if engine.backend.gpu is not None:
+        return {}
+    spec = engine.spec.latents
+    return {name: min(getattr(spec, name), SIDE) * spec.factor for name in ("height", "width")}
 
 
 def as_error(error: Exception) -> LatentrtError:

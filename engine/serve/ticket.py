@@ -190,6 +190,7 @@ class Ticket:
     def __init__(self, order: Order, cancel: Callable[[Ticket], None]) -> None:
         self.order = order
         self.id = order.id
+        self.begun = False  # whether its first row has run
         self._cancel = cancel
         self._lock = threading.Lock()
         self._events: deque[Event] = deque()

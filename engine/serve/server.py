@@ -1,0 +1,182 @@
+"""The process: a model is loaded, a socket listens, signals drain it, and a hang ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+import uvicorn
+from fastapi import FastAPI
+
+from engine.errors import BackendError, PromptTruncatedWarning
+from engine.pipeline import Engine
+from engine.serve import curve
+from engine.serve.app import create_app
+from engine.serve.catalog import Catalog
+from engine.serve.config import Settings
+from engine.serve.logs import configure, logger
+from engine.serve.metrics import Metrics
+from engine.serve.service import Service
+
+UNDRAINED, HUNG = 1, 70  # exit codes; 0 is a drain that lost nothing
+_LAST_ANSWERS = 5  # seconds for the last bytes of answers, after their pictures are done
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def serve(settings: Settings) -> int:
+    """Serve until a signal ends it.
+
+    Returns:
+        The process' exit code.
+
+    Raises:
+        LatentrtError: the port is taken, or the bundle or backend cannot be used.
+    """
+    configure(settings)
+    warnings.simplefilter("ignore", PromptTruncatedWarning)  # its text is what somebody wrote
+    with listening(settings) as sock, loaded(settings) as engine:
+        hangs = Hangs(settings.hang_timeout)
+        catalog = Catalog(engine.spec, engine.schedule, settings)
+        metrics = Metrics(catalog.name, hangs)
+        service = Service(
+            engine,
+            queue=settings.queue,
+            queue_timeout=settings.queue_timeout,
+            run_timeout=settings.run_timeout,
+            hang=settings.hang_timeout,
+            observer=metrics,
+            curve=curve.load(engine),
+        )
+        try:
+            app = create_app(service, catalog, metrics=metrics)
+            return asyncio.run(run(app, service, settings, sock, hangs))
+        finally:
+            service.close()
+
+
+@contextmanager
+def loaded(settings: Settings) -> Iterator[Engine]:
+    """The engine that the settings name."""
+    with Engine.load(
+        settings.bundle,
+        backend=settings.backend,
+        device=settings.device,
+        precision=settings.precision,
+        plans=settings.plans,
+        threads=settings.threads,
+        lanes=settings.lanes,
+    ) as engine:
+        yield engine
+
+
+@contextmanager
+def listening(settings: Settings) -> Iterator[socket.socket]:
+    """A socket that is bound before anything is loaded, so that a port that is taken is known at once."""
+    try:
+        found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
+        sock = socket.socket(family, kind, protocol)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+    except OSError as error:
+        raise BackendError(
+            f"{settings.host}:{settings.port} cannot be listened on ({error.strerror or error})",
+            "an address of this machine and a free port",
+            "change --host or --port",
+        ) from error
+    with sock:
+        yield sock
+
+
+class Hangs:
+    """What happens when a step hangs: a thread cannot be ended, so if it does not come back the process is.
+
+    Args:
+        patience: seconds more that it gets.
+    """
+
+    def __init__(self, patience: float) -> None:
+        self._patience = patience
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._still: Callable[[], bool] = lambda: False
+
+    def watch(self, still: Callable[[], bool]) -> None:
+        """Begin, in the running event loop; `still` says whether it hangs."""
+        self._loop, self._still = asyncio.get_running_loop(), still
+
+    def __call__(self) -> None:
+        """It hangs; from any thread."""
+        if self._loop is not None:
+            with suppress(RuntimeError):  # the loop is closed: the process ends anyway
+                self._loop.call_soon_threadsafe(self._loop.call_later, self._patience, self._end)
+
+    def _end(self) -> None:
+        if self._still():
+            logger().critical("a step hangs; the process ends, so that another can take its place", exit_code=HUNG)
+            os._exit(HUNG)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, but signals are ours: its own way is to stop listening at once and to die of the signal in the end."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def run(app: FastAPI, service: Service, settings: Settings, sock: socket.socket, hangs: Hangs) -> int:
+    """Serve the application on a bound socket until it is drained; the exit code."""
+    server = _Server(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            ws="none",
+            lifespan="on",
+            timeout_graceful_shutdown=_LAST_ANSWERS,
+        )
+    )
+    hangs.watch(lambda: service.state == "failed")
+    drained = asyncio.get_running_loop().create_future()
+    loop, signals = asyncio.get_running_loop(), (signal.SIGTERM, signal.SIGINT)
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def drain() -> None:
+        service.drain()
+        good = await service.wait_drained(settings.drain_timeout)
+        if not good:
+            logger().error("not everything was finished in time", seconds=settings.drain_timeout)
+        drained.set_result(good)
+        server.should_exit = True
+
+    def on_signal(number: signal.Signals) -> None:
+        if tasks:
+            logger().warning("a second signal: ending at once", signal=number.name)
+            os._exit(128 + number)
+        logger().info("draining", signal=number.name, seconds=settings.drain_timeout)
+        tasks.add(loop.create_task(drain()))
+
+    for number in signals:
+        loop.add_signal_handler(number, on_signal, number)
+    try:
+        _announce(settings, sock)
+        await server.serve(sockets=[sock])
+    finally:
+        for number in signals:
+            loop.remove_signal_handler(number)
+    return 0 if not drained.done() or drained.result() else UNDRAINED
+
+
+def _announce(settings: Settings, sock: socket.socket) -> None:
+    host, port = sock.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    url = f"http://{shown}:{port}"
+    logger().info("serving", url=url, openai=f"{url}/v1", docs=f"{url}/docs", bundle=str(settings.bundle))
+    if settings.host not in _LOOPBACK and not settings.secrets():
+        logger().warning("anybody who reaches this address may draw: no keys are set", host=settings.host)

@@ -1,0 +1,55 @@
+"""The GPU and the backends that are here. With LATENTRT_EMULATED_GPU=1 they are stand-ins, and everything is small:
+
+so the tests themselves are tested where there is no GPU (tests/test_gpu_emulated.py).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import pytest
+from gpu_rig import EMULATED, KINDS, SCALE, GpuRig
+from numpy.typing import NDArray
+
+from engine import Engine
+from engine.bundle import EMBEDDED
+from engine.errors import BackendError, MissingDependencyError
+
+
+@pytest.fixture(scope="session")
+def hardware(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What opens things on the GPU, or on the stand-in."""
+    if EMULATED:
+        os.environ["LATENTRT_SEAL"] = str(tmp_path_factory.mktemp("seal") / "seal.key")
+    return import_module("emulated" if EMULATED else "benchmarks.gpu.hardware")
+
+
+@pytest.fixture(scope="module", params=KINDS, ids="-".join)
+def rig(hardware: Any, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GpuRig]:
+    """Each backend that is here; one that is missing is skipped, with its reason."""
+    bundle = tmp_path_factory.getbasetemp() / "bundle"
+    if not bundle.exists():
+        shutil.copytree(EMBEDDED, bundle)
+    try:
+        made = GpuRig(hardware, request.param, bundle)
+    except (BackendError, MissingDependencyError) as error:
+        pytest.skip(str(error))
+    made.build()
+    yield made
+    made.gpu.close()
+
+
+@pytest.fixture
+def draw() -> Callable[..., NDArray[np.uint8]]:
+    """Draw with an engine at the tests' size: pixels, (pictures, height, width, 3)."""
+
+    def run(engine: Engine, prompt: str | list[str] = "a red apple", **settings: Any) -> NDArray[np.uint8]:
+        common = {"width": SCALE.pixels, "height": SCALE.pixels, "steps": SCALE.steps}
+        return np.stack([np.asarray(picture) for picture in engine(prompt, **{**common, **settings})])
+
+    return run

@@ -1,0 +1,60 @@
+"""What the tests of this folder run on: a backend that is here, its GPU, and a bundle with plans."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from engine import Engine
+from engine.backends.base import Backend
+from engine.bundle import Bundle
+
+EMULATED = os.environ.get("LATENTRT_EMULATED_GPU") == "1"
+KINDS = (("onnxruntime", "fp32"), ("onnxruntime", "fp16"), ("tensorrt", "fp16"), ("tensorrt-rtx", "fp16"))
+if EMULATED:  # the two flavours of the stand-in are one
+    KINDS = KINDS[:3]
+LANES = 4
+BUILD_LIMIT = 1800.0
+
+
+class Scale(NamedTuple):
+    """How much is run: pixels of a picture's side, steps, and pictures in which memory may not grow."""
+
+    pixels: int
+    steps: int
+    many: int
+
+
+SCALE = Scale(32, 3, 10) if EMULATED else Scale(128, 20, 1000)
+
+
+class GpuRig:
+    """One backend with the bundle that it runs, and engines over it; `gpu` is its device.
+
+    Attributes:
+        kind: (backend, precision).
+        bundle: the embedded model; where plans are needed, they lie in it.
+    """
+
+    def __init__(self, hardware: Any, kind: tuple[str, str], bundle: Path) -> None:
+        self.hardware, self.kind, self.bundle = hardware, kind, bundle
+        self.backend: Backend = hardware.open_backend(*kind)
+        self.gpu: Any = self.backend.gpu
+        self.half = kind[1] == "fp16"
+
+    @property
+    def built(self) -> bool:
+        """Whether it runs plans."""
+        return self.kind[0] != "onnxruntime"
+
+    def build(self, *options: str, networks: tuple[str, ...] = ()) -> None:
+        """Build plans for `LANES` lanes at the tests' size."""
+        if self.built:
+            names = networks or tuple(Bundle.open(self.bundle).spec.graphs)
+            size = (SCALE.pixels, SCALE.pixels)
+            self.hardware.build_plans(self.bundle, names, self.kind[0], LANES, size, BUILD_LIMIT, options)
+
+    def engine(self, **options: Any) -> Engine:
+        """An engine with `LANES` lanes."""
+        return Engine.load(self.bundle, backend=self.backend, **{"lanes": LANES, "check_hashes": False, **options})

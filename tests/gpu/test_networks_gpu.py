@@ -1,0 +1,112 @@
+"""Each network on the GPU against the same one in float32: torch's where it is installed, else ONNX Runtime's."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gpu_rig import LANES, SCALE, GpuRig
+from numpy.typing import NDArray
+
+from engine.backends.ort import OrtBackend
+from engine.bundle import EMBEDDED, Bundle
+from engine.models import call
+from engine.prompt import Tokenizer
+
+pytestmark = pytest.mark.gpu
+Arrays = dict[str, NDArray[Any]]
+FLOAT_BOUND, HALF_BOUND = 1e-4, 5e-3  # relative L2; sums are taken in another order, and rounded to half precision
+NETWORKS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
+
+
+def feeds_of(bundle: Bundle, name: str) -> Arrays:
+    """Prompts' tokens, or random numbers, as float32 graphs take them; as many as the plans serve."""
+    spec, random = bundle.spec, np.random.default_rng(0)
+    prompts = ["a red apple", "", "a cat face", "an owl"][: LANES if name in ("text_encoder", "unet") else 1]
+    if name == "text_encoder":
+        tokenizer = Tokenizer.open(bundle.path(spec.tokenizers[0]))
+        return {"input_ids": np.stack([tokenizer.encode(prompt).ids for prompt in prompts])}
+    side = SCALE.pixels // (1 if name == "vae_encoder" else spec.latents.factor)
+    sizes = {"batch": len(prompts), "height": side, "width": side}
+    feeds = {}
+    for tensor in spec.graphs[name].inputs:
+        shape = [sizes[size] if isinstance(size, str) else size for size in tensor.shape]
+        feeds[tensor.name] = random.standard_normal(shape, np.float32)
+    return feeds | ({"timestep": np.array([999, 500, 20, 0], np.float32)} if name == "unet" else {})
+
+
+def reference(bundle: Bundle, name: str, feeds: Arrays) -> Arrays:
+    """The float32 network's outputs, on the CPU."""
+    outputs = [tensor.name for tensor in bundle.spec.graphs[name].outputs]
+    try:
+        import torch
+
+        from export.wrap import load_network
+    except ImportError:
+        return call(OrtBackend().load(bundle, name), feeds)
+    module = load_network(bundle.root, name, family=bundle.spec.family, tokens=77).module
+    with torch.inference_mode():
+        made = module(*map(torch.from_numpy, feeds.values()))
+    tensors = made if isinstance(made, tuple) else (made,)
+    return {output: tensor.numpy() for output, tensor in zip(outputs, tensors, strict=True)}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_is_torchs(rig: GpuRig, name: str) -> None:
+    bundle = Bundle.open(rig.bundle, check_hashes=False)
+    feeds = feeds_of(bundle, name)
+    theirs = reference(bundle, name, feeds)
+    network = rig.backend.load(bundle, name)
+    ours = call(network, feeds)
+    again = call(network, feeds)
+    network.close()
+    for output, wanted in theirs.items():
+        error = float(np.linalg.norm(ours[output] - wanted) / np.linalg.norm(wanted))
+        assert error < (HALF_BOUND if rig.half else FLOAT_BOUND), output
+        np.testing.assert_array_equal(ours[output], again[output])
+
+
+@pytest.fixture
+def refittable(rig: GpuRig, tmp_path: Path) -> Iterator[GpuRig]:
+    """The same backend, with a bundle whose UNet takes other weights."""
+    if not rig.built:
+        pytest.skip("only plans are refitted")
+    shutil.copytree(EMBEDDED, tmp_path / "bundle")
+    made = GpuRig(rig.hardware, rig.kind, tmp_path / "bundle")
+    made.build("refittable", networks=("unet",))
+    yield made
+    made.gpu.close()
+
+
+def test_refit_with_other_weights_and_return_to_base(refittable: GpuRig) -> None:
+    bundle = Bundle.open(refittable.bundle, check_hashes=False)
+    feeds = feeds_of(bundle, "unet")
+    network: Any = refittable.backend.load(bundle, "unet")
+    run: Callable[[], NDArray[Any]] = lambda: call(network, feeds)["out"]  # noqa: E731
+    base = run()
+    weights = {"conv_out.weight": 0.5 * stored(bundle, "conv_out.weight")}
+    network.refit(weights)
+    other = run()
+    network.refit({})
+    back = run()
+    network.close()
+    assert np.linalg.norm(other - base) > 0.1 * np.linalg.norm(base)
+    np.testing.assert_array_equal(back, base)
+
+
+def stored(bundle: Bundle, name: str) -> NDArray[Any]:
+    """A weight of the UNet, float32."""
+    import json
+
+    path = bundle.root / "unet" / "diffusion_pytorch_model.safetensors"
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    about = json.loads(data[8:start])[name]
+    first, last = about["data_offsets"]
+    dtype = {"F16": np.float16, "F32": np.float32}[about["dtype"]]
+    return np.frombuffer(data[start + first : start + last], dtype).astype(np.float32).reshape(about["shape"])

@@ -1,0 +1,63 @@
+"""A fake engine, and a service over it that leaves no thread behind."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from fake_engine import PATIENCE, Fakes, fake_engine
+
+from engine.pipeline import Engine
+from engine.serve.service import Service
+
+Serve = Callable[..., Service]
+
+
+@pytest.fixture
+def fakes() -> Fakes:
+    return Fakes()
+
+
+@pytest.fixture
+def engine(fakes: Fakes) -> Iterator[Engine]:
+    with fake_engine(fakes) as engine:
+        yield engine
+
+
+@pytest.fixture
+def serve(fakes: Fakes, engine: Engine) -> Iterator[Serve]:
+    """Makes services of the fake engine, by default, that are ready; `Fakes.lanes` begins after the self-check."""
+    services: list[Service] = []
+
+    def start(own: Engine = engine, **settings: Any) -> Service:
+        service = Service(own, **settings)
+        services.append(service)
+        service.self_check()
+        fakes.lanes.clear()
+        fakes.texts.clear()
+        fakes.decoded.clear()
+        return service
+
+    yield start
+    fakes.allow(None)
+    fakes.wakes.set()
+    fakes.decoding.set()
+    for service in services:
+        service.close()
+    assert left_threads() == []
+
+
+def left_threads() -> list[str]:
+    """Names of the service's threads that still run."""
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("latentrt-")]
+
+
+def eventually(condition: Callable[[], object]) -> None:
+    """Wait until something holds that another thread brings about."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.001)

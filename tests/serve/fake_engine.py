@@ -1,0 +1,155 @@
+"""An engine of fake networks, with strings to pull: steps that wait, raise, hang or turn numbers into NaN."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.backends.fake import FakeBackend
+from engine.bundle import EMBEDDED, Bundle
+from engine.job import Job
+from engine.pipeline import Engine
+from engine.prompt import Tokenizer
+from engine.serve.ticket import Order
+from engine.spec import Request
+
+Arrays = Mapping[str, NDArray[Any]]
+T = TypeVar("T")
+PATIENCE = 30.0  # seconds after which a test that waits has failed
+RAISES, NAN, HANGS = "boom", "cloud", "sleep"  # prompts that make the network do so
+
+
+class Fakes:
+    """The networks' functions. `steps` counts the UNet's calls, `lanes` has their batch sizes.
+
+    Attributes:
+        on_step: called with the number of each call before it is made, by the engine's thread.
+        wakes: what a step with the prompt HANGS waits for.
+        decoding: what the VAE waits for; set unless a test clears it.
+    """
+
+    def __init__(self) -> None:
+        self.lanes: list[int] = []
+        self.texts: list[int] = []
+        self.decoded: list[int] = []
+        self.on_step: Callable[[int], None] = lambda step: None
+        self.wakes = threading.Event()
+        self.decoding = threading.Event()
+        self.decoding.set()
+        self.broken: set[str] = set()  # networks that raise: "unet", "vae", "text"
+        self._changed = threading.Condition()
+        self._allowed: int | None = None
+        tokenizer = Tokenizer.open(EMBEDDED / "tokenizer")
+        self._moods = {int(tokenizer.encode(prompt).ids[1]): prompt for prompt in (RAISES, NAN, HANGS)}
+
+    @property
+    def steps(self) -> int:
+        return len(self.lanes)
+
+    def hold(self) -> None:
+        """Let steps wait until they are allowed."""
+        with self._changed:
+            self._allowed = self.steps
+
+    def allow(self, steps: int | None) -> None:
+        """Let so many more steps be made, or all."""
+        with self._changed:
+            self._allowed = None if steps is None else (self._allowed or 0) + steps
+            self._changed.notify_all()
+
+    def wait_for(self, steps: int) -> None:
+        """Until so many steps were begun in all."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: self.steps >= steps, PATIENCE)
+
+    def text(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
+        if "text" in self.broken:
+            raise RuntimeError("the text encoder is broken")
+        ids = feeds["input_ids"]
+        self.texts.append(len(ids))
+        return {"text_states": _states(ids)}
+
+    def unet(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
+        sample, states = feeds["sample"], feeds["encoder_hidden_states"]
+        with self._changed:
+            self.lanes.append(len(sample))
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._allowed is None or self.steps <= self._allowed, PATIENCE)
+        self.on_step(self.steps)
+        if "unet" in self.broken:
+            raise RuntimeError("the UNet is broken")
+        moods = [self._mood(lane) for lane in states]
+        if RAISES in moods:
+            raise RuntimeError("boom")
+        if HANGS in moods:
+            assert self.wakes.wait(PATIENCE)
+        pull = states.mean(axis=(1, 2))[:, None, None, None]
+        out = np.tanh(sample) * np.float32(0.7) + pull + (feeds["timestep"] / 1000)[:, None, None, None]
+        out[[mood == NAN for mood in moods]] = np.nan
+        return {"out": out}
+
+    def vae(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
+        latents = feeds["latents"]
+        self.decoded.append(len(latents))
+        assert self.decoding.wait(PATIENCE)
+        if "vae" in self.broken:
+            raise RuntimeError("the VAE is broken")
+        return {"image": np.tanh(latents[:, :3]).repeat(8, axis=2).repeat(8, axis=3)}
+
+    def _mood(self, states: NDArray[np.float32]) -> str:
+        for token, prompt in self._moods.items():
+            if np.array_equal(states[1], _states(np.array(token))):
+                return prompt
+        return ""
+
+
+def _states(ids: NDArray[Any]) -> NDArray[np.float32]:
+    """Numbers for token ids, (..., 192)."""
+    return np.sin(ids[..., None] * np.arange(1, 193)).astype(np.float32)
+
+
+def fake_engine(fakes: Fakes, *, lanes: int = 8, seconds: float = 0.0) -> Engine:
+    """An engine over the embedded model's files, but none of its graphs."""
+    bundle = Bundle.open(EMBEDDED, check_hashes=False)
+    bundle = replace(bundle, spec=replace(bundle.spec, golden=()))
+    functions = {
+        bundle.spec.graphs["text_encoder"].path: fakes.text,
+        bundle.spec.graphs["unet"].path: fakes.unet,
+        bundle.spec.graphs["vae_decoder"].path: fakes.vae,
+    }
+    return Engine(bundle, FakeBackend(functions, seconds), lanes=lanes)
+
+
+def recorded(engine: Engine) -> list[Job]:
+    """A list that gets every job that the engine makes from now on."""
+    made: list[Job] = []
+    jobs = engine.jobs
+
+    def recording(*arguments: Any, **named: Any) -> list[Job]:
+        new = jobs(*arguments, **named)
+        made.extend(new)
+        return new
+
+    engine.jobs = recording  # type: ignore[method-assign]
+    return made
+
+
+def order(prompt: str = "an owl", *, previews: int = 0, deadline: float | None = None, **settings: Any) -> Order:
+    """An order with a request of these settings."""
+    return Order(Request(prompt=prompt, **{"steps": 4, **settings}), previews=previews, deadline=deadline)
+
+
+def wait(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine in an event loop of its own."""
+
+    async def bounded() -> T:
+        async with asyncio.timeout(PATIENCE):
+            return await coroutine
+
+    return asyncio.run(bounded())
