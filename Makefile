@@ -1,10 +1,11 @@
 # Everything a developer types. `make demo` needs Python and make alone.
 PYTHON ?= python3
+PRESET ?= sd15
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help demo test test-all lint bench pictures clean
+.PHONY: help demo test test-all test-gpu lint bench bench-gpu pictures clean
 .DEFAULT_GOAL := help
 
 help: ## show this
@@ -20,6 +21,9 @@ test: $(VENV)/.dev ## what CI runs, save the linters
 test-all: $(VENV)/.dev ## with the tests that take minutes
 	$(BIN)/python -m pytest -m "not gpu"
 
+test-gpu: $(VENV)/.dev ## what needs an NVIDIA GPU: parity, bits, memory; skipped where there is none
+	$(BIN)/python -m pytest -m gpu -ra tests/gpu
+
 lint: $(VENV)/.dev ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -27,6 +31,9 @@ lint: $(VENV)/.dev ## ruff and mypy
 
 bench: $(VENV)/.dev ## every benchmark that needs no GPU, side by side with diffusers; refreshes benchmarks/results
 	$(BIN)/python -m benchmarks all
+
+bench-gpu: $(VENV)/.dev ## full-size models on an NVIDIA GPU; PRESET=sd15, sd21 or sdxl
+	$(BIN)/python -m benchmarks gpu --preset $(PRESET)
 
 pictures: $(VENV)/.core ## the README's pictures
 	$(BIN)/python docs/pictures.py

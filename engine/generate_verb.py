@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @click.option("--solver", help="`latentrt solvers` lists them  [default: the bundle's own]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the first picture; the next count up.")
 @click.option("--guidance", "-g", type=float, default=3.0, show_default=True, help="Guidance scale; 1 for none.")
-@click.option("--size", help="WIDTHxHEIGHT in pixels  [default: the model's own]")
+@click.option("--size", help="WIDTHxHEIGHT in pixels  [default: the model's own, or that of --image]")
 @click.option("--count", "-c", type=int, default=1, show_default=True, help="Pictures for each prompt.")
 @click.option(
     "--output",

@@ -284,6 +284,7 @@ def _prose(settings: Settings, size: tuple[int, int]) -> str:
         "Seed": settings.get("seed"),
         "Size": f"{size[0]}x{size[1]}",
         "Model": settings.get("model"),
+        "Denoising strength": settings.get("strength"),
         "RNG": {"torch-cpu": "CPU", "torch-cuda": "NV"}.get(noise),
     }
     lines = [str(settings.get("prompt", ""))]

@@ -47,9 +47,7 @@ def edits_pictures(verb: Verb) -> Verb:
             type=float,
             help="How much of the run is made on it, above 0 to 1  [default: 0.8; 1 with a --mask]",
         ),
-        click.option(
-            "--image", type=FOLDER, help="Picture to begin on; its size is that of the new one, if no --size is given."
-        ),
+        click.option("--image", type=FOLDER, help="Picture to begin on."),
     ):
         verb = option(verb)
     return verb

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 import tempfile
 import threading
@@ -39,7 +40,7 @@ def build_in_child(order: Order, known: float | None, progress: Progress) -> Pla
     stop = context.Event()
     with tempfile.TemporaryDirectory(prefix="latentrt-") as folder:
         child = context.Process(target=_child, args=(order, Path(folder), theirs, stop), daemon=True)
-        child.start()
+        _start(child)
         theirs.close()
         try:
             return _listen(order, child, ours, Path(folder), known, progress)
@@ -48,6 +49,15 @@ def build_in_child(order: Order, known: float | None, progress: Progress) -> Pla
             ours.close()
             for part in order.plans.glob(f"*.{child.pid}.part"):  # a killed child cannot clean up
                 part.unlink(missing_ok=True)
+
+
+def _start(child: BaseProcess) -> None:
+    """Start the child deaf to Ctrl-C, which a terminal sends to it as well: the parent says when to stop."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        child.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _listen(
@@ -99,7 +109,6 @@ def _end(child: BaseProcess, stop: Event) -> None:
 
 def _child(order: Order, folder: Path, theirs: Connection, stop: Event) -> None:
     """The process in which a plan is built."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says when to stop
     parent, lock, last = os.getppid(), threading.Lock(), 0.0
     with (folder / OUTPUT).open("wb") as output:  # the library's own prints would spoil the terminal, and JSON
         for stream in (1, 2):
@@ -116,10 +125,12 @@ def _child(order: Order, folder: Path, theirs: Connection, stop: Event) -> None:
         return stop.is_set() or os.getppid() != parent
 
     try:
-        result: PlanRecord | LatentrtError = build(order, folder, report, cancelled)
+        result: PlanRecord | LatentrtError | None = build(order, folder, report, cancelled)
     except Cancelled:
-        return
+        result = None
     except LatentrtError as error:
         result = error
-    with lock:
-        theirs.send(result)
+    shutil.rmtree(folder, ignore_errors=True)  # a parent that was killed cannot clean up
+    if result is not None and os.getppid() == parent:
+        with lock:
+            theirs.send(result)

@@ -65,6 +65,28 @@ def test_generate_many_with_a_grid_and_previews(run: Run) -> None:
         assert grid.width > 2 * 128
 
 
+def test_generate_on_a_picture(run: Run) -> None:
+    """A photograph that lies on its side, then a part of what came out."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (50, 70), "orange").save("photo.jpg", exif=exif)
+    code, out, _ = run("generate", "a cat", "--image", "photo.jpg", "--strength", "0.5", "--steps", "4", "-o", "cat")
+    assert (code, out.split()) == (0, ["cat.png"])
+    assert read_settings("cat.png")["strength"] == 0.5
+    Image.new("L", (64, 48), "white").save("mask.png")
+    code, out, _ = run("generate", "a", "--image", "cat.png", "--mask", "mask.png", "--steps", "2", "--json")
+    (made,) = json.loads(out)["pictures"]
+    assert (made["width"], made["height"], made["strength"]) == (64, 48, 1.0)
+    with Image.open(made["path"]) as image:
+        assert "Denoising strength: 1.0" in image.info["parameters"]
+
+
+def test_generate_on_a_picture_that_is_not_there(run: Run) -> None:
+    for option in ("--image", "--mask"):
+        assert "gone.png cannot be read" in refused(run, "generate", "a", option, "gone.png")
+    assert "there is no picture" in refused(run, "generate", "a", "--strength", "0.5")
+
+
 def test_generate_speaks_json(run: Run) -> None:
     code, out, err = run("generate", "a cat", "--steps", "1", "--json", "--option", "eta=0.5", "-o", "x.jpg")
     answer = json.loads(out)

@@ -18,12 +18,12 @@ from engine.denoiser import Denoiser
 from engine.device_lanes import DeviceLanes
 from engine.errors import DeviceMemoryError, NetworkError, RequestError
 from engine.guidance import Guidance
-from engine.job import Job
+from engine.job import Job, Kept
 from engine.lanes import HostLanes
 from engine.models import UNet
 from engine.noise import noise_source
 from engine.schedule import Schedule
-from engine.table import tabulate
+from engine.table import noised, tabulate
 
 SIDE = 4  # of the latents, so that a call takes a millisecond
 SOLVERS = ["ddim", "euler-ancestral", "heun", "dpmpp-2m", "unipc-3", "pndm", "lcm", "dpmpp-3m-sde"]
@@ -93,6 +93,51 @@ def test_guidance_is_the_one_of_numpy(unet: DeviceNetwork, guidance: Guidance) -
     on_device(unet, there)
     on_host(unet, here)
     np.testing.assert_allclose(there.latents, here.latents, atol=5e-5)
+
+
+def keeping(seed: int, solver: str = "ddim", steps: int = 5, noise: str = "torch-cpu") -> Job:
+    """A job that begins on a picture, and repaints the half of it."""
+    job = make(seed, solver, noise=noise)
+    bundle = Bundle.open(EMBEDDED, check_hashes=False)
+    schedule = Schedule.from_config(bundle.json(bundle.spec.schedule))
+    job.table = tabulate(solver, schedule, steps, strength=0.7)
+    clean, unit, drawn = (job.noise.normal(job.latents.shape) for _ in range(3))
+    job.latents = noised(job.table.known[0], clean, unit)
+    job.kept = Kept((drawn > 0).astype(np.float32), clean, unit)
+    return job
+
+
+@pytest.mark.parametrize("capture", [True, False], ids=["captured", "queued"])
+@pytest.mark.parametrize("noise", ["torch-cpu", "torch-cuda:t4"])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_what_is_kept_is_kept_as_in_numpy(unet: DeviceNetwork, solver: str, noise: str, capture: bool) -> None:
+    there, here = keeping(3, solver, noise=noise), keeping(3, solver, noise=noise)
+    on_device(unet, there, capture=capture)
+    on_host(unet, here)
+    assert there.kept is not None
+    np.testing.assert_allclose(there.latents, here.latents, atol=5e-5 * np.abs(here.latents).max())
+    whole = there.kept.mask == 0
+    np.testing.assert_array_equal(there.latents[whole], there.kept.clean[whole])
+
+
+def test_a_job_that_keeps_a_part_joins_others(unet: DeviceNetwork) -> None:
+    """Memory for what is kept is taken when the first such job comes, in the midst of ticks that were captured before;
+    nobody's latents change by a bit.
+    """
+    lanes = DeviceLanes(unet, 6)
+    denoiser = Denoiser(lanes)
+    first, masked, last = make(1, steps=6), keeping(2, "heun"), make(3, "euler-ancestral")
+    denoiser.admit(first)
+    denoiser.tick()
+    before = unet.gpu.in_use  # type: ignore[attr-defined]
+    denoiser.admit(masked)
+    assert unet.gpu.in_use == before + 3 * 6 * 4 * first.latents.size  # type: ignore[attr-defined]
+    denoiser.tick()
+    run(denoiser, last)
+    lanes.close()
+    for job, twin in ((first, make(1, steps=6)), (masked, keeping(2, "heun")), (last, make(3, "euler-ancestral"))):
+        on_device(unet, twin, lanes=6)
+        np.testing.assert_array_equal(job.latents, twin.latents)
 
 
 def test_a_captured_tick_is_the_queued_one(unet: DeviceNetwork) -> None:

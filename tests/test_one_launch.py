@@ -53,6 +53,25 @@ def test_pictures_are_those_of_numpy(gpu: HostGpu, settings: dict[str, Any]) -> 
     assert [picture.info for picture in ours] == [picture.info for picture in theirs]
 
 
+@pytest.mark.parametrize("noise", ["torch-cpu", "torch-cuda:t4"])
+@pytest.mark.parametrize("solver", ["ddim", "dpm2-ancestral", "unipc"])
+def test_pictures_on_pictures_are_those_of_numpy(gpu: HostGpu, solver: str, noise: str) -> None:
+    """From noise, on a picture, and keeping a part of it: one canvas and its graphs serve all three in turn."""
+    y, x = np.mgrid[:40, :32]
+    image = np.stack([6 * y, 7 * x, 255 - 4 * y], axis=-1).astype(np.uint8)
+    asked = {**SIZE, "steps": 4, "solver": solver, "noise": noise, "strength": 0.8}
+    with (
+        Engine.load(backend=OrtBackend(threads=1, gpu=gpu), lanes=4, check_hashes=False) as there,
+        Engine.load(threads=1, check_hashes=False) as here,
+    ):
+        for more in ({}, {"mask": x > 12}, {}):
+            ours, theirs = (sd(["a red apple", "a cat"], image=image, **asked, **more) for sd in (there, here))
+            assert psnr(pictures(ours), pictures(theirs)) > 60
+            assert [picture.info for picture in ours] == [picture.info for picture in theirs]
+        ticked = there(["a red apple", "a cat"], image=image, **asked, on_tick=lambda job: None)
+    assert psnr(pictures(ours), pictures(ticked)) > 60
+
+
 def test_sdxl_concatenates_texts_and_zeroes_the_negative_one(
     gpu: HostGpu, exported: Callable[[str], tuple[Path, Path]]
 ) -> None:

@@ -18,7 +18,7 @@ import pytest
 
 from engine.backends.trt import Library, open_library
 from engine.bundle import Bundle, write_manifest
-from engine.errors import BackendError, DeviceMemoryError, PlanError
+from engine.errors import BackendError, BundleError, DeviceMemoryError, PlanError
 from engine.plans import REFITTABLE, STRIPPED, VERSION_COMPATIBLE, PlanStore
 from export import build_process, timing_cache, to_tensorrt
 from export.plan_builder import Order
@@ -254,7 +254,7 @@ def test_without_a_gpu_the_way_out_is_named(fake: Fake) -> None:
 
 
 def test_networks_that_are_not_there() -> None:
-    with pytest.raises(Exception, match="no refiner"):
+    with pytest.raises(BundleError, match="no refiner"):
         plain_orders(networks=["refiner"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import re
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 GRACE = 20.0  # seconds that a child gets to close
+DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 POLL = 0.005  # seconds between two looks at the free memory
 
 
@@ -69,7 +71,7 @@ class Child:
         code = self._process.exitcode
         how = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
         self._log.seek(0)
-        said = " ".join(" ".join(self._log.read().split()[-60:]).split())
+        said = " ".join(self._log.read().split()[-60:])
         return f"the process ended with {how}: {said[-400:]}" if said else f"the process ended with {how}"
 
     def close(self) -> None:
@@ -87,7 +89,8 @@ class Child:
 
 
 def _serve(worker: str, arguments: tuple[Any, ...], connection: Connection, log: str) -> None:
-    """The child: make the worker at the first request, and answer until it is closed."""
+    """The child: make the worker at the first request, and answer until it is closed or its parent is gone."""
+    ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)  # or a stopped benchmark would go on using the GPU
     with open(log, "ab") as file:  # libraries print what they like; the last of it tells why a process died
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
@@ -96,7 +99,7 @@ def _serve(worker: str, arguments: tuple[Any, ...], connection: Connection, log:
     while True:
         try:
             method, given = connection.recv()
-        except EOFError:  # the parent is gone
+        except EOFError:
             break
         try:
             if method == "close":
@@ -114,10 +117,10 @@ def _serve(worker: str, arguments: tuple[Any, ...], connection: Connection, log:
 
 
 def reason(error: BaseException) -> str:
-    """An error in one line, without what is private to this machine."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    text = text.replace(str(Path.home()), "~").replace(tempfile.gettempdir(), "TMP")
-    return re.sub(r"\|", "/", text)[:600]
+    """An error in one line, which fits into a table's cell, without this machine's folders."""
+    kind = "" if isinstance(error, NotMeasuredError | RuntimeError) else f"{type(error).__name__}: "
+    text = " ".join(f"{kind}{error}".split()).replace("|", "/")
+    return re.sub(r"(?<![\w:/])(?:/[\w.+~-]+)+/", "", text)[:600]
 
 
 def host_peak() -> int:

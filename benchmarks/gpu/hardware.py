@@ -43,8 +43,7 @@ def build_plans(
     `size` is width and height in pixels; `options` are flags of `latentrt build` ("refittable", ...).
 
     Raises:
-        RuntimeError: they cannot be built; the message is the command's.
-        subprocess.TimeoutExpired: it takes longer than `limit` seconds.
+        RuntimeError: they cannot be built in `limit` seconds; the message is the command's.
     """
     named = [word for network in networks for word in ("--network", network)]
     named += [f"--{option}" for option in options]
@@ -61,11 +60,13 @@ def latentrt(*words: str, limit: float) -> str:
     """Run the command in a process of its own; what it printed.
 
     Raises:
-        RuntimeError: it failed; the message is its own.
-        subprocess.TimeoutExpired: it takes longer than `limit` seconds.
+        RuntimeError: it failed, with its message, or takes longer than `limit` seconds.
     """
     command = [sys.executable, "-m", "engine.cli", *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit, check=False)
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"latentrt {words[0]} took longer than {limit:.0f} s") from error
     if done.returncode:
         said = done.stderr.strip() or done.stdout.strip()
         raise RuntimeError(" ".join(said.split())[-600:] or f"latentrt {words[0]} exited with {done.returncode}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -25,6 +24,7 @@ PACKAGES = (
     *("torch", "diffusers", "transformers", "numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13"),
     *("cuda-bindings", "nvidia-cuda-nvrtc"),
 )
+FAILURES = (NotMeasuredError, LatentrtError, RuntimeError, OSError)
 
 
 def run(config: Config, folder: Path) -> Results:
@@ -32,7 +32,7 @@ def run(config: Config, folder: Path) -> Results:
 
     Raises:
         LatentrtError: the bundle that was named cannot be opened.
-        RuntimeError, subprocess.TimeoutExpired: the preset cannot be exported.
+        RuntimeError: the preset cannot be exported.
     """
     config = _with_bundle(config)
     hardware = config.open_hardware()
@@ -77,7 +77,7 @@ def _about(config: Config, hardware: Any) -> dict[str, Any]:
         try:
             peak = {"tflops": child.ask(config.limit, "tflops")}
         except NotMeasuredError as error:
-            peak = {"missing": str(error)}
+            peak = {"missing": reason(error)}
     say(f"GPU: {gpu}; matrix peak: {peak}")
     about = {"machine": machine(PACKAGES), "gpu": gpu, "peak": peak, "config": config.to_dict(), "macs": _macs(config)}
     return {"date": f"{datetime.now(UTC):%Y-%m-%d}", **about}
@@ -149,7 +149,8 @@ class Runner:
         """Build what it needs, open it, and draw once."""
         self.record, self.pictures = {"seconds": [], "device_ms": []}, []
         with self._failing():
-            self._plans(batch)
+            if SIDES[self.name].backend == "tensorrt":
+                self.record["plans"] = _build(self._config, batch)
             fresh = self._child is None
             self._child = child = self._child or Child(SIDES[self.name].worker, self._config, self.name)
             with self._meter.watch(self.name) if self._meter else nullcontext([]) as most:
@@ -161,16 +162,6 @@ class Runner:
             if most:
                 self.record["device_bytes"] = most[0]
             self.record["host_bytes"] = child.ask(self._config.limit, "host_peak")
-
-    def _plans(self, batch: int) -> None:
-        config, side = self._config, SIDES[self.name]
-        if side.backend != "tensorrt":
-            return
-        assert config.bundle is not None
-        spec = Bundle.open(config.bundle, check_hashes=False).spec
-        networks = (*spec.text_encoders, "unet", "vae_decoder")
-        build = config.open_hardware().build_plans
-        self.record["plans"] = build(config.bundle, networks, config.library, 2 * batch, config.size, config.limit)
 
     def draw(self, round_: int) -> None:
         """One round."""
@@ -190,9 +181,8 @@ class Runner:
     def _failing(self) -> Iterator[None]:
         try:
             yield
-        except (NotMeasuredError, LatentrtError, RuntimeError, OSError, subprocess.SubprocessError) as error:
-            why = str(error) if isinstance(error, NotMeasuredError) else reason(error)
-            self.record, self.pictures = {"missing": why}, []
+        except FAILURES as error:
+            self.record, self.pictures = {"missing": reason(error)}, []
             self.close()
 
     def close(self) -> None:
@@ -204,6 +194,20 @@ class Runner:
             self._meter.gone(self.name)
 
 
+def _build(config: Config, batch: int) -> list[dict[str, Any]]:
+    """The plans for a batch of guided pictures, built where they are missing.
+
+    Raises:
+        RuntimeError: they cannot be built.
+    """
+    assert config.bundle is not None
+    spec = Bundle.open(config.bundle, check_hashes=False).spec
+    networks = (*spec.text_encoders, "unet", "vae_decoder")
+    build = config.open_hardware().build_plans
+    built: list[dict[str, Any]] = build(config.bundle, networks, config.library, 2 * batch, config.size, config.limit)
+    return built
+
+
 def _drift(config: Config, results: Results) -> None:
     """How far float16 latents go from float32 ones, step by step."""
     kinds = dict.fromkeys(["diffusers", *(config.backend(SIDES[name]) for name in config.sides if SIDES[name].backend)])
@@ -211,9 +215,11 @@ def _drift(config: Config, results: Results) -> None:
         with _child("benchmarks.gpu.drift:Drift", config) as child:
             for kind in kinds:
                 try:
+                    if kind == config.library:
+                        _build(config, 1)
                     found = {"relative": child.ask(config.limit, "drift", kind, steps)}
-                except NotMeasuredError as error:
-                    found = {"missing": str(error)}
+                except FAILURES as error:
+                    found = {"missing": reason(error)}
                 say(f"drift over {steps} steps, {kind}: {found.get('missing') or found['relative'][-1]}")
                 results.put_drift(kind, steps, found)
 

@@ -110,5 +110,9 @@ def _answer_of(request: Request, error: Exception) -> Answer:
         if error.status_code == 413:
             return too_much(request.app.state.context.settings.max_body)
         answer = answer_to_status(error.status_code, str(error.detail))
-        return Answer(answer.status, answer.code, answer.message, None, dict(error.headers or {}))
+        headers = dict(error.headers or {})
+        if error.status_code == 405:  # Starlette lists the methods of the path's first route alone
+            methods = request.app.openapi()["paths"].get(request.url.path, {})
+            headers |= {"Allow": ", ".join(methods).upper()} if methods else {}
+        return Answer(answer.status, answer.code, answer.message, None, headers)
     return answer_to(error)

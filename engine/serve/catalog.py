@@ -36,10 +36,11 @@ class Catalog:
         self._default = self.solver(settings.scheduler)
 
         @lru_cache(maxsize=4096)
-        def rows(solver: str | None, steps: int, options: tuple[tuple[str, Any], ...]) -> int:
-            return len(tabulate(solver, schedule, steps, **dict(options)))
+        def work(solver: str | None, steps: int, options: tuple[tuple[str, Any], ...]) -> tuple[int, str]:
+            table = tabulate(solver, schedule, steps, **dict(options))
+            return len(table), table.solver
 
-        self._rows = rows
+        self._work = work
 
     def model(self, name: str | None) -> str:
         """The model's own name for one of its names; none stands for it too.
@@ -113,14 +114,14 @@ class Catalog:
         """Every name that `solver` takes."""
         return tuple(self._solvers)
 
-    def rows(self, request: Request) -> int:
-        """How many network calls each of its pictures takes.
+    def work(self, request: Request) -> tuple[int, str]:
+        """How many network calls each of its pictures takes, and the name of the solver that makes them.
 
         Raises:
             Problem: the solver does not take so many steps, or not these options.
         """
         try:
-            return self._rows(request.solver, request.steps, tuple(sorted(request.options.items())))
+            return self._work(request.solver, request.steps, tuple(sorted(request.options.items())))
         except RequestError as error:
             raise Problem(error.found, error.needed, error.mend, param="num_inference_steps") from error
 

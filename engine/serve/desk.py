@@ -5,10 +5,11 @@ Every thread reads and writes them under `changed`, held for moments only: `rese
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 
@@ -31,6 +32,7 @@ from engine.serve.ticket import (
     Waiters,
 )
 
+LOG = logging.getLogger(__name__)
 CHECK_AGAIN = 10.0  # seconds after a self-check that failed
 
 
@@ -166,7 +168,7 @@ class Desk:
         """The engine raised or hung: nothing new begins until a self-check has passed."""
         with self.changed:
             if self.fault is None:
-                self.fault = error if isinstance(error, EngineFault) else _fault(error)
+                self.fault = _fault(error)
             self.check_at = 0.0
             self.observer.faulted(error, hung)
             self.changed.notify_all()
@@ -183,18 +185,24 @@ class Desk:
                     self.suspect(error, hung=True)
                     self.fail_all(error)
 
-    def check_due(self, now: float) -> bool:
-        """Whether a self-check has to be made before anything new begins."""
-        return self.check_at is not None and self.check_at <= now
+    @property
+    def trusted(self) -> bool:
+        """Whether pictures may begin: no self-check has to be made first."""
+        return self.check_at is None and not self.asked
+
+    def until_check(self) -> float | None:
+        """Seconds until the next self-check; None where none is to be made. While something hangs, none can be."""
+        if self.trusted or self.hung:
+            return None
+        return 0.0 if self.asked or self.check_at is None else max(0.0, self.check_at - time.monotonic())
 
     def was_checked(self, error: LatentrtError | None, asked: list[Future[None]]) -> None:
         """The outcome of a self-check that was asked for by these."""
         with self.changed:
             if error is None:
-                self.checked, self.fault = True, None
-                self.check_at = 0.0 if self.asked else None
+                self.checked, self.fault, self.check_at = True, None, None
             else:
-                self.fault = error if isinstance(error, EngineFault) else _fault(error)
+                self.fault = _fault(error)
                 self.check_at = time.monotonic() + CHECK_AGAIN
                 self.fail_all(self.fault)
             self.changed.notify_all()
@@ -203,6 +211,19 @@ class Desk:
                 future.set_result(None)
             else:
                 future.set_exception(error)
+
+    def survive(self, run: Callable[[], None]) -> None:
+        """Run a thread's function until it returns. What it raises is our own mistake: it costs the orders there are,
+        and a self-check, and the thread goes on.
+        """
+        while True:
+            try:
+                return run()
+            except Exception as error:
+                LOG.exception("%s raised", threading.current_thread().name)
+                fault = _fault(as_error(error))
+                self.suspect(fault)
+                self.fail_all(fault)
 
     def close(self) -> None:
         """End the threads; what is left fails."""
@@ -221,7 +242,18 @@ def outcome_of(event: Picture | Failed) -> str:
     return "done" if isinstance(event, Picture) else str(getattr(event.error, "code", type(event.error).__name__))
 
 
+def as_error(error: Exception) -> LatentrtError:
+    """What clients are told of something that was raised."""
+    if isinstance(error, LatentrtError):
+        return error
+    fault = EngineFault(f"the engine raised {error!r}", "none of its errors", "report it with the server's log")
+    fault.__cause__ = error
+    return fault
+
+
 def _fault(error: LatentrtError) -> EngineFault:
+    if isinstance(error, EngineFault):
+        return error
     fault = EngineFault(error.found, error.needed, error.mend)
     fault.__cause__ = error
     return fault

@@ -77,10 +77,10 @@ async def begun(context: Context, http: HttpRequest, plan: Plan) -> AsyncIterato
 
 async def _submit(context: Context, plan: Plan, facts: dict[str, Any]) -> Entry:
     request, source = plan.request, plan.source
-    rows = context.catalog.rows(request)
+    rows, solver = context.catalog.work(request)
     if source is not None:
         rows = max(1, math.ceil(rows * source.strength))
-    facts.update(n=request.count, steps=request.steps, solver=request.solver or "default", rows=rows)
+    facts.update(n=request.count, steps=request.steps, solver=solver, rows=rows)
     facts["size"] = "{}x{}".format(*plan.size)
     if context.settings.log_prompts:
         facts["prompt"] = request.prompt

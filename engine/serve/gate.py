@@ -89,9 +89,10 @@ class Gate:
         facts, seconds = passage.facts, time.monotonic() - passage.began
         status, outcome = passage.end()
         route = getattr(passage.scope.get("route"), "path", None) or "unknown"
-        drawn = "n" in facts and outcome == "ok"
-        self._metrics.ended_request(route, outcome, status, seconds if drawn else None)
         told = {key: value for key, value in facts.items() if key not in ("owner", "outcome")}
+        drawn = "n" in facts and outcome == "ok"
+        if passage.scope["path"] not in _QUIET_ROUTES:
+            self._metrics.ended_request(route, outcome, status, seconds if drawn else None)
         write = logger().debug if passage.scope["path"] in _QUIET_ROUTES else logger().info
         write(
             "request",

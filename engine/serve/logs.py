@@ -14,6 +14,7 @@ from engine.serve.config import Settings
 _QUIET = ("uvicorn", "sse_starlette", "python_multipart", "asyncio", "PIL")
 
 
+# Tracebacks are plain: pretty ones show the values of variables, and prompts are among them.
 def configure(settings: Settings, stream: TextIO | None = None) -> None:
     """Send all logs, those of the libraries too, to one stream in one form; standard error if none is given."""
     stream = sys.stderr if stream is None else stream
@@ -24,9 +25,9 @@ def configure(settings: Settings, stream: TextIO | None = None) -> None:
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     last: list[Any] = (
-        [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+        [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
         if as_json
-        else [structlog.dev.ConsoleRenderer(colors=stream.isatty())]
+        else [structlog.dev.ConsoleRenderer(colors=stream.isatty(), exception_formatter=structlog.dev.plain_traceback)]
     )
     structlog.configure(
         processors=[structlog.stdlib.filter_by_level, *shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],

@@ -59,7 +59,7 @@ class Metrics:
     def ended_request(self, route: str, outcome: str, status: int, seconds: float | None) -> None:
         """A request is over; `seconds` where it was one for pictures that were made."""
         self._requests.labels(self._model, route, outcome).inc()
-        if outcome != "ok" and (400 <= status < 500 or status == 503) and status != 499:
+        if outcome not in ("ok", "client_gone") and (400 <= status < 500 or status == 503):
             self._rejected.labels(self._model, outcome).inc()
         if seconds is not None:
             self._latency.observe(seconds)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Uint8 = NDArray[np.uint8]
 FORMATS = ("PNG", "JPEG", "WEBP")
+_ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)  # of EXIF: those that swap width and height
 _THREADS = anyio.CapacityLimiter(2)  # enough to keep up with any engine, too few to take the CPU from it
 
 
@@ -60,7 +61,11 @@ def shape_of(data: bytes, param: str, most_pixels: int) -> tuple[int, int]:
         Problem: 400 image_decode_failed.
     """
     with _opened(data, param, most_pixels) as image:
-        turned = image.getexif().get(0x0112, 1) >= 5
+        try:
+            # Without the first condition a PNG is decoded to look for it behind the pixels.
+            turned = "exif" in image.info and image.getexif().get(_ORIENTATION) in _TURNED
+        except Exception as error:  # it may be broken as well
+            raise _undecodable(param, "damaged") from error
         return (image.height, image.width) if turned else image.size
 
 

@@ -13,7 +13,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from engine.serve.wire import Whole
+from engine.serve.wire import WHOLE, Count, Guidance, Part
+from engine.spec import MAX_SEED
 
 # A1111's names; "Automatic" there is each sampler's usual spacing. DPM++ 2M wants Karras' there, so it has it here.
 SAMPLERS: dict[str, tuple[str, str]] = {
@@ -59,24 +60,26 @@ IDLE: dict[str, tuple[Any, ...]] = {
 class TextToImage(BaseModel):
     """Body of POST /sdapi/v1/txt2img."""
 
-    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False, strict=True)
 
     prompt: str = ""
     negative_prompt: str = ""
-    seed: Annotated[Whole | None, Field(ge=-1, le=2**64 - 1, description="-1 is any.")] = -1
+    seed: Annotated[Annotated[int, Field(ge=-1, le=MAX_SEED), WHOLE] | None, Field(description="-1 is any.")] = -1
     sampler_name: Annotated[str | None, Field(description="As /sdapi/v1/samplers lists, or a solver's name.")] = None
     sampler_index: str | None = None
     scheduler: Annotated[str | None, Field(description="As /sdapi/v1/schedulers lists.")] = None
-    batch_size: Annotated[Whole | None, Field(ge=1)] = 1
-    n_iter: Annotated[Whole | None, Field(ge=1)] = 1
-    steps: Annotated[Whole | None, Field(ge=1)] = None
-    cfg_scale: Annotated[float | None, Field(ge=0, le=100)] = None
-    width: Annotated[Whole | None, Field(ge=1)] = None
-    height: Annotated[Whole | None, Field(ge=1)] = None
-    eta: Annotated[float | None, Field(ge=0, le=1)] = None
+    batch_size: Count | None = 1
+    n_iter: Count | None = 1
+    steps: Count | None = None
+    cfg_scale: Guidance | None = None
+    width: Count | None = None
+    height: Count | None = None
+    eta: Annotated[float, Field(ge=0, le=1)] | None = None
     override_settings: Annotated[dict[str, Any] | None, Field(description="sd_model_checkpoint alone.")] = None
     send_images: bool | None = True
-    force_task_id: Annotated[str | None, Field(max_length=128, description="For /sdapi/v1/progress.")] = None
+    force_task_id: Annotated[
+        Annotated[str, Field(max_length=128)] | None, Field(description="For /sdapi/v1/progress.")
+    ] = None
 
 
 class ImageToImage(TextToImage):
@@ -84,8 +87,8 @@ class ImageToImage(TextToImage):
 
     init_images: Annotated[list[str], Field(min_length=1, max_length=1, description="Base64; never a URL.")]
     mask: Annotated[str | None, Field(description="Base64; white is repainted.")] = None
-    inpainting_mask_invert: Annotated[Whole | bool | None, Field(ge=0, le=1)] = 0
-    denoising_strength: Annotated[float | None, Field(gt=0, le=1)] = 0.75
+    inpainting_mask_invert: Annotated[int, Field(ge=0, le=1), WHOLE] | bool | None = 0
+    denoising_strength: Part | None = 0.75
 
 
 class Images(BaseModel):

@@ -48,17 +48,16 @@ class Place:
         self._open = True
 
     def submit(self, order: Order) -> Ticket:
-        """Order the pictures; places that they do not need are given back.
+        """Order the pictures; places that they do not need are given back, all of them where this raises.
 
         Raises:
             RequestError: the place was used or given back already, or has room for fewer pictures.
             Draining, NotReady: the service was closed, or the engine failed, meanwhile.
         """
-        if not self._open or order.request.count > self.pictures:
-            raise RequestError(
-                f"{order.request.count} pictures", f"at most {self.pictures if self._open else 0}", "reserve a place"
-            )
         with self:
+            room = self.pictures if self._open else 0
+            if order.request.count > room:
+                raise RequestError(f"{order.request.count} pictures", f"at most {room}", "reserve a place for them")
             return self._service._submit(order, self)
 
     def release(self) -> None:
@@ -257,7 +256,6 @@ class Service:
             if self._desk.closed:
                 self._refuse_if_unready()
             self._desk.asked.append(outcome)
-            self._desk.check_at = 0.0
             self._desk.changed.notify_all()
         try:
             outcome.result(self._hang if timeout is None else timeout)

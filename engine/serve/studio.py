@@ -19,7 +19,7 @@ from engine.errors import LatentrtError, RequestError
 from engine.job import Job
 from engine.pipeline import Engine
 from engine.serve import stages
-from engine.serve.desk import Desk
+from engine.serve.desk import Desk, as_error
 from engine.serve.queue import Part
 from engine.serve.ticket import Failed, Picture, Preview, Ticket
 
@@ -66,7 +66,7 @@ class Studio:
         return bool(desk.queue.unprepared(1) or desk.denoised or desk.sketches)
 
     def _next(self) -> Piece | None:
-        for _ in self._turns:
+        for _ in range(len(self._turns)):
             self._turns.rotate(-1)
             piece = self._turns[-1]()
             if piece is not None:
@@ -74,12 +74,8 @@ class Studio:
         return self._next_sketch()
 
     def _do(self, piece: Piece) -> None:
-        """Whatever a piece raises past its own handling is a fault of the engine; the thread goes on."""
-        try:
-            with self._desk.doing("stage"):
-                piece()
-        except Exception as error:
-            self._desk.suspect(stages.as_error(error))
+        with self._desk.doing("stage"):
+            piece()
 
     # ---- Orders to jobs
 
@@ -113,9 +109,9 @@ class Studio:
             self._desk.changed.notify_all()
 
     def _refuse(self, ticket: Ticket, error: Exception) -> None:
-        self._desk.fail(ticket, stages.as_error(error))
+        self._desk.fail(ticket, as_error(error))
         if stages.is_fault(error):
-            self._desk.suspect(stages.as_error(error))
+            self._desk.suspect(as_error(error))
 
     # ---- Latents to pictures
 
@@ -140,12 +136,14 @@ class Studio:
                 for part in parts:
                     self._draw([part])
             else:
-                self._desk.end(parts[0], Failed(parts[0].index, stages.as_error(error)))
-                self._desk.suspect(stages.as_error(error))
+                self._desk.end(parts[0], Failed(parts[0].index, as_error(error)))
+                self._desk.suspect(as_error(error))
             return
         for part, picture in zip(parts, drawn, strict=True):
-            failed = isinstance(picture, LatentrtError)
-            self._desk.end(part, Failed(part.index, picture) if failed else Picture(part.index, picture))
+            if isinstance(picture, LatentrtError):
+                self._desk.end(part, Failed(part.index, picture))
+            else:
+                self._desk.end(part, Picture(part.index, picture))
 
     # ---- Previews
 

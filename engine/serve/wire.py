@@ -22,12 +22,25 @@ def _whole(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _null_if_empty(value: object) -> object:
-    """An empty form field is one that was left out."""
-    return None if value == "" else value
+def _without_null(schema: dict[str, Any]) -> None:
+    """A form cannot say null: what is optional is left out, and what could only be null is not there."""
+    fields = schema["properties"]
+    for name, field in list(fields.items()):
+        if field.get("type") == "null":
+            del fields[name]
+        kinds = [kind for kind in field.get("anyOf", ()) if kind != {"type": "null"}]
+        if kinds:
+            del field["anyOf"]
+            field.update(kinds[0])
+            field.pop("default", None)
 
 
-Whole = Annotated[int, BeforeValidator(_whole)]
+WHOLE = BeforeValidator(_whole)  # last in its type: bounds must stand next to int to be in the schema
+Count = Annotated[int, Field(ge=1), WHOLE]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED), WHOLE]
+Guidance = Annotated[float, Field(ge=0, le=100)]
+Percent = Annotated[int, Field(ge=0, le=100), WHOLE]
+Part = Annotated[float, Field(gt=0, le=1)]
 OutputFormat = Literal["png", "jpeg", "webp"]
 
 
@@ -38,7 +51,7 @@ class Wanted(BaseModel):
 
     prompt: Annotated[str, Field(min_length=1, description="What to draw.")]
     model: Annotated[str | None, Field(description="A name that /v1/models lists.")] = None
-    n: Annotated[Whole | None, Field(ge=1, description="How many pictures.")] = None
+    n: Annotated[Count | None, Field(description="How many pictures.")] = None
     size: Annotated[str | None, Field(description="WIDTHxHEIGHT, or auto for the model's own.")] = None
     response_format: Annotated[
         Literal["b64_json", "url"] | None,
@@ -46,13 +59,13 @@ class Wanted(BaseModel):
     ] = None
     output_format: OutputFormat | None = None
     output_compression: Annotated[
-        Whole | None, Field(ge=0, le=100, description="Quality of jpeg and webp; 100 is all that png takes.")
+        Percent | None, Field(description="Quality of jpeg and webp; 100 is all that png takes.")
     ] = None
     background: Literal["opaque", "auto"] | None = None
     stream: Annotated[bool | None, Field(description="Answer with server-sent events.")] = None
-    partial_images: Annotated[Whole | None, Field(ge=0, le=3, description="Previews of each picture in a stream.")] = (
-        None
-    )
+    partial_images: Annotated[
+        Annotated[int, Field(ge=0, le=3), WHOLE] | None, Field(description="Previews of each picture in a stream.")
+    ] = None
     # Accepted, and without effect here.
     moderation: Literal["low", "auto"] | None = None
     quality: Literal["low", "medium", "high", "xhigh", "max", "auto", "standard", "hd"] | None = None
@@ -64,15 +77,13 @@ class Wanted(BaseModel):
     frame_duration_ms: None = None
     svg: None = None
     # latentrt's own.
-    seed: Annotated[
-        Whole | None, Field(ge=0, le=MAX_SEED, description="Of the first picture; the others count up. None: any.")
-    ] = None
+    seed: Annotated[Seed | None, Field(description="Of the first picture; the others count up. None: any.")] = None
     negative_prompt: str | None = None
-    num_inference_steps: Annotated[Whole | None, Field(ge=1)] = None
-    guidance_scale: Annotated[float | None, Field(ge=0, le=100)] = None
+    num_inference_steps: Count | None = None
+    guidance_scale: Guidance | None = None
     scheduler: Annotated[str | None, Field(description="A name of `latentrt solvers`, or a diffusers class.")] = None
     timeout: Annotated[
-        float | None, Field(gt=0, le=86_400, description="Seconds: refuse at once what would take longer.")
+        Annotated[float, Field(gt=0, le=86_400)] | None, Field(description="Seconds: refuse what would take longer.")
     ] = None
 
 
@@ -87,14 +98,14 @@ class GenerateRequest(Wanted):
 class EditRequest(Wanted):
     """Form of POST /v1/images/edits. Files only: nothing is ever fetched from a URL."""
 
+    model_config = ConfigDict(json_schema_extra=_without_null)
+
     image: Annotated[list[UploadFile], Field(description="The picture to edit: PNG, JPEG or WebP.")] = []
     images: Annotated[list[UploadFile], Field(alias="image[]", description="The same, as arrays are sent.")] = []
     mask: Annotated[
         UploadFile | None, Field(description="PNG or WebP of the picture's size; where its alpha is 0 is edited.")
     ] = None
-    strength: Annotated[
-        float | None, Field(gt=0, le=1, description="How far to leave the picture: 1 keeps nothing.")
-    ] = None
+    strength: Annotated[Part | None, Field(description="How far to leave the picture: 1 keeps nothing.")] = None
     input_fidelity: Annotated[Literal["low", "high"] | None, Field(description="Without effect here.")] = None
     markup: None = None
 

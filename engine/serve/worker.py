@@ -11,7 +11,7 @@ from engine.job import Job
 from engine.pipeline import Engine
 from engine.serve import stages
 from engine.serve.curve import Curve, Shape
-from engine.serve.desk import Desk
+from engine.serve.desk import Desk, as_error
 from engine.serve.queue import Part, sooner
 from engine.serve.studio import Studio
 from engine.serve.ticket import Failed, Progress, Started
@@ -38,21 +38,15 @@ class Worker:
         self._seated: dict[Job, Part] = {}
 
     def run(self) -> None:
-        """Turn until the desk is closed. Nothing that is raised ends the thread."""
-        while True:
-            try:
-                if not self._turn():
-                    return
-            except Exception as error:
-                LOG.exception("the engine's thread raised")
-                self._desk.suspect(stages.as_error(error))
-                self._desk.fail_all(stages.as_error(error))
+        """Turn until the desk is closed."""
+        while self._turn():
+            pass
 
     def _turn(self) -> bool:
         """One turn, as soon as there is something to do; False where the desk is closed."""
         with self._desk.changed:
             while not (chosen := self._choose()) and not self._must_go_on():
-                self._desk.changed.wait(self._until_check())
+                self._desk.changed.wait(self._desk.until_check())
             for part in chosen:
                 self._desk.queue.discard(part)
                 self._desk.running[part] = None
@@ -70,23 +64,18 @@ class Worker:
         return True
 
     def _must_go_on(self) -> bool:
-        return bool(
-            self._desk.closed or self._seated or self._check_due() or (self._studio is not None and self._studio.waits)
-        )
+        desk, between = self._desk, self._studio
+        return bool(desk.closed or self._seated or self._check_due() or (between is not None and between.waits))
 
     def _check_due(self) -> bool:
-        return not self._desk.hung and self._desk.check_due(time.monotonic())
-
-    def _until_check(self) -> float | None:
-        at = self._desk.check_at
-        return None if at is None or self._desk.hung else max(0.0, at - time.monotonic())
+        return self._desk.until_check() == 0
 
     # ---- Joining and leaving
 
     def _choose(self) -> list[Part]:
         """Who joins now. Nobody while the engine is not trusted, or while the VAE lags by as much as all lanes make."""
         desk, lanes = self._desk, self._denoiser.lanes
-        if desk.check_at is not None or desk.closed or len(desk.denoised) >= lanes:
+        if not desk.trusted or desk.closed or len(desk.denoised) >= lanes:
             return []
         busy: Counter[Shape] = Counter()
         for part in self._seated.values():
@@ -108,12 +97,13 @@ class Worker:
                 return
             part.admitted = now
             part.limit = sooner(now + self._run_timeout, part.ticket.order.deadline)
+            self._desk.changed.notify_all()  # the clock looks at limits
         try:
             self._denoiser.admit(part.job)
         except Exception as error:
-            self._desk.end(part, Failed(part.index, stages.as_error(error)))
+            self._desk.end(part, Failed(part.index, as_error(error)))
             if stages.is_fault(error):
-                self._desk.suspect(stages.as_error(error))
+                self._desk.suspect(as_error(error))
             return
         self._seated[part.job] = part
         self._desk.observer.admitted(now - part.accepted)
@@ -179,7 +169,7 @@ class Worker:
         nothing had been. On a GPU what raised may have left anything in the device's memory, so all fail.
         """
         LOG.error("a step raised", exc_info=error)
-        self._desk.suspect(stages.as_error(error))
+        self._desk.suspect(as_error(error))
         for job in [job for job in rows if job.done]:
             self._denoiser.retire(job)
         stuck = [job for job, row in rows.items() if job.row == row]
@@ -187,7 +177,7 @@ class Worker:
         failed = dict.fromkeys(self._seated, error) if lost else self._one_by_one(stuck)
         for job, raised in failed.items():
             part = self._seated.pop(job)
-            self._desk.end(part, Failed(part.index, stages.as_error(raised)))
+            self._desk.end(part, Failed(part.index, as_error(raised)))
             self._denoiser.retire(job)
 
     def _one_by_one(self, stuck: list[Job]) -> dict[Job, Exception]:
@@ -224,7 +214,7 @@ class Worker:
                 stages.check(self._engine)
         except Exception as raised:
             LOG.exception("the self-check failed")
-            error = stages.as_error(raised)
+            error = as_error(raised)
         self._desk.was_checked(error, asked)
         self._leave()
         for job in self._seated:

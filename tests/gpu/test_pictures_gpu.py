@@ -144,7 +144,7 @@ def test_previews_are_those_of_the_cpu(rig: GpuRig, here: Engine) -> None:
     theirs = previews(here)
     assert len(ours) == len(theirs) == SCALE.steps
     for a, b in zip(ours, theirs, strict=True):
-        assert np.linalg.norm(a - b) < (3e-2 if rig.half else 2e-3) * np.linalg.norm(b)
+        assert np.linalg.norm(a - b) < (5e-2 if rig.half else 2e-3) * np.linalg.norm(b)
 
 
 def test_cancelling_leaves_the_others(rig: GpuRig) -> None:

@@ -45,6 +45,7 @@ def serve(fakes: Fakes, engine: Engine) -> Iterator[Serve]:
     fakes.allow(None)
     fakes.wakes.set()
     fakes.decoding.set()
+    fakes.encoding.set()
     for service in services:
         service.close()
     assert left_threads() == []

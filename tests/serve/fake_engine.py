@@ -31,7 +31,8 @@ class Fakes:
     Attributes:
         on_step: called with the number of each call before it is made, by the engine's thread.
         wakes: what a step with the prompt HANGS waits for.
-        decoding: what the VAE waits for; set unless a test clears it.
+        decoding, encoding: what the VAE and the text encoder wait for; set unless a test clears them.
+        broken: networks that raise: "unet", "vae", "text".
     """
 
     def __init__(self) -> None:
@@ -40,9 +41,11 @@ class Fakes:
         self.decoded: list[int] = []
         self.on_step: Callable[[int], None] = lambda step: None
         self.wakes = threading.Event()
-        self.decoding = threading.Event()
+        self.decoding, self.encoding = threading.Event(), threading.Event()
         self.decoding.set()
-        self.broken: set[str] = set()  # networks that raise: "unet", "vae", "text"
+        self.encoding.set()
+        self.nan_pictures = 0  # so many of the next pictures come out of the VAE as NaN
+        self.broken: set[str] = set()
         self._changed = threading.Condition()
         self._allowed: int | None = None
         tokenizer = Tokenizer.open(EMBEDDED / "tokenizer")
@@ -69,10 +72,11 @@ class Fakes:
             assert self._changed.wait_for(lambda: self.steps >= steps, PATIENCE)
 
     def text(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
-        if "text" in self.broken:
-            raise RuntimeError("the text encoder is broken")
         ids = feeds["input_ids"]
         self.texts.append(len(ids))
+        assert self.encoding.wait(PATIENCE)
+        if "text" in self.broken:
+            raise RuntimeError("the text encoder is broken")
         return {"text_states": _states(ids)}
 
     def unet(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
@@ -100,7 +104,10 @@ class Fakes:
         assert self.decoding.wait(PATIENCE)
         if "vae" in self.broken:
             raise RuntimeError("the VAE is broken")
-        return {"image": np.tanh(latents[:, :3]).repeat(8, axis=2).repeat(8, axis=3)}
+        image = np.tanh(latents[:, :3]).repeat(8, axis=2).repeat(8, axis=3)
+        image[: self.nan_pictures] = np.nan
+        self.nan_pictures = 0
+        return {"image": image}
 
     def _mood(self, states: NDArray[np.float32]) -> str:
         for token, prompt in self._moods.items():

@@ -13,6 +13,7 @@ from io import BytesIO
 from typing import Any
 
 import numpy as np
+import structlog
 import uvicorn
 from PIL import Image
 
@@ -38,6 +39,13 @@ from engine.serve.ticket import (
 )
 
 ROWS = 4
+
+
+def _drop(*_: Any) -> dict[str, Any]:
+    raise structlog.DropEvent
+
+
+structlog.configure(processors=[_drop])  # structlog.testing.capture_logs still hears everything
 
 
 class FakePlace:

@@ -96,6 +96,345 @@ def test_an_order_that_no_lanes_can_hold_is_refused(serve: Serve, fakes: Fakes) 
         assert len(wait(submit(service, order(guidance=1.0)).pictures())) == 1
 
 
+# ---- Who shares a step
+
+
+def test_orders_share_steps(serve: Serve, fakes: Fakes) -> None:
+    """Guided and unguided pictures with other steps and solvers; who is done leaves the rest alone."""
+    service = serve()
+    fakes.hold()
+    first = submit(service, order(steps=2, guidance=1.0))
+    fakes.wait_for(1)
+    others = [submit(service, order(steps=3)), submit(service, order(steps=4, solver="heun", count=2))]
+    eventually(lambda: not service._desk.queue.unprepared(1))
+    fakes.allow(None)
+    for ticket in (first, *others):
+        wait(ticket.pictures())
+    assert fakes.lanes == [1, 1 + 2 + 4, 2 + 4, 2 + 4, *[4] * 4]
+
+
+def test_no_step_has_more_lanes_than_pay(serve: Serve, fakes: Fakes) -> None:
+    """Doubling two lanes costs twice the time here: two are the cap, and each size has its own."""
+    service = serve(curve=Curve({SHAPE: {2: 1.0, 4: 2.0}, (4, 8, 8): {2: 1.0, 4: 1.0, 8: 2.0}}))
+    large = [submit(service, order(steps=2)) for _ in range(3)]
+    small = [submit(service, order(steps=2, height=64, width=64)) for _ in range(3)]
+    for ticket in (*large, *small):
+        wait(ticket.pictures())
+    assert max(fakes.lanes) == 4
+    assert len(fakes.lanes) >= 2 * 3 + 2 * 2
+
+
+def started_in_order(service: Service, fakes: Fakes, *orders: Order) -> list[int]:
+    """Submit orders while the only lanes are taken; the numbers of the orders as they come to run."""
+    fakes.hold()
+    first = submit(service, order(steps=1))
+    fakes.wait_for(1)
+    tickets = [submit(service, one) for one in orders]
+    eventually(lambda: not service._desk.queue.unprepared(1))
+    begun: list[int] = []
+    fakes.on_step = lambda step: begun.extend(i for i, ticket in enumerate(tickets) if ticket.begun and i not in begun)
+    fakes.allow(None)
+    for ticket in (first, *tickets):
+        wait(ticket.pictures())
+    return [*begun, *({*range(len(tickets))} - set(begun))]
+
+
+def test_the_earliest_deadline_is_first_and_others_as_they_came(fakes: Fakes, serve: Serve) -> None:
+    with fake_engine(fakes, lanes=2) as engine:
+        service = serve(engine)
+        now = time.monotonic()
+        orders = [order(deadline=deadline) for deadline in (None, now + 3000, now + 20, None, now + 15)]
+        assert started_in_order(service, fakes, *orders) == [4, 2, 0, 1, 3]
+
+
+def test_a_picture_of_two_lanes_is_not_passed_by_those_of_one(fakes: Fakes, serve: Serve) -> None:
+    with fake_engine(fakes, lanes=2) as engine:
+        service = serve(engine)
+        fakes.hold()
+        single = submit(service, order(steps=3, guidance=1.0))
+        fakes.wait_for(1)
+        wide, *narrow = [submit(service, order(steps=1, guidance=scale)) for scale in (3.0, 1.0, 1.0)]
+        eventually(lambda: not service._desk.queue.unprepared(1))
+        fakes.allow(None)
+        for ticket in (single, wide, *narrow):
+            wait(ticket.pictures())
+        assert fakes.lanes == [1, 1, 1, 2, 2]
+
+
+# ---- Load is bounded
+
+
+def test_places_are_counted_and_given_back(serve: Serve, fakes: Fakes) -> None:
+    service = serve(queue=3)
+    place = service.reserve(2, rows=4, deadline=None)
+    with pytest.raises(QueueFull, match="1 of 3 places") as refused:
+        service.reserve(2, rows=4, deadline=None)
+    assert refused.value.retry_after is not None
+    assert refused.value.retry_after >= 1
+    place.release()
+    place.release()
+    with service.reserve(3, rows=4, deadline=None):
+        assert service._desk.queue.free == 0
+    assert service._desk.queue.free == 3
+    with pytest.raises(QueueFull) as hopeless:
+        service.reserve(4, rows=4, deadline=None)
+    assert hopeless.value.retry_after is None
+    with pytest.raises(RequestError, match="at most 0"):
+        place.submit(order())
+    with pytest.raises(RequestError, match="at most 1"):
+        service.reserve(1, rows=4, deadline=None).submit(order(count=2))
+    assert service._desk.idle
+
+
+def test_a_burst_is_refused_by_exactly_its_excess(serve: Serve, fakes: Fakes) -> None:
+    service = serve(queue=64)
+    fakes.encoding.clear()  # nobody leaves the queue meanwhile
+    tickets, refused = [], 0
+    for seed in range(500):
+        try:
+            tickets.append(submit(service, order(seed=seed, steps=1)))
+        except QueueFull:
+            refused += 1
+    assert (len(tickets), refused) == (64, 436)
+    fakes.encoding.set()
+    for ticket in tickets:
+        wait(ticket.pictures())
+    assert (service.waiting, service.running, service._desk.idle) == (0, 0, True)
+
+
+def test_what_cannot_be_in_time_is_refused_by_the_curve(serve: Serve, fakes: Fakes) -> None:
+    """A tick takes a second here, so ten rows take ten, and behind as many, twenty."""
+    service = serve(curve=Curve({SHAPE: {2: 1.0, 4: 2.0}}))
+    fakes.hold()
+    now = time.monotonic()
+    service.reserve(1, rows=10, deadline=now + 11).release()
+    with pytest.raises(DeadlineUnreachable, match=r"done in 10\.0 s") as never:
+        service.reserve(1, rows=10, deadline=now + 9)
+    assert never.value.retry_after is None
+    running = submit(service, order(steps=10))
+    fakes.wait_for(1)
+    with pytest.raises(DeadlineUnreachable, match=r"done in 20\.0 s") as later:
+        service.reserve(1, rows=10, deadline=now + 15)
+    assert later.value.retry_after == pytest.approx(5, abs=1)
+    running.cancel()
+
+
+def test_who_waits_too_long_fails_and_leaves_its_place(serve: Serve, fakes: Fakes) -> None:
+    service = serve(queue_timeout=0.05)
+    fakes.encoding.clear()
+    ticket = submit(service, order())
+    with pytest.raises(QueueTimeout):
+        wait(ticket.pictures())
+    assert service._desk.idle
+
+
+@pytest.mark.parametrize("late", [{"run_timeout": 0.05}, {"deadline": 0.3}], ids=str)
+def test_who_runs_too_long_fails_and_leaves_its_lanes(serve: Serve, fakes: Fakes, late: dict[str, float]) -> None:
+    service = serve(**{name: value for name, value in late.items() if name != "deadline"})
+    fakes.hold()
+    ticket = submit(service, order(deadline=time.monotonic() + late["deadline"] if "deadline" in late else None))
+    fakes.wait_for(1)
+    with pytest.raises(RunTimeout):
+        wait(ticket.pictures())
+    fakes.allow(None)
+    eventually(lambda: not service._engine.denoiser.jobs)
+    assert fakes.steps == 1
+    assert service.ready
+
+
+def test_lanes_of_a_cancelled_order_are_free_within_two_ticks(serve: Serve, fakes: Fakes) -> None:
+    service = serve()
+    fakes.hold()
+    leaving = submit(service, order(steps=50, count=4))
+    fakes.wait_for(1)
+    staying = submit(service, order(steps=3))
+    eventually(lambda: not service._desk.queue.unprepared(1))
+    fakes.on_step = lambda step: leaving.cancel() if step == 5 else None
+    fakes.allow(None)
+    assert isinstance(wait(events(leaving))[-1], Failed)
+    wait(staying.pictures())
+    assert fakes.lanes == [8] * 5 + [2] * 3
+
+
+def test_cancelling_what_waits_frees_its_places_at_once(serve: Serve, fakes: Fakes) -> None:
+    service = serve(queue=2)
+    fakes.encoding.clear()
+    ticket = submit(service, order(count=2))
+    ticket.cancel()
+    ticket.cancel()
+    service.reserve(2, rows=1, deadline=None).release()
+    for cancelled in (ticket, submit_and_cancel(service)):
+        with pytest.raises(Cancelled):
+            wait(cancelled.pictures())
+
+
+def submit_and_cancel(service: Service) -> Ticket:
+    ticket = submit(service, order())
+    ticket.cancel()
+    return ticket
+
+
+# ---- Beside the ticks
+
+
+def test_previews_come_evenly_and_end_in_the_picture(serve: Serve) -> None:
+    told = wait(events(submit(serve(), order(steps=8, previews=3, count=1))))
+    previews = [event for event in told if isinstance(event, Preview)]
+    assert [preview.number for preview in previews] == sorted({preview.number for preview in previews})
+    assert {preview.number for preview in previews} <= {0, 1, 2}
+    assert all(preview.image.size == (128, 128) for preview in previews)
+    assert isinstance(told[-1], Picture)
+
+
+def test_a_vae_that_lags_stalls_no_tick_and_previews_do_not_pile_up(serve: Serve, fakes: Fakes) -> None:
+    service = serve()
+    fakes.hold()
+    ticket = submit(service, order(steps=12, previews=8))
+    fakes.wait_for(1)
+    fakes.decoding.clear()
+    fakes.allow(3)
+    eventually(lambda: fakes.decoded)  # the first preview hangs in the VAE
+    fakes.allow(None)
+    eventually(lambda: service._desk.denoised)
+    assert fakes.steps == 12
+    fakes.decoding.set()
+    told = wait(events(ticket))
+    assert [event.number for event in told if isinstance(event, Preview)] == [0]
+    assert isinstance(told[-1], Picture)
+
+
+def test_a_text_encoder_that_lags_stalls_no_tick(serve: Serve, fakes: Fakes) -> None:
+    service = serve()
+    fakes.hold()
+    running = submit(service, order(steps=5))
+    fakes.wait_for(1)
+    fakes.encoding.clear()
+    waiting = submit(service, order("a prompt that was never seen"))
+    fakes.allow(None)
+    eventually(lambda: service._desk.denoised)
+    assert (fakes.steps, waiting.begun) == (5, False)
+    fakes.encoding.set()
+    for ticket in (running, waiting):
+        wait(ticket.pictures())
+
+
+def test_pictures_that_wait_are_decoded_together_and_lanes_do_not_run_ahead(serve: Serve, fakes: Fakes) -> None:
+    """With a VAE that hangs, as many pictures are denoised as lanes can make in a tick or two, not all."""
+    service = serve()
+    fakes.decoding.clear()
+    tickets = [submit(service, order(steps=1, guidance=1.0, seed=seed)) for seed in range(40)]
+    eventually(lambda: len(service._desk.denoised) >= 8)
+    assert service.running <= 4 + 8 + 8  # in the VAE, denoised, in lanes
+    fakes.decoding.set()
+    for ticket in tickets:
+        wait(ticket.pictures())
+    assert max(fakes.decoded) == 4
+    assert sum(fakes.decoded) == 40
+
+
+def test_a_picture_to_begin_on(serve: Serve) -> None:
+    """Half of the run is made, and the picture's settings say so; a mask alone is refused."""
+    service = serve()
+    image = np.full((128, 128, 3), 200, np.uint8)
+    wanted = Order(Request(prompt="an owl", steps=4), image=image, strength=0.5)
+    told = wait(events(submit(service, wanted)))
+    assert [event.row for event in told if isinstance(event, Progress)] == [1, 2]
+    assert isinstance(told[-1], Picture)
+    with pytest.raises(RequestError, match="mask"):
+        wait(submit(service, Order(Request(prompt="an owl"), mask=np.zeros((128, 128), np.uint8))).pictures())
+
+
+# ---- The end
+
+
+def test_what_is_accepted_finishes_and_nothing_new_begins(serve: Serve, fakes: Fakes) -> None:
+    service = serve()
+    fakes.hold()
+    running = submit(service, order())
+    place = service.reserve(1, rows=4, deadline=None)
+    service.drain()
+    assert (service.state, service.ready) == ("draining", False)
+    with pytest.raises(Draining):
+        service.reserve(1, rows=4, deadline=None)
+    late = place.submit(order())
+    assert wait(service.wait_drained(0.01)) is False
+
+    async def finish() -> bool:
+        waiting = asyncio.create_task(service.wait_drained(30))
+        await asyncio.sleep(0)
+        fakes.allow(None)
+        return await waiting
+
+    assert wait(finish()) is True
+    assert len(wait(running.pictures())) == len(wait(late.pictures())) == 1
+
+
+def test_closing_fails_what_is_left(serve: Serve, fakes: Fakes) -> None:
+    service = serve()
+    fakes.hold()
+    running, waiting = submit(service, order(count=4)), submit(service, order())
+    fakes.wait_for(1)
+    place = service.reserve(1, rows=4, deadline=None)
+    fakes.on_step = lambda step: None
+    service._desk.close()
+    fakes.allow(None)
+    service.close()
+    for ticket in (running, waiting):
+        with pytest.raises(Draining):
+            wait(ticket.pictures())
+    with pytest.raises(Draining):
+        place.submit(order())
+    with pytest.raises(Draining):
+        service.self_check()
+    assert service._desk.idle
+
+
+# ---- What observers hear
+
+
+class Diary:
+    """Writes down all calls."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *arguments: self.calls.append((name, arguments))
+
+    def of(self, name: str) -> list[tuple[Any, ...]]:
+        return [arguments for called, arguments in self.calls if called == name]
+
+
+def test_observers_hear_everything(serve: Serve, fakes: Fakes) -> None:
+    diary = Diary()
+    service = serve(observer=diary, queue=2)
+    diary.calls.clear()
+    wait(submit(service, order(count=2, steps=3, previews=1)).pictures())
+    submit_and_cancel(service)
+    with pytest.raises(QueueFull):
+        service.reserve(3, rows=1, deadline=None)
+    assert diary.of("accepted") == [(2,), (1,)]
+    assert diary.of("refused") == [("queue_full", 3)]
+    assert [outcome for outcome, _ in diary.of("ended")] == ["done", "done", "cancelled"]
+    assert len(diary.of("admitted")) == 2
+    assert [(lanes, pictures) for _, lanes, pictures in diary.of("ticked")] == [(4, 2)] * 3
+    stages = [(stage, count) for stage, _, count in diary.of("staged")]
+    assert ("prepare", 1) in stages
+    assert sum(count for stage, count in stages if stage == "decode") == 2
+
+
+def test_an_observer_that_raises_harms_nobody(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    class Raising:
+        def __getattr__(self, name: str) -> Callable[..., None]:
+            def method(*_: Any) -> None:
+                raise ValueError("the observer is broken")
+
+            return method
+
+    wait(submit(serve(observer=Raising()), order()).pictures())
+    assert "the observer's ticked raised" in caplog.text
+
+
 # ---- The same picture, alone or shared
 
 

@@ -1,0 +1,264 @@
+"""What every request passes: ids, keys, bounds of the body, the log line; and clients that leave."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import socket
+import threading
+from collections.abc import Iterator, MutableMapping
+from typing import Any
+
+import httpx
+import pytest
+from fakes import FakeService, app_of, live, until
+from structlog.testing import capture_logs
+
+from engine.serve import gate
+
+DRAW = "/v1/images/generations"
+
+
+def ask(app: Any, method: str, path: str, **content: Any) -> httpx.Response:
+    async def go() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            return await client.request(method, path, **content)
+
+    return asyncio.run(go())
+
+
+@pytest.fixture
+def app() -> Any:
+    return app_of(FakeService())
+
+
+@pytest.fixture
+def log() -> Iterator[list[MutableMapping[str, Any]]]:
+    with capture_logs() as lines:
+        yield lines
+
+
+def lines_of(log: list[MutableMapping[str, Any]]) -> list[MutableMapping[str, Any]]:
+    return [line for line in log if line["event"] == "request"]
+
+
+# ---- Ids
+
+
+def test_a_request_id_is_echoed(app: Any) -> None:
+    assert ask(app, "GET", "/v1/models", headers={"x-request-id": "mine-1"}).headers["x-request-id"] == "mine-1"
+
+
+@pytest.mark.parametrize("bad", ["", "a b", "x" * 129, "\x7f"])
+def test_an_id_that_a_log_cannot_hold_is_replaced(app: Any, bad: str) -> None:
+    made = [ask(app, "GET", "/v1/models", headers={"x-request-id": bad}).headers["x-request-id"] for _ in range(2)]
+    assert all(one.startswith("req_") for one in made)
+    assert made[0] != made[1]
+
+
+def test_refusals_and_unknown_paths_have_an_id_too(app: Any) -> None:
+    for method, path in (("GET", "/nothing"), ("DELETE", "/v1/models"), ("POST", DRAW)):
+        assert ask(app, method, path, headers={"x-request-id": "mine"}).headers["x-request-id"] == "mine"
+
+
+# ---- Keys
+
+
+@pytest.fixture
+def locked() -> Any:
+    return app_of(FakeService(), keys=("one", "two"))
+
+
+@pytest.mark.parametrize("header", [None, "", "Bearer", "Bearer three", "Bearer oneone", "one", "Basic b25l!", "Bearer é"])
+def test_without_a_right_key_nothing_is_told(locked: Any, header: str | None) -> None:
+    headers = {} if header is None else {"authorization": header.encode()}
+    for path in ("/v1/models", "/latentrt/queue", "/sdapi/v1/options", "/nothing"):
+        answer = ask(locked, "GET", path, headers=headers)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+        assert answer.headers["www-authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize("header", ["Bearer one", "bearer two", "Basic b25l", "Basic dXNlcjp0d28="])
+def test_any_of_the_keys_opens(locked: Any, header: str) -> None:
+    assert ask(locked, "GET", "/v1/models", headers={"authorization": header}).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/health/live", "/health/ready", "/metrics", "/openapi.json", "/docs"])
+def test_operations_need_no_key(locked: Any, path: str) -> None:
+    assert ask(locked, "GET", path).status_code == 200
+
+
+def test_every_key_is_compared_whichever_was_sent(locked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[bytes] = []
+
+    def compare(key: bytes, sent: bytes) -> bool:
+        compared.append(key)
+        return hmac.compare_digest(key, sent)
+
+    monkeypatch.setattr(gate, "hmac", type("Hmac", (), {"compare_digest": staticmethod(compare)}))
+    for sent in ("one", "two", "three"):
+        ask(locked, "GET", "/v1/models", headers={"authorization": f"Bearer {sent}"})
+    assert compared == [b"one", b"two"] * 3
+
+
+# ---- Bodies
+
+
+def answer_unread(app: Any, headers: dict[str, str]) -> tuple[int, dict[str, Any]]:
+    """The answer to a POST whose body must not be read."""
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        raise AssertionError("the body was read")
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {
+        **{"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "path": DRAW},
+        **{"raw_path": DRAW.encode(), "query_string": b"", "root_path": "", "scheme": "http"},
+        "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
+    }
+    asyncio.run(app(scope, receive, send))
+    return sent[0]["status"], json.loads(b"".join(message.get("body", b"") for message in sent[1:]))
+
+
+def test_a_body_that_is_too_large_is_refused_unread(app: Any) -> None:
+    status, body = answer_unread(app, {"content-type": "application/json", "content-length": "99999999999"})
+    assert (status, body["error"]["code"]) == (413, "body_too_large")
+
+
+def test_a_body_of_another_type_is_refused_unread(app: Any) -> None:
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"):
+        status, body = answer_unread(app, {"content-type": kind, "content-length": "9"})
+        assert (status, body["error"]["code"]) == (415, "unsupported_media_type")
+
+
+def test_a_body_without_a_right_key_is_refused_unread(locked: Any) -> None:
+    assert answer_unread(locked, {"content-type": "application/json", "content-length": "9"})[0] == 401
+
+
+def test_a_body_that_does_not_say_its_size_is_counted() -> None:
+    app = app_of(FakeService(), max_body=1000)
+
+    async def chunks() -> Any:
+        yield b'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n'
+        for _ in range(11):
+            yield b" " * 100
+
+    for path, kind in ((DRAW, "application/json"), ("/v1/images/edits", "multipart/form-data; boundary=x")):
+        answer = ask(app, "POST", path, content=chunks(), headers={"content-type": kind})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"1", b'"a"', b"\xff", b'{"prompt": NaN}', b'{"prompt":"\\ud800"}', b"[" * 99999])
+def test_malformed_bodies_are_the_clients_fault(app: Any, body: bytes) -> None:
+    answer = ask(app, "POST", DRAW, content=body, headers={"content-type": "application/json"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_value")
+
+
+@pytest.mark.parametrize("body", [b"", b"--x", b"zzz", b"--x\r\n\r\n\r\n--x--", b"--x\r\nContent-Disposition: form-data\r\n\r\na\r\n--x--"])
+def test_malformed_forms_are_the_clients_fault(app: Any, body: bytes) -> None:
+    for kind in ("multipart/form-data; boundary=x", "multipart/form-data"):
+        answer = ask(app, "POST", "/v1/images/edits", content=body, headers={"content-type": kind})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_value")
+
+
+def test_a_body_that_dawdles_is_given_up() -> None:
+    with live(app_of(FakeService(), body_timeout=0.05)) as url:
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(
+                f"POST {DRAW} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{{".encode()
+            )
+            answer = connection.recv(4096)
+    assert answer.startswith(b"HTTP/1.1 408")
+    assert b"body_timeout" in answer
+
+
+# ---- What goes wrong inside
+
+
+def test_a_fault_is_a_500_without_its_details(log: list[MutableMapping[str, Any]]) -> None:
+    app = app_of(FakeService(refuse=ZeroDivisionError("secret")))  # type: ignore[arg-type]
+    answer = ask(app, "POST", DRAW, json={"prompt": "a"}, headers={"x-request-id": "mine"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "engine_error")
+    assert answer.json()["error"]["type"] == "server_error"
+    assert "secret" not in answer.text
+    assert answer.headers["x-request-id"] == "mine"
+    assert lines_of(log)[0]["outcome"] == "engine_error"
+
+
+# ---- Clients that leave
+
+
+@pytest.fixture
+def held() -> FakeService:
+    return FakeService(hold=asyncio.Event())
+
+
+@pytest.mark.parametrize("body", [{"prompt": "a"}, {"prompt": "a", "stream": True}], ids=["plain", "stream"])
+def test_a_client_that_leaves_lets_go_of_its_pictures(
+    held: FakeService, body: dict[str, Any], log: list[MutableMapping[str, Any]]
+) -> None:
+    app = app_of(held)
+    board = app.state.context.board
+    with live(app) as url:
+        with pytest.raises(httpx.ReadTimeout), httpx.stream("POST", f"{url}{DRAW}", json=body, timeout=0.1) as answer:
+            answer.read()
+        asyncio.run(until(lambda: not list(board) and lines_of(log)))
+    assert len(held.cancelled) == 1
+    assert (held.reserved, held.running) == (0, 0)
+    (line,) = lines_of(log)
+    assert (line["outcome"], line["n"], line["done"]) == ("client_gone", 1, 0)
+
+
+def test_one_that_leaves_takes_nobody_along(held: FakeService) -> None:
+    app = app_of(held)
+    board = app.state.context.board
+    with live(app) as url:
+        answers: list[int] = []
+        stays = threading.Thread(
+            target=lambda: answers.append(httpx.post(f"{url}{DRAW}", json={"prompt": "b"}).status_code)
+        )
+        stays.start()
+        asyncio.run(until(lambda: list(board)))
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{url}{DRAW}", json={"prompt": "a"}, timeout=0.1)
+        asyncio.run(until(lambda: len(list(board)) == 1))
+        release(held)
+        stays.join()
+    assert answers == [200]
+    assert len(held.cancelled) == 1
+
+
+def release(service: FakeService) -> None:
+    assert service.hold is not None
+    task = next(iter(service.tasks))
+    task.get_loop().call_soon_threadsafe(service.hold.set)
+
+
+# ---- The log
+
+
+def test_a_request_is_one_line(log: list[MutableMapping[str, Any]]) -> None:
+    body = {"prompt": "a secret", "n": 2, "num_inference_steps": 9, "scheduler": "heun"}
+    ask(app_of(FakeService()), "POST", DRAW, json=body, headers={"x-request-id": "mine"})
+    (line,) = lines_of(log)
+    seconds, waited = line.pop("seconds"), line.pop("queue_seconds")
+    assert 0 < waited < seconds
+    assert line == {
+        **{"event": "request", "log_level": "info", "id": "mine", "method": "POST", "route": DRAW, "status": 200},
+        **{"outcome": "ok", "n": 2, "done": 2, "steps": 9, "rows": 17, "solver": "heun", "size": "128x128"},
+    }
+
+
+def test_prompts_are_logged_only_if_that_is_asked_for(log: list[MutableMapping[str, Any]]) -> None:
+    ask(app_of(FakeService(), log_prompts=True), "POST", DRAW, json={"prompt": "a secret"})
+    assert lines_of(log)[0]["prompt"] == "a secret"
+
+
+def test_health_is_not_worth_a_line(app: Any, log: list[MutableMapping[str, Any]]) -> None:
+    ask(app, "GET", "/health/live")
+    assert {line["log_level"] for line in lines_of(log)} == {"debug"}
