@@ -345,7 +345,7 @@ def _secret(*, make: bool) -> bytes:
         raise UntrustedPlanError(
             f"the secret that seals plans cannot be read ({error})",
             f"the file that `latentrt build` makes, or another one named by {SEAL_VARIABLE}",
-            "build the plans on this machine: latentrt build BUNDLE",
+            "delete the plans that came from elsewhere, then build here: latentrt build BUNDLE",
         ) from error
     if mode & 0o077 or len(secret) < 16:
         raise UntrustedPlanError(

@@ -74,6 +74,7 @@ def _build(
     refittable: bool,
     version_compatible: bool,
     rebuild: bool,
+    ignore_estimate: bool,
     dry_run: bool,
     as_json: bool,
 ) -> int:
@@ -99,7 +100,8 @@ def _build(
     built: list[Built] = []
     if not dry_run:
         with _bars(quiet=as_json) as progress:
-            built = build_plans(bundle, orders, estimates, free=free, progress=progress, rebuild=rebuild)
+            how = {"rebuild": rebuild, "ignore_estimate": ignore_estimate}
+            built = build_plans(bundle, orders, estimates, free=free, progress=progress, **how)
     if as_json:
         facts = {
             "library": library.name,

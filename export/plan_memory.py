@@ -98,7 +98,7 @@ def check_room(
                     f"{what} has {free / 2**30:.1f} GiB free",
                     f"about {needed / 2**30:.1f} GiB to build the {each.network} "
                     f"(weights {each.weights / 2**30:.2f}, activations {each.activations / 2**30:.2f})",
-                    "end other programs, take fewer lanes or a smaller size, or build one network at a time: --network",
+                    "end other programs, take fewer lanes or a smaller size, or try all the same: --ignore-estimate",
                 )
 
 

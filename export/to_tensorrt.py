@@ -177,6 +177,7 @@ def build_plans(
     free: int | None = None,
     progress: Progress = lambda network, phase, share, left: None,
     rebuild: bool = False,
+    ignore_estimate: bool = False,
 ) -> list[Built]:
     """Build what is not built yet. Whatever stops it, the plans that were built stay.
 
@@ -185,6 +186,7 @@ def build_plans(
         free: free bytes of the GPU's memory, None where it is not here.
         progress: an exception that it raises ends the build.
         rebuild: build what is there, too.
+        ignore_estimate: build also where memory or disk seem too small.
 
     Raises:
         DeviceMemoryError: there is too little memory; nothing has been begun then.
@@ -197,7 +199,8 @@ def build_plans(
         store = PlanStore(bundle, orders[0].plans)
         there = {order.key.digest: record for order in orders if not rebuild and (record := _built(store, order.key))}
         waiting = [each for order, each in zip(orders, estimates, strict=True) if order.key.digest not in there]
-        check_room(waiting, store.folder, free, orders[0].key.compute_capability)
+        if not ignore_estimate:
+            check_room(waiting, store.folder, free, orders[0].key.compute_capability)
         found = []
         for order, each in zip(orders, estimates, strict=True):
             start, record = time.monotonic(), there.get(order.key.digest)

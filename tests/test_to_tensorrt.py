@@ -160,6 +160,16 @@ def test_what_a_version_cannot_build_is_refused(fake: Fake, version: str, option
         plain_orders(fake(version), options=options)
 
 
+def test_too_little_memory_is_said_before_the_build(fake: Fake, tmp_path: Path) -> None:
+    library = fake()
+    orders = plain_orders(library, tmp_path / "plans", networks=["text_encoder"])
+    estimates = estimates_of(EMOJI, library, orders)
+    with pytest.raises(DeviceMemoryError, match=r"the GPU has 0\.0 GiB free.*build the text_encoder.*--ignore-estimate"):
+        build_plans(EMOJI, orders, estimates, free=2**20)
+    assert not list((tmp_path / "plans").iterdir())
+    assert len(build_plans(EMOJI, orders, estimates, free=2**20, ignore_estimate=True)) == 1
+
+
 def test_an_interrupt_leaves_what_was_built(fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build_process, "GRACE", 0.5)
     library, plans = fake(), tmp_path / "plans"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -150,22 +152,36 @@ def _check_model(context: Context, name: object) -> None:
 async def _answer(
     context: Context, http: Request, wanted: TextToImage, size: tuple[int, int], source: Source | None
 ) -> JSONResponse:
-    try:
-        plan = _plan(context, wanted, size, source)
+    _check_idle(wanted)
+    solver, options = _solver(wanted)
+    with _renamed():
+        plan = _plan(context, wanted, size, source, solver, options)
         drawn = await draw(context, http, plan)
-    except Problem as problem:
-        problem.param = _NAMES.get(problem.param or "", problem.param)
-        raise
     parameters = wanted.model_dump(mode="json", include=set(TextToImage.model_fields))
     images = [one.data for one in drawn] if wanted.send_images is not False else []
     return JSONResponse({"images": images, "parameters": parameters, "info": json.dumps(_info(drawn, plan, wanted))})
 
 
-def _plan(context: Context, wanted: TextToImage, size: tuple[int, int], source: Source | None) -> Plan:
-    _check_idle(wanted)
+@contextmanager
+def _renamed() -> Iterator[None]:
+    """Refusals name fields as they are called here."""
+    try:
+        yield
+    except Problem as problem:
+        problem.param = _NAMES.get(problem.param or "", problem.param)
+        raise
+
+
+def _plan(
+    context: Context,
+    wanted: TextToImage,
+    size: tuple[int, int],
+    source: Source | None,
+    solver: str | None,
+    options: dict[str, Any],
+) -> Plan:
     _check_model(context, (wanted.override_settings or {}).get("sd_model_checkpoint"))
     catalog = context.catalog
-    solver, settings = _solver(wanted)
     request = catalog.request(
         wanted.prompt,
         negative_prompt=wanted.negative_prompt,
@@ -175,7 +191,7 @@ def _plan(context: Context, wanted: TextToImage, size: tuple[int, int], source: 
         guidance=wanted.cfg_scale,
         scheduler=solver,
         seed=None if wanted.seed in (None, -1) else wanted.seed,
-        options=settings,
+        options=options,
     )
     previews = PREVIEWS if wanted.force_task_id else 0
     return Plan(request, catalog.name, API, previews=previews, source=source, task=wanted.force_task_id)

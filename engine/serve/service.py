@@ -113,7 +113,8 @@ class Service:
         if not on_gpu:
             runs["studio"] = studio.run
         self._threads = [
-            threading.Thread(target=run, name=f"latentrt-{name}", daemon=True) for name, run in runs.items()
+            threading.Thread(target=self._desk.survive, args=(run,), name=f"latentrt-{name}", daemon=True)
+            for name, run in runs.items()
         ]
         for thread in self._threads:
             thread.start()

@@ -49,7 +49,7 @@ class Fakes:
         self._changed = threading.Condition()
         self._allowed: int | None = None
         tokenizer = Tokenizer.open(EMBEDDED / "tokenizer")
-        self._moods = {int(tokenizer.encode(prompt).ids[1]): prompt for prompt in (RAISES, NAN, HANGS)}
+        self._moods = {prompt: _states(tokenizer.encode(prompt).ids[1]) for prompt in (RAISES, NAN, HANGS)}
 
     @property
     def steps(self) -> int:
@@ -110,8 +110,8 @@ class Fakes:
         return {"image": image}
 
     def _mood(self, states: NDArray[np.float32]) -> str:
-        for token, prompt in self._moods.items():
-            if np.array_equal(states[1], _states(np.array(token))):
+        for prompt, word in self._moods.items():
+            if np.array_equal(states[1], word):
                 return prompt
         return ""
 

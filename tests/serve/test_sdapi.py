@@ -18,7 +18,7 @@ from PIL import Image
 OPEN_WEBUI = {"prompt": "a cat", "batch_size": 2, "width": 512, "height": 512, "steps": 10, "negative_prompt": "dog"}
 LIBRECHAT = {"prompt": "a", "negative_prompt": "b", "cfg_scale": 4.5, "steps": 22, "width": 1024, "height": 1024}
 SILLYTAVERN = {
-    **{"prompt": "a", "sampler_name": "Euler a", "scheduler": "karras", "restore_faces": False, "enable_hr": False},
+    **{"prompt": "a", "sampler_name": "DPM++ 2M", "scheduler": "karras", "restore_faces": False, "enable_hr": False},
     **{"clip_skip": 1, "send_images": True, "save_images": False, "do_not_save_grid": False, "denoising_strength": 0.7},
     **{"override_settings": {"CLIP_stop_at_last_layers": 1}, "override_settings_restore_afterwards": True},
 }

@@ -1,0 +1,125 @@
+"""Names, sizes and solvers; from what a client wrote to a Request."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from fakes import catalog_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.errors import RequestError, ScheduleError
+from engine.serve.catalog import LEAST_LATENTS, Catalog
+from engine.serve.problems import Problem
+from engine.solvers import SOLVERS
+from engine.spec import Request
+
+CATALOG = catalog_of()
+PLAIN: dict[str, Any] = {
+    **dict.fromkeys(("negative_prompt", "n", "steps", "guidance", "scheduler", "seed")),
+    "size": (128, 128),
+}
+
+
+def test_sizes() -> None:
+    for own in (None, "", "auto", "128x128"):
+        assert CATALOG.size(own) == (128, 128)
+    assert CATALOG.size("1536x1024") == (1536, 1024)
+    assert CATALOG.latent_shape((192, 64)) == (4, 8, 24)
+
+
+@given(st.integers(0, 5000), st.integers(0, 5000))
+def test_a_size_is_taken_just_if_it_is_within_the_limits(width: int, height: int) -> None:
+    good = all(64 <= side <= 2048 and side % 8 == 0 for side in (width, height)) and width * height <= 1536 * 1024
+    if good:
+        assert CATALOG.size(f"{width}x{height}") == (width, height)
+    else:
+        with pytest.raises(Problem) as caught:
+            CATALOG.size(f"{width}x{height}")
+        assert (caught.value.code, caught.value.status, caught.value.param) == ("unsupported_size", 400, "size")
+
+
+@given(st.text(max_size=60))
+def test_no_text_is_a_fault(text: str) -> None:
+    try:
+        width, height = CATALOG.size(text)
+    except Problem as problem:
+        assert problem.code == "unsupported_size"
+    else:
+        assert CATALOG.sides(width, height) == (width, height)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 20_000), st.integers(1, 20_000))
+def test_what_fits_is_drawn(width: int, height: int) -> None:
+    fitted = CATALOG.fitting(width, height)
+    assert all(side % 8 == 0 and side >= 8 * LEAST_LATENTS for side in fitted)
+    assert CATALOG.sides(*fitted) == fitted
+    if width == height:
+        assert fitted == CATALOG.own
+
+
+def test_sizes_may_be_listed() -> None:
+    catalog = catalog_of(sizes=("256x128", "128x256"))
+    assert catalog.size("256x128") == (256, 128)
+    assert (catalog.fitting(1000, 10), catalog.fitting(10, 1000)) == ((256, 128), (128, 256))
+    with pytest.raises(Problem, match="256x128, 128x256") as caught:
+        catalog.size("512x512")
+    assert "multiples" not in str(caught.value)
+    for bad in ("100x128", "128", "0x128", "axb"):
+        with pytest.raises(RequestError, match="sizes"):
+            catalog_of(sizes=(bad,))
+
+
+def test_every_solver_and_class_has_a_name_and_works() -> None:
+    for name in CATALOG.solver_names:
+        rows, solver = CATALOG.work(Request(prompt="", steps=12, solver=CATALOG.solver(name)))
+        assert rows >= 12
+        assert solver
+    assert {*SOLVERS, "euler-a", "EulerDiscreteScheduler"} <= set(CATALOG.solver_names)
+    assert CATALOG.solver("DPMSolverMultistepScheduler") == "dpmpp-2m"
+    assert CATALOG.work(Request(prompt="", steps=5, solver="heun")) == (9, "heun")
+
+
+def test_the_default_solver_can_be_set() -> None:
+    assert catalog_of(scheduler="euler-a").solver(None) == "euler-ancestral"
+    assert CATALOG.solver(None) is None
+    with pytest.raises(Problem, match="magic"):
+        catalog_of(scheduler="magic")
+
+
+def test_defaults_and_limits_of_a_request() -> None:
+    catalog = catalog_of(steps=7, guidance=1.5, max_n=2, max_steps=9, max_prompt=5, queue=4)
+    request = catalog.request("a", **PLAIN)
+    assert (request.steps, request.guidance, request.count, request.width, request.height) == (7, 1.5, 1, 128, 128)
+    assert 0 <= request.seed < 2**32
+    for change, param in (
+        ({"n": 3}, "n"),
+        ({"steps": 10}, "num_inference_steps"),
+        ({"negative_prompt": "abcdef"}, "negative_prompt"),
+        ({"seed": 2**64}, "seed"),
+    ):
+        with pytest.raises(Problem) as caught:
+            catalog.request("a", **{**PLAIN, **change})
+        assert caught.value.param == param
+    with pytest.raises(Problem, match="6 characters"):
+        catalog.request("abcdef", **PLAIN)
+
+
+def test_a_zero_guidance_is_not_a_missing_one() -> None:
+    assert CATALOG.request("a", **{**PLAIN, "guidance": 0.0, "seed": 0}).guidance == 0.0
+
+
+def test_what_a_solver_cannot_do_is_said_before_it_runs() -> None:
+    with pytest.raises(Problem) as caught:
+        CATALOG.work(Request(prompt="", steps=1001))
+    assert caught.value.param == "num_inference_steps"
+    with pytest.raises(ScheduleError):
+        CATALOG.work(Request(prompt="", options={"nothing": 1}))
+
+
+def test_names() -> None:
+    catalog: Catalog = catalog_of(model_name="mine", aliases=("other", "mine"))
+    assert catalog.names == ("mine", "other")
+    assert [catalog.model(name) for name in (None, "", "mine", "other")] == ["mine"] * 4
