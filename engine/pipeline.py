@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.backends import open_backend
-from engine.backends.base import Backend
+from engine.backends.base import Backend, Network
 from engine.backends.lazy import LazyNetwork
 from engine.bundle import EMBEDDED, Bundle
 from engine.denoiser import Denoiser
@@ -93,6 +93,10 @@ class Engine:
             encoders, loaded["unet"], loaded["vae_decoder"], self.spec.latents, count, capture=capture
         )
 
+    def network(self, name: str) -> Network:
+        """One of the model's networks by its name in the manifest ("unet", ...), loaded now where it was not."""
+        return self._networks[name].open()
+
     def _open(self) -> dict[str, Any]:
         """Load what every picture needs; the VAE's encoder is loaded when a picture is given."""
         return {name: network.open() for name, network in self._networks.items() if name != "vae_encoder"}
@@ -116,8 +120,8 @@ class Engine:
 
         Args:
             bundle: a folder made by `latentrt export`; by default the embedded model.
-            backend: "onnxruntime", "tensorrt" or "tensorrt-rtx" (plans made by `latentrt build`), or a Backend of your
-                own.
+            backend: "onnxruntime"; "tensorrt", "tensorrt-rtx" or "tensorrt-lean" with the plans of `latentrt build`; or
+                a Backend of your own.
             device: "cpu", "cuda", or "cuda:1" for the second GPU; None is the CPU for onnxruntime and "cuda" for the
                 others. Nothing else is tried if it is not there.
             threads: CPU threads of one network call; None for all physical cores.

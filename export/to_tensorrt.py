@@ -74,8 +74,8 @@ def open_target(name: str, device: str, compute_capability: str | None) -> tuple
     try:
         return library, Cuda(device)
     except BackendError as error:
-        mend = "latentrt doctor; or, without a GPU: --library tensorrt-rtx --compute-capability 8.9"
-        raise BackendError(error.found, error.needed, f"{error.mend}; {mend}") from error
+        mend = "without a GPU: --library tensorrt-rtx --compute-capability 8.9"
+        raise BackendError(error.found, error.needed, f"{error.mend}; or {mend}") from error
 
 
 def _absent(library: Library, compute_capability: str) -> Absent:

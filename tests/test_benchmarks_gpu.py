@@ -8,8 +8,9 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -23,6 +24,7 @@ from benchmarks.gpu.macs import macs
 from benchmarks.gpu.results import Results
 from benchmarks.report import write
 from engine.bundle import EMBEDDED
+from engine.errors import RequestError
 
 SD15 = {  # stable-diffusion-v1-5's UNet
     **{"block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 768, "attention_head_dim": 8},
@@ -76,7 +78,7 @@ def test_the_whole_benchmark_runs(bundle: Path, tmp_path: Path, capfd: pytest.Ca
     assert str(bundle) not in json.dumps(data)
     write(tmp_path)
     text = (tmp_path / "GPU.md").read_text()
-    assert "TensorRT, one launch | not measured: it was not asked for" in text
+    assert "Not measured: ONNX Runtime, plain loop; TensorRT, one launch. Nobody asked for it." in text
     assert text.count("| ONNX Runtime, one launch |") == 2  # its figures, and the time to its first picture
     for plot in ("latency", "rate", "drift"):
         assert f"gpu-sd15-{plot}.png" in text
@@ -95,7 +97,7 @@ def test_what_cannot_run_is_recorded_and_the_others_go_on(
     assert set(reasons) == {"compile", "ort", "trt"}
     assert "CUDA" in reasons["compile"]
     assert "CUDA" in reasons["ort"]
-    assert "tensorrt" in reasons["trt"]
+    assert "Needed: " in reasons["trt"]
     write(tmp_path)
     text = (tmp_path / "GPU.md").read_text()
     assert "missed" not in text
@@ -110,7 +112,8 @@ def test_figures_of_other_sides_and_batches_are_kept(tmp_path: Path) -> None:
     data = Results.open(tmp_path, Config(size=(64, 64))).data
     assert {side: list(part) for side, part in data["sides"].items()} == {"ort": ["1", "2"], "trt": ["1"]}
     assert data["sides"]["ort"]["1"]["run"] in data["runs"]
-    assert Results.open(tmp_path, Config(size=(32, 32))).data["sides"] == {}
+    with pytest.raises(RequestError, match="another --results"):
+        Results.open(tmp_path, Config(size=(32, 32)))
 
 
 def test_a_page_without_figures_says_what_would_be_measured(tmp_path: Path) -> None:
@@ -188,6 +191,47 @@ def test_a_child_that_fails_says_why(method: str, arguments: tuple[Any, ...], li
     with pytest.raises(NotMeasuredError, match=reason):
         child.ask(limit, method, *arguments)
     child.close()
+
+
+class Fragile:
+    """A child of each side: the second round of `ort` fails, `trt` never opens; what is asked is kept."""
+
+    asked: ClassVar[list[tuple[str, str]]] = []
+    age = 1.0
+
+    def __init__(self, worker: str, config: Config, name: str) -> None:
+        self.name, self.rounds = name, 0
+
+    def ask(self, limit: float, method: str, *arguments: Any) -> Any:
+        self.asked.append((self.name, method))
+        self.rounds += method == "draw"
+        if (self.name, method) == ("trt", "open") or (self.name == "ort" and self.rounds == 3):
+            raise NotMeasuredError("CUDA out of memory")
+        picture = np.zeros((4, 4, 3), np.uint8)
+        answers = {"draw": (0.1, 100.0, [picture]), "alone": {"text": [1.0], "unet": [1.0], "vae": [1.0]}}
+        return answers.get(method, 0)
+
+    def close(self) -> None:
+        self.asked.append((self.name, "close"))
+
+
+def test_a_side_that_fails_on_the_way_is_not_asked_again_in_its_batch(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bundle: Path
+) -> None:
+    monkeypatch.setattr(benchmark, "Child", Fragile)
+    config = small(bundle, repeats=3)
+    results = Results.open(tmp_path, config)
+    results.begin({})
+    runners = [benchmark.Runner(name, config, None) for name in ("diffusers", "ort", "trt")]
+    for batch in (1, 2):
+        benchmark._measure(batch, runners, config, results)
+    parts = {side: [part[batch] for batch in ("1", "2")] for side, part in results.data["sides"].items()}
+    for side in ("ort", "trt"):
+        assert [{"run", "missing"}] * 2 == [set(record) for record in parts[side]]
+    assert [record["seconds"] for record in parts["diffusers"]] == [[0.1] * 3] * 2
+    asked = [method for side, method in Fragile.asked if side == "ort"]
+    assert asked == ["open", "draw", "host_peak", "draw", "draw", "close"] * 2  # a new process for each batch
+    assert Fragile.asked.count(("diffusers", "close")) == 0
 
 
 def test_memory_is_what_a_process_took_while_others_slept() -> None:

@@ -16,7 +16,7 @@ from engine.errors import RequestError, ScheduleError, TraceError, UnknownSolver
 from engine.schedule import Point, Schedule
 from engine.solvers import ALIASES, SOLVERS, Solver
 from engine.spacing import CLEAN, Grid, sigma_grid
-from engine.table import COLUMNS, SLOTS, Row, Table, advance, preview, tabulate
+from engine.table import COLUMNS, SLOTS, Row, Table, advance, blend, noised, preview, tabulate
 
 Float64 = NDArray[np.float64]
 SCHEDULE = Schedule.from_config(SD15)
@@ -46,6 +46,31 @@ def test_a_row_for_every_network_call(name: str, steps: int) -> None:
     assert table.array.dtype == np.float64
     assert np.isfinite(table.array).all()
     assert (table.solver, table.steps) == (name, steps)
+
+
+@given(names, steps_from_1)
+@SEEDED
+def test_known_levels_are_those_of_the_run(name: str, steps: int) -> None:
+    """Down to none, each as noisy as the latents that the network is shown there, save between two calls of a step."""
+    table = table_of(name, steps)
+    assert table.known.shape == (len(table) + 1, 2)
+    np.testing.assert_array_equal(table.known[-1], [1, 0])
+    shared = SOLVERS[name].calls
+    for row, (alpha, sigma) in list(zip(table.rows, table.known, strict=False))[::shared]:
+        assert row.c_in == pytest.approx(1 / np.hypot(alpha, sigma), rel=1e-12)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 8))
+@SEEDED
+def test_what_is_kept_is_blended_in(seed: int, row: int) -> None:
+    """By the bit: what is repainted stays as it is, what is kept is the picture with its level's noise."""
+    draw = np.random.default_rng(seed).standard_normal((4, 3, 5), dtype=np.float32)
+    x, clean, noise, mask = draw[0], draw[1], draw[2], (draw[3] > 0).astype(np.float32)
+    level = table_of("euler", 8).known[row]
+    blended, known = blend(level, x, mask, clean, noise), noised(level, clean, noise)
+    assert blended.dtype == known.dtype == np.float32
+    np.testing.assert_array_equal(blended, np.where(mask == 1, x, known))
+    np.testing.assert_allclose(known, level[0] * clean + level[1] * noise.astype(np.float64), rtol=1e-5, atol=1e-5)
 
 
 @given(names, steps_from_1)

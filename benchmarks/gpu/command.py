@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.gpu.config import SIDES, Config
+from benchmarks.gpu.config import FOLDER, SIDES, Config
 from benchmarks.gpu.run import run
 from engine.errors import LatentrtError
 
@@ -21,14 +21,14 @@ PRESETS = ("sd15", "sd21", "sdxl", "sd15-small")
 def main(words: Sequence[str]) -> int:
     """Measure and write the report; 1 where there is nothing to measure with."""
     arguments = _parser().parse_args(words)
-    arguments.results = arguments.results.absolute()
+    folder = (arguments.results or (FOLDER / "quick" if arguments.quick else RESULTS)).absolute()
     try:
-        results = run(config_of(arguments), arguments.results)
+        results = run(config_of(arguments), folder)
     except (LatentrtError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(results.path)
-    report = [sys.executable, "-m", "benchmarks", "report", "--results", str(arguments.results)]
+    report = [sys.executable, "-m", "benchmarks", "report", "--results", str(folder)]
     if subprocess.run(report, cwd=ROOT, check=False).returncode:  # it needs matplotlib, which a GPU's machine may lack
         print("the page was not written; elsewhere: python -m benchmarks report", file=sys.stderr)
     return 0 if any(results.measured()) else 1
@@ -60,7 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--alone", action="store_true", default=None, help="one side after the other: a GPU has room for one only")
     add("--limit", type=float, help="seconds that opening a side for a batch may take [1200]")
     add("--quick", action="store_true", help="a smoke run: two steps, one round; says nothing")
-    add("--results", type=Path, default=RESULTS, help="folder of the JSON and the report")
+    add(
+        "--results", type=Path, help="folder of the JSON and the report [benchmarks/results; of a smoke run, the cache]"
+    )
     return parser
 
 

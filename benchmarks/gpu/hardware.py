@@ -68,9 +68,17 @@ def latentrt(*words: str, limit: float) -> str:
     except subprocess.TimeoutExpired as error:
         raise RuntimeError(f"latentrt {words[0]} took longer than {limit:.0f} s") from error
     if done.returncode:
-        said = done.stderr.strip() or done.stdout.strip()
-        raise RuntimeError(" ".join(said.split())[-600:] or f"latentrt {words[0]} exited with {done.returncode}")
+        raise RuntimeError(_said(done.stderr + done.stdout) or f"latentrt {words[0]} exited with {done.returncode}")
     return done.stdout
+
+
+def _said(text: str) -> str:
+    """The error that the command printed, as JSON or as text, in one line."""
+    try:
+        error = json.loads(text)["error"]
+        return f"{error['found']}. Needed: {error['needed']}. To mend it: {error['mend']}"
+    except (ValueError, KeyError, TypeError):
+        return " ".join(text.split())[-600:]
 
 
 def free_memory() -> Callable[[], int]:

@@ -65,7 +65,7 @@ class EngineSide:
     def _time(self, name: str) -> list[float]:
         """Milliseconds of one call of a network, `repeats` times over the mean of `calls`, by the device's clock."""
         gpu, calls = self._backend.gpu, self._config.calls
-        network: Any = self.engine._networks[name].open()
+        network: Any = self.engine.network(name)
         samples = []
         with self._call(network, 1 if name == "vae_decoder" else 2 * self._batch) as call:
             for _ in range(self._config.repeats + 1):

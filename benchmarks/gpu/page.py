@@ -124,14 +124,14 @@ def _goals(found: Sequence[Goal]) -> str:
 
 
 def _batch(data: Mapping[str, Any], batch: int) -> str:
-    rows = []
+    rows, reasons = [], dict[str, list[str]]()
     for side, about in SIDES.items():
         found = figures_of(data, side, batch)
         if found is None:
-            rows.append([about.title, f"{NOT_MEASURED}: {why_missing(data, side, batch)}", *[""] * (len(COLUMNS) - 2)])
-        else:
-            rows.append([about.title, *_cells(found)])
-    return f"### Batch {batch}\n\n{table(COLUMNS, rows)}"
+            reasons.setdefault(why_missing(data, side, batch), []).append(about.title)
+        rows.append([about.title, *(_cells(found) if found else [NOT_MEASURED, *[""] * (len(COLUMNS) - 2)])])
+    why = "".join(f"\nNot measured: {'; '.join(sides)}. {reason}\n" for reason, sides in reasons.items())
+    return f"### Batch {batch}\n\n{table(COLUMNS, rows)}{why}"
 
 
 def _cells(found: Figures) -> list[str]:

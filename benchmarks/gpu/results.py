@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.gpu.config import Config
 from benchmarks.measures import rounded
+from engine.errors import RequestError
 
 
 @dataclass
@@ -22,13 +23,18 @@ class Results:
 
     @classmethod
     def open(cls, folder: Path, config: Config) -> Results:
-        """A preset's file, empty where there is none; figures of another size or number of steps make place."""
+        """A preset's file; where there is none, an empty one.
+
+        Raises:
+            RequestError: its figures are of another size or number of steps.
+        """
         path = folder / f"gpu-{config.preset}.json"
         new = {"preset": config.preset, "size": list(config.size or ()), "steps": config.steps}
         data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        if any(data.get(key) != value for key, value in new.items()):
-            data = {**new, "runs": {}, "sides": {}, "drift": {}}
-        return cls(path, data)
+        found = {key: data.get(key) for key in new}
+        if data and found != new:
+            raise RequestError(f"{path.name} has figures of {found}", f"{new}", "pass another --results, or remove it")
+        return cls(path, data or {**new, "runs": {}, "sides": {}, "drift": {}})
 
     def begin(self, about: dict[str, Any]) -> None:
         """A run begins; runs that have no figures left are forgotten."""

@@ -31,7 +31,8 @@ def run(config: Config, folder: Path) -> Results:
     """Measure, and write `folder`/gpu-PRESET.json as it grows; figures of other sides and batches stay in it.
 
     Raises:
-        LatentrtError: the bundle that was named cannot be opened.
+        LatentrtError: the bundle that was named cannot be opened, or the file has figures of another size or of other
+            steps.
         RuntimeError: the preset cannot be exported.
     """
     config = _with_bundle(config)
@@ -109,19 +110,17 @@ def _meter(hardware: Any) -> Meter | None:
 def _measure(batch: int, runners: Sequence[Runner], config: Config, results: Results) -> None:
     """One batch: open all sides and draw once, then rounds in turn, then the networks alone."""
     say(f"batch {batch}")
-    try:
+    for runner in runners:
+        runner.begin(batch)
+    for round_ in range(1, config.repeats + 1):
         for runner in runners:
-            runner.begin(batch)
-        for round_ in range(1, config.repeats + 1):
-            for runner in runners:
-                runner.draw(round_)
-        for runner in runners:
-            runner.alone()
-    finally:
-        _compare([runner for runner in runners if runner.pictures])
-        for runner in runners:
-            results.put(runner.name, batch, runner.record)
-            say(f"  {runner.name}: {_summary(runner.record)}")
+            runner.draw(round_)
+    for runner in runners:
+        runner.alone()
+    _compare([runner for runner in runners if runner.pictures])
+    for runner in runners:
+        results.put(runner.name, batch, runner.record)
+        say(f"  {runner.name}: {_summary(runner.record)}")
 
 
 def _compare(runners: Sequence[Runner]) -> None:

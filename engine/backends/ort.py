@@ -106,13 +106,16 @@ def check_device(device: str) -> None:
     """
     if device not in PROVIDERS:
         raise BackendError(f"the device is {device!r}", f"one of {', '.join(PROVIDERS)}", "pass another device")
-    providers = _onnxruntime().get_available_providers()
+    ort = _onnxruntime()
+    providers = ort.get_available_providers()
     if PROVIDERS[device] not in providers:
         raise BackendError(
             f"this ONNX Runtime has only {', '.join(providers)}",
             PROVIDERS[device],
             "pip uninstall onnxruntime && pip install onnxruntime-gpu",
         )
+    if device == "cuda":
+        ort.preload_dlls()  # CUDA's and cuDNN's libraries where pip put them; by itself it looks elsewhere
 
 
 class OrtNetwork:

@@ -36,8 +36,10 @@ class Catalog:
         self._default = self.solver(settings.scheduler)
 
         @lru_cache(maxsize=4096)
-        def work(solver: str | None, steps: int, options: tuple[tuple[str, Any], ...]) -> tuple[int, str]:
-            table = tabulate(solver, schedule, steps, **dict(options))
+        def work(
+            solver: str | None, steps: int, strength: float, options: tuple[tuple[str, Any], ...]
+        ) -> tuple[int, str]:
+            table = tabulate(solver, schedule, steps, strength=strength, **dict(options))
             return len(table), table.solver
 
         self._work = work
@@ -79,7 +81,7 @@ class Catalog:
         return width, height
 
     def fitting(self, width: int, height: int) -> tuple[int, int]:
-        """The size in which a picture that a client sent is edited: its shape, with the model's own number of pixels."""
+        """The size in which a client's own picture is edited: its shape, with the model's own number of pixels."""
         if self.sizes:
             return min(self.sizes, key=lambda size: abs(math.log(size[0] / size[1] * height / width)))
         scale = math.sqrt(self.own[0] * self.own[1] / (width * height))
@@ -120,10 +122,12 @@ class Catalog:
         Raises:
             Problem: the solver does not take so many steps, or not these options.
         """
+        strength = 1.0 if request.strength is None else request.strength
         try:
-            return self._work(request.solver, request.steps, tuple(sorted(request.options.items())))
+            return self._work(request.solver, request.steps, strength, tuple(sorted(request.options.items())))
         except RequestError as error:
-            raise Problem(error.found, error.needed, error.mend, param="num_inference_steps") from error
+            param = "num_inference_steps" if strength == 1 else "strength"
+            raise Problem(error.found, error.needed, error.mend, param=param) from error
 
     def request(
         self,
@@ -136,6 +140,7 @@ class Catalog:
         guidance: float | None,
         scheduler: str | None,
         seed: int | None,
+        strength: float | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> Request:
         """What the engine is asked, with the defaults of this server and within its limits.
@@ -161,6 +166,7 @@ class Catalog:
             width=size[0],
             height=size[1],
             count=count,
+            strength=strength,
             options=options or {},
         )
 

@@ -36,7 +36,7 @@ def _field(default: Any, section: str, description: str) -> Any:
 
 
 class Settings(BaseSettings):
-    """Everything that `latentrt serve` reads; a field `max_steps` is `--max-steps`, LATENTRT_MAX_STEPS, max_steps = 150."""
+    """Everything that `latentrt serve` reads: `max_steps` is --max-steps, LATENTRT_MAX_STEPS, and max_steps in TOML."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True, validate_default=False)
 

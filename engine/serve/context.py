@@ -29,7 +29,7 @@ class Context:
     created: int = field(default_factory=lambda: int(time.time()))
 
 
-def _context(request: Request) -> Context:
+async def _context(request: Request) -> Context:
     context = request.app.state.context
     assert isinstance(context, Context)
     return context

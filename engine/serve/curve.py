@@ -25,7 +25,7 @@ Shape = tuple[int, int, int]
 
 SCHEMA = 1
 GUIDED = 2  # lanes of a picture with guidance
-PAYS = 1.1  # how many times the lanes a second that a doubling of the lanes has to give
+PAYS = 0.9  # the part of the best throughput that is enough
 NEWS = 0.1  # the weight of a server's newest tick
 MEND = "measure again: latentrt bench BUNDLE --save"
 
@@ -61,19 +61,16 @@ class Curve:
     def cap(self, shape: Shape, most: int) -> int:
         """The most lanes of this shape that a tick should have, from 2 to `most`.
 
-        More lanes are taken as long as a doubling of them gives a tenth more lanes a second, and never more than were
-        measured; beyond that everybody in the batch only waits longer. A shape that was never measured fills the
-        device earlier or later, by its pixels. Where nothing was measured, all lanes are used.
+        They are the fewest that give nine tenths of the most lanes a second that were measured: with more everybody in
+        the batch would wait longer for little. A shape that was never measured fills the device earlier or later, by
+        its pixels. Where nothing was measured, all lanes are used.
         """
         known = _nearest(self.ticks, shape)
         if known is None:
             return most
-        (best, seconds), *others = sorted(self.ticks[known].items())
-        for lanes, longer in others:
-            if lanes / longer < best / seconds * PAYS ** math.log2(lanes / best):
-                break
-            best, seconds = lanes, longer
-        scaled = int(best * math.prod(known) / math.prod(shape))
+        speeds = {lanes: lanes / seconds for lanes, seconds in self.ticks[known].items()}
+        enough = min(lanes for lanes, speed in speeds.items() if speed >= PAYS * max(speeds.values()))
+        scaled = int(enough * math.prod(known) / math.prod(shape))
         return max(min(GUIDED, most), min(most, scaled))
 
     def learn(self, shape: Shape, lanes: int, seconds: float) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
@@ -41,8 +40,7 @@ class Plan:
     @property
     def size(self) -> tuple[int, int]:
         """Width and height."""
-        assert self.request.width is not None and self.request.height is not None
-        return self.request.width, self.request.height
+        return self.request.width or 0, self.request.height or 0  # the catalogue has set both
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +76,6 @@ async def begun(context: Context, http: HttpRequest, plan: Plan) -> AsyncIterato
 async def _submit(context: Context, plan: Plan, facts: dict[str, Any]) -> Entry:
     request, source = plan.request, plan.source
     rows, solver = context.catalog.work(request)
-    if source is not None:
-        rows = max(1, math.ceil(rows * source.strength))
     facts.update(n=request.count, steps=request.steps, solver=solver, rows=rows)
     facts["size"] = "{}x{}".format(*plan.size)
     if context.settings.log_prompts:
@@ -104,7 +100,7 @@ async def _submit(context: Context, plan: Plan, facts: dict[str, Any]) -> Entry:
             deadline=deadline,
             image=image,
             mask=mask,
-            strength=source.strength if source is not None else 0.8,
+            strength=1.0 if request.strength is None else request.strength,
             id=facts["id"],
         )
         ticket = place.submit(order)

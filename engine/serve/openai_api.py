@@ -15,6 +15,7 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from engine.edit import MASKED_STRENGTH, STRENGTH
 from engine.serve.board import Entry
 from engine.serve.context import Context, Served
 from engine.serve.drawing import Made, Plan, begun, draw, follow, made
@@ -34,7 +35,6 @@ _DRAWN = {
     },
     **errors(400, 401, 404, 408, 409, 413, 415, 429, 500, 503, 504),
 }
-STRENGTH = 0.8  # of an edit whose client names none; diffusers' own
 
 
 @router.get("/models")
@@ -68,7 +68,9 @@ async def edit(
         size = context.catalog.fitting(*shape)
     else:
         size = context.catalog.size(wanted.size)
-    plan = _plan(context, wanted, size, "edits", source)
+    usual = STRENGTH if source.mask is None else MASKED_STRENGTH
+    strength = usual if wanted.strength is None else wanted.strength
+    plan = _plan(context, wanted, size, "edits", source, strength)
     return await _answer(context, http, plan, wanted, "image_edit")
 
 
@@ -76,7 +78,14 @@ def _model(context: Context, name: str) -> Model:
     return Model(id=name, created=context.created, owned_by="latentrt", root=context.catalog.name)
 
 
-def _plan(context: Context, wanted: Wanted, size: tuple[int, int], api: str, source: Source | None = None) -> Plan:
+def _plan(
+    context: Context,
+    wanted: Wanted,
+    size: tuple[int, int],
+    api: str,
+    source: Source | None = None,
+    strength: float | None = None,
+) -> Plan:
     kind = wanted.output_format or "png"
     if kind == "png" and wanted.output_compression not in (None, 100):
         raise Problem(
@@ -94,6 +103,7 @@ def _plan(context: Context, wanted: Wanted, size: tuple[int, int], api: str, sou
         guidance=wanted.guidance_scale,
         scheduler=wanted.scheduler,
         seed=wanted.seed,
+        strength=strength,
     )
     return Plan(
         request,
@@ -119,7 +129,7 @@ async def _source(context: Context, wanted: EditRequest) -> Source:
         )
     image = await _bytes(files[0], "image", context.settings.max_image_bytes)
     mask = await _bytes(wanted.mask, "mask", context.settings.max_image_bytes) if wanted.mask else None
-    return Source(image, mask, strength=STRENGTH if wanted.strength is None else wanted.strength)
+    return Source(image, mask)
 
 
 async def _bytes(file: UploadFile, param: str, most: int) -> bytes:

@@ -36,7 +36,6 @@ class Source:
     mask: bytes | None = None
     mask_alpha: bool = True
     mask_inverted: bool = False
-    strength: float = 0.8
     names: tuple[str, str] = ("image", "mask")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
+from engine.edit import STRENGTH
 from engine.image import _prose as prose
 from engine.serve.board import Entry
 from engine.serve.context import Context, Served
@@ -33,6 +34,7 @@ from engine.serve.sd_wire import (
     TextToImage,
 )
 from engine.solvers import SOLVERS
+from engine.spec import Request as EngineRequest
 
 router = APIRouter(prefix="/sdapi/v1", tags=["A1111"], route_class=Media, responses=errors(401))
 _DRAWN = {200: {"model": Images}, **errors(400, 401, 404, 408, 409, 413, 415, 429, 500, 503, 504)}
@@ -45,6 +47,7 @@ _NAMES = {
     "guidance_scale": "cfg_scale",
     "size": "width",
     "scheduler": "sampler_name",
+    "strength": "denoising_strength",
     "model": "sd_model_checkpoint",
 }
 
@@ -86,7 +89,7 @@ async def schedulers() -> list[Scheduler]:
 async def txt2img(wanted: TextToImage, http: Request, context: Served) -> JSONResponse:
     """Draw pictures from a prompt."""
     own = context.catalog.own
-    return await _answer(context, http, wanted, (wanted.width or own[0], wanted.height or own[1]), None)
+    return await _answer(context, http, wanted, (wanted.width or own[0], wanted.height or own[1]))
 
 
 @router.post("/img2img", responses=_DRAWN, response_class=JSONResponse)
@@ -98,11 +101,12 @@ async def img2img(wanted: ImageToImage, http: Request, context: Served) -> JSONR
         from_base64(wanted.mask, "mask", most) if wanted.mask else None,
         mask_alpha=False,
         mask_inverted=bool(wanted.inpainting_mask_invert),
-        strength=0.75 if wanted.denoising_strength is None else wanted.denoising_strength,
         names=("init_images", "mask"),
     )
+    strength = STRENGTH if wanted.denoising_strength is None else wanted.denoising_strength
     own = context.catalog.own
-    return await _answer(context, http, wanted, (wanted.width or own[0], wanted.height or own[1]), source)
+    size = wanted.width or own[0], wanted.height or own[1]
+    return await _answer(context, http, wanted, size, source, strength)
 
 
 @router.get("/progress")
@@ -150,12 +154,19 @@ def _check_model(context: Context, name: object) -> None:
 
 
 async def _answer(
-    context: Context, http: Request, wanted: TextToImage, size: tuple[int, int], source: Source | None
+    context: Context,
+    http: Request,
+    wanted: TextToImage,
+    size: tuple[int, int],
+    source: Source | None = None,
+    strength: float | None = None,
 ) -> JSONResponse:
     _check_idle(wanted)
     solver, options = _solver(wanted)
     with _renamed():
-        plan = _plan(context, wanted, size, source, solver, options)
+        request = _request(context, wanted, size, solver, strength, options)
+        previews = PREVIEWS if wanted.force_task_id else 0
+        plan = Plan(request, context.catalog.name, API, previews=previews, source=source, task=wanted.force_task_id)
         drawn = await draw(context, http, plan)
     parameters = wanted.model_dump(mode="json", include=set(TextToImage.model_fields))
     images = [one.data for one in drawn] if wanted.send_images is not False else []
@@ -172,17 +183,17 @@ def _renamed() -> Iterator[None]:
         raise
 
 
-def _plan(
+def _request(
     context: Context,
     wanted: TextToImage,
     size: tuple[int, int],
-    source: Source | None,
     solver: str | None,
+    strength: float | None,
     options: dict[str, Any],
-) -> Plan:
+) -> EngineRequest:
     _check_model(context, (wanted.override_settings or {}).get("sd_model_checkpoint"))
     catalog = context.catalog
-    request = catalog.request(
+    return catalog.request(
         wanted.prompt,
         negative_prompt=wanted.negative_prompt,
         n=(wanted.batch_size or 1) * (wanted.n_iter or 1),
@@ -191,10 +202,9 @@ def _plan(
         guidance=wanted.cfg_scale,
         scheduler=solver,
         seed=None if wanted.seed in (None, -1) else wanted.seed,
+        strength=strength,
         options=options,
     )
-    previews = PREVIEWS if wanted.force_task_id else 0
-    return Plan(request, catalog.name, API, previews=previews, source=source, task=wanted.force_task_id)
 
 
 def _check_idle(wanted: TextToImage) -> None:
@@ -249,7 +259,7 @@ def _info(drawn: list[Made], plan: Plan, wanted: TextToImage) -> dict[str, Any]:
         "cfg_scale": request.guidance,
         "steps": request.steps,
         "batch_size": request.count,
-        "denoising_strength": plan.source.strength if plan.source else None,
+        "denoising_strength": request.strength,
         "sd_model_name": plan.model,
         "infotexts": [prose(one.picture.info["latentrt"], one.picture.size) for one in drawn],
         "index_of_first_image": 0,

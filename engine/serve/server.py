@@ -8,7 +8,7 @@ import signal
 import socket
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 import uvicorn
 from fastapi import FastAPI
@@ -77,19 +77,19 @@ def loaded(settings: Settings) -> Iterator[Engine]:
 @contextmanager
 def listening(settings: Settings) -> Iterator[socket.socket]:
     """A socket that is bound before anything is loaded, so that a port that is taken is known at once."""
-    try:
-        found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, kind, protocol, _, address = found[0]
-        sock = socket.socket(family, kind, protocol)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
-    except OSError as error:
-        raise BackendError(
-            f"{settings.host}:{settings.port} cannot be listened on ({error.strerror or error})",
-            "an address of this machine and a free port",
-            "change --host or --port",
-        ) from error
-    with sock:
+    with ExitStack() as stack:
+        try:
+            found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            family, kind, protocol, _, address = found[0]
+            sock = stack.enter_context(socket.socket(family, kind, protocol))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(address)
+        except OSError as error:
+            raise BackendError(
+                f"{settings.host}:{settings.port} cannot be listened on ({error.strerror or error})",
+                "an address of this machine and a free port",
+                "change --host or --port",
+            ) from error
         yield sock
 
 
@@ -152,6 +152,7 @@ async def run(app: FastAPI, service: Service, settings: Settings, sock: socket.s
         good = await service.wait_drained(settings.drain_timeout)
         if not good:
             logger().error("not everything was finished in time", seconds=settings.drain_timeout)
+            loop.run_in_executor(None, service.close, 0.0)  # whoever still waits is told so
         drained.set_result(good)
         server.should_exit = True
 

@@ -127,7 +127,6 @@ class Service:
         *,
         rows: int,
         deadline: float | None,
-        guided: bool = True,
         shape: Shape | None = None,
     ) -> Place:
         """Places in the queue, before anything of a request is decoded.
@@ -136,7 +135,6 @@ class Service:
             pictures: how many.
             rows: network calls of each, as good as steps.
             deadline: the `time.monotonic()` by which all must be done.
-            guided: whether each takes two lanes.
             shape: of their latents, (channels, height, width); the model's own if None.
 
         Raises:

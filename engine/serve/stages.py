@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.errors import NetworkError, RequestError, ScheduleError
+from engine.errors import BundleError, DeviceMemoryError, NetworkError, PlanError, RequestError, ScheduleError
 from engine.golden import SIDE, TOLERANCE, worst_error
 from engine.image import to_uint8
 from engine.job import Job
@@ -112,5 +112,7 @@ def _check_size(engine: Engine) -> dict[str, int]:
 
 
 def is_fault(error: Exception) -> bool:
-    """Whether an error says something of the engine, and not only of what was asked of it."""
-    return not isinstance(error, RequestError | ScheduleError)
+    """Whether an error says something of the engine, and not only of what was asked of it: another size, an encoder
+    that the bundle does not have, more memory than there is.
+    """
+    return not isinstance(error, RequestError | ScheduleError | BundleError | PlanError | DeviceMemoryError)

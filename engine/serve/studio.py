@@ -25,6 +25,7 @@ from engine.serve.ticket import Failed, Picture, Preview, Ticket
 
 Piece = Callable[[], None]
 ORDERS, PICTURES = 8, 4  # at most in one piece, on a CPU
+LATENTS = 64 * 64  # and pictures of no more latents in all: decoding takes gigabytes for each 512 x 512 pixels
 
 
 class Studio:
@@ -120,11 +121,14 @@ class Studio:
         waiting = self._desk.denoised
         while waiting and waiting[0].ended:
             waiting.popleft()
-        parts = [part for part in waiting if part.shape == waiting[0].shape and not part.ended]
-        parts = parts[: self._pictures_at_once]
+        if not waiting:
+            return None
+        shape = waiting[0].shape
+        most = max(1, min(self._pictures_at_once, LATENTS // (shape[1] * shape[2])))
+        parts = [part for part in waiting if part.shape == shape and not part.ended][:most]
         for part in parts:
             waiting.remove(part)
-        return partial(self._draw, parts) if parts else None
+        return partial(self._draw, parts)
 
     def _draw(self, parts: list[Part]) -> None:
         """Where a batch raises, each is drawn alone: the one at fault fails, the others do not."""

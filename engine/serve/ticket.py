@@ -164,8 +164,9 @@ class Waiters:
 
     def add(self) -> asyncio.Future[None]:
         """A future of the running loop; await it after the lock is let go."""
-        self._futures.append(asyncio.get_running_loop().create_future())
-        return self._futures[-1]
+        future = asyncio.get_running_loop().create_future()
+        self._futures = [*(known for known in self._futures if not known.done()), future]
+        return future
 
     def wake(self) -> None:
         """Wake them all; those whose loop is closed are forgotten."""

@@ -130,8 +130,8 @@ class Worker:
                 self._moved(job, self._seated[job])
 
     def _learn(self, shapes: set[Shape], lanes: int, seconds: float) -> None:
-        """A tick of one shape is a point of the curve. On a GPU idle lanes are computed too."""
-        if len(shapes) == 1:
+        """A good tick of one shape is a point of the curve. On a GPU idle lanes are computed too."""
+        if len(shapes) == 1 and self._desk.fault is None:
             with self._desk.changed:
                 own = lanes if self._engine.backend.gpu is None else self._denoiser.lanes
                 self._curve.learn(shapes.pop(), own, seconds)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -118,3 +120,15 @@ def test_bad_flags_are_the_commands_own_errors() -> None:
     answer = CliRunner().invoke(serve, ["--max-n", "many", "--print-config"])
     assert isinstance(answer.exception, LatentrtError)
     assert "--max-n" in answer.exception.mend
+
+
+def test_without_the_extra_the_command_says_what_to_install() -> None:
+    code = (
+        "import sys; sys.modules['pydantic_settings'] = None\n"
+        "from engine.serve_verb import serve\n"
+        "assert not {'pydantic', 'fastapi', 'uvicorn'} & set(sys.modules)\n"
+        "try: serve(['--port', '1'], standalone_mode=False)\n"
+        "except Exception as error: print(type(error).__name__, error.mend)"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == "MissingDependencyError pip install 'latentrt[serve]'"

@@ -103,9 +103,7 @@ def test_extensions_reach_the_engine(client: openai.OpenAI, service: FakeService
     assert service.reservations[1]["deadline"] is not None
 
 
-def test_the_bundles_own_scheduler_class_is_the_bundles_own_solver(
-    client: openai.OpenAI, service: FakeService
-) -> None:
+def test_the_bundles_own_scheduler_class_is_the_bundles_own_solver(client: openai.OpenAI, service: FakeService) -> None:
     client.images.generate(prompt="a", extra_body={"scheduler": "DDIMScheduler"})
     assert service.orders[0].request.solver is None
 
@@ -236,9 +234,11 @@ def test_heartbeats_keep_a_slow_stream_alive() -> None:
 
 def test_what_takes_too_long_is_not_tried_again(url: str, service: FakeService) -> None:
     service.fail = QueueTimeout("the picture waited", "a shorter queue", "order later")
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=2) as client:
-        with pytest.raises(openai.InternalServerError) as caught:
-            client.images.generate(prompt="a")
+    with (
+        openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=2) as client,
+        pytest.raises(openai.InternalServerError) as caught,
+    ):
+        client.images.generate(prompt="a")
     assert (caught.value.status_code, caught.value.code) == (504, "queue_timeout")
     assert caught.value.response.headers["x-should-retry"] == "false"
     assert len(service.orders) == 1

@@ -32,7 +32,9 @@ def file(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.binary(max_size=200), st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"RIFF\x24\0\0\0WEBP"]))
+@given(
+    st.binary(max_size=200), st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"RIFF\x24\0\0\0WEBP"])
+)
 def test_no_bytes_are_a_fault(data: bytes, magic: bytes) -> None:
     for ask in (lambda: shape_of(magic + data, "image", MOST), lambda: run(Source(magic + data))):
         with pytest.raises(Problem) as caught:
@@ -48,9 +50,10 @@ def test_a_damaged_picture_is_drawn_or_refused(kind: str, where: int, value: int
     try:
         pixels, _ = run(Source(bytes(data)))
     except Problem as problem:
-        assert problem.code == "image_decode_failed"
+        code = problem.code
     else:
-        assert pixels.shape == (8, 8, 3)
+        code = "drawn" if pixels.shape == (8, 8, 3) else "bent"
+    assert code in ("drawn", "image_decode_failed")
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
@@ -66,6 +69,7 @@ def test_cmyk_jpegs_too() -> None:
 def test_what_is_transparent_becomes_white() -> None:
     image = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
     palette = Image.new("P", (8, 8), 3)
+    palette.putpalette([0, 0, 0] * 4)
     for data in (file(image), file(palette, transparency=3)):
         assert (run(Source(data))[0] == 255).all()
 

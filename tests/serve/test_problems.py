@@ -57,7 +57,13 @@ def test_when_to_come_again() -> None:
 
 @pytest.mark.parametrize(
     ("status", "code"),
-    [(404, "not_found"), (405, "method_not_allowed"), (408, "body_timeout"), (400, "invalid_value"), (500, "engine_error")],
+    [
+        (404, "not_found"),
+        (405, "method_not_allowed"),
+        (408, "body_timeout"),
+        (400, "invalid_value"),
+        (500, "engine_error"),
+    ],
 )
 def test_what_the_framework_refuses(status: int, code: str) -> None:
     assert answer_to_status(status, "detail").code == code

@@ -299,7 +299,7 @@ def test_a_vae_that_lags_stalls_no_tick_and_previews_do_not_pile_up(serve: Serve
     assert fakes.steps == 12
     fakes.decoding.set()
     told = wait(events(ticket))
-    assert [event.number for event in told if isinstance(event, Preview)] == [0]
+    assert len([event for event in told if isinstance(event, Preview)]) == 1
     assert isinstance(told[-1], Picture)
 
 

@@ -1,0 +1,182 @@
+"""The process: it starts, draws with the embedded model, drains, and ends as it should."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from PIL import Image
+
+from engine import Engine
+from engine.errors import BackendError
+from engine.serve import server
+from engine.serve.config import Settings
+
+COMMAND = [sys.executable, "-c", "from engine.serve_verb import serve; serve()", "--port", "0", "--log-format", "json"]
+
+
+class Process:
+    """A server of its own, its URL and its log."""
+
+    def __init__(self, *flags: str) -> None:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("LATENTRT_")}
+        self.process = subprocess.Popen(
+            [*COMMAND, "--threads", "1", *flags], stderr=subprocess.PIPE, text=True, env=environment
+        )
+        self.log: list[dict[str, object]] = []
+        self._url = ""
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        with self.process.stderr as lines:
+            for line in lines:
+                self.log.append(json.loads(line))
+
+    @property
+    def url(self) -> str:
+        while not (urls := [line["url"] for line in list(self.log) if line["event"] == "serving"]):
+            assert self.process.poll() is None, self.log
+            time.sleep(0.01)
+        return str(urls[0])
+
+    def wait_ready(self) -> None:
+        while not self.answers("/health/ready"):
+            time.sleep(0.02)
+
+    def answers(self, path: str) -> bool:
+        try:
+            return httpx.get(f"{self.url}{path}", trust_env=False).is_success
+        except httpx.TransportError:
+            return False
+
+    def end(self) -> int:
+        code = self.process.wait(timeout=60)
+        self._reader.join()
+        return code
+
+
+@contextmanager
+def running(*flags: str) -> Iterator[Process]:
+    process = Process(*flags)
+    try:
+        process.wait_ready()
+        yield process
+    finally:
+        process.process.kill()
+        process.end()
+
+
+def test_it_draws_what_the_engine_draws_and_drains() -> None:
+    with running() as one:
+        with openai.OpenAI(base_url=f"{one.url}/v1", api_key="any", max_retries=0) as client:
+            body = {"seed": 7, "num_inference_steps": 4}
+            answer = client.images.generate(prompt="a red apple", n=2, extra_body=body)
+            events = list(client.images.generate(prompt="a red apple", stream=True, partial_images=1, extra_body=body))
+        drawing = threading.Thread(target=draw_while_draining, args=(one, codes := []))
+        drawing.start()
+        while 'latentrt:num_requests_running{model_name="emoji"} 1.0' not in httpx.get(f"{one.url}/metrics").text:
+            time.sleep(0.005)
+        one.process.send_signal(signal.SIGTERM)
+        while one.answers("/health/ready"):
+            time.sleep(0.005)
+        late = httpx.post(f"{one.url}/v1/images/generations", json={"prompt": "b"})
+        assert (late.status_code, late.json()["error"]["code"]) == (503, "draining")
+        assert one.answers("/health/live")
+        drawing.join()
+        assert one.end() == 0
+    assert codes == [200]
+    with Engine.load(threads=1) as sd:
+        expected = [np.asarray(image) for image in sd("a red apple", seed=7, steps=4, count=2)]
+    for image, pixels in zip([*answer.data, events[-1]], [*expected, expected[0]], strict=True):
+        np.testing.assert_array_equal(np.asarray(Image.open(BytesIO(base64.b64decode(image.b64_json)))), pixels)
+    lines = [line for line in one.log if line["event"] == "request"]
+    assert [line["status"] for line in lines if line.get("n")] == [200, 200, 503, 200]
+    assert "apple" not in json.dumps(one.log)
+
+
+def draw_while_draining(one: Process, codes: list[int]) -> None:
+    body = {"prompt": "a", "num_inference_steps": 60}
+    codes.append(httpx.post(f"{one.url}/v1/images/generations", json=body, timeout=60).status_code)
+
+
+def test_a_second_signal_ends_it_at_once() -> None:
+    with running("--max-steps", "999", "--run-timeout", "900") as one:
+        drawing = threading.Thread(target=leave_hanging, args=(one,))
+        drawing.start()
+        while not httpx.get(f"{one.url}/latentrt/queue").json()["jobs"]:
+            time.sleep(0.005)
+        one.process.send_signal(signal.SIGTERM)
+        while one.answers("/health/ready"):
+            time.sleep(0.005)
+        one.process.send_signal(signal.SIGTERM)
+        assert one.end() == 128 + signal.SIGTERM
+        drawing.join()
+
+
+def leave_hanging(one: Process) -> None:
+    body = {"prompt": "a", "num_inference_steps": 999, "size": "512x512"}
+    with pytest.raises(httpx.TransportError):
+        httpx.post(f"{one.url}/v1/images/generations", json=body, timeout=60)
+
+
+def test_what_is_not_finished_in_time_is_said() -> None:
+    with running("--max-steps", "999", "--drain-timeout", "0.1") as one:
+        body = {"prompt": "a", "num_inference_steps": 999, "size": "512x512"}
+        codes: list[int] = []
+        drawing = threading.Thread(
+            target=lambda: codes.append(httpx.post(f"{one.url}/v1/images/generations", json=body).status_code)
+        )
+        drawing.start()
+        while not httpx.get(f"{one.url}/latentrt/queue").json()["jobs"]:
+            time.sleep(0.005)
+        one.process.send_signal(signal.SIGINT)
+        drawing.join()
+        assert one.end() == server.UNDRAINED
+    assert codes == [503]
+    assert "not everything was finished in time" in [line["event"] for line in one.log]
+
+
+def test_a_port_that_is_taken_is_known_before_anything_is_loaded() -> None:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen()
+        with (
+            pytest.raises(BackendError, match="cannot be listened on") as caught,
+            server.listening(Settings(port=sock.getsockname()[1])),
+        ):
+            pass
+    assert "--port" in caught.value.mend
+
+
+def test_a_step_that_hangs_ends_the_process_unless_it_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+
+    async def go(still: bool) -> None:
+        hangs = server.Hangs(0.001)
+        hangs()  # before anything runs there is nothing to end
+        hangs.watch(lambda: still)
+        await asyncio.to_thread(hangs)
+        await asyncio.sleep(0.02)
+
+    asyncio.run(go(False))
+    assert ended == []
+    asyncio.run(go(True))
+    assert ended == [server.HUNG]
