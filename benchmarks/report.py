@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
@@ -16,7 +16,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from benchmarks.measures import Goal, Measure, Result, Spread
+from benchmarks.markdown import number, spread, table
+from benchmarks.measures import Goal, Measure, Result
 
 NOTES = Path(__file__).with_name("notes.toml")
 HEAD = """# Benchmarks
@@ -137,22 +138,6 @@ def _measures(measures: Sequence[Measure]) -> str:
         cells = [f"{spread(measure.spread(o))}, **{number(measure.ratio(o).median)}×**" for o in others]
         rows.append([measure.name, measure.unit, spread(measure.spread(first)), *cells])
     return table(("", "unit", first, *others), rows)
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-
-
-def spread(found: Spread) -> str:
-    """The median, with the ends in brackets."""
-    return f"{number(found.median)} ({number(found.low)} to {number(found.high)})"
-
-
-def number(value: float) -> str:
-    """Three significant digits, never in powers of ten."""
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def _fact(value: Any) -> str:

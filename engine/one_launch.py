@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from engine.backends import kernels
 from engine.backends.base import Bound, DeviceArray, DeviceNetwork, Graph
 from engine.backends.kernels import PROGRESS
+from engine.conditioning import Text
 from engine.device_lanes import Arena, check_fresh
 from engine.errors import DeviceMemoryError, NetworkError, RequestError
 from engine.job import Job
@@ -27,15 +27,6 @@ from engine.spec import LatentSpec
 Ids = NDArray[np.int64]
 Pixels = NDArray[np.uint8]
 KEPT = 4  # kinds of pictures whose memory and graphs are kept
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """What a picture's text encoders read: ids (tokens,) for each. `uncond` None: the states are zeros instead."""
-
-    cond: tuple[Ids, ...]
-    uncond: tuple[Ids, ...] | None
-    time_ids: NDArray[np.float32] | None = None
 
 
 class Kind(NamedTuple):

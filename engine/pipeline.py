@@ -13,6 +13,7 @@ from engine.backends import open_backend
 from engine.backends.base import Backend, Network
 from engine.backends.lazy import LazyNetwork
 from engine.bundle import EMBEDDED, Bundle
+from engine.conditioning import Conditioner, Text
 from engine.denoiser import Denoiser
 from engine.edit import Edit, on, prepared
 from engine.errors import RequestError
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
     from engine.device_lanes import DeviceLanes
     from engine.edit import Source
-    from engine.one_launch import OneLaunch, Text
+    from engine.one_launch import OneLaunch
     from engine.picture import Picture
 
 Float32 = NDArray[np.float32]
@@ -70,6 +71,7 @@ class Engine:
         if resident:
             self._open()
         self.text_encoder = TextEncoder(list(zip(tokenizers, (self._networks[n] for n in encoders), strict=True)))
+        self._conditioner = Conditioner(self.spec, self.text_encoder)
         self.unet = UNet(self._networks["unet"])
         self.vae = VAE(self._networks["vae_decoder"], self._networks["vae_encoder"], self.spec.latents)
         self._lanes: HostLanes | DeviceLanes
@@ -231,7 +233,7 @@ class Engine:
             request = on(request, edit)
             made = self._drafts(request, len(jobs), edit)
             jobs += made
-            texts += [self._text(request)] * len(made)
+            texts += [self._conditioner.text(request)] * len(made)
         return [Picture.of(pixels, job.tag) for pixels, job in zip(one_launch.draw(jobs, texts), jobs, strict=True)]
 
     def requests(
@@ -263,7 +265,7 @@ class Engine:
         """The jobs of a request, not yet admitted; picture i has seed `request.seed + first + i`."""
         request = on(request, edit)
         jobs = self._drafts(request, first, edit)
-        cond, uncond = self._conditionings(request)
+        cond, uncond = self._conditioner.encode(request)
         for job in jobs:
             job.cond, job.uncond = cond, uncond
         return jobs
@@ -271,7 +273,7 @@ class Engine:
     def _drafts(self, request: Request, first: int, edit: Edit | None = None) -> list[Job]:
         """The jobs of a request without their conditionings."""
         shape = self.spec.latents.shape_of(request.height, request.width)
-        size = self._size(request)
+        size = self.spec.latents.pixels_of(request.height, request.width)
         strength = 1.0 if request.strength is None else request.strength
         table = tabulate(request.solver, self.schedule, request.steps, strength=strength, **request.options)
         guidance = Guidance(request.guidance, request.guidance_rescale, request.guidance_interval)
@@ -337,38 +339,3 @@ class Engine:
         if not self._resident:
             for name in names:
                 self._networks[name].drop()
-
-    def _conditionings(self, request: Request) -> tuple[Mapping[str, Float32], ...]:
-        cond = self.text_encoder.encode(request.prompt)
-        uncond = cond
-        if request.guidance > 1:
-            uncond = self.text_encoder.encode(request.negative_prompt or "")
-            if self._zero_negative(request):
-                uncond = {name: np.zeros_like(array) for name, array in uncond.items()}
-        if self.spec.family == "sdxl":
-            time_ids = self._time_ids(request)
-            cond, uncond = {**cond, "time_ids": time_ids}, {**uncond, "time_ids": time_ids}
-        return cond, uncond
-
-    def _text(self, request: Request) -> Text:
-        """The same, before it is encoded."""
-        from engine.one_launch import Text
-
-        cond = uncond = self.text_encoder.ids(request.prompt)
-        if request.guidance > 1:
-            uncond = self.text_encoder.ids(request.negative_prompt or "")
-        time_ids = self._time_ids(request) if self.spec.family == "sdxl" else None
-        return Text(cond, None if self._zero_negative(request) else uncond, time_ids)
-
-    def _zero_negative(self, request: Request) -> bool:
-        return request.negative_prompt is None and self.spec.zero_negative
-
-    def _time_ids(self, request: Request) -> Float32:
-        """SDXL's size conditioning: original size, crop corner, target size."""
-        height, width = self._size(request)
-        return np.array([height, width, 0, 0, height, width], np.float32)
-
-    def _size(self, request: Request) -> tuple[int, int]:
-        """Height and width in pixels."""
-        _, height, width = self.spec.latents.shape_of(request.height, request.width)
-        return height * self.spec.latents.factor, width * self.spec.latents.factor

@@ -11,7 +11,6 @@ import hashlib
 import hmac
 import json
 import os
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -19,11 +18,11 @@ from typing import Any
 
 from engine.bundle import Bundle
 from engine.errors import PlanError, UntrustedPlanError
+from engine.seal import canonical, seal
 from engine.spec import GraphSpec, TensorSpec
 
 SCHEMA = 1
 FOLDER = "plans"
-SEAL_VARIABLE = "LATENTRT_SEAL"
 STRIPPED, REFITTABLE, VERSION_COMPATIBLE = "stripped", "refittable", "version-compatible"
 Range = tuple[int, int, int]
 
@@ -83,7 +82,7 @@ class PlanKey:
     @property
     def digest(self) -> str:
         """SHA-256 of the key, in hexadecimal: the name under which a plan lies."""
-        return hashlib.sha256(_canonical(asdict(self))).hexdigest()
+        return hashlib.sha256(canonical(asdict(self))).hexdigest()
 
     def mismatches(self, wanted: PlanKey) -> list[tuple[str, str, str]]:
         """What keeps a plan of this key from serving `wanted`: (what, found, needed) each.
@@ -236,7 +235,7 @@ class PlanStore:
         """
         path = self.path(record)
         try:
-            sealed = {**_to_dict(record), "seal": _seal(_to_dict(record), _secret(make=True))}
+            sealed = {**_to_dict(record), "seal": seal(_to_dict(record), make=True)}
             self.folder.mkdir(parents=True, exist_ok=True)
             _replace(path, plan)
             _replace(self.folder / f"{record.name}.json", json.dumps(sealed, indent=1).encode())
@@ -258,8 +257,8 @@ class PlanStore:
     def _record(self, path: Path) -> PlanRecord:
         try:
             data = json.loads(path.read_bytes())
-            seal = data.pop("seal")
-            genuine = hmac.compare_digest(seal, _seal(data, _secret(make=False)))
+            given = data.pop("seal")
+            genuine = hmac.compare_digest(given, seal(data))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise self._untrusted(f"{path} cannot be read ({error!r})", "the record of a plan") from error
         if not genuine:
@@ -295,13 +294,9 @@ def weights_digest(bundle: Bundle, graph: GraphSpec) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _canonical(data: Any) -> bytes:
-    return json.dumps(data, sort_keys=True, separators=(",", ":")).encode()
-
-
 def _to_dict(record: PlanRecord) -> dict[str, Any]:
     """As JSON will give it back."""
-    data: dict[str, Any] = json.loads(_canonical({"schema": SCHEMA, **asdict(record)}))
+    data: dict[str, Any] = json.loads(canonical({"schema": SCHEMA, **asdict(record)}))
     return data
 
 
@@ -317,43 +312,6 @@ def _from_dict(data: Mapping[str, Any]) -> PlanRecord:
     key["options"] = tuple(key["options"])
     refit = {name: Weight(**weight) for name, weight in data["refit"].items()}
     return PlanRecord(PlanKey(**key), data["sha256"], data["bytes"], refit, data["made"])
-
-
-def _seal(data: Mapping[str, Any], secret: bytes) -> str:
-    return hmac.new(secret, _canonical(data), hashlib.sha256).hexdigest()
-
-
-def secret_path() -> Path:
-    """The file of the machine's secret; LATENTRT_SEAL names another one, which a fleet of like devices may share."""
-    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
-    return Path(os.environ.get(SEAL_VARIABLE) or state / "latentrt" / "seal.key")
-
-
-def _secret(*, make: bool) -> bytes:
-    """The secret that seals records; made where it is wanted for writing and is not there."""
-    path = secret_path()
-    if make and not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                file.write(secrets.token_bytes(32))
-        except FileExistsError:  # another build was faster
-            pass
-    try:
-        mode, secret = path.stat().st_mode, path.read_bytes()
-    except OSError as error:
-        raise UntrustedPlanError(
-            f"the secret that seals plans cannot be read ({error})",
-            f"the file that `latentrt build` makes, or another one named by {SEAL_VARIABLE}",
-            "delete the plans that came from elsewhere, then build here: latentrt build BUNDLE",
-        ) from error
-    if mode & 0o077 or len(secret) < 16:
-        raise UntrustedPlanError(
-            f"{path} has mode {mode & 0o777:o} and {len(secret)} bytes",
-            "16 bytes or more that only its owner can read",
-            f"chmod 600 {path}; or delete it and build again",
-        )
-    return secret
 
 
 def _replace(path: Path, data: bytes) -> None:

@@ -66,6 +66,11 @@ class LatentSpec:
             sides.append(side)
         return self.channels, sides[0], sides[1]
 
+    def pixels_of(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """A picture's (height, width) in pixels; None is the model's own. Raises RequestError as `shape_of`."""
+        _, rows, columns = self.shape_of(height, width)
+        return rows * self.factor, columns * self.factor
+
 
 @dataclass(frozen=True, slots=True)
 class Golden:

@@ -15,12 +15,12 @@ ROOT = Path(engine.__file__).parents[1]
 FORBIDDEN = {"torch", "diffusers", "transformers", "onnx", "export"}
 # From the bottom to the top: the way of an image, and what surrounds it. A file imports only from files above it here.
 LAYERS = [
-    *("errors", "spec", "bundle", "plans", "prompt", "noise", "settings", "schedule", "spacing"),
+    *("errors", "spec", "bundle", "seal", "plans", "prompt", "noise", "settings", "schedule", "spacing"),
     *("solvers.base", "solvers.training", "solvers.sigma", "solvers.exponential", "solvers", "trace", "table"),
     *("guidance", "backends.base", "backends.kernels", "backends.nvrtc", "backends.driver", "backends.cuda"),
     *("backends.trt", "backends.refit", "backends.loaded", "backends.tensorrt"),
     *("backends.ort", "backends.lazy", "backends.fake", "backends"),
-    *("models", "job", "lanes", "device_lanes", "one_launch", "denoiser", "image", "picture"),
+    *("models", "conditioning", "job", "lanes", "device_lanes", "one_launch", "denoiser", "image", "picture"),
     *("request", "edit", "pipeline", "golden", "bench", "doctor", "output", "terminal", "arguments", "options"),
     *("build_verb", "generate_verb", "cli"),
 ]

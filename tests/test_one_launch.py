@@ -143,7 +143,7 @@ def test_what_cannot_be_drawn_is_said(gpu: HostGpu) -> None:
 def test_numbers_that_are_not_finite_are_an_error(gpu: HostGpu) -> None:
     with Engine.load(backend=OrtBackend(threads=1, gpu=gpu), check_hashes=False) as engine:
         request = Request(prompt="a", **SIZE)
-        jobs, text = engine._drafts(request, 0), engine._text(request)
+        jobs, text = engine._drafts(request, 0), engine._conditioner.text(request)
         jobs[0].latents[0, 0, 0] = np.nan
         assert engine._one_launch is not None
         with pytest.raises(NetworkError, match="after row 1 of 3"):

@@ -28,6 +28,7 @@ from engine.plans import (
     Weight,
     weights_digest,
 )
+from engine.seal import secret_path
 from engine.spec import TensorSpec
 
 KEY = PlanKey(
@@ -351,10 +352,10 @@ def test_the_secret_is_private_random_and_kept(store: PlanStore, secret: Path) -
 def test_the_secret_lies_in_the_users_state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("LATENTRT_SEAL")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    assert plans.secret_path() == tmp_path / "latentrt" / "seal.key"
+    assert secret_path() == tmp_path / "latentrt" / "seal.key"
     monkeypatch.delenv("XDG_STATE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert plans.secret_path() == tmp_path / ".local" / "state" / "latentrt" / "seal.key"
+    assert secret_path() == tmp_path / ".local" / "state" / "latentrt" / "seal.key"
 
 
 def test_an_older_schema_is_no_plan(store: PlanStore, monkeypatch: pytest.MonkeyPatch) -> None:

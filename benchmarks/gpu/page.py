@@ -9,8 +9,8 @@ from typing import Any
 
 from benchmarks.gpu.config import SIDES
 from benchmarks.gpu.figures import NOT_MEASURED, Figures, Goal, batches_of, figures_of, goals, why_missing
+from benchmarks.markdown import number, spread, table
 from benchmarks.measures import Spread
-from benchmarks.report import number, spread, table
 
 PAGE = "GPU.md"
 HEAD = """# Full-size models on a GPU

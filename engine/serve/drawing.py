@@ -87,12 +87,13 @@ async def _submit(context: Context, plan: Plan, facts: dict[str, Any]) -> Entry:
         request.count,
         rows=rows,
         deadline=deadline,
-        guided=request.guidance > 1,
         shape=context.catalog.latent_shape(plan.size),
     )
     with reserved as place:
         if source is not None:
-            image, mask = await decode(source, plan.size, context.settings.max_image_pixels)
+            image, mask = await decode(
+                source, plan.size, context.catalog.spec.latents, context.settings.max_image_pixels
+            )
         order = Order(
             request=request,
             model=plan.model,

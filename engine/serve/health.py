@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
 from pydantic import BaseModel, Field
 from starlette.responses import Response
@@ -104,9 +104,10 @@ async def model(context: Served) -> dict[str, Any]:
 
 
 @router.post("/latentrt/jobs/{job}/cancel", responses=errors(401, 404))
-async def cancel(job: str, context: Served) -> JSONResponse:
-    """Give up every request with this x-request-id; whoever waits for it gets 409 cancelled."""
-    entries = [entry for entry in context.board if entry.id == job]
+async def cancel(job: str, http: Request, context: Served) -> JSONResponse:
+    """Give up every request of this key with this x-request-id; whoever waits for it gets 409 cancelled."""
+    owner = http.scope["state"]["facts"]["owner"]
+    entries = [entry for entry in context.board if (entry.id, entry.owner) == (job, owner)]
     for entry in entries:
         entry.ticket.cancel()
     if not entries:

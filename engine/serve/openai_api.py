@@ -141,7 +141,8 @@ async def _bytes(file: UploadFile, param: str, most: int) -> bytes:
 async def _answer(context: Context, http: Request, plan: Plan, wanted: Wanted, kind: str) -> Response:
     safety = wanted.safety_identifier or wanted.user or None
     if not wanted.stream:
-        urls = wanted.response_format == "url"
+        # OpenAI answered its first models with URLs by default, and clients of these still look there.
+        urls = (wanted.response_format or ("url" if (wanted.model or "").startswith("dall-e") else "")) == "url"
         drawn = await draw(context, http, plan)
         return JSONResponse(_response(drawn, plan, urls, safety))
     # Entered here and left by the stream: a refusal must still be a status, not an event.

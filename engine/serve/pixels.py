@@ -13,7 +13,9 @@ import anyio.to_thread
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.edit import MODES, prepared
 from engine.serve.problems import Problem
+from engine.spec import LatentSpec
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -44,13 +46,17 @@ async def in_thread(work: Callable[[], T]) -> T:
     return await anyio.to_thread.run_sync(work, limiter=_THREADS)
 
 
-async def decode(source: Source, size: tuple[int, int], most_pixels: int) -> tuple[Uint8, Uint8 | None]:
+async def decode(
+    source: Source, size: tuple[int, int], latents: LatentSpec, most_pixels: int
+) -> tuple[Uint8, Uint8 | None]:
     """The picture (H, W, 3) and the mask (H, W), 255 where it is repainted, both of the given width and height.
+
+    They are brought to size here, as the engine would do it, because they wait in the queue.
 
     Raises:
         Problem: 400 image_decode_failed, or a mask that does not fit the picture.
     """
-    return await in_thread(partial(_decode, source, size, most_pixels))
+    return await in_thread(partial(_decode, source, size, latents, most_pixels))
 
 
 def shape_of(data: bytes, param: str, most_pixels: int) -> tuple[int, int]:
@@ -108,44 +114,32 @@ def too_large(param: str, most_bytes: int) -> Problem:
     )
 
 
-def _decode(source: Source, size: tuple[int, int], most_pixels: int) -> tuple[Uint8, Uint8 | None]:
-    from PIL import Image
-
+def _decode(source: Source, size: tuple[int, int], latents: LatentSpec, most_pixels: int) -> tuple[Uint8, Uint8 | None]:
     image_name, mask_name = source.names
     picture = _loaded(source.image, image_name, most_pixels)
-    pixels = np.asarray(_flat(picture).resize(size, Image.Resampling.LANCZOS))
-    if source.mask is None:
-        return pixels, None
-    mask = _loaded(source.mask, mask_name, most_pixels)
-    if mask.size != picture.size:
-        found, needed = (f"{side[0]}x{side[1]}" for side in (mask.size, picture.size))
-        raise Problem(f"{mask_name} is {found}", f"the picture's {needed}", "resize it", param=mask_name)
-    chosen = np.asarray(_repainted(mask, source).resize(size, Image.Resampling.BILINEAR))
-    return pixels, np.where(chosen >= 128, np.uint8(255), np.uint8(0))
+    mask = None if source.mask is None else _loaded(source.mask, mask_name, most_pixels)
+    if mask is not None:
+        if mask.size != picture.size:
+            found, needed = (f"{side[0]}x{side[1]}" for side in (mask.size, picture.size))
+            raise Problem(f"{mask_name} is {found}", f"the picture's {needed}", "resize it", param=mask_name)
+        mask = _whitened(mask, source)
+    pixels, repaint = prepared(picture, mask, size[1], size[0], latents)
+    return pixels, None if repaint is None else repaint.astype(np.uint8) * np.uint8(255)
 
 
-def _repainted(mask: Image, source: Source) -> Image:
-    """The mask as levels of grey: white is what is repainted."""
+def _whitened(mask: Image, source: Source) -> Image:
+    """The mask in levels of grey, white where to repaint."""
     from PIL import ImageChops
 
     name = source.names[1]
+    alpha = mask.getchannel("A") if "A" in mask.getbands() else None
     if source.mask_alpha:
-        if "A" not in mask.getbands():
+        if alpha is None:
             raise Problem(f"{name} has no alpha", "a PNG whose alpha is 0 where to edit", "save it so", param=name)
-        return ImageChops.invert(mask.getchannel("A"))
-    grey = _flat(mask).convert("L")
+        return ImageChops.invert(alpha)
+    # A1111 takes the alpha of a mask that has some, and its brightness otherwise.
+    grey = mask.convert("L") if alpha is None or alpha.getextrema() == (255, 255) else alpha
     return ImageChops.invert(grey) if source.mask_inverted else grey
-
-
-def _flat(image: Image) -> Image:
-    """RGB; what is transparent becomes white."""
-    from PIL import Image as Pillow
-
-    if "A" not in image.getbands():
-        return image.convert("RGB")
-    paper = Pillow.new("RGBA", image.size, "white")
-    paper.alpha_composite(image.convert("RGBA"))
-    return paper.convert("RGB")
 
 
 def _loaded(data: bytes, param: str, most_pixels: int) -> Image:
@@ -156,7 +150,9 @@ def _loaded(data: bytes, param: str, most_pixels: int) -> Image:
     try:
         image.load()
         upright = ImageOps.exif_transpose(image)
-        return upright.convert("RGBA") if "transparency" in upright.info else upright
+        if "transparency" in upright.info:
+            return upright.convert("RGBA")
+        return upright if upright.mode in MODES else upright.convert("RGB")
     except Exception as error:  # what a decoder raises on broken input is not specified
         raise _undecodable(param, "damaged") from error
 

@@ -25,6 +25,7 @@ from engine.serve.service import Service
 
 UNDRAINED, HUNG = 1, 70  # exit codes; 0 is a drain that lost nothing
 _LAST_ANSWERS = 5  # seconds for the last bytes of answers, after their pictures are done
+_IDLE = 75  # seconds that a connection is kept for a next request; longer than clients and proxies keep theirs
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -124,9 +125,17 @@ class Hangs:
 class _Server(uvicorn.Server):
     """uvicorn, but signals are ours: its own way is to stop listening at once and to die of the signal in the end."""
 
+    def __init__(self, config: uvicorn.Config, started: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._tell = started
+
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._tell()
 
 
 async def run(app: FastAPI, service: Service, settings: Settings, sock: socket.socket, hangs: Hangs) -> int:
@@ -140,7 +149,9 @@ async def run(app: FastAPI, service: Service, settings: Settings, sock: socket.s
             ws="none",
             lifespan="on",
             timeout_graceful_shutdown=_LAST_ANSWERS,
-        )
+            timeout_keep_alive=_IDLE,
+        ),
+        lambda: _announce(settings, sock),
     )
     hangs.watch(lambda: service.state == "failed")
     drained = asyncio.get_running_loop().create_future()
@@ -166,7 +177,6 @@ async def run(app: FastAPI, service: Service, settings: Settings, sock: socket.s
     for number in signals:
         loop.add_signal_handler(number, on_signal, number)
     try:
-        _announce(settings, sock)
         await server.serve(sockets=[sock])
     finally:
         for number in signals:

@@ -204,10 +204,10 @@ class Worker:
         return not self._seated or self._engine.backend.gpu is None
 
     def _check(self) -> None:
-        with self._desk.changed:
-            asked, self._desk.asked = self._desk.asked, []
         for job in self._denoiser.jobs:
             self._denoiser.retire(job)
+        with self._desk.changed:
+            asked, self._desk.asked = self._desk.asked, []
         error: LatentrtError | None = None
         try:
             with self._desk.doing("self-check"):

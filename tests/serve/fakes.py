@@ -99,8 +99,10 @@ class FakeService:
     def ready(self) -> bool:
         return self.state == "ready"
 
-    def reserve(self, pictures: int, **about: Any) -> FakePlace:
-        self.reservations.append({"pictures": pictures, **about})
+    def reserve(
+        self, pictures: int, *, rows: int, deadline: float | None, shape: tuple[int, int, int] | None = None
+    ) -> FakePlace:
+        self.reservations.append({"pictures": pictures, "rows": rows, "deadline": deadline, "shape": shape})
         if self.refuse is not None:
             raise self.refuse
         if self.state == "draining":

