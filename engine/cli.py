@@ -17,6 +17,7 @@ from engine.build_verb import build
 from engine.errors import LatentrtError, PromptTruncatedWarning
 from engine.generate_verb import generate
 from engine.options import AT_LEAST_ONE, FOLDER, argument_bundle, option_json, runs_networks
+from engine.serve_verb import serve
 from engine.terminal import show, table_of
 
 INTERRUPTED, CRASHED = 130, 70  # 128 + SIGINT; EX_SOFTWARE of BSD's sysexits.h
@@ -217,6 +218,7 @@ def doctor(as_json: bool) -> None:
 
 latentrt.add_command(generate)
 latentrt.add_command(build)
+latentrt.add_command(serve)
 
 if __name__ == "__main__":
     main()

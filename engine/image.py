@@ -250,7 +250,7 @@ def metadata(kind: str, settings: Settings, size: tuple[int, int]) -> dict[str, 
     from PIL.PngImagePlugin import PngInfo
 
     # ASCII with escapes: PNG text and EXIF each have their own idea of Unicode, JSON needs neither.
-    texts = (json.dumps(dict(settings), allow_nan=False), _prose(settings, size)) if settings else None
+    texts = (json.dumps(dict(settings), allow_nan=False), prose(settings, size)) if settings else None
     if kind == "PNG":
         info = PngInfo()
         if texts:
@@ -271,7 +271,7 @@ def _exif(description: str, comment: str) -> Exif:
     return exif
 
 
-def _prose(settings: Settings, size: tuple[int, int]) -> str:
+def prose(settings: Settings, size: tuple[int, int]) -> str:
     """The text that AUTOMATIC1111's web UI writes and that galleries read: prompt, negative prompt, facts.
 
     The format cannot tell a prompt's own line "Negative prompt: ..." from the real one; the JSON can.

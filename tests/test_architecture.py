@@ -13,6 +13,11 @@ import engine
 
 ROOT = Path(engine.__file__).parents[1]
 FORBIDDEN = {"torch", "diffusers", "transformers", "onnx", "export"}
+SERVER = [
+    *("config", "problems", "wire", "sd_wire", "ticket", "observer", "curve", "queue", "forecast", "desk", "stages"),
+    *("studio", "worker", "clock", "service", "catalog", "pixels", "board", "metrics", "logs", "routes", "context"),
+    *("drawing", "gate", "openai_api", "sdapi", "health", "app", "server"),
+]
 # From the bottom to the top: the way of an image, and what surrounds it. A file imports only from files above it here.
 LAYERS = [
     *("errors", "spec", "bundle", "seal", "plans", "prompt", "noise", "settings", "schedule", "spacing"),
@@ -22,7 +27,8 @@ LAYERS = [
     *("backends.ort", "backends.lazy", "backends.fake", "backends"),
     *("models", "conditioning", "job", "lanes", "device_lanes", "one_launch", "denoiser", "image", "picture"),
     *("request", "edit", "pipeline", "golden", "bench", "doctor", "output", "terminal", "arguments", "options"),
-    *("build_verb", "generate_verb", "cli"),
+    *("serve", *(f"serve.{name}" for name in SERVER)),
+    *("build_verb", "generate_verb", "serve_verb", "cli"),
 ]
 SOURCES = sorted((ROOT / "engine").rglob("*.py"))
 

@@ -41,6 +41,7 @@ class Desk:
 
     Attributes:
         changed: guards everything here; notified when somebody may have something to do.
+        orders: the pictures of each order that is not over.
         queue: pictures without lanes.
         running: pictures that have lanes, or had them and wait for the VAE.
         denoised: those that wait for the VAE, oldest first.

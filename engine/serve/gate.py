@@ -133,7 +133,8 @@ class _Passage:
             async with asyncio.timeout(self.began + self.body_timeout - time.monotonic()):
                 message = await self.inner_receive()
         except TimeoutError:
-            raise HTTPException(408, f"the request's body did not come within {self.body_timeout:g} seconds") from None
+            late = f"the request's body did not come within {self.body_timeout:g} seconds"
+            raise HTTPException(408, late, {"Connection": "close"}) from None
         self.body_read = not message.get("more_body", False)
         return self._noted(message)
 

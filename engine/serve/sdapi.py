@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
 from engine.edit import STRENGTH
-from engine.image import _prose as prose
+from engine.image import prose
 from engine.serve.board import Entry
 from engine.serve.context import Context, Served
 from engine.serve.drawing import Made, Plan, draw

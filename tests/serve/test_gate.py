@@ -79,6 +79,7 @@ def test_without_a_right_key_nothing_is_told(locked: Any, header: str | None) ->
         answer = ask(locked, "GET", path, headers=headers)
         assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
         assert answer.headers["www-authenticate"] == "Bearer"
+        assert answer.headers["x-request-id"].startswith("req_")
 
 
 @pytest.mark.parametrize("header", ["Bearer one", "bearer two", "Basic b25l", "Basic dXNlcjp0d28="])
