@@ -162,6 +162,7 @@ def inspect(bundle: Path, as_json: bool) -> None:
 @click.option(
     "--repeats", type=AT_LEAST_ONE, default=5, show_default=True, help="Runs of each batch; medians are shown."
 )
+@click.option("--save", is_flag=True, help="Keep the latencies with the bundle: `latentrt serve` plans by them.")
 @runs_networks
 @option_json
 def bench(
@@ -169,17 +170,21 @@ def bench(
     steps: int,
     batches: str | None,
     repeats: int,
+    save: bool,
     as_json: bool,
     **loading: Any,
 ) -> None:
     """Time this machine: latency and throughput by batch, and the engine's share outside the networks."""
     from engine.bench import measure
     from engine.pipeline import Engine
+    from engine.serve import curve
 
     sizes = [whole_of(size, "--batches", least=1) for size in batches.split(",")] if batches is not None else []
     with Engine.load(bundle, lanes=2 * max(sizes) if sizes else None, **loading) as engine:
         fitting = [size for size in (1, 2, 4, 8) if 2 * size <= engine.denoiser.lanes]
         results = measure(engine, sizes or fitting, steps=steps, repeats=repeats)
+        if save:
+            results["curve"] = str(curve.save(curve.of_bench(engine, results), engine))
     if as_json:
         print(json.dumps(results))
         return
@@ -194,6 +199,8 @@ def bench(
             f"{row['decode_ms']:.1f}",
         )
     show(table)
+    if save:
+        print(f"curve: {results['curve']}")
 
 
 @latentrt.command()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -35,12 +35,13 @@ def call(network: Network, feeds: Arrays) -> dict[str, NDArray[Any]]:
 class TextEncoder:
     """Prompts to conditionings, through every (tokenizer, network) pair of the model in order.
 
-    Prompts are encoded one at a time and remembered, so a text's states never depend on its company.
+    Prompts are remembered. On a CPU a text's states do not depend on its company; on a GPU encode one at a time.
     """
 
     def __init__(self, pairs: Sequence[tuple[Tokenizer, Network]]) -> None:
         self._pairs = tuple(pairs)
-        self._cached = lru_cache(CACHED_PROMPTS)(self._encode)
+        self._known: dict[str, dict[str, Float32]] = {}  # those that were wanted longest ago first
+        self._lock = Lock()
 
     def encode(self, prompt: str) -> dict[str, Float32]:
         """The conditioning of a prompt; SDXL's time_ids are not in it.
@@ -50,8 +51,23 @@ class TextEncoder:
         Raises:
             RequestError: the prompt is not text that can be encoded in UTF-8.
         """
-        self.ids(prompt)
-        return dict(self._cached(prompt))
+        return self.encode_all([prompt])[0]
+
+    def encode_all(self, prompts: Sequence[str]) -> list[dict[str, Float32]]:
+        """The conditionings of prompts, as in `encode`: those that are not known in one call of each network."""
+        ids = {prompt: self.ids(prompt) for prompt in prompts}
+        with self._lock:
+            found = {prompt: self._known[prompt] for prompt in ids if prompt in self._known}
+        new = [prompt for prompt in ids if prompt not in found]
+        if new:
+            found |= zip(new, self._encode([ids[prompt] for prompt in new]), strict=True)
+        with self._lock:
+            for prompt in ids:
+                self._known.pop(prompt, None)
+                self._known[prompt] = found[prompt]
+            for old in list(self._known)[:-CACHED_PROMPTS]:
+                del self._known[old]
+        return [dict(found[prompt]) for prompt in prompts]
 
     def ids(self, prompt: str) -> tuple[NDArray[np.int64], ...]:
         """A prompt's token ids (tokens,) for each encoder; cut, and warned of, as in `encode`."""
@@ -65,15 +81,17 @@ class TextEncoder:
             )
         return tuple(each.ids for each in encoded)
 
-    def _encode(self, prompt: str) -> dict[str, Float32]:
-        states, conditioning = [], {}
-        for tokenizer, network in self._pairs:
-            outputs = call(network, {"input_ids": tokenizer.encode(prompt).ids[None]})
-            states.append(outputs["text_states"][0])
-            if "text_embeds" in outputs:
-                conditioning["text_embeds"] = outputs["text_embeds"][0]
-        conditioning["encoder_hidden_states"] = np.concatenate(states, axis=-1)
-        return conditioning
+    def _encode(self, ids: Sequence[tuple[NDArray[np.int64], ...]]) -> list[dict[str, Float32]]:
+        """Conditionings of prompts by their token ids for each encoder."""
+        states, conditionings = [], [dict[str, Float32]() for _ in ids]
+        for (_, network), own in zip(self._pairs, zip(*ids, strict=True), strict=True):
+            outputs = call(network, {"input_ids": np.stack(own)})
+            states.append(outputs["text_states"])
+            for conditioning, embeds in zip(conditionings, outputs.get("text_embeds", ()), strict=False):
+                conditioning["text_embeds"] = embeds
+        for conditioning, joined in zip(conditionings, np.concatenate(states, axis=-1), strict=True):
+            conditioning["encoder_hidden_states"] = joined
+        return conditionings
 
 
 class UNet:

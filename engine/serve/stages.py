@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -42,7 +43,15 @@ def lanes_of(request: Request) -> int:
 
 def prepare(engine: Engine, orders: Sequence[Order]) -> list[list[Job] | Exception]:
     """The jobs of each order, or what was wrong with it: prompts are encoded, noise is drawn, tables are made."""
+    if len(orders) > 1:
+        with suppress(Exception):  # who is at fault is found when the orders are taken one by one
+            engine.text_encoder.encode_all([text for order in orders for text in _texts(order.request)])
     return [_jobs(engine, order) for order in orders]
+
+
+def _texts(request: Request) -> list[str]:
+    """The texts that a request's jobs need."""
+    return [request.prompt, request.negative_prompt or ""] if request.guidance > 1 else [request.prompt]
 
 
 def _jobs(engine: Engine, order: Order) -> list[Job] | Exception:

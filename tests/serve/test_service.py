@@ -341,6 +341,29 @@ def test_pictures_that_wait_are_decoded_together_and_lanes_do_not_run_ahead(serv
     assert sum(fakes.decoded) == 40
 
 
+def test_prompts_that_wait_are_encoded_together(serve: Serve, fakes: Fakes) -> None:
+    """The first order finds the encoder idle; of the others' texts each is encoded once, all in one call."""
+    service = serve()
+    fakes.encoding.clear()
+    tickets = [submit(service, order(f"number {number}", negative_prompt="blue")) for number in (0, 1, 2, 3, 3)]
+    eventually(lambda: fakes.texts)
+    fakes.encoding.set()
+    for ticket in tickets:
+        wait(ticket.pictures())
+    assert sum(fakes.texts) == 5
+    assert max(fakes.texts) >= 3
+
+
+@pytest.mark.parametrize("count", [2, 5, 8])
+def test_prompts_encoded_together_are_those_encoded_alone(embedded: Engine, count: int) -> None:
+    """Bitwise, with ONNX Runtime on the CPU."""
+    prompts = [f"{'very ' * number}big owl" for number in range(count)]
+    with Engine.load(threads=1, check_hashes=False) as other:
+        for own, prompt in zip(other.text_encoder.encode_all(prompts), prompts, strict=True):
+            for name, states in embedded.text_encoder.encode(prompt).items():
+                np.testing.assert_array_equal(own[name], states)
+
+
 @pytest.mark.parametrize("side", [64, 88, 128])
 def test_pictures_decoded_together_are_those_decoded_alone(embedded: Engine, side: int) -> None:
     """Bitwise, with ONNX Runtime on the CPU."""
