@@ -88,7 +88,7 @@ class Bundle:
 
     def _check_listed(self) -> None:
         """What is read must be listed, and so hashed: graphs, the files that they name, tokenizers, the schedule."""
-        specs = (*self.spec.graphs.values(), *self.spec.half.values())
+        specs = (*self.spec.graphs.values(), *self.spec.half.values(), *self.spec.cuda.values())
         graphs = [self.path(graph.path) for graph in specs]
         whole = {self.path(name) for name in self.spec.tokenizers} | {self.path(self.spec.schedule).parent}
         listed = {self.path(name) for name in self.files} | {self.root / MANIFEST}

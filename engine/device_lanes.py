@@ -24,6 +24,7 @@ from engine.noise import TorchCudaNoise
 from engine.table import COLUMNS, SLOTS, Table
 
 MAX_ROWS = 2000  # of a table: Heun over a schedule of 1000 timesteps has 1999
+ROOMS_KEPT = 4  # latent shapes whose memory is kept where nobody needs it
 TICKS_AHEAD = 2  # how far the host may run ahead of the device
 
 
@@ -138,9 +139,13 @@ class Arena:
         """Queue the first input of newly placed jobs."""
         kernels.begin(self.gpu, self.state, first, count)
 
+    def call_network(self) -> None:
+        """Queue a call of the network on whatever its input is."""
+        self._bound.enqueue()
+
     def row(self, *, rescaled: bool) -> None:
         """Queue one row of every job: a call of the network, then the kernel."""
-        self._bound.enqueue()
+        self.call_network()
         if rescaled:
             kernels.deviations(self.gpu, self.state)
         kernels.advance(self.gpu, self.state)
@@ -200,12 +205,15 @@ class DeviceLanes:
             self._rooms.pop(shape).close()
 
     def _room(self, shape: tuple[int, ...]) -> _Room:
-        """The room of a shape; where memory is short, rooms that nobody uses make place."""
+        """The room of a shape; rooms that nobody uses make place, one for each beyond ROOMS_KEPT and all for memory."""
         if shape not in self._rooms:
+            idle = [other for other, room in self._rooms.items() if not room.places]
+            for other in idle[: max(0, len(self._rooms) - ROOMS_KEPT + 1)]:
+                self._rooms.pop(other).close()
+                idle.remove(other)
             try:
                 self._rooms[shape] = _Room(self._unet, shape, self.count, self._capture)
             except DeviceMemoryError:
-                idle = [other for other, room in self._rooms.items() if not room.places]
                 if not idle:
                     raise
                 for other in idle:
@@ -277,6 +285,7 @@ class _Room:
             self._arena.row(rescaled=rescaled)
         else:
             if rescaled not in self._graphs:
+                self._arena.call_network()  # what a library sets up when shapes change is not captured then
                 with self._gpu.capture() as graph:
                     self._arena.row(rescaled=rescaled)
                 self._graphs[rescaled] = graph

@@ -27,6 +27,7 @@ from engine.spec import LatentSpec
 Ids = NDArray[np.int64]
 Pixels = NDArray[np.uint8]
 KEPT = 4  # kinds of pictures whose memory and graphs are kept
+GRAPHS_KEPT = 8  # of each kind
 
 
 class Kind(NamedTuple):
@@ -40,6 +41,7 @@ class Kind(NamedTuple):
 class Course(NamedTuple):
     """What they must share besides to be drawn by the same graph."""
 
+    pictures: int
     rows: int
     rescaled: bool
     zeros: bool
@@ -85,12 +87,11 @@ class OneLaunch:
         noises = sum(row.c != 0 for row in jobs[0].table.rows)
         on_device = isinstance(jobs[0].noise, TorchCudaNoise)
         kind = Kind(jobs[0].latents.shape, jobs[0].most_lanes == 2, 0 if on_device else noises)
-        course = Course(len(jobs[0].table), jobs[0].guidance.rescale > 0, texts[0].uncond is None)
         canvas = self._canvas(kind)
         pixels: list[Pixels] = []
         for first in range(0, len(jobs), canvas.count):
             chosen = slice(first, first + canvas.count)
-            pixels += canvas.draw(jobs[chosen], texts[chosen], course)
+            pixels += canvas.draw(jobs[chosen], texts[chosen])
         return pixels
 
     def _canvas(self, kind: Kind) -> _Canvas:
@@ -137,7 +138,7 @@ class _Canvas:
         self._gpu = unet.gpu
         self._arena = Arena(unet, kind.shape, lanes, slots=self.count, noises=max(1, kind.noises))
         self._bounds: list[Bound] = []
-        self._graphs: dict[Course, Graph] = {}
+        self._graphs: OrderedDict[Course, Graph] = OrderedDict()
         try:
             self._bind_text(encoders, lanes)
             self._bind_decoder(decoder)
@@ -179,8 +180,9 @@ class _Canvas:
         start = base + self._progress.bytes + self._bad.bytes
         self._pixels = DeviceArray(start, (self.count, *pixels, 3), np.dtype(np.uint8))
 
-    def draw(self, jobs: Sequence[Job], texts: Sequence[Text], course: Course) -> list[Pixels]:
+    def draw(self, jobs: Sequence[Job], texts: Sequence[Text]) -> list[Pixels]:
         """Run up to `count` jobs; slots beyond them stay idle."""
+        course = Course(len(jobs), len(jobs[0].table), jobs[0].guidance.rescale > 0, texts[0].uncond is None)
         if self._arena.make_room_for(jobs):
             self._close_graphs()
         for slot, (job, text) in enumerate(zip(jobs, texts, strict=True)):
@@ -188,14 +190,27 @@ class _Canvas:
         for slot in range(len(jobs), self.count):
             self._arena.empty(slot)
         if self._capture:
-            if course not in self._graphs:
-                with self._gpu.capture() as graph:
-                    self._enqueue(course)
-                self._graphs[course] = graph
-            self._graphs[course].launch()
+            self._graph(course).launch()
         else:
             self._enqueue(course)
         return self._fetch(jobs)
+
+    def _graph(self, course: Course) -> Graph:
+        """The graph of a course; the one that was launched least recently makes place.
+
+        Before a capture every network is called once outside it: what a library sets up for new shapes is then done.
+        """
+        if course not in self._graphs:
+            while len(self._graphs) >= GRAPHS_KEPT:
+                self._graphs.popitem(last=False)[1].close()
+            self._arena.call_network()
+            for bound in self._bounds:
+                bound.enqueue()
+            with self._gpu.capture() as graph:
+                self._enqueue(course)
+            self._graphs[course] = graph
+        self._graphs.move_to_end(course)
+        return self._graphs[course]
 
     def _place(self, slot: int, job: Job, text: Text) -> None:
         lanes = [slot, self.count + slot] if self._kind.guided else [slot]
@@ -217,7 +232,7 @@ class _Canvas:
         self._arena.begin()
         for _ in range(course.rows):
             self._arena.row(rescaled=course.rescaled)
-        self._decode()
+        self._decode(course.pictures)
         self._gpu.copy(self._arena.state.progress, self._progress)
 
     def _encode(self, *, zeros: bool) -> None:
@@ -234,10 +249,10 @@ class _Canvas:
                 if name in conditioning:
                     self._gpu.fill_zero(conditioning[name].part(0, self.count))
 
-    def _decode(self) -> None:
+    def _decode(self, pictures: int) -> None:
         gpu, latents = self._gpu, self._latents
         gpu.fill_zero(self._bad)
-        for slot in range(self.count):
+        for slot in range(pictures):
             kernels.to_latents(gpu, self._arena.state.x.part(slot), self._vae_latents, latents.scale, latents.shift)
             self._decoder.enqueue()
             kernels.to_pixels(gpu, self._image, self._pixels.part(slot), self._bad.part(slot))

@@ -31,7 +31,7 @@ def runs_networks(verb: Verb) -> Verb:
             "--backend",
             default="onnxruntime",
             show_default=True,
-            help="onnxruntime, tensorrt or tensorrt-rtx (those two run what `latentrt build` made).",
+            help="onnxruntime; or tensorrt, tensorrt-rtx or tensorrt-lean, which run what `latentrt build` made.",
         ),
     ):
         verb = option(verb)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.backends import open_backend
-from engine.backends.base import Backend, Network
+from engine.backends.base import Backend, Gpu, Network
 from engine.backends.lazy import LazyNetwork
 from engine.bundle import EMBEDDED, Bundle
 from engine.conditioning import Conditioner, Text
@@ -58,7 +58,7 @@ class Engine:
         *,
         lanes: int | None = None,
         resident: bool = True,
-        capture: bool = True,
+        capture: bool | None = None,
     ) -> None:
         self.bundle = bundle
         self.spec: ModelSpec = bundle.spec
@@ -76,10 +76,11 @@ class Engine:
         self.vae = VAE(self._networks["vae_decoder"], self._networks["vae_encoder"], self.spec.latents)
         self._lanes: HostLanes | DeviceLanes
         self._one_launch: OneLaunch | None = None
+        self._own_gpu: Gpu | None = None  # opened by `load`, closed with the engine
         if backend.gpu is None:
             self._lanes = HostLanes(self.unet, lanes or LANES)
         else:
-            self._on_device(lanes, capture)
+            self._on_device(lanes, backend.captures if capture is None else capture)
         self.denoiser = Denoiser(self._lanes)
 
     def _on_device(self, lanes: int | None, capture: bool) -> None:
@@ -114,7 +115,7 @@ class Engine:
         precision: str | None = None,
         lanes: int | None = None,
         resident: bool = True,
-        capture: bool = True,
+        capture: bool | None = None,
         plans: str | Path | None = None,
         check_hashes: bool = True,
     ) -> Engine:
@@ -127,12 +128,13 @@ class Engine:
             device: "cpu", "cuda", or "cuda:1" for the second GPU; None is the CPU for onnxruntime and "cuda" for the
                 others. Nothing else is tried if it is not there.
             threads: CPU threads of one network call; None for all physical cores.
-            precision: "fp32" or "fp16" graphs; None is fp32 for onnxruntime and fp16 for TensorRT.
+            precision: "fp32" or "fp16" graphs; None is fp32 on a CPU and fp16 on a GPU.
             lanes: the most lanes of one UNet call; a picture with guidance takes two. On a GPU every call has exactly
                 so many. None is 16 on a CPU; on a GPU what the plan was built for, or 2.
             resident: keep all networks loaded. False loads each when it is needed and drops it when the next one is
                 (text encoders, UNet, VAE): the least memory, for a process that makes one batch on a CPU.
-            capture: on a GPU, launch ticks and whole pictures as CUDA graphs; False queues their calls one by one.
+            capture: on a GPU, launch ticks and whole pictures as CUDA graphs; False queues their calls one by one. None
+                is True for TensorRT and False for onnxruntime, which does not support it on all versions.
             plans: the folder of TensorRT plans; None is the bundle's own.
             check_hashes: compare every file's SHA-256 with the manifest (sizes are always compared).
 
@@ -142,10 +144,17 @@ class Engine:
             PlanError: there is no plan for this device, bundle and precision; the message names the command.
         """
         opened = Bundle.open(bundle, check_hashes=check_hashes)
-        chosen = backend
-        if isinstance(chosen, str):
-            chosen = open_backend(chosen, device, threads, precision=precision, plans=plans)
-        return cls(opened, chosen, lanes=lanes, resident=resident, capture=capture)
+        if not isinstance(backend, str):
+            return cls(opened, backend, lanes=lanes, resident=resident, capture=capture)
+        own = open_backend(backend, device, threads, precision=precision, plans=plans)
+        try:
+            engine = cls(opened, own, lanes=lanes, resident=resident, capture=capture)
+        except BaseException:
+            if own.gpu is not None:
+                own.gpu.close()
+            raise
+        engine._own_gpu = own.gpu
+        return engine
 
     def __enter__(self) -> Engine:
         return self
@@ -160,6 +169,9 @@ class Engine:
                 owner.close()
         for network in self._networks.values():
             network.close()
+        if self._own_gpu is not None:
+            self._own_gpu.close()
+            self._own_gpu = None
 
     def __call__(
         self,

@@ -8,7 +8,6 @@ A plan that came with a download is none of ours: it is refused, whatever hash s
 from __future__ import annotations
 
 import hashlib
-import hmac
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from typing import Any
 
 from engine.bundle import Bundle
 from engine.errors import PlanError, UntrustedPlanError
-from engine.seal import canonical, seal
+from engine.seal import SEAL_VARIABLE, canonical, check_secret, is_sealed, seal
 from engine.spec import GraphSpec, TensorSpec
 
 SCHEMA = 1
@@ -201,9 +200,31 @@ class PlanStore:
         Raises:
             UntrustedPlanError: a record is damaged or was not sealed here.
         """
-        for path in sorted(self.folder.glob(f"{network}-*.json")):
-            if path.stem.removeprefix(f"{network}-").isalnum():  # text_encoder-... is none of text_encoder_2's
-                yield self._record(path)
+        for path in self._paths(network):
+            yield self._record(path)
+
+    def survey(self) -> tuple[list[PlanRecord], dict[str, PlanError]]:
+        """The plans that are there: the records of those that may be loaded, and why the others may not, by name.
+
+        Raises:
+            UntrustedPlanError: the secret cannot be used, so nothing is known of any.
+        """
+        check_secret()
+        records, refused = [], dict[str, PlanError]()
+        for path in (path for network in self.bundle.spec.graphs for path in self._paths(network)):
+            try:
+                records.append(self._record(path))
+            except PlanError as error:
+                refused[path.stem] = error
+        return records, refused
+
+    def current(self, record: PlanRecord) -> PlanRecord:
+        """The record of a plan's key as it is now: the plan may have been built again since it was found.
+
+        Raises:
+            UntrustedPlanError: it is gone, damaged, or was not sealed here.
+        """
+        return self._record(self.folder / f"{record.name}.json")
 
     def read(self, record: PlanRecord) -> bytes:
         """A plan's bytes, exactly those that were built.
@@ -215,11 +236,10 @@ class PlanStore:
         try:
             plan = path.read_bytes()
         except OSError as error:
-            raise self._untrusted(f"{path} cannot be read ({error})", "the plan of its record") from error
+            raise self._untrusted(path, f"cannot be read ({error})", "the plan of its record", record.name) from error
         if len(plan) != record.bytes or hashlib.sha256(plan).hexdigest() != record.sha256:
-            raise self._untrusted(
-                f"{path} has {len(plan)} bytes that are not the built ones", f"SHA-256 {record.sha256}"
-            )
+            found = f"has {len(plan)} bytes that are not the built ones"
+            raise self._untrusted(path, found, f"SHA-256 {record.sha256}", record.name)
         return plan
 
     def path(self, record: PlanRecord) -> Path:
@@ -230,16 +250,18 @@ class PlanStore:
         """Write a plan and its sealed record; a plan of the same key is replaced at once or not at all.
 
         Raises:
-            PlanError: it cannot be written.
+            PlanError: it cannot be written, or its network's name leads out of the folder.
             UntrustedPlanError: the secret that seals it is not private.
         """
         path = self.path(record)
+        if path.parent != self.folder:  # manifests are not ours either
+            raise PlanError(f"a network is called {record.key.network!r}", "a name without slashes", "export it again")
         try:
             sealed = {**_to_dict(record), "seal": seal(_to_dict(record), make=True)}
             self.folder.mkdir(parents=True, exist_ok=True)
             _replace(path, plan)
             _replace(self.folder / f"{record.name}.json", json.dumps(sealed, indent=1).encode())
-            for old in set(self.folder.glob(f"{record.name}-*.plan")) - {path}:
+            for old in set(self._files(record.name)) - {path}:
                 old.unlink(missing_ok=True)
         except OSError as error:
             raise PlanError(
@@ -249,26 +271,60 @@ class PlanStore:
             ) from error
         return path
 
-    def remove(self, record: PlanRecord) -> None:
-        """Remove a plan: its record first, so that no record is ever without its plan."""
-        (self.folder / f"{record.name}.json").unlink(missing_ok=True)
-        self.path(record).unlink(missing_ok=True)
+    def remove(self, name: str) -> None:
+        """Remove a plan, whoever built it: its record first, so that no record is ever without its plan.
+
+        Args:
+            name: its record's file without suffix; nothing that stands in the record is believed.
+
+        Raises:
+            PlanError: there is none of that name, or it cannot be removed.
+        """
+        paths = (path for network in self.bundle.spec.graphs for path in self._paths(network))
+        path = next((path for path in paths if path.stem == name), None)
+        if path is None:
+            raise PlanError(
+                f"{self.folder} has no plan {name!r}", "the name of one that is there", f"{self.command} --list"
+            )
+        try:
+            for file in (path, *self._files(name)):
+                file.unlink(missing_ok=True)
+        except OSError as error:
+            raise PlanError(f"{name} cannot be removed ({error})", "a file that may be", "remove it by hand") from error
+
+    @property
+    def command(self) -> str:
+        """What to type to build into this folder."""
+        own = self.folder == self.bundle.path(FOLDER)
+        return f"latentrt build {self.bundle.root}" + ("" if own else f" --plans {self.folder}")
+
+    def _paths(self, network: str) -> list[Path]:
+        """The files in the folder that are named as a network's records are; text_encoder-... is none of
+        text_encoder_2's.
+        """
+        named = [(path, *path.stem.rpartition("-")) for path in sorted(self.folder.glob("*.json"))]
+        return [path for path, before, _, digest in named if before == network and digest.isalnum()]
+
+    def _files(self, name: str) -> list[Path]:
+        """The plans of a record, by its name."""
+        return [path for path in self.folder.glob("*.plan") if path.stem.rpartition("-")[0] == name]
 
     def _record(self, path: Path) -> PlanRecord:
         try:
             data = json.loads(path.read_bytes())
             given = data.pop("seal")
-            genuine = hmac.compare_digest(given, seal(data))
+            genuine = is_sealed(data, given)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise self._untrusted(f"{path} cannot be read ({error!r})", "the record of a plan") from error
+            raise self._untrusted(path, f"cannot be read ({error!r})", "the record of a plan") from error
         if not genuine:
             raise self._untrusted(
-                f"{path} was not sealed with this machine's secret: the plan was built elsewhere, or changed",
-                "a plan built here; plans are native code",
+                path,
+                "was not sealed with this machine's secret: the plan was built elsewhere, or changed",
+                f"a plan built here, or its secret ({SEAL_VARIABLE}); plans are native code",
             )
         record = _from_dict(data)
         if record.name != path.stem:
-            raise self._untrusted(f"{path} is the record of {record.name}", "a record under its own name")
+            raise self._untrusted(path, f"is the record of {record.name}", "a record under its own name")
         return record
 
     def _no_profile(self, records: Sequence[PlanRecord], sizes: Mapping[str, int]) -> PlanError:
@@ -277,10 +333,11 @@ class PlanStore:
         return self._error(f"the {records[0].key.network} was asked for {asked}", profiles)
 
     def _error(self, found: str, needed: str) -> PlanError:
-        return PlanError(found, needed, f"latentrt build {self.bundle.root} (see --lanes, --size, --precision)")
+        return PlanError(found, needed, f"{self.command} (see --lanes, --size, --precision)")
 
-    def _untrusted(self, found: str, needed: str) -> UntrustedPlanError:
-        return UntrustedPlanError(found, needed, f"delete it, then: latentrt build {self.bundle.root}")
+    def _untrusted(self, path: Path, found: str, needed: str, name: str = "") -> UntrustedPlanError:
+        mend = f"{self.command} --remove {name or path.stem}; then build"
+        return UntrustedPlanError(f"{path} {found}", needed, mend)
 
 
 def weights_digest(bundle: Bundle, graph: GraphSpec) -> str:

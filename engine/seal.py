@@ -25,6 +25,26 @@ def seal(data: Mapping[str, Any], *, make: bool = False) -> str:
     return hmac.new(_secret(make=make), canonical(data), hashlib.sha256).hexdigest()
 
 
+def is_sealed(data: Mapping[str, Any], given: str) -> bool:
+    """Whether a seal is this machine's; where there is no secret, none is.
+
+    Raises:
+        UntrustedPlanError: the secret cannot be read, or others can read it.
+        TypeError: the seal is no text that a seal could be.
+    """
+    return secret_path().exists() and hmac.compare_digest(given, seal(data))
+
+
+def check_secret() -> None:
+    """Refuse a secret that cannot be used; where there is none, nothing was sealed here yet.
+
+    Raises:
+        UntrustedPlanError: the secret cannot be read, or others can read it.
+    """
+    if secret_path().exists():
+        _secret(make=False)
+
+
 def canonical(data: Any) -> bytes:
     """JSON that is the same for the same data."""
     return json.dumps(data, sort_keys=True, separators=(",", ":")).encode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any, get_args
@@ -10,6 +11,9 @@ from typing import Any, get_args
 import click
 
 from engine.errors import MissingDependencyError
+
+# Read when Ray is imported: nothing is told to its makers, and no line of the log is left out as like another.
+RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0", "RAY_COLOR_PREFIX": "0"}
 
 
 class ServeCommand(click.Command):
@@ -42,9 +46,23 @@ def serve(config: Path | None, print_config: bool, **flags: Any) -> None:
     if print_config:
         print(json.dumps(settings.model_dump(mode="json"), indent=2))
         return
-    from engine.serve.server import serve as run
+    sys.exit(_server(settings.ray)(settings))
 
-    sys.exit(run(settings))
+
+def _server(by_ray: bool) -> Any:
+    """What serves: this process, or replicas of Ray Serve."""
+    if not by_ray:
+        from engine.serve.server import serve
+    else:
+        for name, value in RAY.items():
+            os.environ.setdefault(name, value)
+        try:
+            from engine.serve.ray_app import serve
+        except ImportError as error:
+            raise MissingDependencyError(
+                f"the module {error.name} is not installed", "the extra `ray`", "pip install 'latentrt[ray]'"
+            ) from error
+    return serve
 
 
 def _config() -> Any:

@@ -105,7 +105,8 @@ class ModelSpec:
     `text_encoders` and `tokenizers` are folder names of the bundle, in the order in which the UNet's text states
     are concatenated (one for SD 1 and 2, two for SDXL). `graphs` maps a network's name ("text_encoder",
     "text_encoder_2", "unet", "vae_decoder", "vae_encoder") to its graph. `half` has the same networks in float16 with
-    `islands` of float32; bundles of before have neither.
+    `islands` of float32, `cuda` the half graphs as ONNX Runtime's CUDA provider runs them; bundles of before have none
+    of the three.
     """
 
     id: str
@@ -122,6 +123,7 @@ class ModelSpec:
     golden: tuple[Golden, ...] = ()
     half: Mapping[str, GraphSpec] = field(default_factory=dict)
     islands: Mapping[str, Islands] = field(default_factory=dict)
+    cuda: Mapping[str, GraphSpec] = field(default_factory=dict)
 
     def graph(self, network: str, precision: str) -> GraphSpec:
         """A network's graph in "fp32" or "fp16".
@@ -133,6 +135,20 @@ class ModelSpec:
         if graphs is None or network not in graphs:
             raise BundleError(f"{self.id} has no {network} in {precision}", "one of its own: fp32 or fp16", EXPORT)
         return graphs[network]
+
+    def cuda_graph(self, network: str) -> GraphSpec:
+        """A network's float16 graph for ONNX Runtime's CUDA provider.
+
+        Raises:
+            BundleError: the bundle has none.
+        """
+        if network not in self.cuda:
+            raise BundleError(
+                f"{self.id} has no {network} for ONNX Runtime's CUDA provider",
+                "a graph of its own (model.cuda.onnx)",
+                EXPORT,
+            )
+        return self.cuda[network]
 
     def to_dict(self) -> dict[str, Any]:
         """The manifest's "model" part, ready for JSON."""
@@ -147,9 +163,9 @@ class ModelSpec:
         """
         try:
             fields = dict(data)
-            graphs, half = (
+            graphs, half, cuda = (
                 {name: _graph(graph) for name, graph in part.items()}
-                for part in (fields.pop("graphs"), fields.pop("half", {}))
+                for part in (fields.pop("graphs"), fields.pop("half", {}), fields.pop("cuda", {}))
             )
             islands = {name: Islands(i["largest"], tuple(i["nodes"])) for name, i in fields.pop("islands", {}).items()}
             latents = LatentSpec(**fields.pop("latents"))
@@ -166,6 +182,7 @@ class ModelSpec:
                 golden=golden,
                 half=half,
                 islands=islands,
+                cuda=cuda,
             )
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise BundleError(
@@ -210,9 +227,10 @@ def _check(spec: ModelSpec) -> None:
         _need(name in spec.graphs, "graphs", list(spec.graphs), f"a graph {name!r}")
     for name, graph in spec.graphs.items():
         _check_graph(f"graphs.{name}", graph)
-    for name, graph in spec.half.items():
-        _need(name in spec.graphs, "half", name, f"one of {', '.join(spec.graphs)}")
-        _check_graph(f"half.{name}", graph)
+    for part in ("half", "cuda"):
+        for name, graph in getattr(spec, part).items():
+            _need(name in spec.graphs, part, name, f"one of {', '.join(spec.graphs)}")
+            _check_graph(f"{part}.{name}", graph)
     for name, islands in spec.islands.items():
         _need(name in spec.half, "islands", name, f"one of {', '.join(spec.half) or 'no network'}")
         _need(_is_number(islands.largest), f"islands.{name}.largest", islands.largest, "a finite number")

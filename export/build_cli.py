@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.bundle import Bundle
-from engine.errors import MissingDependencyError, PlanError
+from engine.errors import MissingDependencyError, UntrustedPlanError
 from engine.plans import REFITTABLE, STRIPPED, VERSION_COMPATIBLE, PlanRecord, PlanStore
 from engine.terminal import show, table_of
 
@@ -53,6 +53,8 @@ def run_build(
     shapes = shapes_of(opened.spec, {name: text for name, text in asked.items() if text is not None}, profiles)
     if check:
         return _check(opened, library, how["precision"], how["networks"], shapes, as_json)
+    if not how["dry_run"]:
+        _refuse_strangers(store)
     opened_library, gpu = open_target(library, device, compute_capability)
     try:
         return _build(opened, opened_library, gpu, shapes, plans, as_json=as_json, **how)
@@ -189,25 +191,40 @@ def _check(
 
 def _keep_house(store: PlanStore, remove: Sequence[str], as_json: bool) -> int:
     """List the plans that are there, after those to be removed are gone."""
-    records = {record.name: record for network in store.bundle.spec.graphs for record in store.records(network)}
     for name in remove:
-        if name not in records:
-            raise PlanError(f"there is no plan {name!r}", f"one of {', '.join(records) or 'none'}", "see --list")
-        store.remove(records.pop(name))
+        store.remove(name)
+    records, refused = store.survey()
     if as_json:
-        print(json.dumps({"plans": [_facts(record) for record in records.values()]}))
+        others = [{"name": name, "found": error.found} for name, error in refused.items()]
+        print(json.dumps({"plans": [_facts(record) for record in records], "refused": others}))
         return 0
     table = table_of("plan", "size", "precision", "built for", "shapes")
     table.columns[0].overflow = "fold"  # --remove wants it whole
-    for record in records.values():
+    for record in records:
         key = record.key
         device = " ".join(
             filter(None, (key.gpu, f"SM {key.compute_capability}", key.library, key.version, *key.options))
         )
         shapes = "; or ".join(map(str, key.profiles))
         table.add_row(record.name, _megabytes(record.bytes), key.precision, device, shapes)
+    for name, error in refused.items():
+        table.add_row(name, "", "", "not sealed here" if isinstance(error, UntrustedPlanError) else error.found, "")
     show(table)
     return 0
+
+
+def _refuse_strangers(store: PlanStore) -> None:
+    """Build beside no plan that may not be loaded: an engine would refuse the whole network for it.
+
+    Raises:
+        UntrustedPlanError: there are such plans; the command removes them all.
+    """
+    _, refused = store.survey()
+    if refused:
+        first, *others = refused.values()
+        more = f"; so with {len(others)} more" if others else ""
+        mend = f"{store.command} {' '.join(f'--remove {name}' for name in refused)}; then build again"
+        raise UntrustedPlanError(f"{first.found}{more}", first.needed, mend)
 
 
 def _facts(record: PlanRecord) -> dict[str, Any]:

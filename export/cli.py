@@ -80,5 +80,7 @@ def _need_torch(verb: str) -> None:
         import torch  # noqa: F401
     except ImportError as error:
         raise MissingDependencyError(
-            f"`latentrt {verb}` cannot import {error.name}", "the extra `export`", "pip install 'latentrt[export]'"
+            f"`latentrt {verb}` cannot import {error.name or error}",
+            "the extra `export`",
+            "pip install 'latentrt[export]'",
         ) from error

@@ -43,9 +43,9 @@ def lower(model: ir.Model, opset: int = 18) -> None:
     common.ShapeInferencePass(data_prop=False)(model)
     for node in list(model.graph):
         if node.op_type == "Attention" and opset < ATTENTION_SINCE:
-            _replace(model.graph, node, _attention)
+            replace(model.graph, node, _attention)
         elif node.op_type == "Gelu" and opset < GELU_SINCE:
-            _replace(model.graph, node, _gelu)
+            replace(model.graph, node, _gelu)
         for name, same in YOUNGER.get(node.op_type, {}).items():
             if name in node.attributes:
                 _need(node, node.attributes.pop(name).value in (same, same.encode() if isinstance(same, str) else same))
@@ -54,7 +54,7 @@ def lower(model: ir.Model, opset: int = 18) -> None:
     model.ir_version = min(model.ir_version, IR_VERSION)
 
 
-class _Builder:
+class Builder:
     """Puts nodes in front of the one that they replace; their names tell whose part they are."""
 
     def __init__(self, graph: ir.Graph, node: ir.Node) -> None:
@@ -74,13 +74,14 @@ class _Builder:
 
     def number(self, value: float) -> ir.Value:
         """A scalar of the node's type."""
-        return self._constant(f"{value:g}.{self.dtype.numpy().name}", np.array(value, self.dtype.numpy()))
+        return self.constant(f"{value:g}.{self.dtype.numpy().name}", np.array(value, self.dtype.numpy()))
 
     def whole(self, *values: int) -> ir.Value:
         """A vector of whole numbers, such as a Reshape's target."""
-        return self._constant("to_" + "_".join(map(str, values)), np.array(values, np.int64))
+        return self.constant("to_" + "_".join(map(str, values)), np.array(values, np.int64))
 
-    def _constant(self, name: str, array: np.ndarray[Any, Any]) -> ir.Value:
+    def constant(self, name: str, array: np.ndarray[Any, Any]) -> ir.Value:
+        """The graph's initializer of that name, made where it is not there."""
         initializers = self._graph.initializers
         if name not in initializers:
             tensor = ir.tensor(array, name=name)
@@ -91,15 +92,16 @@ class _Builder:
         return initializers[name]
 
 
-def _replace(graph: ir.Graph, node: ir.Node, make: Callable[[ir.Node, _Builder], ir.Value]) -> None:
-    old, new = node.outputs[0], make(node, _Builder(graph, node))
+def replace(graph: ir.Graph, node: ir.Node, make: Callable[[ir.Node, Builder], ir.Value]) -> None:
+    """Put what `make` builds in the place of a node, under the name of its first output."""
+    old, new = node.outputs[0], make(node, Builder(graph, node))
     name, new.shape, new.type = old.name, old.shape, old.type
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
     graph.remove(node, safe=True)
     new.name = name
 
 
-def _gelu(node: ir.Node, build: _Builder) -> ir.Value:
+def _gelu(node: ir.Node, build: Builder) -> ir.Value:
     """x · Φ(x), or its approximation by a tangent."""
     x, half, one = node.inputs[0], build.number(0.5), build.number(1.0)
     if _text(node, "approximate", "none") == "tanh":
@@ -112,9 +114,9 @@ def _gelu(node: ir.Node, build: _Builder) -> ir.Value:
     return build("Mul", x, phi, name="product")
 
 
-def _attention(node: ir.Node, build: _Builder) -> ir.Value:
+def _attention(node: ir.Node, build: Builder) -> ir.Value:
     """softmax(scale · q kᵀ + mask) v for each head; three axes are split into heads first and merged afterwards."""
-    _check_attention(node)
+    check_attention(node)
     q, k, v = node.inputs[:3]
     flat = len(q.shape) == 3
     if flat:
@@ -123,7 +125,7 @@ def _attention(node: ir.Node, build: _Builder) -> ir.Value:
     swap = [0, 2, 1, 3]
     q, v = (build("Transpose", x, perm=swap, name=f"{which}") if flat else x for x, which in ((q, "q"), (v, "v")))
     k = build("Transpose", k, perm=[0, 2, 3, 1] if flat else [0, 1, 3, 2], name="k")
-    scale = build.number(_number(node, "scale", 0.0) or 1 / math.sqrt(_head_size(node)))
+    scale = build.number(number(node, "scale", 0.0) or 1 / math.sqrt(_head_size(node)))
     scores = build("MatMul", build("Mul", q, scale, name="scaled"), k, name=SCORES[1:])
     weights = _softmax(node, _masked(node, scores, build), build)
     result = build("MatMul", weights, v, name="heads")
@@ -133,8 +135,8 @@ def _attention(node: ir.Node, build: _Builder) -> ir.Value:
     return build("Reshape", merged, build.whole(0, 0, -1), name="result")
 
 
-def _softmax(node: ir.Node, scores: ir.Value, build: _Builder) -> ir.Value:
-    wanted = _number(node, "softmax_precision", 0)
+def _softmax(node: ir.Node, scores: ir.Value, build: Builder) -> ir.Value:
+    wanted = number(node, "softmax_precision", 0)
     if not wanted or wanted == build.dtype:
         return build("Softmax", scores, axis=-1)
     precise = ir.DataType(int(wanted))
@@ -142,7 +144,7 @@ def _softmax(node: ir.Node, scores: ir.Value, build: _Builder) -> ir.Value:
     return build("Cast", build("Softmax", scores, axis=-1, dtype=precise), to=build.dtype, name="weights")
 
 
-def _masked(node: ir.Node, scores: ir.Value, build: _Builder) -> ir.Value:
+def _masked(node: ir.Node, scores: ir.Value, build: Builder) -> ir.Value:
     """Scores with those of masked tokens lowered; a mask of booleans says who is seen, one of numbers is added."""
     mask = node.inputs[3] if len(node.inputs) > 3 else None
     if mask is not None:
@@ -150,7 +152,7 @@ def _masked(node: ir.Node, scores: ir.Value, build: _Builder) -> ir.Value:
             scores = build("Where", mask, scores, build.number(BLOCKED), name="masked")
         else:
             scores = build("Add", scores, mask, name="masked")
-    if _number(node, "is_causal", 0):
+    if number(node, "is_causal", 0):
         integer, boolean = ir.DataType.INT64, ir.DataType.BOOL
         sides = build("Shape", scores, start=-2, name="sides", dtype=integer)
         ones = build("ConstantOfShape", sides, value=ir.tensor(np.array([1], np.int64)), name="ones", dtype=integer)
@@ -160,11 +162,12 @@ def _masked(node: ir.Node, scores: ir.Value, build: _Builder) -> ir.Value:
     return scores
 
 
-def _check_attention(node: ir.Node) -> None:
+def check_attention(node: ir.Node) -> None:
+    """Refuse an Attention with what export never writes, by an ExportError."""
     _need(node, not any(value is not None for value in node.inputs[4:]))
     _need(node, not any(value.uses() or value.is_graph_output() for value in node.outputs[1:]))
-    _need(node, not _number(node, "softcap", 0.0))
-    heads = [_number(node, name, 0) for name in ("q_num_heads", "kv_num_heads")]
+    _need(node, not number(node, "softcap", 0.0))
+    heads = [number(node, name, 0) for name in ("q_num_heads", "kv_num_heads")]
     if not any(heads):
         heads = [value.shape[1] for value in node.inputs[:2]]
     _need(node, heads[0] == heads[1])
@@ -188,7 +191,8 @@ def _head_size(node: ir.Node) -> int:
     return int(shape[-1]) // (_heads(node) if len(shape) == 3 else 1)
 
 
-def _number(node: ir.Node, name: str, default: float) -> float:
+def number(node: ir.Node, name: str, default: float) -> float:
+    """A node's attribute."""
     return node.attributes[name].value if name in node.attributes else default
 
 

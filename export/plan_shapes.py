@@ -45,15 +45,14 @@ def shapes_of(spec: ModelSpec, settings: Mapping[str, str], profiles: Sequence[s
 def profiles_of(spec: ModelSpec, network: str, asked: Sequence[Shapes]) -> tuple[Profile, ...]:
     """A network's profiles, each once: the ranges of its graph's symbolic dimensions.
 
-    Prompts are encoded one at a time, so that is what text encoders are best at; they serve up to as many as the lanes.
+    Text encoders have two for each of `asked`: one prompt, and as many as the lanes, for a picture in one launch.
 
     Raises:
         PlanError: its graph has a symbolic dimension that nothing is known of.
     """
     names = [side for tensor in spec.graphs[network].inputs for side in tensor.shape if isinstance(side, str)]
     found: list[Profile] = []
-    for shapes in asked:
-        ranges = _ranges(spec, network, shapes)
+    for ranges in (ranges for shapes in asked for ranges in _ranges(spec, network, shapes)):
         if unknown := sorted(set(names) - set(ranges)):
             raise PlanError(
                 f"the {network} has the dimensions {', '.join(unknown)}",
@@ -66,14 +65,14 @@ def profiles_of(spec: ModelSpec, network: str, asked: Sequence[Shapes]) -> tuple
     return tuple(found)
 
 
-def _ranges(spec: ModelSpec, network: str, shapes: Shapes) -> dict[str, Range]:
+def _ranges(spec: ModelSpec, network: str, shapes: Shapes) -> list[dict[str, Range]]:
     if network in spec.text_encoders:
-        batch = (1, 1, shapes.lanes[2])
+        batches = [(1, 1, 1), shapes.lanes]
     else:
-        batch = shapes.lanes if network == "unet" else shapes.pictures
+        batches = [shapes.lanes if network == "unet" else shapes.pictures]
     factor = 1 if network == "vae_encoder" else spec.latents.factor  # it reads pixels, the others latents
     height, width = (_divided(side, factor) for side in (shapes.height, shapes.width))
-    return {"batch": batch, "height": height, "width": width}
+    return [{"batch": batch, "height": height, "width": width} for batch in batches]
 
 
 def _divided(side: Range, factor: int) -> Range:

@@ -86,6 +86,7 @@ class Gauges:
 
     name, device, precision = "onnxruntime", "cpu", "fp32"
     gpu: Gpu | None = None
+    captures = False
 
     def __init__(self) -> None:
         self.ranges: dict[str, dict[str, float]] = {}

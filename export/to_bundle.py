@@ -21,11 +21,12 @@ from engine.errors import BundleError, ExportError, LatentrtError
 from engine.prompt import Tokenizer
 from engine.spec import Golden, GraphSpec, Islands, LatentSpec, ModelSpec, TensorSpec
 from export import passes
+from export.cuda_graph import cuda_path, for_cuda
 from export.half import half_path, to_half
 from export.place import place
 from export.ranges import measure_networks, overflowing
 from export.source import SCHEDULE, Checkpoint, checkpoint_of
-from export.to_onnx import OPSET, quiet, trace
+from export.to_onnx import quiet, trace
 from export.weights import share_weights
 from export.wrap import load_network
 
@@ -162,10 +163,14 @@ def _export_network(checkpoint: Checkpoint, root: Path, name: str) -> tuple[Grap
 
 
 def _add_half(root: Path, spec: ModelSpec) -> ModelSpec:
-    """Write the half graph of every network beside the float32 one; what would overflow in one small run stays."""
-    half, islands = {}, {}
+    """Write every network's half graph beside the float32 one, and beside that its form for ONNX Runtime on CUDA.
+
+    What would overflow in one small run stays in float32.
+    """
+    half, cuda, islands = {}, {}, {}
     for name, ranges in measure_networks(root, spec).items():
-        model, path = ir.load(root / spec.graphs[name].path), half_path(spec.graphs[name].path)
+        path = spec.graphs[name].path
+        model = ir.load(root / path)
         largest = float(np.max([*ranges.values()]))  # keeps a NaN
         if not math.isfinite(largest):
             raise ExportError(
@@ -173,14 +178,20 @@ def _add_half(root: Path, spec: ModelSpec) -> ModelSpec:
             )
         islands[name] = Islands(float(f"{largest:.3g}"), overflowing(model, ranges))
         to_half(model, islands[name].nodes)
-        ir.save(model, root / path)
-        half[name] = _graph_spec(path, model)
-    return replace(spec, half=half, islands=islands)
+        half[name] = _save(root, half_path(path), model)
+        for_cuda(model)
+        cuda[name] = _save(root, cuda_path(path), model)
+    return replace(spec, half=half, islands=islands, cuda=cuda)
+
+
+def _save(root: Path, path: str, model: ir.Model) -> GraphSpec:
+    ir.save(model, root / path)
+    return _graph_spec(path, model)
 
 
 def _graph_spec(path: str, model: ir.Model) -> GraphSpec:
     graph = model.graph
-    return GraphSpec(path, OPSET, len(graph), _signature(graph.inputs), _signature(graph.outputs))
+    return GraphSpec(path, model.opset_imports[""], len(graph), _signature(graph.inputs), _signature(graph.outputs))
 
 
 @contextmanager

@@ -1,4 +1,7 @@
-"""Checkpoints made on the spot and their bundles, shared by the tests of the export side."""
+"""Checkpoints made on the spot and their bundles, shared by the tests of the export side.
+
+What needs torch is imported by whoever asks for it: the tests of tests/gpu run without it.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import checkpoints
 import pytest
 
 from engine.bundle import EMBEDDED
 from engine.spec import GraphSpec
-from export import to_bundle
-from export.to_bundle import NetworkSummary, export_bundle
-from export.to_onnx import quiet
 
 
 @pytest.fixture(scope="session")
@@ -24,6 +23,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
     def make(name: str) -> tuple[Path, Path]:
         if name == "emoji":
             return EMBEDDED, EMBEDDED
+        from export.to_bundle import export_bundle
+        from export.to_onnx import quiet
+
         source, target = root / name, root / f"{name}-bundle"
         if not target.exists():
             with quiet():
@@ -35,6 +37,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
 
 
 def _make_checkpoint(name: str, folder: Path) -> None:
+    import checkpoints
+
     if name == "sd":
         checkpoints.tiny_sd(folder)
         checkpoints.rename_as_of_old(folder)
@@ -46,6 +50,10 @@ def _make_checkpoint(name: str, folder: Path) -> None:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
+    import checkpoints
+
+    from export.to_onnx import quiet
+
     with quiet():
         return checkpoints.tiny_sd(tmp_path / "checkpoint")
 
@@ -53,6 +61,8 @@ def checkpoint(tmp_path: Path) -> Path:
 @pytest.fixture
 def fast(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Write a stand-in for each graph instead of tracing it."""
+    from export import to_bundle
+    from export.to_bundle import NetworkSummary
 
     def stand_in(checkpoint: Any, root: Path, name: str) -> tuple[GraphSpec, NetworkSummary]:
         path = to_bundle.GRAPHS[name]

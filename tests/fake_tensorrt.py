@@ -351,6 +351,7 @@ class Refitter:
         self._engine._lacking -= set(self._set)
         self._engine._session = None
         self._engine._fake.refits += 1
+        self._engine._fake.sent = set(self._set)
         return True
 
     def _refuse(self, words: str) -> bool:
@@ -363,6 +364,7 @@ class FakeTensorRt:
 
     Attributes:
         deserialized, refits: how many times plans were deserialized and refitted.
+        sent: the names of the weights that the last refit was given.
         contexts: those that were made.
         out_of_memory, enqueue_fails: faults on request.
 
@@ -385,6 +387,7 @@ class FakeTensorRt:
         self.name, self.__version__ = name, version or VERSIONS[name]
         self.submit = submit
         self.deserialized = self.refits = 0
+        self.sent: set[str] = set()
         self.contexts: list[Any] = []
         self.out_of_memory = self.enqueue_fails = False
         self.engine_class = ICudaEngine

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scheduler_oracle import SD15
+from scheduler_configs import SD15
 
 from engine.backends import kernels
 from engine.backends.base import Gpu

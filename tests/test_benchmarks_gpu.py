@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.gpu import command, figures, page
 from benchmarks.gpu import run as benchmark
-from benchmarks.gpu.child import Child, Meter, NotMeasuredError
+from benchmarks.gpu.child import Child, Deadline, Meter, NotMeasuredError
 from benchmarks.gpu.config import SIDES, Config
 from benchmarks.gpu.macs import macs
 from benchmarks.gpu.results import Results
@@ -30,7 +30,7 @@ SD15 = {  # stable-diffusion-v1-5's UNet
     **{"block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 768, "attention_head_dim": 8},
     **{"sample_size": 64, "layers_per_block": 2},
 }
-CHEAP = ("diffusers", "compile", "ort-ticks", "ort", "trt-loop")  # all code of all sides
+CHEAP = ("diffusers", "ort-ticks", "ort", "trt-loop", "compile")  # all code of all sides
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +199,7 @@ class Fragile:
     asked: ClassVar[list[tuple[str, str]]] = []
     age = 1.0
 
-    def __init__(self, worker: str, config: Config, name: str) -> None:
+    def __init__(self, worker: str, config: Config, name: str = "") -> None:
         self.name, self.rounds = name, 0
 
     def ask(self, limit: float, method: str, *arguments: Any) -> Any:
@@ -222,16 +222,78 @@ def test_a_side_that_fails_on_the_way_is_not_asked_again_in_its_batch(
     config = small(bundle, repeats=3)
     results = Results.open(tmp_path, config)
     results.begin({})
-    runners = [benchmark.Runner(name, config, None) for name in ("diffusers", "ort", "trt")]
+    runners = [benchmark.Runner(name, config, None, Deadline(None)) for name in ("diffusers", "ort", "trt")]
+    Fragile.asked.clear()
+    first: dict[int, Any] = {}
     for batch in (1, 2):
-        benchmark._measure(batch, runners, config, results)
+        benchmark._measure(batch, runners, config, results, first)
     parts = {side: [part[batch] for batch in ("1", "2")] for side, part in results.data["sides"].items()}
     for side in ("ort", "trt"):
         assert [{"run", "missing"}] * 2 == [set(record) for record in parts[side]]
     assert [record["seconds"] for record in parts["diffusers"]] == [[0.1] * 3] * 2
     asked = [method for side, method in Fragile.asked if side == "ort"]
-    assert asked == ["open", "draw", "host_peak", "draw", "draw", "close"] * 2  # a new process for each batch
+    assert asked == ["open", "draw", "host_peak", "draw", "alone", "draw", "close"] * 2  # a new process for each batch
     assert Fragile.asked.count(("diffusers", "close")) == 0
+
+
+def test_a_side_has_figures_before_the_next_one_opens(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bundle: Path
+) -> None:
+    """So a run that is killed loses no more than what was under way."""
+
+    class Killing(Fragile):
+        def ask(self, limit: float, method: str, *arguments: Any) -> Any:
+            if self.name == "compile":
+                raise KeyboardInterrupt
+            return super().ask(limit, method, *arguments)
+
+    monkeypatch.setattr(benchmark, "Child", Killing)
+    config = small(bundle, repeats=3, batches=(1, 2), sides=("compile", "diffusers", "ort-loop"))
+    monkeypatch.setattr(benchmark, "_about", lambda *_: {"config": {"repeats": 3}, "peak": {}, "macs": {}})
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.run(config, tmp_path)
+    data = json.loads((tmp_path / "gpu-sd15.json").read_text())
+    for side in ("diffusers", "ort-loop"):
+        assert [data["sides"][side][batch]["seconds"] for batch in ("1", "2")] == [[0.1] * 3] * 2
+    assert "compile" not in data["sides"]
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_what_there_was_no_time_for_is_recorded_and_replaces_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bundle: Path
+) -> None:
+    now = 1000.0
+
+    class Slow(Fragile):
+        def ask(self, limit: float, method: str, *arguments: Any) -> Any:
+            nonlocal now
+            assert 0 < limit <= 60
+            now += 10
+            return super().ask(limit, method, *arguments)
+
+    monkeypatch.setattr(benchmark, "Child", Slow)
+    monkeypatch.setattr("benchmarks.gpu.child.time.monotonic", lambda: now)
+    monkeypatch.setattr(benchmark, "_about", lambda *_: {"config": {"repeats": 5}, "peak": {}, "macs": {}})
+    before = Results.open(tmp_path, small(bundle))
+    before.begin({"config": {"repeats": 5}})
+    before.put("ort-loop", 1, made_up(3.0, 1.0, before.run))
+    # open, first picture, peak, a round, alone: 50 s; the second round ends with the minute
+    results = benchmark.run(small(bundle, repeats=5, sides=("diffusers", "trt-loop", "ort-loop"), minutes=1), tmp_path)
+    sides = results.data["sides"]
+    assert sides["diffusers"]["1"]["seconds"] == [0.1]  # a figure, though time ended in the next side
+    assert sides["trt-loop"]["1"]["missing"] == "Out of time (--minutes 1)"
+    assert sides["ort-loop"]["1"]["seconds"] == [3.0]
+    assert results.data["drift"]["2"]["diffusers"]["missing"] == "Out of time (--minutes 1)"
+    assert figures.figures_of(results.data, "diffusers", 1) is not None
+    assert "Stopped after fewer rounds: diffusers, eager (1), " in page._batch(results.data, 1)
+
+
+def test_the_limit_of_one_request_ends_with_the_run() -> None:
+    assert Deadline(None).left(7) == 7
+    assert Deadline(60).left(7) == 7
+    assert Deadline(0.1).left(7) <= 6
+    with pytest.raises(NotMeasuredError, match=r"Out of time \(--minutes 0\)"):
+        Deadline(0).left(7)
 
 
 def test_memory_is_what_a_process_took_while_others_slept() -> None:
@@ -251,9 +313,10 @@ def test_memory_is_what_a_process_took_while_others_slept() -> None:
 
 
 def test_what_is_typed() -> None:
-    words = ["--preset", "sdxl", "--batches", "1,4", "--size", "768x512", "--sides", "trt,diffusers", "--drift", "0"]
+    words = ["--preset", "sdxl", "--batches", "1,4", "--size", "768x512", "--sides", "trt,diffusers"]
+    words += ["--drift", "0", "--minutes", "9"]
     config = command.config_of(command._parser().parse_args(words))
-    assert config == Config("sdxl", batches=(1, 4), size=(768, 512), sides=("trt", "diffusers"), drift=())
+    assert config == Config("sdxl", batches=(1, 4), size=(768, 512), sides=("trt", "diffusers"), drift=(), minutes=9)
     with pytest.raises(argparse.ArgumentTypeError, match="no side cuda; there are diffusers,"):
         command._sides("trt,cuda")
     quick = command.config_of(command._parser().parse_args(["--quick", "--repeats", "3"]))

@@ -83,7 +83,29 @@ def test_build_list_and_remove(run: Run) -> None:
     assert sorted(path.suffix for path in Path("plans").iterdir()) == [".json", ".plan"]
     code, _, err = run("build", "--plans", "plans", "--remove", listed[0]["name"])
     assert code == 2
-    assert listed[1]["name"] in err
+    assert "--plans plans --list" in err
+
+
+def test_plans_from_elsewhere_are_listed_and_removed_but_never_built_beside(run: Run) -> None:
+    Path("plans").mkdir()
+    foreign, junk = f"unet-{'0' * 16}", f"vae_decoder-{'1' * 16}"
+    Path(f"plans/{foreign}.json").write_text('{"seal": "00", "sha256": "../x"}')
+    Path(f"plans/{foreign}-{'a' * 16}.plan").write_bytes(b"native code")
+    Path(f"plans/{junk}.json").write_text("junk")
+    code, out, _ = run("build", "--plans", "plans", "--list")
+    assert code == 0
+    assert out.count("not sealed here") == 2
+    assert [each["name"] for each in told(run, "build", "--plans", "plans", "--list")["refused"]] == [foreign, junk]
+    assert len(told(run, *AHEAD, "--dry-run")["estimates"]) == 4
+    code, _, err = run(*AHEAD, "--network", "text_encoder")
+    assert code == 2
+    assert "so with 1 more" in err
+    command = err.rpartition("to mend it: latentrt ")[2].partition(";")[0].split()
+    assert command[-4:] == ["--remove", foreign, "--remove", junk]
+    assert told(run, *command) == {"plans": [], "refused": []}
+    assert not list(Path("plans").iterdir())
+    code, _, _ = run(*AHEAD, "--network", "text_encoder")
+    assert code == 0
 
 
 def test_check_lists_what_the_parser_refuses(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

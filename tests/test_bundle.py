@@ -125,6 +125,7 @@ def test_links_out_of_the_folder_are_refused(bundle: Path) -> None:
         "unet/diffusion_pytorch_model.safetensors",
         "unet/model.onnx",
         "unet/model.fp16.onnx",
+        "unet/model.cuda.onnx",
     ],
 )
 def test_nothing_is_read_that_is_not_listed(bundle: Path, name: str) -> None:

@@ -251,6 +251,27 @@ def test_verify_takes_a_hub_id(run: Run, monkeypatch: pytest.MonkeyPatch) -> Non
     assert seen == ["owner/model", "folder"]
 
 
+@pytest.mark.parametrize(
+    ("error", "named"),
+    [(ModuleNotFoundError("gone", name="diffusers"), "diffusers"), (ImportError("libx.so: no such file"), "libx.so")],
+)
+def test_what_cannot_be_imported_is_named(
+    run: Run, monkeypatch: pytest.MonkeyPatch, error: ImportError, named: str
+) -> None:
+    """Libraries raise ImportError without a module's name, too."""
+    true_import = __import__
+
+    def broken(name: str, *arguments: Any, **options: Any) -> Any:
+        if name == "diffusers":
+            raise error
+        return true_import(name, *arguments, **options)
+
+    monkeypatch.setattr("builtins.__import__", broken)
+    code, _, err = run("export", "preset:sd15-small", "out")
+    assert code == 2
+    assert f"cannot import {named}" in err
+
+
 def test_inspect_and_solvers(run: Run) -> None:
     code, out, _ = run("inspect")
     assert code == 0

@@ -427,9 +427,18 @@ def test_an_error_within_a_capture_is_the_one_that_is_seen(gpu: HostGpu) -> None
 
 
 def test_a_capture_that_the_driver_gives_up(gpu: HostGpu) -> None:
-    with pytest.raises(BackendError, match=r"cuStreamEndCapture says CUDA_.*_INVALIDATED"), gpu.capture():
+    words = r"cuStreamEndCapture says CUDA_.*_INVALIDATED; a network's library took memory.*capture=False"
+    with pytest.raises(BackendError, match=words), gpu.capture():
         gpu.host.cuMemAlloc(4)
     gpu.wait()
+
+
+def test_a_capture_that_finds_no_memory(gpu: HostGpu) -> None:
+    gpu.host.failing["cuStreamEndCapture"] = Status.CUDA_ERROR_OUT_OF_MEMORY
+    with pytest.raises(DeviceMemoryError), gpu.capture():
+        pass
+    del gpu.host.failing["cuStreamEndCapture"]
+    gpu.host.cuGraphDestroy(gpu.host.cuStreamEndCapture(gpu.stream)[1])
 
 
 def test_a_graph_that_cannot_be_made(gpu: HostGpu) -> None:

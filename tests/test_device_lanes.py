@@ -15,7 +15,7 @@ from engine.backends.base import DeviceNetwork
 from engine.backends.ort import OrtBackend
 from engine.bundle import EMBEDDED, Bundle
 from engine.denoiser import Denoiser
-from engine.device_lanes import DeviceLanes
+from engine.device_lanes import ROOMS_KEPT, DeviceLanes
 from engine.errors import DeviceMemoryError, NetworkError, RequestError
 from engine.guidance import Guidance
 from engine.job import Job, Kept
@@ -234,3 +234,13 @@ def test_rooms_that_nobody_uses_make_place() -> None:
     lanes.close()
     assert gpu.in_use == 0
     gpu.close()
+
+
+def test_memory_of_shapes_is_kept_within_bounds(unet: DeviceNetwork) -> None:
+    lanes = DeviceLanes(unet, 2)
+    denoiser = Denoiser(lanes)
+    for side in range(4, 4 + 2 * (ROOMS_KEPT + 2), 2):
+        run(denoiser, make(1, steps=1, side=side))
+    assert len(lanes._rooms) == ROOMS_KEPT
+    assert min(shape[1] for shape in lanes._rooms) == 8  # the two oldest made place
+    lanes.close()

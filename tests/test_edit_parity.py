@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scheduler_oracle import SD15, SDXL, follow, walk
+from scheduler_configs import SD15, SDXL
+from scheduler_oracle import follow, walk
 from test_scheduler_parity import (
     BETA,
     COARSE_GRID,

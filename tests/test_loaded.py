@@ -133,6 +133,22 @@ def test_of_several_plans_only_those_in_use_are_loaded(bundle: Bundle, fake: Fak
     network.close()
 
 
+def test_plans_that_are_built_again_meanwhile_are_taken(bundle: Bundle, fake: FakeTensorRt, gpu: HostGpu) -> None:
+    """Of a server that runs: what it has loaded stays, and what it loads later is there."""
+    put_plan(bundle, "unet", fake, gpu, SQUARE)
+    put_plan(bundle, "unet", fake, gpu, BIG)
+    network = load(bundle, fake, gpu)
+    network(feeds(2, 4))
+    for ranges in (SQUARE, BIG):
+        put_plan(bundle, "unet", fake, gpu, ranges, memory=128)
+    assert len(list((bundle.root / "plans").glob("*.plan"))) == 2
+    for batch, side in ((1, 16), (2, 4)):
+        np.testing.assert_array_equal(network(feeds(batch, side))["out"], expected(feeds(batch, side)))
+    assert fake.deserialized == 2
+    assert {context._engine._plan["memory"] for context in fake.contexts} == {64, 128}
+    network.close()
+
+
 # Memory
 
 

@@ -14,6 +14,7 @@ from engine import Engine
 from engine.backends.ort import OrtBackend
 from engine.bench import measure
 from engine.errors import NetworkError, RequestError
+from engine.one_launch import GRAPHS_KEPT
 from engine.spec import Request
 from export.verify import psnr
 
@@ -103,7 +104,7 @@ def test_a_captured_picture_is_the_queued_one(gpu: HostGpu) -> None:
 
 
 def test_one_picture_is_one_launch(gpu: HostGpu) -> None:
-    with Engine.load(backend=OrtBackend(threads=1, gpu=gpu), check_hashes=False) as engine:
+    with Engine.load(backend=OrtBackend(threads=1, gpu=gpu), capture=True, check_hashes=False) as engine:
         engine("a", **SIZE)
         before = len(gpu.host.calls)
         engine("a red car", **SIZE, solver="ddim", guidance=5.0, seed=9)
@@ -155,3 +156,21 @@ def test_bench_measures_a_device(gpu: HostGpu) -> None:
         result = measure(engine, [1, 2], steps=1, repeats=1)
     assert [row["batch"] for row in result["batches"]] == [1, 2]
     assert all(row["host_percent"] is None and row["images_per_second"] > 0 for row in result["batches"])
+
+
+def test_graphs_are_kept_within_bounds(gpu: HostGpu) -> None:
+    with Engine.load(backend=OrtBackend(threads=1, gpu=gpu), capture=True, check_hashes=False) as engine:
+        before = gpu.host.calls.count("cuGraphInstantiate")
+        assert gpu.host.alive["executable"] == 0
+        for steps in range(1, GRAPHS_KEPT + 4):
+            engine("a", width=16, height=16, steps=steps)
+        assert gpu.host.alive["executable"] == GRAPHS_KEPT
+        engine("a", width=16, height=16, steps=GRAPHS_KEPT + 3)  # the newest is still there
+        assert gpu.host.calls.count("cuGraphInstantiate") == before + GRAPHS_KEPT + 3
+
+
+def test_capture_is_asked_for_where_a_backend_does_not_promise_it(gpu: HostGpu) -> None:
+    with Engine.load(backend=OrtBackend(threads=1, gpu=gpu), check_hashes=False) as engine:
+        first = len(gpu.host.calls)
+        engine("a", **SIZE)
+        assert "cuGraphLaunch" not in gpu.host.calls[first:]

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from engine.bundle import Bundle
 from engine.errors import PlanError, RequestError
+from engine.plans import PlanKey, PlanRecord
 from export.plan_shapes import profiles_of, shapes_of
 
 EMOJI = Bundle.open(check_hashes=False)
@@ -17,9 +18,9 @@ FIXED = shapes_of(EMOJI.spec, {})
 
 
 def test_the_models_own_size_is_what_plans_serve_unasked() -> None:
-    found = {name: str(profiles_of(EMOJI.spec, name, FIXED)[0]) for name in EMOJI.spec.graphs}
+    found = {name: "; ".join(map(str, profiles_of(EMOJI.spec, name, FIXED))) for name in EMOJI.spec.graphs}
     assert found == {
-        "text_encoder": "batch 1 to 2 (best 1)",
+        "text_encoder": "batch 1; batch 2",  # a prompt, and a picture in one launch
         "unet": "batch 2, height 16, width 16",
         "vae_decoder": "batch 1, height 16, width 16",
         "vae_encoder": "batch 1, height 128, width 128",  # it reads pixels
@@ -40,7 +41,23 @@ def test_several_profiles_fill_in_what_they_leave_out() -> None:
         (1, 1, 1),
         (4, 4, 4),
     ]
-    assert [p.ranges["batch"] for p in profiles_of(EMOJI.spec, "text_encoder", asked)] == [(1, 1, 2), (1, 1, 16)]
+    assert [p.ranges["batch"] for p in profiles_of(EMOJI.spec, "text_encoder", asked)] == [
+        (1, 1, 1),
+        (2, 2, 2),
+        (2, 8, 16),
+    ]
+
+
+@pytest.mark.parametrize("lanes", ["1", "4", "1:1:8", "1:4:8", "2:4:8"])
+def test_texts_are_encoded_alone_or_for_all_lanes(lanes: str) -> None:
+    """Each at the shape that its plan was tuned for."""
+    profiles = profiles_of(EMOJI.spec, "text_encoder", shapes_of(EMOJI.spec, {"lanes": lanes}))
+    (unet,) = profiles_of(EMOJI.spec, "unet", shapes_of(EMOJI.spec, {"lanes": lanes}))
+    record = PlanRecord(PlanKey(*[""] * 9, profiles=profiles), "", 0)
+    assert len(profiles) == (1 if lanes == "1" else 2)
+    for batch in (1, unet.ranges["batch"][1]):
+        assert profiles[record.profile({"batch": batch})].ranges["batch"][1] == batch
+    assert profiles[record.profile({"batch": 1})].slack({"batch": 1}) == 0
 
 
 @pytest.mark.parametrize(

@@ -234,7 +234,10 @@ def test_any_changed_byte_of_a_plan_is_noticed(store: PlanStore, at: int) -> Non
         data[at] ^= 1
 
     tamper(store.put(put, PLAN), flip)
-    with pytest.raises(UntrustedPlanError, match=r"are not the built ones.*delete it, then: latentrt build"):
+    with pytest.raises(
+        UntrustedPlanError,
+        match=r"are not the built ones.*latentrt build \S+ --plans \S+ --remove unet-\w{16}; then build",
+    ):
         store.read(put)
 
 
@@ -319,7 +322,7 @@ def test_another_machines_plans_are_refused(
 def test_a_machine_without_a_secret_trusts_no_plan(store: PlanStore, secret: Path) -> None:
     store.put(record(), PLAN)
     secret.unlink()
-    with pytest.raises(UntrustedPlanError, match=r"cannot be read.*then build here"):
+    with pytest.raises(UntrustedPlanError, match=r"built elsewhere.*its secret \(LATENTRT_SEAL\).*--remove unet-"):
         store.find(KEY, SIZES)
     assert not secret.exists()
 
@@ -373,6 +376,89 @@ def test_a_bundle_cannot_lead_its_plans_out(bundle: Bundle, tmp_path: Path) -> N
     (root / "plans").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UnsafePathError):
         PlanStore(Bundle(root, bundle.spec, {}))
+
+
+def strangers(store: PlanStore) -> dict[str, str]:
+    """Records that came with a download, of every kind, and junk; each one's name with its file's text."""
+    names = [f"unet-{digit * 16}" for digit in "0123"]
+    texts = ["", '{"seal": "00", "key": {"network": "../../x"}, "sha256": "../../../x"}', "[]", '{"seal": 3}']
+    for name, text in zip(names, texts, strict=True):
+        (store.folder / f"{name}.json").write_text(text)
+        (store.folder / f"{name}-{'a' * 16}.plan").write_bytes(b"evil")
+    return dict(zip(names, texts, strict=True))
+
+
+def test_a_survey_tells_ours_from_the_others(store: PlanStore) -> None:
+    put = record()
+    store.put(put, PLAN)
+    names = strangers(store)
+    (store.folder / "notes.json").write_text("none of ours")
+    records, refused = store.survey()
+    assert records == [put]
+    assert set(refused) == set(names)
+    assert all(isinstance(error, UntrustedPlanError) for error in refused.values())
+    for name, error in refused.items():
+        assert f"--plans {store.folder} --remove {name}" in error.mend
+
+
+def test_a_survey_without_a_secret_knows_no_plan(store: PlanStore, secret: Path) -> None:
+    store.put(record(), PLAN)
+    secret.chmod(0o644)
+    with pytest.raises(UntrustedPlanError, match="chmod 600"):  # it is not for the plans to go
+        store.survey()
+    secret.unlink()
+    assert [len(each) for each in store.survey()] == [0, 1]
+
+
+def test_what_is_not_ours_is_removed_by_its_name_alone(store: PlanStore) -> None:
+    store.put(record(), PLAN)
+    kept = set(store.folder.iterdir())
+    names = strangers(store)
+    (outside := store.folder.parent / "x.plan").write_bytes(b"mine")
+    link = store.folder / f"unet-{'4' * 16}.json"
+    link.symlink_to(outside)
+    for name in (*names, link.stem):
+        store.remove(name)
+    assert set(store.folder.iterdir()) == kept
+    assert outside.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize(
+    "name", ["", "*", "unet-*", "unet-00", "../plans/unet-00", "notes", "unet-0000.json", "/etc/x-0"]
+)
+def test_only_names_of_records_are_removed(store: PlanStore, name: str) -> None:
+    store.put(record(), PLAN)
+    (store.folder / "notes.json").write_text("none of ours")
+    (store.folder / "notes-0.plan").write_text("nor this")
+    before = set(store.folder.iterdir())
+    with pytest.raises(PlanError, match=r"has no plan .*--list"):
+        store.remove(name)
+    assert set(store.folder.iterdir()) == before
+
+
+def test_what_cannot_be_removed_is_named(store: PlanStore) -> None:
+    (store.folder / f"unet-{'0' * 16}.json").mkdir(parents=True)
+    with pytest.raises(PlanError, match="unet-0000000000000000 cannot be removed"):
+        store.remove(f"unet-{'0' * 16}")
+
+
+def test_a_networks_name_cannot_lead_out(bundle: Bundle, store: PlanStore) -> None:
+    with pytest.raises(PlanError, match="without slashes"):
+        store.put(record(replace(KEY, network="../unet")), PLAN)
+    (store.folder.parent / "unet-00.json").write_text("")
+    store.folder.mkdir()
+    spec = replace(bundle.spec, graphs={"../unet": bundle.spec.graphs["unet"]})
+    assert PlanStore(replace(bundle, spec=spec), store.folder).survey() == ([], {})
+
+
+def test_the_current_record_is_that_of_the_last_build(store: PlanStore) -> None:
+    first, second = record(), record(plan=PLAN[::-1])
+    store.put(first, PLAN)
+    store.put(second, PLAN[::-1])
+    assert store.current(first) == second
+    store.remove(second.name)
+    with pytest.raises(UntrustedPlanError, match="cannot be read"):
+        store.current(first)
 
 
 # Writing

@@ -246,6 +246,21 @@ def test_weights_are_replaced_and_come_back(bundle: Bundle, fake: FakeTensorRt, 
     network.close()
 
 
+def test_every_weight_is_sent_although_tensorrt_misses_none(bundle: Bundle, fake: FakeTensorRt, gpu: HostGpu) -> None:
+    for ranges in (SQUARE, BIG):
+        refit_plan(bundle, fake, gpu, REFITTABLE, ranges=ranges)
+    network, sent = load(bundle, fake, gpu), []
+    network(feeds(2, 4))
+    for weights in ({"planes": PLANES.numpy() * 2}, {"shift": SHIFT.numpy()}, {}):
+        network.refit(weights)
+        sent.append(fake.sent)
+    network.refit({"planes": PLANES.numpy() * 2})
+    fake.sent = set()
+    network(feeds(1, 16))  # a plan that is loaded now
+    assert [*sent, fake.sent] == [{"planes", "shift"}] * 4
+    network.close()
+
+
 def test_weights_that_were_merged_are_given_along(bundle: Bundle, fake: FakeTensorRt, gpu: HostGpu) -> None:
     refit_plan(bundle, fake, gpu, REFITTABLE, merged=[["planes", "shift"]])
     network = load(bundle, fake, gpu)

@@ -11,7 +11,7 @@ import pytest
 import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scheduler_oracle import BASES, EMOJI, SD15, SDXL
+from scheduler_configs import BASES, EMOJI, SD15, SDXL
 
 from engine.errors import RequestError, ScheduleError
 from engine.schedule import Point, Schedule

@@ -8,7 +8,8 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from scheduler_oracle import SD15, follow, scheduler, walk
+from scheduler_configs import SD15
+from scheduler_oracle import follow, scheduler, walk
 
 from engine.errors import LatentrtError, ScheduleError
 from engine.schedule import Schedule

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scheduler_oracle import BASES, SD15, SDXL, follow, walk
+from scheduler_configs import BASES, SD15, SDXL
+from scheduler_oracle import follow, walk
 
 from engine.schedule import Schedule
 from engine.solvers import SOLVERS

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kdiffusion_golden import GOLDEN, SIGMAS, START, denoise, noises
 from numpy.typing import NDArray
-from scheduler_oracle import SD15
+from scheduler_configs import SD15
 
 from engine.schedule import Point, Schedule
 from engine.solvers import SOLVERS, Solver

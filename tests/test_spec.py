@@ -28,6 +28,7 @@ MODEL = ModelSpec(
     golden=(Golden("a", "", "ddim", 4, 7, 3.0, 0.1, 1.0, (0.5, 0.25)),),
     half={"unet": GraphSpec("unet.fp16.onnx", 23, 9, (TensorSpec("sample", "float16", ("batch", 4)),), ())},
     islands={"unet": Islands(70_000.0, ("node_add_3",))},
+    cuda={"unet": GraphSpec("unet.cuda.onnx", 21, 9, (TensorSpec("sample", "float16", ("batch", 4)),), ())},
 )
 
 
@@ -37,12 +38,16 @@ def test_model_spec_survives_json() -> None:
 
 def test_bundles_of_before_have_no_half_graphs() -> None:
     data = MODEL.to_dict()
-    del data["half"], data["islands"]
+    del data["half"], data["islands"], data["cuda"]
     spec = ModelSpec.from_dict(data)
-    assert (spec.half, spec.islands) == ({}, {})
+    assert (spec.half, spec.islands, spec.cuda) == ({}, {}, {})
     with pytest.raises(BundleError, match="tiny has no unet in fp16"):
         spec.graph("unet", "fp16")
+    with pytest.raises(BundleError, match="no unet for ONNX Runtime's CUDA provider") as caught:
+        spec.cuda_graph("unet")
+    assert "latentrt export" in str(caught.value)
     assert MODEL.graph("unet", "fp16").path == "unet.fp16.onnx"
+    assert MODEL.cuda_graph("unet").path == "unet.cuda.onnx"
 
 
 @pytest.mark.parametrize(
@@ -84,6 +89,8 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("made", "by hand"),
         ("half", {"vae": MODEL.to_dict()["half"]["unet"]}),
         ("half.unet.path", ""),
+        ("cuda", {"vae": MODEL.to_dict()["cuda"]["unet"]}),
+        ("cuda.unet.opset", "21"),
         ("half.unet.inputs.0.dtype", "float8"),
         ("islands", {"vae_decoder": {"largest": 1.0, "nodes": []}}),
         *(("islands.unet.largest", value) for value in ("1", None, float("inf"))),

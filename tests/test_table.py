@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from scheduler_oracle import BASES, SD15, SDXL
+from scheduler_configs import BASES, SD15, SDXL
 
 from engine.errors import RequestError, ScheduleError, TraceError, UnknownSolverError
 from engine.schedule import Point, Schedule

@@ -19,6 +19,7 @@ from engine.backends.tensorrt import SHAPES_KEPT, TensorRtBackend, TensorRtNetwo
 from engine.bundle import Bundle
 from engine.errors import BundleError, NetworkError, PlanError, UntrustedPlanError
 from engine.plans import VERSION_COMPATIBLE, Range
+from export.plan_shapes import profiles_of, shapes_of
 
 secret, bundle, gpu, fake = small_bundle.secret, small_bundle.bundle, small_bundle.gpu, small_bundle.fake
 network, arrays = small_bundle.network, small_bundle.arrays
@@ -117,19 +118,24 @@ def test_the_whole_engine_draws_with_plans(gpu: HostGpu, tmp_path: Path, precisi
     embedded, fake = Bundle.open(check_hashes=False), FakeTensorRt()
     latent: dict[str, Range] = {"height": (16, 16, 16), "width": (16, 16, 16)}
     ranges: dict[str, dict[str, Range]] = {
-        "text_encoder": {"batch": (1, 1, 2)},
         "unet": {"batch": (2, 2, 2), **latent},
         "vae_decoder": {"batch": (1, 1, 1), **latent},
     }
     for network, profile in ranges.items():
         put_plan(embedded, network, fake, gpu, profile, folder=tmp_path, precision=precision)
+    texts = [profile.ranges for profile in profiles_of(embedded.spec, "text_encoder", shapes_of(embedded.spec, {}))]
+    put_plan(embedded, "text_encoder", fake, gpu, *texts, folder=tmp_path, precision=precision)
     backend = TensorRtBackend(gpu, fake.library, precision=precision, plans=tmp_path)
     pictures = []
     for options in ({"backend": backend}, {"threads": 1}):
         with Engine.load(check_hashes=False, **options) as engine:
-            pictures.append([np.asarray(engine("a red apple", steps=4, seed=s)[0]).astype(int) for s in (1, 2)])
+            launched = [engine("a red apple", steps=4, seed=seed)[0] for seed in (1, 2)]
+            ticked = engine(["a red apple", "an owl"], steps=4, seed=1, on_tick=lambda job: None)  # a prompt at a time
+            pictures.append([np.asarray(picture).astype(int) for picture in (*launched, *ticked)])
     assert np.abs(np.subtract(*pictures)).max() <= levels
     assert fake.deserialized == 3
+    encoded = {context._shapes["input_ids"][0] for context in fake.contexts if "input_ids" in context._shapes}
+    assert encoded == {1, 2}
 
 
 # Trust
@@ -142,7 +148,7 @@ def test_nothing_unverified_is_deserialized(bundle: Bundle, fake: FakeTensorRt, 
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    with pytest.raises(UntrustedPlanError, match=r"delete it, then: latentrt build"):
+    with pytest.raises(UntrustedPlanError, match=r"latentrt build \S+ --remove unet-\w{16}; then build"):
         load(bundle, fake, gpu)
     assert fake.deserialized == 0
 

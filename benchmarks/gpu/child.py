@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import multiprocessing
 import os
 import re
@@ -19,11 +20,44 @@ from typing import Any
 
 GRACE = 20.0  # seconds that a child gets to close
 DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
+OUT_OF_TIME = "Out of time"  # how the reason begins
 POLL = 0.005  # seconds between two looks at the free memory
 
 
 class NotMeasuredError(Exception):
     """A child could not do what it was asked; the message is the reason, in one line."""
+
+
+class Deadline:
+    """The time that a run has.
+
+    Args:
+        minutes: from now on; None for no bound.
+    """
+
+    def __init__(self, minutes: float | None) -> None:
+        self._minutes = minutes
+        self._end = math.inf if minutes is None else time.monotonic() + 60 * minutes
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more may begin."""
+        return time.monotonic() >= self._end
+
+    @property
+    def reason(self) -> str:
+        """What is recorded of all that did not begin."""
+        return f"{OUT_OF_TIME} (--minutes {self._minutes:g})"
+
+    def left(self, limit: float) -> float:
+        """Seconds that something may take whose own limit is given.
+
+        Raises:
+            NotMeasuredError: none.
+        """
+        if self.over:
+            raise NotMeasuredError(self.reason)
+        return min(limit, self._end - time.monotonic())
 
 
 class Child:

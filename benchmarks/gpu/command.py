@@ -58,7 +58,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--drift", type=_numbers, help="steps of the runs whose latents are compared; 0 for none [20,50]")
     add("--library", choices=("tensorrt", "tensorrt-rtx"), help="[tensorrt]")
     add("--alone", action="store_true", default=None, help="one side after the other: a GPU has room for one only")
-    add("--limit", type=float, help="seconds that opening a side for a batch may take [1200]")
+    add("--limit", type=float, help="seconds that opening a side for a batch may take [480]")
+    add("--minutes", type=float, help="for all of it; the rest is then recorded as not measured [no bound]")
     add("--quick", action="store_true", help="a smoke run: two steps, one round; says nothing")
     add(
         "--results", type=Path, help="folder of the JSON and the report [benchmarks/results; of a smoke run, the cache]"

@@ -31,6 +31,11 @@ class Figures:
         return {part: median(times) for part, times in self.record["alone_ms"].items()}
 
     @property
+    def rounds(self) -> int:
+        """That were kept."""
+        return len(self.record["seconds"])
+
+    @property
     def image_ms(self) -> Spread:
         """Milliseconds a picture, from prompts to pixels, by the wall clock."""
         return Spread.of([1000 * seconds / self.batch for seconds in self.record["seconds"]])

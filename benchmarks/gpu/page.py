@@ -20,8 +20,9 @@ seeds, steps, solver and guidance, in one run.
 
     python -m benchmarks gpu --preset sd15        # or sd21, sdxl; --help tells the rest
 
-measures this machine's GPU and writes this page. Each side is a process of its own, and rounds go through the sides in
-turn. A side that cannot run is recorded with the reason; the others go on.
+measures this machine's GPU and writes this page. Each side is a process of its own. It has a round as soon as it is
+open; the other rounds go through the sides in turn, except for torch.compile, which takes minutes to open and comes
+last. A side that cannot run is recorded with the reason; the others go on.
 """
 HOW = """## How to read it
 
@@ -109,7 +110,7 @@ def _runs(data: Mapping[str, Any]) -> str:
         versions = ", ".join(f"{package} {version}" for package, version in machine["versions"].items())
         macs = run["macs"].get("unet")
         host = f"{machine['cpu']}, {machine['cores']} cores, Python {machine['python']}, {versions}"
-        turns = "one side after the other" if config["alone"] else "all sides in turn"
+        turns = "one side after the other" if config["alone"] else "sides in turn"
         lines.append(
             f"- {run['date']}: {device}; {host}. {config['repeats']} rounds of {config['solver']}, "
             f"guidance {config['guidance']:g}, {turns}. Matrix peak: {matrix}."
@@ -124,13 +125,16 @@ def _goals(found: Sequence[Goal]) -> str:
 
 
 def _batch(data: Mapping[str, Any], batch: int) -> str:
-    rows, reasons = [], dict[str, list[str]]()
+    rows, reasons, fewer = [], dict[str, list[str]](), list[str]()
     for side, about in SIDES.items():
         found = figures_of(data, side, batch)
         if found is None:
             reasons.setdefault(why_missing(data, side, batch), []).append(about.title)
+        elif found.rounds < found.run["config"]["repeats"]:
+            fewer.append(f"{about.title} ({found.rounds})")
         rows.append([about.title, *(_cells(found) if found else [NOT_MEASURED, *[""] * (len(COLUMNS) - 2)])])
     why = "".join(f"\nNot measured: {'; '.join(sides)}. {reason}\n" for reason, sides in reasons.items())
+    why += f"\nStopped after fewer rounds: {', '.join(fewer)}.\n" if fewer else ""
     return f"### Batch {batch}\n\n{table(COLUMNS, rows)}{why}"
 
 

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.child import OUT_OF_TIME
 from benchmarks.gpu.config import Config
 from benchmarks.measures import rounded
 from engine.errors import RequestError
@@ -45,13 +46,17 @@ class Results:
 
     def put(self, side: str, batch: int, record: dict[str, Any]) -> None:
         """Replace a side's record of a batch."""
-        self.data["sides"].setdefault(side, {})[str(batch)] = {"run": self.run, **record}
-        self._write()
+        self._put(self.data["sides"].setdefault(side, {}), str(batch), record)
 
     def put_drift(self, kind: str, steps: int, found: dict[str, Any]) -> None:
         """Replace the drift of one kind over a number of steps."""
-        self.data["drift"].setdefault(str(steps), {})[kind] = {"run": self.run, **found}
-        self._write()
+        self._put(self.data["drift"].setdefault(str(steps), {}), kind, found)
+
+    def _put(self, part: dict[str, Any], key: str, record: dict[str, Any]) -> None:
+        """Write a record; one that tells of want of time alone replaces none."""
+        if key not in part or not str(record.get("missing", "")).startswith(OUT_OF_TIME):
+            part[key] = {"run": self.run, **record}
+            self._write()
 
     def _used(self) -> set[str]:
         parts = (*self.data["sides"].values(), *self.data["drift"].values())
@@ -60,7 +65,9 @@ class Results:
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(rounded(self.data), indent=1, ensure_ascii=False) + "\n"
-        self.path.write_text(text, encoding="utf-8")
+        part = self.path.with_suffix(".part")  # a run may be killed at any time
+        part.write_text(text, encoding="utf-8")
+        part.replace(self.path)
 
     def measured(self) -> list[str]:
         """The sides that have figures."""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.cases import psnr
-from benchmarks.gpu.child import Child, Meter, NotMeasuredError, reason
+from benchmarks.gpu.child import Child, Deadline, Meter, NotMeasuredError, reason
 from benchmarks.gpu.config import FOLDER, SIDES, Config
 from benchmarks.gpu.results import Results
 from benchmarks.timing import machine
@@ -35,25 +35,35 @@ def run(config: Config, folder: Path) -> Results:
             steps.
         RuntimeError: the preset cannot be exported.
     """
-    config = _with_bundle(config)
+    deadline = Deadline(config.minutes)
+    config = _with_bundle(config, deadline)
     hardware = config.open_hardware()
     results = Results.open(folder, config)
-    results.begin(_about(config, hardware))
-    meter = _meter(hardware)
-    for names in [(name,) for name in config.sides] if config.alone else [config.sides]:
-        runners = [Runner(name, config, meter) for name in names]
+    results.begin(_about(config, hardware, deadline))
+    meter, first = _meter(hardware), dict[int, tuple[str, list[Any]]]()
+    for names in _groups(config):
+        runners = [Runner(name, config, meter, deadline) for name in names]
         try:
             for batch in config.batches:
-                _measure(batch, runners, config, results)
+                _measure(batch, runners, config, results, first)
         finally:
             for runner in runners:
                 runner.close()
     if config.drift:
-        _drift(config, results)
+        _drift(config, results, deadline)
     return results
 
 
-def _with_bundle(config: Config) -> Config:
+def _groups(config: Config) -> list[tuple[str, ...]]:
+    """Sides that are there at once. Compiled ones, which take minutes to open, come after all figures of the others."""
+    if config.alone:
+        return [(name,) for name in config.sides]
+    compiled = tuple(name for name in config.sides if SIDES[name].compiled)
+    others = tuple(name for name in config.sides if name not in compiled)
+    return [group for group in (others, compiled) if group]
+
+
+def _with_bundle(config: Config, deadline: Deadline) -> Config:
     """The config with its bundle, exported where it is not there yet, and the size of the pictures."""
     bundle = config.bundle
     if bundle is None:
@@ -62,13 +72,13 @@ def _with_bundle(config: Config) -> Config:
             from benchmarks.gpu.hardware import latentrt
 
             say(f"exporting preset:{config.preset} into {bundle}")
-            latentrt("export", f"preset:{config.preset}", str(bundle), limit=config.limit)
+            latentrt("export", f"preset:{config.preset}", str(bundle), limit=deadline.left(config.limit))
     latents = Bundle.open(bundle, check_hashes=False).spec.latents
     own = latents.width * latents.factor, latents.height * latents.factor
     return replace(config, bundle=bundle, size=config.size or own)
 
 
-def _about(config: Config, hardware: Any) -> dict[str, Any]:
+def _about(config: Config, hardware: Any, deadline: Deadline) -> dict[str, Any]:
     """What the figures of this run depend on."""
     try:
         gpu = hardware.describe()
@@ -76,7 +86,7 @@ def _about(config: Config, hardware: Any) -> dict[str, Any]:
         gpu = {"missing": reason(error)}
     with _child("benchmarks.gpu.theirs:Peak", config) as child:
         try:
-            peak = {"tflops": child.ask(config.limit, "tflops")}
+            peak = {"tflops": child.ask(deadline.left(config.limit), "tflops")}
         except NotMeasuredError as error:
             peak = {"missing": reason(error)}
     say(f"GPU: {gpu}; matrix peak: {peak}")
@@ -107,27 +117,33 @@ def _meter(hardware: Any) -> Meter | None:
         return None
 
 
-def _measure(batch: int, runners: Sequence[Runner], config: Config, results: Results) -> None:
-    """One batch: open all sides and draw once, then rounds in turn, then the networks alone."""
+def _measure(
+    batch: int, runners: Sequence[Runner], config: Config, results: Results, first: dict[int, tuple[str, list[Any]]]
+) -> None:
+    """One batch: open each side, with a round and the networks alone, then the other rounds in turn.
+
+    So each side has figures before the next one is opened, and what is killed on the way loses no more than its round.
+    """
     say(f"batch {batch}")
     for runner in runners:
         runner.begin(batch)
-    for round_ in range(1, config.repeats + 1):
+        runner.draw(1)
+        runner.alone()
+        _compare(runner, first.setdefault(batch, (runner.name, runner.pictures)) if runner.pictures else None)
+        runner.keep(results)
+    for round_ in range(2, config.repeats + 1):
         for runner in runners:
             runner.draw(round_)
+            runner.keep(results)
     for runner in runners:
-        runner.alone()
-    _compare([runner for runner in runners if runner.pictures])
-    for runner in runners:
-        results.put(runner.name, batch, runner.record)
         say(f"  {runner.name}: {_summary(runner.record)}")
 
 
-def _compare(runners: Sequence[Runner]) -> None:
-    """How near the pictures of the first round are to those of the first side."""
-    for runner in runners[1:]:
-        runner.record["psnr_db"] = psnr(runner.pictures, runners[0].pictures)
-        runner.record["psnr_to"] = runners[0].name
+def _compare(runner: Runner, first: tuple[str, list[Any]] | None) -> None:
+    """How near its first pictures are to those of the first side."""
+    if first is not None and first[0] != runner.name:
+        runner.record["psnr_to"], pictures = first
+        runner.record["psnr_db"] = psnr(runner.pictures, pictures)
 
 
 def _summary(record: dict[str, Any]) -> str:
@@ -137,52 +153,67 @@ def _summary(record: dict[str, Any]) -> str:
 
 
 class Runner:
-    """One side through all batches. A failure ends its batch, and its process; the next batch begins with a new one."""
+    """One side through all batches. A failure ends its batch, and its process; the next batch begins with a new one.
 
-    def __init__(self, name: str, config: Config, meter: Meter | None) -> None:
+    Where time runs out, what was measured before counts.
+    """
+
+    def __init__(self, name: str, config: Config, meter: Meter | None, deadline: Deadline) -> None:
         self.name, self.record, self.pictures = name, dict[str, Any](), list[Any]()
-        self._config, self._meter = config, meter
+        self._config, self._meter, self._deadline = config, meter, deadline
         self._child: Child | None = None
+        self._batch = 0
 
     def begin(self, batch: int) -> None:
         """Build what it needs, open it, and draw once."""
-        self.record, self.pictures = {"seconds": [], "device_ms": []}, []
+        self.record, self.pictures, self._batch = {"seconds": [], "device_ms": []}, [], batch
         with self._failing():
             if SIDES[self.name].backend == "tensorrt":
-                self.record["plans"] = _build(self._config, batch)
+                self.record["plans"] = _build(self._config, batch, self._deadline)
+            self._deadline.left(0)  # or a process would be started for nothing
             fresh = self._child is None
-            self._child = child = self._child or Child(SIDES[self.name].worker, self._config, self.name)
+            self._child = self._child or Child(SIDES[self.name].worker, self._config, self.name)
             with self._meter.watch(self.name) if self._meter else nullcontext([]) as most:
-                child.ask(self._config.limit, "open", batch)
-                seconds, _, self.pictures = child.ask(self._config.limit, "draw", 0)
+                self._ask("open", batch)
+                seconds, _, self.pictures = self._ask("draw", 0)
             self.record["first_seconds"] = seconds
             if fresh:
-                self.record["cold_seconds"] = child.age
+                self.record["cold_seconds"] = self._child.age
             if most:
                 self.record["device_bytes"] = most[0]
-            self.record["host_bytes"] = child.ask(self._config.limit, "host_peak")
+            self.record["host_bytes"] = self._ask("host_peak")
 
     def draw(self, round_: int) -> None:
         """One round."""
-        if self._child and "missing" not in self.record:
+        if self._child:
             with self._failing():
-                seconds, milliseconds, _ = self._child.ask(self._config.limit, "draw", round_)
+                seconds, milliseconds, _ = self._ask("draw", round_)
                 self.record["seconds"].append(seconds)
                 self.record["device_ms"].append(milliseconds)
 
     def alone(self) -> None:
         """The networks by themselves."""
-        if self._child and "missing" not in self.record:
+        if self._child:
             with self._failing():
-                self.record["alone_ms"] = self._child.ask(self._config.limit, "alone")
+                self.record["alone_ms"] = self._ask("alone")
+
+    def keep(self, results: Results) -> None:
+        """Write down what there is."""
+        results.put(self.name, self._batch, self.record)
+
+    def _ask(self, method: str, *arguments: Any) -> Any:
+        assert self._child is not None
+        return self._child.ask(self._deadline.left(self._config.limit), method, *arguments)
 
     @contextmanager
     def _failing(self) -> Iterator[None]:
         try:
             yield
         except FAILURES as error:
-            self.record, self.pictures = {"missing": reason(error)}, []
             self.close()
+            if not (self._deadline.over and "alone_ms" in self.record):
+                why = self._deadline.reason if self._deadline.over else reason(error)
+                self.record, self.pictures = {"missing": why}, []
 
     def close(self) -> None:
         """End its process."""
@@ -193,21 +224,23 @@ class Runner:
             self._meter.gone(self.name)
 
 
-def _build(config: Config, batch: int) -> list[dict[str, Any]]:
+def _build(config: Config, batch: int, deadline: Deadline) -> list[dict[str, Any]]:
     """The plans for a batch of guided pictures, built where they are missing.
 
     Raises:
+        NotMeasuredError: there is no time.
         RuntimeError: they cannot be built.
     """
+    limit = deadline.left(config.limit)
     assert config.bundle is not None
     spec = Bundle.open(config.bundle, check_hashes=False).spec
     networks = (*spec.text_encoders, "unet", "vae_decoder")
     build = config.open_hardware().build_plans
-    built: list[dict[str, Any]] = build(config.bundle, networks, config.library, 2 * batch, config.size, config.limit)
+    built: list[dict[str, Any]] = build(config.bundle, networks, config.library, 2 * batch, config.size, limit)
     return built
 
 
-def _drift(config: Config, results: Results) -> None:
+def _drift(config: Config, results: Results, deadline: Deadline) -> None:
     """How far float16 latents go from float32 ones, step by step."""
     kinds = dict.fromkeys(["diffusers", *(config.backend(SIDES[name]) for name in config.sides if SIDES[name].backend)])
     for steps in config.drift:
@@ -215,10 +248,10 @@ def _drift(config: Config, results: Results) -> None:
             for kind in kinds:
                 try:
                     if kind == config.library:
-                        _build(config, 1)
-                    found = {"relative": child.ask(config.limit, "drift", kind, steps)}
+                        _build(config, 1, deadline)
+                    found = {"relative": child.ask(deadline.left(config.limit), "drift", kind, steps)}
                 except FAILURES as error:
-                    found = {"missing": reason(error)}
+                    found = {"missing": deadline.reason if deadline.over else reason(error)}
                 say(f"drift over {steps} steps, {kind}: {found.get('missing') or found['relative'][-1]}")
                 results.put_drift(kind, steps, found)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from engine.backends.base import Backend, Gpu
@@ -24,7 +25,7 @@ def open_backend(
         name: one of BACKENDS.
         device: "cpu", "cuda" or "cuda:1"; None is the CPU for onnxruntime and "cuda" for TensorRT.
         threads: of a call on the CPU.
-        precision: "fp32" or "fp16"; None is fp32 for onnxruntime and fp16 for TensorRT.
+        precision: "fp32" or "fp16"; None is fp32 on a CPU and fp16 on a GPU.
         plans: where TensorRT's plans lie; None is the bundle's own folder.
 
     Raises:
@@ -37,21 +38,27 @@ def open_backend(
         from engine.backends.ort import OrtBackend, check_device
 
         kind = (device or "cpu").partition(":")[0]
-        check_device(kind)
-        gpu = _cuda(device) if kind == "cuda" else None
-        return OrtBackend(kind, threads, precision=precision or "fp32", gpu=gpu)
+        if kind != "cuda":
+            return OrtBackend(kind, threads, precision=precision or "fp32")
+        check_device(kind)  # before the driver is asked
+        return _on(device, lambda gpu: OrtBackend(kind, threads, precision=precision or "fp16", gpu=gpu))
     if name in BACKENDS:
         from engine.backends.tensorrt import TensorRtBackend
         from engine.backends.trt import open_library
 
-        library = open_library(name)
-        return TensorRtBackend(
-            _cuda(device), library, precision=precision or "fp16", plans=None if plans is None else Path(plans)
-        )
+        library, folder = open_library(name), None if plans is None else Path(plans)
+        half = precision or "fp16"
+        return _on(device, lambda gpu: TensorRtBackend(gpu, library, precision=half, plans=folder))
     raise BackendError(f"there is no backend {name!r}", f"one of {', '.join(BACKENDS)}", "pass another backend")
 
 
-def _cuda(device: str | None) -> Gpu:
+def _on(device: str | None, make: Callable[[Gpu], Backend]) -> Backend:
+    """A backend on a GPU, which is given back where the backend cannot be made."""
     from engine.backends.cuda import Cuda
 
-    return Cuda(device or "cuda")
+    gpu = Cuda(device or "cuda")
+    try:
+        return make(gpu)
+    except BaseException:
+        gpu.close()
+        raise

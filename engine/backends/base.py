@@ -41,6 +41,10 @@ class Backend(Protocol):
     precision: str
 
     @property
+    def captures(self) -> bool:
+        """Whether its networks' calls are captured in CUDA graphs unless the caller says otherwise."""
+
+    @property
     def gpu(self) -> Gpu | None:
         """The GPU that its networks run on, `DeviceNetwork`s then; None on a CPU."""
 

@@ -213,11 +213,24 @@ class Cuda:
             self._abandon_capture()
             raise
         self._capturing = False
-        recorded = self._drive("cuStreamEndCapture", self._stream)
+        recorded = self._end_capture()
         try:
             graph.executable = self._drive("cuGraphInstantiate", recorded, 0)
         finally:
             self._drive("cuGraphDestroy", recorded)
+
+    def _end_capture(self) -> Any:
+        """What was recorded; a library that did what cannot be recorded is noticed only here."""
+        try:
+            return self._drive("cuStreamEndCapture", self._stream)
+        except DeviceMemoryError:
+            raise
+        except BackendError as error:
+            raise BackendError(
+                f"a capture was broken: {error.found}; a network's library took memory, waited, or used another stream",
+                "calls that only queue work on the stream that is captured",
+                "queue them one by one: Engine.load(..., capture=False)",
+            ) from error
 
     def _abandon_capture(self) -> None:
         """End a capture that failed: whatever the driver says about it now is due to the failure."""

@@ -27,6 +27,7 @@ class FakeBackend:
     name = "fake"
     device = "cpu"
     precision = "fp32"
+    captures = False
     gpu: Gpu | None = None
 
     def __init__(self, functions: Mapping[str, Function] | None = None, seconds: float = 0.0) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,21 +17,29 @@ from engine.errors import BackendError, MissingDependencyError, NetworkError
 from engine.spec import GraphSpec
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-PROVIDER_OPTIONS = {"cpu": {}, "cuda": {"use_tf32": "0"}}
+# No TF32; convolutions are chosen by rule, since trying them out would pick others in every process, and may come
+# back in the middle of a capture.
+PROVIDER_OPTIONS = {"cpu": {}, "cuda": {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}}
+SHAPE_ARITHMETIC = {
+    *("Add", "Cast", "Concat", "Constant", "ConstantOfShape", "Div", "Equal", "Expand", "Gather", "Identity", "Mul"),
+    *("Range", "Reshape", "Shape", "Size", "Slice", "Squeeze", "Sub", "Unsqueeze", "Where"),
+}
 GUIDED_PICTURE = 2  # lanes
 
 
 class OrtBackend:
     """Runs graphs with ONNX Runtime on "cpu" or "cuda"; a device that is not there is an error.
 
-    On "cuda" ONNX Runtime itself leaves single nodes that have no CUDA kernel (shape arithmetic, as a rule) to the CPU;
-    products are kept in full float32 (no TF32).
+    On "cuda" it runs the bundle's graphs for that provider, which are half precision; shape arithmetic alone is left to
+    the CPU, and anything else that ONNX Runtime would put there is an error. That others capture its calls in a CUDA
+    graph is not supported (it has a capture of its own, of one session), so it is done only where it is asked for.
 
     Args:
         device: "cpu" or "cuda".
         threads: threads of one network call on the CPU; None for all physical cores.
         gpu: the opened device; its stream and memory are then used, and networks are `DeviceNetwork`s.
-        precision: "fp32", or "fp16" for the bundle's half-precision graphs (on a CPU those are the slower ones).
+        precision: "fp32", or "fp16" for the bundle's half-precision graphs (on a CPU the slower ones; "cuda" has no
+            others).
         spin: whether threads wait for each other by spinning within a call. On idle cores that is a fifth faster; where
             other processes hold cores, it is twice as slow. Between calls they never spin.
 
@@ -39,6 +49,7 @@ class OrtBackend:
     """
 
     name = "onnxruntime"
+    captures = False
 
     def __init__(
         self,
@@ -52,6 +63,10 @@ class OrtBackend:
         check_device(device)
         if threads is not None and threads < 1:
             raise BackendError(f"threads is {threads!r}", "a whole number of 1 or more", "pass another threads")
+        if device == "cuda" and precision != "fp16":
+            raise BackendError(
+                f"the precision is {precision!r}", "fp16 on cuda", "pass precision='fp16', or leave it out"
+            )
         self.device = device
         self.precision = precision
         self.gpu = gpu
@@ -63,26 +78,23 @@ class OrtBackend:
 
         Raises:
             BackendError: ONNX Runtime cannot load the graph, or would not run it on the device.
+            BundleError: the bundle has no graph for this precision and device.
         """
-        graph = bundle.spec.graph(network, self.precision)
+        on_cuda = self.device == "cuda"
+        graph = bundle.spec.cuda_graph(network) if on_cuda else bundle.spec.graph(network, self.precision)
         session = self.session(bundle.path(graph.path), graph.opset)
-        return (
-            OrtNetwork(session, graph) if self.gpu is None else OrtDeviceNetwork(session, graph, self.gpu, self.device)
-        )
+        if self.gpu is None:
+            return OrtNetwork(session, graph)
+        return OrtDeviceNetwork(session, graph, self.gpu, self.device)
 
     def session(self, path: Path, opset: int) -> Any:
         """An `onnxruntime.InferenceSession` of a graph of that opset, with this backend's options."""
         ort = _onnxruntime()
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = self.threads or 0
-        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(self.spin)))
-        options.add_session_config_entry("session.force_spinning_stop", "1")  # idle networks would steal cores
-        provider, settings = PROVIDERS[self.device], dict(PROVIDER_OPTIONS[self.device])
-        if self.gpu is not None and self.device == "cuda":
-            settings |= {"device_id": str(self.gpu.ordinal), "user_compute_stream": str(self.gpu.stream)}
+        provider = PROVIDERS[self.device]
         try:
-            session = ort.InferenceSession(path, options, providers=[(provider, settings)])
+            session = ort.InferenceSession(
+                path, self._options(), providers=[(provider, self._settings())], enable_fallback=0
+            )
         except Exception as error:  # onnxruntime's errors share no base class
             raise BackendError(
                 f"ONNX Runtime cannot load {path} ({error})",
@@ -91,11 +103,55 @@ class OrtBackend:
             ) from error
         if session.get_providers()[0] != provider:
             raise BackendError(
-                f"ONNX Runtime fell back to {session.get_providers()[0]} for {path}",
-                provider,
-                "latentrt doctor",
+                f"ONNX Runtime would run {path} on {session.get_providers()[0]}",
+                f"{provider} with CUDA's and cuDNN's libraries of its major versions (its log names what is missing)",
+                "pip install 'onnxruntime-gpu[cuda,cudnn]', or put the libraries on LD_LIBRARY_PATH",
             )
+        if self.device == "cuda":
+            _check_placement(session, path)
         return session
+
+    def _options(self) -> Any:
+        options = _onnxruntime().SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = self.threads or 0
+        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(self.spin)))
+        options.add_session_config_entry("session.force_spinning_stop", "1")  # idle networks would steal cores
+        if self.gpu is not None:
+            options.enable_mem_pattern = False  # it would allocate in the second call, which may be a capture
+        if self.device == "cuda":
+            options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        return options
+
+    def _settings(self) -> dict[str, str]:
+        settings = dict(PROVIDER_OPTIONS[self.device])
+        if self.gpu is not None and self.device == "cuda":
+            settings |= {"device_id": str(self.gpu.ordinal), "user_compute_stream": str(self.gpu.stream)}
+        return settings
+
+
+def _check_placement(session: Any, path: Path) -> None:
+    """Refuse a graph of which ONNX Runtime would run more than shape arithmetic on the CPU: it copies there and back.
+
+    Raises:
+        BackendError: it would; or this ONNX Runtime does not tell.
+    """
+    if not hasattr(session, "get_provider_graph_assignment_info"):
+        raise BackendError(
+            "this ONNX Runtime does not tell where it runs nodes", "1.24 or newer", "update onnxruntime-gpu"
+        )
+    on_cpu = {
+        node.op_type
+        for part in session.get_provider_graph_assignment_info()
+        if part.ep_name == PROVIDERS["cpu"]
+        for node in part.get_nodes()
+    }
+    if strange := sorted(on_cpu - SHAPE_ARITHMETIC):
+        raise BackendError(
+            f"ONNX Runtime would run {', '.join(strange)} of {path} on the CPU",
+            "CUDA kernels for all but shape arithmetic",
+            "export the checkpoint again, or update onnxruntime-gpu",
+        )
 
 
 def check_device(device: str) -> None:
@@ -115,7 +171,8 @@ def check_device(device: str) -> None:
             "pip uninstall onnxruntime && pip install onnxruntime-gpu",
         )
     if device == "cuda":
-        ort.preload_dlls()  # CUDA's and cuDNN's libraries where pip put them; by itself it looks elsewhere
+        with contextlib.redirect_stdout(sys.stderr):  # it prints what it does not find
+            ort.preload_dlls()  # CUDA's and cuDNN's libraries where pip put them; by itself it looks elsewhere
 
 
 class OrtNetwork:

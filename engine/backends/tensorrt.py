@@ -38,6 +38,8 @@ class TensorRtBackend:
         BackendError: TensorRT finds no driver or device.
     """
 
+    captures = True
+
     def __init__(self, gpu: Gpu, library: Library, *, precision: str = "fp16", plans: Path | None = None) -> None:
         self.name, self.device = library.name, "cuda"
         self.gpu, self.library, self.precision, self.plans = gpu, library, precision, plans
@@ -120,7 +122,9 @@ class TensorRtNetwork:
     def refit(self, weights: Mapping[str, NDArray[Any]]) -> None:
         """Use these weights, and the bundle's for all others; none at all brings the bundle's back.
 
-        What is bound stays bound. A CUDA graph must be captured again: nothing promises that it sees new weights.
+        Every weight of a plan is sent: where only changes were, traces of the last ones were seen
+        (https://github.com/NVIDIA/TensorRT/issues/3628). What is bound stays bound. A CUDA graph must be captured
+        again: nothing promises that it sees new weights.
 
         Raises:
             PlanError: a plan was not built to be refitted, a name or size is not one of its, or TensorRT refuses. After
@@ -128,12 +132,11 @@ class TensorRtNetwork:
         """
         for record in self._fitting:
             _check_refittable(record, weights)
-        changed = {*self._replaced, *weights}
         table = self._fitting[0].refit
         self._replaced = {name: as_wanted(name, values, table[name]) for name, values in weights.items()}
         try:
             for plan in self._loaded.values():
-                plan.refit(changed, self._values(plan))
+                plan.refit(plan.record.refit, self._values(plan))
         except LatentrtError:
             self.close()
             raise
@@ -154,10 +157,11 @@ class TensorRtNetwork:
         return self._loaded.get(record.name) or self._load(record)
 
     def _load(self, record: PlanRecord) -> LoadedPlan:
+        record = self._store.current(record)  # it may have been built again since it was found
         stale = record.key.weights != self._wanted.weights
         plan = LoadedPlan(self._host, self._store, record, self.graph, stale=stale)
         if self._replaced:
-            plan.refit(self._replaced, self._values(plan))
+            plan.refit(record.refit, self._values(plan))
         self._loaded[record.name] = plan
         return plan
 

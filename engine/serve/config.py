@@ -28,6 +28,7 @@ def _split(value: object) -> object:
 Texts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)]
 Count = Annotated[int, Field(ge=1)]
+Range = Annotated[str, BeforeValidator(str), Field(pattern=r"^[1-9][0-9]{0,3}(:[1-9][0-9]{0,3})?$")]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -47,6 +48,11 @@ class Settings(BaseSettings):
     drain_timeout: Seconds = _field(60.0, "Network", "Seconds that running requests get after SIGTERM.")
     body_timeout: Seconds = _field(60.0, "Network", "Seconds in which a request's body must have arrived.")
     heartbeat: Seconds = _field(10.0, "Network", "Seconds between comments that keep a stream alive.")
+
+    ray: bool = _field(False, "Ray", "Serve by replicas of Ray Serve; needs the extra `ray`.")
+    replicas: Range = _field(
+        "1", "Ray", "How many replicas: a number, or MIN:MAX by load. Each has a GPU of its own, if it runs on one."
+    )
 
     bundle: Path = _field(EMBEDDED, "Model", "Bundle to serve.")
     model_name: str | None = _field(None, "Model", "The model's name for clients; the bundle's id if none is named.")
@@ -91,7 +97,21 @@ class Settings(BaseSettings):
     def _fits(self) -> Settings:
         if self.steps > self.max_steps:
             raise ValueError(f"steps ({self.steps}) is more than max_steps ({self.max_steps})")
+        if self.fewest_replicas > self.most_replicas:
+            raise ValueError(f"replicas ({self.replicas}) is from more to fewer")
+        if self.most_replicas > 1 and not self.ray:
+            raise ValueError(f"replicas ({self.replicas}) needs ray")
         return self
+
+    @property
+    def fewest_replicas(self) -> int:
+        """MIN of `replicas`."""
+        return int(self.replicas.partition(":")[0])
+
+    @property
+    def most_replicas(self) -> int:
+        """MAX of `replicas`."""
+        return int(self.replicas.rpartition(":")[2])
 
     @property
     def most_pictures(self) -> int:

@@ -67,7 +67,7 @@ async def ready(context: Served) -> JSONResponse:
 @router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(context: Served) -> Response:
     """For Prometheus."""
-    return Response(context.metrics.text(), media_type=CONTENT_TYPE)
+    return Response(await context.metrics.whole_text(), media_type=CONTENT_TYPE)
 
 
 @router.get("/latentrt/queue", responses=errors(401))

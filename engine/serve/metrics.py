@@ -56,6 +56,10 @@ class Metrics:
         """All of it, as Prometheus reads it."""
         return generate_latest(self.registry)
 
+    async def whole_text(self) -> bytes:
+        """What a scrape gets; of all servers, where several stand behind one address."""
+        return self.text()
+
     def ended_request(self, route: str, outcome: str, status: int, seconds: float | None) -> None:
         """A request is over; `seconds` where it was one for pictures that were made."""
         self._requests.labels(self._model, route, outcome).inc()

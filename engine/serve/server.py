@@ -41,23 +41,12 @@ def serve(settings: Settings) -> int:
     configure(settings)
     warnings.simplefilter("ignore", PromptTruncatedWarning)  # its text is what somebody wrote
     with listening(settings) as sock, loaded(settings) as engine:
-        hangs = Hangs(settings.hang_timeout)
         catalog = Catalog(engine.spec, engine.schedule, settings)
+        hangs = Hangs(settings.hang_timeout)
         metrics = Metrics(catalog.name, hangs)
-        service = Service(
-            engine,
-            queue=settings.queue,
-            queue_timeout=settings.queue_timeout,
-            run_timeout=settings.run_timeout,
-            hang=settings.hang_timeout,
-            observer=metrics,
-            curve=curve.load(engine),
-        )
-        try:
+        with started(engine, settings, metrics) as service:
             app = create_app(service, catalog, metrics=metrics)
             return asyncio.run(run(app, service, settings, sock, hangs))
-        finally:
-            service.close()
 
 
 @contextmanager
@@ -73,6 +62,19 @@ def loaded(settings: Settings) -> Iterator[Engine]:
         lanes=settings.lanes,
     ) as engine:
         yield engine
+
+
+def started(engine: Engine, settings: Settings, metrics: Metrics) -> Service:
+    """The service of an engine, as the settings want it; a context manager that closes it."""
+    return Service(
+        engine,
+        queue=settings.queue,
+        queue_timeout=settings.queue_timeout,
+        run_timeout=settings.run_timeout,
+        hang=settings.hang_timeout,
+        observer=metrics,
+        curve=curve.load(engine),
+    )
 
 
 @contextmanager
@@ -151,7 +153,7 @@ async def run(app: FastAPI, service: Service, settings: Settings, sock: socket.s
             timeout_graceful_shutdown=_LAST_ANSWERS,
             timeout_keep_alive=_IDLE,
         ),
-        lambda: _announce(settings, sock),
+        lambda: announce(settings, *sock.getsockname()[:2]),
     )
     hangs.watch(lambda: service.state == "failed")
     drained = asyncio.get_running_loop().create_future()
@@ -184,8 +186,8 @@ async def run(app: FastAPI, service: Service, settings: Settings, sock: socket.s
     return 0 if not drained.done() or drained.result() else UNDRAINED
 
 
-def _announce(settings: Settings, sock: socket.socket) -> None:
-    host, port = sock.getsockname()[:2]
+def announce(settings: Settings, host: str, port: int) -> None:
+    """Say in the log where clients find the server, and whether everybody may use it."""
     shown = f"[{host}]" if ":" in host else host
     url = f"http://{shown}:{port}"
     logger().info("serving", url=url, openai=f"{url}/v1", docs=f"{url}/docs", bundle=str(settings.bundle))

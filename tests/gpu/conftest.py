@@ -8,12 +8,14 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from importlib import import_module
 from typing import Any
 
 import numpy as np
 import pytest
-from gpu_rig import EMULATED, KINDS, SCALE, GpuRig
+from gpu_rig import SCALE, GpuRig
+from kinds import EMULATED, KINDS
 from numpy.typing import NDArray
 
 from engine import Engine
@@ -31,17 +33,25 @@ def hardware(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="module", params=KINDS, ids="-".join)
 def rig(hardware: Any, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GpuRig]:
-    """Each backend that is here; one that is missing is skipped, with its reason."""
+    """Each backend that is here; one that is missing, or not for this GPU, is skipped, with its reason."""
     bundle = tmp_path_factory.getbasetemp() / "bundle"
     if not bundle.exists():
         shutil.copytree(EMBEDDED, bundle)
-    try:
+    with _skipping():
         made = GpuRig(hardware, request.param, bundle)
+    with closing(made.gpu):
+        with _skipping():
+            made.check_gpu()
+        made.build()
+        yield made
+
+
+@contextmanager
+def _skipping() -> Iterator[None]:
+    try:
+        yield
     except (BackendError, MissingDependencyError) as error:
         pytest.skip(str(error))
-    made.build()
-    yield made
-    made.gpu.close()
 
 
 @pytest.fixture

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from engine import Engine
-from engine.backends.base import Backend
-from engine.bundle import Bundle
+from kinds import EMULATED
 
-EMULATED = os.environ.get("LATENTRT_EMULATED_GPU") == "1"
-KINDS = (("onnxruntime", "fp32"), ("onnxruntime", "fp16"), ("tensorrt", "fp16"), ("tensorrt-rtx", "fp16"))
-if EMULATED:  # the two flavours of the stand-in are one
-    KINDS = KINDS[:3]
+from engine import Engine
+from engine.bundle import Bundle
+from engine.errors import BackendError
+
 LANES = 4
 BUILD_LIMIT = 1800.0
 
@@ -39,7 +36,7 @@ class GpuRig:
 
     def __init__(self, hardware: Any, kind: tuple[str, str], bundle: Path) -> None:
         self.hardware, self.kind, self.bundle = hardware, kind, bundle
-        self.backend: Backend = hardware.open_backend(*kind)
+        self.backend: Any = hardware.open_backend(*kind)
         self.gpu: Any = self.backend.gpu
         self.half = kind[1] == "fp16"
 
@@ -47,6 +44,21 @@ class GpuRig:
     def built(self) -> bool:
         """Whether it runs plans."""
         return self.kind[0] != "onnxruntime"
+
+    def check_gpu(self) -> None:
+        """Refuse a GPU that the library has no kernels for.
+
+        Raises:
+            BackendError: there is nothing to be tested.
+        """
+        known = self.backend.library.compute_capabilities if self.kind[0] == "tensorrt-rtx" else ()
+        capability = "{}.{}".format(*self.gpu.compute_capability)
+        if known and capability not in known:
+            raise BackendError(
+                f"{self.kind[0]} does not know compute capability {capability}",
+                f"one of {', '.join(known)}",
+                "use tensorrt on that GPU",
+            )
 
     def build(self, *options: str, networks: tuple[str, ...] = ()) -> None:
         """Build plans for `LANES` lanes at the tests' size."""

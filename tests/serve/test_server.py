@@ -9,12 +9,8 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from io import BytesIO
 
 import httpx
@@ -24,66 +20,12 @@ import pytest
 from fakes import FakeService
 from PIL import Image
 
+from benchmarks.serving.process import Process, running
 from engine import Engine
 from engine.errors import BackendError
 from engine.serve import server
 from engine.serve.config import Settings
 from engine.serve.service import Service
-
-COMMAND = [sys.executable, "-c", "from engine.serve_verb import serve; serve()", "--port", "0", "--log-format", "json"]
-
-
-class Process:
-    """A server of its own, its URL and its log."""
-
-    def __init__(self, *flags: str) -> None:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("LATENTRT_")}
-        self.process = subprocess.Popen(
-            [*COMMAND, "--threads", "1", *flags], stderr=subprocess.PIPE, text=True, env=environment
-        )
-        self.log: list[dict[str, object]] = []
-        self._url = ""
-        self._reader = threading.Thread(target=self._read)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        with self.process.stderr as lines:
-            for line in lines:
-                self.log.append(json.loads(line))
-
-    @property
-    def url(self) -> str:
-        while not (urls := [line["url"] for line in list(self.log) if line["event"] == "serving"]):
-            assert self.process.poll() is None, self.log
-            time.sleep(0.01)
-        return str(urls[0])
-
-    def wait_ready(self) -> None:
-        while not self.answers("/health/ready"):
-            time.sleep(0.02)
-
-    def answers(self, path: str) -> bool:
-        try:
-            return httpx.get(f"{self.url}{path}", trust_env=False).is_success
-        except httpx.TransportError:
-            return False
-
-    def end(self) -> int:
-        code = self.process.wait(timeout=60)
-        self._reader.join()
-        return code
-
-
-@contextmanager
-def running(*flags: str) -> Iterator[Process]:
-    process = Process(*flags)
-    try:
-        process.wait_ready()
-        yield process
-    finally:
-        process.process.kill()
-        process.end()
 
 
 def test_it_draws_what_the_engine_draws_and_drains() -> None:

@@ -1,0 +1,83 @@
+"""What docs/deploy.md and examples/serve promise: files that are read, metrics that exist, a client that draws."""
+
+from __future__ import annotations
+
+import configparser
+import re
+import runpy
+import shutil
+import subprocess
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from benchmarks.serving.process import running
+from engine.serve.config import load_settings
+from engine.serve.metrics import Metrics
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples" / "serve"
+PAGE = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
+
+
+def unit() -> configparser.ConfigParser:
+    parser = configparser.ConfigParser(strict=False, interpolation=None)
+    parser.read(EXAMPLES / "latentrt.service", encoding="utf-8")
+    return parser
+
+
+def test_the_client_draws_with_previews(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running("--threads", "1") as server:
+        monkeypatch.setenv("LATENTRT_URL", f"{server.url}/v1")
+        monkeypatch.chdir(tmp_path)
+        runpy.run_path(str(EXAMPLES / "client.py"))
+    names = ["apple-0.png", "apple-1.png", "apple.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert {Image.open(BytesIO((tmp_path / name).read_bytes())).size for name in names} == {(128, 128)}
+
+
+def test_the_times_of_unit_and_proxy_fit_the_settings() -> None:
+    settings = load_settings({}, EXAMPLES / "latentrt.toml")
+    assert int(unit()["Service"]["TimeoutStopSec"]) >= settings.drain_timeout + 10
+    proxy = (EXAMPLES / "nginx.conf").read_text(encoding="utf-8")
+    patience = re.search(r"proxy_read_timeout (\d+)s", proxy)
+    assert patience is not None
+    assert int(patience[1]) > load_settings({}).queue_timeout + load_settings({}).run_timeout
+    body = re.search(r"client_max_body_size (\d+)m", proxy)
+    assert body is not None
+    assert int(body[1]) << 20 == settings.max_body
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
+def test_systemd_reads_the_unit(tmp_path: Path) -> None:
+    text = (EXAMPLES / "latentrt.service").read_text(encoding="utf-8")
+    path = tmp_path / "latentrt.service"
+    path.write_text(text.replace("/opt/latentrt/bin/latentrt", "/bin/true"), encoding="utf-8")
+    result = subprocess.run(["systemd-analyze", "verify", str(path)], capture_output=True, text=True)
+    assert (result.returncode, "latentrt.service" in result.stderr) == (0, False), result.stderr
+
+
+@pytest.mark.parametrize("text", [PAGE, (EXAMPLES / "alerts.yml").read_text(encoding="utf-8")], ids=["page", "alerts"])
+def test_queries_ask_for_metrics_that_exist(text: str) -> None:
+    metrics = Metrics("emoji")
+    for name in ("num_images_running", "num_images_waiting", "ready"):  # made with the application
+        metrics.gauge(name, name, lambda: 0.0)
+    told = set(re.findall(r"latentrt:\w+", metrics.text().decode()))
+    asked = set(re.findall(r"latentrt:\w+", text))
+    assert asked
+    assert {re.sub(r"_(bucket|sum|count)$", "", name) for name in asked} <= told
+
+
+def test_every_file_of_the_examples_is_named_on_the_page() -> None:
+    assert {path.name for path in EXAMPLES.iterdir() if path.name not in PAGE} == set()
+    assert {name for name in re.findall(r"examples/serve/([\w.]+)", PAGE) if not (EXAMPLES / name).is_file()} == set()
+
+
+def test_every_setting_that_the_page_names_is_one() -> None:
+    names = set(re.findall(r"LATENTRT_([A-Z_]+)", PAGE)) - {"KEYS"}
+    flags = set(re.findall(r"latentrt serve[^\n`#]*", PAGE))
+    known = set(load_settings({}).model_dump()) | {"config", "print_config"}
+    assert {name.lower() for name in names} <= known
+    assert {flag.replace("-", "_") for line in flags for flag in re.findall(r"--([a-z-]+)", line)} <= known
