@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, distributions, version
 from typing import Any
 
+from engine.backends.ort import load_onnxruntime
 from engine.backends.trt import LIBRARIES, open_library
-from engine.errors import LatentrtError
+from engine.errors import LatentrtError, MissingDependencyError
 
 EXPORT_PACKAGES = (
     "torch",
@@ -77,10 +78,10 @@ def _bundle() -> Finding:
 def _onnxruntime() -> Finding:
     what = "pictures on the CPU (onnxruntime)"
     try:
-        import onnxruntime
-    except (ImportError, OSError) as error:
-        return Finding(what, False, str(error), "pip install onnxruntime", vital=True)
-    return Finding(what, True, f"onnxruntime {onnxruntime.__version__}", vital=True)
+        library = load_onnxruntime()
+    except MissingDependencyError as error:
+        return Finding(what, False, error.found, error.mend, vital=True)
+    return Finding(what, True, f"onnxruntime {library.__version__}", vital=True)
 
 
 def _export() -> Finding:

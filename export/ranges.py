@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime
 from numpy.typing import NDArray
 
 from engine.backends.base import Arrays, Gpu
+from engine.backends.ort import load_onnxruntime
 from engine.bundle import Bundle
 from engine.pipeline import Engine
 from engine.spec import GraphSpec, ModelSpec
@@ -133,6 +133,7 @@ class NetworkGauge(Gauge):
 
 def open_session(model: ir.Model, folder: Path) -> Any:
     """An ONNX Runtime session on the CPU for a model in memory whose weights lie in `folder`."""
+    onnxruntime = load_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))

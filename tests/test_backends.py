@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -108,3 +111,12 @@ def test_backends_by_name() -> None:
     assert open_backend("onnxruntime", threads=1).device == "cpu"
     with pytest.raises(BackendError, match="onnxruntime, tensorrt"):
         open_backend("cuda")
+
+
+def test_nothing_is_reported_to_anybody(tmp_path: Path) -> None:
+    """onnxruntime 1.31 on Linux would make an id of the machine and a store of events as soon as it is imported."""
+    code = "from engine import Engine; Engine.load(check_hashes=False).close()"
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    environment |= {"XDG_CACHE_HOME": str(tmp_path), "HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    assert list(tmp_path.rglob("*")) == []

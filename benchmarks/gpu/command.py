@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.gpu.child import NotMeasuredError
 from benchmarks.gpu.config import FOLDER, SIDES, Config
 from benchmarks.gpu.run import run
 from engine.errors import LatentrtError
@@ -24,7 +25,7 @@ def main(words: Sequence[str]) -> int:
     folder = (arguments.results or (FOLDER / "quick" if arguments.quick else RESULTS)).absolute()
     try:
         results = run(config_of(arguments), folder)
-    except (LatentrtError, RuntimeError) as error:
+    except (LatentrtError, NotMeasuredError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(results.path)

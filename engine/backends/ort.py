@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -89,7 +90,7 @@ class OrtBackend:
 
     def session(self, path: Path, opset: int) -> Any:
         """An `onnxruntime.InferenceSession` of a graph of that opset, with this backend's options."""
-        ort = _onnxruntime()
+        ort = load_onnxruntime()
         provider = PROVIDERS[self.device]
         try:
             session = ort.InferenceSession(
@@ -112,7 +113,7 @@ class OrtBackend:
         return session
 
     def _options(self) -> Any:
-        options = _onnxruntime().SessionOptions()
+        options = load_onnxruntime().SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = self.threads or 0
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(self.spin)))
@@ -162,7 +163,7 @@ def check_device(device: str) -> None:
     """
     if device not in PROVIDERS:
         raise BackendError(f"the device is {device!r}", f"one of {', '.join(PROVIDERS)}", "pass another device")
-    ort = _onnxruntime()
+    ort = load_onnxruntime()
     providers = ort.get_available_providers()
     if PROVIDERS[device] not in providers:
         raise BackendError(
@@ -231,7 +232,7 @@ class OrtBound:
 
     def __init__(self, session: Any, binding: Any, gpu: Gpu, path: str) -> None:
         self._session, self._binding, self._gpu, self._path = session, binding, gpu, path
-        self._options = _onnxruntime().RunOptions()
+        self._options = load_onnxruntime().RunOptions()
         self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
     def enqueue(self) -> None:
@@ -266,10 +267,12 @@ def _failed(path: str, error: Exception) -> NetworkError:
     return NetworkError(f"{path} failed in ONNX Runtime ({error})", "a run without errors", "latentrt doctor")
 
 
-def _onnxruntime() -> Any:
+def load_onnxruntime() -> Any:
+    """The library, which from 1.31 on would report its use to its maker and keep an id of the machine, if it were let."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         raise MissingDependencyError(
             f"onnxruntime cannot be imported ({error})", "ONNX Runtime", "pip install onnxruntime"
         ) from error

@@ -174,11 +174,14 @@ def load_settings(flags: dict[str, Any], config: Path | None = None) -> Settings
         return Configured(**flags)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        name = ".".join(map(str, first["loc"][:1])) or "the settings"
+        name = ".".join(map(str, first["loc"][:1]))
+        message = first["msg"].removeprefix("Value error, ")
         raise RequestError(
-            f"{name}: {first['msg'].removeprefix('Value error, ')}",
-            "a setting that `latentrt serve --help` lists, within its range",
-            f"change --{name.replace('_', '-')}, {PREFIX}{name.upper()} or {name} in the TOML file",
+            f"{name}: {message}" if name else message,
+            "settings that `latentrt serve --help` lists, within their ranges",
+            f"change --{name.replace('_', '-')}, {PREFIX}{name.upper()} or {name} in the TOML file"
+            if name
+            else "change one of them",
         ) from error
     except (OSError, ValueError) as error:
         raise RequestError(f"{path} cannot be read ({error})", "a TOML file", "mend it, or change --config") from error
