@@ -226,6 +226,7 @@ def _check(spec: ModelSpec) -> None:
     for name in (*encoders, "unet", "vae_decoder"):
         _need(name in spec.graphs, "graphs", list(spec.graphs), f"a graph {name!r}")
     for name, graph in spec.graphs.items():
+        _need(name.isidentifier(), "graphs", name, "networks' names, letters and underscores")
         _check_graph(f"graphs.{name}", graph)
     for part in ("half", "cuda"):
         for name, graph in getattr(spec, part).items():

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from engine.bundle import Bundle
 from engine.errors import MissingDependencyError, UntrustedPlanError
-from engine.plans import REFITTABLE, STRIPPED, VERSION_COMPATIBLE, PlanRecord, PlanStore
+from engine.plan_record import REFITTABLE, STRIPPED, VERSION_COMPATIBLE, PlanRecord
+from engine.plans import PlanStore
 from engine.terminal import show, table_of
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Protocol
 
 from engine.errors import LatentrtError, PlanError
-from engine.plans import PlanRecord
+from engine.plan_record import PlanRecord
 from export.plan_builder import Cancelled, Order, build
 
 GRACE = 5.0  # seconds that a build gets to stop by itself

@@ -12,7 +12,7 @@ import onnx
 
 from engine.backends.trt import Library
 from engine.bundle import Bundle
-from engine.plans import Profile
+from engine.plan_record import Profile
 from export.plan_builder import new_builder
 from export.plan_graph import load_graph, serialized
 

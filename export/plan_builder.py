@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 from engine.backends.trt import Library, open_library
 from engine.bundle import Bundle
 from engine.errors import DeviceMemoryError, PlanError
-from engine.plans import REFITTABLE, STRIPPED, PlanKey, PlanRecord, PlanStore
+from engine.plan_record import REFITTABLE, STRIPPED, PlanKey, PlanRecord
+from engine.plans import PlanStore
 from engine.spec import GraphSpec
 from export import timing_cache
 from export.plan_graph import load_graph, serialized, weights_of

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from engine.bundle import Bundle
 from engine.errors import LatentrtError, PlanError
-from engine.plans import Profile, Weight
+from engine.plan_record import Profile, Weight
 from engine.spec import GraphSpec
 from export.lower import lower
 

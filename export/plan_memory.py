@@ -18,7 +18,7 @@ import onnx
 import onnx_ir as ir
 
 from engine.errors import DeviceMemoryError, PlanError
-from engine.plans import STRIPPED, PlanKey, Profile, Weight
+from engine.plan_record import STRIPPED, PlanKey, Profile, Weight
 
 SCRATCH = 2**23  # bytes that every plan takes for its kernels
 CODE = 25_000  # bytes of kernels in a plan for each node of the graph

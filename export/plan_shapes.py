@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from engine.errors import PlanError, RequestError
-from engine.plans import Profile, Range
+from engine.plan_record import Profile, Range
 from engine.spec import LatentSpec, ModelSpec
 
 MOST = 65_536

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.backends.trt import Library
-from engine.plans import PlanKey
+from engine.plan_record import PlanKey
 
 
 def load(library: Library, config: Any, key: PlanKey) -> Any:

@@ -23,7 +23,8 @@ from engine.backends.base import Gpu
 from engine.backends.trt import Library, open_library, wanted_key
 from engine.bundle import Bundle
 from engine.errors import BackendError, PlanError, UntrustedPlanError
-from engine.plans import REFITTABLE, STRIPPED, PlanKey, PlanRecord, PlanStore
+from engine.plan_record import REFITTABLE, STRIPPED, PlanKey, PlanRecord
+from engine.plans import PlanStore
 from export.build_process import Progress, build_in_child
 from export.plan_builder import Order
 from export.plan_graph import load_graph, weights_of

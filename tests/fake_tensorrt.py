@@ -27,7 +27,8 @@ from onnx import numpy_helper
 from engine.backends.base import Gpu, size_of
 from engine.backends.trt import Library, wanted_key
 from engine.bundle import Bundle
-from engine.plans import STRIPPED, PlanRecord, PlanStore, Profile, Range, Weight
+from engine.plan_record import STRIPPED, PlanRecord, Profile, Range, Weight
+from engine.plans import PlanStore
 from engine.spec import GraphSpec
 
 MAGIC = "a plan of fake_tensorrt"

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from engine.backends.base import DeviceArray
 from engine.backends.tensorrt import TensorRtBackend, TensorRtNetwork
 from engine.bundle import Bundle, FileRecord
-from engine.plans import Range
+from engine.plan_record import Range
 from engine.spec import GraphSpec, TensorSpec
 
 WIDE: dict[str, Range] = {"batch": (1, 2, 4), "height": (2, 4, 8), "width": (2, 4, 8)}

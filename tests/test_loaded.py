@@ -16,7 +16,8 @@ from engine.backends.base import DeviceArray
 from engine.backends.tensorrt import TensorRtBackend, TensorRtNetwork
 from engine.bundle import Bundle, FileRecord
 from engine.errors import BackendError, DeviceMemoryError, NetworkError, PlanError
-from engine.plans import PlanStore, Profile
+from engine.plan_record import Profile
+from engine.plans import PlanStore
 from engine.spec import TensorSpec
 
 secret, bundle, gpu, fake = small_bundle.secret, small_bundle.bundle, small_bundle.gpu, small_bundle.fake

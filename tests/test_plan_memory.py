@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 
 from engine.bundle import Bundle
 from engine.errors import DeviceMemoryError, PlanError
-from engine.plans import STRIPPED, PlanKey, Profile
+from engine.plan_record import STRIPPED, PlanKey, Profile
 from export import plan_memory
 from export.plan_graph import load_graph, weights_of
 from export.plan_memory import Estimate, check_room, estimate, peak_activations

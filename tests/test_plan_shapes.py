@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from engine.bundle import Bundle
 from engine.errors import PlanError, RequestError
-from engine.plans import PlanKey, PlanRecord
+from engine.plan_record import PlanKey, PlanRecord
 from export.plan_shapes import profiles_of, shapes_of
 
 EMOJI = Bundle.open(check_hashes=False)

@@ -17,17 +17,8 @@ from hypothesis import strategies as st
 from engine import plans
 from engine.bundle import Bundle
 from engine.errors import PlanError, UnsafePathError, UntrustedPlanError
-from engine.plans import (
-    REFITTABLE,
-    STRIPPED,
-    VERSION_COMPATIBLE,
-    PlanKey,
-    PlanRecord,
-    PlanStore,
-    Profile,
-    Weight,
-    weights_digest,
-)
+from engine.plan_record import REFITTABLE, STRIPPED, VERSION_COMPATIBLE, PlanKey, PlanRecord, Profile, Weight
+from engine.plans import PlanStore, weights_digest
 from engine.seal import secret_path
 from engine.spec import TensorSpec
 

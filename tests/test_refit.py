@@ -38,7 +38,7 @@ from small_bundle import (
 from engine.backends.refit import STORED, StoredWeights, as_wanted
 from engine.bundle import Bundle
 from engine.errors import BackendError, LatentrtError, PlanError, UnsafePathError
-from engine.plans import REFITTABLE, STRIPPED, Weight
+from engine.plan_record import REFITTABLE, STRIPPED, Weight
 
 secret, bundle, gpu, fake = small_bundle.secret, small_bundle.bundle, small_bundle.gpu, small_bundle.fake
 network, arrays = small_bundle.network, small_bundle.arrays

@@ -17,7 +17,8 @@ from onnx import TensorProto, helper
 from engine.backends.trt import Library, open_library
 from engine.bundle import EMBEDDED, Bundle
 from engine.errors import BackendError, DeviceMemoryError, PlanError
-from engine.plans import REFITTABLE, STRIPPED, PlanStore
+from engine.plan_record import REFITTABLE, STRIPPED
+from engine.plans import PlanStore
 from export.capability import capability, refused
 from export.plan_graph import load_graph, serialized, weights_of
 from export.plan_shapes import profiles_of, shapes_of

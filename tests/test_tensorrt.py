@@ -18,7 +18,7 @@ from engine.backends.ort import OrtBackend
 from engine.backends.tensorrt import SHAPES_KEPT, TensorRtBackend, TensorRtNetwork
 from engine.bundle import Bundle
 from engine.errors import BundleError, NetworkError, PlanError, UntrustedPlanError
-from engine.plans import VERSION_COMPATIBLE, Range
+from engine.plan_record import VERSION_COMPATIBLE, Range
 from export.plan_shapes import profiles_of, shapes_of
 
 secret, bundle, gpu, fake = small_bundle.secret, small_bundle.bundle, small_bundle.gpu, small_bundle.fake

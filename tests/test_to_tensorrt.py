@@ -19,7 +19,8 @@ import pytest
 from engine.backends.trt import Library, open_library
 from engine.bundle import Bundle, write_manifest
 from engine.errors import BackendError, BundleError, DeviceMemoryError, PlanError
-from engine.plans import REFITTABLE, STRIPPED, VERSION_COMPATIBLE, PlanStore
+from engine.plan_record import REFITTABLE, STRIPPED, VERSION_COMPATIBLE
+from engine.plans import PlanStore
 from export import build_process, timing_cache, to_tensorrt
 from export.plan_builder import Order
 from export.plan_shapes import shapes_of

@@ -20,7 +20,8 @@ from engine.backends import trt
 from engine.backends.trt import LIBRARIES, Library, open_library, wanted_key
 from engine.bundle import Bundle
 from engine.errors import BackendError, BundleError, MissingDependencyError, PlanError
-from engine.plans import REFITTABLE, STRIPPED, VERSION_COMPATIBLE, weights_digest
+from engine.plan_record import REFITTABLE, STRIPPED, VERSION_COMPATIBLE
+from engine.plans import weights_digest
 
 GPU: Any = SimpleNamespace(name="NVIDIA H200", compute_capability=(9, 0), driver="13.0")
 

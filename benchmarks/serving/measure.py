@@ -57,7 +57,7 @@ def measure(config: Config) -> dict[str, Any]:
         cap = measured.cap(next(iter(measured.ticks)), engine.denoiser.lanes)
         with Service(engine, queue=QUEUE, curve=measured) as service:
             service.self_check()
-            capacity, outcomes, inside = asyncio.run(_in_process(service, config))
+            capacity, outcomes, inside = asyncio.run(_in_process(service, cap // 2, config))
     with running("--lanes", str(2 * config.pictures), "--queue", str(QUEUE)) as one:
         outcome, outside = asyncio.run(_over_http(one.url, capacity, config))
     return {
@@ -70,10 +70,10 @@ def measure(config: Config) -> dict[str, Any]:
     }
 
 
-async def _in_process(service: Service, config: Config) -> tuple[float, list[Outcome], list[float]]:
+async def _in_process(service: Service, batch: int, config: Config) -> tuple[float, list[Outcome], list[float]]:
     policies: dict[str, Serve] = {
         BY_STEP: lambda arrival: submitted(service, arrival),
-        BY_REQUEST: InBatches(service, config.pictures),
+        BY_REQUEST: InBatches(service, batch),
         ALONE: InBatches(service, 1),
     }
     at_once = [one._replace(at=0.0) for one in _some(config.at_once)]

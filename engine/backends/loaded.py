@@ -13,7 +13,8 @@ from engine.backends.base import DeviceArray, Gpu
 from engine.backends.refit import StoredWeights, refit
 from engine.backends.trt import Library
 from engine.errors import DeviceMemoryError, LatentrtError, NetworkError, PlanError
-from engine.plans import STRIPPED, PlanRecord, PlanStore
+from engine.plan_record import STRIPPED, PlanRecord
+from engine.plans import PlanStore
 from engine.spec import GraphSpec, TensorSpec
 
 T = TypeVar("T")

@@ -268,7 +268,7 @@ def _failed(path: str, error: Exception) -> NetworkError:
 
 
 def load_onnxruntime() -> Any:
-    """The library, which from 1.31 on would report its use to its maker and keep an id of the machine, if it were let."""
+    """The library; from 1.31 on it would report its use to its maker and keep an id of the machine, if it were let."""
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from engine.backends.trt import Library
 from engine.bundle import Bundle
 from engine.errors import PlanError
-from engine.plans import Weight
+from engine.plan_record import Weight
 
 Values = Callable[[str], NDArray[Any]]
 STORED = {

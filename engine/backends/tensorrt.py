@@ -18,7 +18,8 @@ from engine.backends.refit import as_wanted
 from engine.backends.trt import Library, wanted_key
 from engine.bundle import Bundle
 from engine.errors import BackendError, LatentrtError, NetworkError, PlanError
-from engine.plans import REFITTABLE, PlanKey, PlanRecord, PlanStore
+from engine.plan_record import REFITTABLE, PlanKey, PlanRecord
+from engine.plans import PlanStore
 from engine.spec import GraphSpec
 
 ALIGNMENT = 256  # bytes, of every address that TensorRT is given

@@ -19,7 +19,8 @@ import numpy as np
 
 from engine.bundle import Bundle
 from engine.errors import BackendError, MissingDependencyError, PlanError
-from engine.plans import REFITTABLE, STRIPPED, VERSION_COMPATIBLE, PlanKey, weights_digest
+from engine.plan_record import REFITTABLE, STRIPPED, VERSION_COMPATIBLE, PlanKey
+from engine.plans import weights_digest
 
 log = logging.getLogger(__name__)
 

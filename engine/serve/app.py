@@ -110,6 +110,8 @@ def _answer_of(request: Request, error: Exception) -> Answer:
     if isinstance(error, RequestValidationError):
         return answer_to_validation(error.errors())
     if isinstance(error, HTTPException):
+        if isinstance(error.__cause__, OSError):  # a form that could not be kept: FastAPI calls it the client's fault
+            return answer_to(error.__cause__)
         if error.status_code == 413:
             return too_much(request.app.state.context.settings.max_body)
         answer = answer_to_status(error.status_code, str(error.detail))

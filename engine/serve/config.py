@@ -47,6 +47,9 @@ class Settings(BaseSettings):
     keys_file: Path | None = _field(None, "Network", "File with one key a line, # for comments.")
     drain_timeout: Seconds = _field(60.0, "Network", "Seconds that running requests get after SIGTERM.")
     body_timeout: Seconds = _field(60.0, "Network", "Seconds in which a request's body must have arrived.")
+    stall_timeout: Seconds = _field(
+        60.0, "Network", "Seconds after which a client that reads nothing of its answer is hung up on (Linux)."
+    )
     heartbeat: Seconds = _field(10.0, "Network", "Seconds between comments that keep a stream alive.")
 
     ray: bool = _field(False, "Ray", "Serve by replicas of Ray Serve; needs the extra `ray`.")

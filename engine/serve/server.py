@@ -86,6 +86,8 @@ def listening(settings: Settings) -> Iterator[socket.socket]:
             family, kind, protocol, _, address = found[0]
             sock = stack.enter_context(socket.socket(family, kind, protocol))
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; connections inherit it
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1000 * settings.stall_timeout))
             sock.bind(address)
         except OSError as error:
             raise BackendError(

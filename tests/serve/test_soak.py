@@ -26,7 +26,7 @@ MORE_MIB, MORE_FILES = 24, 4
 
 @pytest.mark.slow
 def test_memory_and_descriptors_are_stable() -> None:
-    with running("--lanes", "16", "--log-level", "warning", command=fake()) as one:
+    with running("--lanes", "16", command=fake()) as one:
         seen, samples = within(60 * MINUTES + 120, lambda: _soak(one, 60 * MINUTES))
         within(60, lambda: until_idle(one.url))
         after = (one.memory, one.descriptors)
