@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help demo test test-all test-gpu lint bench bench-gpu pictures clean
+.PHONY: help demo test test-all test-gpu lint bench bench-serving bench-gpu pictures clean
 .DEFAULT_GOAL := help
 
 help: ## show this
@@ -16,10 +16,10 @@ demo: $(VENV)/.core ## set up a virtual environment and draw a picture
 	@echo "Look at out/a-red-apple.png"
 
 test: $(VENV)/.dev ## what CI runs, save the linters
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadscope -m "not slow and not gpu"
 
 test-all: $(VENV)/.dev ## with the tests that take minutes
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadscope -m "not gpu"
 
 test-gpu: $(VENV)/.dev ## what needs an NVIDIA GPU: parity, bits, memory; fails where no network runs on one
 	$(BIN)/python tests/gpu
@@ -31,6 +31,9 @@ lint: $(VENV)/.dev ## ruff and mypy
 
 bench: $(VENV)/.dev ## every benchmark that needs no GPU, side by side with diffusers; refreshes benchmarks/results
 	$(BIN)/python -m benchmarks all
+
+bench-serving: $(VENV)/.dev ## batching by step against its alternatives, over arrivals in real time; six minutes
+	$(BIN)/python -m benchmarks.serving
 
 bench-gpu: $(VENV)/.dev ## full-size models on an NVIDIA GPU; PRESET=sd15, sd21 or sdxl
 	$(BIN)/python -m benchmarks gpu --preset $(PRESET)

@@ -70,7 +70,7 @@ def test_export_imports_only_the_engine_below_the_pipeline() -> None:
         if path.stem in ("verify", "reference", "ranges", "cli", "build_cli"):  # these run the whole engine
             continue
         used = {name.removeprefix("engine.") for name in imports(path) if name.startswith("engine")}
-        plans = {"plans", "plan_record", "backends.base", "backends.trt", "backends.cuda"}  # what they are built with and for
+        plans = {"plans", "plan_record", "backends.base", "backends.trt", "backends.cuda"}  # built with, for
         assert used <= {"engine", "errors", "spec", "bundle", "prompt", "schedule", *plans}
 
 

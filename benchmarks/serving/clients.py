@@ -41,9 +41,7 @@ class Answer:
         return "" if self.status == 200 else str(self.json()["error"]["code"])
 
     def pictures(self) -> list[NDArray[np.uint8]]:
-        return [
-            np.asarray(Image.open(BytesIO(base64.b64decode(one["b64_json"])))) for one in self.json()["data"]
-        ]
+        return [np.asarray(Image.open(BytesIO(base64.b64decode(one["b64_json"])))) for one in self.json()["data"]]
 
 
 @dataclass(slots=True)
@@ -64,7 +62,9 @@ class Client:
         head = f"{'GET' if body is None else 'POST'} {path} HTTP/1.1\r\nHost: test\r\nContent-Length: {len(data)}\r\n"
         self.writer.write(f"{head}Content-Type: {kind}\r\n\r\n".encode() + data)
 
-    async def ask(self, path: str, body: bytes | dict[str, Any] | None = None, kind: str = "application/json") -> Answer:
+    async def ask(
+        self, path: str, body: bytes | dict[str, Any] | None = None, kind: str = "application/json"
+    ) -> Answer:
         """Send a request and wait for its answer.
 
         Raises:
@@ -100,7 +100,9 @@ class Client:
             await self.writer.wait_closed()
 
 
-async def ask(url: str, path: str, body: bytes | dict[str, Any] | None = None, kind: str = "application/json") -> Answer:
+async def ask(
+    url: str, path: str, body: bytes | dict[str, Any] | None = None, kind: str = "application/json"
+) -> Answer:
     """One request over a connection of its own."""
     client = await Client.connect(url)
     try:

@@ -39,9 +39,9 @@ def render(found: Mapping[str, Any], outcomes: Sequence[Outcome]) -> str:
     """The page as Markdown."""
     machine = found["machine"]
     about = (
-        f"Machine: {machine['cpu']}, {machine['cores']} cores, Python {machine['python']}; {found['date']}, load average "
-        f"before it {machine['load_before']:.1f}. {found['config']['seconds']:g} s of arrivals each; the engine draws "
-        f"{number(found['capacity'])} pictures a second; its measured curve allows {found['batch_cap_lanes']} of "
+        f"Machine: {machine['cpu']}, {machine['cores']} cores, Python {machine['python']}; {found['date']}, load "
+        f"average before it {machine['load_before']:.1f}; {found['config']['seconds']:g} s of arrivals. The engine "
+        f"draws {number(found['capacity'])} pictures a second; its measured curve allows {found['batch_cap_lanes']} of "
         f"{2 * found['config']['pictures']} lanes a call."
     )
     how = inspect.getdoc(policies) or ""
@@ -113,8 +113,8 @@ def _http(found: Mapping[str, Any], outcomes: Sequence[Outcome]) -> str:
         for name, one in (("in one process", within), ("over HTTP", over))
     ]
     return (
-        f"The same arrivals at load {over.load:g} in a server of its own, over kept connections (clients take their part "
-        "of the same cores). Alone, a picture of ten steps takes "
+        f"The same arrivals at load {over.load:g} in a server of its own, over kept connections (clients take their "
+        "part of the same cores). Alone, a picture of ten steps takes "
         f"{number(measure.overhead(dict(found)))} ms longer over HTTP: parsing, PNG, base64, JSON.\n\n"
         + table(("", "pictures/s", "p50 s", "p95 s", "p99 s"), rows)
     )

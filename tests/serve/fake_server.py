@@ -1,4 +1,4 @@
-"""`python fake_server.py SECONDS [FLAGS]`: `latentrt serve` as it is, over fake networks that take so long a call.
+"""`python fake_server.py SECONDS LOOK [FLAGS]`: `latentrt serve` as it is, over fake networks that take so long a call.
 
 The prompts of `fake_engine` pull its strings: a step that raises, one that hangs, latents that turn NaN.
 """
@@ -8,8 +8,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from fake_engine import Fakes, fake_engine
+import numpy as np
+from fake_engine import Arrays, Fakes, fake_engine
+from numpy.typing import NDArray
 
 from engine.pipeline import Engine
 from engine.serve import server
@@ -19,18 +22,27 @@ from engine.serve_verb import serve
 STEP = 0.01
 
 
-def fake(seconds: float = STEP) -> tuple[str, ...]:
-    """The command of such a server."""
-    return sys.executable, __file__, str(seconds)
+def fake(seconds: float = STEP, look: str = "flat") -> tuple[str, ...]:
+    """The command of such a server; pictures that look "rough" do not shrink, and are megabytes on the wire."""
+    return sys.executable, __file__, str(seconds), look
+
+
+class Rough(Fakes):
+    """Its pictures are noise."""
+
+    def vae(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
+        image = super().vae(feeds)["image"]
+        return {"image": np.random.default_rng(0).uniform(-1, 1, image.shape).astype(np.float32)}
 
 
 def main() -> None:
     """Everything but the engine is the server's own."""
-    seconds, sys.argv[1:2] = float(sys.argv[1]), []
+    seconds, fakes = float(sys.argv[1]), Rough() if sys.argv[2] == "rough" else Fakes()
+    del sys.argv[1:3]
 
     @contextmanager
     def loaded(settings: Settings) -> Iterator[Engine]:
-        with fake_engine(Fakes(), lanes=settings.lanes or 8, seconds=seconds) as engine:
+        with fake_engine(fakes, lanes=settings.lanes or 8, seconds=seconds) as engine:
             yield engine
 
     server.loaded = loaded
