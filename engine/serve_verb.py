@@ -36,7 +36,7 @@ class ServeCommand(click.Command):
 @click.option("--config", type=click.Path(path_type=Path), help="TOML file with settings, as max_steps = 50.")
 @click.option("--print-config", is_flag=True, help="Print the settings that hold, as JSON, and serve nothing.")
 def serve(config: Path | None, print_config: bool, **flags: Any) -> None:
-    """Serve a bundle: the OpenAI Images API and a page.
+    """Serve a bundle: the OpenAI Images API, and /sdapi/v1.
 
     Flags have precedence over LATENTRT_* variables (LATENTRT_MAX_STEPS=50), those over a TOML file. Keys come
     from LATENTRT_KEYS (with commas between them), the TOML file or --keys-file. Needs the extra `serve`.
