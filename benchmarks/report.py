@@ -25,7 +25,8 @@ HEAD = """# Benchmarks
 latentrt beside diffusers: the same model (the embedded one), threads, steps, solver and seeds, in one run, in turn.
 `python -m benchmarks all` (or `make bench`) wrote this page from [cpu.json](cpu.json), which keeps every sample.
 Figures are medians, with the least and the greatest sample in brackets. How many times better
-latentrt is stands in bold, the median of ratios taken round by round.
+latentrt is stands in bold, the median of ratios taken round by round. [SERVING.md](SERVING.md) compares ways of
+batching, [GPU.md](GPU.md) is for full-size models on a GPU.
 """
 NOT_MEASURED = """## Not measured
 
