@@ -166,7 +166,10 @@ class Desk:
                     self.changed.notify_all()
 
     def suspect(self, error: LatentrtError, *, hung: bool = False) -> None:
-        """The engine raised or hung: nothing new begins until a self-check has passed."""
+        """The engine raised or hung: nothing new begins until a self-check has passed.
+
+        Said before the order that it cost fails: who hears of that finds the service unready, not about to be.
+        """
         with self.changed:
             if self.fault is None:
                 self.fault = _fault(error)
@@ -223,8 +226,9 @@ class Desk:
             except Exception as error:
                 LOG.exception("%s raised", threading.current_thread().name)
                 fault = _fault(as_error(error))
-                self.suspect(fault)
-                self.fail_all(fault)
+                with self.changed:
+                    self.suspect(fault)
+                    self.fail_all(fault)
 
     def close(self) -> None:
         """End the threads; what is left fails."""

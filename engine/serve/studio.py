@@ -110,9 +110,9 @@ class Studio:
             self._desk.changed.notify_all()
 
     def _refuse(self, ticket: Ticket, error: Exception) -> None:
-        self._desk.fail(ticket, as_error(error))
         if stages.is_fault(error):
             self._desk.suspect(as_error(error))
+        self._desk.fail(ticket, as_error(error))
 
     # ---- Latents to pictures
 
@@ -140,8 +140,8 @@ class Studio:
                 for part in parts:
                     self._draw([part])
             else:
-                self._desk.end(parts[0], Failed(parts[0].index, as_error(error)))
                 self._desk.suspect(as_error(error))
+                self._desk.end(parts[0], Failed(parts[0].index, as_error(error)))
             return
         for part, picture in zip(parts, drawn, strict=True):
             if isinstance(picture, LatentrtError):

@@ -101,9 +101,9 @@ class Worker:
         try:
             self._denoiser.admit(part.job)
         except Exception as error:
-            self._desk.end(part, Failed(part.index, as_error(error)))
             if stages.is_fault(error):
                 self._desk.suspect(as_error(error))
+            self._desk.end(part, Failed(part.index, as_error(error)))
             return
         self._seated[part.job] = part
         self._desk.observer.admitted(now - part.accepted)

@@ -18,7 +18,7 @@ from engine.lanes import HostLanes
 from engine.serve import stages
 from engine.serve.observer import Silent
 from engine.serve.service import Service
-from engine.serve.ticket import EngineFault, Failed, NotReady, Order, Picture, Ticket
+from engine.serve.ticket import EngineFault, Event, Failed, NotReady, Order, Picture, Ticket
 
 TIMES = 5
 
@@ -173,6 +173,24 @@ def test_a_stage_that_raises_fails_its_orders(serve: Serve, fakes: Fakes, networ
         fakes.broken.clear()
         service.self_check()
         is_well(service)
+
+
+@pytest.mark.parametrize("network", ["text", "unet", "vae"])
+def test_who_hears_of_a_fault_finds_the_service_unready(
+    serve: Serve, fakes: Fakes, network: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not about to be: what is ordered next would be taken by an engine that nobody trusts."""
+    service, states, tell = serve(), list[str](), Ticket.tell
+
+    def seen(ticket: Ticket, event: Event, *, last: bool = False) -> None:
+        if isinstance(event, Failed):
+            states.append(service.state)
+        tell(ticket, event, last=last)
+
+    monkeypatch.setattr(Ticket, "tell", seen)
+    fakes.broken.add(network)
+    failure(submit(service, order("a prompt never seen before")))
+    assert states == ["failed"]
 
 
 @pytest.mark.parametrize("where", ["step", "stage"])
