@@ -81,6 +81,10 @@ class TextEncoder:
             )
         return tuple(each.ids for each in encoded)
 
+    def dropped(self, prompt: str) -> str:
+        """The end of a prompt that the model does not read; empty where it reads all."""
+        return max((tokenizer.encode(prompt).dropped for tokenizer, _ in self._pairs), key=len)
+
     def _encode(self, ids: Sequence[tuple[NDArray[np.int64], ...]]) -> list[dict[str, Float32]]:
         """Conditionings of prompts by their token ids for each encoder."""
         states, conditionings = [], [dict[str, Float32]() for _ in ids]

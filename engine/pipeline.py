@@ -23,6 +23,7 @@ from engine.job import Job
 from engine.lanes import HostLanes
 from engine.models import VAE, TextEncoder, UNet
 from engine.noise import noise_source
+from engine.plan_record import Profile, drawn_by
 from engine.prompt import Tokenizer
 from engine.request import facts_of, request_from
 from engine.schedule import Schedule
@@ -99,6 +100,17 @@ class Engine:
     def network(self, name: str) -> Network:
         """One of the model's networks by its name in the manifest ("unet", ...), loaded now where it was not."""
         return self._networks[name].open()
+
+    @property
+    def resident(self) -> bool:
+        """Whether all networks stay loaded."""
+        return self._resident
+
+    @property
+    def profiles(self) -> tuple[Profile, ...] | None:
+        """The latents' sizes ("height", "width") that TensorRT's plans draw; None without plans: all sizes."""
+        unet, decoder = (getattr(self._networks[name].open(), "profiles", None) for name in ("unet", "vae_decoder"))
+        return None if unet is None or decoder is None else drawn_by(unet, decoder, self.denoiser.lanes)
 
     def _open(self) -> dict[str, Any]:
         """Load what every picture needs; the VAE's encoder is loaded when a picture is given."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from typing import Any
 
 from engine.seal import canonical
@@ -41,6 +42,25 @@ class Profile:
             f"{name} {low}" if low == high else f"{name} {low} to {high} (best {best})"
             for name, (low, best, high) in self.ranges.items()
         )
+
+
+def drawn_by(unet: Iterable[Profile], decoder: Iterable[Profile], lanes: int) -> tuple[Profile, ...]:
+    """The latents' sizes ("height", "width") that both networks serve: the UNet with so many lanes, the VAE's decoder
+    with one picture. Each once, in the order of the UNet's profiles.
+    """
+    found: list[Profile] = []
+    for mine, theirs in product(unet, decoder):
+        if mine.covers({"batch": lanes}) and theirs.covers({"batch": 1}):
+            shared = {side: _shared(mine.ranges[side], theirs.ranges[side]) for side in ("height", "width")}
+            profile = Profile(shared)
+            if all(low <= high for low, _, high in shared.values()) and profile not in found:
+                found.append(profile)
+    return tuple(found)
+
+
+def _shared(one: Range, other: Range) -> Range:
+    low, high = max(one[0], other[0]), min(one[2], other[2])
+    return low, max(low, min(one[1], high)), high
 
 
 @dataclass(frozen=True, slots=True)

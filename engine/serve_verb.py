@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import click
 
@@ -36,13 +36,13 @@ class ServeCommand(click.Command):
 @click.option("--config", type=click.Path(path_type=Path), help="TOML file with settings, as max_steps = 50.")
 @click.option("--print-config", is_flag=True, help="Print the settings that hold, as JSON, and serve nothing.")
 def serve(config: Path | None, print_config: bool, **flags: Any) -> None:
-    """Serve a bundle: the OpenAI Images API, and /sdapi/v1.
+    """Serve a bundle: a page at /, the OpenAI Images API, and /sdapi/v1.
 
     Flags have precedence over LATENTRT_* variables (LATENTRT_MAX_STEPS=50), those over a TOML file. Keys come
     from LATENTRT_KEYS (with commas between them), the TOML file or --keys-file. Needs the extra `serve`.
     """
     load_settings = _config().load_settings
-    settings = load_settings({name: value for name, value in flags.items() if value is not None}, config)
+    settings = load_settings({name: value for name, value in flags.items() if value not in (None, ())}, config)
     if print_config:
         print(json.dumps(settings.model_dump(mode="json"), indent=2))
         return
@@ -83,9 +83,11 @@ def _options() -> dict[str, list[click.Parameter]]:
             continue
         flag = f"--{name.replace('_', '-')}"
         boolean = field.annotation is bool
+        several = get_origin(field.annotation) is tuple
         option = click.Option(
             [f"{flag}/--no-{flag[2:]}" if boolean else flag, name],
             default=None,
+            multiple=several,
             metavar=None if boolean else _metavar(field.annotation),
             help=_help(field),
         )

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from engine import plans
 from engine.bundle import Bundle
 from engine.errors import PlanError, UnsafePathError, UntrustedPlanError
-from engine.plan_record import REFITTABLE, STRIPPED, VERSION_COMPATIBLE, PlanKey, PlanRecord, Profile, Weight
+from engine.plan_record import REFITTABLE, STRIPPED, VERSION_COMPATIBLE, PlanKey, PlanRecord, Profile, Weight, drawn_by
 from engine.plans import PlanStore, weights_digest
 from engine.seal import secret_path
 from engine.spec import TensorSpec
@@ -195,6 +195,14 @@ def test_shapes_outside_are_answered_with_all_ranges(store: PlanStore) -> None:
     assert caught.value.needed == (
         "batch 1, height 32, width 32; or batch 2 to 8 (best 2), height 64 to 96 (best 64), width 64 to 96 (best 64)"
     )
+
+
+def test_what_is_drawn_is_what_unet_and_vae_both_serve() -> None:
+    vae = Profile({"batch": (1, 1, 4), "height": (16, 16, 80), "width": (72, 80, 96)})
+    assert drawn_by([SQUARE, SMALL], [vae], 2) == (Profile({"height": (64, 64, 80), "width": (72, 72, 96)}),)
+    assert drawn_by([SQUARE, SQUARE], [SQUARE, vae], 2) == drawn_by([SQUARE], [vae], 2)  # no VAE of one picture
+    assert drawn_by([SQUARE], [SMALL], 2) == ()
+    assert drawn_by([SQUARE], [vae], 9) == ()
 
 
 def test_profiles_give_shapes_and_say_what_they_cover() -> None:

@@ -18,7 +18,7 @@ from engine.backends.ort import OrtBackend
 from engine.backends.tensorrt import SHAPES_KEPT, TensorRtBackend, TensorRtNetwork
 from engine.bundle import Bundle
 from engine.errors import BundleError, NetworkError, PlanError, UntrustedPlanError
-from engine.plan_record import VERSION_COMPATIBLE, Range
+from engine.plan_record import VERSION_COMPATIBLE, Profile, Range
 from export.plan_shapes import profiles_of, shapes_of
 
 secret, bundle, gpu, fake = small_bundle.secret, small_bundle.bundle, small_bundle.gpu, small_bundle.fake
@@ -129,6 +129,7 @@ def test_the_whole_engine_draws_with_plans(gpu: HostGpu, tmp_path: Path, precisi
     pictures = []
     for options in ({"backend": backend}, {"threads": 1}):
         with Engine.load(check_hashes=False, **options) as engine:
+            assert engine.profiles == ((Profile(latent),) if "backend" in options else None)
             launched = [engine("a red apple", steps=4, seed=seed)[0] for seed in (1, 2)]
             ticked = engine(["a red apple", "an owl"], steps=4, seed=1, on_tick=lambda job: None)  # a prompt at a time
             pictures.append([np.asarray(picture).astype(int) for picture in (*launched, *ticked)])

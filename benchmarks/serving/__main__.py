@@ -1,14 +1,20 @@
-"""`python -m benchmarks.serving [--quick] [--results FOLDER] [report]`: about six minutes on two quiet cores."""
+"""`python -m benchmarks.serving [all | soak | report]`: ways to serve under the same traffic, on a quiet machine.
+
+`all` takes nine minutes and writes serving.json, `soak` as long as it is told and writes serving-soak.json; each writes
+SERVING.md and its plots anew from both, and `report` does nothing else.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from benchmarks.measures import rounded
-from benchmarks.serving import page
+from benchmarks.serving import page, soak
 from benchmarks.serving.measure import QUICK, Config, measure
 from benchmarks.timing import machine
 
@@ -18,16 +24,23 @@ RESULTS = Path(__file__).parents[1] / "results"
 def main() -> None:
     """Measure, keep every sample, write the page."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__)
-    parser.add_argument("only", nargs="?", choices=["report"], help="write the page anew, measure nothing")
+    parser.add_argument("what", nargs="?", choices=["all", "soak", "report"], default="all")
     parser.add_argument("--quick", action="store_true", help="a smoke run of seconds; says nothing")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of serving.json and the page")
+    parser.add_argument("--minutes", type=float, default=5.0, help="of the soak [5]")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the samples and the page")
     arguments = parser.parse_args()
-    if arguments.only is None:
-        about = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "machine": machine(("numpy", "onnxruntime", "uvicorn"))}
-        found = rounded({**about, **measure(QUICK if arguments.quick else Config())})
-        arguments.results.mkdir(parents=True, exist_ok=True)
-        (arguments.results / "serving.json").write_text(json.dumps(found) + "\n")
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    if arguments.what == "all":
+        config = QUICK if arguments.quick else Config()
+        _keep(arguments.results / page.SAMPLES, lambda: measure(config))
+    elif arguments.what == "soak":
+        _keep(arguments.results / page.SOAK, lambda: soak.measure(arguments.minutes))
     page.write(arguments.results)
+
+
+def _keep(path: Path, samples: Callable[[], Mapping[str, Any]]) -> None:
+    about = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "machine": machine(("numpy", "onnxruntime", "uvicorn"))}
+    path.write_text(json.dumps(rounded({**about, **samples()})) + "\n")
 
 
 if __name__ == "__main__":

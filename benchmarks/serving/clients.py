@@ -9,7 +9,6 @@ import asyncio
 import base64
 import json
 import time
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -119,9 +118,3 @@ async def metrics(url: str) -> dict[str, float]:
             name, _, value = line.replace('model_name="emoji",', "").replace('{model_name="emoji"}', "").rpartition(" ")
             found[name] = float(value)
     return found
-
-
-def quantile(values: Iterable[float], part: float) -> float:
-    """The smallest value that so many of them do not exceed."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(part * len(ordered)))]

@@ -1,15 +1,16 @@
-"""Take the samples: capacity first, then every policy at every load, then HTTP."""
+"""Take the samples. The ways to serve take turns over the same arrivals: what the machine does meets them all."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from statistics import median
-from time import perf_counter
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from benchmarks.serving.clients import DRAW, Client, metrics, quantile
+from benchmarks.serving import refusals
+from benchmarks.serving.fake import fake_engine
 from benchmarks.serving.policies import (
     ALONE,
     BY_REQUEST,
@@ -19,160 +20,164 @@ from benchmarks.serving.policies import (
     InBatches,
     OverHttp,
     Serve,
+    Ticks,
     replay,
     submitted,
 )
 from benchmarks.serving.process import running
-from benchmarks.serving.traffic import Arrival, Outcome, arrivals
+from benchmarks.serving.traffic import Outcome, arrivals, crowd
 from engine import Engine
 from engine.bench import measure as measure_engine
 from engine.serve import curve
 from engine.serve.service import Service
 
-PLACES = 64  # of the queue that a burst meets
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One engine under traffic.
+
+    Attributes:
+        loads: offered pictures over what the engine can draw, both a second.
+        http_load: where HTTP is tried too; None for nowhere.
+        seconds: of arrivals, for each load, seed and way to serve.
+        lanes: of a network call.
+    """
+
+    loads: tuple[float, ...]
+    http_load: float | None
+    seconds: float
+    lanes: int
+
+    def sides(self, load: float) -> list[str]:
+        """The ways to serve that are tried at a load."""
+        return [BY_STEP, BY_REQUEST, ALONE, *([HTTP] if load == self.http_load else [])]
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """How much is measured. Loads are offered pictures over what the engine can draw, both a second."""
+    """How much is measured."""
 
-    loads: tuple[float, ...] = (0.4, 0.7, 0.9, 1.2)
-    http_load: float = 0.7
-    seconds: float = 20.0
-    pictures: int = 8  # that fit into a batch
-    at_once: int = QUEUE  # pictures that capacity is measured with
-    batches: tuple[int, ...] = (1, 2, 4, 8)
-    refused: int = 436  # of a burst of 500
-    singles: int = 30
-    seed: int = 7
+    emoji: Part = field(default_factory=lambda: Part((0.4, 0.7, 0.9, 1.0, 1.2), 0.7, 4.0, 16))
+    fake: Part = field(default_factory=lambda: Part((0.4, 0.7, 1.0), None, 1.5, 8))
+    seeds: tuple[int, ...] = (7, 8, 9, 10, 11)
+    crowd: int = QUEUE  # pictures at once, from which capacity is measured
+    burst: int = 500  # requests
+    crowds: tuple[int, ...] = (500, 32)  # clients that send them
+    bursts: int = 5
+    singles: int = 20
 
 
-QUICK = Config(loads=(0.5,), http_load=0.5, seconds=2.0, at_once=4, batches=(1, 2), refused=20, singles=2)
+QUICK = Config(
+    emoji=Part((0.5,), 0.5, 1.0, 16),
+    fake=Part((0.5,), None, 0.5, 8),
+    seeds=(7, 8),
+    crowd=4,
+    burst=80,
+    crowds=(80,),
+    bursts=1,
+    singles=2,
+)
 
 
 def measure(config: Config) -> dict[str, Any]:
     """Everything, as JSON takes it."""
-    with Engine.load(lanes=2 * config.pictures) as engine:
-        measured = curve.of_bench(engine, measure_engine(engine, config.batches, steps=10, repeats=2))
-        cap = measured.cap(next(iter(measured.ticks)), engine.denoiser.lanes)
-        with Service(engine, queue=QUEUE, curve=measured) as service:
-            service.self_check()
-            capacity, outcomes, inside = asyncio.run(_in_process(service, cap // 2, config))
-    with running("--lanes", str(2 * config.pictures), "--queue", str(QUEUE)) as one:
-        outcome, outside = asyncio.run(_over_http(one.url, capacity, config))
-    return {
-        "config": asdict(config),
-        "capacity": capacity,
-        "batch_cap_lanes": cap,
-        "outcomes": [one.to_dict() for one in (*outcomes, outcome)],
-        "singles": {BY_STEP: inside, HTTP: outside},
-        "refusals": [_refusals(config.refused, clients) for clients in (config.refused, 32)],
-    }
+    say = _clock()
+    with Engine.load(lanes=config.emoji.lanes) as engine:
+        emoji = _part(engine, config.emoji, config, say)
+    with fake_engine(config.fake.lanes) as engine:
+        fake = _part(engine, config.fake, config, say)
+    say("refusals")
+    refused = refusals.measure(config.burst, config.crowds, config.bursts)
+    return {"config": asdict(config), "emoji": emoji, "fake": fake, "refusals": refused}
 
 
-async def _in_process(service: Service, batch: int, config: Config) -> tuple[float, list[Outcome], list[float]]:
-    policies: dict[str, Serve] = {
-        BY_STEP: lambda arrival: submitted(service, arrival),
-        BY_REQUEST: InBatches(service, batch),
-        ALONE: InBatches(service, 1),
-    }
-    at_once = [one._replace(at=0.0) for one in _some(config.at_once)]
-    warm, timed = [await replay(BY_STEP, 0.0, at_once, policies[BY_STEP]) for _ in range(2)]
-    del warm
-    outcomes = []
-    for load in config.loads:
-        traffic = arrivals(load * timed.rate, config.seconds, config.seed)
-        for policy, serve in policies.items():
-            outcomes.append(await replay(policy, load, traffic, serve))
-            _say(outcomes[-1])
-    return timed.rate, outcomes, await _one_by_one(policies[BY_STEP], config)
+def _clock() -> Say:
+    start = time.monotonic()
+
+    def say(words: str) -> None:
+        minutes, seconds = divmod(round(time.monotonic() - start), 60)
+        print(f"{minutes}:{seconds:02}  {words}", flush=True)
+
+    return say
 
 
-async def _over_http(url: str, capacity: float, config: Config) -> tuple[Outcome, list[float]]:
-    serve = OverHttp(url)
-    await replay(HTTP, 0.0, [one._replace(at=0.0) for one in _some(config.at_once)], serve)  # warms up
-    traffic = arrivals(config.http_load * capacity, config.seconds, config.seed)
-    outcome = await replay(HTTP, config.http_load, traffic, serve)
-    _say(outcome)
-    singles = await _one_by_one(serve, config)
-    await serve.close()
-    return outcome, singles
+def _part(engine: Engine, part: Part, config: Config, say: Say) -> dict[str, Any]:
+    """One engine: its curve, its capacity, and what became of all traffic."""
+    measured = _curve(engine, part.lanes)
+    (shape,) = measured.ticks
+    cap, ticks = measured.cap(shape, part.lanes), Ticks()
+    with ExitStack() as stack:
+        service = stack.enter_context(Service(engine, queue=QUEUE, curve=measured, observer=ticks))
+        service.self_check()
+        url = None
+        if part.http_load is not None:  # a server without a curve fills its lanes: it gets as many as the curve allows
+            url = stack.enter_context(running("--lanes", str(cap), "--queue", str(QUEUE))).url
+        found = asyncio.run(_served(service, cap // curve.GUIDED, ticks, part, config, say, url))
+    return {"curve": measured.ticks[shape], "decode": measured.decode[shape], "cap": cap, **found}
 
 
-async def _one_by_one(serve: Serve, config: Config) -> list[float]:
-    """Seconds of pictures of ten guided steps, nothing else going on."""
-    found = []
-    for one in _some(config.singles):
-        start = perf_counter()
-        await serve(one._replace(steps=10, guidance=3.0))
-        found.append(perf_counter() - start)
+def _curve(engine: Engine, lanes: int) -> curve.Curve:
+    """Of the fastest runs: the curve says how many lanes pay, and whatever else a machine does only slows a run."""
+    batches = [2**power for power in range((lanes // curve.GUIDED).bit_length())]
+    found = measure_engine(engine, batches, steps=10, repeats=5)
+    fastest = [{**row, "step_ms": (row["step_ms"][0],) * 3} for row in found["batches"]]
+    return curve.of_bench(engine, {**found, "batches": fastest})
+
+
+async def _served(
+    service: Service, batch: int, ticks: Ticks, part: Part, config: Config, say: Say, url: str | None
+) -> dict[str, Any]:
+    def draw(arrival: Any) -> Any:
+        return submitted(service, arrival)
+
+    sides: dict[str, Serve] = {BY_STEP: draw, BY_REQUEST: InBatches(draw, batch), ALONE: InBatches(draw, 1)}
+    if url is not None:
+        sides[HTTP] = OverHttp(url)
+        await replay(HTTP, 0.0, 0, crowd(config.crowd, 1), sides[HTTP])  # warms up
+    capacity = await _capacity(draw, config.crowd)
+    say(f"the engine draws {capacity:.1f} pictures/s; batches by request have {batch}")
+    outcomes: list[Outcome] = []
+    runs = _plan(part, config.seeds)
+    for number, (load, seed, side) in enumerate(runs, 1):
+        traffic = arrivals(load * capacity, part.seconds, seed)
+        outcomes.append(await replay(side, load, seed, traffic, sides[side], None if side == HTTP else ticks))
+        say(f"{number} of {len(runs)}: {_words(outcomes[-1])}")
+    singles = await _one_by_one({side: sides[side] for side in (BY_STEP, HTTP) if side in sides}, config.singles)
+    over_http = sides.get(HTTP)
+    if isinstance(over_http, OverHttp):
+        await over_http.close()
+    return {"capacity": capacity, "outcomes": [one.to_dict() for one in outcomes], "singles": singles}
+
+
+def _plan(part: Part, seeds: Sequence[int]) -> list[tuple[float, int, str]]:
+    """Load, seed and side of every run. Sides take turns within a seed, and every other seed in the other order."""
+    return [
+        (load, seed, side)
+        for number, seed in enumerate(seeds)
+        for load in part.loads
+        for side in part.sides(load)[:: -1 if number % 2 else 1]
+    ]
+
+
+async def _capacity(draw: Serve, pictures: int) -> float:
+    """Pictures a second, batched by step, of the fastest of four crowds."""
+    return max([(await replay(BY_STEP, 0.0, 0, crowd(pictures, 1), draw)).rate for _ in range(4)])
+
+
+async def _one_by_one(sides: Mapping[str, Serve], count: int) -> dict[str, list[float]]:
+    """Seconds of pictures of ten guided steps, nothing else going on; the sides take turns."""
+    found: dict[str, list[float]] = {side: [] for side in sides}
+    for one in crowd(count, 1):
+        for side, serve in sides.items():
+            start = time.perf_counter()
+            await serve(one._replace(steps=10, guidance=3.0))
+            found[side].append(time.perf_counter() - start)
     return found
 
 
-def _some(count: int) -> list[Arrival]:
-    return arrivals(100.0, 100.0, 1)[:count]
-
-
-def _say(outcome: Outcome) -> None:
-    p50, p95, p99 = outcome.quantiles
-    print(
-        f"  load {outcome.load:g}, {outcome.policy}: {outcome.rate:.2f} pictures/s, p50 {p50:.2f} p95 {p95:.2f} "
-        f"p99 {p99:.2f} s, {outcome.refused} of {outcome.arrived} refused",
-        flush=True,
-    )
-
-
-# ---- Refusals
-
-
-def _refusals(requests: int, clients: int) -> dict[str, Any]:
-    """So many clients ask a server whose lanes and queue are full: how soon they know."""
-    flags = ("--lanes", "2", "--queue", str(PLACES), "--max-steps", "999", "--run-timeout", "900")
-    with running(*flags) as one:
-        seen = asyncio.run(_refused(one.url, requests, clients))
-        one.stop()
-        own = [float(line["seconds"]) for line in one.requests() if line["status"] == 429]
-    return {"clients": clients, "requests": requests, "client_seconds": seen, "server_seconds": own}
-
-
-async def _refused(url: str, requests: int, clients: int) -> list[float]:
-    """Seconds of each refusal, from the first byte that was sent to the last one that came."""
-    long = await _sent(url, 999, "512x512")
-    while not (await metrics(url))["latentrt:num_images_running"]:
-        await asyncio.sleep(0.01)
-    waiting = [await _sent(url, 1) for _ in range(PLACES)]
-    while (await metrics(url))["latentrt:num_images_waiting"] < PLACES:
-        await asyncio.sleep(0.01)
-    crowd, left = [await Client.connect(url) for _ in range(clients)], iter(range(requests))
-
-    async def ask(client: Client) -> list[float]:
-        answers = [await client.ask(DRAW, {"prompt": "an owl"}) for _ in left]
-        if any(answer.status != 429 for answer in answers):
-            raise RuntimeError("the queue was not full")
-        return [answer.seconds for answer in answers]
-
-    found = await asyncio.gather(*[ask(client) for client in crowd])
-    for client in (long, *waiting, *crowd):
-        await client.leave()
-    return [seconds for some in found for seconds in some]
-
-
-async def _sent(url: str, steps: int, size: str = "64x64") -> Client:
-    """A client that waits for a picture."""
-    client = await Client.connect(url)
-    client.send(DRAW, {"prompt": "an owl", "num_inference_steps": steps, "size": size})
-    return client
-
-
-# ---- What they say
-
-
-def summary(refusal: dict[str, Any]) -> list[float]:
-    """p50 and p99 of refusals in milliseconds: within the server, and as its clients see them."""
-    sides: Sequence[list[float]] = (refusal["server_seconds"], refusal["client_seconds"])
-    return [1000 * quantile(side, part) for side in sides for part in (0.5, 0.99)]
-
-
-def overhead(found: dict[str, Any]) -> float:
-    """Milliseconds that HTTP, base64 and PNG add to a picture that is drawn alone."""
-    return 1000 * (median(found["singles"][HTTP]) - median(found["singles"][BY_STEP]))
+def _words(one: Outcome) -> str:
+    times = ", ".join(f"{name} {one.latency(name):.2f} s" for name in ("p50", "p95"))
+    others = "" if one.others is None else f"; others used {one.others:.2f} cores"
+    return f"load {one.load:g}, seed {one.seed}, {one.policy}: {times}; {one.refused} of {one.arrived} refused{others}"

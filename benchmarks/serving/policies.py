@@ -1,20 +1,24 @@
 """Three ways to serve the same arrivals by the same Service, and a fourth: over HTTP.
 
-Who batches by request keeps a line of its own before the Service, as long as the Service's queue, and submits the next
-pictures when all of the last batch are done. It may mix steps, solvers and guidance in a batch, which only an engine
-that batches by step can do: batches of one kind alone, as pipelines make them, would be smaller still.
+Who batches by request keeps a line of its own before the Service, as long as the Service's queue, and submits whole
+requests, as many as a batch has room for, when all pictures of the last batch are done. It may mix steps, solvers and
+guidance in a batch, which only an engine that batches by step can do: batches of one kind alone, as pipelines make
+them, would be smaller still. One at a time is a batch of one request; pictures of one request always share calls.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 
 from benchmarks.serving.clients import DRAW, Client
 from benchmarks.serving.traffic import Arrival, Outcome
+from engine.serve.observer import Silent
 from engine.serve.service import Service
 from engine.serve.ticket import Order, QueueFull
 from engine.spec import Request
@@ -25,9 +29,34 @@ BY_STEP, BY_REQUEST, ALONE, HTTP = "by step", "by request", "one at a time", "by
 Serve = Callable[[Arrival], Awaitable[bool]]
 
 
-async def replay(policy: str, load: float, traffic: Sequence[Arrival], serve: Serve) -> Outcome:
-    """Let them arrive in real time; `serve` returns when a picture is there, False where it was refused."""
+class Ticks(Silent):
+    """Counts network calls, their lanes and their seconds."""
+
+    def __init__(self) -> None:
+        self.count, self.lanes, self.busy = 0, 0, 0.0
+
+    def ticked(self, seconds: float, lanes: int, pictures: int) -> None:
+        """One more."""
+        self.count, self.lanes, self.busy = self.count + 1, self.lanes + lanes, self.busy + seconds
+
+    def take(self) -> tuple[int, int, float]:
+        """What was counted since it was last taken."""
+        taken = (self.count, self.lanes, self.busy)
+        self.count, self.lanes, self.busy = 0, 0, 0.0
+        return taken
+
+
+async def replay(
+    policy: str, load: float, seed: int, traffic: Sequence[Arrival], serve: Serve, ticks: Ticks | None = None
+) -> Outcome:
+    """Let them arrive in real time.
+
+    Args:
+        serve: returns when all pictures of a request are there, or False where it was refused.
+        ticks: counts the calls of an engine in this process; None where it is in another.
+    """
     latencies: dict[int, float] = {}
+    before, _ = _used(), ticks and ticks.take()
     start = time.perf_counter()
 
     async def one(number: int, arrival: Arrival) -> None:
@@ -39,21 +68,33 @@ async def replay(policy: str, load: float, traffic: Sequence[Arrival], serve: Se
             await asyncio.sleep(start + arrival.at - time.perf_counter())
             group.create_task(one(number, arrival))
     seconds = time.perf_counter() - start
-    served = [latencies[number] for number in sorted(latencies)]
-    return Outcome(policy, load, len(traffic), len(traffic) - len(served), seconds, served)
+    others = (_used() - before) / seconds
+    served = sorted(latencies)
+    pictures = sum(traffic[number].pictures for number in served)
+    refused = len(traffic) - len(served)
+    fate = (len(traffic), refused, pictures, seconds, [latencies[number] for number in served])
+    return Outcome(policy, load, seed, *fate, *((max(0.0, others), *ticks.take()) if ticks else ()))
+
+
+def _used() -> float:
+    """Seconds of CPU that everything but this process has used since the machine started (Linux)."""
+    fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
+    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, fields)
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
 async def submitted(service: Service, arrival: Arrival) -> bool:
-    """A picture of the Service, as soon as it has lanes for it."""
+    """The pictures of a request, as soon as the Service has lanes for each."""
     request = Request(
         prompt=arrival.prompt,
         seed=arrival.seed,
+        count=arrival.pictures,
         steps=arrival.steps,
         solver=arrival.solver,
         guidance=arrival.guidance,
     )
     try:
-        ticket = service.reserve(1, rows=arrival.steps, deadline=None).submit(Order(request))
+        ticket = service.reserve(arrival.pictures, rows=arrival.steps, deadline=None).submit(Order(request))
     except QueueFull:
         return False
     await ticket.pictures()
@@ -64,17 +105,19 @@ class InBatches:
     """A batch is closed when it starts, and the next one starts when all of it is done.
 
     Args:
-        most: pictures of a batch.
+        draw: makes the pictures of one request.
+        most: pictures of a batch; a single request may have more.
+        places: pictures that may stand in the line.
     """
 
-    def __init__(self, service: Service, most: int) -> None:
-        self._service, self._most = service, most
+    def __init__(self, draw: Serve, most: int, places: int = QUEUE) -> None:
+        self._draw, self._most, self._places = draw, most, places
         self._line: deque[tuple[Arrival, asyncio.Future[bool]]] = deque()
         self._work: asyncio.Task[None] | None = None
 
     async def __call__(self, arrival: Arrival) -> bool:
         """Stand in the line, if it is not full."""
-        if len(self._line) >= QUEUE:
+        if sum(one.pictures for one, _ in self._line) + arrival.pictures > self._places:
             return False
         done = asyncio.get_running_loop().create_future()
         self._line.append((arrival, done))
@@ -84,10 +127,19 @@ class InBatches:
 
     async def _run(self) -> None:
         while self._line:
-            batch = [self._line.popleft() for _ in range(min(self._most, len(self._line)))]
-            made = await asyncio.gather(*[submitted(self._service, arrival) for arrival, _ in batch])
+            batch = self._next()
+            made = await asyncio.gather(*[self._draw(arrival) for arrival, _ in batch])
             for (_, done), one in zip(batch, made, strict=True):
                 done.set_result(one)
+
+    def _next(self) -> list[tuple[Arrival, asyncio.Future[bool]]]:
+        """The oldest request, and those after it as long as they fit."""
+        batch = [self._line.popleft()]
+        room = self._most - batch[0][0].pictures
+        while self._line and self._line[0][0].pictures <= room:
+            batch.append(self._line.popleft())
+            room -= batch[-1][0].pictures
+        return batch
 
 
 class OverHttp:
@@ -98,7 +150,8 @@ class OverHttp:
         self._idle: list[Client] = []
 
     async def __call__(self, arrival: Arrival) -> bool:
-        """A picture as PNG in base64, in JSON."""
+        """Pictures as PNG in base64, in JSON."""
+        self._idle = [client for client in self._idle if not client.reader.at_eof()]  # the server closes idle ones
         client = self._idle.pop() if self._idle else await Client.connect(self._url)
         answer = await client.ask(DRAW, arrival.body)
         self._idle.append(client)

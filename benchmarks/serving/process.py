@@ -72,19 +72,24 @@ class Process:
     @property
     def memory(self) -> float:
         """Resident MiB."""
-        return self._kib("VmRSS") / 1024
+        return self._status("VmRSS") / 1024
 
     @property
     def peak(self) -> float:
         """The most MiB that were ever resident."""
-        return self._kib("VmHWM") / 1024
+        return self._status("VmHWM") / 1024
 
     @property
     def descriptors(self) -> int:
         """Open files and sockets."""
         return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
 
-    def _kib(self, name: str) -> int:
+    @property
+    def threads(self) -> int:
+        """Of all kinds, the networks' own among them."""
+        return self._status("Threads")
+
+    def _status(self, name: str) -> int:
         lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 

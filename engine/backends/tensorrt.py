@@ -18,7 +18,7 @@ from engine.backends.refit import as_wanted
 from engine.backends.trt import Library, wanted_key
 from engine.bundle import Bundle
 from engine.errors import BackendError, LatentrtError, NetworkError, PlanError
-from engine.plan_record import REFITTABLE, PlanKey, PlanRecord
+from engine.plan_record import REFITTABLE, PlanKey, PlanRecord, Profile
 from engine.plans import PlanStore
 from engine.spec import GraphSpec
 
@@ -84,6 +84,11 @@ class TensorRtNetwork:
         """The batch that its first plan was built for."""
         side = self.graph.inputs[0].shape[0]
         return side if isinstance(side, int) else self._fitting[0].key.profiles[0].ranges[side][1]
+
+    @property
+    def profiles(self) -> tuple[Profile, ...]:
+        """The shapes that its plans serve."""
+        return tuple(profile for record in self._fitting for profile in record.key.profiles)
 
     def bind(self, arrays: Mapping[str, DeviceArray]) -> TensorRtBound:
         """See `DeviceNetwork.bind`. One call is made with zeros, since TensorRT allocates in its first: after it, the

@@ -10,7 +10,6 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBearer
-from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
@@ -20,10 +19,11 @@ from engine.errors import LatentrtError
 from engine.serve import health, openai_api, sdapi
 from engine.serve.catalog import Catalog
 from engine.serve.context import Context
-from engine.serve.gate import Gate, too_much
+from engine.serve.gate import Gate, cross_origin, too_much
 from engine.serve.logs import logger
 from engine.serve.metrics import Metrics
-from engine.serve.problems import Answer, answer_to, answer_to_status, answer_to_validation
+from engine.serve.page_route import add_page
+from engine.serve.problems import STORAGE, Answer, answer_to, answer_to_status, answer_to_validation, not_kept
 
 if TYPE_CHECKING:
     from engine.serve.service import Service
@@ -56,7 +56,9 @@ def create_app(
         title="latentrt",
         summary="Stable Diffusion: the OpenAI Images API, and a thin one of A1111.",
         version=__version__,
+        docs_url=None,  # their pages load scripts from elsewhere
         redoc_url=None,
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # there are metrics and a log
         lifespan=lifespan,
         strict_content_type=True,
         form_limits={
@@ -65,19 +67,24 @@ def create_app(
             "max_part_size": 4 * settings.max_prompt + 1024,
         },
         middleware=[
+            *cross_origin(settings.cors_origin),
             Middleware(
-                Gate, keys=keys, most_bytes=settings.max_body, body_timeout=settings.body_timeout, metrics=metrics
+                Gate,
+                keys=keys,
+                most_bytes=settings.max_body,
+                body_timeout=settings.body_timeout,
+                full=service.full,
+                metrics=metrics,
             ),
             Middleware(RequestBodyLimitMiddleware, max_body_size=settings.max_body),
         ],
     )
     app.state.context = context
-    app.include_router(health.router)
-    for router in (openai_api.router, sdapi.router):
+    for router in (openai_api.router, sdapi.router):  # first, since they are looked through in this order
         # The gate checks keys; this only tells readers of the description that there are some.
         app.include_router(router, dependencies=[Depends(HTTPBearer(auto_error=False))] if keys else [])
-    if health.PAGE.is_dir():
-        app.mount("/static", StaticFiles(directory=health.PAGE), name="static")
+    app.include_router(health.router)
+    add_page(app)
     for kind in (LatentrtError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _answer)
     return app
@@ -101,7 +108,7 @@ async def _answer(request: Request, error: Exception) -> JSONResponse:
     answer = _answer_of(request, error)
     facts = request.scope["state"]["facts"]
     facts["outcome"] = answer.code
-    if answer.status == 500:
+    if answer.status == 500 or answer.code == STORAGE:
         logger().error("a request failed", id=facts["id"], exc_info=error)
     return JSONResponse(answer.body, answer.status, answer.headers)
 
@@ -111,7 +118,7 @@ def _answer_of(request: Request, error: Exception) -> Answer:
         return answer_to_validation(error.errors())
     if isinstance(error, HTTPException):
         if isinstance(error.__cause__, OSError):  # a form that could not be kept: FastAPI calls it the client's fault
-            return answer_to(error.__cause__)
+            return not_kept()
         if error.status_code == 413:
             return too_much(request.app.state.context.settings.max_body)
         answer = answer_to_status(error.status_code, str(error.detail))

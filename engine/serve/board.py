@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from engine.serve.ticket import Event, Picture, Preview, Progress, Started, Ticket
+from engine.serve.ticket import Cut, Event, Picture, Preview, Progress, Started, Ticket
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -30,10 +30,13 @@ class Entry:
     done: int = 0
     at: dict[int, int] = field(default_factory=dict)
     preview: Image | None = None
+    cuts: list[Cut] = field(default_factory=list)
 
     def note(self, event: Event) -> None:
         """Take an event of the ticket into account."""
         match event:
+            case Cut():
+                self.cuts.append(event)
             case Started():
                 self.started = time.monotonic() if self.started is None else self.started
             case Progress(index=index, row=row):
@@ -49,6 +52,11 @@ class Entry:
     def progress(self) -> float:
         """The part of its network calls that were made, 0 to 1."""
         return min(1.0, sum(self.at.values()) / max(1, self.rows * self.pictures))
+
+    @property
+    def warnings(self) -> list[str]:
+        """What whoever asked for the pictures should know of them."""
+        return [cut.message for cut in self.cuts]
 
     @property
     def queue_seconds(self) -> float:

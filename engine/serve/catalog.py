@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-import secrets
-from collections.abc import Mapping
-from functools import lru_cache
+import random
+from collections.abc import Mapping, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
-from engine.errors import RequestError
+from engine.errors import PlanError, RequestError
+from engine.plan_record import Profile
 from engine.schedule import Schedule
 from engine.serve.config import Settings
 from engine.serve.problems import Problem
@@ -16,21 +17,35 @@ from engine.solvers import ALIASES, SOLVERS
 from engine.spec import MAX_SEED, ModelSpec, Request
 from engine.table import tabulate
 
+ENCODER = "vae_encoder"  # the network that edits need
 LEAST_LATENTS = 8  # a side; below it a UNet's deepest level would have less than one
 SUGGESTED = ("256x256", "512x512", "768x768", "1024x1024", "1024x1536", "1536x1024")
 
 
 class Catalog:
-    """The model as clients see it."""
+    """The model as clients see it.
 
-    def __init__(self, spec: ModelSpec, schedule: Schedule, settings: Settings) -> None:
+    Args:
+        spec, schedule: of the bundle.
+        settings: what this server allows.
+        profiles: the latents' sizes that can be drawn (`Engine.profiles`); None: all.
+
+    Raises:
+        RequestError: the settings list a size, or name a solver, that cannot be.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, schedule: Schedule, settings: Settings, profiles: Sequence[Profile] | None = None
+    ) -> None:
         self.spec = spec
         self.settings = settings
         self.name = settings.model_name or spec.id
         self.names = (self.name, *(alias for alias in settings.aliases if alias != self.name))
+        self.edits = settings.edits and ENCODER in spec.graphs
         self.factor = spec.latents.factor
-        self.own = spec.latents.width * self.factor, spec.latents.height * self.factor
-        self.sizes = tuple(self._listed(size) for size in settings.sizes)
+        self._profiles = profiles
+        self.own = self._own()
+        self.sizes = tuple(self._listed(size) for size in settings.sizes) or self._planned()
         self._solvers = _solver_names(schedule)
         self._default: str | None = None
         self._default = self.solver(settings.scheduler)
@@ -83,12 +98,13 @@ class Catalog:
     def fitting(self, width: int, height: int) -> tuple[int, int]:
         """The size in which a client's own picture is edited: its shape, with the model's own number of pixels."""
         if self.sizes:
-            return min(self.sizes, key=lambda size: abs(math.log(size[0] / size[1] * height / width)))
+            return min(self.sizes, key=partial(_unlike, (width, height)))
         scale = math.sqrt(self.own[0] * self.own[1] / (width * height))
         least, step = LEAST_LATENTS * self.factor, self.factor
         most = self.settings.max_side // step * step
         fitted = [min(most, max(least, round(side * scale / step) * step)) for side in (width, height)]
-        return fitted[0], fitted[1]
+        sides = fitted[0], fitted[1]
+        return sides if self._served(*sides) else self._nearest(sides)
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """(channels, height, width) of the latents of a picture of this width and height."""
@@ -161,7 +177,7 @@ class Catalog:
             negative_prompt=negative_prompt,
             steps=steps,
             solver=self.solver(scheduler),
-            seed=secrets.randbelow(2**32 - count) if seed is None else seed,
+            seed=random.randrange(2**32 - count) if seed is None else seed,
             guidance=limits.guidance if guidance is None else guidance,
             width=size[0],
             height=size[1],
@@ -173,23 +189,76 @@ class Catalog:
     def _drawn(self, width: int, height: int) -> bool:
         if self.sizes:
             return (width, height) in self.sizes
+        return (width, height) == self.own or (self._allowed(width, height) and self._served(width, height))
+
+    def _nearest(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Of the sizes that plans draw and the settings allow, one that is much like this in shape."""
+        clipped = [self._clipped(size, profile) for profile in self._profiles or ()]
+        return min((one for one in clipped if self._allowed(*one)), key=partial(_unlike, size), default=self.own)
+
+    def _clipped(self, size: tuple[int, int], profile: Profile) -> tuple[int, int]:
+        ranges = (profile.ranges[side] for side in ("width", "height"))
+        sides = [
+            min(max(s, low * self.factor), high * self.factor) for s, (low, _, high) in zip(size, ranges, strict=True)
+        ]
+        return sides[0], sides[1]
+
+    def _allowed(self, width: int, height: int) -> bool:
+        """By the settings."""
         least, step = LEAST_LATENTS * self.factor, self.factor
         sides = all(least <= side <= self.settings.max_side and side % step == 0 for side in (width, height))
-        return (width, height) == self.own or (sides and width * height <= self.settings.max_pixels)
+        return sides and width * height <= self.settings.max_pixels
+
+    def _served(self, width: int, height: int) -> bool:
+        """By the plans."""
+        latents = {"height": height // self.factor, "width": width // self.factor}
+        return self._profiles is None or any(profile.covers(latents) for profile in self._profiles)
+
+    def _own(self) -> tuple[int, int]:
+        """The model's own size; where no plan draws it, the one that the first plan draws best."""
+        latents = self.spec.latents
+        own = latents.width * self.factor, latents.height * self.factor
+        if self._served(*own):
+            return own
+        if not self._profiles:
+            raise PlanError(
+                "no size is served by the plans of both UNet and VAE", "one", "build them: latentrt build BUNDLE"
+            )
+        return self._best(self._profiles[0])
+
+    def _planned(self) -> tuple[tuple[int, int], ...]:
+        """The sizes there are, where every plan is for one size alone; none where some are for ranges."""
+        profiles = self._profiles or ()
+        if any(low != high for profile in profiles for low, _, high in profile.ranges.values()):
+            return ()
+        sizes = dict.fromkeys([self.own, *map(self._best, profiles)] if profiles else [])
+        return tuple(size for size in sizes if size == self.own or self._allowed(*size))
+
+    def _best(self, profile: Profile) -> tuple[int, int]:
+        return profile.ranges["width"][1] * self.factor, profile.ranges["height"][1] * self.factor
 
     def _unsupported(self, found: str, param: str) -> Problem:
-        own = f"{self.own[0]}x{self.own[1]}"
-        if self.sizes:
-            needed = ", ".join(f"{width}x{height}" for width, height in self.sizes)
-        else:
-            good = [size for size in SUGGESTED if self._drawn(*map(int, size.split("x"))) and size != own]
-            needed = (
-                f"{', '.join((own, *good))}, or any sides that are multiples of {self.factor} from"
-                f" {LEAST_LATENTS * self.factor} to {self.settings.max_side} with at most"
-                f" {self.settings.max_pixels} pixels in all"
-            )
         mend = "take one of these, or auto"
-        return Problem(f"size {found!r} is not supported", needed, mend, param=param, code="unsupported_size")
+        return Problem(f"size {found!r} is not supported", self._needed(), mend, param=param, code="unsupported_size")
+
+    def _needed(self) -> str:
+        if self.sizes:
+            return ", ".join(f"{width}x{height}" for width, height in self.sizes)
+        own = f"{self.own[0]}x{self.own[1]}"
+        good = [size for size in SUGGESTED if self._drawn(*map(int, size.split("x"))) and size != own]
+        planned = "" if self._profiles is None else f" within {'; or '.join(map(self._range, self._profiles))},"
+        return (
+            f"{', '.join((own, *good))}, or any sides{planned} that are multiples of {self.factor} from"
+            f" {LEAST_LATENTS * self.factor} to {self.settings.max_side} with at most"
+            f" {self.settings.max_pixels} pixels in all"
+        )
+
+    def _range(self, profile: Profile) -> str:
+        """The pictures of a profile: "256x256 to 512x768"."""
+        least, most = (
+            "x".join(str(profile.ranges[side][which] * self.factor) for side in ("width", "height")) for which in (0, 2)
+        )
+        return f"{least} to {most}"
 
     def _listed(self, text: str) -> tuple[int, int]:
         width, _, height = text.partition("x")
@@ -198,7 +267,18 @@ class Catalog:
             raise RequestError(
                 f"sizes has {text!r}", f"WIDTHxHEIGHT in multiples of {self.factor}", "change sizes in the settings"
             )
+        if not self._served(int(width), int(height)):
+            raise RequestError(
+                f"sizes has {text}",
+                f"one that a plan serves: {'; or '.join(map(self._range, self._profiles or ()))}",
+                f"latentrt build BUNDLE --size {text}, or change sizes in the settings",
+            )
         return int(width), int(height)
+
+
+def _unlike(one: tuple[int, int], other: tuple[int, int]) -> float:
+    """How much the shapes of two sizes differ; 0 where they are the same."""
+    return abs(math.log(one[0] / one[1] * other[1] / other[0]))
 
 
 def _solver_names(schedule: Schedule) -> dict[str, str | None]:

@@ -21,11 +21,15 @@ MIB = 2**20
 
 
 def _split(value: object) -> object:
-    """Text with commas is a list: that is how lists stand in an environment variable."""
-    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+    """Text with commas is a list: that is how lists stand in an environment variable, and in an option given twice."""
+    texts = value if isinstance(value, list | tuple) else [value]
+    parts = [part.strip() for text in texts if isinstance(text, str) for part in text.split(",")]
+    return [part for part in parts if part] if all(isinstance(text, str) for text in texts) else value
 
 
 Texts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+Origin = Annotated[str, Field(pattern=r"^(\*|https?://[^/\s?#]+)$")]
+Origins = Annotated[tuple[Origin, ...], NoDecode, BeforeValidator(_split)]
 Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)]
 Count = Annotated[int, Field(ge=1)]
 Range = Annotated[str, BeforeValidator(str), Field(pattern=r"^[1-9][0-9]{0,3}(:[1-9][0-9]{0,3})?$")]
@@ -45,10 +49,15 @@ class Settings(BaseSettings):
     port: Annotated[int, Field(ge=0, le=65_535)] = _field(8000, "Network", "Port; 0 for any that is free.")
     keys: Secrets = _field((), "Network", "Keys that clients may use; not a flag. None: everybody may.")
     keys_file: Path | None = _field(None, "Network", "File with one key a line, # for comments.")
+    cors_origin: Origins = _field(
+        (), "Network", "Origins whose pages may use this server from a browser, as https://example.org; * for all."
+    )
     drain_timeout: Seconds = _field(60.0, "Network", "Seconds that running requests get after SIGTERM.")
-    body_timeout: Seconds = _field(60.0, "Network", "Seconds in which a request's body must have arrived.")
+    body_timeout: Seconds = _field(
+        60.0, "Network", "Seconds in which a request's head must have come, and then its body."
+    )
     stall_timeout: Seconds = _field(
-        60.0, "Network", "Seconds after which a client that reads nothing of its answer is hung up on (Linux)."
+        60.0, "Network", "Seconds in which a client must take its answer, or a MiB of it, or is hung up on."
     )
     heartbeat: Seconds = _field(10.0, "Network", "Seconds between comments that keep a stream alive.")
 
@@ -66,6 +75,7 @@ class Settings(BaseSettings):
     plans: Path | None = _field(None, "Model", "Folder of TensorRT plans; the bundle's own if none is named.")
     threads: Count | None = _field(None, "Model", "CPU threads of a network call; all cores if not given.")
     lanes: Count | None = _field(None, "Model", "Most lanes of a UNet call; guidance takes two a picture.")
+    edits: bool = _field(True, "Model", "Take pictures to edit; without it the VAE's encoder is not loaded.")
 
     queue: Count = _field(64, "Load", "Most pictures that wait.")
     queue_timeout: Seconds = _field(120.0, "Load", "Most seconds that a request waits.")

@@ -19,6 +19,7 @@ from engine.picture import Picture as Drawn
 from engine.serve.board import Entry
 from engine.serve.context import Context
 from engine.serve.pixels import Source, decode, encode, in_thread
+from engine.serve.problems import Problem
 from engine.serve.ticket import Event, Failed, Order, Picture, Started
 from engine.spec import Request
 
@@ -56,6 +57,14 @@ class Made:
         return int(self.picture.info["latentrt"]["seed"])
 
 
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """All pictures of a plan, in order, and what is to be said of them."""
+
+    pictures: list[Made]
+    warnings: list[str]
+
+
 @asynccontextmanager
 async def begun(context: Context, http: HttpRequest, plan: Plan) -> AsyncIterator[Entry]:
     """Submit the plan; leaving the block lets go of whatever is not done.
@@ -71,10 +80,14 @@ async def begun(context: Context, http: HttpRequest, plan: Plan) -> AsyncIterato
         finally:
             facts["queue_seconds"] = round(entry.queue_seconds, 4)
             facts["done"] = entry.done
+            if entry.cuts:
+                facts["cut"] = [cut.field for cut in entry.cuts]
 
 
 async def _submit(context: Context, plan: Plan, facts: dict[str, Any]) -> Entry:
     request, source = plan.request, plan.source
+    if source is not None and not context.catalog.edits:
+        raise Problem("there is a picture", "a prompt alone: this server edits none", "leave it out", param="image")
     rows, solver = context.catalog.work(request)
     facts.update(n=request.count, steps=request.steps, solver=solver, rows=rows)
     facts["size"] = "{}x{}".format(*plan.size)
@@ -124,8 +137,8 @@ async def follow(context: Context, entry: Entry) -> AsyncGenerator[Event, None]:
         yield event
 
 
-async def draw(context: Context, http: HttpRequest, plan: Plan) -> list[Made]:
-    """All pictures of a plan, in order.
+async def draw(context: Context, http: HttpRequest, plan: Plan) -> Drawing:
+    """All pictures of a plan.
 
     Raises:
         LatentrtError: the first failure.
@@ -138,7 +151,7 @@ async def draw(context: Context, http: HttpRequest, plan: Plan) -> list[Made]:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
                 raise ClientDisconnect
-            return work.result()
+            return Drawing(work.result(), entry.warnings)
         finally:
             for task in (work, gone):
                 task.cancel()

@@ -8,31 +8,66 @@ from __future__ import annotations
 import asyncio
 import base64
 import hmac
+import random
 import re
-import secrets
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from engine.serve.logs import logger
+from engine.errors import LatentrtError
+from engine.serve.logs import Lines, logger
 from engine.serve.metrics import Metrics
 from engine.serve.problems import Answer, answer_to
 
-OPEN = ("/", "/health/live", "/health/ready", "/metrics", "/openapi.json", "/docs", "/favicon.ico")
+OPEN = ("/", "/health/live", "/health/ready", "/metrics", "/openapi.json", "/favicon.ico")
 OPEN_BELOW = "/static/"
 CLIENT_GONE = 499  # nginx' number for it; it is seen in the log alone
+# Where every request takes places in the queue.
+DRAWING = ("/v1/images/generations", "/v1/images/edits", "/sdapi/v1/txt2img", "/sdapi/v1/img2img")
 _ID = re.compile(r"[!-~]{1,128}")
 _QUIET_ROUTES = ("/health/live", "/health/ready", "/metrics")
 
 
+def cross_origin(origins: Sequence[str]) -> list[Middleware]:
+    """What lets pages of these origins use the server from a browser; nothing where there are none.
+
+    It stands around the gate: a browser asks leave without a key, and reads refusals too.
+    """
+    if not origins:
+        return []
+    told = ("x-request-id", "retry-after", "x-should-retry")
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=told,
+        )
+    ]
+
+
 class Gate:
-    """The outermost layer of the application."""
+    """Around the application; only `cross_origin` is further out.
+
+    Args:
+        keys: one of these is needed, if there are any.
+        most_bytes: of a body.
+        body_timeout: seconds in which a body must come.
+        full: why nothing can be drawn for anybody now; None where something can. Then nothing of a request is read: a
+            crowd of refusals holds nobody up.
+        metrics: hear of every request.
+    """
 
     def __init__(
         self,
@@ -41,20 +76,24 @@ class Gate:
         keys: tuple[bytes, ...],
         most_bytes: int,
         body_timeout: float,
+        full: Callable[[], LatentrtError | None],
         metrics: Metrics,
     ) -> None:
         self._app = app
         self._keys = keys
         self._most_bytes = most_bytes
         self._body_timeout = body_timeout
+        self._full = full
+        self._told: tuple[LatentrtError | None, Answer | None] = None, None  # the same to all of a crowd
         self._metrics = metrics
+        self._lines = Lines()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        headers = Headers(scope=scope)
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         passage = _Passage(scope, receive, send, _id_of(headers), self._body_timeout)
-        refusal = self._refusal(scope["path"], headers, passage.facts)
+        refusal = self._refusal(scope, headers, passage.facts)
         try:
             if refusal is not None:
                 await passage.answer(refusal)
@@ -72,37 +111,35 @@ class Gate:
         finally:
             self._report(passage)
 
-    def _refusal(self, path: str, headers: Headers, facts: dict[str, Any]) -> Answer | None:
+    def _refusal(self, scope: Scope, headers: Mapping[bytes, str], facts: dict[str, Any]) -> Answer | None:
         """Why the body need not be read."""
+        path = scope["path"]
         if self._keys and path not in OPEN and not path.startswith(OPEN_BELOW):
-            owner = _owner(self._keys, headers.get("authorization", ""))
+            owner = _owner(self._keys, headers.get(b"authorization", ""))
             if owner is None:
                 message = "a key is needed: send it as `Authorization: Bearer KEY`"
                 return Answer(401, "invalid_api_key", message, None, {"www-authenticate": "Bearer"})
             facts["owner"] = owner
-        length = headers.get("content-length", "")
+        length = headers.get(b"content-length", "")
         if length.isdecimal() and int(length[:20]) > self._most_bytes:
             return too_much(self._most_bytes)
-        return None
+        full = self._full() if path in DRAWING and scope["method"] == "POST" else None
+        if full is not self._told[0]:
+            self._told = full, None if full is None else answer_to(full)
+        return self._told[1]
 
     def _report(self, passage: _Passage) -> None:
         facts, seconds = passage.facts, time.monotonic() - passage.began
         status, outcome = passage.end()
-        route = getattr(passage.scope.get("route"), "path", None) or "unknown"
+        path = passage.scope["path"]
+        route = getattr(passage.scope.get("route"), "path", None) or (path if path in DRAWING else "unknown")
         told = {key: value for key, value in facts.items() if key not in ("owner", "outcome")}
         drawn = "n" in facts and outcome == "ok"
-        if passage.scope["path"] not in _QUIET_ROUTES:
+        if path not in _QUIET_ROUTES:
             self._metrics.ended_request(route, outcome, status, seconds if drawn else None)
-        write = logger().debug if passage.scope["path"] in _QUIET_ROUTES else logger().info
-        write(
-            "request",
-            method=passage.scope["method"],
-            route=route,
-            status=status,
-            outcome=outcome,
-            seconds=round(seconds, 4),
-            **told,
-        )
+        line = {"route": route, "status": status, "outcome": outcome, "seconds": round(seconds, 4), **told}
+        write = logger().debug if path in _QUIET_ROUTES else logger().info
+        self._lines.add(partial(write, "request", method=passage.scope["method"], **line))
 
 
 @dataclass(slots=True)
@@ -174,10 +211,13 @@ def too_much(most_bytes: int) -> Answer:
     return Answer(413, "body_too_large", f"the request is too large; at most {most_bytes} bytes are read")
 
 
-def _id_of(headers: Headers) -> str:
-    """The client's own id, if it is one that a log can hold; else a new one."""
-    given = headers.get("x-request-id", "")
-    return given if _ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
+def _id_of(headers: Mapping[bytes, str]) -> str:
+    """The client's own id, if it is one that a log can hold; else a new one.
+
+    Ids are no secrets. What is would be asked of the system, and every such call lets the engine's threads go first.
+    """
+    given = headers.get(b"x-request-id", "")
+    return given if _ID.fullmatch(given) else f"req_{random.getrandbits(96):024x}"
 
 
 def _owner(keys: tuple[bytes, ...], authorization: str) -> str | None:

@@ -1,21 +1,18 @@
-"""Is it alive, is it ready, what does it measure, what is it doing; and the page."""
+"""Is it alive, is it ready, what does it measure, what is it doing."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request
-from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel, Field
 from starlette.responses import Response
 
 from engine.serve.context import Served
 from engine.serve.metrics import CONTENT_TYPE
-from engine.serve.problems import Problem, answer_to_status
+from engine.serve.problems import Problem
 from engine.serve.routes import errors
-
-PAGE = Path(__file__).parent / "page"
 
 router = APIRouter(tags=["operations"])
 
@@ -85,7 +82,7 @@ async def queue(context: Served) -> Queue:
 
 @router.get("/latentrt/model", responses=errors(401))
 async def model(context: Served) -> dict[str, Any]:
-    """What a page or a client may offer: names, the model's own size, limits, defaults, solvers."""
+    """What a page or a client may offer: names, the model's own size, limits, defaults, solvers, edits."""
     catalog, settings = context.catalog, context.settings
     return {
         "model": catalog.name,
@@ -100,6 +97,7 @@ async def model(context: Served) -> dict[str, Any]:
         | {"max_n": settings.most_pictures},
         "defaults": {"steps": settings.steps, "guidance": settings.guidance, "scheduler": settings.scheduler},
         "schedulers": catalog.solver_names,
+        "edits": catalog.edits,
     }
 
 
@@ -119,13 +117,3 @@ async def cancel(job: str, http: Request, context: Served) -> JSONResponse:
             code="not_found",
         )
     return JSONResponse({"cancelled": len(entries)})
-
-
-@router.get("/", include_in_schema=False)
-async def page() -> Response:
-    """The page."""
-    index = PAGE / "index.html"
-    if index.is_file():
-        return FileResponse(index)
-    missing = answer_to_status(404, "this server has no page; the API is described at /docs")
-    return JSONResponse(missing.body, 404)

@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 from engine.edit import MASKED_STRENGTH, STRENGTH
 from engine.serve.board import Entry
 from engine.serve.context import Context, Served
-from engine.serve.drawing import Made, Plan, begun, draw, follow, made
+from engine.serve.drawing import Drawing, Plan, begun, draw, follow, made
 from engine.serve.logs import logger
 from engine.serve.pixels import Source, encode, in_thread, shape_of, too_large
 from engine.serve.problems import Problem, answer_to
@@ -143,8 +143,7 @@ async def _answer(context: Context, http: Request, plan: Plan, wanted: Wanted, k
     if not wanted.stream:
         # OpenAI answered its first models with URLs by default, and clients of these still look there.
         urls = (wanted.response_format or ("url" if (wanted.model or "").startswith("dall-e") else "")) == "url"
-        drawn = await draw(context, http, plan)
-        return JSONResponse(_response(drawn, plan, urls, safety))
+        return JSONResponse(_response(await draw(context, http, plan), plan, urls, safety))
     # Entered here and left by the stream: a refusal must still be a status, not an event.
     stack = AsyncExitStack()
     entry = await stack.enter_async_context(begun(context, http, plan))
@@ -167,9 +166,9 @@ def _heartbeat() -> ServerSentEvent:
     return ServerSentEvent(comment="still drawing", sep="\n")
 
 
-def _response(drawn: list[Made], plan: Plan, urls: bool, safety: str | None) -> dict[str, Any]:
+def _response(drawn: Drawing, plan: Plan, urls: bool, safety: str | None) -> dict[str, Any]:
     data = []
-    for one in drawn:
+    for one in drawn.pictures:
         url = {"url": f"data:image/{plan.kind};base64,{one.data}"} if urls else {}
         data.append({"b64_json": one.data, **url, "seed": one.seed})
     return {
@@ -179,6 +178,7 @@ def _response(drawn: list[Made], plan: Plan, urls: bool, safety: str | None) -> 
         "output_format": plan.kind,
         "size": "{}x{}".format(*plan.size),
         **({"safety_identifier": safety} if safety else {}),
+        **({"warnings": drawn.warnings} if drawn.warnings else {}),
     }
 
 
@@ -204,6 +204,7 @@ async def _events(
                     one = await made(event, plan)
                     own: dict[str, Any] = {"usage": USAGE, "index": event.index, "seed": one.seed}
                     own |= {"safety_identifier": safety} if safety else {}
+                    own |= {"warnings": entry.warnings} if entry.cuts else {}
                     yield _event(f"{kind}.completed", {"b64_json": one.data, **own, **look})
     except Exception as error:
         answer = answer_to(error)

@@ -52,6 +52,7 @@ class Answer:
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
+STORAGE = "insufficient_storage"  # as WebDAV calls it
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 _STATUS = {  # of the service's own errors, by their code
     "queue_full": 429,
@@ -94,10 +95,16 @@ def _of_service(error: LatentrtError, code: str) -> Answer:
     return Answer(status, code, str(error), None, headers)
 
 
+def not_kept() -> Answer:
+    """What a client is told whose upload could not be written to the temporary folder."""
+    message = "the server has no room for this upload: its temporary folder is full or cannot be written"
+    return Answer(503, STORAGE, message)
+
+
 def answer_to_status(status: int, detail: str) -> Answer:
     """What a client is told where the framework itself refused: no such path, no such method, a broken body."""
     code = _OF_STATUS.get(status, "invalid_value" if status < 500 else "engine_error")
-    return Answer(status, code, "there is no such path; /docs lists them" if detail == "Not Found" else detail)
+    return Answer(status, code, "there is no such path; /openapi.json lists them" if detail == "Not Found" else detail)
 
 
 def answer_to_validation(errors: Any) -> Answer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import insort
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -76,9 +77,18 @@ class Queue:
         if part in self.waiting:
             self.waiting.remove(part)
 
-    def unprepared(self, most: int) -> list[Ticket]:
-        """The first orders, at most so many, that have no jobs yet."""
-        tickets = dict.fromkeys(part.ticket for part in self.waiting if part.job is None)
+    def unprepared(self, most: int, ahead: int) -> list[Ticket]:
+        """The first orders, at most so many, that have no jobs yet and could soon need some.
+
+        Args:
+            ahead: pictures of each shape that may wait prepared. The others' turn is far: whoever comes in a crowd does
+                not wait until all of it is prepared.
+        """
+        tickets, seen = dict[Ticket, None](), Counter[Shape]()
+        for part in self.waiting:
+            seen[part.shape] += 1
+            if part.job is None and seen[part.shape] <= ahead:
+                tickets[part.ticket] = None
         return list(tickets)[:most]
 
     def next(self, lanes: int, busy: Mapping[Shape, int], cap: Callable[[Shape], int]) -> list[Part]:

@@ -173,7 +173,7 @@ def _build(settings: Settings) -> FastAPI:
     warnings.simplefilter("ignore", PromptTruncatedWarning)
     with ExitStack() as stack:
         engine = stack.enter_context(loaded(settings))
-        catalog = Catalog(engine.spec, engine.schedule, settings)
+        catalog = Catalog(engine.spec, engine.schedule, settings, engine.profiles)
         hangs = Hangs(settings.hang_timeout)
         metrics = ReplicaMetrics(catalog.name, hangs)
         service = stack.enter_context(started(engine, settings, metrics))

@@ -21,7 +21,7 @@ _MEANING = {
     415: "unsupported_media_type",
     429: "queue_full or deadline_unreachable; see Retry-After",
     500: "engine_error",
-    503: "not_ready or draining; see Retry-After",
+    503: "not_ready or draining, see Retry-After; or insufficient_storage",
     504: "queue_timeout or run_timeout",
 }
 

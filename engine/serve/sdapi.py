@@ -16,7 +16,7 @@ from engine.edit import STRENGTH
 from engine.image import prose
 from engine.serve.board import Entry
 from engine.serve.context import Context, Served
-from engine.serve.drawing import Made, Plan, draw
+from engine.serve.drawing import Drawing, Plan, draw
 from engine.serve.pixels import Source, encode, from_base64, in_thread
 from engine.serve.problems import Problem
 from engine.serve.routes import Media, errors
@@ -49,6 +49,7 @@ _NAMES = {
     "scheduler": "sampler_name",
     "strength": "denoising_strength",
     "model": "sd_model_checkpoint",
+    "image": "init_images",
 }
 
 
@@ -169,7 +170,7 @@ async def _answer(
         plan = Plan(request, context.catalog.name, API, previews=previews, source=source, task=wanted.force_task_id)
         drawn = await draw(context, http, plan)
     parameters = wanted.model_dump(mode="json", include=set(TextToImage.model_fields))
-    images = [one.data for one in drawn] if wanted.send_images is not False else []
+    images = [one.data for one in drawn.pictures] if wanted.send_images is not False else []
     return JSONResponse({"images": images, "parameters": parameters, "info": json.dumps(_info(drawn, plan, wanted))})
 
 
@@ -238,9 +239,9 @@ def _solver(wanted: TextToImage) -> tuple[str | None, dict[str, Any]]:
     return name, settings
 
 
-def _info(drawn: list[Made], plan: Plan, wanted: TextToImage) -> dict[str, Any]:
+def _info(drawing: Drawing, plan: Plan, wanted: TextToImage) -> dict[str, Any]:
     """What A1111's clients parse: how each picture was made."""
-    request = plan.request
+    request, drawn = plan.request, drawing.pictures
     seeds = [one.seed for one in drawn]
     width, height = plan.size
     return {
@@ -264,4 +265,5 @@ def _info(drawn: list[Made], plan: Plan, wanted: TextToImage) -> dict[str, Any]:
         "infotexts": [prose(one.picture.info["latentrt"], one.picture.size) for one in drawn],
         "index_of_first_image": 0,
         "extra_generation_params": {},
+        **({"warnings": drawing.warnings} if drawing.warnings else {}),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import socket
@@ -13,13 +14,14 @@ from contextlib import ExitStack, contextmanager, suppress
 import uvicorn
 from fastapi import FastAPI
 
-from engine.errors import BackendError, PromptTruncatedWarning
+from engine.errors import BackendError, PlanError, PromptTruncatedWarning
 from engine.pipeline import Engine
 from engine.serve import curve
 from engine.serve.app import create_app
-from engine.serve.catalog import Catalog
+from engine.serve.catalog import ENCODER, Catalog
 from engine.serve.config import Settings
-from engine.serve.logs import configure, logger
+from engine.serve.connection import patient
+from engine.serve.logs import LATER, configure, logger
 from engine.serve.metrics import Metrics
 from engine.serve.service import Service
 
@@ -41,17 +43,31 @@ def serve(settings: Settings) -> int:
     configure(settings)
     warnings.simplefilter("ignore", PromptTruncatedWarning)  # its text is what somebody wrote
     with listening(settings) as sock, loaded(settings) as engine:
-        catalog = Catalog(engine.spec, engine.schedule, settings)
+        catalog = Catalog(engine.spec, engine.schedule, settings, engine.profiles)
         hangs = Hangs(settings.hang_timeout)
         metrics = Metrics(catalog.name, hangs)
         with started(engine, settings, metrics) as service:
             app = create_app(service, catalog, metrics=metrics)
+            _quieten_gc()
             return asyncio.run(run(app, service, settings, sock, hangs))
+
+
+def _quieten_gc() -> None:
+    """Otherwise each full collection looks at all that was imported, a tenth of a second for everybody, and a crowd of
+    requests makes for dozens of small ones.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000)
 
 
 @contextmanager
 def loaded(settings: Settings) -> Iterator[Engine]:
-    """The engine that the settings name."""
+    """The engine that the settings name, with every network that will be used: what is loaded later stalls others.
+
+    Raises:
+        LatentrtError: as of `Engine.load`.
+    """
     with Engine.load(
         settings.bundle,
         backend=settings.backend,
@@ -61,7 +77,16 @@ def loaded(settings: Settings) -> Iterator[Engine]:
         threads=settings.threads,
         lanes=settings.lanes,
     ) as engine:
+        if settings.edits and ENCODER in engine.spec.graphs:
+            _load_encoder(engine)
         yield engine
+
+
+def _load_encoder(engine: Engine) -> None:
+    try:
+        engine.network(ENCODER)
+    except PlanError as error:
+        raise PlanError(error.found, error.needed, f"{error.mend}; or serve with --no-edits") from error
 
 
 def started(engine: Engine, settings: Settings, metrics: Metrics) -> Service:
@@ -147,9 +172,11 @@ async def run(app: FastAPI, service: Service, settings: Settings, sock: socket.s
     server = _Server(
         uvicorn.Config(
             app,
+            http=patient(settings.body_timeout, settings.stall_timeout),
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,  # nothing asks who the client is
             ws="none",
             lifespan="on",
             timeout_graceful_shutdown=_LAST_ANSWERS,
@@ -185,6 +212,7 @@ async def run(app: FastAPI, service: Service, settings: Settings, sock: socket.s
     finally:
         for number in signals:
             loop.remove_signal_handler(number)
+    await asyncio.sleep(2 * LATER)  # the log's last lines
     return 0 if not drained.done() or drained.result() else UNDRAINED
 
 
@@ -192,6 +220,6 @@ def announce(settings: Settings, host: str, port: int) -> None:
     """Say in the log where clients find the server, and whether everybody may use it."""
     shown = f"[{host}]" if ":" in host else host
     url = f"http://{shown}:{port}"
-    logger().info("serving", url=url, openai=f"{url}/v1", docs=f"{url}/docs", bundle=str(settings.bundle))
+    logger().info("serving", url=url, openai=f"{url}/v1", openapi=f"{url}/openapi.json", bundle=str(settings.bundle))
     if settings.host not in _LOOPBACK and not settings.secrets():
         logger().warning("anybody who reaches this address may draw: no keys are set", host=settings.host)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from types import TracebackType
 
-from engine.errors import RequestError
+from engine.errors import BackendError, RequestError
 from engine.pipeline import Engine
 from engine.serve import stages
 from engine.serve.clock import Clock
@@ -36,6 +36,7 @@ from engine.serve.ticket import (
 from engine.serve.worker import Worker
 
 SOON = 1.0  # seconds; what is told to come again where nothing is known yet
+NEWS = 0.1  # seconds for which one look at a full queue is good
 PATIENCE = 0.5  # the part of queue_timeout after which an order without a deadline ranks before all newcomers
 
 
@@ -88,6 +89,9 @@ class Service:
         observer: hears of everything.
         curve: what was measured (`engine.serve.curve.load`); None lets every tick have all lanes, and times are
             learnt while serving.
+
+    Raises:
+        BackendError: the engine drops its networks after use.
     """
 
     def __init__(
@@ -101,10 +105,14 @@ class Service:
         observer: Observer | None = None,
         curve: Curve | None = None,
     ) -> None:
+        if not engine.resident:
+            raise BackendError("the engine drops its networks", "a resident one", "load it with resident=True")
         self._engine = engine
         self._queue_timeout, self._hang = queue_timeout, hang
         self._caps = curve or Curve()
         self._curve = self._caps.copy()
+        self._full: QueueFull | None = None  # what was found when it was last looked at
+        self._full_since = 0.0
         self._desk = Desk(Queue(queue), observer or Silent())
         on_gpu = engine.backend.gpu is not None
         studio = Studio(self._desk, engine, orders=1, pictures=1) if on_gpu else Studio(self._desk, engine)
@@ -154,6 +162,21 @@ class Service:
             desk.queue.reserved += pictures
             return Place(self, pictures)
 
+    def full(self) -> QueueFull | None:
+        """Why a request of which nothing is known yet would be refused: there is no place for any picture.
+
+        So that a crowd costs little, this takes the lock for one of many of them.
+        """
+        if self._desk.queue.free > 0 or not self.ready:
+            return None
+        now = time.monotonic()
+        if self._full is None or now - self._full_since > NEWS:
+            with self._desk.changed:
+                self._full, self._full_since = self._fullness(1), now
+        if self._full is not None:
+            self._desk.observer.refused(self._full.code, 1)
+        return self._full
+
     def _submit(self, order: Order, place: Place) -> Ticket:
         desk, request, now = self._desk, order.request, time.monotonic()
         ticket = Ticket(order, desk.cancel)
@@ -183,18 +206,24 @@ class Service:
             raise NotReady(found, "a self-check that passes", "try again soon", retry_after=SOON)
 
     def _refuse_if_full(self, pictures: int) -> None:
+        full = self._fullness(pictures)
+        if full is not None:
+            raise full
+
+    def _fullness(self, pictures: int) -> QueueFull | None:
+        """Why there is no room for so many."""
         queue = self._desk.queue
         if pictures > queue.places:
-            raise QueueFull(f"{pictures} pictures", f"at most {queue.places} at once", "order fewer pictures")
-        if pictures > queue.free:
-            own = self._own_shape()
-            seconds = self._forecast(own, queue.waiting).room(pictures - queue.free)
-            raise QueueFull(
-                f"{queue.free} of {queue.places} places in the queue are free",
-                f"{pictures}",
-                "try again later",
-                retry_after=max(SOON, seconds or 0.0),
-            )
+            return QueueFull(f"{pictures} pictures", f"at most {queue.places} at once", "order fewer pictures")
+        if pictures <= queue.free:
+            return None
+        seconds = self._forecast(self._own_shape(), queue.waiting).room(pictures - queue.free)
+        return QueueFull(
+            f"{queue.free} of {queue.places} places in the queue are free",
+            f"{pictures}",
+            "try again later",
+            retry_after=max(SOON, seconds or 0.0),
+        )
 
     def _refuse_if_late(self, pictures: int, rows: int, deadline: float | None, shape: Shape | None) -> None:
         if deadline is None:

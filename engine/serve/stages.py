@@ -19,7 +19,7 @@ from engine.image import to_uint8
 from engine.job import Job
 from engine.pipeline import Engine
 from engine.serve.curve import GUIDED, Shape
-from engine.serve.ticket import EngineFault, Order
+from engine.serve.ticket import Cut, EngineFault, Order
 from engine.spec import Request
 
 if TYPE_CHECKING:
@@ -52,6 +52,12 @@ def prepare(engine: Engine, orders: Sequence[Order]) -> list[list[Job] | Excepti
 def _texts(request: Request) -> list[str]:
     """The texts that a request's jobs need."""
     return [request.prompt, request.negative_prompt or ""] if request.guidance > 1 else [request.prompt]
+
+
+def cuts(engine: Engine, request: Request) -> list[Cut]:
+    """What the model will not read of a request's texts."""
+    dropped = zip(("prompt", "negative_prompt"), map(engine.text_encoder.dropped, _texts(request)), strict=False)
+    return [Cut(field, text) for field, text in dropped if text]
 
 
 def _jobs(engine: Engine, order: Order) -> list[Job] | Exception:

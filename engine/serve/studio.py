@@ -25,6 +25,7 @@ from engine.serve.ticket import Failed, Picture, Preview, Ticket
 
 Piece = Callable[[], None]
 ORDERS, PICTURES = 8, 4  # at most in one piece, on a CPU
+BATCHES = 2  # that wait prepared, at most: the next one, and the one after it
 LATENTS = 64 * 64  # and pictures of no more latents in all: decoding takes gigabytes for each 512 x 512 pixels
 
 
@@ -39,6 +40,7 @@ class Studio:
     def __init__(self, desk: Desk, engine: Engine, *, orders: int = ORDERS, pictures: int = PICTURES) -> None:
         self._desk, self._engine = desk, engine
         self._orders_at_once, self._pictures_at_once = orders, pictures
+        self._ahead = BATCHES * engine.denoiser.lanes
         self._turns: deque[Callable[[], Piece | None]] = deque([self._next_orders, self._next_pictures])
 
     def run(self) -> None:
@@ -64,7 +66,7 @@ class Studio:
     def waits(self) -> bool:
         """Whether there is a piece to do."""
         desk = self._desk
-        return bool(desk.queue.unprepared(1) or desk.denoised or desk.sketches)
+        return bool(desk.queue.unprepared(1, self._ahead) or desk.denoised or desk.sketches)
 
     def _next(self) -> Piece | None:
         for _ in range(len(self._turns)):
@@ -81,7 +83,7 @@ class Studio:
     # ---- Orders to jobs
 
     def _next_orders(self) -> Piece | None:
-        tickets = self._desk.queue.unprepared(self._orders_at_once)
+        tickets = self._desk.queue.unprepared(self._orders_at_once, self._ahead)
         return partial(self._prepare, tickets) if tickets else None
 
     def _prepare(self, tickets: list[Ticket]) -> None:
@@ -101,6 +103,8 @@ class Studio:
             raise RequestError(
                 f"the picture takes {made[0].most_lanes} lanes", f"at most {lanes}", "set guidance_scale to 1"
             )
+        for cut in stages.cuts(self._engine, ticket.order.request):
+            ticket.tell(cut)
         with self._desk.changed:
             for part, job in zip(self._desk.orders.get(ticket, ()), made, strict=False):
                 part.job, part.lanes, part.rows = job, job.most_lanes, len(job.table)
@@ -128,6 +132,7 @@ class Studio:
         parts = [part for part in waiting if part.shape == shape and not part.ended][:most]
         for part in parts:
             waiting.remove(part)
+        self._desk.changed.notify_all()  # lanes may have waited for this to become less
         return partial(self._draw, parts)
 
     def _draw(self, parts: list[Part]) -> None:

@@ -33,7 +33,8 @@ class Order:
     Attributes:
         request: `count` is the number of pictures.
         model: the bundle's name, aliases resolved.
-        previews: partial images to deliver of each picture, spread over its rows; fewer come where decoding lags.
+        previews: partial images to deliver of each picture, spread over its rows; fewer come where decoding, or
+            whoever listens, lags.
         deadline: the `time.monotonic()` by which all must be done.
         image: (H, W, 3) uint8, where the pictures begin on a given one.
         mask: (H, W) uint8, 255 where that one is repainted.
@@ -49,6 +50,23 @@ class Order:
     mask: NDArray[np.uint8] | None = None
     strength: float = 0.8
     id: str = ""
+
+
+SHOWN = 200  # characters of a text in a message
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A text of the request is longer than the model reads; `field` is its name there. Nothing else is wrong."""
+
+    field: str
+    dropped: str
+
+    @property
+    def message(self) -> str:
+        """For whoever wrote the text."""
+        shown = self.dropped if len(self.dropped) <= SHOWN else f"{self.dropped[:SHOWN]}..."
+        return f"{self.field} is longer than the model reads; it did not read: {shown}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +108,7 @@ class Failed:
     error: LatentrtError
 
 
-Event = Started | Progress | Preview | Picture | Failed
+Event = Cut | Started | Progress | Preview | Picture | Failed
 
 
 class ServiceProblem(LatentrtError):  # noqa: N818 - what a service answers is not always an error
@@ -203,12 +221,23 @@ class Ticket:
         self._cancel(self)
 
     def tell(self, event: Event, *, last: bool = False) -> None:
-        """Add an event; none after the last one. Any thread, never raises, never waits."""
+        """Add an event; none after the last one. Any thread, never raises, never waits.
+
+        A preview that nobody has heard yet makes way for the next one of its picture: whoever listens slowly, or not at
+        all, makes the server hold one of each and no more.
+        """
         with self._lock:
             if not self._ended:
+                if isinstance(event, Preview):
+                    self._forget_preview(event.index)
                 self._events.append(event)
                 self._ended = last
                 self._waiters.wake()
+
+    def _forget_preview(self, index: int) -> None:
+        old = next((one for one in self._events if isinstance(one, Preview) and one.index == index), None)
+        if old is not None:
+            self._events = deque(one for one in self._events if one is not old)
 
     def __aiter__(self) -> Ticket:
         return self

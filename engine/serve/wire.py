@@ -127,6 +127,7 @@ class ImagesResponse(BaseModel):
     output_format: OutputFormat
     size: str
     safety_identifier: str | None = None
+    warnings: Annotated[list[str], Field(description="What the model did not read of a prompt, if anything.")] = []
 
 
 class Model(BaseModel):

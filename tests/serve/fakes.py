@@ -6,7 +6,7 @@ import asyncio
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -20,12 +20,14 @@ from PIL import Image
 from engine.bundle import Bundle
 from engine.errors import LatentrtError
 from engine.picture import Picture as Drawn
+from engine.plan_record import Profile
 from engine.schedule import Schedule
 from engine.serve.app import create_app
 from engine.serve.catalog import Catalog
 from engine.serve.config import Settings
 from engine.serve.ticket import (
     Cancelled,
+    Cut,
     Draining,
     Failed,
     NotReady,
@@ -79,6 +81,7 @@ class FakeService:
         hold: rows wait for it, if it is given.
         fail: what the pictures end in, instead.
         refuse: what `reserve` raises.
+        cut: what is told of a prompt.
     """
 
     queue: int = 64
@@ -86,6 +89,7 @@ class FakeService:
     hold: asyncio.Event | None = None
     fail: LatentrtError | None = None
     refuse: LatentrtError | None = None
+    cut: Cut | None = None
     state: str = "ready"
     reserved: int = 0
     waiting: int = 0
@@ -113,6 +117,11 @@ class FakeService:
             raise QueueFull("no place is free", "some", "try again later", retry_after=2.5)
         self.reserved += pictures
         return FakePlace(self, pictures)
+
+    def full(self) -> QueueFull | None:
+        if self.reserved < self.queue or not self.ready:
+            return None
+        return QueueFull("no place is free", "some", "try again later", retry_after=2.5)
 
     def submit(self, order: Order, places: int) -> Ticket:
         self.orders.append(order)
@@ -145,6 +154,8 @@ class FakeService:
                 await asyncio.sleep(self.delay)
                 if self.hold is not None and row > 1:
                     await self.hold.wait()
+                if row == 1 and self.cut is not None:
+                    ticket.tell(self.cut)
                 if row == 1:
                     self.running += request.count
                     ticket.tell(Started())
@@ -175,11 +186,11 @@ def picture(order: Order, index: int) -> Drawn:
     return Drawn.of(np.ascontiguousarray(pixels), {**settings, "guidance": request.guidance})
 
 
-def catalog_of(**settings: Any) -> Catalog:
-    """The embedded model's, under these settings."""
+def catalog_of(*, profiles: Sequence[Profile] | None = None, **settings: Any) -> Catalog:
+    """The embedded model's, under these settings, with plans for these sizes."""
     bundle = Bundle.open(check_hashes=False)
     schedule = Schedule.from_config(bundle.json(bundle.spec.schedule))
-    return Catalog(bundle.spec, schedule, Settings(**{"log_format": "json", **settings}))
+    return Catalog(bundle.spec, schedule, Settings(**{"log_format": "json", **settings}), profiles)
 
 
 def app_of(service: FakeService, **settings: Any) -> Any:

@@ -10,7 +10,8 @@ from fakes import catalog_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.errors import RequestError, ScheduleError
+from engine.errors import PlanError, RequestError, ScheduleError
+from engine.plan_record import Profile
 from engine.serve.catalog import LEAST_LATENTS, Catalog
 from engine.serve.problems import Problem
 from engine.solvers import SOLVERS
@@ -67,6 +68,46 @@ def test_sizes_may_be_listed() -> None:
     for bad in ("100x128", "128", "0x128", "axb"):
         with pytest.raises(RequestError, match="sizes"):
             catalog_of(sizes=(bad,))
+
+
+def square(low: int, best: int, high: int) -> Profile:
+    """Of latents; pixels are eight times as many."""
+    return Profile({"height": (low, best, high), "width": (low, best, high)})
+
+
+def test_plans_for_one_size_each_are_the_sizes_there_are() -> None:
+    wide = Profile({"height": (8, 8, 8), "width": (16, 16, 16)})
+    catalog = catalog_of(profiles=(wide, square(16, 16, 16), square(512, 512, 512)))
+    assert (catalog.own, catalog.sizes) == ((128, 128), ((128, 128), (128, 64)))
+    assert catalog.fitting(1000, 300) == (128, 64)
+    with pytest.raises(Problem, match="Needed: 128x128, 128x64"):
+        catalog.size("64x64")
+
+
+def test_without_a_plan_for_the_models_own_size_another_is_the_usual_one() -> None:
+    catalog = catalog_of(profiles=(square(32, 64, 96),))
+    assert catalog.size("auto") == (512, 512)
+    with pytest.raises(PlanError, match="no size is served"):
+        catalog_of(profiles=())
+
+
+def test_plans_for_ranges_bound_the_sizes() -> None:
+    catalog = catalog_of(profiles=(square(12, 16, 32), square(64, 64, 64)), max_pixels=300 * 300)
+    assert (catalog.own, catalog.sizes) == ((128, 128), ())
+    assert [catalog.size(size) for size in ("96x256", "256x256")] == [(96, 256), (256, 256)]
+    for size in ("88x128", "264x128", "512x512"):
+        with pytest.raises(Problem, match="any sides within 96x96 to 256x256; or 512x512 to 512x512,") as caught:
+            catalog.size(size)
+        assert "Needed: 128x128, 256x256, or" in str(caught.value)
+    assert catalog.fitting(1000, 900) == (136, 120)
+    assert catalog.fitting(9000, 1000) == (256, 96)
+
+
+def test_a_listed_size_needs_a_plan() -> None:
+    assert catalog_of(sizes=("96x128",), profiles=(square(12, 16, 32),)).sizes == ((96, 128),)
+    with pytest.raises(RequestError, match="sizes has 512x512") as caught:
+        catalog_of(sizes=("512x512",), profiles=(square(12, 16, 32),))
+    assert "latentrt build BUNDLE --size 512x512" in caught.value.mend
 
 
 def test_every_solver_and_class_has_a_name_and_works() -> None:

@@ -50,6 +50,13 @@ def test_lists_in_variables_have_commas(monkeypatch: pytest.MonkeyPatch) -> None
     assert settings.secrets() == (b"k1", b"k2")
 
 
+def test_lists_in_flags_have_commas_or_come_one_by_one() -> None:
+    flags = ["--cors-origin", "https://a.example", "--cors-origin", "http://b.example:8080,*", "--sizes", "64x64,8x8"]
+    shown = json.loads(CliRunner().invoke(serve, [*flags, "--print-config"]).output)
+    assert shown["cors_origin"] == ["https://a.example", "http://b.example:8080", "*"]
+    assert shown["sizes"] == ["64x64", "8x8"]
+
+
 def test_keys_come_from_a_file_too(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     path.write_text("# of the team\nfirst\n\n  second  \n")
@@ -72,6 +79,8 @@ def test_keys_come_from_a_file_too(tmp_path: Path) -> None:
         ({"log_format": "xml"}, "log_format"),
         ({"steps": "200"}, "steps"),
         ({"nothing": "1"}, "nothing"),
+        ({"cors_origin": "a.example"}, "cors_origin"),
+        ({"cors_origin": "https://a.example/page"}, "cors_origin"),
     ],
 )
 def test_bad_values_are_named(flags: dict[str, Any], named: str) -> None:

@@ -34,7 +34,7 @@ def together(service: Service, fakes: Fakes, *orders: Order) -> list[Ticket]:
     first = submit(service, order(steps=1, guidance=1.0))
     fakes.wait_for(fakes.steps + (0 if fakes.lanes else 1))
     tickets = [submit(service, one) for one in orders]
-    eventually(lambda: not service._desk.queue.unprepared(1))
+    eventually(lambda: not service._desk.queue.unprepared(1, 8))
     fakes.allow(None)
     wait(first.pictures())
     return tickets

@@ -6,16 +6,18 @@ import asyncio
 import hmac
 import json
 import socket
+import tempfile
 import threading
 from collections.abc import Iterator, MutableMapping
+from functools import partial
 from typing import Any
 
 import httpx
 import pytest
-from fakes import FakeService, app_of, live, until
+from fakes import FakeService, app_of, live, png, until
 from structlog.testing import capture_logs
 
-from engine.serve import gate
+from engine.serve import gate, logs
 
 DRAW = "/v1/images/generations"
 
@@ -87,7 +89,7 @@ def test_any_of_the_keys_opens(locked: Any, header: str) -> None:
     assert ask(locked, "GET", "/v1/models", headers={"authorization": header}).status_code == 200
 
 
-@pytest.mark.parametrize("path", ["/health/live", "/health/ready", "/metrics", "/openapi.json", "/docs"])
+@pytest.mark.parametrize("path", ["/health/live", "/health/ready", "/metrics", "/openapi.json"])
 def test_operations_need_no_key(locked: Any, path: str) -> None:
     assert ask(locked, "GET", path).status_code == 200
 
@@ -105,10 +107,46 @@ def test_every_key_is_compared_whichever_was_sent(locked: Any, monkeypatch: pyte
     assert compared == [b"one", b"two"] * 3
 
 
+# ---- Browsers
+
+
+ASKING = {"origin": "https://a.example", "access-control-request-method": "POST"}
+
+
+def test_pages_of_named_origins_may_ask_with_a_key_and_read_every_answer() -> None:
+    app = app_of(FakeService(), keys=("one",), cors_origin=("https://a.example", "http://localhost:3000"))
+    asked = {**ASKING, "access-control-request-headers": "authorization,content-type,x-stainless-lang"}
+    leave = ask(app, "OPTIONS", DRAW, headers=asked)
+    assert leave.status_code == 200
+    assert leave.headers["access-control-allow-origin"] == "https://a.example"
+    assert leave.headers["access-control-allow-headers"] == asked["access-control-request-headers"]
+    assert "POST" in leave.headers["access-control-allow-methods"]
+    assert "access-control-allow-credentials" not in leave.headers
+    for key, status in (("one", 200), ("two", 401)):
+        headers = {"origin": "https://a.example", "authorization": f"Bearer {key}"}
+        answer = ask(app, "GET", "/v1/models", headers=headers)
+        assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (status, "https://a.example")
+        assert "x-request-id" in answer.headers["access-control-expose-headers"]
+
+
+def test_pages_of_other_origins_may_not() -> None:
+    for app in (app_of(FakeService()), app_of(FakeService(), cors_origin=("https://b.example",))):
+        for method, path in (("OPTIONS", DRAW), ("GET", "/v1/models")):
+            answer = ask(app, method, path, headers=ASKING)
+            assert "access-control-allow-origin" not in answer.headers
+            assert answer.status_code in ({"OPTIONS": (400, 405), "GET": (200,)}[method])
+
+
+def test_nothing_is_fetched_from_elsewhere(app: Any) -> None:
+    for path in ("/docs", "/redoc"):
+        assert ask(app, "GET", path).status_code == 404
+    assert ask(app, "GET", "/openapi.json").json()["paths"]
+
+
 # ---- Bodies
 
 
-def answer_unread(app: Any, headers: dict[str, str]) -> tuple[int, dict[str, Any]]:
+def answer_unread(app: Any, headers: dict[str, str], path: str = DRAW) -> tuple[int, dict[str, Any]]:
     """The answer to a POST whose body must not be read."""
     sent: list[Any] = []
 
@@ -119,8 +157,8 @@ def answer_unread(app: Any, headers: dict[str, str]) -> tuple[int, dict[str, Any
         sent.append(message)
 
     scope = {
-        **{"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "path": DRAW},
-        **{"raw_path": DRAW.encode(), "query_string": b"", "root_path": "", "scheme": "http"},
+        **{"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "path": path},
+        **{"raw_path": path.encode(), "query_string": b"", "root_path": "", "scheme": "http"},
         "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
     }
     asyncio.run(app(scope, receive, send))
@@ -156,6 +194,36 @@ def test_a_body_that_does_not_say_its_size_is_counted() -> None:
 
 
 @pytest.mark.parametrize(
+    "path", ["/v1/images/generations", "/v1/images/edits", "/sdapi/v1/txt2img", "/sdapi/v1/img2img"]
+)
+def test_where_nobody_can_have_a_place_nothing_is_read(log: list[MutableMapping[str, Any]], path: str) -> None:
+    """The answer is the one that a reader of the whole request would give."""
+    service = FakeService(queue=4, reserved=4)
+    app = app_of(service, keys=("one",))
+    key = {"authorization": "Bearer one"}
+    status, body = answer_unread(app, {**key, "content-length": "9"}, path)
+    assert (status, body["error"]["code"]) == (429, "queue_full")
+    assert answer_unread(app, {"content-length": "9"}, path)[0] == 401
+    line, wrong = lines_of(log)
+    assert (line["status"], line["outcome"], line["route"]) == (429, "queue_full", path)
+    assert (wrong["status"], wrong["route"]) == (401, path)
+    assert (
+        'request_rejected_total{model_name="emoji",reason="queue_full"} 1.0'
+        in app.state.context.metrics.text().decode()
+    )
+    service.queue = 5
+    readable = {**key, "content-type": "application/json", "content-length": "9"}
+    assert answer_unread(app, readable)[0] == 400  # for want of a body
+
+
+def test_whoever_is_not_drawn_for_is_answered_by_a_full_server_too() -> None:
+    app = app_of(FakeService(queue=4, reserved=4))
+    assert [ask(app, "GET", path).status_code for path in ("/v1/models", "/latentrt/queue", "/health/ready")] == [
+        200
+    ] * 3
+
+
+@pytest.mark.parametrize(
     "body", [b"", b"{", b"[]", b"1", b'"a"', b"\xff", b'{"prompt": NaN}', b'{"prompt":"\\ud800"}', b"[" * 99999]
 )
 def test_malformed_bodies_are_the_clients_fault(app: Any, body: bytes) -> None:
@@ -182,6 +250,37 @@ def test_a_body_that_dawdles_is_given_up() -> None:
                 answer = answers.readline() + answers.read()
     assert answer.startswith(b"HTTP/1.1 408")
     assert b"body_timeout" in answer
+
+
+# ---- Uploads of more than a MiB go through a file
+
+LARGE = {"image": ("a.png", b"x" * 2**21)}
+
+
+@pytest.mark.parametrize("fault", [OSError(28, "No space left on device"), OSError(30, "Read-only file system")])
+def test_an_upload_that_cannot_be_kept_is_refused_and_logged(
+    app: Any, fault: OSError, log: list[MutableMapping[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise fault
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    answer = ask(app, "POST", "/v1/images/edits", data={"prompt": "a"}, files=LARGE)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "insufficient_storage")
+    assert "temporary folder" in answer.json()["error"]["message"]
+    (error,) = (line for line in log if line["log_level"] == "error")
+    assert error["exc_info"].__cause__ is fault
+    assert error["id"] == answer.headers["x-request-id"]
+    (line,) = lines_of(log)
+    assert (line["status"], line["outcome"]) == (503, "insufficient_storage")
+    small = {"image": ("a.png", png())}
+    assert ask(app, "POST", "/v1/images/edits", data={"prompt": "a"}, files=small).status_code == 200
+
+
+def test_without_any_temporary_folder_it_is_the_same(app: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    answer = ask(app, "POST", "/v1/images/edits", data={"prompt": "a"}, files=LARGE)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "insufficient_storage")
 
 
 # ---- What goes wrong inside
@@ -247,6 +346,26 @@ def release(service: FakeService) -> None:
 
 
 # ---- The log
+
+
+def test_a_few_lines_are_written_at_once_and_those_of_a_crowd_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "LATER", 0.2)
+    lines, written, most = logs.Lines(), list[int](), 3 * logs.FEW
+
+    async def crowd(numbers: range) -> None:
+        for number in numbers:
+            lines.add(partial(written.append, number))
+
+    async def two_crowds() -> None:
+        await crowd(range(most))
+        assert len(written) == logs.FEW
+        await until(lambda: len(written) == most)
+        await asyncio.sleep(0.3)
+        await crowd(range(most, most + 1))
+        assert len(written) == most + 1
+
+    asyncio.run(two_crowds())
+    assert written == [*range(most + 1)]
 
 
 def test_a_request_is_one_line(log: list[MutableMapping[str, Any]]) -> None:

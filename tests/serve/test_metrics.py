@@ -161,14 +161,3 @@ def test_what_a_page_may_offer(url: str) -> None:
     model = httpx.get(f"{url}/latentrt/model").json()
     assert (model["model"], model["size"], model["step"], model["limits"]["max_n"]) == ("emoji", "128x128", 8, 10)
     assert "euler-a" in model["schedulers"]
-
-
-def test_without_a_page_the_root_says_where_to_look(url: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from engine.serve import health
-
-    monkeypatch.setattr(health, "PAGE", tmp_path)
-    assert httpx.get(f"{url}/").status_code == 404
-    (tmp_path / "index.html").write_text("<h1>hello</h1>")
-    answer = httpx.get(f"{url}/")
-    assert (answer.status_code, answer.text) == (200, "<h1>hello</h1>")
-    assert answer.headers["content-type"].startswith("text/html")

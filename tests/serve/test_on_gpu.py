@@ -63,7 +63,8 @@ def test_there_is_no_second_thread_for_the_device(service: Service) -> None:
     names = {thread.name for thread in threading.enumerate() if thread.name.startswith("latentrt-")}
     assert names == {"latentrt-engine", "latentrt-clock"}
     told = wait(story(submit(service, order(steps=6, previews=2, **SIZE))))
-    assert [event.number for event in told if isinstance(event, Preview)] == [0, 1]
+    numbers = [event.number for event in told if isinstance(event, Preview)]
+    assert numbers in ([0, 1], [1])  # who listens late hears of the newest alone
     assert isinstance(told[-1], Picture)
 
 

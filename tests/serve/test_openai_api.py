@@ -15,9 +15,10 @@ import pytest
 from fakes import FakeService, app_of, live, png
 from openai import types
 from PIL import Image
+from structlog.testing import capture_logs
 
 from engine.errors import NetworkError
-from engine.serve.ticket import QueueTimeout
+from engine.serve.ticket import Cut, QueueTimeout
 from engine.serve.wire import EditRequest, GenerateRequest
 
 SERVICE = FakeService()
@@ -132,6 +133,22 @@ def test_clients_of_the_first_models_find_the_url_they_look_for(client: openai.O
     assert (old[:22], new, plain) == ("data:image/png;base64,", None, None)
 
 
+def test_a_prompt_that_is_cut_is_told_to_whoever_wrote_it(client: openai.OpenAI, service: FakeService) -> None:
+    service.cut = Cut("prompt", "x" * 999)
+    with capture_logs() as log:
+        answer = client.images.generate(prompt="a")
+        *_, last = client.images.generate(prompt="a", stream=True)
+    said = f"prompt is longer than the model reads; it did not read: {'x' * 200}..."
+    assert answer.warnings == last.warnings == [said]
+    lines = [line for line in log if line["event"] == "request"]
+    assert [line["cut"] for line in lines] == [["prompt"]] * 2
+    assert "xxx" not in str(log)
+
+
+def test_where_nothing_is_to_be_said_there_are_no_warnings(client: openai.OpenAI) -> None:
+    assert "warnings" not in client.images.generate(prompt="a").to_dict()
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"background": "transparent"}, "background"),
     ({"output_format": "gif"}, "output_format"),
@@ -188,6 +205,7 @@ def test_unknown_models_are_not_found_and_aliases_are(client: openai.OpenAI) -> 
 
 
 def test_streams_have_previews_and_pictures(client: openai.OpenAI, service: FakeService) -> None:
+    service.delay = 0.01  # time to hear of a preview before the next one
     with client.images.generate(prompt="a", stream=True, partial_images=2, extra_body={"seed": 3}) as stream:
         events = list(stream)
     kinds = [event.type for event in events]
@@ -200,8 +218,16 @@ def test_streams_have_previews_and_pictures(client: openai.OpenAI, service: Fake
 
 
 def test_edits_stream_too(client: openai.OpenAI) -> None:
-    events = list(client.images.edit(prompt="a", image=png(128, 128), stream=True, partial_images=1))
-    assert [event.type for event in events] == ["image_edit.partial_image", "image_edit.completed"]
+    wanted: dict[str, Any] = {"prompt": "a", "partial_images": 1, "n": 2, "extra_body": {"seed": 5}}
+    events = list(client.images.edit(image=[png(128, 128)], stream=True, **wanted))
+    assert [event.type for event in events] == ["image_edit.partial_image"] * 2 + ["image_edit.completed"] * 2
+    assert sorted(event.seed for event in events[2:]) == [5, 6]
+
+
+def test_one_picture_is_edited_at_a_time(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="2 pictures to edit") as caught:
+        client.images.edit(prompt="a", image=[png(), png()])
+    assert caught.value.param == "image"
 
 
 def test_the_asynchronous_client(url: str) -> None:
@@ -301,6 +327,17 @@ def test_bad_edits_are_refused(
     error = answer.json()["error"]
     assert (answer.status_code, error["param"], error["code"]) == (400, param, code)
     assert service.reserved == 0
+
+
+def test_a_server_may_edit_nothing() -> None:
+    service = FakeService()
+    with live(app_of(service, edits=False)) as url:
+        answer = httpx.post(f"{url}/v1/images/edits", data={"prompt": "a"}, files={"image": ("a", png())})
+        body = {"prompt": "a", "init_images": [base64.b64encode(png()).decode()]}
+        other = httpx.post(f"{url}/sdapi/v1/img2img", json=body)
+    assert [one.status_code for one in (answer, other)] == [400, 400]
+    assert [one.json()["error"]["param"] for one in (answer, other)] == ["image", "init_images"]
+    assert (service.reservations, service.orders) == ([], [])
 
 
 def test_pictures_with_too_many_pixels_are_never_decoded() -> None:

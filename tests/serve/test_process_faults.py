@@ -162,7 +162,7 @@ def test_a_full_disk_costs_the_upload_that_needs_it_alone() -> None:
         resource.prlimit(one.process.pid, resource.RLIMIT_FSIZE, (0, 0))
         for _ in range(TIMES):
             refused = within(60, lambda: ask(one.url, EDIT, large, FORM))
-            assert (refused.status, refused.code) == (500, "engine_error")
+            assert (refused.status, refused.code) == (503, "insufficient_storage")
             assert within(60, lambda: ask(one.url, EDIT, small, FORM)).status == 200
             are_right([wanted(1)], together(one, wanted(1)))
         assert one.answers("/health/ready")
@@ -261,6 +261,33 @@ def test_a_stream_that_nobody_reads_is_given_up_and_takes_no_lanes() -> None:
         assert one.stop() == 0
     gone = [line for line in one.requests() if line["outcome"] == "client_gone"]
     assert len(gone) == 4
+
+
+def test_a_stream_that_is_read_a_byte_at_a_time_is_given_up_with_its_lanes() -> None:
+    """TCP sees a client that reads; the picture would take minutes more."""
+    body = {"prompt": "an owl", "size": "1024x1024", "num_inference_steps": 999, "stream": True, "partial_images": 3}
+
+    async def go(one: Process) -> None:
+        reader = await _deaf(one.url)
+        reader.send(DRAW, body)
+        await until_busy(one.url)
+        while (await metrics(one.url))["latentrt:num_images_running"]:
+            await reader.reader.read(1)
+            await asyncio.sleep(0.05)
+        await until_idle(one.url)
+        await reader.leave()
+
+    with running("--lanes", "2", "--max-steps", "999", "--stall-timeout", "1", command=fake(0.01, "rough")) as one:
+        within(60, lambda: go(one))
+        assert one.stop() == 0
+    (line,) = one.requests()
+    assert (line["outcome"], line["done"]) == ("client_gone", 0)
+
+
+async def until_busy(url: str) -> None:
+    """Something is drawn."""
+    while not (await metrics(url))["latentrt:num_images_running"]:
+        await asyncio.sleep(0.02)
 
 
 async def _deaf(url: str) -> Client:

@@ -28,7 +28,7 @@ def test_equal_due_times_keep_the_order_of_arrival() -> None:
     queue.discard(first)
     queue.discard(first)
     assert queue.next(4, {}, lambda shape: 4) == [early, second]
-    assert (queue.free, len(queue.unprepared(9))) == (6, 0)
+    assert (queue.free, len(queue.unprepared(9, 9))) == (6, 0)
 
 
 def test_orders_that_have_no_jobs_yet_are_passed_and_prepared_in_order() -> None:
@@ -36,7 +36,18 @@ def test_orders_that_have_no_jobs_yet_are_passed_and_prepared_in_order() -> None
     raw, ready = part(1.0, prepared=False), part(2.0)
     queue.add([raw, ready])
     assert queue.next(4, {}, lambda shape: 4) == [ready]
-    assert queue.unprepared(1) == [raw.ticket]
+    assert queue.unprepared(1, 2) == [raw.ticket]
+
+
+def test_no_more_is_prepared_than_can_have_lanes_soon() -> None:
+    queue = Queue(9)
+    first, *others = (part(float(due), prepared=False) for due in range(4))
+    small = part(9.0, shape=SHAPES[1], prepared=False)
+    queue.add([first, *others, small])
+    assert queue.unprepared(9, 2) == [first.ticket, others[0].ticket, small.ticket]
+    assert queue.unprepared(1, 2) == [first.ticket]
+    first.job = others[0].job = SimpleNamespace(row=0)  # type: ignore[assignment]
+    assert queue.unprepared(9, 2) == [small.ticket]
 
 
 def test_a_shape_at_its_cap_is_passed_by_others_and_not_by_its_own() -> None:

@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 from io import BytesIO
+from typing import Any
 
 import httpx
 import numpy as np
@@ -22,7 +23,9 @@ from PIL import Image
 
 from benchmarks.serving.process import Process, running
 from engine import Engine
-from engine.errors import BackendError
+from engine.backends.ort import OrtBackend
+from engine.bundle import Bundle
+from engine.errors import BackendError, PlanError
 from engine.serve import server
 from engine.serve.config import Settings
 from engine.serve.service import Service
@@ -116,7 +119,7 @@ def test_what_is_not_finished_in_time_is_said() -> None:
 
 
 def test_the_fake_service_is_asked_as_the_real_one_is() -> None:
-    for name in ("reserve", "drain", "wait_drained"):
+    for name in ("reserve", "full", "drain", "wait_drained"):
         fake, real = (inspect.signature(getattr(kind, name)).parameters for kind in (FakeService, Service))
         assert [(p.name, p.kind, p.default) for p in fake.values()] == [
             (p.name, p.kind, p.default) for p in real.values()
@@ -135,6 +138,31 @@ def test_a_port_that_is_taken_is_known_before_anything_is_loaded() -> None:
         ):
             pass
     assert "--port" in caught.value.mend
+
+
+@pytest.mark.parametrize("edits", [True, False])
+def test_whatever_will_be_used_is_loaded_at_the_start(edits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    load = OrtBackend.load
+
+    def recording(backend: OrtBackend, bundle: Bundle, network: str) -> Any:
+        opened.append(network)
+        return load(backend, bundle, network)
+
+    monkeypatch.setattr(OrtBackend, "load", recording)
+    with server.loaded(Settings(threads=1, edits=edits)) as engine:
+        assert sorted(opened) == ["text_encoder", "unet", "vae_decoder", *(["vae_encoder"] if edits else [])]
+        engine.edit(np.zeros((64, 64, 3), np.uint8))
+        assert opened.count("vae_encoder") == 1
+
+
+def test_edits_without_a_plan_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(engine: Engine, name: str) -> Any:
+        raise PlanError("there is no plan", "one", "latentrt build BUNDLE")
+
+    monkeypatch.setattr(Engine, "network", missing)
+    with pytest.raises(PlanError, match="--no-edits"), server.loaded(Settings(threads=1)):
+        pass
 
 
 def test_a_step_that_hangs_ends_the_process_unless_it_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,12 +15,13 @@ from fake_engine import Fakes, fake_engine, order, recorded, wait
 
 from engine import Engine
 from engine.denoiser import Denoiser
-from engine.errors import RequestError, UnknownSolverError
+from engine.errors import BackendError, RequestError, UnknownSolverError
 from engine.lanes import HostLanes
 from engine.serve.curve import Curve
 from engine.serve.service import Service
 from engine.serve.ticket import (
     Cancelled,
+    Cut,
     DeadlineUnreachable,
     Draining,
     Event,
@@ -69,6 +70,18 @@ def test_an_order_tells_its_story(serve: Serve) -> None:
         assert own[-1].image.info["latentrt"]["seed"] == index
 
 
+@pytest.mark.filterwarnings("ignore::engine.errors.PromptTruncatedWarning")
+def test_what_the_model_does_not_read_is_told_before_anything_else(serve: Serve) -> None:
+    """Of the negative prompt only where there is one lane for it."""
+    service, long = serve(), "an owl and a cat " * 30
+    told = wait(events(submit(service, order(long, negative_prompt=long))))
+    assert [event.field for event in told if isinstance(event, Cut)] == ["prompt", "negative_prompt"]
+    assert isinstance(told[0], Cut)
+    assert long.endswith(told[0].dropped)
+    told = wait(events(submit(service, order(negative_prompt=long, guidance=1.0))))
+    assert isinstance(told[0], Started)
+
+
 def test_pictures_come_in_their_order(serve: Serve) -> None:
     made = wait(submit(serve(), order(count=3, seed=5, steps=2)).pictures())
     assert [picture.info["latentrt"]["seed"] for picture in made] == [5, 6, 7]
@@ -103,6 +116,11 @@ def test_an_order_that_no_lanes_can_hold_is_refused(serve: Serve, fakes: Fakes) 
         assert len(wait(submit(service, order(guidance=1.0)).pictures())) == 1
 
 
+def test_an_engine_that_drops_its_networks_is_refused() -> None:
+    with Engine.load(resident=False, check_hashes=False) as lean, pytest.raises(BackendError, match="resident"):
+        Service(lean)
+
+
 # ---- Who shares a step
 
 
@@ -113,7 +131,7 @@ def test_orders_share_steps(serve: Serve, fakes: Fakes) -> None:
     first = submit(service, order(steps=2, guidance=1.0))
     fakes.wait_for(1)
     others = [submit(service, order(steps=3)), submit(service, order(steps=4, solver="heun", count=2))]
-    eventually(lambda: not service._desk.queue.unprepared(1))
+    eventually(lambda: not service._desk.queue.unprepared(1, 8))
     fakes.allow(None)
     for ticket in (first, *others):
         wait(ticket.pictures())
@@ -137,7 +155,7 @@ def started_in_order(service: Service, fakes: Fakes, *orders: Order) -> list[int
     first = submit(service, order(steps=1))
     fakes.wait_for(1)
     tickets = [submit(service, one) for one in orders]
-    eventually(lambda: not service._desk.queue.unprepared(1))
+    eventually(lambda: not service._desk.queue.unprepared(1, 4))
     begun: list[int] = []
     fakes.on_step = lambda step: begun.extend(i for i, ticket in enumerate(tickets) if ticket.begun and i not in begun)
     fakes.allow(None)
@@ -161,7 +179,7 @@ def test_a_picture_of_two_lanes_is_not_passed_by_those_of_one(fakes: Fakes, serv
         single = submit(service, order(steps=3, guidance=1.0))
         fakes.wait_for(1)
         wide, *narrow = [submit(service, order(steps=1, guidance=scale)) for scale in (3.0, 1.0, 1.0)]
-        eventually(lambda: not service._desk.queue.unprepared(1))
+        eventually(lambda: not service._desk.queue.unprepared(1, 4))
         fakes.allow(None)
         for ticket in (single, wide, *narrow):
             wait(ticket.pictures())
@@ -207,6 +225,25 @@ def test_a_burst_is_refused_by_exactly_its_excess(serve: Serve, fakes: Fakes) ->
     for ticket in tickets:
         wait(ticket.pictures())
     assert (service.waiting, service.running, service._desk.idle) == (0, 0, True)
+
+
+def test_a_full_service_says_so_of_any_request_as_of_one_picture(serve: Serve, fakes: Fakes) -> None:
+    service = serve(queue=2, curve=Curve({SHAPE: {2: 1.0, 4: 2.0}}))
+    fakes.encoding.clear()
+    assert service.full() is None
+    with service.reserve(1, rows=4, deadline=None):
+        assert service.full() is None
+        ticket = submit(service, order())
+        full = service.full()
+        with pytest.raises(QueueFull) as refused:
+            service.reserve(1, rows=4, deadline=None)
+        assert full is not None
+        assert (str(full), full.retry_after) == (str(refused.value), refused.value.retry_after)
+        assert service.full() is full  # for a moment
+        service.drain()
+        assert service.full() is None  # something else is to be said
+    ticket.cancel()
+    assert service.full() is None
 
 
 def test_what_cannot_be_in_time_is_refused_by_the_curve(serve: Serve, fakes: Fakes) -> None:
@@ -255,7 +292,7 @@ def test_lanes_of_a_cancelled_order_are_free_within_two_ticks(serve: Serve, fake
     leaving = submit(service, order(steps=50, count=4))
     fakes.wait_for(1)
     staying = submit(service, order(steps=3))
-    eventually(lambda: not service._desk.queue.unprepared(1))
+    eventually(lambda: not service._desk.queue.unprepared(1, 8))
     fakes.on_step = lambda step: leaving.cancel() if step == 5 else None
     fakes.allow(None)
     assert isinstance(wait(events(leaving))[-1], Failed)
@@ -330,8 +367,11 @@ def test_a_text_encoder_that_lags_stalls_no_tick(serve: Serve, fakes: Fakes) -> 
 def test_pictures_that_wait_are_decoded_together_and_lanes_do_not_run_ahead(serve: Serve, fakes: Fakes) -> None:
     """With a VAE that hangs, as many pictures are denoised as lanes can make in a tick or two, not all."""
     service = serve()
-    fakes.decoding.clear()
+    fakes.hold()
     tickets = [submit(service, order(steps=1, guidance=1.0, seed=seed)) for seed in range(40)]
+    eventually(lambda: not service._desk.queue.unprepared(1, 16))
+    fakes.decoding.clear()
+    fakes.allow(None)
     eventually(lambda: len(service._desk.denoised) >= 8)
     assert service.running <= 4 + 8 + 8  # in the VAE, denoised, in lanes
     fakes.decoding.set()
@@ -450,13 +490,13 @@ def test_observers_hear_everything(serve: Serve, fakes: Fakes) -> None:
     service = serve(observer=diary, queue=2)
     diary.calls.clear()
     wait(submit(service, order(count=2, steps=3, previews=1)).pictures())
+    assert len(diary.of("admitted")) == 2
     submit_and_cancel(service)
     with pytest.raises(QueueFull):
         service.reserve(3, rows=1, deadline=None)
     assert diary.of("accepted") == [(2,), (1,)]
     assert diary.of("refused") == [("queue_full", 3)]
     assert [outcome for outcome, _ in diary.of("ended")] == ["done", "done", "cancelled"]
-    assert len(diary.of("admitted")) == 2
     assert [(lanes, pictures) for _, lanes, pictures in diary.of("ticked")] == [(4, 2)] * 3
     stages = [(stage, count) for stage, _, count in diary.of("staged")]
     assert ("prepare", 1) in stages

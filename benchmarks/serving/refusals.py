@@ -1,0 +1,121 @@
+"""How long a refusal takes: bursts into a full queue, as the server's log has it and as clients in another process do.
+
+`python -m benchmarks.serving.refusals URL REQUESTS CLIENTS` is that process; it prints what its clients saw.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks.serving import fake
+from benchmarks.serving.clients import DRAW, Client, metrics
+from benchmarks.serving.process import Process, running
+from benchmarks.serving.traffic import quantile
+
+PLACES = 64  # of the queue
+FLAGS = ("--lanes", "2", "--queue", str(PLACES), "--max-steps", "999", "--run-timeout", "900")
+PARTS = {"p50": 0.5, "p99": 0.99}
+FOREVER = 999  # steps: 10 s, longer than any burst
+
+
+def measure(requests: int, crowds: tuple[int, ...], repeats: int) -> list[dict[str, Any]]:
+    """Bursts of so many requests, by crowds of so many clients in turn; the first round warms up.
+
+    Returns:
+        For each crowd {"clients", "requests", "client_seconds", "server_seconds"}: a list for each repeat.
+    """
+    found: list[dict[str, Any]] = [
+        {"clients": clients, "requests": requests, "client_seconds": [], "server_seconds": []} for clients in crowds
+    ]
+    with running(*FLAGS, command=fake.COMMAND) as one:
+        for _ in range(repeats + 1):
+            for part in found:
+                client, server = _burst(one, requests, part["clients"])
+                part["client_seconds"].append(client)
+                part["server_seconds"].append(server)
+    for part in found:
+        del part["client_seconds"][0], part["server_seconds"][0]
+    return found
+
+
+def percentiles(part: Mapping[str, Any], side: str) -> dict[str, list[float]]:
+    """Milliseconds of each repeat at p50 and p99, as "client" or "server" saw them."""
+    return {name: [1000 * quantile(seconds, at) for seconds in part[f"{side}_seconds"]] for name, at in PARTS.items()}
+
+
+def _burst(one: Process, requests: int, clients: int) -> tuple[list[float], list[float]]:
+    """Seconds of the same refusals as clients and the server saw them; the server is idle before and after."""
+    before = len(_refused_by(one))
+    command = [sys.executable, "-m", "benchmarks.serving.refusals", one.url, str(requests), str(clients)]
+    seen = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    while len(own := _refused_by(one)[before:]) < len(seen) or not asyncio.run(_idle(one.url)):
+        time.sleep(0.01)
+    return seen, own
+
+
+def _refused_by(one: Process) -> list[float]:
+    return [float(line["seconds"]) for line in one.requests() if line["status"] == 429]
+
+
+async def _idle(url: str) -> bool:
+    now = await metrics(url)
+    return not now["latentrt:num_images_running"] and not now["latentrt:num_images_waiting"]
+
+
+# ---- The clients' process
+
+
+async def crowd(url: str, requests: int, clients: int) -> list[float]:
+    """Seconds of each refusal, from the first byte that was sent to the last one that came.
+
+    A picture that takes all lanes keeps the queue from moving. Where the crowd is too small to fill the queue, others
+    fill it first; a larger one finds it empty and fills it itself.
+    """
+    held = [await _sent(url, FOREVER)]
+    await _until(url, "running", 1)
+    if clients <= PLACES:
+        held += [await _sent(url, 1) for _ in range(PLACES)]
+        await _until(url, "waiting", PLACES)
+    crowd, left = [await Client.connect(url) for _ in range(clients)], iter(range(requests - len(held) + 1))
+    found: list[float] = []
+    enough: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def ask(client: Client) -> None:
+        for _ in left:
+            answer = await client.ask(DRAW, {"prompt": "an owl", "num_inference_steps": 1})
+            found.append(answer.seconds)
+            if answer.status != 429:
+                enough.set_exception(RuntimeError(f"the queue was not full: {answer.status}"))
+            elif len(found) == requests - PLACES:
+                enough.set_result(None)
+
+    tasks = [asyncio.create_task(ask(client)) for client in crowd]
+    await enough
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    for client in (*held, *crowd):
+        await client.leave()
+    return found
+
+
+async def _sent(url: str, steps: int) -> Client:
+    """A client that waits for a picture."""
+    client = await Client.connect(url)
+    client.send(DRAW, {"prompt": "an owl", "num_inference_steps": steps})
+    return client
+
+
+async def _until(url: str, which: str, count: int) -> None:
+    while (await metrics(url))[f"latentrt:num_images_{which}"] < count:
+        await asyncio.sleep(0.01)
+
+
+if __name__ == "__main__":
+    print(json.dumps(asyncio.run(crowd(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))))

@@ -1,0 +1,95 @@
+// The page: its parts are put together here.
+
+import { ask, key, setKey } from "./api.js";
+import { find, say, short } from "./dom.js";
+import * as form from "./form.js";
+import * as gallery from "./gallery.js";
+import * as jobs from "./jobs.js";
+import * as source from "./source.js";
+import * as watch from "./watch.js";
+
+let model = null; // what /latentrt/model said
+let state = "";
+
+async function draw() {
+  const given = await source.source();
+  const { strength, ...wanted } = form.values();
+  if (given && strength !== undefined) wanted.strength = strength;
+  const job = jobs.start(wanted, given);
+  say(`Drawing ${short(wanted.prompt)}`);
+  if (matchMedia("(max-width: 50rem)").matches) job.card.scrollIntoView({ block: "nearest" });
+}
+
+async function learn(now) {
+  const before = state;
+  state = now;
+  if (now === "locked" && before !== "locked") openKey();
+  if (["locked", "offline"].includes(now) || (model && before !== "offline")) return;
+  try {
+    model = await (await ask("latentrt/model")).json();
+  } catch {
+    return; // asked again with the next look at the queue
+  }
+  find("model-name").textContent = model.model;
+  form.offered(model);
+  source.offered(model);
+}
+
+function openKey() {
+  find("key").value = key();
+  find("key-say").textContent = key() && state === "locked" ? "The server refused this key." : "";
+  find("key-dialog").returnValue = "";
+  if (!document.querySelector("dialog[open]")) find("key-dialog").showModal();
+}
+
+function keyClosed() {
+  const choice = find("key-dialog").returnValue;
+  if (!choice) return;
+  setKey(choice === "use" ? find("key").value : "");
+  state = "";
+  watch.look();
+}
+
+function reuse({ wanted }) {
+  form.reset();
+  form.fill({ negative_prompt: "", ...wanted, n: 1 });
+  form.keep();
+  find("form").elements.prompt.focus();
+  say("The settings stand in the form");
+}
+
+function edit({ blob, wanted }) {
+  source.use(blob);
+  form.fill({ prompt: wanted.prompt });
+  find("form").elements.prompt.focus();
+  say("The picture is the one to start from");
+}
+
+function shortcut(event) {
+  if (event.isComposing || document.querySelector("dialog[open]")) return;
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
+    event.preventDefault();
+    find("form").requestSubmit();
+  } else if (event.key === "Escape") {
+    jobs.cancelOne();
+  }
+}
+
+find("form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  draw();
+});
+find("defaults").addEventListener("click", () => {
+  form.reset();
+  form.keep();
+  say("The server’s defaults stand in the form");
+});
+find("key-open").addEventListener("click", openKey);
+find("key-cancel").addEventListener("click", () => find("key-dialog").close(""));
+find("key-dialog").addEventListener("close", keyClosed);
+document.addEventListener("keydown", shortcut);
+form.begin();
+source.begin(form.startsFrom);
+jobs.begin({ drawn: gallery.add, stirred: watch.look, field: form.field });
+watch.begin({ busy: jobs.busy, queue: jobs.told, state: learn, mine: jobs.byId });
+gallery.begin({ reuse, edit });

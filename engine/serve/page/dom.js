@@ -1,0 +1,28 @@
+// Small helpers for elements.
+
+export const find = (id) => document.getElementById(id);
+
+/** An element; `on…` attributes are listeners, properties are set, all else becomes an attribute. */
+export function make(tag, attributes = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else if (name in element) element[name] = value;
+    else element.setAttribute(name, value);
+  }
+  element.append(...children);
+  return element;
+}
+
+export const button = (text, onclick, attributes = {}) => make("button", { type: "button", ...attributes, onclick }, text);
+
+/** Tell those who listen to the page instead of looking at it. */
+export function say(text) {
+  find("say").textContent = text;
+}
+
+/** "1 picture", "2 pictures". */
+export const count = (number, noun) => `${number} ${noun}${number === 1 ? "" : "s"}`;
+
+/** Text without its middle, so that a long prompt remains a name. */
+export const short = (text, most = 80) => (text.length > most ? `${text.slice(0, most - 1).trimEnd()}…` : text);

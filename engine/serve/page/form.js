@@ -1,0 +1,155 @@
+// The settings: what the server offers, what was typed, and what is sent.
+
+import { find, make } from "./dom.js";
+
+const DRAFT = "latentrt.draft";
+const NUMBERS = ["n", "num_inference_steps", "guidance_scale", "seed", "strength", "partial_images"];
+const TEXTS = ["prompt", "negative_prompt", "scheduler", "model"];
+const SHAPES = [[1, 1], [3, 2], [2, 3], [16, 9], [9, 16]];
+const OTHER = "other";
+
+const form = find("form");
+export const field = (name) => form.elements.namedItem(name);
+
+let offer = null; // what /latentrt/model said
+let fromPicture = false;
+
+/** Take the server's names, limits and defaults over; what was typed or drafted remains. */
+export function offered(model) {
+  const first = offer === null;
+  const typed = first ? draft() : values();
+  offer = model;
+  const { limits, step } = model;
+  const bounds = {
+    n: { max: limits.max_n },
+    num_inference_steps: { max: limits.max_steps },
+    seed: { max: Number.MAX_SAFE_INTEGER },
+    width: { min: step, max: limits.max_side, step },
+    height: { min: step, max: limits.max_side, step },
+    prompt: { maxLength: limits.max_prompt },
+    negative_prompt: { maxLength: limits.max_prompt },
+  };
+  for (const [name, limit] of Object.entries(bounds)) Object.assign(field(name), limit);
+  field("model").replaceChildren(...model.names.map((name) => new Option(name, name === model.model ? "" : name)));
+  field("scheduler").replaceChildren(...solvers(model));
+  sizes();
+  if (first) reset();
+  fill(typed);
+}
+
+/** The solvers by name, and once more as diffusers calls them. */
+function solvers({ schedulers, defaults }) {
+  const own = new Option(defaults.scheduler ? `${defaults.scheduler} (default)` : "The model’s own", "");
+  const isClass = (name) => /^[A-Z]/.test(name);
+  const options = (names) => names.map((name) => new Option(name));
+  const classes = make("optgroup", { label: "As diffusers calls them" }, ...options(schedulers.filter(isClass)));
+  return [own, ...options(schedulers.filter((name) => !isClass(name))), classes];
+}
+
+/** With a picture to start from, the automatic size has its shape. */
+export function startsFrom(picture) {
+  fromPicture = picture;
+  if (offer) sizes();
+}
+
+function sizes() {
+  const chosen = field("size").value;
+  const automatic = fromPicture ? "As the picture" : named(offer.size);
+  const listed = offer.sizes.length ? offer.sizes : derived(offer);
+  const options = [new Option(automatic, ""), ...listed.map((size) => new Option(named(size), size))];
+  if (!offer.sizes.length) options.push(new Option("Other…", OTHER));
+  field("size").replaceChildren(...options);
+  choose("size", chosen);
+}
+
+const named = (size) => size.replace("x", " × ");
+
+/** Usual shapes with the model's own number of pixels and four times as many, as far as the limits go. */
+function derived({ size, step, limits }) {
+  const [width, height] = size.split("x").map(Number);
+  const found = new Set();
+  for (const scale of [1, 4]) {
+    for (const [wide, high] of SHAPES) {
+      const unit = Math.sqrt((width * height * scale) / (wide * high));
+      const [w, h] = [wide, high].map((part) => Math.round((part * unit) / step) * step);
+      if (Math.max(w, h) <= limits.max_side && w * h <= limits.max_pixels) found.add(`${w}x${h}`);
+    }
+  }
+  found.delete(size);
+  return [...found];
+}
+
+function choose(name, value) {
+  const select = field(name);
+  select.value = value;
+  if (select.selectedIndex < 0) select.selectedIndex = 0;
+}
+
+/** What stands in the form, by the API's names; what is left to the server is left out. */
+export function values() {
+  const wanted = {};
+  for (const name of TEXTS) if (field(name).value.trim()) wanted[name] = field(name).value.trim();
+  for (const name of NUMBERS) if (field(name).value !== "") wanted[name] = Number(field(name).value);
+  const size = field("size").value;
+  if (size === OTHER) wanted.size = `${field("width").value}x${field("height").value}`;
+  else if (size) wanted.size = size;
+  return wanted;
+}
+
+/** Write settings into the form; those that are not named are left as they are. */
+export function fill(wanted) {
+  for (const name of [...TEXTS, ...NUMBERS]) {
+    if (!(name in wanted)) continue;
+    if (field(name).options) choose(name, String(wanted[name]));
+    else field(name).value = wanted[name];
+  }
+  if (wanted.size) fillSize(wanted.size);
+  showSides();
+}
+
+function fillSize(size) {
+  const select = field("size");
+  const listed = [...select.options].some((option) => option.value === size);
+  choose("size", listed ? size : size === offer?.size ? "" : OTHER);
+  [field("width").value, field("height").value] = size.split("x");
+}
+
+/** The server's defaults for all but the prompts. */
+export function reset() {
+  for (const name of [...NUMBERS, "size", "scheduler", "model"]) {
+    if (field(name).options) field(name).selectedIndex = 0;
+    else field(name).value = "";
+  }
+  field("n").value = 1;
+  field("num_inference_steps").value = offer?.defaults.steps ?? "";
+  field("guidance_scale").value = offer?.defaults.guidance ?? "";
+  choose("partial_images", "3");
+  showSides();
+}
+
+function showSides() {
+  const other = field("size").value === OTHER;
+  find("sides").hidden = !other;
+  for (const name of ["width", "height"]) field(name).disabled = !other;
+  for (const name of ["width", "height"]) field(name).required = other;
+}
+
+function draft() {
+  try {
+    return JSON.parse(localStorage.getItem(DRAFT)) ?? {};
+  } catch {
+    return {};
+  }
+}
+
+/** Keep what is typed, and let a closed part open where a value in it cannot be sent. */
+export function begin() {
+  form.addEventListener("input", keep);
+  form.addEventListener("change", showSides);
+  form.addEventListener("invalid", ({ target }) => target.closest("details")?.setAttribute("open", ""), true);
+  showSides();
+}
+
+export function keep() {
+  localStorage.setItem(DRAFT, JSON.stringify(values()));
+}

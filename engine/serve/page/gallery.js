@@ -1,0 +1,170 @@
+// The history as a grid, and one picture with its settings.
+
+import { button, count, find, make, say, short } from "./dom.js";
+import { History } from "./history.js";
+
+const MOST = 200; // pictures
+const MOST_BYTES = 256 * 2 ** 20;
+
+const list = find("history");
+const detail = find("detail");
+const tiles = new Map(); // record → its <li>, newest first in the page, oldest first here
+let opening = null;
+let history = null;
+let hooks = {};
+let shown = null;
+
+/** `reuse(record)` and `edit(record)` are what a picture's buttons do. */
+export async function begin(given) {
+  hooks = given;
+  const question = find("clear-dialog");
+  find("clear").addEventListener("click", () => {
+    question.returnValue = "";
+    question.showModal();
+  });
+  question.addEventListener("close", () => question.returnValue === "delete" && clear());
+  const act = (id, work) => find(id).addEventListener("click", () => work(shown));
+  act("detail-close", () => detail.close());
+  act("detail-reuse", (record) => leave(hooks.reuse, record));
+  act("detail-edit", (record) => leave(hooks.edit, record));
+  act("detail-copy", copy);
+  act("detail-delete", remove);
+  detail.addEventListener("keydown", turn);
+  detail.addEventListener("close", () => tiles.get(shown)?.querySelector("button").focus());
+  detail.addEventListener("click", (event) => event.target === detail && detail.close());
+  opening = History.open();
+  history = await opening;
+  const records = await history.all();
+  for (const record of records.sort((one, other) => one.made - other.made)) place(record);
+  tally();
+}
+
+/** Show a new picture and keep it; the oldest go where there are too many. */
+export async function add(record) {
+  await opening;
+  place(record);
+  await history.put(record).catch(() => say("The picture could not be kept: the browser has no room"));
+  let size = 0;
+  for (const one of tiles.keys()) size += one.blob.size;
+  for (const oldest of [...tiles.keys()]) {
+    if (tiles.size <= MOST && size <= MOST_BYTES) break;
+    size -= oldest.blob.size;
+    await drop(oldest);
+  }
+  tally();
+}
+
+function place(record) {
+  const name = `${short(record.wanted.prompt)}, seed ${record.wanted.seed}`;
+  const image = make("img", { alt: "", loading: "lazy", src: URL.createObjectURL(record.blob) });
+  const caption = make("span", { className: "caption" }, record.wanted.prompt);
+  const tile = button("", () => open(record), { className: "tile", "aria-label": name, "aria-haspopup": "dialog" });
+  tile.append(image, caption);
+  const item = make("li", {}, tile);
+  tiles.set(record, item);
+  list.prepend(item);
+}
+
+async function drop(record) {
+  const item = tiles.get(record);
+  URL.revokeObjectURL(item.querySelector("img").src);
+  item.remove();
+  tiles.delete(record);
+  await history.remove(record.id);
+}
+
+async function clear() {
+  await history.clear();
+  for (const record of [...tiles.keys()]) await drop(record);
+  tally();
+  say("All pictures deleted");
+  find("form").elements.prompt.focus();
+}
+
+function tally() {
+  find("empty").hidden = tiles.size > 0;
+  find("clear").hidden = tiles.size === 0;
+  const kept = history.kept ? "" : ", until this tab is closed";
+  find("count").textContent = tiles.size ? `${tiles.size}${kept}` : "";
+}
+
+function open(record) {
+  shown = record;
+  const address = tiles.get(record).querySelector("img").src;
+  find("detail-title").textContent = record.wanted.prompt;
+  Object.assign(find("detail-image"), { src: address, alt: record.wanted.prompt });
+  find("detail-facts").replaceChildren(...facts(record).flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, String(value))]));
+  Object.assign(find("detail-download"), { href: address, download: `${slug(record)}.png` });
+  find("detail-say").textContent = "";
+  if (!detail.open) detail.showModal();
+}
+
+/** What made the picture: what the file itself says, else what was asked for. */
+function facts({ wanted, facts: own, size, made, edited, warnings }) {
+  const rows = [
+    ["Negative prompt", wanted.negative_prompt],
+    ["Size", size.replace("x", " × ")],
+    ["Steps", own.steps ?? wanted.num_inference_steps],
+    ["Solver", own.solver ?? wanted.scheduler],
+    ["Guidance", own.guidance ?? wanted.guidance_scale],
+    ["Seed", wanted.seed],
+    ["Starts from", edited ? `a picture, strength ${own.strength ?? wanted.strength ?? "automatic"}` : undefined],
+    ["Model", own.model ?? wanted.model],
+    ["Made", new Date(made).toLocaleString()],
+    ...warnings.map((warning) => ["Note", warning]),
+  ];
+  return rows.filter(([, value]) => value !== undefined);
+}
+
+const slug = ({ wanted }) => {
+  const words = wanted.prompt.toLowerCase().normalize("NFKD").replace(/[^\p{Letter}\p{Number}]+/gu, "-");
+  return `${words.replace(/^-|-$/g, "").slice(0, 60) || "picture"}-${wanted.seed}`;
+};
+
+/** The body of a request that makes the picture again. */
+async function copy({ wanted }) {
+  const { partial_images, ...body } = wanted;
+  const text = JSON.stringify(body, null, 2);
+  const good = await navigator.clipboard?.writeText(text).then(() => true, () => false);
+  find("detail-say").textContent = good || copyOldWay(text) ? "Settings copied, as a request’s body" : "The browser does not let this page copy";
+}
+
+/** Without TLS only this machine's own pages have a clipboard. */
+function copyOldWay(text) {
+  const area = make("textarea", { value: text });
+  detail.append(area);
+  area.select();
+  const good = document.execCommand("copy");
+  area.remove();
+  find("detail-copy").focus();
+  return good;
+}
+
+async function remove(record) {
+  const next = neighbour(record, 1) ?? neighbour(record, -1);
+  await drop(record);
+  tally();
+  say("Picture deleted");
+  if (next) open(next);
+  else leave(() => find("form").elements.prompt.focus());
+}
+
+/** Close the one picture and go on elsewhere, not at its tile. */
+function leave(work, record) {
+  shown = null;
+  detail.close();
+  work(record);
+}
+
+const neighbour = (record, way) => {
+  const records = [...tiles.keys()].reverse();
+  return records[records.indexOf(record) + way];
+};
+
+function turn(event) {
+  const way = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+  const next = way && neighbour(shown, way);
+  if (!next || event.altKey || event.ctrlKey || event.metaKey) return;
+  event.preventDefault();
+  open(next);
+}
