@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -140,8 +141,9 @@ class PlanStore:
         try:
             sealed = {**_to_dict(record), "seal": seal(_to_dict(record), make=True)}
             self.folder.mkdir(parents=True, exist_ok=True)
-            _replace(path, plan)
-            _replace(self.folder / f"{record.name}.json", json.dumps(sealed, indent=1).encode())
+            with _gone_unless_done(path):
+                _replace(path, plan)
+                _replace(self.folder / f"{record.name}.json", json.dumps(sealed, indent=1).encode())
             for old in set(self._files(record.name)) - {path}:
                 old.unlink(missing_ok=True)
         except OSError as error:
@@ -172,6 +174,12 @@ class PlanStore:
                 file.unlink(missing_ok=True)
         except OSError as error:
             raise PlanError(f"{name} cannot be removed ({error})", "a file that may be", "remove it by hand") from error
+
+    def sweep(self) -> None:
+        """Remove what a build that was killed has left half-written; for whoever alone builds in the folder."""
+        for kind in ("plan", "json"):
+            for part in self.folder.glob(f"*.{kind}.*.part"):
+                part.unlink(missing_ok=True)
 
     @property
     def command(self) -> str:
@@ -263,6 +271,18 @@ def _replace(path: Path, data: bytes) -> None:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def _gone_unless_done(path: Path) -> Iterator[None]:
+    """Where what follows fails, remove a file that was not there before: a plan without a record is of no use."""
+    before = path.exists()
+    try:
+        yield
+    except BaseException:
+        if not before:
+            path.unlink(missing_ok=True)
+        raise
 
 
 def _short(value: str) -> str:

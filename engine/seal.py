@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +61,7 @@ def _secret(*, make: bool) -> bytes:
     """The secret that seals records; made where it is wanted for writing and is not there."""
     path = secret_path()
     if make and not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                file.write(secrets.token_bytes(32))
-        except FileExistsError:  # another build was faster
-            pass
+        _make(path)
     try:
         mode, secret = path.stat().st_mode, path.read_bytes()
     except OSError as error:
@@ -81,3 +77,18 @@ def _secret(*, make: bool) -> bytes:
             f"chmod 600 {path}; or delete it and build again",
         )
     return secret
+
+
+def _make(path: Path) -> None:
+    """Make the secret, whole or not at all; where another build was faster, its secret stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{secrets.token_hex(8)}.part")
+    try:
+        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(secrets.token_bytes(32))
+            file.flush()
+            os.fsync(file.fileno())
+        with suppress(FileExistsError):
+            os.link(part, path)
+    finally:
+        part.unlink(missing_ok=True)

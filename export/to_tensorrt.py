@@ -199,6 +199,7 @@ def build_plans(
         return []
     with _alone(orders[0].plans):
         store = PlanStore(bundle, orders[0].plans)
+        store.sweep()
         there = {order.key.digest: record for order in orders if not rebuild and (record := _built(store, order.key))}
         waiting = [each for order, each in zip(orders, estimates, strict=True) if order.key.digest not in there]
         if not ignore_estimate:

@@ -482,14 +482,48 @@ def test_a_full_disk_leaves_the_old_plan(store: PlanStore, monkeypatch: pytest.M
     with pytest.raises(PlanError, match=r"cannot be written.*No space left.*make room, or choose another folder"):
         store.put(record(plan=PLAN[::-1]), PLAN[::-1])
     assert store.read(store.find(KEY, SIZES)) == PLAN
-    assert not [path for path in store.folder.iterdir() if path.name.endswith(".part")]
+    assert files(store) == [".json", ".plan"]
 
 
-def test_a_full_disk_leaves_no_half_plan(store: PlanStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    full_disk(monkeypatch, ".plan")
+@pytest.mark.parametrize("suffix", [".plan", ".json"])
+def test_a_full_disk_leaves_no_half_plan(store: PlanStore, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
+    full_disk(monkeypatch, suffix)
     with pytest.raises(PlanError):
         store.put(record(), PLAN)
     assert files(store) == []
+
+
+def test_a_full_disk_leaves_no_half_secret(store: PlanStore, secret: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        full_disk(patch, str(secret.parent))
+        with pytest.raises(PlanError, match="No space left"):
+            store.put(record(), PLAN)
+    assert list(secret.parent.iterdir()) == []
+    store.put(record(), PLAN)
+    assert list(secret.parent.iterdir()) == [secret]
+
+
+def test_the_secret_of_a_faster_build_stays(store: PlanStore, secret: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(count: int) -> bytes:
+        secret.write_bytes(b"a faster build's secret")
+        secret.chmod(0o600)
+        return bytes(count)
+
+    monkeypatch.setattr("secrets.token_bytes", slow)
+    store.put(record(), PLAN)
+    assert secret.read_bytes() == b"a faster build's secret"
+    assert store.read(store.find(KEY, SIZES)) == PLAN
+
+
+def test_what_a_killed_build_left_half_written_is_swept(store: PlanStore) -> None:
+    store.put(record(), PLAN)
+    whole = set(store.folder.iterdir())
+    for path in whole:
+        path.with_name(f"{path.name}.123.part").write_bytes(b"half")
+    others = store.folder / "film.mkv.part"
+    others.write_bytes(b"somebody's download")
+    store.sweep()
+    assert set(store.folder.iterdir()) == {*whole, others}
 
 
 @pytest.mark.parametrize("step", [0, 1])

@@ -227,6 +227,14 @@ def test_a_damaged_plan_is_built_again(fake: Fake, tmp_path: Path) -> None:
 # --- the timing cache -------------------------------------------------------------------------------------------------
 
 
+def test_a_build_sweeps_what_a_killed_one_left(fake: Fake, tmp_path: Path) -> None:
+    (tmp_path / "plans").mkdir()
+    left = tmp_path / "plans" / "unet-0-0.plan.123.part"
+    left.write_bytes(b"half")
+    built_plans(fake(), tmp_path / "plans", networks=["text_encoder"])
+    assert not left.exists()
+
+
 def test_measurements_are_kept_for_the_next_build(fake: Fake, tmp_path: Path) -> None:
     library = fake()
     first, second = built_plans(library, tmp_path / "plans", networks=["text_encoder", "vae_decoder"])
