@@ -9,7 +9,7 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, distributions, version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from engine.backends.ort import load_onnxruntime
@@ -28,7 +28,6 @@ EXPORT_PACKAGES = (
     "huggingface_hub",
 )
 BUILD_PACKAGES = ("onnx", "onnx-ir")
-NVRTC_PACKAGES = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +49,7 @@ def examine() -> list[Finding]:
     """Look at the machine, the libraries and the embedded bundle; nothing is changed."""
     return [
         *(_machine(), _bundle(), _onnxruntime(), _export(), _gpu(), _cuda_provider(), _cuda()),
-        *(_tensorrt(name) for name in LIBRARIES if name != "tensorrt-lean"),
+        *(_tensorrt(name) for name in LIBRARIES),
         _build(),
     ]
 
@@ -104,15 +103,25 @@ def _build() -> Finding:
 
 
 def _cuda() -> Finding:
-    installed = {distribution.name for distribution in distributions()}
-    nvrtc = next((name for name in NVRTC_PACKAGES if name in installed), NVRTC_PACKAGES[0])
-    return _packages("one launch an image (CUDA)", ("cuda-bindings", nvrtc), "pip install 'latentrt[cuda]'")
+    """The device as the engine opens it, kernels and all; NVRTC may be a wheel's or a toolkit's."""
+    what = "one launch an image (CUDA)"
+    try:
+        from engine.backends.cuda import Cuda
+
+        gpu = Cuda()
+    except LatentrtError as trouble:
+        return Finding(what, False, trouble.found, trouble.mend)
+    found = "{}, compute capability {}.{}, CUDA {}".format(gpu.name, *gpu.compute_capability, gpu.driver)
+    gpu.close()
+    return Finding(what, True, f"{found}; the kernels are loaded")
 
 
 def _tensorrt(name: str) -> Finding:
+    """Whether it can be imported, and finds a driver that it takes."""
     what = f"pictures by plans ({name})"
     try:
         library = open_library(name)
+        library.runtime(library.logger())
     except LatentrtError as trouble:
         return Finding(what, False, trouble.found, trouble.mend)
     return Finding(what, True, f"{name} {library.version}")

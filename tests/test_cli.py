@@ -9,10 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fake_tensorrt
 import pytest
+from fake_tensorrt import FakeTensorRt
+from host_gpu import HostDriver, HostGpu
 from PIL import Image
 
 from engine import cli, doctor, read_settings
+from engine.backends.driver import Driver
 from engine.errors import RequestError
 from engine.pipeline import request_from
 from engine.spec import Request
@@ -313,6 +317,31 @@ def test_doctor_fails_where_nothing_can_be_drawn(run: Run, monkeypatch: pytest.M
     findings = {finding["what"]: finding for finding in json.loads(out)}
     assert code == 1
     assert not findings["pictures on the CPU (onnxruntime)"]["good"]
+
+
+def test_doctor_opens_the_gpu_and_says_what_its_driver_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.backends.cuda.Cuda", HostGpu)
+    assert doctor._cuda().found == "Host GPU, compute capability 9.0, CUDA 13.0; the kernels are loaded"
+    monkeypatch.setattr("engine.backends.cuda.Cuda", lambda: Driver(HostDriver(version=11080)))
+    finding = doctor._cuda()
+    assert not finding.good
+    assert "CUDA 11.8" in finding.found
+    assert "580" in finding.mend
+
+
+def test_doctor_starts_tensorrt_and_says_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeTensorRt()
+    monkeypatch.setattr(doctor, "open_library", lambda name: fake.library)
+    assert doctor._tensorrt("tensorrt").good
+
+    def failing(logger: Any) -> Any:
+        logger.log(fake_tensorrt.Severity.ERROR, "CUDA initialization failure with error: 35")
+
+    fake.Runtime = failing  # type: ignore[method-assign]
+    finding = doctor._tensorrt("tensorrt")
+    assert not finding.good
+    assert "error: 35" in finding.found
+    assert "tensorrt-cu12" in finding.mend
 
 
 @pytest.mark.parametrize("trouble", [OSError("no such program"), subprocess.TimeoutExpired("nvidia-smi", 30)])

@@ -146,7 +146,7 @@ def test_a_runtime_that_does_not_start_says_why() -> None:
         return Null()
 
     fake.Runtime = failing  # type: ignore[method-assign]
-    with pytest.raises(BackendError, match=r"cannot start \(CUDA initialization failure with error: 35\).*driver"):
+    with pytest.raises(BackendError, match=r"cannot start \(CUDA init.*error: 35\).*driver.*tensorrt-cu12"):
         fake.library.runtime(fake.library.logger())
 
 

@@ -93,7 +93,7 @@ class Cuda:
             raise BackendError(
                 f"the driver (CUDA {self.driver}) does not take the kernels: {error.found}",
                 "a driver at least as new as the NVRTC that compiled them",
-                "install a newer NVIDIA driver, or an older NVRTC: pip install 'nvidia-cuda-nvrtc-cu12'",
+                "a newer NVIDIA driver, or for CUDA 12's: pip install 'cuda-bindings<13' nvidia-cuda-nvrtc-cu12",
             ) from error
         self._functions = {name: self._drive("cuModuleGetFunction", self._module, name.encode()) for name in KERNELS}
 

@@ -11,6 +11,7 @@ from typing import Any
 from engine.errors import BackendError, DeviceMemoryError, MissingDependencyError
 
 NEEDED_CUDA = (12, 0)
+DRIVERS = "NVIDIA's driver, 580 or newer for CUDA 13, 535 for CUDA 12"
 
 _OUT_OF_MEMORY, _NO_DEVICE = 2, 100
 _WITHOUT_CONTEXT = {
@@ -42,14 +43,15 @@ class Driver:
         try:
             self("cuInit", 0)
         except BackendError as error:
-            raise BackendError(error.found, "an NVIDIA GPU that this process may use", "latentrt doctor") from error
+            mend = f"install {DRIVERS}; a container is given its GPUs by: docker run --gpus all"
+            raise BackendError(error.found, "an NVIDIA GPU that this process may use", mend) from error
         version: int = self("cuDriverGetVersion")
         found = (version // 1000, version % 1000 // 10)
         if found < NEEDED_CUDA:
             raise BackendError(
                 f"the driver brings CUDA {found[0]}.{found[1]}",
                 f"CUDA {NEEDED_CUDA[0]}.{NEEDED_CUDA[1]} or newer; 13.0 (driver 580) for nvidia-cuda-nvrtc 13",
-                "install a newer NVIDIA driver",
+                f"install {DRIVERS}",
             )
         return f"{found[0]}.{found[1]}"
 
@@ -66,7 +68,7 @@ class Driver:
             answer = getattr(self.api, function)(*arguments)
         except RuntimeError as error:  # so the bindings say that there is no driver, or not this function in it
             raise BackendError(
-                f"{function} is not there ({error})", "an NVIDIA driver for CUDA 12 or newer", "latentrt doctor"
+                f"{function} is not there ({error})", "an NVIDIA driver for CUDA 12 or newer", f"install {DRIVERS}"
             ) from error
         return self._check(function, answer)
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from engine.backends.driver import DRIVERS
 from engine.bundle import Bundle
 from engine.errors import BackendError, MissingDependencyError, PlanError
 from engine.plan_record import REFITTABLE, STRIPPED, VERSION_COMPATIBLE, PlanKey
@@ -125,8 +126,10 @@ class Library:
         config.dynamic_shapes_kernel_specialization_strategy = (
             self.module.DynamicShapesKernelSpecializationStrategy.EAGER
         )
-        config.set_runtime_cache(config.create_runtime_cache())
-        return lambda: engine.create_execution_context(config)
+        cache = config.create_runtime_cache()
+        config.set_runtime_cache(cache)
+        held = config, cache  # nothing promises that either lives on in the contexts
+        return lambda: engine.create_execution_context(held[0])
 
     def memory_needed(self, engine: Any, context: Any) -> int:
         """Bytes of device memory that a context needs for the shapes that were set (8.6: for any shapes)."""
@@ -271,7 +274,7 @@ class Library:
             raise BackendError(
                 f"{self.name} {self.version} cannot start ({words})",
                 "an NVIDIA GPU and a driver that is new enough",
-                "latentrt doctor",
+                f"install {DRIVERS}, or the wheels for your driver: pip install {self.name}-cu12",
             )
         return made
 
