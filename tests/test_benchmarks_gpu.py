@@ -24,7 +24,7 @@ from benchmarks.gpu.macs import macs
 from benchmarks.gpu.results import Results
 from benchmarks.report import write
 from engine.bundle import EMBEDDED
-from engine.errors import RequestError
+from engine.errors import BackendError, RequestError
 
 SD15 = {  # stable-diffusion-v1-5's UNet
     **{"block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 768, "attention_head_dim": 8},
@@ -321,6 +321,23 @@ def test_what_is_typed() -> None:
         command._sides("trt,cuda")
     quick = command.config_of(command._parser().parse_args(["--quick", "--repeats", "3"]))
     assert (quick.steps, quick.repeats, quick.batches) == (2, 3, (1,))
+
+
+def test_no_preset_is_exported_where_there_is_no_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def describe() -> None:
+        raise BackendError("there is no driver", "one", "install it")
+
+    def latentrt(*words: str, limit: float) -> None:
+        raise AssertionError(words)
+
+    monkeypatch.setattr(benchmark, "FOLDER", tmp_path / "cache")
+    monkeypatch.setattr("benchmarks.gpu.hardware.describe", describe)
+    monkeypatch.setattr("benchmarks.gpu.hardware.latentrt", latentrt)
+    assert command.main(["--quick", "--results", str(tmp_path / "results")]) == 1
+    assert "there is no driver" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
 
 
 def test_a_bundle_that_is_not_there_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

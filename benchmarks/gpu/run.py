@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +18,7 @@ from benchmarks.gpu.config import FOLDER, SIDES, Config
 from benchmarks.gpu.results import Results
 from benchmarks.timing import machine
 from engine.bundle import Bundle
-from engine.errors import LatentrtError
+from engine.errors import LatentrtError, MissingDependencyError
 
 PACKAGES = (
     *("torch", "diffusers", "transformers", "numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13"),
@@ -31,8 +31,8 @@ def run(config: Config, folder: Path) -> Results:
     """Measure, and write `folder`/gpu-PRESET.json as it grows; figures of other sides and batches stay in it.
 
     Raises:
-        LatentrtError: the bundle that was named cannot be opened, or the file has figures of another size or of other
-            steps.
+        LatentrtError: the bundle that was named cannot be opened, the file has figures of another size or of other
+            steps, or there is neither the preset's bundle nor a GPU to export it for.
         RuntimeError: the preset cannot be exported.
     """
     deadline = Deadline(config.minutes)
@@ -71,11 +71,22 @@ def _with_bundle(config: Config, deadline: Deadline) -> Config:
         if not (bundle / "manifest.json").is_file():
             from benchmarks.gpu.hardware import latentrt
 
+            _need_gpu(config)
             say(f"exporting preset:{config.preset} into {bundle}")
             latentrt("export", f"preset:{config.preset}", str(bundle), limit=deadline.left(config.limit))
     latents = Bundle.open(bundle, check_hashes=False).spec.latents
     own = latents.width * latents.factor, latents.height * latents.factor
     return replace(config, bundle=bundle, size=config.size or own)
+
+
+def _need_gpu(config: Config) -> None:
+    """Refuse a machine on which no side can run, before minutes are spent on a preset.
+
+    Raises:
+        BackendError: there is no GPU, or its driver is too old.
+    """
+    with suppress(MissingDependencyError):  # of ours: diffusers has libraries of its own
+        config.open_hardware().describe()
 
 
 def _about(config: Config, hardware: Any, deadline: Deadline) -> dict[str, Any]:
