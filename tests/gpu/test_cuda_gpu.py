@@ -39,9 +39,10 @@ def rig(gpu: Cuda, request: pytest.FixtureRequest) -> Iterator[Rig]:
     rig.close()
 
 
+@pytest.mark.parametrize("lanes", [(0, 1), (2,)], ids=["guided", "unguided"])
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_every_solver_to_the_last_bit(rig: Rig, solver: str) -> None:
-    rig.admit(0, Job(table_of(solver), Guidance(7.5)), (0, 1))
+def test_every_solver_to_the_last_bit(rig: Rig, solver: str, lanes: tuple[int, ...]) -> None:
+    rig.admit(0, Job(table_of(solver), Guidance(7.5)), lanes)
     run(rig)
 
 
