@@ -12,6 +12,7 @@ from engine.errors import LatentrtError
 
 PREFIX = "latentrt:"
 CONTENT_TYPE = CONTENT_TYPE_LATEST
+TAKEN = ("ok", "client_gone", "cancelled")  # however they ended, these were not refused
 _WAITS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _STEPS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _LANES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -63,7 +64,7 @@ class Metrics:
     def ended_request(self, route: str, outcome: str, status: int, seconds: float | None) -> None:
         """A request is over; `seconds` where it was one for pictures that were made."""
         self._requests.labels(self._model, route, outcome).inc()
-        if outcome not in ("ok", "client_gone") and (400 <= status < 500 or status == 503):
+        if outcome not in TAKEN and (400 <= status < 500 or status == 503):
             self._rejected.labels(self._model, outcome).inc()
         if seconds is not None:
             self._latency.observe(seconds)

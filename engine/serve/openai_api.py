@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, aclosing
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, BinaryIO
 
 from fastapi import APIRouter, Form, Request, UploadFile
 from fastapi.responses import JSONResponse
@@ -20,7 +20,7 @@ from engine.serve.board import Entry
 from engine.serve.context import Context, Served
 from engine.serve.drawing import Drawing, Plan, begun, draw, follow, made
 from engine.serve.logs import logger
-from engine.serve.pixels import Source, encode, in_thread, shape_of, too_large
+from engine.serve.pixels import Opener, Source, encode, in_thread, shape_of, too_large
 from engine.serve.problems import Problem, answer_to
 from engine.serve.routes import Media, errors
 from engine.serve.ticket import Picture, Preview
@@ -62,7 +62,7 @@ async def edit(
     wanted: Annotated[EditRequest, Form(media_type="multipart/form-data")], http: Request, context: Served
 ) -> Response:
     """Draw pictures from a prompt and a picture; with a mask only where its alpha is 0."""
-    source = await _source(context, wanted)
+    source = _source(context, wanted)
     if wanted.size in (None, "", "auto"):
         shape = await in_thread(partial(shape_of, source.image, "image", context.settings.max_image_pixels))
         size = context.catalog.fitting(*shape)
@@ -117,8 +117,8 @@ def _plan(
     )
 
 
-async def _source(context: Context, wanted: EditRequest) -> Source:
-    """The files of an edit, as bytes."""
+def _source(context: Context, wanted: EditRequest) -> Source:
+    """The files of an edit."""
     files = [*wanted.image, *wanted.images]
     if len(files) != 1:
         raise Problem(
@@ -127,15 +127,20 @@ async def _source(context: Context, wanted: EditRequest) -> Source:
             "send one file as image",
             param="image",
         )
-    image = await _bytes(files[0], "image", context.settings.max_image_bytes)
-    mask = await _bytes(wanted.mask, "mask", context.settings.max_image_bytes) if wanted.mask else None
-    return Source(image, mask)
+    most = context.settings.max_image_bytes
+    image = _opener(files[0], "image", most)
+    return Source(image, _opener(wanted.mask, "mask", most) if wanted.mask else None)
 
 
-async def _bytes(file: UploadFile, param: str, most: int) -> bytes:
-    if (file.size or 0) > most:
+def _opener(upload: UploadFile, param: str, most: int) -> Opener:
+    if (upload.size or 0) > most:
         raise too_large(param, most)
-    return await file.read()
+
+    def opened() -> BinaryIO:
+        upload.file.seek(0)
+        return upload.file
+
+    return opened
 
 
 async def _answer(context: Context, http: Request, plan: Plan, wanted: Wanted, kind: str) -> Response:

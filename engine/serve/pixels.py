@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 import anyio.to_thread
 import numpy as np
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Uint8 = NDArray[np.uint8]
+Opener = Callable[[], BinaryIO]  # of a file from its first byte on
 FORMATS = ("PNG", "JPEG", "WEBP")
 _ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)  # of EXIF: those that swap width and height
 _THREADS = anyio.CapacityLimiter(2)  # enough to keep up with any engine, too few to take the CPU from it
@@ -29,13 +30,13 @@ _THREADS = anyio.CapacityLimiter(2)  # enough to keep up with any engine, too fe
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A picture to edit, as it came: bytes of files, not decoded yet.
+    """A picture to edit, as it came: files that are read once a place is reserved, so that a crowd's wait on disk.
 
     `mask_alpha` says how the mask is meant: alpha 0 is edited (OpenAI), or white is (A1111).
     """
 
-    image: bytes
-    mask: bytes | None = None
+    image: Opener
+    mask: Opener | None = None
     mask_alpha: bool = True
     mask_inverted: bool = False
     names: tuple[str, str] = ("image", "mask")
@@ -59,13 +60,13 @@ async def decode(
     return await in_thread(partial(_decode, source, size, latents, most_pixels))
 
 
-def shape_of(data: bytes, param: str, most_pixels: int) -> tuple[int, int]:
+def shape_of(file: Opener, param: str, most_pixels: int) -> tuple[int, int]:
     """Width and height as seen (EXIF's rotation counts); reads the header alone.
 
     Raises:
         Problem: 400 image_decode_failed.
     """
-    with _opened(data, param, most_pixels) as image:
+    with _opened(file(), param, most_pixels) as image:
         try:
             # Without the first condition a PNG is decoded to look for it behind the pixels.
             turned = "exif" in image.info and image.getexif().get(_ORIENTATION) in _TURNED
@@ -142,27 +143,28 @@ def _whitened(mask: Image, source: Source) -> Image:
     return ImageChops.invert(grey) if source.mask_inverted else grey
 
 
-def _loaded(data: bytes, param: str, most_pixels: int) -> Image:
-    """Upright, with palettes and their transparency resolved."""
+def _loaded(file: Opener, param: str, most_pixels: int) -> Image:
+    """Upright, with palettes and their transparency resolved. The file is closed: nobody needs it any more."""
     from PIL import ImageOps
 
-    image = _opened(data, param, most_pixels)
-    try:
-        image.load()
-        upright = ImageOps.exif_transpose(image)
-        if "transparency" in upright.info:
-            return upright.convert("RGBA")
-        return upright if upright.mode in MODES else upright.convert("RGB")
-    except Exception as error:  # what a decoder raises on broken input is not specified
-        raise _undecodable(param, "damaged") from error
+    with file() as data:
+        image = _opened(data, param, most_pixels)
+        try:
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+            if "transparency" in upright.info:
+                return upright.convert("RGBA")
+            return upright if upright.mode in MODES else upright.convert("RGB")
+        except Exception as error:  # what a decoder raises on broken input is not specified
+            raise _undecodable(param, "damaged") from error
 
 
-def _opened(data: bytes, param: str, most_pixels: int) -> Image:
+def _opened(data: BinaryIO, param: str, most_pixels: int) -> Image:
     """A file whose header was read; its size is checked before anything is decoded."""
     from PIL import Image
 
     try:
-        image = Image.open(BytesIO(data), formats=FORMATS)
+        image = Image.open(data, formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _undecodable(param, "too many pixels") from error
     except Exception as error:

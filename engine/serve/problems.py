@@ -123,4 +123,5 @@ def answer_to_validation(errors: Any) -> Answer:
         text = f"{param} is not supported"
     elif text.startswith("Expected UploadFile"):
         text = f"{param} is no file; nothing is fetched from a URL"
-    return Answer(400, "invalid_value", text if param is None or param in text else f"{param}: {text}", param)
+    named = param is None or text.split(maxsplit=1)[0] == param
+    return Answer(400, "invalid_value", text if named else f"{param}: {text}", param)

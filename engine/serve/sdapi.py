@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from io import BytesIO
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -17,7 +18,7 @@ from engine.image import prose
 from engine.serve.board import Entry
 from engine.serve.context import Context, Served
 from engine.serve.drawing import Drawing, Plan, draw
-from engine.serve.pixels import Source, encode, from_base64, in_thread
+from engine.serve.pixels import Opener, Source, encode, from_base64, in_thread
 from engine.serve.problems import Problem
 from engine.serve.routes import Media, errors
 from engine.serve.sd_wire import (
@@ -98,8 +99,8 @@ async def img2img(wanted: ImageToImage, http: Request, context: Served) -> JSONR
     """Draw pictures from a prompt and a picture; with a mask only where it is white."""
     most = context.settings.max_image_bytes
     source = Source(
-        from_base64(wanted.init_images[0], "init_images", most),
-        from_base64(wanted.mask, "mask", most) if wanted.mask else None,
+        _opener(wanted.init_images[0], "init_images", most),
+        _opener(wanted.mask, "mask", most) if wanted.mask else None,
         mask_alpha=False,
         mask_inverted=bool(wanted.inpainting_mask_invert),
         names=("init_images", "mask"),
@@ -142,6 +143,10 @@ async def interrupt(context: Served, http: Request, id_task: str | None = None) 
         if id_task is None or entry.task == id_task:
             entry.ticket.cancel()
     return {}
+
+
+def _opener(text: str, param: str, most: int) -> Opener:
+    return lambda: BytesIO(from_base64(text, param, most))
 
 
 def _own(context: Context, http: Request) -> list[Entry]:

@@ -153,6 +153,9 @@ def test_the_queue_shows_progress_and_ones_own_job_can_be_cancelled(service: Fak
             answer = await drawing
             assert (answer.status_code, answer.json()["error"]["code"]) == (409, "cancelled")
             assert (await client.get("/latentrt/queue")).json()["jobs"] == []
+            told = values((await client.get("/metrics")).text)
+            assert told[f"latentrt:requests_total[outcome=cancelled,route={DRAW}]"] == 1
+            assert "latentrt:request_rejected_total[reason=cancelled]" not in told  # it had been taken
 
     asyncio.run(work())
 

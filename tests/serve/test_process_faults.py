@@ -317,6 +317,37 @@ def bomb(side: int) -> bytes:
     return png(side, side)
 
 
+def test_uploads_that_wait_are_not_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One picture has all lanes, so that all of a crowd's edits wait."""
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "2")  # as deployed: else each thread keeps what it has freed
+    crowd, upload = 32, form(rough(1500))
+
+    async def go(one: Process) -> float:
+        long = await Client.connect(one.url)
+        long.send(DRAW, {"prompt": "an owl", "num_inference_steps": 999})
+        await until_busy(one.url)
+        before = one.memory
+        clients = [await Client.connect(one.url) for _ in range(crowd)]
+        for client in clients:
+            client.send(EDIT, upload, FORM)
+        while (await metrics(one.url))["latentrt:num_images_waiting"] < crowd:
+            await asyncio.sleep(0.02)
+        more = one.memory - before
+        for client in (*clients, long):
+            await client.leave()
+        await until_idle(one.url)
+        return more
+
+    with running("--lanes", "2", "--max-steps", "999", command=fake()) as one:
+        assert within(60, lambda: ask(one.url, EDIT, upload, FORM)).status == 200
+        files = one.descriptors
+        more = within(60, lambda: go(one))
+        assert more < crowd * len(upload) / 2**20 / 3
+        while one.descriptors > files:
+            time.sleep(0.01)
+        assert one.stop() == 0
+
+
 @pytest.mark.parametrize(
     ("file", "code"),
     [
