@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastapi import Depends, FastAPI, Request
@@ -12,14 +13,13 @@ from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 
 from engine import __version__
 from engine.errors import LatentrtError
 from engine.serve import health, openai_api, sdapi
 from engine.serve.catalog import Catalog
 from engine.serve.context import Context
-from engine.serve.gate import Gate, cross_origin, too_much
+from engine.serve.gate import Bounded, Gate, cross_origin, most_bytes, too_much
 from engine.serve.logs import logger
 from engine.serve.metrics import Metrics
 from engine.serve.page_route import add_page
@@ -51,7 +51,7 @@ def create_app(
     metrics = metrics or Metrics(catalog.name)
     context = Context(service, settings, catalog, metrics)
     _gauges(context)
-    keys = settings.secrets()
+    keys, bound = settings.secrets(), partial(most_bytes, settings)
     app = FastAPI(
         title="latentrt",
         summary="Stable Diffusion: the OpenAI Images API, and a thin one of A1111.",
@@ -71,12 +71,12 @@ def create_app(
             Middleware(
                 Gate,
                 keys=keys,
-                most_bytes=settings.max_body,
+                most_bytes=bound,
                 body_timeout=settings.body_timeout,
                 full=service.full,
                 metrics=metrics,
             ),
-            Middleware(RequestBodyLimitMiddleware, max_body_size=settings.max_body),
+            Middleware(Bounded, most_bytes=bound),
         ],
     )
     app.state.context = context
@@ -120,7 +120,7 @@ def _answer_of(request: Request, error: Exception) -> Answer:
         if isinstance(error.__cause__, OSError):  # a form that could not be kept: FastAPI calls it the client's fault
             return not_kept()
         if error.status_code == 413:
-            return too_much(request.app.state.context.settings.max_body)
+            return too_much(most_bytes(request.app.state.context.settings, request.url.path))
         answer = answer_to_status(error.status_code, str(error.detail))
         headers = dict(error.headers or {})
         if error.status_code == 405:  # Starlette lists the methods of the path's first route alone

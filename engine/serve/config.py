@@ -88,7 +88,7 @@ class Settings(BaseSettings):
     max_pixels: Count = _field(1536 * 1024, "Limits", "Most pixels of a picture.")
     sizes: Texts = _field((), "Limits", "The only sizes there are, as 512x512,768x512; any within the limits if none.")
     max_prompt: Count = _field(32_000, "Limits", "Most characters of a prompt.")
-    max_body: Count = _field(64 * MIB, "Limits", "Most bytes of a request.")
+    max_body: Count = _field(64 * MIB, "Limits", "Most bytes of a request with a picture to edit.")
     max_image_bytes: Count = _field(32 * MIB, "Limits", "Most bytes of a picture that is sent here.")
     max_image_pixels: Count = _field(4096 * 4096, "Limits", "Most pixels of a picture that is sent here.")
 
@@ -130,6 +130,11 @@ class Settings(BaseSettings):
     def most_pictures(self) -> int:
         """The largest n there is: what does not fit into an empty queue never will."""
         return min(self.max_n, self.queue)
+
+    @property
+    def max_text(self) -> int:
+        """Most bytes of a request without a picture: two prompts as long as JSON can write them, and the rest."""
+        return min(self.max_body, 2 * 12 * self.max_prompt + MIB // 16)
 
     def secrets(self) -> tuple[bytes, ...]:
         """All keys, those of the file too.

@@ -19,12 +19,14 @@ from typing import Any
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.errors import LatentrtError
+from engine.serve.config import Settings
 from engine.serve.logs import Lines, logger
 from engine.serve.metrics import Metrics
 from engine.serve.problems import Answer, answer_to
@@ -34,6 +36,7 @@ OPEN_BELOW = "/static/"
 CLIENT_GONE = 499  # nginx' number for it; it is seen in the log alone
 # Where every request takes places in the queue.
 DRAWING = ("/v1/images/generations", "/v1/images/edits", "/sdapi/v1/txt2img", "/sdapi/v1/img2img")
+EDITING = ("/v1/images/edits", "/sdapi/v1/img2img")
 _ID = re.compile(r"[!-~]{1,128}")
 _QUIET_ROUTES = ("/health/live", "/health/ready", "/metrics")
 
@@ -62,7 +65,7 @@ class Gate:
 
     Args:
         keys: one of these is needed, if there are any.
-        most_bytes: of a body.
+        most_bytes: of a body, by its path.
         body_timeout: seconds in which a body must come.
         full: why nothing can be drawn for anybody now; None where something can. Then nothing of a request is read: a
             crowd of refusals holds nobody up.
@@ -74,7 +77,7 @@ class Gate:
         app: ASGIApp,
         *,
         keys: tuple[bytes, ...],
-        most_bytes: int,
+        most_bytes: Callable[[str], int],
         body_timeout: float,
         full: Callable[[], LatentrtError | None],
         metrics: Metrics,
@@ -121,8 +124,8 @@ class Gate:
                 return Answer(401, "invalid_api_key", message, None, {"www-authenticate": "Bearer"})
             facts["owner"] = owner
         length = headers.get(b"content-length", "")
-        if length.isdecimal() and int(length[:20]) > self._most_bytes:
-            return too_much(self._most_bytes)
+        if length.isdecimal() and int(length[:20]) > self._most_bytes(path):
+            return too_much(self._most_bytes(path))
         full = self._full() if path in DRAWING and scope["method"] == "POST" else None
         if full is not self._told[0]:
             self._told = full, None if full is None else answer_to(full)
@@ -204,6 +207,22 @@ class _Passage:
             return CLIENT_GONE, "client_gone"
         status = self.status or CLIENT_GONE
         return status, outcome or ("ok" if status < 400 else "refused")
+
+
+class Bounded:
+    """Counts what comes of bodies that do not say their size, by path as the gate does."""
+
+    def __init__(self, app: ASGIApp, *, most_bytes: Callable[[str], int]) -> None:
+        self._app = app
+        self._most_bytes = most_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await RequestBodyLimitMiddleware(self._app, self._most_bytes(scope.get("path", "")))(scope, receive, send)
+
+
+def most_bytes(settings: Settings, path: str) -> int:
+    """Of a body: many only where pictures are sent, so that a crowd of large ones fills no memory."""
+    return settings.max_body if path in EDITING else settings.max_text
 
 
 def too_much(most_bytes: int) -> Answer:

@@ -91,6 +91,9 @@ def _load_encoder(engine: Engine) -> None:
 
 def started(engine: Engine, settings: Settings, metrics: Metrics) -> Service:
     """The service of an engine, as the settings want it; a context manager that closes it."""
+    measured = curve.load(engine)
+    if measured is None:
+        logger().info("no curve was measured: every step may have all lanes", mend="latentrt bench BUNDLE --save")
     return Service(
         engine,
         queue=settings.queue,
@@ -98,7 +101,7 @@ def started(engine: Engine, settings: Settings, metrics: Metrics) -> Service:
         run_timeout=settings.run_timeout,
         hang=settings.hang_timeout,
         observer=metrics,
-        curve=curve.load(engine),
+        curve=measured,
     )
 
 

@@ -170,6 +170,24 @@ def test_a_body_that_is_too_large_is_refused_unread(app: Any) -> None:
     assert (status, body["error"]["code"]) == (413, "body_too_large")
 
 
+def test_only_where_pictures_are_sent_a_body_may_be_large() -> None:
+    app = app_of(FakeService(), max_prompt=100)
+    least = len(json.dumps({"prompt": "\U0001f34e" * 100, "negative_prompt": "\U0001f34e" * 100}))
+
+    async def chunks() -> Any:
+        yield b" " * 2**20
+
+    for path, kind, status in (
+        (DRAW, "application/json", 413),
+        ("/sdapi/v1/txt2img", "application/json", 413),
+        ("/v1/images/edits", "multipart/form-data; boundary=x", 400),
+        ("/sdapi/v1/img2img", "application/json", 400),
+    ):
+        for body in (b" " * 2**20, chunks()):
+            assert ask(app, "POST", path, content=body, headers={"content-type": kind}).status_code == status
+    assert least < app.state.context.settings.max_text < 2**17
+
+
 def test_a_body_of_another_type_is_refused_unread(app: Any) -> None:
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"):
         status, body = answer_unread(app, {"content-type": kind, "content-length": "9"})
