@@ -196,21 +196,28 @@ class _Canvas:
         return self._fetch(jobs)
 
     def _graph(self, course: Course) -> Graph:
-        """The graph of a course; the one that was launched least recently makes place.
-
-        Before a capture every network is called once outside it: what a library sets up for new shapes is then done.
-        """
+        """The graph of a course; the one that was launched least recently makes place, and all do for memory."""
         if course not in self._graphs:
             while len(self._graphs) >= GRAPHS_KEPT:
                 self._graphs.popitem(last=False)[1].close()
-            self._arena.call_network()
-            for bound in self._bounds:
-                bound.enqueue()
-            with self._gpu.capture() as graph:
-                self._enqueue(course)
-            self._graphs[course] = graph
+            try:
+                self._graphs[course] = self._captured(course)
+            except DeviceMemoryError:  # a graph has device memory too, the more the longer it is
+                if not self._graphs:
+                    raise
+                self._close_graphs()
+                self._graphs[course] = self._captured(course)
         self._graphs.move_to_end(course)
         return self._graphs[course]
+
+    def _captured(self, course: Course) -> Graph:
+        """A new graph. Every network is called once outside it: what a library sets up for new shapes is then done."""
+        self._arena.call_network()
+        for bound in self._bounds:
+            bound.enqueue()
+        with self._gpu.capture() as graph:
+            self._enqueue(course)
+        return graph
 
     def _place(self, slot: int, job: Job, text: Text) -> None:
         lanes = [slot, self.count + slot] if self._kind.guided else [slot]

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from host_gpu import HostGpu
+from host_gpu import HostGpu, Status
 
 from engine import Engine
 from engine.backends.ort import OrtBackend
 from engine.bench import measure
-from engine.errors import NetworkError, RequestError
+from engine.errors import DeviceMemoryError, NetworkError, RequestError
 from engine.one_launch import GRAPHS_KEPT
 from engine.spec import Request
 from export.verify import psnr
@@ -167,6 +167,29 @@ def test_graphs_are_kept_within_bounds(gpu: HostGpu) -> None:
         assert gpu.host.alive["executable"] == GRAPHS_KEPT
         engine("a", width=16, height=16, steps=GRAPHS_KEPT + 3)  # the newest is still there
         assert gpu.host.calls.count("cuGraphInstantiate") == before + GRAPHS_KEPT + 3
+
+
+def test_graphs_make_place_where_there_is_no_memory_for_another(
+    gpu: HostGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, room = gpu.host.cuGraphInstantiate, 2
+
+    def instantiate(graph: int, flags: int) -> tuple[Any, ...]:
+        if gpu.host.alive["executable"] >= room:
+            return Status.CUDA_ERROR_OUT_OF_MEMORY, None
+        return real(graph, flags)
+
+    monkeypatch.setattr(gpu.host, "cuGraphInstantiate", instantiate, raising=False)
+    with Engine.load(backend=OrtBackend(threads=1, gpu=gpu), capture=True, check_hashes=False) as engine:
+        first = pictures(engine("a", width=16, height=16, steps=1))
+        for steps in (2, 3):
+            engine("a", width=16, height=16, steps=steps)
+        assert gpu.host.alive["executable"] == 1
+        np.testing.assert_array_equal(pictures(engine("a", width=16, height=16, steps=1)), first)
+        room = 0
+        with pytest.raises(DeviceMemoryError):
+            engine("a", width=16, height=16, steps=4)
+    assert gpu.host.alive["graph"] == 0
 
 
 def test_capture_is_asked_for_where_a_backend_does_not_promise_it(gpu: HostGpu) -> None:
