@@ -169,9 +169,7 @@ def test_graphs_are_kept_within_bounds(gpu: HostGpu) -> None:
         assert gpu.host.calls.count("cuGraphInstantiate") == before + GRAPHS_KEPT + 3
 
 
-def test_graphs_make_place_where_there_is_no_memory_for_another(
-    gpu: HostGpu, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_graphs_make_place_where_there_is_no_memory_for_another(gpu: HostGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     real, room = gpu.host.cuGraphInstantiate, 2
 
     def instantiate(graph: int, flags: int) -> tuple[Any, ...]:

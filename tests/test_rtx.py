@@ -83,10 +83,28 @@ def rtx() -> Library:
 
 @pytest.mark.parametrize(
     ("name", "compute_capability", "shapes"),
-    [("emoji", "8.9", "static"), ("emoji", "12.0", "ranges"), ("sd15-small", "8.0", "ranges")],
+    [
+        *(("emoji", "8.0", "static"), ("emoji", "8.9", "static"), ("emoji", "12.0", "ranges")),
+        *(("sd15-small", "8.0", "ranges"), ("sd15-small", "8.9", "static"), ("sd15-small", "12.0", "static")),
+    ],
 )
 def test_every_graph_becomes_a_plan(build: Build, name: str, compute_capability: str, shapes: str) -> None:
+    """Both models, each for every kind of GPU; the slow tests have the rest of the combinations."""
     check(build(name, compute_capability, SHAPES[shapes]), compute_capability)
+
+
+@pytest.mark.parametrize("compute_capability", CAPABILITIES)
+def test_several_profiles_become_one_plan(
+    bundles: Callable[[str], Bundle], tmp_path: Path, compute_capability: str
+) -> None:
+    bundle, (library, gpu) = bundles("emoji"), open_target("tensorrt-rtx", "cuda", compute_capability)
+    shapes = shapes_of(bundle.spec, {}, ["lanes=2,size=128x128", "lanes=4,size=64x64"])
+    orders = orders_of(bundle, library, gpu, shapes, networks=["vae_decoder"], plans=tmp_path / "plans")
+    (built,) = build_plans(bundle, orders, estimates_of(bundle, library, orders))
+    assert [str(profile) for profile in built.record.key.profiles] == [
+        f"batch 1, height {side}, width {side}" for side in (16, 8)
+    ]
+    assert built.record.profile({"batch": 1, "height": 8, "width": 8}) == 1
 
 
 @pytest.mark.slow
