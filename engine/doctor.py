@@ -121,7 +121,8 @@ def _tensorrt(name: str) -> Finding:
     what = f"pictures by plans ({name})"
     try:
         library = open_library(name)
-        library.runtime(library.logger())
+        logger = library.logger()  # it must outlive the runtime
+        library.runtime(logger)
     except LatentrtError as trouble:
         return Finding(what, False, trouble.found, trouble.mend)
     return Finding(what, True, f"{name} {library.version}")
