@@ -92,6 +92,42 @@ def test_null_is_the_same_as_nothing(url: str, name: str) -> None:
     assert httpx.post(f"{url}/v1/images/generations", json={"prompt": "a", name: None}).status_code == 200
 
 
+# As their sources send it: routers/images.py of Open WebUI, OpenAIImageTools.js and DALLE3.js of LibreChat, 2026.
+OPEN_WEBUI = {"model": "dall-e-2", "prompt": "a", "n": 1, "size": "512x512", "response_format": "b64_json"}
+LIBRECHAT = {
+    **{"model": "gpt-image-1", "prompt": "a", "n": 1, "background": "auto", "output_format": "png"},
+    **{"quality": "auto", "size": "auto"},
+}
+DALLE3 = {"model": "dall-e-3", "prompt": "a", "n": 1, "quality": "standard", "style": "vivid", "size": "1024x1024"}
+
+
+def sides(size: str) -> tuple[int, ...]:
+    return tuple(map(int, size.split("x")))
+
+
+@pytest.mark.parametrize("body", [OPEN_WEBUI, LIBRECHAT, DALLE3], ids=["open-webui", "librechat", "librechat-dalle"])
+def test_other_clients_draw(url: str, body: dict[str, Any]) -> None:
+    answer = httpx.post(f"{url}/v1/images/generations?api-version=2025-04-01-preview", json=body)
+    (picture,) = answer.json()["data"]
+    assert ("url" in picture) == (body is DALLE3)
+    assert decoded(picture["b64_json"]).size == ((128, 128) if body is LIBRECHAT else sides(body["size"]))
+
+
+@pytest.mark.parametrize(
+    ("part", "fields"),
+    [
+        ("image", {"model": "dall-e-2", "prompt": "a", "n": "1", "size": "512x512", "response_format": "b64_json"}),
+        ("image[]", {"model": "gpt-image-1", "prompt": "a", "background": "auto"}),
+        ("image[]", {"model": "gpt-image-1", "prompt": "a", "quality": "auto", "size": "auto"}),
+    ],
+    ids=["open-webui", "open-webui-list", "librechat"],
+)
+def test_other_clients_edit(url: str, part: str, fields: dict[str, str]) -> None:
+    answer = httpx.post(f"{url}/v1/images/edits", data=fields, files={part: ("a.png", png(), "image/png")})
+    assert answer.status_code == 200, answer.text
+    assert set(answer.json()["data"][0]) == {"b64_json", "seed"}
+
+
 def test_extensions_reach_the_engine(client: openai.OpenAI, service: FakeService) -> None:
     own = {"seed": 5, "negative_prompt": "rain", "num_inference_steps": 11, "guidance_scale": 1.5}
     client.images.generate(prompt="a", size="192x64", extra_body={**own, "scheduler": "UniPCMultistepScheduler"})
