@@ -238,7 +238,7 @@ class Catalog:
         return profile.ranges["width"][1] * self.factor, profile.ranges["height"][1] * self.factor
 
     def _unsupported(self, found: str, param: str) -> Problem:
-        mend = "take one of these, or auto"
+        mend = "take one of these, or auto" if param == "size" else "take one of these"
         return Problem(f"size {found!r} is not supported", self._needed(), mend, param=param, code="unsupported_size")
 
     def _needed(self) -> str:

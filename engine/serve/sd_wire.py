@@ -40,7 +40,8 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
     "Exponential": {"use_exponential_sigmas": True},
     "Beta": {"use_beta_sigmas": True},
 }
-# Fields that would make another picture than the one drawn here, with the values at which they do nothing.
+# Fields, and settings that are overridden, that would make another picture than the one drawn here, with the values at
+# which they do nothing.
 IDLE: dict[str, tuple[Any, ...]] = {
     "enable_hr": (False,),
     "restore_faces": (False,),
@@ -54,6 +55,11 @@ IDLE: dict[str, tuple[Any, ...]] = {
     "resize_mode": (0,),
     "inpaint_full_res": (False, 0),
     "initial_noise_multiplier": (1,),
+    "s_churn": (0,),
+    "clip_skip": (1,),
+    "CLIP_stop_at_last_layers": (1,),
+    "eta_noise_seed_delta": (0,),
+    "sd_vae": ("Automatic", "None", ""),
 }
 
 
@@ -75,7 +81,9 @@ class TextToImage(BaseModel):
     width: Count | None = None
     height: Count | None = None
     eta: Annotated[float, Field(ge=0, le=1)] | None = None
-    override_settings: Annotated[dict[str, Any] | None, Field(description="sd_model_checkpoint alone.")] = None
+    override_settings: Annotated[
+        dict[str, Any] | None, Field(description="sd_model_checkpoint; what would change the picture is refused.")
+    ] = None
     send_images: bool | None = True
     force_task_id: Annotated[
         Annotated[str, Field(max_length=128)] | None, Field(description="For /sdapi/v1/progress.")

@@ -215,7 +215,7 @@ def _request(
 
 def _check_idle(wanted: TextToImage) -> None:
     """Refuse what would make another picture than the one that is drawn here."""
-    for name, value in (wanted.model_extra or {}).items():
+    for name, value in {**(wanted.override_settings or {}), **(wanted.model_extra or {})}.items():
         if value is not None and value not in IDLE.get(name, (value,)):
             raise Problem(f"{name} is set", "what is supported here", f"leave {name} out", param=name)
 

@@ -94,6 +94,8 @@ def test_every_sampler_listed_is_drawn_with(app: Any) -> None:
     ("body", "param"),
     [
         ({"enable_hr": True}, "enable_hr"),
+        ({"override_settings": {"CLIP_stop_at_last_layers": 2}}, "CLIP_stop_at_last_layers"),
+        ({"override_settings": {"sd_vae": "other.pt"}}, "sd_vae"),
         ({"styles": ["x"]}, "styles"),
         ({"alwayson_scripts": {"controlnet": {}}}, "alwayson_scripts"),
         ({"tiling": True}, "tiling"),
