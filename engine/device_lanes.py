@@ -342,5 +342,5 @@ def slot_of(job: Job, lanes: Sequence[int]) -> NDArray[Any]:
     slot["flags"] = (PREVIEW if job.wants_preview else 0) | (BLEND if job.kept is not None else 0)
     if isinstance(job.noise, TorchCudaNoise):
         slot["seed"], slot["draws"] = job.noise.seed, job.noise.draws
-        slot["threads"] = job.noise.threads(job.latents.size)
+        slot["threads"], slot["start"] = job.noise.threads(job.latents.size), job.start
     return slot

@@ -40,6 +40,8 @@ class Job:
         cond, uncond: conditionings of the prompt and of the negative prompt; without guidance uncond is not read.
         noise: where rows that add noise draw it.
         kept: what is put back after every row, where a part of a picture is repainted.
+        start: where it is not 0, a GPU makes x before the first row: `start` times the first noise of `noise`, which is
+            then a `TorchCudaNoise`. Until it is done, `latents` only tell the shape.
         row: index of the next row.
         wants_preview: whether ticks leave the predicted clean latents in `preview`.
         error: why the job ended early, if it did.
@@ -53,6 +55,7 @@ class Job:
     noise: NoiseSource
     guidance: Guidance = field(default_factory=Guidance)
     kept: Kept | None = None
+    start: float = 0.0
     row: int = 0
     wants_preview: bool = False
     preview: Float32 | None = None

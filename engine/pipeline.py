@@ -22,7 +22,7 @@ from engine.image import from_uint8, to_pil, to_uint8
 from engine.job import Job
 from engine.lanes import HostLanes
 from engine.models import VAE, TextEncoder, UNet
-from engine.noise import noise_source
+from engine.noise import TorchCudaNoise, noise_source
 from engine.plan_record import Profile, drawn_by
 from engine.prompt import Tokenizer
 from engine.request import facts_of, request_from
@@ -305,13 +305,16 @@ class Engine:
         for index in range(first, first + request.count):
             seed = request.seed + index
             noise = noise_source(request.noise, seed)
-            tag, kept = facts_of(request, table.solver, seed, index, size, self.spec.id), None
-            if edit is None:
-                latents = noise.normal(shape) * np.float32(table.start)
-            else:
+            tag = facts_of(request, table.solver, seed, index, size, self.spec.id)
+            kept, start = None, 0.0
+            if edit is not None:
                 latents, kept = edit.begin(table, noise, strength)
                 tag |= edit.facts
-            jobs.append(Job(table, latents, {}, {}, noise, guidance, kept, tag=tag))
+            elif self.backend.gpu is not None and isinstance(noise, TorchCudaNoise):
+                latents, start = np.zeros(shape, np.float32), table.start
+            else:
+                latents = noise.normal(shape) * np.float32(table.start)
+            jobs.append(Job(table, latents, {}, {}, noise, guidance, kept, start, tag=tag))
         return jobs
 
     def run(self, jobs: Iterable[Job], on_tick: OnTick | None = None) -> None:

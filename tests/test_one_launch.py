@@ -14,6 +14,7 @@ from engine import Engine
 from engine.backends.ort import OrtBackend
 from engine.bench import measure
 from engine.errors import DeviceMemoryError, NetworkError, RequestError
+from engine.noise import TorchCudaNoise
 from engine.one_launch import GRAPHS_KEPT
 from engine.spec import Request
 from export.verify import psnr
@@ -52,6 +53,18 @@ def test_pictures_are_those_of_numpy(gpu: HostGpu, settings: dict[str, Any]) -> 
         theirs = here(["a red apple", "a cat"], **SIZE, **settings)
     assert psnr(pictures(ours), pictures(theirs)) > 60
     assert [picture.info for picture in ours] == [picture.info for picture in theirs]
+
+
+@pytest.mark.parametrize("more", [{}, {"on_tick": lambda job: None}], ids=["one launch", "ticks"])
+def test_noise_of_cuda_is_made_on_the_device_alone(
+    gpu: HostGpu, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]
+) -> None:
+    settings = {**SIZE, "solver": "euler-ancestral", "noise": "torch-cuda:t4"}
+    with Engine.load(threads=1, check_hashes=False) as here:
+        theirs = here("a cat", **settings)
+    monkeypatch.delattr(TorchCudaNoise, "normal")
+    with Engine.load(backend=OrtBackend(threads=1, gpu=gpu), check_hashes=False) as there:
+        assert psnr(pictures(there("a cat", **settings, **more)), pictures(theirs)) > 60
 
 
 @pytest.mark.parametrize("noise", ["torch-cpu", "torch-cuda:t4"])
