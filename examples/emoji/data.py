@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 import subprocess
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,10 +79,10 @@ def _package(name: str, work: Path) -> tarfile.TarFile:
     return tarfile.open(path)
 
 
-def _member(package: tarfile.TarFile, path: str) -> io.BufferedIOBase:
+def _member(package: tarfile.TarFile, path: str) -> IO[bytes]:
     found = package.extractfile(f"package/{path}")
     assert found is not None
-    return found  # type: ignore[return-value]
+    return found
 
 
 def _picture(package: tarfile.TarFile, code: str) -> NDArray[np.uint8] | None:
@@ -96,6 +96,6 @@ def _picture(package: tarfile.TarFile, code: str) -> NDArray[np.uint8] | None:
     return None
 
 
-def _emoji(entry: dict) -> Emoji:
+def _emoji(entry: dict[str, Any]) -> Emoji:
     words = tuple(tag.lower() for tag in entry.get("tags", ()))
     return Emoji(entry["label"].lower(), words, entry["group"], entry["subgroup"])

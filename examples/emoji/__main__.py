@@ -1,0 +1,59 @@
+"""`python examples/emoji STAGE...`: the recipe of the embedded model, from pictures to a bundle. See README.md."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from importlib import import_module
+from pathlib import Path
+from warnings import filterwarnings
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+STAGES = ("data", "tokenizer", "vae", "text", "unet", "pack", "check", "card")
+MINUTES = {"vae": 60.0, "text": 6.0, "unet": 120.0}  # on two cores; a GPU needs a tenth
+
+
+def main() -> None:
+    """Run stages in turn."""
+    filterwarnings("ignore", category=FutureWarning)
+    parser = argparse.ArgumentParser(prog="python examples/emoji", description=__doc__)
+    parser.add_argument("stages", nargs="+", choices=STAGES, metavar="STAGE", help=", ".join(STAGES))
+    parser.add_argument("--minutes", type=float, help=f"of training, with those of earlier calls {MINUTES}")
+    parser.add_argument("--work", type=Path, default=CACHE / "latentrt" / "emoji", help="folder [%(default)s]")
+    parser.add_argument("--bundle", type=Path, help="what `check` checks [the one that `pack` made]")
+    parser.add_argument("--threads", type=int, help="of torch, on a CPU")
+    asked = parser.parse_args()
+    if asked.threads:
+        import torch
+
+        torch.set_num_threads(asked.threads)
+    for stage in asked.stages:
+        minutes = asked.minutes if asked.minutes is not None else MINUTES.get(stage, 0.0)
+        _run(stage, asked.work, minutes, asked.bundle or asked.work / "bundle")
+
+
+def _run(stage: str, work: Path, minutes: float, bundle: Path) -> None:
+    """One stage; its libraries are imported only now."""
+    match stage:
+        case "data":
+            import data
+
+            data.collect(work)
+        case "tokenizer":
+            import tokenizer
+
+            tokenizer.train(work)
+        case "pack" | "card":
+            import pack
+
+            (pack.pack if stage == "pack" else pack.card)(work)
+        case "check":
+            import check
+
+            check.check(work, bundle)
+        case _:
+            import_module(stage).train(work, minutes)
+
+
+if __name__ == "__main__":
+    main()
