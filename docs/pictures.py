@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from engine import Engine, Job, grid, save
 from engine.bundle import EMBEDDED
@@ -18,6 +21,15 @@ def sheet(engine: Engine) -> None:
     captions = json.loads((EMBEDDED / "captions.json").read_text(encoding="utf-8"))[::13][: 3 * COLUMNS]
     images = engine(captions, **SETTINGS)
     save(grid(images, COLUMNS, captions), IMAGES / "sheet.png", settings={"prompt": "; ".join(captions), **SETTINGS})
+
+
+def captions() -> None:
+    """What the model's card shows: every fifth caption, 64 in all, by the command itself."""
+    names = json.loads((EMBEDDED / "captions.json").read_text(encoding="utf-8"))[::5]
+    settings = ("--solver", "dpmpp-2m", "--guidance", "2.5", "--seed", "0")
+    with TemporaryDirectory() as folder:
+        command = (sys.executable, "-m", "engine.cli", "generate", *names, *settings, "--output", f"{folder}/{{index}}")
+        subprocess.run((*command, "--grid", str(IMAGES / "captions.png")), check=True)
 
 
 def previews(engine: Engine) -> None:
@@ -41,3 +53,4 @@ if __name__ == "__main__":
     with Engine.load() as engine:
         sheet(engine)
         previews(engine)
+    captions()
