@@ -9,6 +9,7 @@ from pathlib import Path
 from warnings import filterwarnings
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+SEED = 0
 STAGES = ("data", "tokenizer", "vae", "text", "unet", "pack", "check", "card")
 MINUTES = {"vae": 60.0, "text": 6.0, "unet": 120.0}  # on two cores; a GPU needs a tenth
 
@@ -52,6 +53,9 @@ def _run(stage: str, work: Path, minutes: float, bundle: Path) -> None:
 
             check.check(work, bundle)
         case _:
+            import torch
+
+            torch.manual_seed(SEED)  # of the weights that training begins with
             import_module(stage).train(work, minutes)
 
 

@@ -46,7 +46,7 @@ class Run:
         scales: by module: its own rate, relative to `rate`; 1 where it is not named.
         until: the part of the time after which the rate falls, by half a cosine.
         average: how much of the averaged weights each step keeps.
-        seed: of everything drawn; one that goes on draws from (seed, step).
+        seed: of everything drawn from now on; a run that goes on at a step draws from seed + step.
     """
 
     def __init__(
