@@ -32,8 +32,8 @@ def half() -> torch.autocast:
 class Run:
     """Trains modules for some minutes, with a rate that rises, stays and falls, and keeps averaged weights (EMA).
 
-    Matrices and convolutions are trained by Muon (Jordan 2024), all else by AdamW. On a CPU, where steps are few, that
-    is the difference: after 300 steps of the VAE, Muon was where AdamW came after some 2,400.
+    Matrices and convolutions are trained by Muon (Jordan 2024), all else by AdamW: on a CPU steps are few, and these go
+    further (README.md has what was measured).
 
     The weights, the optimizers and the seconds spent are kept in `folder`/state.pt, the figures in `folder`/log.csv. A
     run that was stopped goes on where it was saved last; more minutes than before lift the rate again.
