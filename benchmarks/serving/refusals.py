@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import selectors
+import socket
 import subprocess
 import sys
 import time
@@ -14,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.serving import fake
-from benchmarks.serving.clients import DRAW, Client, metrics
+from benchmarks.serving.clients import DRAW, metrics
 from benchmarks.serving.process import Process, running
 from benchmarks.serving.traffic import quantile
 
@@ -68,54 +70,74 @@ async def _idle(url: str) -> bool:
     return not now["latentrt:num_images_running"] and not now["latentrt:num_images_waiting"]
 
 
-# ---- The clients' process
+# ---- The clients' process: bare sockets, so that what is timed is the server
 
 
-async def crowd(url: str, requests: int, clients: int) -> list[float]:
+def crowd(url: str, requests: int, clients: int) -> list[float]:
     """Seconds of each refusal, from the first byte that was sent to the last one that came.
 
     A picture that takes all lanes keeps the queue from moving. Where the crowd is too small to fill the queue, others
     fill it first; a larger one finds it empty and fills it itself.
     """
-    held = [await _sent(url, FOREVER)]
-    await _until(url, "running", 1)
+    held = [_sent(url, FOREVER)]
+    _until(url, "running", 1)
     if clients <= PLACES:
-        held += [await _sent(url, 1) for _ in range(PLACES)]
-        await _until(url, "waiting", PLACES)
-    crowd, left = [await Client.connect(url) for _ in range(clients)], iter(range(requests - len(held) + 1))
+        held += [_sent(url, 1) for _ in range(PLACES)]
+        _until(url, "waiting", PLACES)
+    crowd, left = [_connected(url) for _ in range(clients)], iter(range(requests - len(held) + 1))
+    began: dict[socket.socket, float] = {}
     found: list[float] = []
-    enough: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    async def ask(client: Client) -> None:
-        for _ in left:
-            answer = await client.ask(DRAW, {"prompt": "an owl", "num_inference_steps": 1})
-            found.append(answer.seconds)
-            if answer.status != 429:
-                enough.set_exception(RuntimeError(f"the queue was not full: {answer.status}"))
-            elif len(found) == requests - PLACES:
-                enough.set_result(None)
+    def ask(sock: socket.socket) -> None:
+        if next(left, None) is not None:
+            began[sock] = time.perf_counter()
+            sock.sendall(_request(1))
 
-    tasks = [asyncio.create_task(ask(client)) for client in crowd]
-    await enough
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-    for client in (*held, *crowd):
-        await client.leave()
+    with selectors.DefaultSelector() as selector:
+        for sock in crowd:
+            selector.register(sock, selectors.EVENT_READ, sock)
+        for sock in crowd:
+            ask(sock)
+        while len(found) < requests - PLACES:
+            for key, _ in selector.select():
+                _read_refusal(key.data)
+                found.append(time.perf_counter() - began[key.data])
+                ask(key.data)
+    for sock in (*held, *crowd):
+        sock.close()
     return found
 
 
-async def _sent(url: str, steps: int) -> Client:
+def _connected(url: str) -> socket.socket:
+    host, _, port = url.removeprefix("http://").rpartition(":")
+    return socket.create_connection((host, int(port)))
+
+
+def _request(steps: int) -> bytes:
+    body = json.dumps({"prompt": "an owl", "num_inference_steps": steps}).encode()
+    head = f"POST {DRAW} HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    return head.encode() + b"\r\n\r\n" + body
+
+
+def _sent(url: str, steps: int) -> socket.socket:
     """A client that waits for a picture."""
-    client = await Client.connect(url)
-    client.send(DRAW, {"prompt": "an owl", "num_inference_steps": steps})
-    return client
+    sock = _connected(url)
+    sock.sendall(_request(steps))
+    return sock
 
 
-async def _until(url: str, which: str, count: int) -> None:
-    while (await metrics(url))[f"latentrt:num_images_{which}"] < count:
-        await asyncio.sleep(0.01)
+def _read_refusal(sock: socket.socket) -> None:
+    answer = sock.recv(2**16)
+    while answer.count(b"\r\n\r\n") == 0 or not answer.endswith(b"}"):
+        answer += sock.recv(2**16)
+    if b" 429 " not in answer[:16]:
+        raise RuntimeError(f"the queue was not full: {answer[:80]!r}")
+
+
+def _until(url: str, which: str, count: int) -> None:
+    while asyncio.run(metrics(url))[f"latentrt:num_images_{which}"] < count:
+        time.sleep(0.01)
 
 
 if __name__ == "__main__":
-    print(json.dumps(asyncio.run(crowd(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))))
+    print(json.dumps(crowd(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))))

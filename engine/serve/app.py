@@ -19,7 +19,8 @@ from engine.errors import LatentrtError
 from engine.serve import health, openai_api, sdapi
 from engine.serve.catalog import Catalog
 from engine.serve.context import Context
-from engine.serve.gate import Bounded, Gate, cross_origin, most_bytes, too_much
+from engine.serve.door import Door, Records, too_much
+from engine.serve.gate import Bounded, Gate, cross_origin, most_bytes
 from engine.serve.logs import logger
 from engine.serve.metrics import Metrics
 from engine.serve.page_route import add_page
@@ -51,7 +52,10 @@ def create_app(
     metrics = metrics or Metrics(catalog.name)
     context = Context(service, settings, catalog, metrics)
     _gauges(context)
-    keys, bound = settings.secrets(), partial(most_bytes, settings)
+    keys, bound, records = settings.secrets(), partial(most_bytes, settings), Records(metrics)
+    door = Door(
+        keys=keys, most_bytes=bound, full=service.full, records=records, cross_origin=bool(settings.cors_origin)
+    )
     app = FastAPI(
         title="latentrt",
         summary="Stable Diffusion: the OpenAI Images API, and a thin one of A1111.",
@@ -68,18 +72,11 @@ def create_app(
         },
         middleware=[
             *cross_origin(settings.cors_origin),
-            Middleware(
-                Gate,
-                keys=keys,
-                most_bytes=bound,
-                body_timeout=settings.body_timeout,
-                full=service.full,
-                metrics=metrics,
-            ),
+            Middleware(Gate, door=door, records=records, body_timeout=settings.body_timeout),
             Middleware(Bounded, most_bytes=bound),
         ],
     )
-    app.state.context = context
+    app.state.context, app.state.door = context, door
     for router in (openai_api.router, sdapi.router):  # first, since they are looked through in this order
         # The gate checks keys; this only tells readers of the description that there are some.
         app.include_router(router, dependencies=[Depends(HTTPBearer(auto_error=False))] if keys else [])

@@ -8,22 +8,34 @@ that takes or sends a byte now and then is ended here.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 SMALL = 2**12  # bytes that may wait for the next ones
 ENOUGH = 2**20  # bytes of an answer that are progress
 MOST_HEAD = 2**16  # bytes of a request's line and headers, and of what comes with their last piece
 
 
-def patient(head: float, stall: float) -> type[asyncio.Protocol]:
+class Refusal(NamedTuple):
+    """A whole answer, with its length and type among the headers."""
+
+    status: int
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
+
+
+Refuse = Callable[[str, str, Iterable[tuple[bytes, bytes]], dict[str, Any]], Refusal | None]
+
+
+def patient(head: float, stall: float, refuse: Refuse = lambda *_: None) -> type[asyncio.Protocol]:
     """uvicorn's protocol, which hangs up on a client that is too slow; what it ordered is then given up.
 
     Args:
         head: seconds in which the head of a request must have come, from the connection or its first byte on.
         stall: seconds in which a client must take a MiB of its answer, or what is left of it.
+        refuse: from a request's method, target, headers and ASGI state: the answer, where the application is not asked.
     """
 
     class Patient(HttpToolsProtocol):
@@ -35,7 +47,8 @@ def patient(head: float, stall: float) -> type[asyncio.Protocol]:
         _head_bytes = 0
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(_Joining(transport))  # type: ignore[arg-type]
+            self._joining = _Joining(transport)
+            super().connection_made(self._joining)  # type: ignore[arg-type]
             self._head = _later(head, transport.abort)
 
         def on_message_begin(self) -> None:
@@ -43,8 +56,25 @@ def patient(head: float, stall: float) -> type[asyncio.Protocol]:
             self._awaits_head = True
 
         def on_headers_complete(self) -> None:
-            super().on_headers_complete()
             self._awaits_head = False
+            if self.cycle is None or self.cycle.response_complete:  # else it waits for the answer before its own
+                method, target = self.parser.get_method().decode("ascii"), self.url.decode("latin-1")
+                refusal = refuse(method, target, self.headers, self.scope["state"])
+                if refusal is not None:
+                    return self._refuse(refusal)
+            super().on_headers_complete()
+
+        def _refuse(self, refusal: Refusal) -> None:
+            headers = [*self.server_state.default_headers, *refusal.headers]
+            kept = self.parser.get_http_version() == "1.1" and self.parser.should_keep_alive()
+            if not kept:
+                headers.append((b"connection", b"close"))
+            lines = [name + b": " + value + b"\r\n" for name, value in headers]
+            self.cycle = _ANSWERED
+            self._joining.send(b"".join([STATUS_LINE[refusal.status], *lines, b"\r\n", refusal.body]))
+            if not kept:
+                self.transport.close()
+            self.on_response_complete()
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
@@ -94,6 +124,16 @@ def patient(head: float, stall: float) -> type[asyncio.Protocol]:
     return Patient
 
 
+class _Answered:
+    """What uvicorn asks of a request whose body it may drop."""
+
+    response_complete = True
+    message_event = asyncio.Event()
+
+
+_ANSWERED: Any = _Answered()
+
+
 class _Joining:
     """A transport that sends a small piece with the next one, or in the loop's next turn where none comes: uvicorn
     writes the head of an answer and its body apart, and sending is what costs most in a crowd.
@@ -113,6 +153,11 @@ class _Joining:
         else:
             self._held = data
             asyncio.get_running_loop().call_soon(self._flush)
+
+    def send(self, data: bytes) -> None:
+        """What nothing follows: at once."""
+        self._flush()
+        self._transport.write(data)
 
     def close(self) -> None:
         self._flush()

@@ -175,7 +175,7 @@ async def run(app: FastAPI, service: Service, settings: Settings, sock: socket.s
     server = _Server(
         uvicorn.Config(
             app,
-            http=patient(settings.body_timeout, settings.stall_timeout),
+            http=patient(settings.body_timeout, settings.stall_timeout, app.state.door.at_once),
             log_config=None,
             access_log=False,
             server_header=False,

@@ -162,17 +162,18 @@ class Service:
             desk.queue.reserved += pictures
             return Place(self, pictures)
 
-    def full(self) -> QueueFull | None:
-        """Why a request of which nothing is known yet would be refused: there is no place for any picture.
+    def full(self, ahead: int = 0) -> QueueFull | None:
+        """Why a request of which nothing is known yet would be refused: there is no place for any picture, if as many
+        requests as are `ahead` get theirs first.
 
         So that a crowd costs little, this takes the lock for one of many of them.
         """
-        if self._desk.queue.free > 0 or not self.ready:
+        if self._desk.queue.free > ahead or not self.ready:
             return None
         now = time.monotonic()
         if self._full is None or now - self._full_since > NEWS:
             with self._desk.changed:
-                self._full, self._full_since = self._fullness(1), now
+                self._full, self._full_since = self._fullness(1, ahead), now
         if self._full is not None:
             self._desk.observer.refused(self._full.code, 1)
         return self._full
@@ -210,16 +211,17 @@ class Service:
         if full is not None:
             raise full
 
-    def _fullness(self, pictures: int) -> QueueFull | None:
+    def _fullness(self, pictures: int, ahead: int = 0) -> QueueFull | None:
         """Why there is no room for so many."""
         queue = self._desk.queue
         if pictures > queue.places:
             return QueueFull(f"{pictures} pictures", f"at most {queue.places} at once", "order fewer pictures")
-        if pictures <= queue.free:
+        free = max(0, queue.free - ahead)
+        if pictures <= free:
             return None
-        seconds = self._forecast(self._own_shape(), queue.waiting).room(pictures - queue.free)
+        seconds = self._forecast(self._own_shape(), queue.waiting).room(pictures - free)
         return QueueFull(
-            f"{queue.free} of {queue.places} places in the queue are free",
+            f"{free} of {queue.places} places in the queue are free",
             f"{pictures}",
             "try again later",
             retry_after=max(SOON, seconds or 0.0),

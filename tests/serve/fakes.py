@@ -118,8 +118,8 @@ class FakeService:
         self.reserved += pictures
         return FakePlace(self, pictures)
 
-    def full(self) -> QueueFull | None:
-        if self.reserved < self.queue or not self.ready:
+    def full(self, ahead: int = 0) -> QueueFull | None:
+        if self.reserved + ahead < self.queue or not self.ready:
             return None
         return QueueFull("no place is free", "some", "try again later", retry_after=2.5)
 

@@ -17,7 +17,7 @@ import pytest
 from fakes import FakeService, app_of, live, png, until
 from structlog.testing import capture_logs
 
-from engine.serve import gate, logs
+from engine.serve import door, logs
 
 DRAW = "/v1/images/generations"
 
@@ -101,7 +101,7 @@ def test_every_key_is_compared_whichever_was_sent(locked: Any, monkeypatch: pyte
         compared.append(key)
         return hmac.compare_digest(key, sent)
 
-    monkeypatch.setattr(gate, "hmac", type("Hmac", (), {"compare_digest": staticmethod(compare)}))
+    monkeypatch.setattr(door, "hmac", type("Hmac", (), {"compare_digest": staticmethod(compare)}))
     for sent in ("one", "two", "three"):
         ask(locked, "GET", "/v1/models", headers={"authorization": f"Bearer {sent}"})
     assert compared == [b"one", b"two"] * 3

@@ -230,7 +230,8 @@ def test_a_burst_is_refused_by_exactly_its_excess(serve: Serve, fakes: Fakes) ->
 def test_a_full_service_says_so_of_any_request_as_of_one_picture(serve: Serve, fakes: Fakes) -> None:
     service = serve(queue=2, curve=Curve({SHAPE: {2: 1.0, 4: 2.0}}))
     fakes.encoding.clear()
-    assert service.full() is None
+    assert service.full() is service.full(1) is None
+    assert "0 of 2 places" in str(service.full(2))
     with service.reserve(1, rows=4, deadline=None):
         assert service.full() is None
         ticket = submit(service, order())
