@@ -192,7 +192,7 @@ def test_the_page_has_medians_and_spreads_and_says_what_was_not_measured(found: 
     assert row(text, "1", "one at a time") == ["not measured"] * 5
     ratio = row(text.partition("load | beside")[2], "0.5", "by request")[0]
     assert ratio == "**1.83×** (1.77 to 1.91)"
-    assert "takes 20 ms longer over HTTP" in text
+    assert "pairs of one each: 20 (0 to 20) ms" in text
     assert row(text, "9", "70") == ["1.5 (1 to 2)", "1.5 (1 to 2)", "60 (50 to 70)", "60 (50 to 70)"]
     assert row(text, "the embedded model", "8") == ["18", "2.25", "1.33×"]
     assert row(text, "the embedded model", "by step") == ["4 (4 to 4)", "12.5 (12.5 to 12.5)", "25 (25 to 25)"]
@@ -204,10 +204,12 @@ def test_the_page_tells_of_a_soak(found: dict[str, Any]) -> None:
     samples = {
         "seconds": seconds,
         "memory": [200 + n / 60 for n in seconds],
+        "allocated": [150 + n % 2 for n in seconds],
+        "blocks": [400.0] * 300,
         "descriptors": [30.0 + n % 2 for n in range(300)],
         "threads": [9.0] * 300,
     }
-    idle = {"memory": 205, "descriptors": 20, "threads": 9}
+    idle = {"memory": 205, "allocated": 150, "blocks": 400, "descriptors": 20, "threads": 9}
     text = page.render(
         found, {"date": "", "minutes": 5, "clients": 12, "answers": {"200": 4}, "samples": samples, "idle": idle}
     )
@@ -215,6 +217,7 @@ def test_the_page_tells_of_a_soak(found: dict[str, Any]) -> None:
     assert memory[2].startswith("+1 ± ")
     assert memory[3] == "grows"
     assert row(text, soak.TITLES["descriptors"])[3] == "no growth that can be told from none"
+    assert row(text, soak.TITLES["allocated"])[3] == "no growth that can be told from none"
     assert row(text, soak.TITLES["threads"])[2:] == ["+0 ± 0", "no growth that can be told from none"]
 
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from benchmarks.markdown import number, spread, table
@@ -212,11 +211,11 @@ def _http(part: Part, load: float) -> str:
         [name, *(_over(list(some.values()), value) for value in _columns().values())] for name, some in sides.items()
     ]
     singles = part.data["singles"]
-    added = 1000 * median(b - a for a, b in zip(singles[BY_STEP], singles[HTTP], strict=True))
+    added = Spread.of([1000 * (b - a) for a, b in zip(singles[BY_STEP], singles[HTTP], strict=True)])
     return (
         f"The same arrivals at load {load:g} in a server of its own, over kept connections (clients take their part of "
-        f"the same cores). Alone, a picture of ten steps takes {number(added)} ms longer over HTTP: parsing, PNG, "
-        "base64, JSON.\n\n" + table(("", *_columns()), rows)
+        "the same cores). What HTTP adds to a picture of ten steps that is drawn alone (parsing, PNG, base64, JSON), "
+        f"from pairs of one each: {spread(added)} ms.\n\n" + table(("", *_columns()), rows)
     )
 
 
@@ -242,12 +241,14 @@ def _soak(found: Mapping[str, Any] | None) -> str:
     about = (
         f"{found['date']}: `latentrt serve` with the embedded model for {found['minutes']:g} minutes, "
         f"{found['clients']} clients who draw, edit, stream, are refused and leave; answers by status: {answers}. "
-        "Growth is a line fitted to the means of ten seconds each, after the first fifth of the time."
+        "Growth is a line fitted to the means of half a minute each, after the first fifth of the time. Allocated is "
+        "what malloc has given out, networks included; Python's blocks are what its own allocator has; resident is "
+        "that and what both keep for later, in pages that were touched once."
     )
     rows = []
     for name, growth in soak.growths(found).items():
         last = found["samples"][name][-1]
         words = ("", NOT_MEASURED) if growth is None else (f"{growth.slope:+.2g} ± {growth.error:.2g}", growth.verdict)
         rows.append([soak.TITLES[name], number(last), number(found["idle"][name]), *words])
-    head = ("", "at the end", "a second after it", "growth a minute", "verdict")
+    head = ("", "at the end", "two seconds after it", "growth a minute", "verdict")
     return f"{about}\n\n![Soak](serving-soak.png)\n\n{table(head, rows)}"

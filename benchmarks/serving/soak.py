@@ -1,7 +1,7 @@
 """What does a server hold after minutes of everything at once? Memory, descriptors and threads, each second.
 
-Clients draw, edit, stream, are refused and leave; the growth of each quantity is a line fitted to the means of ten
-seconds each, after the first fifth of the time.
+Clients draw, edit, stream, are refused and leave; the growth of each quantity is a line fitted to the means of half a
+minute each, after the first fifth of the time.
 """
 
 from __future__ import annotations
@@ -20,14 +20,21 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from benchmarks.serving import inside
 from benchmarks.serving.clients import DRAW, EDIT, Client
 from benchmarks.serving.process import Process, running
 from benchmarks.serving.traffic import SOLVERS
 
 CLIENTS = 12
 WARM = 0.2  # the part of the time after which nothing should grow
-BLOCK = 10.0  # seconds; samples of one second are not independent of each other, as an error needs
-TITLES = {"memory": "resident memory, MiB", "descriptors": "open files and sockets", "threads": "threads"}
+BLOCK = 30.0  # seconds; nearer samples are not independent of each other, as an error needs
+TITLES = {
+    "memory": "resident memory, MiB",
+    "allocated": "allocated, MiB",
+    "blocks": "Python's blocks, thousands",
+    "descriptors": "open files and sockets",
+    "threads": "threads",
+}
 WHAT = ("draw", "draw", "edit", "stream", "wrong", "leave")
 MORE: dict[str, dict[str, Any]] = {"stream": {"stream": True, "partial_images": 2}, "wrong": {"size": "1x1"}}
 FORM = "multipart/form-data; boundary=x"
@@ -51,12 +58,12 @@ def measure(minutes: float) -> dict[str, Any]:
     """A server of the embedded model under `CLIENTS` clients.
 
     Returns:
-        {"minutes", "clients", "answers" by status, "samples": {"seconds", "memory", "descriptors", "threads"}, "idle":
-        the same quantities once all clients are gone}.
+        {"minutes", "clients", "answers" by status, "samples": {"seconds" and all of `TITLES`}, "idle": the same
+        quantities once all clients are gone}.
     """
-    with running() as one:
+    with running(command=inside.COMMAND) as one:
         answers, samples = asyncio.run(_soak(one, 60 * minutes))
-        time.sleep(1)
+        time.sleep(2)
         idle = _look(one)
     by_status = {str(status): count for status, count in sorted(answers.items())}
     return {"minutes": minutes, "clients": CLIENTS, "answers": by_status, "samples": samples, "idle": idle}
@@ -116,7 +123,9 @@ async def _soak(one: Process, seconds: float) -> tuple[Counter[int], dict[str, l
 
 
 def _look(one: Process) -> dict[str, float]:
-    return {"memory": one.memory, "descriptors": one.descriptors, "threads": one.threads}
+    told = next(line for line in reversed(one.log) if line["event"] == inside.EVENT)
+    allocated = {name: float(told[name]) for name in ("allocated", "blocks")}
+    return {"memory": one.memory, **allocated, "descriptors": one.descriptors, "threads": one.threads}
 
 
 async def _visit(url: str, number: int, answers: Counter[int]) -> None:

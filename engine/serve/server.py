@@ -54,11 +54,12 @@ def serve(settings: Settings) -> int:
 
 def _quieten_gc() -> None:
     """Otherwise each full collection looks at all that was imported, a tenth of a second for everybody, and a crowd of
-    requests makes for dozens of small ones.
+    requests makes for dozens of small ones. What survives a few of those is looked at soon, or it would be held for
+    hours.
     """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000)
+    gc.set_threshold(50_000, 2, 2)
 
 
 @contextmanager

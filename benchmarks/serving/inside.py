@@ -1,0 +1,52 @@
+"""`python -m benchmarks.serving.inside [FLAGS]` is `latentrt serve`, and tells each second what its allocators hold.
+
+Resident memory is that and what they keep for later, so it says of a leak only that there may be one. Linux with glibc.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import sys
+import threading
+import time
+
+from engine.serve_verb import serve
+
+COMMAND = (sys.executable, "-m", "benchmarks.serving.inside")
+EVENT = "allocated"
+
+
+class _MallInfo(ctypes.Structure):
+    """glibc's `struct mallinfo2`, mallinfo(3)."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in [
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        ]
+    ]
+
+
+def _tell() -> None:
+    mallinfo = ctypes.CDLL(None).mallinfo2
+    mallinfo.restype = _MallInfo
+    while True:
+        now = mallinfo()
+        held = {"allocated": (now.uordblks + now.hblkhd) / 2**20, "blocks": sys.getallocatedblocks() / 1000}
+        print(json.dumps({"event": EVENT, **held}), file=sys.stderr, flush=True)
+        time.sleep(1)
+
+
+if __name__ == "__main__":
+    threading.Thread(target=_tell, daemon=True).start()
+    serve()
