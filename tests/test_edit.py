@@ -261,9 +261,11 @@ def test_a_bundle_without_an_encoder_says_so() -> None:
 
 
 def test_an_encoder_that_returns_nan_is_an_error() -> None:
+    channels = Bundle.open(check_hashes=False).spec.latents.channels
+
     def broken(feeds: Any) -> dict[str, np.ndarray]:
         count, _, height, width = feeds["image"].shape
-        return {"moments": np.full((count, 8, height // 8, width // 8), np.nan, np.float32)}
+        return {"moments": np.full((count, 2 * channels, height // 8, width // 8), np.nan, np.float32)}
 
     backend = FakeBackend({"vae/encoder.onnx": broken})
     with (

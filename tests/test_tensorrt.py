@@ -41,7 +41,7 @@ def test_the_embedded_unet_runs_as_on_onnx_runtime(gpu: HostGpu, fake: FakeTenso
     network = TensorRtBackend(gpu, fake.library, precision="fp32", plans=tmp_path).load(bundle, "unet")
     random = np.random.default_rng(0)
     fed = {
-        "sample": random.standard_normal((2, 4, 16, 16), np.float32),
+        "sample": random.standard_normal((2, *bundle.spec.latents.shape_of(128, 128)), np.float32),
         "timestep": np.array([999, 1], np.float32),
         "encoder_hidden_states": random.standard_normal((2, 77, 192), np.float32),
     }

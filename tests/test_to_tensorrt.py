@@ -109,7 +109,7 @@ def test_a_build_puts_every_plan_in_its_place(fake: Fake, tmp_path: Path) -> Non
     unet = json.loads(store.read(built[1].record))
     assert unet["flags"] == []  # TF32 is off
     assert unet["limits"] == {"WORKSPACE": 2**30, "TACTIC_DRAM": 2**30}
-    assert unet["inputs"]["sample"] == [2, 4, 16, 16]
+    assert unet["inputs"]["sample"] == [2, *EMOJI.spec.latents.shape_of(128, 128)]
     assert unet["profiles"][0]["timestep"] == [[2], [2], [2]]
     assert unet["opset"] == 23
     assert unet["decomposable"]

@@ -21,19 +21,11 @@ class _MallInfo(ctypes.Structure):
     """glibc's `struct mallinfo2`, mallinfo(3)."""
 
     _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in [
-            "arena",
-            "ordblks",
-            "smblks",
-            "hblks",
-            "hblkhd",
-            "usmblks",
-            "fsmblks",
-            "uordblks",
-            "fordblks",
-            "keepcost",
-        ]
+        ("before", 4 * ctypes.c_size_t),
+        ("hblkhd", ctypes.c_size_t),  # mapped, for what is large
+        ("between", 2 * ctypes.c_size_t),
+        ("uordblks", ctypes.c_size_t),  # given out of all arenas
+        ("after", 2 * ctypes.c_size_t),
     ]
 
 

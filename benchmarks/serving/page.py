@@ -228,7 +228,7 @@ def _refusals(found: Sequence[Mapping[str, Any]]) -> str:
     head = ("clients", "requests", "server p50 ms", "server p99 ms", "client p50 ms", "client p99 ms")
     return (
         f"Requests into a queue of {refusals.PLACES} that does not move: how long a 429 takes in the server (its log's "
-        "`seconds`, from the first look at a request to its last byte) and for clients in a process of their own; the "
+        "`seconds`, from the head of a request to the answer) and for clients in a process of their own; the "
         "same refusals, of a network of 10 ms a call. One core answers one after the other, so of those who come in "
         "the same instant the last one waits for all others.\n\n" + table(head, rows)
     )

@@ -13,6 +13,7 @@ from text import WIDTH, ids_of, tokenizer_of
 from torch import Tensor
 from training import Run, device, half
 from transformers import CLIPTextModel
+from vae import CHANNELS
 
 CAPTIONS, NOISES = 16, 2  # in a batch: a text is encoded once for several noises
 DROPPED = 0.1  # the part of the captions that is empty, for classifier-free guidance (Ho and Salimans 2022)
@@ -20,11 +21,11 @@ TEXT_RATE = 0.3  # of the text encoder, relative to the UNet's
 
 
 def new() -> UNet2DConditionModel:
-    """One of 7.6 million parameters, for latents of 16 x 16 x 4."""
+    """One of 7.6 million parameters, for latents of 16 x 16 x 8."""
     return UNet2DConditionModel(
         sample_size=16,
-        in_channels=4,
-        out_channels=4,
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         block_out_channels=(64, 96, 160),

@@ -22,6 +22,9 @@ from engine.spec import Request
 Arrays = Mapping[str, NDArray[Any]]
 T = TypeVar("T")
 PATIENCE = 30.0  # seconds after which a test that waits has failed
+SPEC = Bundle.open(EMBEDDED, check_hashes=False).spec
+SHAPE = SPEC.latents.shape_of(None, None)
+SMALL = SPEC.latents.shape_of(64, 64)
 RAISES, NAN, HANGS = "boom", "cloud", "sleep"  # prompts that make the network do so
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_engine import SHAPE, SMALL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +19,6 @@ from engine.pipeline import Engine
 from engine.serve import curve as curves
 from engine.serve.curve import Curve
 
-SHAPE, SMALL = (4, 16, 16), (4, 8, 8)
 # The embedded model on one core: seconds of a UNet call by its lanes.
 MEASURED = {1: 0.0071, 2: 0.0117, 4: 0.0196, 8: 0.0371, 16: 0.0680, 32: 0.1252}
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Serve, eventually
-from fake_engine import Fakes, fake_engine, order, recorded, wait
+from fake_engine import SHAPE, SMALL, Fakes, fake_engine, order, recorded, wait
 
 from engine import Engine
 from engine.denoiser import Denoiser
@@ -37,8 +37,6 @@ from engine.serve.ticket import (
     Ticket,
 )
 from engine.spec import Request
-
-SHAPE = (4, 16, 16)
 
 
 def submit(service: Service, wanted: Order) -> Ticket:
@@ -140,7 +138,7 @@ def test_orders_share_steps(serve: Serve, fakes: Fakes) -> None:
 
 def test_no_step_has_more_lanes_than_pay(serve: Serve, fakes: Fakes) -> None:
     """Doubling two lanes costs twice the time here: two are the cap, and each size has its own."""
-    service = serve(curve=Curve({SHAPE: {2: 1.0, 4: 2.0}, (4, 8, 8): {2: 1.0, 4: 1.0, 8: 2.0}}))
+    service = serve(curve=Curve({SHAPE: {2: 1.0, 4: 2.0}, SMALL: {2: 1.0, 4: 1.0, 8: 2.0}}))
     large = [submit(service, order(steps=2)) for _ in range(3)]
     small = [submit(service, order(steps=2, height=64, width=64)) for _ in range(3)]
     for ticket in (*large, *small):
