@@ -80,6 +80,7 @@ def patient(head: float, stall: float, refuse: Refuse = lambda *_: None) -> type
             super().data_received(data)
             if not self._awaits_head:
                 self._forget_head()
+                self._await_next()
             else:
                 self._head = self._head or _later(head, self.transport.abort)
                 self._head_bytes += len(data)
@@ -109,6 +110,12 @@ def patient(head: float, stall: float, refuse: Refuse = lambda *_: None) -> type
                 self.transport.abort()
             else:
                 self._watch()
+
+        def _await_next(self) -> None:
+            """Where a body follows its answer, uvicorn has forgotten how long a connection may idle."""
+            idle = self.cycle.response_complete and not self.transport.is_closing()
+            if idle and self.timeout_keep_alive_task is None:
+                self.timeout_keep_alive_task = _later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
         def _forget_head(self) -> None:
             self._head_bytes = 0

@@ -112,6 +112,15 @@ def test_the_connection_goes_on_and_the_body_is_dropped() -> None:
         assert answer(sock)[0] == 200
 
 
+def test_a_connection_whose_body_came_after_the_answer_is_not_kept_for_ever() -> None:
+    app = app_of(FakeService(queue=4, reserved=4))
+    with live(app, **at_the_door(app), timeout_keep_alive=1) as url, asked(url) as sock:
+        sock.sendall(request(body=b"x" * 999)[:-9])
+        assert answer(sock)[0] == 429
+        sock.sendall(b"x" * 9)
+        assert sock.recv(1) == b""
+
+
 @pytest.mark.parametrize("sent", [request("Connection: close"), request(version="1.0")], ids=["close", "1.0"])
 def test_it_is_closed_for_whoever_wants_that(sent: bytes) -> None:
     app = app_of(FakeService(queue=4, reserved=4))
