@@ -139,7 +139,7 @@ def test_captions_name_their_emoji() -> None:
 
 @pytest.mark.slow
 def test_every_stage_runs_and_the_bundle_draws(work: Path) -> None:
-    stages = ["tokenizer", "vae", "text", "unet", "pack", "check", "card"]
+    stages = ["tokenizer", "vae", "decoder", "text", "unet", "pack", "check", "card"]
     command = [sys.executable, str(RECIPE), *stages, "--minutes", "0.05", "--work", str(work)]
     subprocess.run(command, check=True, timeout=900)
     found = json.loads((work / "found.json").read_text())

@@ -10,8 +10,8 @@ from warnings import filterwarnings
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 SEED = 0
-STAGES = ("data", "tokenizer", "vae", "text", "unet", "pack", "check", "card")
-MINUTES = {"vae": 60.0, "text": 6.0, "unet": 120.0}  # on two cores; a GPU needs a tenth
+STAGES = ("data", "tokenizer", "vae", "decoder", "text", "unet", "pack", "check", "card")
+MINUTES = {"vae": 60.0, "decoder": 20.0, "text": 6.0, "unet": 120.0}  # on two cores; a GPU needs a tenth
 
 
 def main() -> None:

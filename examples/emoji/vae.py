@@ -52,11 +52,9 @@ def train(work: Path, minutes: float) -> None:
         with half():
             latents = vae.encode(x).latent_dist
             y = vae.decode(latents.sample()).sample
-        y = y.float()
-        error, edges = (y - x).abs().mean(), gradient_error(y, x)
         kl = latents.kl().mean() / latents.mean[0].numel()
-        squares = nn.functional.mse_loss(y, x)
-        run.learn(error + 10 * squares + 0.5 * edges + KL * kl, psnr=psnr(squares), edges=edges, kl=kl)
+        loss, figures = loss_of(y.float(), x)
+        run.learn(loss + KL * kl, **figures, kl=kl.detach())
     with run.averaged():
         keep(work, vae, images)
 
@@ -69,6 +67,12 @@ def some(images: Tensor, side: int) -> Tensor:
         square = images[index, :, top : top + side, left : left + side]
         squares.append(square.flip(-1) if torch.rand(()) < 0.5 else square)
     return torch.stack(squares)
+
+
+def loss_of(y: Tensor, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """How wrong a decoded picture is, and figures of it for the log."""
+    squares, edges = nn.functional.mse_loss(y, x), gradient_error(y, x)
+    return (y - x).abs().mean() + 10 * squares + 0.5 * edges, {"psnr": psnr(squares), "edges": edges.detach()}
 
 
 def gradient_error(a: Tensor, b: Tensor) -> Tensor:
