@@ -16,17 +16,22 @@ SETTINGS = {"steps": 20, "solver": "dpmpp-2m", "guidance": 2.5, "seed": 0}
 COLUMNS = 8
 
 
+def spread(count: int) -> list[str]:
+    """So many of the captions that the embedded model knows, from all parts of the list."""
+    known = json.loads((EMBEDDED / "captions.json").read_text(encoding="utf-8"))
+    return list(known[:: len(known) // count][:count])
+
+
 def sheet(engine: Engine) -> None:
-    """Every thirteenth caption that the embedded model knows."""
-    captions = json.loads((EMBEDDED / "captions.json").read_text(encoding="utf-8"))[::13][: 3 * COLUMNS]
+    """What it looks like, at the README's head."""
+    captions = spread(3 * COLUMNS)
     images = engine(captions, **SETTINGS)
     save(grid(images, COLUMNS, captions), IMAGES / "sheet.png", settings={"prompt": "; ".join(captions), **SETTINGS})
 
 
 def captions() -> None:
-    """What the model's card shows: every fifth caption, 64 in all, by the command itself."""
-    names = json.loads((EMBEDDED / "captions.json").read_text(encoding="utf-8"))[::5]
-    settings = ("--solver", "dpmpp-2m", "--guidance", "2.5", "--seed", "0")
+    """What the model's card shows, by the command itself."""
+    settings, names = ("--solver", "dpmpp-2m", "--guidance", "2.5", "--seed", "0"), spread(64)
     with TemporaryDirectory() as folder:
         command = (sys.executable, "-m", "engine.cli", "generate", *names, *settings, "--output", f"{folder}/{{index}}")
         subprocess.run((*command, "--grid", str(IMAGES / "captions.png")), check=True)

@@ -16,7 +16,8 @@ FORBIDDEN = {"torch", "diffusers", "transformers", "onnx", "export"}
 SERVER = [
     *("config", "problems", "wire", "sd_wire", "ticket", "observer", "curve", "queue", "forecast", "desk", "stages"),
     *("studio", "worker", "clock", "service", "catalog", "pixels", "board", "metrics", "logs", "routes", "context"),
-    *("drawing", "gate", "openai_api", "sdapi", "health", "page_route", "app", "connection", "server", "ray_app"),
+    *("records", "connection", "door", "gate", "drawing", "openai_api", "sdapi", "health", "page_route", "app"),
+    *("server", "ray_app"),
 ]
 # From the bottom to the top: the way of an image, and what surrounds it. A file imports only from files above it here.
 LAYERS = [

@@ -19,12 +19,13 @@ from engine.errors import LatentrtError
 from engine.serve import health, openai_api, sdapi
 from engine.serve.catalog import Catalog
 from engine.serve.context import Context
-from engine.serve.door import Door, Records, too_much
+from engine.serve.door import Door, too_much
 from engine.serve.gate import Bounded, Gate, cross_origin, most_bytes
 from engine.serve.logs import logger
 from engine.serve.metrics import Metrics
 from engine.serve.page_route import add_page
 from engine.serve.problems import STORAGE, Answer, answer_to, answer_to_status, answer_to_validation, not_kept
+from engine.serve.records import Records
 
 if TYPE_CHECKING:
     from engine.serve.service import Service

@@ -14,16 +14,14 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from typing import Any
 
 from starlette.responses import JSONResponse
 
 from engine.errors import LatentrtError
 from engine.serve.connection import Refusal
-from engine.serve.logs import Lines, logger
-from engine.serve.metrics import Metrics
 from engine.serve.problems import Answer, answer_to
+from engine.serve.records import Records
 
 OPEN = ("/", "/health/live", "/health/ready", "/metrics", "/openapi.json", "/favicon.ico")
 OPEN_BELOW = "/static/"
@@ -31,31 +29,8 @@ OPEN_BELOW = "/static/"
 DRAWING = ("/v1/images/generations", "/v1/images/edits", "/sdapi/v1/txt2img", "/sdapi/v1/img2img")
 EDITING = ("/v1/images/edits", "/sdapi/v1/img2img")
 _ID = re.compile(r"[!-~]{1,128}")
-_QUIET_ROUTES = ("/health/live", "/health/ready", "/metrics")
 _AHEAD = "ahead"
 COURTESY = 0.05  # seconds
-
-
-class Records:
-    """What is kept of every request: a count in the metrics and a line in the log."""
-
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
-        self._lines = Lines()
-
-    def ended(self, method: str, route: str, status: int, outcome: str, seconds: float, facts: dict[str, Any]) -> None:
-        """A request is over; the facts of one whose pictures were planned say how many ("n")."""
-        if route not in _QUIET_ROUTES:
-            drawn = "n" in facts and outcome == "ok"
-            self._metrics.ended_request(route, outcome, status, seconds if drawn else None)
-        told = {key: value for key, value in facts.items() if key not in ("owner", "outcome")}
-        line = {"route": route, "status": status, "outcome": outcome, "seconds": round(seconds, 4), **told}
-        self._lines.add(partial(_write, method, line))
-
-
-def _write(method: str, line: dict[str, Any]) -> None:
-    write = logger().debug if line["route"] in _QUIET_ROUTES else logger().info
-    write("request", method=method, **line)
 
 
 class Door:

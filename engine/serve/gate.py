@@ -21,9 +21,10 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.serve.config import Settings
-from engine.serve.door import DRAWING, EDITING, Door, Records, decoded, facts_of, own_headers
+from engine.serve.door import DRAWING, EDITING, Door, decoded, facts_of, own_headers
 from engine.serve.logs import logger
 from engine.serve.problems import Answer, answer_to
+from engine.serve.records import Records
 
 CLIENT_GONE = 499  # nginx' number for it; it is seen in the log alone
 

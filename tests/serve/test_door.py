@@ -16,8 +16,9 @@ from structlog.testing import capture_logs
 
 from engine.errors import LatentrtError
 from engine.serve.connection import Refusal, patient
-from engine.serve.door import COURTESY, Door, Records
+from engine.serve.door import COURTESY, Door
 from engine.serve.metrics import Metrics
+from engine.serve.records import Records
 from engine.serve.ticket import QueueFull
 
 DRAW = "/v1/images/generations"
