@@ -27,6 +27,13 @@ def engine(fakes: Fakes) -> Iterator[Engine]:
         yield engine
 
 
+@pytest.fixture(scope="module")
+def embedded() -> Iterator[Engine]:
+    """The embedded model, on one thread: others may have the cores."""
+    with Engine.load(threads=1, check_hashes=False) as engine:
+        yield engine
+
+
 @pytest.fixture
 def serve(fakes: Fakes, engine: Engine) -> Iterator[Serve]:
     """Makes services of the fake engine, by default, that are ready; `Fakes.lanes` begins after the self-check."""

@@ -16,7 +16,8 @@ from engine.bundle import EMBEDDED, Bundle
 from engine.job import Job
 from engine.pipeline import Engine
 from engine.prompt import Tokenizer
-from engine.serve.ticket import Order
+from engine.serve.service import Service
+from engine.serve.ticket import Event, Order, Ticket
 from engine.spec import Request
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -163,3 +164,18 @@ def wait(coroutine: Coroutine[Any, Any, T]) -> T:
             return await coroutine
 
     return asyncio.run(bounded())
+
+
+def submit(service: Service, wanted: Order) -> Ticket:
+    request = wanted.request
+    return service.reserve(request.count, rows=request.steps, deadline=wanted.deadline).submit(wanted)
+
+
+def submit_and_cancel(service: Service) -> Ticket:
+    ticket = submit(service, order())
+    ticket.cancel()
+    return ticket
+
+
+async def events(ticket: Ticket) -> list[Event]:
+    return [event async for event in ticket]

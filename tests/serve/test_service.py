@@ -1,59 +1,32 @@
-"""The service: who shares a step, what is refused, and that company changes no bit of a picture."""
+"""The service: orders and their events, who shares a step, what goes on beside the ticks, and the end."""
 
 from __future__ import annotations
 
 import asyncio
-import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import Serve, eventually
-from fake_engine import SHAPE, SMALL, Fakes, fake_engine, order, recorded, wait
+from fake_engine import SHAPE, SMALL, Fakes, events, fake_engine, order, submit, submit_and_cancel, wait
 
 from engine import Engine
-from engine.denoiser import Denoiser
 from engine.errors import BackendError, RequestError, UnknownSolverError
-from engine.lanes import HostLanes
 from engine.serve.curve import Curve
 from engine.serve.service import Service
 from engine.serve.ticket import (
-    Cancelled,
     Cut,
-    DeadlineUnreachable,
     Draining,
-    Event,
-    Failed,
     Order,
     Picture,
     Preview,
     Progress,
     QueueFull,
-    QueueTimeout,
-    RunTimeout,
     Started,
-    Ticket,
 )
 from engine.spec import Request
-
-
-def submit(service: Service, wanted: Order) -> Ticket:
-    request = wanted.request
-    return service.reserve(request.count, rows=request.steps, deadline=wanted.deadline).submit(wanted)
-
-
-@pytest.fixture(scope="module")
-def embedded() -> Iterator[Engine]:
-    """The embedded model, on one thread: others may have the cores."""
-    with Engine.load(threads=1, check_hashes=False) as engine:
-        yield engine
-
-
-async def events(ticket: Ticket) -> list[Event]:
-    return [event async for event in ticket]
-
 
 # ---- Orders and events
 
@@ -182,139 +155,6 @@ def test_a_picture_of_two_lanes_is_not_passed_by_those_of_one(fakes: Fakes, serv
         for ticket in (single, wide, *narrow):
             wait(ticket.pictures())
         assert fakes.lanes == [1, 1, 1, 2, 2]
-
-
-# ---- Load is bounded
-
-
-def test_places_are_counted_and_given_back(serve: Serve, fakes: Fakes) -> None:
-    service = serve(queue=3)
-    place = service.reserve(2, rows=4, deadline=None)
-    with pytest.raises(QueueFull, match="1 of 3 places") as refused:
-        service.reserve(2, rows=4, deadline=None)
-    assert refused.value.retry_after is not None
-    assert refused.value.retry_after >= 1
-    place.release()
-    place.release()
-    with service.reserve(3, rows=4, deadline=None):
-        assert service._desk.queue.free == 0
-    assert service._desk.queue.free == 3
-    with pytest.raises(QueueFull) as hopeless:
-        service.reserve(4, rows=4, deadline=None)
-    assert hopeless.value.retry_after is None
-    with pytest.raises(RequestError, match="at most 0"):
-        place.submit(order())
-    with pytest.raises(RequestError, match="at most 1"):
-        service.reserve(1, rows=4, deadline=None).submit(order(count=2))
-    assert service._desk.idle
-
-
-def test_a_burst_is_refused_by_exactly_its_excess(serve: Serve, fakes: Fakes) -> None:
-    service = serve(queue=64)
-    fakes.encoding.clear()  # nobody leaves the queue meanwhile
-    tickets, refused = [], 0
-    for seed in range(500):
-        try:
-            tickets.append(submit(service, order(seed=seed, steps=1)))
-        except QueueFull:
-            refused += 1
-    assert (len(tickets), refused) == (64, 436)
-    fakes.encoding.set()
-    for ticket in tickets:
-        wait(ticket.pictures())
-    assert (service.waiting, service.running, service._desk.idle) == (0, 0, True)
-
-
-def test_a_full_service_says_so_of_any_request_as_of_one_picture(serve: Serve, fakes: Fakes) -> None:
-    service = serve(queue=2, curve=Curve({SHAPE: {2: 1.0, 4: 2.0}}))
-    fakes.encoding.clear()
-    assert service.full() is service.full(1) is None
-    assert "0 of 2 places" in str(service.full(2))
-    with service.reserve(1, rows=4, deadline=None):
-        assert service.full() is None
-        ticket = submit(service, order())
-        full = service.full()
-        with pytest.raises(QueueFull) as refused:
-            service.reserve(1, rows=4, deadline=None)
-        assert full is not None
-        assert (str(full), full.retry_after) == (str(refused.value), refused.value.retry_after)
-        assert service.full() is full  # for a moment
-        service.drain()
-        assert service.full() is None  # something else is to be said
-    ticket.cancel()
-    assert service.full() is None
-
-
-def test_what_cannot_be_in_time_is_refused_by_the_curve(serve: Serve, fakes: Fakes) -> None:
-    """A tick takes a second here, so ten rows take ten, and behind as many, twenty."""
-    service = serve(curve=Curve({SHAPE: {2: 1.0, 4: 2.0}}))
-    fakes.hold()
-    now = time.monotonic()
-    service.reserve(1, rows=10, deadline=now + 11).release()
-    with pytest.raises(DeadlineUnreachable, match=r"done in 10\.0 s") as never:
-        service.reserve(1, rows=10, deadline=now + 9)
-    assert never.value.retry_after is None
-    running = submit(service, order(steps=10))
-    fakes.wait_for(1)
-    with pytest.raises(DeadlineUnreachable, match=r"done in 20\.0 s") as later:
-        service.reserve(1, rows=10, deadline=now + 15)
-    assert later.value.retry_after == pytest.approx(5, abs=1)
-    running.cancel()
-
-
-def test_who_waits_too_long_fails_and_leaves_its_place(serve: Serve, fakes: Fakes) -> None:
-    service = serve(queue_timeout=0.05)
-    fakes.encoding.clear()
-    ticket = submit(service, order())
-    with pytest.raises(QueueTimeout):
-        wait(ticket.pictures())
-    assert service._desk.idle
-
-
-@pytest.mark.parametrize("late", [{"run_timeout": 0.05}, {"deadline": 0.3}], ids=str)
-def test_who_runs_too_long_fails_and_leaves_its_lanes(serve: Serve, fakes: Fakes, late: dict[str, float]) -> None:
-    service = serve(**{name: value for name, value in late.items() if name != "deadline"})
-    fakes.hold()
-    ticket = submit(service, order(deadline=time.monotonic() + late["deadline"] if "deadline" in late else None))
-    fakes.wait_for(1)
-    with pytest.raises(RunTimeout):
-        wait(ticket.pictures())
-    fakes.allow(None)
-    eventually(lambda: not service._engine.denoiser.jobs)
-    assert fakes.steps == 1
-    assert service.ready
-
-
-def test_lanes_of_a_cancelled_order_are_free_within_two_ticks(serve: Serve, fakes: Fakes) -> None:
-    service = serve()
-    fakes.hold()
-    leaving = submit(service, order(steps=50, count=4))
-    fakes.wait_for(1)
-    staying = submit(service, order(steps=3))
-    eventually(lambda: not service._desk.queue.unprepared(1, 8))
-    fakes.on_step = lambda step: leaving.cancel() if step == 5 else None
-    fakes.allow(None)
-    assert isinstance(wait(events(leaving))[-1], Failed)
-    wait(staying.pictures())
-    assert fakes.lanes == [8] * 5 + [2] * 3
-
-
-def test_cancelling_what_waits_frees_its_places_at_once(serve: Serve, fakes: Fakes) -> None:
-    service = serve(queue=2)
-    fakes.encoding.clear()
-    ticket = submit(service, order(count=2))
-    ticket.cancel()
-    ticket.cancel()
-    service.reserve(2, rows=1, deadline=None).release()
-    for cancelled in (ticket, submit_and_cancel(service)):
-        with pytest.raises(Cancelled):
-            wait(cancelled.pictures())
-
-
-def submit_and_cancel(service: Service) -> Ticket:
-    ticket = submit(service, order())
-    ticket.cancel()
-    return ticket
 
 
 # ---- Beside the ticks
@@ -512,134 +352,3 @@ def test_an_observer_that_raises_harms_nobody(serve: Serve, caplog: pytest.LogCa
 
     wait(submit(serve(observer=Raising()), order()).pictures())
     assert "the observer's ticked raised" in caplog.text
-
-
-# ---- The same picture, alone or shared
-
-
-SOLVERS = ("ddim", "euler-ancestral", "heun", "dpmpp-2m", "dpmpp-2m-sde", "lcm")
-
-
-def draw_request(dice: random.Random, most_steps: int) -> Request:
-    side = dice.choice((None, 64))
-    return Request(
-        prompt=dice.choice(("an owl", "a red apple", "blue")),
-        steps=dice.randint(1, most_steps),
-        solver=dice.choice(SOLVERS),
-        seed=dice.randint(0, 5),
-        guidance=dice.choice((1.0, 3.0, 3.0)),
-        guidance_interval=dice.choice(((0.0, 1.0), (0.3, 0.8))),
-        count=dice.randint(1, 3),
-        height=side,
-        width=side,
-    )
-
-
-class Schedule:
-    """Orders that come and are given up at ticks drawn by dice; steps call `turn` from the engine's thread."""
-
-    def __init__(self, dice: random.Random, service: Service, orders: int, most_steps: int) -> None:
-        self.dice, self.service = dice, service
-        self.to_come = [(dice.randint(0, 12), draw_request(dice, most_steps)) for _ in range(orders)]
-        self.to_cancel: list[tuple[int, Ticket]] = []
-        self.tickets: list[Ticket] = []
-
-    def turn(self, step: int) -> None:
-        for at, request in [due for due in self.to_come if due[0] <= step]:
-            self.to_come.remove((at, request))
-            self.come(request, step)
-        for at, ticket in [due for due in self.to_cancel if due[0] <= step]:
-            self.to_cancel.remove((at, ticket))
-            ticket.cancel()
-
-    def come(self, request: Request, step: int) -> None:
-        ticket = submit(self.service, Order(request))
-        self.tickets.append(ticket)
-        if self.dice.random() < 0.25:
-            self.to_cancel.append((step + self.dice.randint(0, 4), ticket))
-
-    def finish(self) -> list[list[Event]]:
-        """Wait for all; where the service idles before an order's tick, the order comes then."""
-        while self.to_come:
-            eventually(lambda: not self.to_come or not (self.service.running or self.service.waiting))
-            if self.to_come:
-                self.turn(min(at for at, _ in self.to_come))
-        return [wait(events(ticket)) for ticket in self.tickets]
-
-
-def run_schedule(engine: Engine, dice: random.Random, orders: int, most_steps: int, on_step: Any) -> int:
-    """Run one; every picture, and the latents of every job that came to its end, are those of the same made alone."""
-    lanes = dice.randint(2, 8)
-    engine.denoiser = Denoiser(HostLanes(engine.unet, lanes))
-    curve = Curve({SHAPE: {1: 1.0, dice.randint(2, 8): 1.01}})
-    with Service(engine, curve=curve) as service:
-        service.self_check()
-        made = recorded(engine)
-        schedule = Schedule(dice, service, orders, most_steps)
-        on_step(schedule.turn)
-        stories = schedule.finish()
-        on_step(lambda step: None)
-        assert (service.running, service.waiting) == (0, 0)
-    del engine.jobs  # the recording one
-    pictures = [event.image for story in stories for event in story if isinstance(event, Picture)]
-    wanted = sum(ticket.order.request.count for ticket in schedule.tickets)
-    cancelled = [event for story in stories for event in story if isinstance(event, Failed)]
-    assert all(isinstance(event.error, Cancelled) for event in cancelled)
-    assert len(pictures) == wanted or cancelled
-    expected = {}
-    for job in made:
-        if job.done:
-            key = _key(job.tag)
-            if key not in expected:
-                expected[key] = _alone(engine, job.tag)
-            np.testing.assert_array_equal(job.latents, expected[key][0])
-    for picture in pictures:
-        np.testing.assert_array_equal(picture, expected[_key(picture.info["latentrt"])][1])
-    return len(pictures)
-
-
-def _key(tag: dict[str, Any]) -> str:
-    return str({**tag, "index": 0})
-
-
-def _alone(engine: Engine, tag: dict[str, Any]) -> tuple[Any, Any]:
-    """The latents and the picture that settings stand for, made without company."""
-    own = {name: tag[name] for name in ("prompt", "steps", "solver", "seed", "guidance", "height", "width")}
-    (job,) = engine.jobs(Request(**own, guidance_interval=tuple(tag["guidance_interval"])))
-    denoiser = Denoiser(HostLanes(engine.unet, 2))
-    denoiser.admit(job)
-    while denoiser.jobs:
-        denoiser.tick()
-    return job.latents, engine.picture(job)
-
-
-@pytest.mark.parametrize("tens", range(20))
-def test_joining_and_leaving_changes_no_bit(engine: Engine, fakes: Fakes, tens: int) -> None:
-    """Two hundred schedules: lanes, cap, solvers, sizes, steps, guidance, and when orders come and are given up."""
-
-    def on_step(turn: Callable[[int], None]) -> None:
-        start = fakes.steps
-        fakes.on_step = lambda step: turn(step - start)
-
-    made = sum(run_schedule(engine, random.Random(10 * tens + one), 5, 6, on_step) for one in range(10))
-    assert made > 40
-
-
-def test_joining_and_leaving_changes_no_bit_of_real_networks(embedded: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same with the embedded model: ONNX Runtime treats lanes and pictures of a batch alone."""
-    network, turns = embedded.unet, [lambda step: None]
-    steps = 0
-
-    def unet(*arguments: Any) -> Any:
-        nonlocal steps
-        steps += 1
-        turns[-1](steps)
-        return network(*arguments)
-
-    def on_step(turn: Callable[[int], None]) -> None:
-        nonlocal steps
-        steps = 0
-        turns.append(turn)
-
-    monkeypatch.setattr(embedded, "unet", unet)
-    assert sum(run_schedule(embedded, random.Random(seed), 3, 3, on_step) for seed in range(3)) > 5
