@@ -127,9 +127,11 @@ def _sent(url: str, steps: int) -> socket.socket:
 
 
 def _read_refusal(sock: socket.socket) -> None:
-    answer = sock.recv(2**16)
-    while answer.count(b"\r\n\r\n") == 0 or not answer.endswith(b"}"):
-        answer += sock.recv(2**16)
+    answer = b""
+    while not answer.endswith(b"}"):  # its body is one object
+        answer += (piece := sock.recv(2**16))
+        if not piece:
+            raise ConnectionError("the server hung up")
     if b" 429 " not in answer[:16]:
         raise RuntimeError(f"the queue was not full: {answer[:80]!r}")
 

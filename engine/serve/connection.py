@@ -45,6 +45,7 @@ def patient(head: float, stall: float, refuse: Refuse = lambda *_: None) -> type
         _stall: asyncio.TimerHandle | None = None
         _awaits_head = True
         _head_bytes = 0
+        _refused = False
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             self._joining = _Joining(transport)
@@ -57,14 +58,23 @@ def patient(head: float, stall: float, refuse: Refuse = lambda *_: None) -> type
 
         def on_headers_complete(self) -> None:
             self._awaits_head = False
-            if self.cycle is None or self.cycle.response_complete:  # else it waits for the answer before its own
+            self._unset_keepalive_if_required()  # of a refusal in the same read
+            if self.cycle is _ANSWERED and self.transport.is_closing():
+                return
+            if self._may_refuse():
                 method, target = self.parser.get_method().decode("ascii"), self.url.decode("latin-1")
                 refusal = refuse(method, target, self.headers, self.scope["state"])
                 if refusal is not None:
                     return self._refuse(refusal)
             super().on_headers_complete()
 
+        def _may_refuse(self) -> bool:
+            """Not before the answers of those ahead, not to who takes none, and once in a read: others wait too."""
+            free = self.cycle is None or self.cycle.response_complete
+            return free and not self._refused and not self.flow.write_paused
+
         def _refuse(self, refusal: Refusal) -> None:
+            self._refused = True
             headers = [*self.server_state.default_headers, *refusal.headers]
             kept = self.parser.get_http_version() == "1.1" and self.parser.should_keep_alive()
             if not kept:
@@ -77,6 +87,7 @@ def patient(head: float, stall: float, refuse: Refuse = lambda *_: None) -> type
             self.on_response_complete()
 
         def data_received(self, data: bytes) -> None:
+            self._refused = False
             super().data_received(data)
             if not self._awaits_head:
                 self._forget_head()
@@ -113,7 +124,7 @@ def patient(head: float, stall: float, refuse: Refuse = lambda *_: None) -> type
 
         def _await_next(self) -> None:
             """Where a body follows its answer, uvicorn has forgotten how long a connection may idle."""
-            idle = self.cycle.response_complete and not self.transport.is_closing()
+            idle = self.cycle is not None and self.cycle.response_complete and not self.transport.is_closing()
             if idle and self.timeout_keep_alive_task is None:
                 self.timeout_keep_alive_task = _later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 

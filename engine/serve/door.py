@@ -68,15 +68,21 @@ class Door:
     ) -> Refusal | None:
         """The whole answer to a request for pictures that is refused. None for all others: they go in, and count as
         `ahead` of whoever comes now until they do (see `enter`).
+
+        Args:
+            path: as it was sent; a request that spells it in another way is left to the gate.
         """
         if method != "POST" or path not in DRAWING:
             return None
-        self._came += 1
         began, sent = time.monotonic(), decoded(headers)
+        if self._cross_origin and b"origin" in sent:
+            return None
+        self._came += 1
         facts = facts_of(sent)
-        answer = None
-        if not (self._cross_origin and b"origin" in sent):
+        try:
             answer = self.refusal(method, path, sent, facts, self._ahead)
+        except Exception:  # the gate meets it again, and says what there is to say
+            return None
         if answer is None:
             self._ahead += 1
             state[_AHEAD] = True

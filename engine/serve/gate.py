@@ -68,9 +68,9 @@ class Gate:
             return await self._app(scope, receive, send)
         headers = decoded(scope["headers"])
         passage = _Passage(scope, receive, send, facts_of(headers), self._body_timeout)
-        await self._door.enter(scope["state"])
-        refusal = self._door.refusal(scope["method"], scope["path"], headers, passage.facts)
         try:
+            await self._door.enter(scope["state"])
+            refusal = self._door.refusal(scope["method"], scope["path"], headers, passage.facts)
             if refusal is not None:
                 await passage.answer(refusal)
             else:

@@ -220,7 +220,15 @@ def live(app: Any, **config: Any) -> Iterator[str]:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         server = uvicorn.Server(
-            uvicorn.Config(app, log_config=None, lifespan="off", ws="none", timeout_graceful_shutdown=1, **config)
+            uvicorn.Config(
+                app,
+                loop="asyncio",
+                log_config=None,
+                lifespan="off",
+                ws="none",
+                timeout_graceful_shutdown=1,
+                **config,
+            )
         )
         thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
         thread.start()

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from collections.abc import Iterator, MutableMapping
-from contextlib import contextmanager
+from collections.abc import MutableMapping
+from contextlib import suppress
 from typing import Any
 
 import pytest
 from fake_engine import PATIENCE
 from fakes import FakeService, app_of, live
 from structlog.testing import capture_logs
+from test_connection import connected
 
 from engine.errors import LatentrtError
 from engine.serve.connection import Refusal, patient
@@ -23,13 +24,6 @@ from engine.serve.ticket import QueueFull
 
 DRAW = "/v1/images/generations"
 KEY = "Authorization: Bearer one"
-
-
-@contextmanager
-def asked(url: str) -> Iterator[socket.socket]:
-    host, _, port = url.removeprefix("http://").rpartition(":")
-    with socket.create_connection((host, int(port)), timeout=PATIENCE) as sock:
-        yield sock
 
 
 def request(*headers: str, path: str = DRAW, version: str = "1.1", body: bytes = b"{}") -> bytes:
@@ -72,7 +66,7 @@ def test_the_answer_is_what_the_gate_would_say(sent: bytes, status: int, code: s
         with (
             capture_logs() as log,
             live(app, **(at_the_door(app) if door else {"http": patient(PATIENCE, PATIENCE)})) as url,
-            asked(url) as sock,
+            connected(url) as sock,
         ):
             sock.sendall(sent)
             got = answer(sock)
@@ -101,7 +95,7 @@ def counts(app: Any) -> list[str]:
 
 def test_the_connection_goes_on_and_the_body_is_dropped() -> None:
     app = app_of(FakeService(queue=4, reserved=4))
-    with live(app, **at_the_door(app)) as url, asked(url) as sock:
+    with live(app, **at_the_door(app)) as url, connected(url) as sock:
         head, body = request(body=b"x" * 999).split(b"\r\n\r\n")
         sock.sendall(head + b"\r\n\r\n" + body[:9])
         assert answer(sock)[0] == 429
@@ -115,7 +109,7 @@ def test_the_connection_goes_on_and_the_body_is_dropped() -> None:
 
 def test_a_connection_whose_body_came_after_the_answer_is_not_kept_for_ever() -> None:
     app = app_of(FakeService(queue=4, reserved=4))
-    with live(app, **at_the_door(app), timeout_keep_alive=1) as url, asked(url) as sock:
+    with live(app, **at_the_door(app), timeout_keep_alive=1) as url, connected(url) as sock:
         sock.sendall(request(body=b"x" * 999)[:-9])
         assert answer(sock)[0] == 429
         sock.sendall(b"x" * 9)
@@ -125,35 +119,86 @@ def test_a_connection_whose_body_came_after_the_answer_is_not_kept_for_ever() ->
 @pytest.mark.parametrize("sent", [request("Connection: close"), request(version="1.0")], ids=["close", "1.0"])
 def test_it_is_closed_for_whoever_wants_that(sent: bytes) -> None:
     app = app_of(FakeService(queue=4, reserved=4))
-    with live(app, **at_the_door(app)) as url, asked(url) as sock:
+    with live(app, **at_the_door(app)) as url, connected(url) as sock:
         sock.sendall(sent)
         status, headers, _ = answer(sock)
         assert (status, headers["connection"]) == (429, "close")
         assert sock.recv(1) == b""
 
 
+async def slow(scope: Any, receive: Any, send: Any) -> None:
+    """An application that answers after a moment: 200 on /slow, else 418."""
+    await asyncio.sleep(1.5 if scope["path"] == "/slow" else 0)
+    status = 200 if scope["path"] == "/slow" else 418
+    await send({"type": "http.response.start", "status": status, "headers": [(b"content-length", b"0")]})
+    await send({"type": "http.response.body"})
+
+
+def refuse(method: str, path: str, *_: Any) -> Refusal | None:
+    return Refusal(429, [(b"content-length", b"0")], b"") if path == "/no" else None
+
+
 def test_one_that_follows_another_waits_for_that_ones_answer() -> None:
     """The application answers it then."""
-
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        await asyncio.sleep(0.05)
-        status = 200 if scope["path"] == "/slow" else 418
-        await send({"type": "http.response.start", "status": status, "headers": [(b"content-length", b"0")]})
-        await send({"type": "http.response.body"})
-
-    def refuse(method: str, path: str, *_: Any) -> Refusal | None:
-        return None if path == "/slow" else Refusal(429, [(b"content-length", b"0")], b"")
-
-    with live(app, http=patient(PATIENCE, PATIENCE, refuse)) as url, asked(url) as sock:
+    with live(slow, http=patient(PATIENCE, PATIENCE, refuse)) as url, connected(url) as sock:
         sock.sendall(request(path="/slow") + request(path="/no"))
         assert [answer(sock)[0] for _ in range(2)] == [200, 418]
         sock.sendall(request(path="/no"))
         assert answer(sock)[0] == 429
 
 
+def test_a_refusal_does_not_end_what_follows_it_and_one_read_has_one() -> None:
+    """Connections idle for a second here; what follows takes longer."""
+    with live(slow, http=patient(PATIENCE, PATIENCE, refuse), timeout_keep_alive=1) as url, connected(url) as sock:
+        sock.sendall(request(path="/no") * 2 + request(path="/slow"))
+        assert [answer(sock)[0] for _ in range(3)] == [429, 418, 200]
+
+
+def test_nothing_is_begun_for_whoever_is_hung_up_on() -> None:
+    with live(slow, http=patient(PATIENCE, PATIENCE, refuse)) as url, connected(url) as sock:
+        sock.sendall(request("Connection: keep-alive", path="/no", version="1.0") + request(path="/slow"))
+        assert answer(sock)[0] == 429
+        assert sock.recv(1) == b""
+
+
+def test_whoever_takes_no_answer_is_not_answered_without_end() -> None:
+    """The kernel takes some MiB over; what it does not take waits in one answer at most."""
+    answered = 0
+
+    def refuse(*_: Any) -> Refusal:
+        nonlocal answered
+        answered += 1
+        return Refusal(429, [(b"content-length", b"1000000")], b"x" * 1_000_000)
+
+    with live(slow, http=patient(PATIENCE, PATIENCE, refuse)) as url, connected(url) as sock, suppress(OSError):
+        sock.settimeout(1)
+        for _ in range(2000):
+            sock.sendall(request(path="/no", body=b"x" * 1000))
+            time.sleep(0.0005)
+    assert 0 < answered < 50
+
+
+@pytest.mark.parametrize("line", [b"GET http://h:99999/ HTTP/1.1", b"CONNECT h:443 HTTP/1.1"])
+def test_a_request_that_cannot_be_read_is_the_clients_fault(line: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    app = app_of(FakeService())
+    with live(app, **at_the_door(app)) as url, connected(url) as sock:
+        sock.sendall(line + b"\r\nHost: h\r\n\r\n")
+        assert sock.recv(99).startswith(b"HTTP/1.1 400")
+    assert not any(record.exc_info for record in caplog.records)
+
+
+def test_a_fault_at_the_door_is_the_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    service = FakeService()
+    monkeypatch.setattr(service, "full", lambda ahead=0: 1 / 0)
+    app = app_of(service)
+    with live(app, **at_the_door(app)) as url, connected(url) as sock:
+        sock.sendall(request())
+        assert answer(sock)[0] == 500
+
+
 def test_pages_of_elsewhere_can_read_why() -> None:
     app = app_of(FakeService(queue=4, reserved=4), cors_origin=("https://page.test",))
-    with live(app, **at_the_door(app)) as url, asked(url) as sock:
+    with live(app, **at_the_door(app)) as url, connected(url) as sock:
         sock.sendall(request("Origin: https://page.test"))
         status, headers, _ = answer(sock)
     assert (status, headers["access-control-allow-origin"]) == (429, "https://page.test")
