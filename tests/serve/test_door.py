@@ -6,7 +6,6 @@ import asyncio
 import socket
 import time
 from collections.abc import MutableMapping
-from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -159,23 +158,6 @@ def test_nothing_is_begun_for_whoever_is_hung_up_on() -> None:
         sock.sendall(request("Connection: keep-alive", path="/no", version="1.0") + request(path="/slow"))
         assert answer(sock)[0] == 429
         assert sock.recv(1) == b""
-
-
-def test_whoever_takes_no_answer_is_not_answered_without_end() -> None:
-    """The kernel takes some MiB over; what it does not take waits in one answer at most."""
-    answered = 0
-
-    def refuse(*_: Any) -> Refusal:
-        nonlocal answered
-        answered += 1
-        return Refusal(429, [(b"content-length", b"1000000")], b"x" * 1_000_000)
-
-    with live(slow, http=patient(PATIENCE, PATIENCE, refuse)) as url, connected(url) as sock, suppress(OSError):
-        sock.settimeout(1)
-        for _ in range(2000):
-            sock.sendall(request(path="/no", body=b"x" * 1000))
-            time.sleep(0.0005)
-    assert 0 < answered < 50
 
 
 @pytest.mark.parametrize("line", [b"GET http://h:99999/ HTTP/1.1", b"CONNECT h:443 HTTP/1.1"])
