@@ -44,7 +44,7 @@ def make(
     bundle = Bundle.open(EMBEDDED, check_hashes=False)
     table = tabulate(solver, Schedule.from_config(bundle.json(bundle.spec.schedule)), steps)
     source = noise_source(noise, seed)
-    latents = source.normal((4, side, side)) * np.float32(table.start)
+    latents = source.normal((bundle.spec.latents.channels, side, side)) * np.float32(table.start)
     states = np.random.default_rng(seed).standard_normal((2, 77, 192), np.float32)
     cond, uncond = ({"encoder_hidden_states": state} for state in states)
     return Job(table, latents, cond, uncond, source, Guidance(scale))
@@ -220,7 +220,7 @@ def test_a_retired_job_leaves_its_lanes(unet: DeviceNetwork) -> None:
 
 
 def test_rooms_that_nobody_uses_make_place() -> None:
-    gpu = HostGpu(memory=2_300_000)
+    gpu = HostGpu(memory=4_600_000)
     network = OrtBackend(threads=1, gpu=gpu).load(Bundle.open(EMBEDDED, check_hashes=False), "unet")
     lanes = DeviceLanes(network, 2)  # type: ignore[arg-type]
     denoiser = Denoiser(lanes)

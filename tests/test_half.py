@@ -19,8 +19,8 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
 
 from engine.bundle import EMBEDDED, Bundle
-from export.half import HALF, SINGLE, TIME_INPUTS, emulate, half_path, timing, to_half
-from export.ranges import open_session
+from export.half import HALF, LARGEST, SINGLE, TIME_INPUTS, emulate, half_path, timing, to_half
+from export.ranges import MARGIN, open_session
 from export.weights import read_header
 
 Exported = Callable[[str], tuple[Path, Path]]
@@ -47,7 +47,7 @@ def test_half_graphs_of_a_bundle(exported: Exported, name: str) -> None:
         assert exact == {node for node in timing(model.graph) if node.op_type != "Cast"}
         assert len(exact) == {"unet": 18 if spec.family == "sdxl" else 8}.get(network, 0)
         assert spec.islands[network].nodes == ()
-        assert 1 < spec.islands[network].largest < 200
+        assert 1 < spec.islands[network].largest < LARGEST / MARGIN
 
 
 @pytest.mark.parametrize("name", BUNDLES)

@@ -50,11 +50,11 @@ def test_half_graphs_are_read_where_they_lie(tmp_path: Path) -> None:
 
 
 def test_only_dimensions_with_one_size_are_fixed() -> None:
-    asked = shapes_of(EMOJI.spec, {}, ["lanes=2", "lanes=4"])
+    asked, channels = shapes_of(EMOJI.spec, {}, ["lanes=2", "lanes=4"]), str(EMOJI.spec.latents.channels)
     graph = EMOJI.spec.graphs["unet"]
     model = load_graph(EMOJI, graph, profiles_of(EMOJI.spec, "unet", asked), 18)
     sample, timestep, states = (list(map(str, value.shape or ())) for value in model.graph.inputs)
-    assert (sample, timestep, states) == (["batch", "4", "16", "16"], ["batch"], ["batch", "77", "192"])
+    assert (sample, timestep, states) == (["batch", channels, "16", "16"], ["batch"], ["batch", "77", "192"])
     assert model.opset_imports[""] == 18
 
 

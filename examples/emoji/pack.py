@@ -19,16 +19,19 @@ from export.to_bundle import export_bundle
 from export.verify import golden_runs
 
 CARD = Path(__file__).with_name("CARD.md")
+NAME = "emoji"  # the checkpoint's folder, and so the bundle's id
 OTHERS_SHOWN = 12
 
 
 def pack(work: Path) -> None:
-    """Write `work`/checkpoint, in float16 with the names of all emoji beside it, and export it to `work`/bundle."""
-    target = work / "checkpoint"
+    """Write `work`/emoji, in float16 with the names of all emoji beside it, and export it to `work`/bundle."""
+    target = work / NAME
     shutil.rmtree(target, ignore_errors=True)
     _pipeline(work).save_pretrained(target)
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(work / "tokenizer" / name, target / "tokenizer" / name)
+    for network in ("unet", "vae"):
+        _forget_origin(target / network / "config.json")
     names = [emoji.name for emoji in load(work).emoji]
     (target / "captions.json").write_text(json.dumps(names, indent=0, ensure_ascii=False) + "\n")
     _export(work)
@@ -45,7 +48,7 @@ def card(work: Path) -> None:
         "share": found["found"] / found["captions"],
         "others": ", ".join(others[:OTHERS_SHOWN]) or "none",
     }
-    (work / "checkpoint" / "README.md").write_text(CARD.read_text().format(**figures))
+    (work / NAME / "README.md").write_text(CARD.read_text().format(**figures))
     _export(work)
 
 
@@ -56,6 +59,13 @@ def _networks(work: Path) -> dict[str, nn.Module]:
         "text": CLIPTextModel.from_pretrained(work / "unet" / "text_encoder", dtype=half),
         "unet": UNet2DConditionModel.from_pretrained(work / "unet" / "model", torch_dtype=half),
     }
+
+
+def _forget_origin(config: Path) -> None:
+    """Where the weights lay is nobody's business."""
+    settings = json.loads(config.read_text())
+    settings.pop("_name_or_path", None)
+    config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
 def _pipeline(work: Path) -> StableDiffusionPipeline:
@@ -77,5 +87,5 @@ def _millions(network: nn.Module) -> float:
 
 
 def _export(work: Path) -> None:
-    summary = export_bundle(str(work / "checkpoint"), work / "bundle", overwrite=True, golden=golden_runs)
+    summary = export_bundle(str(work / NAME), work / "bundle", overwrite=True, golden=golden_runs)
     print(f"{work / 'bundle'}: {summary.total_bytes / 1e6:.1f} MB")

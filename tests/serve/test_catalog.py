@@ -28,7 +28,7 @@ def test_sizes() -> None:
     for own in (None, "", "auto", "128x128"):
         assert CATALOG.size(own) == (128, 128)
     assert CATALOG.size("1536x1024") == (1536, 1024)
-    assert CATALOG.latent_shape((192, 64)) == (4, 8, 24)
+    assert CATALOG.latent_shape((192, 64)) == (CATALOG.spec.latents.channels, 8, 24)
 
 
 @given(st.integers(0, 5000), st.integers(0, 5000))

@@ -246,7 +246,7 @@ def test_prompts_encoded_together_are_those_encoded_alone(embedded: Engine, coun
 @pytest.mark.parametrize("side", [64, 88, 128])
 def test_pictures_decoded_together_are_those_decoded_alone(embedded: Engine, side: int) -> None:
     """Bitwise, with ONNX Runtime on the CPU."""
-    latents = np.random.default_rng(side).standard_normal((5, 4, side // 8, side // 4), np.float32)
+    latents = np.random.default_rng(side).standard_normal((5, SHAPE[0], side // 8, side // 4), np.float32)
     for own, alone in zip(embedded.vae.decode(latents), latents, strict=True):
         np.testing.assert_array_equal(own, embedded.vae.decode(alone[None])[0])
 
