@@ -330,6 +330,7 @@ def test_observers_hear_everything(serve: Serve, fakes: Fakes) -> None:
     diary.calls.clear()
     wait(submit(service, order(count=2, steps=3, previews=1)).pictures())
     assert len(diary.of("admitted")) == 2
+    fakes.encoding.clear()  # the next one must not run before it is cancelled
     submit_and_cancel(service)
     with pytest.raises(QueueFull):
         service.reserve(3, rows=1, deadline=None)
