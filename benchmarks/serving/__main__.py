@@ -1,7 +1,8 @@
-"""`python -m benchmarks.serving [all | soak | report]`: ways to serve under the same traffic, on a quiet machine.
+"""`python -m benchmarks.serving [all | refusals | soak | report]`: ways to serve under the same traffic.
 
-`all` takes nine minutes and writes serving.json, `soak` as long as it is told and writes serving-soak.json; each writes
-SERVING.md and its plots anew from both, and `report` does nothing else.
+The machine should be quiet. `all` takes nine minutes and writes serving.json, `refusals` measures that part of it
+again, `soak` takes as long as it is told and writes serving-soak.json; each writes SERVING.md and its plots anew, and
+`report` does nothing else.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measures import rounded
-from benchmarks.serving import page, soak
+from benchmarks.serving import page, refusals, soak
 from benchmarks.serving.measure import QUICK, Config, measure
 from benchmarks.timing import machine
 
@@ -24,7 +25,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 def main() -> None:
     """Measure, keep every sample, write the page."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__)
-    parser.add_argument("what", nargs="?", choices=["all", "soak", "report"], default="all")
+    parser.add_argument("what", nargs="?", choices=["all", "refusals", "soak", "report"], default="all")
     parser.add_argument("--quick", action="store_true", help="a smoke run of seconds; says nothing")
     parser.add_argument("--minutes", type=float, default=5.0, help="of the soak [5]")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the samples and the page")
@@ -33,6 +34,10 @@ def main() -> None:
     if arguments.what == "all":
         config = QUICK if arguments.quick else Config()
         _keep(arguments.results / page.SAMPLES, lambda: measure(config))
+    elif arguments.what == "refusals":
+        path, config = arguments.results / page.SAMPLES, QUICK if arguments.quick else Config()
+        found = refusals.measure(config.burst, config.crowds, config.bursts)
+        path.write_text(json.dumps(json.loads(path.read_text()) | rounded({"refusals": found})) + "\n")
     elif arguments.what == "soak":
         _keep(arguments.results / page.SOAK, lambda: soak.measure(arguments.minutes))
     page.write(arguments.results)
