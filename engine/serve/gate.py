@@ -109,6 +109,7 @@ class _Passage:
     gone: bool = False
     closed: bool = False
     body_read: bool = False
+    left_unread: bool = False  # frameworks take it for a malformed body
 
     def __post_init__(self) -> None:
         self.scope.setdefault("state", {})["facts"] = self.facts
@@ -124,6 +125,7 @@ class _Passage:
             late = f"the request's body did not come within {self.body_timeout:g} seconds"
             raise HTTPException(408, late, {"Connection": "close"}) from None
         self.body_read = not message.get("more_body", False)
+        self.left_unread = message["type"] == "http.disconnect"
         return self._noted(message)
 
     def _noted(self, message: Message) -> Message:
@@ -150,7 +152,7 @@ class _Passage:
     def end(self) -> tuple[int, str]:
         """Status and outcome, as the log and the metrics tell them."""
         outcome = self.facts.get("outcome")
-        if outcome is None and self.gone and not self.closed:
+        if self.left_unread or (outcome is None and self.gone and not self.closed):
             return CLIENT_GONE, "client_gone"
         status = self.status or CLIENT_GONE
         return status, outcome or ("ok" if status < 400 else "refused")

@@ -338,6 +338,27 @@ def test_a_client_that_leaves_lets_go_of_its_pictures(
     assert (line["outcome"], line["n"], line["done"]) == ("client_gone", 1, 0)
 
 
+@pytest.mark.parametrize(
+    ("path", "kind", "begun"),
+    [
+        (DRAW, "application/json", '{"prompt": '),
+        ("/v1/images/edits", "multipart/form-data; boundary=x", "--x\r\nContent-Disposition: "),
+    ],
+    ids=["json", "form"],
+)
+def test_one_that_leaves_before_its_body_came_sent_nothing_wrong(
+    app: Any, log: list[MutableMapping[str, Any]], path: str, kind: str, begun: str
+) -> None:
+    with live(app) as url:
+        host, _, port = url.removeprefix("http://").rpartition(":")
+        with socket.create_connection((host, int(port))) as sock:
+            head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\nContent-Length: 99\r\n\r\n"
+            sock.sendall((head + begun).encode())
+        asyncio.run(until(lambda: lines_of(log)))
+    (line,) = lines_of(log)
+    assert (line["status"], line["outcome"]) == (499, "client_gone")
+
+
 def test_one_that_leaves_takes_nobody_along(held: FakeService) -> None:
     app = app_of(held)
     board = app.state.context.board
