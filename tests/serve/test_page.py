@@ -347,8 +347,8 @@ def test_the_history_survives_a_reload(page: Visitor) -> None:
     )
     page.one(TILE).click()
     assert page.one("#detail-title").text == "a fox"
-    download = page.one("#detail-download")
-    assert download.get_attribute("download") == f"{names[0].replace(', seed ', '-').replace(' ', '-')}.png"
+    download = page.one("#detail-download").get_attribute("download")
+    assert download == f"{names[0].replace(', seed ', '-').replace(' ', '-')}.png"
     page.press(Keys.ARROW_RIGHT)
     page.until(lambda: page.one("#detail-download").get_attribute("download") != download)
     page.click("Copy settings", "#detail")

@@ -142,11 +142,12 @@ function copyOldWay(text) {
 
 async function remove(record) {
   const next = neighbour(record, 1) ?? neighbour(record, -1);
-  await drop(record);
+  const dropped = drop(record);
   tally();
-  say("Picture deleted");
-  if (next) open(next);
+  if (next) open(next); // at once: who closes it meanwhile does not see it open again
   else leave(() => find("form").elements.prompt.focus());
+  await dropped;
+  say("Picture deleted");
 }
 
 /** Close the one picture and go on elsewhere, not at its tile. */
