@@ -22,7 +22,6 @@ from export.plan_graph import weights_of
 
 DEVICE = "cpu"
 HALF = "float32"
-COMPILE = {"backend": "eager"}
 PRODUCT = (64, 2)
 
 
@@ -75,6 +74,10 @@ def build_plans(
         built.append({"network": network, "seconds": 1.0, "bytes": record.bytes})
     gpu.close()
     return built
+
+
+def compile_options(mode: str) -> dict[str, Any]:
+    return {"backend": "eager"}
 
 
 def free_memory() -> Callable[[], int]:

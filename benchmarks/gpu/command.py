@@ -16,6 +16,7 @@ from engine.errors import LatentrtError
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
+COMPILE_MODES = ("max-autotune", "reduce-overhead", "default")
 PRESETS = ("sd15", "sd21", "sdxl", "sd15-small")
 
 
@@ -58,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--repeats", type=int, help="rounds that are kept [5]")
     add("--drift", type=_numbers, help="steps of the runs whose latents are compared; 0 for none [20,50]")
     add("--library", choices=("tensorrt", "tensorrt-rtx"), help="[tensorrt]")
+    add("--compile-mode", choices=COMPILE_MODES, help="of torch.compile [max-autotune]")
     add("--alone", action="store_true", default=None, help="one side after the other: a GPU has room for one only")
     add("--limit", type=float, help="seconds that opening a side for a batch may take [480]")
     add("--minutes", type=float, help="for all of it; the rest is then recorded as not measured [no bound]")

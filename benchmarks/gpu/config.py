@@ -52,6 +52,7 @@ class Config:
         calls: of a network alone, in one sample.
         drift: numbers of steps over which latents are compared; none at all to leave that out.
         library: the flavour of TensorRT.
+        compile_mode: of torch.compile.
         alone: one side after the other, instead of all in turn, where the GPU has no room for all at once.
         limit: seconds that one request to a child may take (opening a compiled side takes longest).
         minutes: for the whole run; what is left out then is recorded as such. None is as long as it takes.
@@ -68,6 +69,7 @@ class Config:
     calls: int = 10
     drift: tuple[int, ...] = (20, 50)
     library: str = "tensorrt"
+    compile_mode: str = "max-autotune"
     alone: bool = False
     limit: float = 480.0
     minutes: float | None = None

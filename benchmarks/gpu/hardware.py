@@ -15,7 +15,6 @@ from engine.backends.driver import Driver
 
 DEVICE = "cuda"  # torch's name
 HALF = "float16"  # the dtype of diffusers' sides
-COMPILE = {"mode": "max-autotune", "fullgraph": True}
 PRODUCT = (8192, 20)  # side of the matrices whose product shows the peak, and calls
 ROOT = Path(__file__).parents[2]
 
@@ -79,6 +78,11 @@ def _said(text: str) -> str:
         return f"{error['found']}. Needed: {error['needed']}. To mend it: {error['mend']}"
     except (ValueError, KeyError, TypeError):
         return " ".join(text.split())[-600:]
+
+
+def compile_options(mode: str) -> dict[str, Any]:
+    """What torch.compile is given."""
+    return {"mode": mode, "fullgraph": True}
 
 
 def free_memory() -> Callable[[], int]:

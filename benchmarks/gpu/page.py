@@ -98,7 +98,7 @@ def _preset(data: Mapping[str, Any]) -> str:
 
 def _runs(data: Mapping[str, Any]) -> str:
     lines = []
-    for run in data["runs"].values():
+    for key, run in data["runs"].items():
         gpu, machine, config = run["gpu"], run["machine"], run["config"]
         device = (
             f"{gpu['name']} (SM {gpu['compute_capability']}, {gpu['memory_gib']} GiB, CUDA {gpu['cuda']})"
@@ -113,10 +113,19 @@ def _runs(data: Mapping[str, Any]) -> str:
         turns = "one side after the other" if config["alone"] else "sides in turn"
         lines.append(
             f"- {run['date']}: {device}; {host}. {config['repeats']} rounds of {config['solver']}, "
-            f"guidance {config['guidance']:g}, {turns}. Matrix peak: {matrix}."
+            f"guidance {config['guidance']:g}, {turns}{_compiled(data, key)}. Matrix peak: {matrix}."
             + (f" UNet: {macs / 1e9:.1f} GMAC a lane, {4 * macs / 1e12:.3g} TFLOP an it." if macs else "")
         )
     return "\n".join(lines)
+
+
+def _compiled(data: Mapping[str, Any], key: str) -> str:
+    """How a run compiled, if it did."""
+    compiled = [name for name, side in SIDES.items() if side.compiled]
+    records = [record for name in compiled for record in data["sides"].get(name, {}).values()]
+    if any(record["run"] == key and "missing" not in record for record in records):
+        return f", torch.compile's mode {data['runs'][key]['config']['compile_mode']}"
+    return ""
 
 
 def _goals(found: Sequence[Goal]) -> str:

@@ -47,14 +47,17 @@ def _latency(data: Mapping[str, Any], path: Path) -> None:
 
 def _rate(data: Mapping[str, Any], path: Path) -> None:
     figure, ax = plt.subplots(figsize=(8, 3.6), layout="constrained")
-    batches, width = batches_of(data), 0.8 / len(SIDES)
-    for index, (side, about) in enumerate(SIDES.items()):
-        found = [(place, f.iterations.median) for place, b in enumerate(batches) if (f := figures_of(data, side, b))]
-        if found:
-            places, heights = zip(*found, strict=True)
-            shifted = [place + (index - (len(SIDES) - 1) / 2) * width for place in places]
-            bars = ax.bar(shifted, heights, width, label=about.title, color=COLOURS[side])
-            ax.bar_label(bars, fmt="%.3g", fontsize=6, padding=2)
+    batches = batches_of(data)
+    measured = [side for side in SIDES if any(figures_of(data, side, batch) for batch in batches)]
+    width = 0.8 / max(1, len(measured))
+    for index, side in enumerate(measured):
+        found = [(place, f.iterations) for place, b in enumerate(batches) if (f := figures_of(data, side, b))]
+        places, spreads = zip(*found, strict=True)
+        shifted = [place + (index - (len(measured) - 1) / 2) * width for place in places]
+        heights = [each.median for each in spreads]
+        whiskers = [[s.median - s.low for s in spreads], [s.high - s.median for s in spreads]]
+        bars = ax.bar(shifted, heights, width, label=SIDES[side].title, color=COLOURS[side], yerr=whiskers, capsize=3)
+        ax.bar_label(bars, fmt="%.3g", fontsize=7, padding=2)
     ax.set_xticks(range(len(batches)), [f"batch {batch}" for batch in batches])
     ax.set_ylabel("it/s (more is better)")
     _save(figure, ax, path)
@@ -68,6 +71,8 @@ def _drift(data: Mapping[str, Any], path: Path) -> None:
             if "relative" in part:
                 ax.plot(range(1, len(part["relative"]) + 1), part["relative"], label=kind, marker=".")
         ax.set(title=f"{steps} steps", xlabel="step")
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.set_ylim(bottom=0)
     axes[0][0].set_ylabel("relative difference to float32")
     _save(figure, axes[0][0], path)
 

@@ -90,7 +90,7 @@ class DiffusersSide:
     def _compile(self) -> None:
         """As diffusers' own pages tell to."""
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(FOLDER / "inductor"))
-        pipe, how = self._pipe, self._hardware.COMPILE
+        pipe, how = self._pipe, self._hardware.compile_options(self._config.compile_mode)
         for network in (pipe.unet, pipe.vae):
             network.to(memory_format=torch.channels_last)
         pipe.unet = torch.compile(pipe.unet, dynamic=False, **how)
@@ -176,15 +176,22 @@ def open_pipeline(config: Config, device: str, dtype: str) -> Any:
 
 
 def draw(pipe: Any, config: Config, prompts: Any, seeds: Any, steps: int | None = None, **more: Any) -> Any:
-    """The pipeline's answer; noise is made on the CPU, as latentrt's default is."""
-    width, height = config.size or (None, None)
+    """The pipeline's answer. Noise is made on the CPU in float32, as latentrt's default is: by itself the pipeline
+    would draw it in its own precision, which gives other numbers, and so another picture.
+    """
+    assert config.size is not None
+    width, height = config.size
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    shape = (1, pipe.unet.config.in_channels, height // pipe.vae_scale_factor, width // pipe.vae_scale_factor)
+    noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
     return pipe(
         list(prompts),
         num_inference_steps=steps or config.steps,
         guidance_scale=config.guidance,
         width=width,
         height=height,
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        latents=noise.to(pipe.vae.dtype),
+        generator=generators,
         **more,
     )
 

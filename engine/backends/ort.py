@@ -110,6 +110,8 @@ class OrtBackend:
             )
         if self.device == "cuda":
             _check_placement(session, path)
+            # What cuDNN tries in the first call and finds unfit is logged as an error, though something else fits.
+            ort.set_default_logger_severity(4)
         return session
 
     def _options(self) -> Any:
