@@ -14,6 +14,9 @@ from engine.bundle import EMBEDDED
 IMAGES = Path(__file__).parent / "images"
 SETTINGS = {"steps": 20, "solver": "dpmpp-2m", "guidance": 2.5, "seed": 0}
 COLUMNS = 8
+THINGS = ("whale", "camel", "frog", "penguin", "lobster", "koala", "turtle", "panda")
+COLOURS = ("orange", "purple", "blue", "pink", "green", "black", "red", "yellow")
+HATS = ("crown", "top hat")
 
 
 def spread(count: int) -> list[str]:
@@ -29,12 +32,22 @@ def sheet(engine: Engine) -> None:
     save(grid(images, COLUMNS, captions), IMAGES / "sheet.png", settings={"prompt": "; ".join(captions), **SETTINGS})
 
 
-def captions() -> None:
-    """What the model's card shows, by the command itself."""
-    settings, names = ("--solver", "dpmpp-2m", "--guidance", "2.5", "--seed", "0"), spread(64)
+def combinations() -> list[str]:
+    """Eight things, each in a colour, three times, with a hat, and with the next one."""
+    return [
+        *(f"a {colour} {thing}" for colour, thing in zip(COLOURS, THINGS, strict=True)),
+        *(f"three {thing}s" for thing in THINGS),
+        *(f"a {thing} with a {hat}" for thing, hat in zip(THINGS, HATS * 4, strict=True)),
+        *(f"a {thing} and a {other}" for thing, other in zip(THINGS, THINGS[1:] + THINGS[:1], strict=True)),
+    ]
+
+
+def by_command(captions: list[str], name: str) -> None:
+    """A sheet made by the command itself."""
+    settings = ("--solver", "dpmpp-2m", "--guidance", "2.5", "--seed", "0")
     with TemporaryDirectory() as folder:
-        command = (sys.executable, "-m", "engine.cli", "generate", *names, *settings, "--output", f"{folder}/{{index}}")
-        subprocess.run((*command, "--grid", str(IMAGES / "captions.png")), check=True)
+        words = ("generate", *captions, *settings, "--output", f"{folder}/{{index}}", "--grid", str(IMAGES / name))
+        subprocess.run((sys.executable, "-m", "engine.cli", *words), check=True)
 
 
 def previews(engine: Engine) -> None:
@@ -58,4 +71,5 @@ if __name__ == "__main__":
     with Engine.load() as engine:
         sheet(engine)
         previews(engine)
-    captions()
+    by_command(spread(64), "captions.png")
+    by_command(combinations(), "combined.png")

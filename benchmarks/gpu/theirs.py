@@ -190,7 +190,7 @@ def draw(pipe: Any, config: Config, prompts: Any, seeds: Any, steps: int | None 
         guidance_scale=config.guidance,
         width=width,
         height=height,
-        latents=noise.to(pipe.vae.dtype),
+        latents=noise.to(pipe.unet.dtype),
         generator=generators,
         **more,
     )

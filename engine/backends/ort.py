@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +110,6 @@ class OrtBackend:
             )
         if self.device == "cuda":
             _check_placement(session, path)
-            # What cuDNN tries in the first call and finds unfit is logged as an error, though something else fits.
-            ort.set_default_logger_severity(4)
         return session
 
     def _options(self) -> Any:
@@ -225,8 +223,20 @@ class OrtDeviceNetwork(OrtNetwork):
                 array = arrays[tensor.name]
                 bind(tensor.name, self._kind, self.gpu.ordinal, array.dtype.type, array.shape, array.pointer)
         bound = OrtBound(self._session, binding, self.gpu, self.graph.path)
-        bound.enqueue()
+        with _only_fatal_logged():
+            bound.enqueue()
         return bound
+
+
+@contextlib.contextmanager
+def _only_fatal_logged() -> Iterator[None]:
+    """What cuDNN tries in a first call and finds unfit is logged as an error, though something else fits."""
+    ort = load_onnxruntime()
+    ort.set_default_logger_severity(4)
+    try:
+        yield
+    finally:
+        ort.set_default_logger_severity(2)  # its own default: warnings
 
 
 class OrtBound:

@@ -10,8 +10,11 @@ from warnings import filterwarnings
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 SEED = 0
-STAGES = ("data", "tokenizer", "vae", "decoder", "text", "unet", "pack", "check", "card")
-MINUTES = {"vae": 60.0, "decoder": 20.0, "text": 6.0, "unet": 120.0}  # on two cores; a GPU needs a tenth
+STAGES = ("data", "combine", "tokenizer", "vae", "text", "unet", "pack", "check", "card")
+MINUTES = {
+    "cpu": {"vae": 120.0, "text": 6.0, "unet": 120.0},  # two cores
+    "cuda": {"vae": 2.0, "text": 0.4, "unet": 4.0},  # an H100
+}
 
 
 def main() -> None:
@@ -29,17 +32,20 @@ def main() -> None:
 
         torch.set_num_threads(asked.threads)
     for stage in asked.stages:
-        minutes = asked.minutes if asked.minutes is not None else MINUTES.get(stage, 0.0)
-        _run(stage, asked.work, minutes, asked.bundle or asked.work / "bundle")
+        _run(stage, asked.work, asked.minutes, asked.bundle or asked.work / "bundle")
 
 
-def _run(stage: str, work: Path, minutes: float, bundle: Path) -> None:
+def _run(stage: str, work: Path, minutes: float | None, bundle: Path) -> None:
     """One stage; its libraries are imported only now."""
     match stage:
         case "data":
             import data
 
             data.collect(work)
+        case "combine":
+            import combine
+
+            combine.combine(work)
         case "tokenizer":
             import tokenizer
 
@@ -56,7 +62,8 @@ def _run(stage: str, work: Path, minutes: float, bundle: Path) -> None:
             import torch
 
             torch.manual_seed(SEED)  # of the weights that training begins with
-            import_module(stage).train(work, minutes)
+            usual = MINUTES["cuda" if torch.cuda.is_available() else "cpu"][stage]
+            import_module(stage).train(work, usual if minutes is None else minutes)
 
 
 if __name__ == "__main__":

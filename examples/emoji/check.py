@@ -1,54 +1,90 @@
-"""How many captions make their own emoji: the picture that is nearest to what a bundle draws, in pixels."""
+"""How many captions make what they say: the picture that is nearest, in pixels, to what a bundle draws."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from combine import Combiner, kind_of
 from data import load, on_white
+from numpy.typing import NDArray
+from PIL.Image import Image
 
 from engine import Engine, grid, save
 
 SEED = 7
 SETTINGS: dict[str, Any] = {"solver": "dpmpp-2m", "steps": 20, "guidance": 2.5}
 AT_ONCE = 16
-SHOWN = 64  # of all captions, evenly spaced; COLUMNS wide
+BLOCK = 256  # pictures that distances are taken from at once
+COMBINED = 200  # combinations that training did not have
+SHOWN = 64  # of all captions, evenly spaced
 COLUMNS = 8
 
 
 def check(work: Path, bundle: Path) -> None:
-    """Draw every caption that the bundle knows once, number i with seed SEED + i, and write what was found.
+    """Draw every caption that the bundle knows once, number i with seed SEED + i, and new combinations likewise.
 
-    `work`/found.json has the share and, for every caption that made another emoji, which; `work`/sheet.png a fixed
-    choice of the pictures.
+    `work`/found.json has how many are nearest to their own picture, among all emoji or, of combinations, among all that
+    training had too, and what the others are nearest to; `work`/sheet.png and `work`/combined.png have a fixed choice.
     """
     data = load(work)
     captions = json.loads((bundle / "captions.json").read_text())
-    numbers = {emoji.name: number for number, emoji in enumerate(data.emoji)}
-    pictures = on_white(data.pictures).astype(np.float32).reshape(len(data.emoji), -1)
-    lengths = np.square(pictures).sum(1)
-    drawn, others = [], {}
+    names, pictures = [emoji.name for emoji in data.emoji], on_white(data.pictures)
+    known = json.loads((work / "combined.json").read_text())
+    texts, combined = Combiner(data).make(COMBINED, SEED, known)
     with Engine.load(bundle) as engine:
-        for first in range(0, len(captions), AT_ONCE):
-            some = captions[first : first + AT_ONCE]
-            drawn += engine(some, seed=SEED + first, **SETTINGS)
-            for caption, picture in zip(some, drawn[first:], strict=True):
-                pixels = np.asarray(picture, np.float32).ravel()
-                distances = lengths - 2 * pictures @ pixels  # but for the picture's own length
-                nearest = int(distances.argmin())
-                if not np.array_equal(pictures[nearest], pictures[numbers[caption]]):  # some emoji look the same
-                    others[caption] = data.emoji[nearest].name
-            print(f"{len(drawn)} of {len(captions)}: {1 - len(others) / len(drawn):.1%} found", flush=True)
+        drawn, drawn_combined = _draw(engine, captions), _draw(engine, texts)
+    others = _others(drawn, captions, names, pictures)
+    rivals = np.concatenate([combined, np.load(work / "combined.npy", mmap_mode="r"), pictures])
+    missed = _others(drawn_combined, texts, [*texts, *known, *names], rivals)
     found = {
         "captions": len(captions),
         "found": len(captions) - len(others),
+        "combined": len(texts),
+        "combined_found": len(texts) - len(missed),
+        "kinds": Counter(map(kind_of, texts)),
+        "rivals": len(rivals),
         "seed": SEED,
         **SETTINGS,
         "others": others,
+        "combined_others": missed,
     }
     (work / "found.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-    chosen = range(0, len(captions), max(1, len(captions) // SHOWN))[:SHOWN]
-    sheet = grid([drawn[number] for number in chosen], COLUMNS, [captions[number] for number in chosen])
-    save(sheet, work / "sheet.png")
+    _show(drawn, captions, work / "sheet.png")
+    if texts:
+        _show(drawn_combined, texts, work / "combined.png")
+    print("{found} of {captions} names, {combined_found} of {combined} combinations".format(**found))
+
+
+def _draw(engine: Engine, texts: Sequence[str]) -> list[Image]:
+    drawn: list[Image] = []
+    for first in range(0, len(texts), AT_ONCE):
+        drawn += engine(texts[first : first + AT_ONCE], seed=SEED + first, **SETTINGS)
+        print(f"\r{len(drawn)} of {len(texts)} drawn", end="", flush=True)
+    print()
+    return drawn
+
+
+def _others(
+    drawn: Sequence[Image], texts: Sequence[str], names: Sequence[str], pictures: NDArray[np.uint8]
+) -> dict[str, str]:
+    """What those are nearest to that are not nearest to the picture of their own text."""
+    distances = np.empty((len(texts), len(pictures)), np.float32)  # squared, less the drawn picture's own length
+    points = np.array([np.asarray(picture).ravel() for picture in drawn], np.float32)
+    for first in range(0, len(pictures) if drawn else 0, BLOCK):
+        some = pictures[first : first + BLOCK].reshape(-1, points.shape[1]).astype(np.float32)
+        distances[:, first : first + BLOCK] = np.square(some).sum(1) - 2 * points @ some.T
+    places, others = {name: place for place, name in enumerate(names)}, {}
+    for text, nearest in zip(texts, distances.argmin(1), strict=True):
+        if not np.array_equal(pictures[nearest], pictures[places[text]]):  # some emoji look the same
+            others[text] = names[nearest]
+    return others
+
+
+def _show(drawn: Sequence[Image], texts: Sequence[str], path: Path) -> None:
+    chosen = range(0, len(texts), max(1, len(texts) // SHOWN))[:SHOWN]
+    save(grid([drawn[number] for number in chosen], COLUMNS, [texts[number] for number in chosen]), path)

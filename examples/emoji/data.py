@@ -92,8 +92,16 @@ def _picture(package: tarfile.TarFile, code: str) -> NDArray[np.uint8] | None:
             image = Image.open(_member(package, f"assets/{name}.webp")).convert("RGBa")  # premultiplied
         except KeyError:
             continue
-        return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.LANCZOS))
+        return resized(image, SIDE)
     return None
+
+
+def resized(image: Image.Image, side: int) -> NDArray[np.uint8]:
+    """A picture with premultiplied alpha, `side` pixels large. LANCZOS makes colours beyond their alpha, which are cut:
+    on white they would begin again at black.
+    """
+    pixels = np.asarray(image.resize((side, side), Image.Resampling.LANCZOS))
+    return np.concatenate([np.minimum(pixels[..., :3], pixels[..., 3:]), pixels[..., 3:]], -1)
 
 
 def _emoji(entry: dict[str, Any]) -> Emoji:

@@ -6,14 +6,14 @@ components of each picture's latents, which takes minutes, and finds the right p
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 from random import Random
 
 import torch
-from captions import caption
-from data import load
+from lessons import Lessons
 from torch import Tensor, nn
-from training import Run, device, half
+from training import Run, batch_of, device, half
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerBase
 
 WIDTH = 192
@@ -31,7 +31,7 @@ def ids_of(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Tensor:
     """Token ids, int64 (N, 77), as pipelines make them."""
     padded = tokenizer(texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
     ids: Tensor = padded.input_ids
-    return ids.to(device())
+    return ids
 
 
 def new(tokenizer: PreTrainedTokenizerBase) -> CLIPTextModel:
@@ -61,22 +61,26 @@ def components(latents: Tensor, count: int) -> Tensor:
 
 def train(work: Path, minutes: float) -> None:
     """Train, and keep the averaged weights in `work`/text/model."""
-    emoji, tokenizer = load(work).emoji, tokenizer_of(work)
-    targets = components(torch.load(work / "latents.pt"), COMPONENTS).to(device())
+    lessons, tokenizer = Lessons(work), tokenizer_of(work)
+    targets = components(lessons.latents.to(device()), COMPONENTS)
     encoder, head = new(tokenizer), nn.Linear(WIDTH, targets.shape[1])
     run = Run(work / "text", {"encoder": encoder, "head": head}, minutes=minutes, rate=3e-3, until=0.2)
-    for step in run:
-        random, count = Random(step), BATCH if run.share < 0.7 else BATCH // 3
-        chosen = random.sample(range(len(emoji)), min(count, len(emoji)))
-        ids = ids_of(tokenizer, [caption(emoji[index], random) for index in chosen])
-        ids = ids[:, :SHORT] if run.share < 0.7 else ids
+
+    def losses(ids: Tensor, chosen: Tensor) -> dict[str, Tensor]:
         with half():
             told = head(encoder(ids).last_hidden_state)
         told, wanted = told.float(), targets[chosen]
         ends = (ids == tokenizer.eos_token_id).float()  # from the end of the text on, padding included
         error = (told - wanted[:, None]).square().mean(-1)
         mean = (told * ends[..., None]).sum(1) / ends.sum(1, keepdim=True)
-        found = torch.cdist(mean.detach(), targets).argmin(1) == torch.tensor(chosen, device=device())
-        run.learn((error * ends).sum() / ends.sum(), found=found.float().mean())
+        found = torch.cdist(mean.detach(), targets).argmin(1) == chosen
+        return {"loss": (error * ends).sum() / ends.sum(), "found": found.float().mean()}
+
+    order = lessons.order(run.step)
+    for step in run:
+        random, short = Random(step), run.share < 0.7
+        chosen = list(islice(order, batch_of(BATCH if short else BATCH // 3)))
+        ids = ids_of(tokenizer, [lessons.caption(number, random) for number in chosen])
+        run.learn(losses, ids[:, :SHORT] if short else ids, torch.tensor(chosen))
     with run.averaged():
         encoder.save_pretrained(work / "text" / "model")

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from captions import COLOURS, COMMON
+from captions import COLOURS, COMMON, NUMBERS
 from data import load
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import BPE
@@ -53,4 +53,4 @@ def _texts(work: Path) -> Iterator[str]:
     for emoji in load(work).emoji:
         yield from [emoji.name] * NAMES_COUNT
         yield from emoji.tags
-    yield from [f"{COMMON} {COLOURS}"] * COMMON_COUNT
+    yield from [f"{COMMON} {NUMBERS} {COLOURS}"] * COMMON_COUNT

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from muon import Muon
+from recorded import Function, Recorded
 from torch import Tensor, nn
 
 SAVED_EVERY, SHOWN_EVERY = 120.0, 20.0  # seconds
@@ -26,7 +28,12 @@ def device() -> torch.device:
 
 def half() -> torch.autocast:
     """Convolutions and products in bfloat16, sums in float32: much faster on both, and good enough to train in."""
-    return torch.autocast(device().type, torch.bfloat16)
+    return torch.autocast(device().type, torch.bfloat16, cache_enabled=False)  # what is cached cannot be recorded
+
+
+def batch_of(count: int) -> int:
+    """So many on a CPU, where steps are dear; more on a GPU, where the networks are too small to fill it."""
+    return 4 * count if device().type == "cuda" else count
 
 
 class Run:
@@ -66,11 +73,12 @@ class Run:
         self._rate, self._until, self._average = rate, until, average
         self._modules = {name: module.to(device()).train() for name, module in modules.items()}
         self.parameters: list[nn.Parameter] = [p for module in self._modules.values() for p in module.parameters()]
-        self._flat: list[tuple[nn.Parameter, nn.Parameter]] = []
         self._optimizers = self._two_optimizers(scales or {})
         self._averaged = [parameter.detach().clone() for parameter in self.parameters]
         self.step, self.seconds = 0, 0.0
         self._recent: dict[str, list[float]] = {}
+        self._last: dict[str, Tensor] = {}
+        self._recorded: Recorded | None = None
         if self._state.exists():
             self._restore()
         torch.manual_seed(seed + self.step)
@@ -81,16 +89,13 @@ class Run:
         for name, module in self._modules.items():
             tables = {id(each.weight) for each in module.modules() if isinstance(each, nn.Embedding)}
             chosen = [p for p in module.parameters() if p.ndim >= 2 and id(p) not in tables]
-            flat = [nn.Parameter(p.data.flatten(1)) for p in chosen]  # the same memory: Muon wants two axes
-            self._flat += zip(chosen, flat, strict=True)
-            scale = scales.get(name, 1.0)
-            matrices.append({"params": flat, "scale": scale})
             rest = [p for p in module.parameters() if p.ndim < 2 or id(p) in tables]
-            others.append({"params": rest, "scale": scale * OTHERS})
-        return (
-            torch.optim.Muon(matrices, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0, fused=True),
-        )
+            scale = scales.get(name, 1.0)
+            matrices.append({"params": chosen, "scale": scale, "lr": _rate()})
+            others.append({"params": rest, "scale": scale * OTHERS, "lr": _rate()})
+        on_gpu = device().type == "cuda"
+        adamw = torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0, fused=True, capturable=on_gpu)
+        return Muon(matrices, DECAY), adamw
 
     @property
     def _state(self) -> Path:
@@ -116,23 +121,43 @@ class Run:
                 self._save()
         self._save()
 
-    def learn(self, loss: Tensor, **figures: float | Tensor) -> None:
-        """One step down a loss; the figures are for the log."""
-        for parameter in self.parameters:
-            parameter.grad = None
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        for parameter, flat in self._flat:
-            flat.grad = None if parameter.grad is None else parameter.grad.flatten(1)
+    def learn(self, losses: Function, *inputs: Tensor) -> None:
+        """One step.
+
+        Args:
+            losses: the same function at every step; what it makes of `inputs` on `device()` are numbers for the log by
+                name, "loss" among them. On a GPU it is recorded, so it may not wait for the GPU (see `recorded`).
+            inputs: of as few different shapes as may be.
+        """
+        self._note()
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = self._rate * group["scale"] * self._height()
-            optimizer.step()
+                group["lr"].fill_(self._rate * group["scale"] * self._height())
+        moved = [each.to(device()) for each in inputs]
+        if device().type == "cuda":
+            self._recorded = self._recorded or Recorded(lambda *values: self._descend(losses, *values))
+            self._last = self._recorded(*moved)
+        else:
+            self._last = self._descend(losses, *moved)
         self.step += 1
         kept = min(self._average, self.step / (self.step + 10))
         torch._foreach_lerp_(self._averaged, [parameter.detach() for parameter in self.parameters], 1 - kept)
-        for name, value in {"loss": loss.detach(), **figures}.items():
+
+    def _descend(self, losses: Function, *inputs: Tensor) -> dict[str, Tensor]:
+        for parameter in self.parameters:
+            parameter.grad = None
+        figures = losses(*inputs)
+        figures["loss"].backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        for optimizer in self._optimizers:
+            optimizer.step()
+        return {name: value.detach() for name, value in figures.items()}
+
+    def _note(self) -> None:
+        """Wait for the last step, and keep its figures for the log."""
+        for name, value in self._last.items():
             self._recent.setdefault(name, []).append(float(value))
+        self._last = {}
 
     def _height(self) -> float:
         """The learning rate, relative to the highest."""
@@ -160,6 +185,7 @@ class Run:
                 parameter.copy_(value)
 
     def _show(self) -> None:
+        self._note()
         means = {name: sum(values) / len(values) for name, values in self._recent.items()}
         self._recent.clear()
         row: dict[str, Any] = {"seconds": round(self.seconds), "step": self.step}
@@ -192,6 +218,12 @@ class Run:
         for name, module in self._modules.items():
             module.load_state_dict(state["modules"][name])
         for optimizer, kept in zip(self._optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(kept)
+            settings = optimizer.state_dict()["param_groups"]  # this device's, whatever the run began on
+            optimizer.load_state_dict({**kept, "param_groups": settings})
         self._averaged = state["averaged"]
         self.step, self.seconds = state["step"], state["seconds"]
+
+
+def _rate() -> Tensor:
+    """A learning rate, to be set: a tensor can change between the launches of a recorded step."""
+    return torch.zeros((), device=device())

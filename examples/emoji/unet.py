@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 from random import Random
 
 import torch
-from captions import caption
-from data import load
 from diffusers import DDIMScheduler, UNet2DConditionModel
+from lessons import Lessons
 from text import WIDTH, ids_of, tokenizer_of
 from torch import Tensor
-from training import Run, device, half
+from training import Run, batch_of, device, half
 from transformers import CLIPTextModel
 from vae import CHANNELS
 
@@ -21,7 +21,7 @@ TEXT_RATE = 0.3  # of the text encoder, relative to the UNet's
 
 
 def new() -> UNet2DConditionModel:
-    """One of 7.6 million parameters, for latents of 16 x 16 x 8."""
+    """One of 7.6 million parameters, for latents of 16 x 16 x 4."""
     return UNet2DConditionModel(
         sample_size=16,
         in_channels=CHANNELS,
@@ -53,9 +53,9 @@ def schedule() -> DDIMScheduler:
 
 def train(work: Path, minutes: float) -> None:
     """Train both, and keep their averaged weights in `work`/unet/model and `work`/unet/text_encoder."""
-    emoji, latents = load(work).emoji, torch.load(work / "latents.pt").to(device())
+    lessons, tokenizer, noises = Lessons(work), tokenizer_of(work), schedule()
     encoder, unet = CLIPTextModel.from_pretrained(work / "text" / "model"), new()
-    tokenizer, noises = tokenizer_of(work), schedule()
+    latents = lessons.latents.to(device())
     run = Run(
         work / "unet",
         {"text encoder": encoder, "unet": unet},
@@ -63,20 +63,23 @@ def train(work: Path, minutes: float) -> None:
         rate=4e-3,
         scales={"text encoder": TEXT_RATE},
     )
-    order: list[int] = []
-    for step in run:
-        random = Random(step)
-        while len(order) < CAPTIONS:
-            order += random.sample(range(len(emoji)), len(emoji))
-        chosen, order = order[:CAPTIONS], order[CAPTIONS:]
-        texts = ["" if random.random() < DROPPED else caption(emoji[index], random) for index in chosen]
+
+    def losses(ids: Tensor, chosen: Tensor, times: Tensor) -> dict[str, Tensor]:
         x0 = latents[chosen].repeat(NOISES, 1, 1, 1)
-        times, noise = timesteps(len(x0)), torch.randn_like(x0)
+        noise = torch.randn_like(x0)
         with half():
-            states = encoder(ids_of(tokenizer, texts)).last_hidden_state.repeat(NOISES, 1, 1)
+            states = encoder(ids).last_hidden_state.repeat(NOISES, 1, 1)
             out = unet(noises.add_noise(x0, noise, times), times, states).sample
         errors = (out.float() - noises.get_velocity(x0, noise, times)).square().mean((1, 2, 3))
-        run.learn(errors.mean(), noisy=errors[times > 800].mean().detach(), clean=errors[times < 200].mean().detach())
+        parts = {"noisy": (times > 800).float(), "clean": (times < 200).float()}
+        return {"loss": errors.mean()} | {name: (errors * part).sum() / part.sum() for name, part in parts.items()}
+
+    order = lessons.order(run.step)
+    for step in run:
+        random, chosen = Random(step), list(islice(order, batch_of(CAPTIONS)))
+        texts = ["" if random.random() < DROPPED else lessons.caption(number, random) for number in chosen]
+        times = timesteps(NOISES * len(chosen))
+        run.learn(losses, ids_of(tokenizer, texts), torch.tensor(chosen), times)
     with run.averaged():
         unet.save_pretrained(work / "unet" / "model")
         encoder.save_pretrained(work / "unet" / "text_encoder")
@@ -85,4 +88,4 @@ def train(work: Path, minutes: float) -> None:
 def timesteps(count: int) -> Tensor:
     """One from each part of the schedule, so that every batch has noise of all levels."""
     parts = (torch.arange(count) + torch.rand(count)) / count
-    return (parts[torch.randperm(count)] * 1000).long().to(device())
+    return (parts[torch.randperm(count)] * 1000).long()
