@@ -46,6 +46,7 @@ def card(work: Path) -> None:
         **json.loads((work / "vae" / "round_trip.json").read_text()),
         **{name: _millions(network) for name, network in _networks(work).items()},
         "share": found["found"] / found["captions"],
+        "pairs": found["kinds"].get("pair", 0),
         "others": ", ".join(others[:OTHERS_SHOWN]) or "none",
     }
     (work / NAME / "README.md").write_text(CARD.read_text().format(**figures))
