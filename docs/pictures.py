@@ -14,8 +14,8 @@ from engine.bundle import EMBEDDED
 IMAGES = Path(__file__).parent / "images"
 SETTINGS = {"steps": 20, "solver": "dpmpp-2m", "guidance": 2.5, "seed": 0}
 COLUMNS = 8
-THINGS = ("whale", "camel", "frog", "penguin", "lobster", "koala", "turtle", "panda")
-COLOURS = ("orange", "purple", "blue", "pink", "green", "black", "red", "yellow")
+THINGS = ("camel", "whale", "lobster", "hedgehog", "dog", "squid", "crocodile", "chipmunk")
+COLOURS = ("purple", "red", "green", "pink", "purple", "yellow", "black", "white")  # none of them was in training
 HATS = ("crown", "top hat")
 
 

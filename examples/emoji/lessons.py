@@ -8,7 +8,7 @@ from pathlib import Path
 from random import Random
 
 import torch
-from captions import BEFORE, caption, named, telling
+from captions import BEFORE, caption, named
 from combine import kind_of
 from data import load
 
@@ -24,7 +24,6 @@ class Lessons:
 
     def __init__(self, work: Path) -> None:
         self._emoji = load(work).emoji
-        self._telling = telling(self._emoji)
         self._combined: list[str] = json.loads((work / "combined.json").read_text())
         self.latents = torch.load(work / "latents.pt")
         if len(self.latents) != len(self._emoji) + len(self._combined):
@@ -40,7 +39,7 @@ class Lessons:
     def caption(self, number: int, random: Random) -> str:
         """One of the ways to ask for what a number stands for."""
         if number < len(self._emoji):
-            return caption(self._emoji[number], self._telling[number], random)
+            return caption(self._emoji[number], random)
         text = self._combined[number - len(self._emoji)]
         return text if kind_of(text) == "number" else named(random.choice(BEFORE), text)
 
