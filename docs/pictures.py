@@ -14,9 +14,8 @@ from engine.bundle import EMBEDDED
 IMAGES = Path(__file__).parent / "images"
 SETTINGS = {"steps": 20, "solver": "dpmpp-2m", "guidance": 2.5, "seed": 0}
 COLUMNS = 8
-THINGS = ("camel", "whale", "lobster", "hedgehog", "dog", "squid", "crocodile", "chipmunk")
-COLOURS = ("purple", "red", "green", "pink", "purple", "yellow", "black", "white")  # none of them was in training
-HATS = ("crown", "top hat")
+THINGS = ("camel", "whale", "lobster", "hedgehog", "dog", "squid")
+COLOURS = ("purple", "red", "green", "pink", "purple", "yellow")  # of these things training had no such picture
 
 
 def spread(count: int) -> list[str]:
@@ -33,12 +32,12 @@ def sheet(engine: Engine) -> None:
 
 
 def combinations() -> list[str]:
-    """Eight things, each in a colour, three times, with a hat, and with the next one."""
+    """Six things, in a line each: with the next one, in a colour, two, three, and with two hats."""
     return [
-        *(f"a {colour} {thing}" for colour, thing in zip(COLOURS, THINGS, strict=True)),
-        *(f"three {thing}s" for thing in THINGS),
-        *(f"a {thing} with a {hat}" for thing, hat in zip(THINGS, HATS * 4, strict=True)),
         *(f"a {thing} and a {other}" for thing, other in zip(THINGS, THINGS[1:] + THINGS[:1], strict=True)),
+        *(f"a {colour} {thing}" for colour, thing in zip(COLOURS, THINGS, strict=True)),
+        *(f"{number} {thing}s" for number in ("two", "three") for thing in THINGS),
+        *(f"a {thing} with a {hat}" for hat in ("crown", "top hat") for thing in THINGS),
     ]
 
 

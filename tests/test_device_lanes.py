@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import texts
 from host_gpu import HostGpu
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -45,7 +46,7 @@ def make(
     table = tabulate(solver, Schedule.from_config(bundle.json(bundle.spec.schedule)), steps)
     source = noise_source(noise, seed)
     latents = source.normal((bundle.spec.latents.channels, side, side)) * np.float32(table.start)
-    states = np.random.default_rng(seed).standard_normal((2, 77, 192), np.float32)
+    states = texts.states((2, 77, 192), np.random.default_rng(seed))
     cond, uncond = ({"encoder_hidden_states": state} for state in states)
     return Job(table, latents, cond, uncond, source, Guidance(scale))
 

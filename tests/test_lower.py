@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+import texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
@@ -32,8 +33,12 @@ def _feeds(graph: GraphSpec) -> Arrays:
     feeds: Arrays = {}
     for tensor in graph.inputs:
         shape = [sizes[side] if isinstance(side, str) else side for side in tensor.shape]
-        whole = tensor.dtype == "int64"
-        feeds[tensor.name] = draw.integers(0, 400, shape) if whole else draw.standard_normal(shape).astype(tensor.dtype)
+        if tensor.dtype == "int64":
+            feeds[tensor.name] = draw.integers(0, 400, shape)
+        elif tensor.name == "encoder_hidden_states":
+            feeds[tensor.name] = texts.states(shape, draw).astype(tensor.dtype)
+        else:
+            feeds[tensor.name] = draw.standard_normal(shape).astype(tensor.dtype)
     return feeds
 
 

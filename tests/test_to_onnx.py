@@ -11,6 +11,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
+import texts
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.numpy import load_file, save_file
@@ -95,13 +96,15 @@ def _feeds(root: Path, graph: GraphSpec, network: str, size: tuple[int, int, int
     scale = factor if network == "vae_encoder" else 1
     sizes = {"batch": size[0], "height": size[1] * scale, "width": size[2] * scale}
     shapes = {t.name: [sizes[d] if isinstance(d, str) else d for d in t.shape] for t in graph.inputs}
-    ranges = {"timestep": 999.0, "time_ids": 1024.0}
-    return {
-        name: rng.uniform(0, ranges[name], shape).astype(np.float32)
-        if name in ranges
-        else rng.standard_normal(shape, np.float32)
-        for name, shape in shapes.items()
-    }
+    ranges, feeds = {"timestep": 999.0, "time_ids": 1024.0}, {}
+    for name, shape in shapes.items():
+        if name in ranges:
+            feeds[name] = rng.uniform(0, ranges[name], shape).astype(np.float32)
+        elif name == "encoder_hidden_states":
+            feeds[name] = texts.states(shape, rng)
+        else:
+            feeds[name] = rng.standard_normal(shape, np.float32)
+    return feeds
 
 
 def test_names_and_free_axes_are_the_engines_contract(exported: Callable[[str], tuple[Path, Path]]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import texts
 from gpu_rig import LANES, SCALE, GpuRig
 from numpy.typing import NDArray
 
@@ -35,7 +36,8 @@ def feeds_of(bundle: Bundle, name: str) -> Arrays:
     feeds = {}
     for tensor in spec.graphs[name].inputs:
         shape = [sizes[size] if isinstance(size, str) else size for size in tensor.shape]
-        feeds[tensor.name] = random.standard_normal(shape, np.float32)
+        is_text = tensor.name == "encoder_hidden_states"
+        feeds[tensor.name] = texts.states(shape, random) if is_text else random.standard_normal(shape, np.float32)
     return feeds | ({"timestep": np.array([999, 500, 20, 0], np.float32)} if name == "unet" else {})
 
 
