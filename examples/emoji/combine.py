@@ -22,7 +22,6 @@ HATS = ("crown", "top hat", "graduation cap", "woman’s hat", "billed cap", "mi
 ANIMALS, FOOD, THINGS = 3, 4, 7  # emojibase's groups; the others' kinds of things are mixed
 SMILING, VEHICLES = 0, (54, 55, 56)  # subgroups
 WEARERS = (SMILING, *range(34, 40))  # of hats: faces and animals
-
 IRREGULAR = {"mouse": "mice", "goose": "geese", "ox": "oxen", "knife": "knives", "leaf": "leaves", "potato": "potatoes"}
 
 Picture = NDArray[np.uint8]  # (128, 128, 4), as in `Data`
