@@ -13,8 +13,8 @@ import numpy as np
 from benchmarks.measures import OURS, THEIRS
 from benchmarks.timing import Sample, paired
 from engine.bundle import EMBEDDED
+from engine.request import Request
 from engine.solvers import SOLVERS
-from engine.spec import Request
 
 if TYPE_CHECKING:
     from PIL.Image import Image

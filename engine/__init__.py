@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from engine.lanes import HostLanes
     from engine.noise import noise_source
     from engine.pipeline import Engine
+    from engine.request import Request
     from engine.schedule import Schedule
     from engine.solvers import SOLVERS
-    from engine.spec import Request
     from engine.table import Row, Table, advance, preview, tabulate
 
 _HOME = {
@@ -33,7 +33,7 @@ _HOME = {
     "HostLanes": "lanes",
     "Job": "job",
     "LatentrtError": "errors",
-    "Request": "spec",
+    "Request": "request",
     "Row": "table",
     "SOLVERS": "solvers",
     "Schedule": "schedule",

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.models import Conditioning, TextEncoder
-from engine.spec import ModelSpec, Request
+from engine.request import Request
+from engine.spec import ModelSpec
 
 Float32 = NDArray[np.float32]
 Ids = NDArray[np.int64]

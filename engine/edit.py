@@ -21,7 +21,8 @@ from engine.errors import RequestError
 from engine.job import Kept
 from engine.models import Encoded
 from engine.noise import NoiseSource
-from engine.spec import LatentSpec, Request
+from engine.request import Request
+from engine.spec import LatentSpec
 from engine.table import Table, noised
 
 Float32 = NDArray[np.float32]

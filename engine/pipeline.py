@@ -25,9 +25,9 @@ from engine.models import VAE, TextEncoder, UNet
 from engine.noise import TorchCudaNoise, noise_source
 from engine.plan_record import Profile, drawn_by
 from engine.prompt import Tokenizer
-from engine.request import facts_of, request_from
+from engine.request import Request, facts_of, request_from
 from engine.schedule import Schedule
-from engine.spec import ModelSpec, Request
+from engine.spec import ModelSpec
 from engine.table import tabulate
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""What a bundle is (ModelSpec, read from `manifest.json`) and what a user asks for (Request).
+"""What a bundle is: ModelSpec, read from `manifest.json`.
 
 Plain frozen data, checked where it is made; nothing here opens a file.
 """
@@ -14,7 +14,6 @@ from engine.errors import BundleError, RequestError
 
 SCHEMA = 1
 FAMILIES = ("sd", "sdxl")
-MAX_SEED = 2**64 - 1
 DTYPES = ("float16", "float32", "float64", "int32", "int64", "uint8", "bool")
 EXPORT = "export the checkpoint again: latentrt export CHECKPOINT BUNDLE"
 
@@ -234,7 +233,7 @@ def _check(spec: ModelSpec) -> None:
             _check_graph(f"{part}.{name}", graph)
     for name, islands in spec.islands.items():
         _need(name in spec.half, "islands", name, f"one of {', '.join(spec.half) or 'no network'}")
-        _need(_is_number(islands.largest), f"islands.{name}.largest", islands.largest, "a finite number")
+        _need(is_number(islands.largest), f"islands.{name}.largest", islands.largest, "a finite number")
         _need(all(map(_is_text, islands.nodes)), f"islands.{name}.nodes", islands.nodes, "names of nodes")
     for golden in spec.golden:
         _check_golden(golden)
@@ -243,21 +242,21 @@ def _check(spec: ModelSpec) -> None:
 def _check_latents(latents: LatentSpec) -> None:
     for name in ("channels", "factor", "height", "width"):
         value = getattr(latents, name)
-        _need(_is_whole(value) and 1 <= value <= 65_536, f"latents.{name}", value, "a whole number from 1 to 65536")
-    _need(_is_number(latents.scale) and latents.scale != 0, "latents.scale", latents.scale, "a finite number, not 0")
-    _need(_is_number(latents.shift), "latents.shift", latents.shift, "a finite number")
+        _need(is_whole(value) and 1 <= value <= 65_536, f"latents.{name}", value, "a whole number from 1 to 65536")
+    _need(is_number(latents.scale) and latents.scale != 0, "latents.scale", latents.scale, "a finite number, not 0")
+    _need(is_number(latents.shift), "latents.shift", latents.shift, "a finite number")
 
 
 def _check_graph(where: str, graph: GraphSpec) -> None:
     _need(_is_text(graph.path), f"{where}.path", graph.path, "text")
     for name in ("opset", "nodes"):
         value = getattr(graph, name)
-        _need(_is_whole(value) and value >= 0, f"{where}.{name}", value, "a whole number")
+        _need(is_whole(value) and value >= 0, f"{where}.{name}", value, "a whole number")
     for tensor in (*graph.inputs, *graph.outputs):
         _need(_is_text(tensor.name), f"{where}: a tensor's name", tensor.name, "text")
         where_tensor = f"{where}.{tensor.name}"
         _need(tensor.dtype in DTYPES, f"{where_tensor}.dtype", tensor.dtype, f"one of {', '.join(DTYPES)}")
-        sides = all(_is_text(side) or (_is_whole(side) and int(side) >= 0) for side in tensor.shape)
+        sides = all(_is_text(side) or (is_whole(side) and int(side) >= 0) for side in tensor.shape)
         _need(sides, f"{where_tensor}.shape", tensor.shape, "whole numbers and names")
 
 
@@ -265,9 +264,9 @@ def _check_golden(golden: Golden) -> None:
     texts = (golden.prompt, golden.negative_prompt, golden.solver)
     _need(all(isinstance(text, str) for text in texts), "golden's prompts and solver", texts, "text")
     for name in ("steps", "seed"):
-        _need(_is_whole(getattr(golden, name)), f"golden.{name}", getattr(golden, name), "a whole number")
+        _need(is_whole(getattr(golden, name)), f"golden.{name}", getattr(golden, name), "a whole number")
     numbers = (golden.guidance, golden.mean, golden.std, *golden.first)
-    _need(all(map(_is_number, numbers)) and golden.std > 0, "golden's numbers", numbers, "finite, with std above 0")
+    _need(all(map(is_number, numbers)) and golden.std > 0, "golden's numbers", numbers, "finite, with std above 0")
 
 
 def _need(good: object, field: str, value: object, needed: str) -> None:
@@ -279,92 +278,11 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str) and value != ""
 
 
-def _is_whole(value: object) -> bool:
+def is_whole(value: object) -> bool:
+    """Whether it is an int, and no bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether it is a finite int or float, and no bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """One picture, or `count` of them, as a user asks for it.
-
-    `seed` belongs to the first picture; picture i has seed + i, so a picture never depends on its siblings.
-    `guidance` is classifier-free guidance's scale: 1 (or less) runs one lane, above 1 two. `guidance_interval` is the
-    part of the run, as fractions of its rows, in which guidance acts. `solver` None means the class that the bundle's
-    scheduler_config.json names, `height` and `width` None the size the model was trained at (pixels), `negative_prompt`
-    None what it was trained with for no prompt: empty text or, for some, zeros. `noise` names the torch generator whose
-    numbers a seed stands for. `strength` is how much of the run is made on a given picture, above 0 to 1; None means
-    0.8, or all of it where a mask says what is repainted. `options` go to `tabulate`: eta, use_karras_sigmas,
-    timestep_spacing, ...
-
-    Raises:
-        RequestError: a value is out of range.
-    """
-
-    prompt: str
-    negative_prompt: str | None = None
-    steps: int = 20
-    solver: str | None = None
-    seed: int = 0
-    guidance: float = 3.0
-    guidance_rescale: float = 0.0
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    height: int | None = None
-    width: int | None = None
-    count: int = 1
-    noise: str = "torch-cpu"
-    strength: float | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        _whole("steps", self.steps, 1, 10_000)
-        _whole("count", self.count, 1, 10_000)
-        _whole("seed", self.seed, 0, MAX_SEED)
-        _whole("the last picture's seed (seed + count - 1)", self.seed + self.count - 1, 0, MAX_SEED)
-        for name in ("height", "width"):
-            if getattr(self, name) is not None:
-                _whole(name, getattr(self, name), 1, 65_536)
-        for name, optional in (("negative_prompt", True), ("solver", True), ("noise", False)):
-            value = getattr(self, name)
-            if not isinstance(value, str) and not (optional and value is None):
-                raise RequestError(
-                    f"{name} is {value!r}", "text or None" if optional else "text", f"pass another {name}"
-                )
-        _number("guidance", self.guidance, 0.0, 1e6)
-        _number("guidance_rescale", self.guidance_rescale, 0.0, 1.0)
-        if self.strength is not None:
-            _number("strength", self.strength, 0.0, 1.0)
-        interval = self.guidance_interval
-        if not isinstance(interval, (list, tuple)) or len(interval) != 2:
-            raise RequestError(
-                f"guidance_interval is {interval!r}", "two numbers: start and end", "pass (0.0, 1.0) for the whole run"
-            )
-        _number("guidance_interval's start", interval[0], 0.0, 1.0)
-        _number("guidance_interval's end", interval[1], interval[0], 1.0)
-        _check_options(self.options)
-
-
-def _check_options(options: object) -> None:
-    """Options are the solver's alone: what has a field of its own, or a place in a call, is none of them."""
-    if not isinstance(options, Mapping) or not all(isinstance(key, str) for key in options):
-        raise RequestError(f"options is {options!r}", "names with their values", "pass options={'eta': 0.5}")
-    taken = sorted({*Request.__dataclass_fields__, "schedule", "scheduler", "self"} & set(options))
-    if taken:
-        raise RequestError(
-            f"{taken[0]!r} is given as an option",
-            "a solver's own settings, such as eta",
-            f"leave {taken[0]} out of them",
-        )
-
-
-def _whole(name: str, value: object, low: int, high: int) -> None:
-    if not _is_whole(value) or not low <= value <= high:  # type: ignore[operator]
-        raise RequestError(f"{name} is {value!r}", f"a whole number from {low} to {high}", f"pass another {name}")
-
-
-def _number(name: str, value: object, low: float, high: float) -> None:
-    if not _is_number(value) or not low <= float(value) <= high:  # type: ignore[arg-type]
-        raise RequestError(f"{name} is {value!r}", f"a finite number from {low:g} to {high:g}", f"pass another {name}")

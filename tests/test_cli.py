@@ -19,7 +19,7 @@ from engine import cli, doctor, read_settings
 from engine.backends.driver import Driver
 from engine.errors import RequestError
 from engine.pipeline import request_from
-from engine.spec import Request
+from engine.request import Request
 
 Run = Callable[..., tuple[int, str, str]]
 

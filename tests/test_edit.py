@@ -21,7 +21,8 @@ from engine.bundle import Bundle
 from engine.edit import open_picture, prepared
 from engine.errors import BundleError, NetworkError, RequestError, ScheduleError
 from engine.job import Job
-from engine.spec import LatentSpec, Request
+from engine.request import Request
+from engine.spec import LatentSpec
 from export.reference import diffusers_scheduler, open_pipeline, plain_folder
 from export.source import open_checkpoint
 from export.to_onnx import quiet

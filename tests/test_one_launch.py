@@ -16,7 +16,7 @@ from engine.bench import measure
 from engine.errors import DeviceMemoryError, NetworkError, RequestError
 from engine.noise import TorchCudaNoise
 from engine.one_launch import GRAPHS_KEPT
-from engine.spec import Request
+from engine.request import Request
 from export.verify import psnr
 
 SIZE = {"width": 32, "height": 40, "steps": 3}

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import BundleError, RequestError
-from engine.spec import Golden, GraphSpec, Islands, LatentSpec, ModelSpec, Request, TensorSpec
+from engine.request import Request
+from engine.spec import Golden, GraphSpec, Islands, LatentSpec, ModelSpec, TensorSpec
 
 MODEL = ModelSpec(
     id="tiny",

@@ -10,11 +10,12 @@ from typing import Any
 
 from engine.errors import PlanError, RequestError
 from engine.plan_record import Profile
+from engine.request import MAX_SEED, Request
 from engine.schedule import Schedule
 from engine.serve.config import Settings
 from engine.serve.problems import Problem
 from engine.solvers import ALIASES, SOLVERS
-from engine.spec import MAX_SEED, ModelSpec, Request
+from engine.spec import ModelSpec
 from engine.table import tabulate
 
 ENCODER = "vae_encoder"  # the network that edits need

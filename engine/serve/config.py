@@ -12,7 +12,7 @@ from pydantic_settings import TomlConfigSettingsSource as Toml
 
 from engine.bundle import EMBEDDED
 from engine.errors import RequestError
-from engine.spec import Request
+from engine.request import Request
 
 PREFIX = "LATENTRT_"
 # What clients write for want of another name: LibreChat's tool says gpt-image-1 and Open WebUI starts with dall-e-2.

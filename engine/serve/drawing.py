@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from starlette.requests import ClientDisconnect
 
 from engine.picture import Picture as Drawn
+from engine.request import Request
 from engine.serve.board import Entry
 from engine.serve.context import Context
 from engine.serve.pixels import Source, decode, encode, in_thread
 from engine.serve.problems import Problem
 from engine.serve.ticket import Event, Failed, Order, Picture, Started
-from engine.spec import Request
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from engine.request import MAX_SEED
 from engine.serve.wire import WHOLE, Count, Guidance, Part
-from engine.spec import MAX_SEED
 
 # A1111's names; "Automatic" there is each sampler's usual spacing. DPM++ 2M wants Karras' there, so it has it here.
 SAMPLERS: dict[str, tuple[str, str]] = {

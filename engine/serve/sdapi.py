@@ -15,6 +15,7 @@ from fastapi.responses import JSONResponse
 
 from engine.edit import STRENGTH
 from engine.image import prose
+from engine.request import Request as EngineRequest
 from engine.serve.board import Entry
 from engine.serve.context import Context, Served
 from engine.serve.drawing import Drawing, Plan, draw
@@ -35,7 +36,6 @@ from engine.serve.sd_wire import (
     TextToImage,
 )
 from engine.solvers import SOLVERS
-from engine.spec import Request as EngineRequest
 
 router = APIRouter(prefix="/sdapi/v1", tags=["A1111"], route_class=Media, responses=errors(401))
 _DRAWN = {200: {"model": Images}, **errors(400, 401, 404, 408, 409, 413, 415, 429, 500, 503, 504)}

@@ -18,9 +18,9 @@ from engine.golden import SIDE, TOLERANCE, worst_error
 from engine.image import to_uint8
 from engine.job import Job
 from engine.pipeline import Engine
+from engine.request import Request
 from engine.serve.curve import GUIDED, Shape
 from engine.serve.ticket import Cut, EngineFault, Order
-from engine.spec import Request
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import LatentrtError
-from engine.spec import Request
+from engine.request import Request
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from fastapi import UploadFile
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from engine.spec import MAX_SEED
+from engine.request import MAX_SEED
 
 
 def _whole(value: object) -> object:

@@ -74,8 +74,8 @@ def _others(
 ) -> dict[str, str]:
     """What those are nearest to that are not nearest to the picture of their own text."""
     distances = np.empty((len(texts), len(pictures)), np.float32)  # squared, less the drawn picture's own length
-    points = np.array([np.asarray(picture).ravel() for picture in drawn], np.float32)
-    for first in range(0, len(pictures) if drawn else 0, BLOCK):
+    points = np.array([np.asarray(picture) for picture in drawn], np.float32).reshape(len(drawn), pictures[0].size)
+    for first in range(0, len(pictures), BLOCK):
         some = pictures[first : first + BLOCK].reshape(-1, points.shape[1]).astype(np.float32)
         distances[:, first : first + BLOCK] = np.square(some).sum(1) - 2 * points @ some.T
     places, others = {name: place for place, name in enumerate(names)}, {}

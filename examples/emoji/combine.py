@@ -33,12 +33,11 @@ class Combiner:
     def __init__(self, data: Data) -> None:
         self._data = data
         self._names = {emoji.name: number for number, emoji in enumerate(data.emoji)}
-        numbers = [number for number, emoji in enumerate(data.emoji) if _plain(emoji)]
-        self._things = numbers
-        self._wearers = [number for number in numbers if data.emoji[number].subgroup in WEARERS]
+        self._things = [number for number, emoji in enumerate(data.emoji) if _plain(emoji)]
+        self._wearers = [number for number in self._things if data.emoji[number].subgroup in WEARERS]
         self._hats = [self._names[name] for name in HATS if name in self._names]
-        self._hues = {number: hue for number in numbers if (hue := hue_of(data.pictures[number])) is not None}
-        self.kinds = [self.counted, self.pair] if len(numbers) > 1 else []
+        self._hues = {number: hue for number in self._things if (hue := hue_of(data.pictures[number])) is not None}
+        self.kinds = [self.counted, self.pair] if len(self._things) > 1 else []
         if self._hues:
             self.kinds.append(self.coloured)
         if self._hats and self._wearers:

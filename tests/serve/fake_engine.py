@@ -16,9 +16,9 @@ from engine.bundle import EMBEDDED, Bundle
 from engine.job import Job
 from engine.pipeline import Engine
 from engine.prompt import Tokenizer
+from engine.request import Request
 from engine.serve.service import Service
 from engine.serve.ticket import Event, Order, Ticket
-from engine.spec import Request
 
 Arrays = Mapping[str, NDArray[Any]]
 T = TypeVar("T")

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from engine.errors import PlanError, RequestError, ScheduleError
 from engine.plan_record import Profile
+from engine.request import Request
 from engine.serve.catalog import LEAST_LATENTS, Catalog
 from engine.serve.problems import Problem
 from engine.solvers import SOLVERS
-from engine.spec import Request
 
 CATALOG = catalog_of()
 PLAIN: dict[str, Any] = {

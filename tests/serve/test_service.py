@@ -14,6 +14,7 @@ from fake_engine import SHAPE, SMALL, Fakes, events, fake_engine, order, submit,
 
 from engine import Engine
 from engine.errors import BackendError, RequestError, UnknownSolverError
+from engine.request import Request
 from engine.serve.curve import Curve
 from engine.serve.service import Service
 from engine.serve.ticket import (
@@ -26,7 +27,6 @@ from engine.serve.ticket import (
     QueueFull,
     Started,
 )
-from engine.spec import Request
 
 # ---- Orders and events
 

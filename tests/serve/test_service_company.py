@@ -14,6 +14,7 @@ from fake_engine import SHAPE, Fakes, events, recorded, submit, wait
 from engine import Engine
 from engine.denoiser import Denoiser
 from engine.lanes import HostLanes
+from engine.request import Request
 from engine.serve.curve import Curve
 from engine.serve.service import Service
 from engine.serve.ticket import (
@@ -24,7 +25,6 @@ from engine.serve.ticket import (
     Picture,
     Ticket,
 )
-from engine.spec import Request
 
 SOLVERS = ("ddim", "euler-ancestral", "heun", "dpmpp-2m", "dpmpp-2m-sde", "lcm")
 
