@@ -221,7 +221,7 @@ def test_a_retired_job_leaves_its_lanes(unet: DeviceNetwork) -> None:
 
 
 def test_rooms_that_nobody_uses_make_place() -> None:
-    gpu = HostGpu(memory=4_600_000)
+    gpu = HostGpu(memory=2_300_000)
     network = OrtBackend(threads=1, gpu=gpu).load(Bundle.open(EMBEDDED, check_hashes=False), "unet")
     lanes = DeviceLanes(network, 2)  # type: ignore[arg-type]
     denoiser = Denoiser(lanes)
