@@ -22,12 +22,12 @@ SERVER = [
 # From the bottom to the top: the way of an image, and what surrounds it. A file imports only from files above it here.
 LAYERS = [
     *("errors", "spec", "bundle", "seal", "plan_record", "plans", "prompt", "noise", "settings", "schedule", "spacing"),
-    *("solvers.base", "solvers.training", "solvers.sigma", "solvers.exponential", "solvers", "trace", "table"),
+    *("solvers.base", "solvers.training", "solvers.sigma", "solvers.exponential", "solvers", "trace", "table", "request"),
     *("guidance", "backends.base", "backends.kernels", "backends.nvrtc", "backends.driver", "backends.cuda"),
     *("backends.trt", "backends.refit", "backends.loaded", "backends.tensorrt"),
     *("backends.ort", "backends.lazy", "backends.fake", "backends"),
     *("models", "conditioning", "job", "lanes", "device_lanes", "one_launch", "denoiser", "image", "picture"),
-    *("request", "edit", "pipeline", "golden", "bench", "doctor", "output", "terminal", "arguments", "options"),
+    *("edit", "pipeline", "golden", "bench", "doctor", "output", "terminal", "arguments", "options"),
     *("serve", *(f"serve.{name}" for name in SERVER)),
     *("build_verb", "generate_verb", "serve_verb", "cli"),
 ]
