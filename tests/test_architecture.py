@@ -22,8 +22,8 @@ SERVER = [
 # From the bottom to the top: the way of an image, and what surrounds it. A file imports only from files above it here.
 LAYERS = [
     *("errors", "spec", "bundle", "seal", "plan_record", "plans", "prompt", "noise", "settings", "schedule", "spacing"),
-    *("solvers.base", "solvers.training", "solvers.sigma", "solvers.exponential", "solvers", "trace", "table", "request"),
-    *("guidance", "backends.base", "backends.kernels", "backends.nvrtc", "backends.driver", "backends.cuda"),
+    *("solvers.base", "solvers.training", "solvers.sigma", "solvers.exponential", "solvers", "trace", "table"),
+    *("request", "guidance", "backends.base", "backends.kernels", "backends.nvrtc", "backends.driver", "backends.cuda"),
     *("backends.trt", "backends.refit", "backends.loaded", "backends.tensorrt"),
     *("backends.ort", "backends.lazy", "backends.fake", "backends"),
     *("models", "conditioning", "job", "lanes", "device_lanes", "one_launch", "denoiser", "image", "picture"),
