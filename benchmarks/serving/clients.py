@@ -98,16 +98,19 @@ class Client:
         with suppress(ConnectionError):
             await self.writer.wait_closed()
 
+    async def __aenter__(self) -> Client:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.leave()
+
 
 async def ask(
     url: str, path: str, body: bytes | dict[str, Any] | None = None, kind: str = "application/json"
 ) -> Answer:
     """One request over a connection of its own."""
-    client = await Client.connect(url)
-    try:
+    async with await Client.connect(url) as client:
         return await client.ask(path, body, kind)
-    finally:
-        await client.leave()
 
 
 async def metrics(url: str) -> dict[str, float]:

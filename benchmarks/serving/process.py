@@ -99,7 +99,7 @@ class Process:
         return self.end()
 
     def end(self) -> int:
-        code = self.process.wait(timeout=60)
+        code = self.process.wait(timeout=900)  # more than any busy machine needs
         self._reader.join()
         return code
 

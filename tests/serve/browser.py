@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from fake_engine import PATIENCE
 from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver import Chrome, ChromeOptions, ChromeService, Keys
 from selenium.webdriver.common.action_chains import ActionChains
@@ -16,7 +17,6 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
-PATIENCE = 60.0  # seconds after which a test that waits has failed
 REQUIRED = "BROWSER_REQUIRED"  # set by .ci/run where it has one: then there is no reason to skip
 MISSING = "no Chromium with its driver: apt-get install chromium chromium-driver"
 FLAGS = (

@@ -9,12 +9,12 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from typing import Any
 
 import numpy as np
 import pytest
-from fake_engine import Fakes, fake_engine
+from fake_engine import PATIENCE, Fakes, fake_engine
 from fake_server import fake
 
 from benchmarks.serving.clients import DRAW, Answer, Client, ask, metrics
@@ -63,10 +63,9 @@ async def crowd(url: str, bodies: Iterable[Body], clients: int) -> list[tuple[Bo
     queue, answers = iter(bodies), []
 
     async def work() -> None:
-        client = await Client.connect(url)
-        for body in queue:
-            answers.append((body, await client.ask(DRAW, body)))
-        await client.leave()
+        async with await Client.connect(url) as client:
+            for body in queue:
+                answers.append((body, await client.ask(DRAW, body)))
 
     await asyncio.gather(*[work() for _ in range(clients)])
     return answers
@@ -111,8 +110,8 @@ def within(seconds: float, work: Callable[[], Awaitable[Any]]) -> Any:
 @pytest.mark.parametrize("requests", [60, pytest.param(2000, marks=full)])
 def test_every_picture_of_a_crowd_is_the_one_its_seed_makes(requests: int) -> None:
     with running(*LANES, command=fake()) as one:
-        answers = within(600, lambda: crowd(one.url, map(wanted, range(requests)), 32))
-        found = within(60, lambda: until_idle(one.url))
+        answers = within(PATIENCE, lambda: crowd(one.url, map(wanted, range(requests)), 32))
+        found = within(PATIENCE, lambda: until_idle(one.url))
         assert one.stop() == 0
     assert Counter(answer.status for _, answer in answers) == {200: requests}
     with fake_engine(Fakes(), lanes=16) as engine:
@@ -129,23 +128,20 @@ def test_of_a_burst_exactly_the_excess_is_refused(requests: int) -> None:
     burst = [{**wanted(number, most=1), "num_inference_steps": 1, "size": "64x64"} for number in range(requests)]
 
     async def go(url: str) -> list[Answer]:
-        long = await Client.connect(url)
-        long.send(DRAW, {"prompt": "an owl", "num_inference_steps": 999, "size": "64x64"})
-        while not (await metrics(url))["latentrt:num_images_running"]:
-            await asyncio.sleep(0.01)
-        clients = [await Client.connect(url) for _ in burst]
-        asked = [asyncio.ensure_future(client.ask(DRAW, body)) for client, body in zip(clients, burst, strict=True)]
-        while sum(task.done() for task in asked) < requests - places:
-            await asyncio.sleep(0.01)
-        await long.leave()
-        answers = await asyncio.gather(*asked)
-        for client in clients:
-            await client.leave()
-        return list(answers)
+        async with AsyncExitStack() as stack, await Client.connect(url) as long:
+            long.send(DRAW, {"prompt": "an owl", "num_inference_steps": 999, "size": "64x64"})
+            while not (await metrics(url))["latentrt:num_images_running"]:
+                await asyncio.sleep(0.01)
+            clients = [await stack.enter_async_context(await Client.connect(url)) for _ in burst]
+            asked = [asyncio.ensure_future(client.ask(DRAW, body)) for client, body in zip(clients, burst, strict=True)]
+            while sum(task.done() for task in asked) < requests - places:
+                await asyncio.sleep(0.01)
+            await long.leave()
+            return list(await asyncio.gather(*asked))
 
     with running("--lanes", "2", "--queue", str(places), "--max-steps", "999", command=fake()) as one:
-        answers = within(60, lambda: go(one.url))
-        found = within(60, lambda: until_idle(one.url))
+        answers = within(PATIENCE, lambda: go(one.url))
+        found = within(PATIENCE, lambda: until_idle(one.url))
         assert one.stop() == 0
     refused = [answer for answer in answers if answer.status != 200]
     assert Counter(answer.code for answer in refused) == {"queue_full": requests - places}
@@ -165,13 +161,13 @@ def test_clients_that_leave_early_cost_nobody_else_anything(requests: int) -> No
         return answers
 
     with running(*LANES, command=fake()) as one:
-        answers = within(600, lambda: go(one.url))
-        found = within(60, lambda: until_idle(one.url))
+        answers = within(PATIENCE, lambda: go(one.url))
+        found = within(PATIENCE, lambda: until_idle(one.url))
         with fake_engine(Fakes(), lanes=16) as engine:
             for body, answer in answers[::5]:
                 for got, expected in zip(answer.pictures(), drawn(engine, body), strict=True):
                     np.testing.assert_array_equal(got, np.asarray(expected))
-        assert within(60, lambda: ask(one.url, DRAW, bodies[1])).status == 200
+        assert within(PATIENCE, lambda: ask(one.url, DRAW, bodies[1])).status == 200
         assert one.stop() == 0
     assert Counter(answer.status for _, answer in answers) == {200: len(stayers)}
     lines = one.requests()[:-1]  # the last is the one that came after all; who left at the door has no "n"
@@ -190,11 +186,10 @@ async def leave(url: str, bodies: Iterable[Body], clients: int) -> None:
 
     async def work() -> None:
         for body in queue:
-            client = await Client.connect(url)
-            client.send(DRAW, body)
-            with suppress(TimeoutError):
-                async with asyncio.timeout(random.Random(body["seed"]).uniform(0.02, 0.3)):
-                    await client.reader.read(-1)
-            await client.leave()
+            async with await Client.connect(url) as client:
+                client.send(DRAW, body)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(random.Random(body["seed"]).uniform(0.02, 0.3)):
+                        await client.reader.read(-1)
 
     await asyncio.gather(*[work() for _ in range(clients)])

@@ -12,13 +12,13 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from fake_engine import HANGS, NAN, RAISES, Fakes, fake_engine
+from fake_engine import HANGS, NAN, PATIENCE, RAISES, Fakes, fake_engine
 from fake_server import fake
 from fakes import png
 from test_load import Body, counted, drawn, until_idle, wanted, within
@@ -59,7 +59,7 @@ def together(one: Process, *bodies: Body) -> list[Answer]:
     async def go() -> list[Answer]:
         return list(await asyncio.gather(*[ask(one.url, DRAW, body) for body in bodies]))
 
-    answers: list[Answer] = within(60, go)
+    answers: list[Answer] = within(PATIENCE, go)
     return answers
 
 
@@ -82,7 +82,7 @@ def test_a_sick_picture_is_one_500_and_the_rest_go_on(mood: str, faults: int) ->
             assert (sick.status, sick.code) == (500, "engine_error")
             are_right(bodies, answers)
             one.wait_ready()
-        found = within(60, lambda: until_idle(one.url))
+        found = within(PATIENCE, lambda: until_idle(one.url))
         assert one.stop() == 0
     assert counted(found, "requests", "outcome") == {"ok": TIMES * COMPANY, "engine_error": TIMES}
     assert counted(found, "engine_faults", "kind").get("raised", 0) == faults
@@ -106,8 +106,8 @@ def test_a_killed_process_breaks_connections_and_nothing_else(tmp_path: Path) ->
     before = {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file()}
     for _ in range(TIMES):
         with running("--bundle", str(bundle), "--max-steps", "999") as one:
-            assert within(60, lambda: ask(one.url, DRAW, wanted(1))).status == 200
-            assert within(60, lambda: _killed(one)) == COMPANY
+            assert within(PATIENCE, lambda: ask(one.url, DRAW, wanted(1))).status == 200
+            assert within(PATIENCE, lambda: _killed(one)) == COMPANY
             assert one.end() == -signal.SIGKILL
     assert {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file()} == before
 
@@ -158,15 +158,15 @@ def test_a_full_disk_costs_the_upload_that_needs_it_alone() -> None:
     """Uploads beyond a megabyte are kept in a file: no file may have a byte from now on."""
     with running(command=fake()) as one:
         large, small = form(rough(700)), form(rough(64))
-        assert within(60, lambda: ask(one.url, EDIT, large, FORM)).status == 200
+        assert within(PATIENCE, lambda: ask(one.url, EDIT, large, FORM)).status == 200
         resource.prlimit(one.process.pid, resource.RLIMIT_FSIZE, (0, 0))
         for _ in range(TIMES):
-            refused = within(60, lambda: ask(one.url, EDIT, large, FORM))
+            refused = within(PATIENCE, lambda: ask(one.url, EDIT, large, FORM))
             assert (refused.status, refused.code) == (503, "insufficient_storage")
-            assert within(60, lambda: ask(one.url, EDIT, small, FORM)).status == 200
+            assert within(PATIENCE, lambda: ask(one.url, EDIT, small, FORM)).status == 200
             are_right([wanted(1)], together(one, wanted(1)))
         assert one.answers("/health/ready")
-        assert within(60, lambda: until_idle(one.url))
+        assert within(PATIENCE, lambda: until_idle(one.url))
         assert one.stop() == 0
 
 
@@ -175,7 +175,7 @@ def test_a_log_that_cannot_be_written_stops_nothing() -> None:
         process = subprocess.Popen([*COMMAND, "--port", str(port), "--log-format", "json"], stderr=full)
         try:
             url = f"http://127.0.0.1:{port}"
-            assert within(60, lambda: _first(url)).status == 200
+            assert within(PATIENCE, lambda: _first(url)).status == 200
             process.send_signal(signal.SIGTERM)
             assert process.wait(60) in (0, 120)  # 120 is Python's own: standard error could not be flushed
         finally:
@@ -214,9 +214,9 @@ def test_bodies_that_dribble_are_given_up_and_hold_nobody_up() -> None:
         answers = [await ask(url, DRAW, wanted(1)) for _ in range(5)]
         return await asyncio.gather(*dribbling), answers
 
-    with running("--body-timeout", "0.5", command=fake()) as one:
+    with running("--body-timeout", "3", command=fake()) as one:
         files = one.descriptors
-        statuses, answers = within(60, lambda: go(one.url))
+        statuses, answers = within(PATIENCE, lambda: go(one.url))
         assert statuses == [408] * 40
         are_right([wanted(1)] * 5, answers)
         while one.descriptors > files:
@@ -225,42 +225,45 @@ def test_bodies_that_dribble_are_given_up_and_hold_nobody_up() -> None:
 
 
 async def _dribble(url: str) -> int:
-    client = await Client.connect(url)
-    client.writer.write(
-        f"POST {EDIT} HTTP/1.1\r\nHost: x\r\nContent-Type: {FORM}\r\nContent-Length: 999\r\n\r\n--x".encode()
-    )
-    reading = asyncio.ensure_future(client.head())
-    while not reading.done():
-        client.writer.write(b"-")
-        await asyncio.sleep(0.05)
-    status, headers = await reading
-    assert headers["connection"] == "close"
-    await client.leave()
-    return status
+    async with await Client.connect(url) as client:
+        client.writer.write(
+            f"POST {EDIT} HTTP/1.1\r\nHost: x\r\nContent-Type: {FORM}\r\nContent-Length: 999\r\n\r\n--x".encode()
+        )
+        reading = asyncio.ensure_future(client.head())
+        while not reading.done():
+            client.writer.write(b"-")
+            await asyncio.sleep(0.05)
+        status, headers = await reading
+        assert headers["connection"] == "close"
+        return status
 
 
 def test_a_stream_that_nobody_reads_is_given_up_and_takes_no_lanes() -> None:
     """It is drawn, since that is what was ordered; then it holds what could not be sent until it is hung up on."""
-    body = {"prompt": "an owl", "n": 4, "size": "1024x1024", "num_inference_steps": 4, "stream": True}
+    body = {
+        "prompt": "an owl",
+        "n": 2,
+        "size": "768x768",
+        "num_inference_steps": 2,
+        "stream": True,
+        "partial_images": 1,
+    }
 
     async def go(one: Process) -> Answer:
-        readers = [await _deaf(one.url) for _ in range(4)]
-        for reader in readers:
-            reader.send(DRAW, {**body, "partial_images": 3})
-        await until_idle_but(one.url, len(readers))
-        answer = await ask(one.url, DRAW, wanted(1))
-        await until_idle(one.url)
-        for reader in readers:
-            await reader.leave()
-        return answer
+        async with await deaf(one.url) as reader:
+            reader.send(DRAW, body)
+            await until_idle_but(one.url, 1)
+            answer = await ask(one.url, DRAW, wanted(1))
+            await until_idle(one.url)
+            return answer
 
     with running("--lanes", "16", "--stall-timeout", "2", command=fake(0, "rough")) as one:
         before = one.peak
-        assert within(60, lambda: go(one)).status == 200
-        assert one.peak - before < 400, one.peak
+        assert within(PATIENCE, lambda: go(one)).status == 200
+        assert one.peak - before < 100, one.peak
         assert one.stop() == 0
     gone = [line for line in one.requests() if line["outcome"] == "client_gone"]
-    assert len(gone) == 4
+    assert len(gone) == 1
 
 
 def test_a_stream_that_is_read_a_byte_at_a_time_is_given_up_with_its_lanes() -> None:
@@ -268,17 +271,16 @@ def test_a_stream_that_is_read_a_byte_at_a_time_is_given_up_with_its_lanes() -> 
     body = {"prompt": "an owl", "size": "1024x1024", "num_inference_steps": 999, "stream": True, "partial_images": 3}
 
     async def go(one: Process) -> None:
-        reader = await _deaf(one.url)
-        reader.send(DRAW, body)
-        await until_busy(one.url)
-        while (await metrics(one.url))["latentrt:num_images_running"]:
-            await reader.reader.read(1)
-            await asyncio.sleep(0.05)
-        await until_idle(one.url)
-        await reader.leave()
+        async with await deaf(one.url) as reader:
+            reader.send(DRAW, body)
+            await until_busy(one.url)
+            while (await metrics(one.url))["latentrt:num_images_running"]:
+                await reader.reader.read(1)
+                await asyncio.sleep(0.05)
+            await until_idle(one.url)
 
     with running("--lanes", "2", "--max-steps", "999", "--stall-timeout", "1", command=fake(0.01, "rough")) as one:
-        within(60, lambda: go(one))
+        within(PATIENCE, lambda: go(one))
         assert one.stop() == 0
     (line,) = one.requests()
     assert (line["outcome"], line["done"]) == ("client_gone", 0)
@@ -290,7 +292,7 @@ async def until_busy(url: str) -> None:
         await asyncio.sleep(0.02)
 
 
-async def _deaf(url: str) -> Client:
+async def deaf(url: str) -> Client:
     """A client with hardly any room for what it does not read."""
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -323,25 +325,23 @@ def test_uploads_that_wait_are_not_in_memory(monkeypatch: pytest.MonkeyPatch) ->
     crowd, upload = 32, form(rough(1500))
 
     async def go(one: Process) -> float:
-        long = await Client.connect(one.url)
-        long.send(DRAW, {"prompt": "an owl", "num_inference_steps": 999})
-        await until_busy(one.url)
-        before = one.memory
-        clients = [await Client.connect(one.url) for _ in range(crowd)]
-        for client in clients:
-            client.send(EDIT, upload, FORM)
-        while (await metrics(one.url))["latentrt:num_images_waiting"] < crowd:
-            await asyncio.sleep(0.02)
-        more = one.memory - before
-        for client in (*clients, long):
-            await client.leave()
+        async with AsyncExitStack() as stack, await Client.connect(one.url) as long:
+            long.send(DRAW, {"prompt": "an owl", "num_inference_steps": 999})
+            await until_busy(one.url)
+            before = one.memory
+            for _ in range(crowd):
+                client = await stack.enter_async_context(await Client.connect(one.url))
+                client.send(EDIT, upload, FORM)
+            while (await metrics(one.url))["latentrt:num_images_waiting"] < crowd:
+                await asyncio.sleep(0.02)
+            more = one.memory - before
         await until_idle(one.url)
         return more
 
     with running("--lanes", "2", "--max-steps", "999", command=fake()) as one:
-        assert within(60, lambda: ask(one.url, EDIT, upload, FORM)).status == 200
+        assert within(PATIENCE, lambda: ask(one.url, EDIT, upload, FORM)).status == 200
         files = one.descriptors
-        more = within(60, lambda: go(one))
+        more = within(PATIENCE, lambda: go(one))
         assert more < crowd * len(upload) / 2**20 / 3
         while one.descriptors > files:
             time.sleep(0.01)
@@ -361,13 +361,13 @@ def test_uploads_that_wait_are_not_in_memory(monkeypatch: pytest.MonkeyPatch) ->
 )
 def test_bombs_are_refused_before_they_burst(file: bytes, code: str) -> None:
     with running("--lanes", "16", command=fake()) as one:
-        assert within(60, lambda: ask(one.url, EDIT, form(png()), FORM)).status == 200
+        assert within(PATIENCE, lambda: ask(one.url, EDIT, form(png()), FORM)).status == 200
         before = one.peak
 
         async def throw() -> list[Answer]:
             return list(await asyncio.gather(*[ask(one.url, EDIT, form(file), FORM) for _ in range(20)]))
 
-        answers = within(60, throw)
+        answers = within(PATIENCE, throw)
         assert {(answer.status, answer.code) for answer in answers} == {(400, code)}
         assert one.peak - before < 64
         are_right([wanted(1)], together(one, wanted(1)))
@@ -381,13 +381,12 @@ def test_what_is_zipped_is_not_unzipped() -> None:
         body = zlib.compress(json.dumps({"prompt": "a" * 50_000_000}).encode())
 
         async def go() -> int:
-            client = await Client.connect(one.url)
             head = f"POST {DRAW} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Encoding: deflate\r\n"
-            client.writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-            status, _ = await client.head()
-            await client.leave()
-            return status
+            async with await Client.connect(one.url) as client:
+                client.writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+                status, _ = await client.head()
+                return status
 
         before = one.peak
-        assert within(60, go) == 400
+        assert within(PATIENCE, go) == 400
         assert one.peak - before < 8

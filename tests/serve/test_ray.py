@@ -32,7 +32,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "serve" / "ray.yaml"
 KEY = "a-key"
 HEADERS = {"authorization": f"Bearer {KEY}"}
 LONG = {"prompt": "an owl", "num_inference_steps": 60, "size": "256x256"}
-PATIENCE = 120
+PATIENCE = 900
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install 'latentrt[ray]'")
 by_ray = pytest.mark.usefixtures("quiet_ray")

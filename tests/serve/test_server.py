@@ -18,6 +18,7 @@ import httpx
 import numpy as np
 import openai
 import pytest
+from fake_engine import PATIENCE
 from fakes import FakeService
 from PIL import Image
 
@@ -47,7 +48,7 @@ def test_it_draws_what_the_engine_draws_and_drains() -> None:
                 extra_body={**body, "strength": 0.5},
             )
             events = list(client.images.generate(prompt="a red apple", stream=True, partial_images=1, extra_body=body))
-        drawing = threading.Thread(target=draw_while_draining, args=(one, codes := []))
+        drawing = threading.Thread(target=draw, args=(one, {"prompt": "a", "num_inference_steps": 60}, codes := []))
         drawing.start()
         while 'latentrt:num_requests_running{model_name="emoji"} 1.0' not in httpx.get(f"{one.url}/metrics").text:
             time.sleep(0.005)
@@ -76,16 +77,15 @@ def png_of(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def draw_while_draining(one: Process, codes: list[int]) -> None:
-    body = {"prompt": "a", "num_inference_steps": 60}
-    codes.append(httpx.post(f"{one.url}/v1/images/generations", json=body, timeout=60).status_code)
+def draw(one: Process, body: dict[str, Any], codes: list[int]) -> None:
+    codes.append(httpx.post(f"{one.url}/v1/images/generations", json=body, timeout=PATIENCE).status_code)
 
 
 def test_a_second_signal_ends_it_at_once() -> None:
     with running("--max-steps", "999", "--run-timeout", "900") as one:
         drawing = threading.Thread(target=leave_hanging, args=(one,))
         drawing.start()
-        while not httpx.get(f"{one.url}/latentrt/queue").json()["jobs"]:
+        while not httpx.get(f"{one.url}/latentrt/queue", timeout=PATIENCE).json()["jobs"]:
             time.sleep(0.005)
         one.process.send_signal(signal.SIGTERM)
         while one.answers("/health/ready"):
@@ -98,7 +98,7 @@ def test_a_second_signal_ends_it_at_once() -> None:
 def leave_hanging(one: Process) -> None:
     body = {"prompt": "a", "num_inference_steps": 999, "size": "512x512"}
     with pytest.raises(httpx.TransportError):
-        httpx.post(f"{one.url}/v1/images/generations", json=body, timeout=60)
+        httpx.post(f"{one.url}/v1/images/generations", json=body, timeout=PATIENCE)
 
 
 def test_what_is_not_finished_in_time_is_said() -> None:
@@ -106,10 +106,12 @@ def test_what_is_not_finished_in_time_is_said() -> None:
         body = {"prompt": "a", "num_inference_steps": 999, "size": "512x512"}
         codes: list[int] = []
         drawing = threading.Thread(
-            target=lambda: codes.append(httpx.post(f"{one.url}/v1/images/generations", json=body).status_code)
+            target=lambda: codes.append(
+                httpx.post(f"{one.url}/v1/images/generations", json=body, timeout=PATIENCE).status_code
+            )
         )
         drawing.start()
-        while not httpx.get(f"{one.url}/latentrt/queue").json()["jobs"]:
+        while not httpx.get(f"{one.url}/latentrt/queue", timeout=PATIENCE).json()["jobs"]:
             time.sleep(0.005)
         one.process.send_signal(signal.SIGINT)
         drawing.join()

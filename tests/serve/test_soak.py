@@ -11,6 +11,7 @@ from collections import Counter
 from contextlib import suppress
 
 import pytest
+from fake_engine import PATIENCE
 from fake_server import fake
 from fakes import png
 from test_load import until_idle, wanted, within
@@ -28,7 +29,7 @@ MORE_MIB, MORE_FILES = 24, 4
 def test_memory_and_descriptors_are_stable() -> None:
     with running("--lanes", "16", command=fake()) as one:
         seen, samples = within(60 * MINUTES + 120, lambda: _soak(one, 60 * MINUTES))
-        within(60, lambda: until_idle(one.url))
+        within(PATIENCE, lambda: until_idle(one.url))
         after = (one.memory, one.descriptors)
         assert one.stop() == 0
     first, *_, last = samples
@@ -60,19 +61,19 @@ async def _soak(one: Process, seconds: float) -> tuple[Counter[int], list[tuple[
 
 async def _visit(url: str, number: int, seen: Counter[int]) -> None:
     """A connection with some requests on it: drawn, edited, streamed, refused, left."""
-    client, dice = await Client.connect(url), random.Random(number)
-    for _ in range(dice.randint(1, 4)):
-        body = {**wanted(dice.randrange(2**31)), "prompt": f"an owl {number}"}
-        what = dice.choice(("draw", "draw", "edit", "stream", "wrong", "leave"))
-        if what == "leave":
-            client.send(DRAW, {**body, "stream": dice.random() < 0.5, "num_inference_steps": 50})
-            with suppress(TimeoutError):
-                await asyncio.wait_for(client.reader.read(1), dice.uniform(0.0, 0.2))
-            break
-        if what == "edit":
-            answer = await client.ask(EDIT, form(png(96, 96), prompt=f"a cat {number}"), FORM)
-        else:
-            more = {"stream": {"stream": True, "partial_images": 2}, "wrong": {"size": "1x1"}}.get(what, {})
-            answer = await client.ask(DRAW, {**body, **more})
-        seen[answer.status] += 1
-    await client.leave()
+    dice = random.Random(number)
+    async with await Client.connect(url) as client:
+        for _ in range(dice.randint(1, 4)):
+            body = {**wanted(dice.randrange(2**31)), "prompt": f"an owl {number}"}
+            what = dice.choice(("draw", "draw", "edit", "stream", "wrong", "leave"))
+            if what == "leave":
+                client.send(DRAW, {**body, "stream": dice.random() < 0.5, "num_inference_steps": 50})
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(client.reader.read(1), dice.uniform(0.0, 0.2))
+                break
+            if what == "edit":
+                answer = await client.ask(EDIT, form(png(96, 96), prompt=f"a cat {number}"), FORM)
+            else:
+                more = {"stream": {"stream": True, "partial_images": 2}, "wrong": {"size": "1x1"}}.get(what, {})
+                answer = await client.ask(DRAW, {**body, **more})
+            seen[answer.status] += 1
