@@ -22,7 +22,7 @@ test-all: $(VENV)/.dev ## with the tests that take minutes
 	$(BIN)/python -m pytest -n 2 --dist loadscope -m "not gpu"
 
 test-gpu: $(VENV)/.dev ## what needs an NVIDIA GPU: parity, bits, memory; fails where no network runs on one
-	$(BIN)/python tests/gpu
+	$(BIN)/python -m tests.gpu
 
 lint: $(VENV)/.dev ## ruff and mypy
 	$(BIN)/ruff check .

@@ -12,14 +12,14 @@ import numpy as np
 
 from benchmarks.measures import OURS, THEIRS
 from benchmarks.timing import Sample, paired
-from engine.bundle import EMBEDDED
-from engine.request import Request
-from engine.solvers import SOLVERS
+from latentrt.bundle.bundle import EMBEDDED
+from latentrt.request import Request
+from latentrt.sampling.solvers import SOLVERS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from engine.job import Job
+    from latentrt.run.job import Job
 
 COLOURS = ("red", "green", "blue", "yellow")
 THINGS = ("apple", "heart", "car", "fish")
@@ -87,7 +87,7 @@ class Ours:
     """latentrt with room for `pictures` guided pictures in one batch."""
 
     def __init__(self, config: Config, pictures: int = 1) -> None:
-        from engine import Engine
+        from latentrt import Engine
 
         self.engine = Engine.load(config.bundle, threads=config.threads, lanes=2 * pictures)
 

@@ -47,7 +47,7 @@ def measure(config: Config) -> Result:
     children: dict[str, list[Child]] = {side: [sample.result for sample in runs[side]] for side in runs}
     imports = paired(
         {
-            OURS: lambda _: _import("engine", "Engine"),
+            OURS: lambda _: _import("latentrt", "Engine"),
             THEIRS: lambda _: _import("diffusers", "StableDiffusionPipeline"),
         },
         config.repeats,
@@ -67,7 +67,7 @@ def goals(result: Result) -> list[Goal]:
     """The charter's."""
     torch_there = result.facts["torch_imported"]
     return [
-        at_most("`import engine` under 150 ms", result[PACKAGE], 150),
+        at_most("`import latentrt` under 150 ms", result[PACKAGE], 150),
         Goal("no torch in `sys.modules` after it", "torch is there" if torch_there else "none", not torch_there),
         at_least("cold start at least 8 times faster than diffusers", result[START], 8),
         at_least("peak memory at least 4 times smaller than diffusers", result[MEMORY], 4),

@@ -13,9 +13,9 @@ from typing import Any
 
 from benchmarks.cases import Config, Ours, Task, Theirs, race
 from benchmarks.measures import Goal, Measure, Result, at_most
-from engine.bench import Stopwatch
-from engine.denoiser import Denoiser
-from engine.lanes import HostLanes
+from latentrt.command.bench import Stopwatch
+from latentrt.run.denoiser import Denoiser
+from latentrt.run.host import HostLanes
 
 TITLE = "Host time"
 PERCENT, MILLISECONDS = "% of a step", "ms a step"

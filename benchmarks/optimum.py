@@ -3,7 +3,7 @@
 optimum-onnx needs older libraries than diffusers 0.42 does (docs/export.md tells which), so its folder is made in an
 environment of its own:
 
-    optimum-cli export onnx --model engine/bundles/emoji --task text-to-image FOLDER
+    optimum-cli export onnx --model engine/latentrt/bundle/embedded/emoji --task text-to-image FOLDER
     python -m benchmarks.optimum --optimum-folder FOLDER
 """
 
@@ -20,10 +20,10 @@ import onnxruntime
 import torch
 
 from benchmarks.timing import paired
-from engine.bundle import EMBEDDED, Bundle
-from engine.prompt import Tokenizer
-from export.to_onnx import quiet
-from export.wrap import load_network
+from latentrt.bundle.bundle import EMBEDDED, Bundle
+from latentrt.model.tokenizer import Tokenizer
+from latentrt_export.graphs.to_onnx import quiet
+from latentrt_export.graphs.wrap import load_network
 
 THEIR_NAMES = {"sample": "sample", "latents": "latent_sample", "image": "sample"}
 PROMPTS = ("a cat", "")

@@ -21,9 +21,9 @@ import numpy as np
 from benchmarks.cases import PROMPTS, Config, Ours, Task, Theirs, psnr, task, together
 from benchmarks.measures import OURS, THEIRS, Goal, Measure, Result, Spread
 from benchmarks.timing import paired, timed
-from engine.denoiser import Denoiser
-from engine.job import Job
-from engine.lanes import HostLanes
+from latentrt.run.denoiser import Denoiser
+from latentrt.run.host import HostLanes
+from latentrt.run.job import Job
 
 TITLE = "Jobs that join and leave a shared batch"
 BY_STEP, BY_REQUEST, ALONE = f"{OURS}, by step", f"{OURS}, by request", f"{OURS}, one at a time"

@@ -16,7 +16,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
 from benchmarks.serving.process import running
-from engine.bundle import EMBEDDED
+from latentrt.bundle.bundle import EMBEDDED
 
 TARGET = Path(__file__).parent / "images" / "page.webp"
 WIDTH, HEIGHT = 1200, 900

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from engine import Engine, Job, grid, save
-from engine.bundle import EMBEDDED
+from latentrt import Engine, Job, grid, save
+from latentrt.bundle.bundle import EMBEDDED
 
 IMAGES = Path(__file__).parent / "images"
 SETTINGS = {"steps": 20, "solver": "dpmpp-2m", "guidance": 2.5, "seed": 0}
@@ -46,7 +46,7 @@ def by_command(captions: list[str], name: str) -> None:
     settings = ("--solver", "dpmpp-2m", "--guidance", "2.5", "--seed", "0")
     with TemporaryDirectory() as folder:
         words = ("generate", *captions, *settings, "--output", f"{folder}/{{index}}", "--grid", str(IMAGES / name))
-        subprocess.run((sys.executable, "-m", "engine.cli", *words), check=True)
+        subprocess.run((sys.executable, "-m", "latentrt", *words), check=True)
 
 
 def previews(engine: Engine) -> None:

@@ -5,7 +5,7 @@ The "network" here knows the answer: it returns the noise that a picture of one 
 
 import numpy as np
 
-from engine import Schedule, advance, noise_source, tabulate
+from latentrt import Schedule, advance, noise_source, tabulate
 
 schedule = Schedule.from_config(
     {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from engine.bundle import EMBEDDED
-from engine.spec import GraphSpec
+from latentrt.bundle.bundle import EMBEDDED
+from latentrt.bundle.manifest import GraphSpec
 
 
 @pytest.fixture(scope="session")
@@ -23,8 +23,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
     def make(name: str) -> tuple[Path, Path]:
         if name == "emoji":
             return EMBEDDED, EMBEDDED
-        from export.to_bundle import export_bundle
-        from export.to_onnx import quiet
+        from latentrt_export.graphs.to_onnx import quiet
+        from latentrt_export.to_bundle import export_bundle
 
         source, target = root / name, root / f"{name}-bundle"
         if not target.exists():
@@ -37,7 +37,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
 
 
 def _make_checkpoint(name: str, folder: Path) -> None:
-    import checkpoints
+    from tests.support.models import checkpoints
 
     if name == "sd":
         checkpoints.tiny_sd(folder)
@@ -50,9 +50,8 @@ def _make_checkpoint(name: str, folder: Path) -> None:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    import checkpoints
-
-    from export.to_onnx import quiet
+    from latentrt_export.graphs.to_onnx import quiet
+    from tests.support.models import checkpoints
 
     with quiet():
         return checkpoints.tiny_sd(tmp_path / "checkpoint")
@@ -61,8 +60,8 @@ def checkpoint(tmp_path: Path) -> Path:
 @pytest.fixture
 def fast(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Write a stand-in for each graph instead of tracing it."""
-    from export import to_bundle
-    from export.to_bundle import NetworkSummary
+    from latentrt_export import to_bundle
+    from latentrt_export.to_bundle import NetworkSummary
 
     def stand_in(checkpoint: Any, root: Path, name: str) -> tuple[GraphSpec, NetworkSummary]:
         path = to_bundle.GRAPHS[name]

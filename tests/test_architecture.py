@@ -1,4 +1,4 @@
-"""The house rules that imports can show: what the engine may not need, and that no layer looks up."""
+"""The house rules that files and imports can show: what the engine may not need, and that no room looks up."""
 
 from __future__ import annotations
 
@@ -9,73 +9,80 @@ from pathlib import Path
 
 import pytest
 
-import engine
+import latentrt
 
-ROOT = Path(engine.__file__).parents[1]
-FORBIDDEN = {"torch", "diffusers", "transformers", "onnx", "export"}
-SERVER = [
-    *("config", "problems", "wire", "sd_wire", "ticket", "observer", "curve", "queue", "forecast", "desk", "stages"),
-    *("studio", "worker", "clock", "service", "catalog", "pixels", "board", "metrics", "logs", "routes", "context"),
-    *("records", "connection", "door", "gate", "drawing", "openai_api", "sdapi", "health", "page_route", "app"),
-    *("server", "ray_app"),
-]
-# From the bottom to the top: the way of an image, and what surrounds it. A file imports only from files above it here.
-LAYERS = [
-    *("errors", "spec", "bundle", "seal", "plan_record", "plans", "prompt", "noise", "settings", "schedule", "spacing"),
-    *("solvers.base", "solvers.training", "solvers.sigma", "solvers.exponential", "solvers", "trace", "table"),
-    *("request", "guidance", "backends.base", "backends.kernels", "backends.nvrtc", "backends.driver", "backends.cuda"),
-    *("backends.trt", "backends.refit", "backends.loaded", "backends.tensorrt"),
-    *("backends.ort", "backends.lazy", "backends.fake", "backends"),
-    *("models", "conditioning", "job", "lanes", "device_lanes", "one_launch", "denoiser", "image", "picture"),
-    *("edit", "pipeline", "golden", "bench", "doctor", "output", "terminal", "arguments", "options"),
-    *("serve", *(f"serve.{name}" for name in SERVER)),
-    *("build_verb", "generate_verb", "serve_verb", "cli"),
-]
-SOURCES = sorted((ROOT / "engine").rglob("*.py"))
+ROOT = Path(latentrt.__file__).parents[2]
+ENGINE, EXPORT = ROOT / "engine" / "latentrt", ROOT / "export" / "latentrt_export"
+FORBIDDEN = {"torch", "diffusers", "transformers", "onnx", "latentrt_export"}
+# From the bottom to the top; a module imports only from its own room and from rooms before it.
+ROOMS = (
+    *("errors", "bundle", "sampling", "request", "cuda", "runtime", "images", "model", "run", "engine", "golden"),
+    *("serve.core", "serve.process", "serve.http", "serve", "command", "__main__"),
+)
+EXPORT_ROOMS = ("checkpoint", "graphs", "place", "to_bundle", "plans", "verify", "cli")
 
 
-def module_of(path: Path) -> str:
-    parts = path.relative_to(ROOT / "engine").with_suffix("").parts
+def module_of(path: Path, root: Path = ENGINE) -> str:
+    parts = path.relative_to(root).with_suffix("").parts
     return ".".join(part for part in parts if part != "__init__")
 
 
+def modules(root: Path) -> list[Path]:
+    return sorted(path for path in root.rglob("*.py") if module_of(path, root))
+
+
 def imports(path: Path) -> set[str]:
-    """Every module that a file imports, anywhere in it, by its full name."""
+    """Every module that a file imports, anywhere in it, by its full name; names imported from a module too."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     return found
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=module_of)
+def room_of(module: str, rooms: tuple[str, ...]) -> str:
+    """The longest room that a module lies in."""
+    return max((room for room in rooms if f"{module}.".startswith(f"{room}.")), key=len)
+
+
+def higher(path: Path, root: Path, rooms: tuple[str, ...]) -> set[str]:
+    """The modules that a file imports from rooms above its own."""
+    package = f"{root.name}."
+    used = {name.removeprefix(package) for name in imports(path) if name.startswith(package)}
+    known = {module_of(one, root) for one in modules(root)}
+    own = rooms.index(room_of(module_of(path, root), rooms))
+    return {name for name in used & known if rooms.index(room_of(name, rooms)) > own}
+
+
+@pytest.mark.parametrize("path", modules(ENGINE), ids=module_of)
 def test_engine_needs_no_research_stack(path: Path) -> None:
-    verbs = module_of(path) in ("cli", "build_verb")  # what is exported and built is imported when they run
-    allowed = {"export"} if verbs else set()
+    verbs = path.parent.name == "command"  # what is exported and built is imported when they run
+    allowed = {"latentrt_export"} if verbs else set()
     roots = {name.partition(".")[0] for name in imports(path)}
     assert not roots & (FORBIDDEN - allowed)
 
 
-@pytest.mark.parametrize("path", [p for p in SOURCES if module_of(p)], ids=module_of)
-def test_lower_layers_never_import_higher_ones(path: Path) -> None:
-    own = LAYERS.index(module_of(path))
-    used = {name.removeprefix("engine.") for name in imports(path) if name.startswith("engine.")}
-    higher = {name for name in used if LAYERS.index(name) > own}
-    assert higher == set()
+@pytest.mark.parametrize("path", modules(ENGINE), ids=module_of)
+def test_lower_rooms_never_import_higher_ones(path: Path) -> None:
+    assert higher(path, ENGINE, ROOMS) == set()
 
 
-def test_export_imports_only_the_engine_below_the_pipeline() -> None:
-    for path in sorted((ROOT / "export").glob("*.py")):
-        if path.stem in ("verify", "reference", "ranges", "cli", "build_cli"):  # these run the whole engine
-            continue
-        used = {name.removeprefix("engine.") for name in imports(path) if name.startswith("engine")}
-        plans = {"plans", "plan_record", "backends.base", "backends.trt", "backends.cuda"}  # built with, for
-        assert used <= {"engine", "errors", "spec", "bundle", "prompt", "schedule", *plans}
+def test_lower_rooms_of_export_never_import_higher_ones() -> None:
+    found = {path: higher(path, EXPORT, EXPORT_ROOMS) for path in modules(EXPORT)}
+    assert {path: names for path, names in found.items() if names} == {}
 
 
-@pytest.mark.parametrize("statement", ["import engine", "from engine import Engine", "from engine.cli import latentrt"])
+def test_nothing_imports_a_private_name_of_another_module() -> None:
+    for path in (*modules(ENGINE), *modules(EXPORT)):
+        private = {name for name in imports(path) if "latentrt" in name and name.rpartition(".")[2].startswith("_")}
+        assert private <= {"latentrt.__version__"}, path
+
+
+@pytest.mark.parametrize(
+    "statement", ["import latentrt", "from latentrt import Engine", "from latentrt.command.main import main"]
+)
 def test_import_brings_no_research_stack(statement: str) -> None:
     code = (
         f"{statement}; import sys; print(sorted({{'torch', 'diffusers', 'transformers', 'onnx'}} & set(sys.modules)))"
@@ -85,8 +92,8 @@ def test_import_brings_no_research_stack(statement: str) -> None:
 
 
 def test_every_public_name_is_there() -> None:
-    for name in engine.__all__:
-        assert getattr(engine, name) is not None
-    assert set(engine.__all__) <= set(dir(engine))
+    for name in latentrt.__all__:
+        assert getattr(latentrt, name) is not None
+    assert set(latentrt.__all__) <= set(dir(latentrt))
     with pytest.raises(AttributeError, match="nothing"):
-        engine.nothing  # noqa: B018
+        latentrt.nothing  # noqa: B018

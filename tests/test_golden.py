@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from engine import Engine
-from engine.bundle import Bundle
-from engine.golden import measure, worst_error
-from engine.spec import Golden
+from latentrt import Engine
+from latentrt.bundle.bundle import Bundle
+from latentrt.bundle.manifest import Golden
+from latentrt.golden import measure, worst_error
 
 
 @pytest.fixture(scope="module")

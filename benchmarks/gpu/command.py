@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks.gpu.child import NotMeasuredError
 from benchmarks.gpu.config import FOLDER, SIDES, Config
 from benchmarks.gpu.run import run
-from engine.errors import LatentrtError
+from latentrt.errors import LatentrtError
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"

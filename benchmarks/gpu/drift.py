@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from benchmarks.gpu.config import Config
 from benchmarks.gpu.theirs import _need_device, draw, open_pipeline
-from engine import Engine
-from engine.job import Job
+from latentrt import Engine
+from latentrt.run.job import Job
 
 Latents = list[NDArray[np.float32]]
 

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.backends import open_backend as _open_backend
-from engine.backends.base import Backend
-from engine.backends.driver import Driver
+from latentrt.cuda.driver import Driver
+from latentrt.runtime import open_backend as _open_backend
+from latentrt.runtime.base import Backend
 
 DEVICE = "cuda"  # torch's name
 HALF = "float16"  # the dtype of diffusers' sides
@@ -61,7 +61,7 @@ def latentrt(*words: str, limit: float) -> str:
     Raises:
         RuntimeError: it failed, with its message, or takes longer than `limit` seconds.
     """
-    command = [sys.executable, "-m", "engine.cli", *words]
+    command = [sys.executable, "-m", "latentrt", *words]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit, check=False)
     except subprocess.TimeoutExpired as error:

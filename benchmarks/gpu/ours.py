@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.gpu.config import SIDES, Config
-from engine import Engine
-from engine.backends.base import Bound, DeviceArray, DeviceNetwork, size_of
+from latentrt import Engine
+from latentrt.cuda.base import DeviceArray
+from latentrt.runtime.base import Bound, DeviceNetwork, size_of
 
 PARTS = ("text", "unet", "vae")
 

@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.gpu.child import OUT_OF_TIME
 from benchmarks.gpu.config import Config
 from benchmarks.measures import rounded
-from engine.errors import RequestError
+from latentrt.errors import RequestError
 
 
 @dataclass

@@ -17,8 +17,8 @@ from benchmarks.gpu.child import Child, Deadline, Meter, NotMeasuredError, reaso
 from benchmarks.gpu.config import FOLDER, SIDES, Config
 from benchmarks.gpu.results import Results
 from benchmarks.timing import machine
-from engine.bundle import Bundle
-from engine.errors import LatentrtError, MissingDependencyError
+from latentrt.bundle.bundle import Bundle
+from latentrt.errors import LatentrtError, MissingDependencyError
 
 PACKAGES = (
     *("torch", "diffusers", "transformers", "numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13"),

@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.gpu.config import FOLDER, SIDES, Config
-from engine.bundle import Bundle
-from engine.solvers import SOLVERS
+from latentrt.bundle.bundle import Bundle
+from latentrt.sampling.solvers import SOLVERS
 
 PIPELINES = {"sd": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
 

@@ -14,13 +14,13 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from engine.backends.base import Arrays
-from engine.backends.fake import FakeBackend, zeros
-from engine.bundle import EMBEDDED, Bundle
-from engine.pipeline import Engine
-from engine.serve import server
-from engine.serve.config import Settings
-from engine.serve_verb import serve
+from latentrt.bundle.bundle import EMBEDDED, Bundle
+from latentrt.command.serve import serve
+from latentrt.engine import Engine
+from latentrt.runtime.base import Arrays
+from latentrt.runtime.fake import FakeBackend, zeros
+from latentrt.serve import server
+from latentrt.serve.process.config import Settings
 
 CALL = 0.01  # seconds
 COMMAND = (sys.executable, "-m", "benchmarks.serving.fake")

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 
-from engine.serve_verb import serve
+from latentrt.command.serve import serve
 
 COMMAND = (sys.executable, "-m", "benchmarks.serving.inside")
 EVENT = "allocated"

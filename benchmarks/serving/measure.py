@@ -26,10 +26,10 @@ from benchmarks.serving.policies import (
 )
 from benchmarks.serving.process import running
 from benchmarks.serving.traffic import Outcome, arrivals, crowd
-from engine import Engine
-from engine.bench import measure as measure_engine
-from engine.serve import curve
-from engine.serve.service import Service
+from latentrt import Engine
+from latentrt.command.bench import measure as measure_engine
+from latentrt.serve.core import curve
+from latentrt.serve.core.service import Service
 
 Say = Callable[[str], None]
 

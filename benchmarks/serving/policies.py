@@ -18,10 +18,10 @@ from pathlib import Path
 
 from benchmarks.serving.clients import DRAW, Client
 from benchmarks.serving.traffic import Arrival, Outcome
-from engine.request import Request
-from engine.serve.observer import Silent
-from engine.serve.service import Service
-from engine.serve.ticket import Order, QueueFull
+from latentrt.request import Request
+from latentrt.serve.core.observer import Silent
+from latentrt.serve.core.service import Service
+from latentrt.serve.core.ticket import Order, QueueFull
 
 QUEUE = 32
 BY_STEP, BY_REQUEST, ALONE, HTTP = "by step", "by request", "one at a time", "by step, over HTTP"

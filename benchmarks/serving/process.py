@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-COMMAND = (sys.executable, "-c", "from engine.serve_verb import serve; serve()")
+COMMAND = (sys.executable, "-c", "from latentrt.command.serve import serve; serve()")
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 

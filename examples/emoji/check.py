@@ -14,7 +14,7 @@ from data import load, on_white
 from numpy.typing import NDArray
 from PIL.Image import Image
 
-from engine import Engine, grid, save
+from latentrt import Engine, grid, save
 
 SEED = 7
 SETTINGS: dict[str, Any] = {"solver": "dpmpp-2m", "steps": 20, "guidance": 2.5}

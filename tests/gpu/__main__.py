@@ -1,4 +1,4 @@
-"""`python tests/gpu`: each kind of backend in a process of its own, then what came of each.
+"""`python -m tests.gpu`: each kind of backend in a process of its own, then what came of each.
 
 A library that aborts ends its own process only. The status is 0 where every test that ran has passed, and networks ran.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
-from kinds import KINDS
+from tests.gpu.kinds import KINDS
 
 ROOT = Path(__file__).parents[2]
 PYTEST = (sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider")
@@ -111,7 +111,7 @@ def main(words: Sequence[str] | None = None, all_steps: Sequence[Step] | None = 
     """Run the steps that were named, or all, and print a line for each."""
     chosen = list(steps()) if all_steps is None else list(all_steps)
     names = [step.name for step in chosen]
-    parser = argparse.ArgumentParser(prog="python tests/gpu", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.gpu", description=__doc__)
     parser.add_argument("steps", nargs="*", metavar="STEP", help=f"of {'; '.join(names)} [all]")
     parser.add_argument("--minutes", type=float, help="for everything; what is left out then is told")
     parser.add_argument("--results", type=Path, help="folder of the JUnit reports [none is kept]")

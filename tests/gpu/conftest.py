@@ -1,6 +1,6 @@
 """The GPU and the backends that are here. With LATENTRT_EMULATED_GPU=1 they are stand-ins, and everything is small:
 
-so the tests themselves are tested where there is no GPU (tests/test_gpu_emulated.py).
+so the tests themselves are tested where there is no GPU (tests/gpu/test_emulated.py).
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gpu_rig import SCALE, GpuRig
-from kinds import EMULATED, KINDS
 from numpy.typing import NDArray
 
-from engine import Engine
-from engine.bundle import EMBEDDED
-from engine.errors import BackendError, MissingDependencyError
+from latentrt import Engine
+from latentrt.bundle.bundle import EMBEDDED
+from latentrt.errors import BackendError, MissingDependencyError
+from tests.gpu.gpu_rig import SCALE, GpuRig
+from tests.gpu.kinds import EMULATED, KINDS
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +28,7 @@ def hardware(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What opens things on the GPU, or on the stand-in."""
     if EMULATED:
         os.environ["LATENTRT_SEAL"] = str(tmp_path_factory.mktemp("seal") / "seal.key")
-    return import_module("emulated" if EMULATED else "benchmarks.gpu.hardware")
+    return import_module("tests.support.gpu.emulated" if EMULATED else "benchmarks.gpu.hardware")
 
 
 @pytest.fixture(scope="module", params=KINDS, ids="-".join)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kinds import EMULATED
-
-from engine import Engine
-from engine.bundle import Bundle
-from engine.errors import BackendError
+from latentrt import Engine
+from latentrt.bundle.bundle import Bundle
+from latentrt.errors import BackendError
+from tests.gpu.kinds import EMULATED
 
 LANES = 4
 BUILD_LIMIT = 1800.0

@@ -7,16 +7,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rig import SHAPE, Job, Rig, check_slot, run, table_of
 
-from engine.backends import kernels
-from engine.backends.cuda import Cuda
-from engine.backends.kernels import BLEND, PREVIEW, PROGRESS
-from engine.errors import BackendError, DeviceMemoryError, MissingDependencyError
-from engine.guidance import Guidance
-from engine.image import to_uint8
-from engine.noise import TorchCudaNoise
-from engine.solvers import SOLVERS
+from latentrt.cuda import kernels
+from latentrt.cuda.gpu import Cuda
+from latentrt.cuda.kernels import BLEND, PREVIEW, PROGRESS
+from latentrt.errors import BackendError, DeviceMemoryError, MissingDependencyError
+from latentrt.images.image import to_uint8
+from latentrt.sampling.guidance import Guidance
+from latentrt.sampling.noise import TorchCudaNoise
+from latentrt.sampling.solvers import SOLVERS
+from tests.support.gpu.rig import SHAPE, Job, Rig, check_slot, run, table_of
 
 pytestmark = pytest.mark.gpu
 FAST_SINE = 2e-5  # the most that a normal differs for the GPU's fast sine: 2**-21 times the largest radius, and some

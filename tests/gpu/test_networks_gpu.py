@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import texts
-from gpu_rig import LANES, SCALE, GpuRig
 from numpy.typing import NDArray
 
-from engine.backends.ort import OrtBackend
-from engine.bundle import EMBEDDED, Bundle
-from engine.models import call
-from engine.prompt import Tokenizer
+from latentrt.bundle.bundle import EMBEDDED, Bundle
+from latentrt.model.networks import call
+from latentrt.model.tokenizer import Tokenizer
+from latentrt.runtime.onnxruntime import OrtBackend
+from tests.gpu.gpu_rig import LANES, SCALE, GpuRig
+from tests.support.models import texts
 
 pytestmark = pytest.mark.gpu
 Arrays = dict[str, NDArray[Any]]
@@ -47,7 +47,7 @@ def reference(bundle: Bundle, name: str, feeds: Arrays) -> Arrays:
     try:
         import torch
 
-        from export.wrap import load_network
+        from latentrt_export.graphs.wrap import load_network
     except ImportError:
         return call(OrtBackend().load(bundle, name), feeds)
     module = load_network(bundle.root, name, family=bundle.spec.family, tokens=77).module

@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gpu_rig import SCALE, GpuRig
 from numpy.typing import NDArray
 
-from engine import Engine
-from engine.bundle import EMBEDDED
-from engine.denoiser import Denoiser
-from engine.errors import DeviceMemoryError
-from engine.job import Job
-from engine.solvers import SOLVERS
+from latentrt import Engine
+from latentrt.bundle.bundle import EMBEDDED
+from latentrt.errors import DeviceMemoryError
+from latentrt.run.denoiser import Denoiser
+from latentrt.run.job import Job
+from latentrt.sampling.solvers import SOLVERS
+from tests.gpu.gpu_rig import SCALE, GpuRig
 
 pytestmark = pytest.mark.gpu
 Draw = Callable[..., NDArray[np.uint8]]
@@ -32,7 +32,7 @@ def psnr(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
 
 @pytest.fixture(scope="module")
 def here() -> Any:
-    """The same engine in numpy, with ONNX Runtime on the CPU; tests/test_verify.py holds it to diffusers."""
+    """The same engine in numpy, with ONNX Runtime on the CPU; test_verify.py holds it to diffusers."""
     with Engine.load(threads=None, check_hashes=False) as engine:
         yield engine
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from fake_engine import PATIENCE, Fakes, fake_engine
 
-from engine.pipeline import Engine
-from engine.serve.service import Service
+from latentrt.engine import Engine
+from latentrt.serve.core.service import Service
+from tests.support.serve.fake_engine import PATIENCE, Fakes, fake_engine
 
 Serve = Callable[..., Service]
 

@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from benchmarks.serving.process import running
-from engine.serve.config import load_settings
-from engine.serve.metrics import Metrics
+from latentrt.serve.process.config import load_settings
+from latentrt.serve.process.metrics import Metrics
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "serve"

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_engine import PATIENCE, Fakes, fake_engine
-from fake_server import fake
 
 from benchmarks.serving.clients import DRAW, Answer, Client, ask, metrics
 from benchmarks.serving.process import Process, running
-from engine import Engine
+from latentrt import Engine
+from tests.support.serve.fake_engine import PATIENCE, Fakes, fake_engine
+from tests.support.serve.fake_server import fake
 
 Body = dict[str, Any]
 SIZES = ("64x64", "64x96", "128x128")

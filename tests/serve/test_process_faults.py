@@ -18,15 +18,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_engine import HANGS, NAN, PATIENCE, RAISES, Fakes, fake_engine
-from fake_server import fake
-from fakes import png
-from test_load import Body, counted, drawn, until_idle, wanted, within
 
 from benchmarks.serving.clients import DRAW, EDIT, Answer, Client, ask, metrics
 from benchmarks.serving.process import COMMAND, Process, running
-from engine.bundle import EMBEDDED
-from engine.serve import server
+from latentrt.bundle.bundle import EMBEDDED
+from latentrt.serve import server
+from tests.serve.test_load import Body, counted, drawn, until_idle, wanted, within
+from tests.support.serve.fake_engine import HANGS, NAN, PATIENCE, RAISES, Fakes, fake_engine
+from tests.support.serve.fake_server import fake
+from tests.support.serve.fakes import png
 
 TIMES = 3
 COMPANY = 4
@@ -139,7 +139,7 @@ def test_a_damaged_bundle_is_refused_at_the_start(tmp_path: Path, damage: Callab
     shutil.copytree(EMBEDDED, bundle)
     damage(bundle)
     command = ["latentrt", "serve", "--bundle", str(bundle), "--port", "0"]
-    script = "import sys; from engine.cli import main; sys.argv[0] = 'latentrt'; main()"
+    script = "import sys; from latentrt.command.main import main; sys.argv[0] = 'latentrt'; main()"
     ended = subprocess.run(
         [COMMAND[0], "-c", script, *command[1:]], capture_output=True, text=True, check=False, timeout=60
     )

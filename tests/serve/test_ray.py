@@ -23,10 +23,10 @@ from click.testing import CliRunner
 from PIL import Image
 
 from benchmarks.serving.process import Process, running
-from engine import Engine
-from engine.errors import BackendError, MissingDependencyError, RequestError
-from engine.serve.config import Settings, load_settings
-from engine.serve_verb import serve
+from latentrt import Engine
+from latentrt.command.serve import serve
+from latentrt.errors import BackendError, MissingDependencyError, RequestError
+from latentrt.serve.process.config import Settings, load_settings
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "serve" / "ray.yaml"
 KEY = "a-key"
@@ -45,7 +45,7 @@ def quiet_ray() -> None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import engine.serve.ray_app  # noqa: F401
+        import latentrt.serve.ray_app  # noqa: F401
 
 
 # ---- Settings and parts, without a cluster
@@ -70,7 +70,7 @@ def test_one_process_has_no_replicas() -> None:
 
 def test_without_ray_the_command_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    monkeypatch.delitem(sys.modules, "engine.serve.ray_app", raising=False)
+    monkeypatch.delitem(sys.modules, "latentrt.serve.ray_app", raising=False)
     result = CliRunner().invoke(serve, ["--ray"])
     assert isinstance(result.exception, MissingDependencyError)
     assert "latentrt[ray]" in result.exception.mend
@@ -79,7 +79,7 @@ def test_without_ray_the_command_names_the_extra(monkeypatch: pytest.MonkeyPatch
 @needs_ray
 @by_ray
 def test_ray_neither_batches_nor_queues_without_bound() -> None:
-    from engine.serve import ray_app
+    from latentrt.serve import ray_app
 
     settings = Settings(ray=True, replicas="1:4", queue=10, lanes=8, threads=2, drain_timeout=7)
     config = ray_app.application(settings)._bound_deployment._deployment_config
@@ -102,7 +102,7 @@ def test_ray_neither_batches_nor_queues_without_bound() -> None:
     ],
 )
 def test_a_replica_has_a_gpu_of_its_own_or_its_threads(settings: dict[str, Any], needs: dict[str, int]) -> None:
-    from engine.serve import ray_app
+    from latentrt.serve import ray_app
 
     deployment = ray_app.application(Settings(**settings))._bound_deployment
     assert deployment.ray_actor_options == needs
@@ -111,7 +111,7 @@ def test_a_replica_has_a_gpu_of_its_own_or_its_threads(settings: dict[str, Any],
 @needs_ray
 @by_ray
 def test_a_gpu_by_number_is_refused() -> None:
-    from engine.serve import ray_app
+    from latentrt.serve import ray_app
 
     with pytest.raises(BackendError, match="cuda:1"):
         ray_app.app({"device": "cuda:1"})
@@ -120,7 +120,7 @@ def test_a_gpu_by_number_is_refused() -> None:
 @needs_ray
 @by_ray
 def test_a_configuration_file_has_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from engine.serve import ray_app
+    from latentrt.serve import ray_app
 
     (tmp_path / "a.toml").write_text("queue = 5\nlanes = 4\nmax_steps = 60\n")
     monkeypatch.setenv("LATENTRT_LANES", "6")
@@ -135,8 +135,8 @@ def test_a_configuration_file_has_the_settings(tmp_path: Path, monkeypatch: pyte
 def test_metrics_of_replicas_are_one_text() -> None:
     from prometheus_client import generate_latest
 
-    from engine.serve import ray_app
-    from engine.serve.metrics import Metrics
+    from latentrt.serve import ray_app
+    from latentrt.serve.process.metrics import Metrics
 
     replicas = []
     for number, name in enumerate("ab"):
@@ -294,7 +294,7 @@ def test_a_signal_drains_both(two: Process) -> None:
 def test_the_example_configuration_scales_with_the_load(tmp_path: Path) -> None:
     import yaml
 
-    from engine.serve import server
+    from latentrt.serve import server
 
     config = yaml.safe_load(EXAMPLE.read_text(encoding="utf-8"))
     (own,) = config["applications"]

@@ -18,18 +18,18 @@ import httpx
 import numpy as np
 import openai
 import pytest
-from fake_engine import PATIENCE
-from fakes import FakeService
 from PIL import Image
 
 from benchmarks.serving.process import Process, running
-from engine import Engine
-from engine.backends.ort import OrtBackend
-from engine.bundle import Bundle
-from engine.errors import BackendError, PlanError
-from engine.serve import server
-from engine.serve.config import Settings
-from engine.serve.service import Service
+from latentrt import Engine
+from latentrt.bundle.bundle import Bundle
+from latentrt.errors import BackendError, PlanError
+from latentrt.runtime.onnxruntime import OrtBackend
+from latentrt.serve import server
+from latentrt.serve.core.service import Service
+from latentrt.serve.process.config import Settings
+from tests.support.serve.fake_engine import PATIENCE
+from tests.support.serve.fakes import FakeService
 
 
 def test_it_draws_what_the_engine_draws_and_drains() -> None:

@@ -1,0 +1,82 @@
+"""latentrt's engine: Stable Diffusion without torch.
+
+Names are imported when they are first used, so that `import latentrt` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from latentrt.bundle.bundle import Bundle
+    from latentrt.engine import Engine
+    from latentrt.errors import LatentrtError
+    from latentrt.images.image import grid, read_settings, save
+    from latentrt.request import Request
+    from latentrt.run.denoiser import Denoiser
+    from latentrt.run.host import HostLanes
+    from latentrt.run.job import Job
+    from latentrt.sampling.guidance import Guidance
+    from latentrt.sampling.noise import noise_source
+    from latentrt.sampling.schedule import Schedule
+    from latentrt.sampling.solvers import SOLVERS
+    from latentrt.sampling.table import Row, Table, advance, preview, tabulate
+
+_HOME = {
+    "Bundle": "bundle.bundle",
+    "Denoiser": "run.denoiser",
+    "Engine": "engine",
+    "Guidance": "sampling.guidance",
+    "HostLanes": "run.host",
+    "Job": "run.job",
+    "LatentrtError": "errors",
+    "Request": "request",
+    "Row": "sampling.table",
+    "SOLVERS": "sampling.solvers",
+    "Schedule": "sampling.schedule",
+    "Table": "sampling.table",
+    "advance": "sampling.table",
+    "grid": "images.image",
+    "noise_source": "sampling.noise",
+    "preview": "sampling.table",
+    "read_settings": "images.image",
+    "save": "images.image",
+    "tabulate": "sampling.table",
+}
+
+__all__ = [
+    "SOLVERS",
+    "Bundle",
+    "Denoiser",
+    "Engine",
+    "Guidance",
+    "HostLanes",
+    "Job",
+    "LatentrtError",
+    "Request",
+    "Row",
+    "Schedule",
+    "Table",
+    "advance",
+    "grid",
+    "noise_source",
+    "preview",
+    "read_settings",
+    "save",
+    "tabulate",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'latentrt' has no attribute {name!r}")
+    value = getattr(import_module(f"latentrt.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

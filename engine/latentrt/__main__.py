@@ -1,0 +1,5 @@
+"""`python -m latentrt`: the command."""
+
+from latentrt.command.main import main
+
+main()

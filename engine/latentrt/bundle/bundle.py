@@ -1,0 +1,189 @@
+"""A bundle: a folder that the engine runs. Opening one checks its manifest, its paths and its hashes.
+
+A bundle is data: JSON, safetensors and ONNX graphs. Nothing in it is executed, unpickled or followed out of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from latentrt.bundle.manifest import EXPORT, SCHEMA, ModelSpec
+from latentrt.errors import BundleError, HashMismatchError, UnsafePathError, UnsafeWeightsError
+
+MANIFEST = "manifest.json"
+EMBEDDED = Path(__file__).parent / "embedded" / "emoji"
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """What the manifest says of one file."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """An opened bundle: its folder, its model and its files.
+
+    Make one with `Bundle.open(path)`.
+    """
+
+    root: Path
+    spec: ModelSpec
+    files: Mapping[str, FileRecord]
+
+    @classmethod
+    def open(cls, root: str | Path = EMBEDDED, *, check_hashes: bool = True) -> Bundle:
+        """Open and check the bundle at `root` (default: the embedded model).
+
+        `check_hashes=False` still compares every file's size; it saves reading full-size weights twice.
+
+        Raises:
+            BundleError: the folder or its manifest is missing or not readable, or a file that the engine would read
+                is not listed in it.
+            UnsafePathError: a path of the manifest leaves the folder (links count as leaving).
+            UnsafeWeightsError: the manifest lists pickled weights.
+            HashMismatchError: a file's size or SHA-256 is not the manifest's.
+        """
+        root = Path(root)
+        manifest = read_manifest(root)
+        spec = ModelSpec.from_dict(manifest["model"])
+        files = _records(manifest["files"])
+        bundle = cls(root, spec, files)
+        for name in files:
+            bundle.path(name)
+        bundle._check_listed()
+        bundle._check_sizes()
+        if check_hashes:
+            bundle._check_hashes()
+        return bundle
+
+    def path(self, name: str) -> Path:
+        """The path of one of the bundle's files, guaranteed to lie inside the folder."""
+        if not isinstance(name, str) or not name or set(name) & set("\\:\0"):
+            raise UnsafePathError(f"the bundle names the file {name!r}", f"a path inside {self.root}", EXPORT)
+        pure = PurePosixPath(name)
+        if pure.is_absolute() or ".." in pure.parts:
+            raise UnsafePathError(f"the bundle names the file {name!r}", f"a path inside {self.root}", EXPORT)
+        path = self.root.joinpath(*pure.parts)
+        if not path.resolve().is_relative_to(self.root.resolve()):
+            raise UnsafePathError(
+                f"{path} leads out of the bundle, to {path.resolve()}",
+                f"a real file inside {self.root}",
+                "copy the file into the bundle instead of linking it",
+            )
+        return path
+
+    def json(self, name: str) -> dict[str, Any]:
+        """One of the bundle's JSON files."""
+        return read_json(self.path(name))
+
+    def _check_listed(self) -> None:
+        """What is read must be listed, and so hashed: graphs, the files that they name, tokenizers, the schedule."""
+        specs = (*self.spec.graphs.values(), *self.spec.half.values(), *self.spec.cuda.values())
+        graphs = [self.path(graph.path) for graph in specs]
+        whole = {self.path(name) for name in self.spec.tokenizers} | {self.path(self.spec.schedule).parent}
+        listed = {self.path(name) for name in self.files} | {self.root / MANIFEST}
+        for path in [*graphs, self.path(self.spec.schedule)]:
+            if path not in listed:
+                raise _unlisted(path)
+        for path in sorted(set(self.root.rglob("*")) - listed):
+            named = any(path.name.encode() in graph.read_bytes() for graph in graphs if graph.is_file())
+            if not path.is_dir() and (path.parent in whole or named):
+                raise _unlisted(path)
+
+    def _check_sizes(self) -> None:
+        for name, record in self.files.items():
+            path = self.path(name)
+            if not path.is_file():
+                raise BundleError(f"{path} is missing", "every file that the manifest lists", EXPORT)
+            size = path.stat().st_size
+            if size != record.bytes:
+                raise HashMismatchError(f"{path} has {size} bytes", f"{record.bytes} bytes, as in the manifest", EXPORT)
+
+    def _check_hashes(self) -> None:
+        paths = [self.path(name) for name in self.files]
+        with ThreadPoolExecutor(max_workers=4) as pool:  # hashlib lets go of the interpreter lock
+            for path, record, sha256 in zip(paths, self.files.values(), pool.map(sha256_of, paths), strict=True):
+                if sha256 != record.sha256:
+                    raise HashMismatchError(
+                        f"{path} has SHA-256 {sha256}", f"{record.sha256}, as in the manifest", EXPORT
+                    )
+
+
+def _unlisted(path: Path) -> BundleError:
+    return BundleError(f"{path} is used but not listed in {MANIFEST}", "an entry with its hash", EXPORT)
+
+
+def write_manifest(root: Path, spec: ModelSpec, names: Iterable[str]) -> None:
+    """Hash the named files of `root` and write manifest.json beside them."""
+    files = {name: {"sha256": sha256_of(root / name), "bytes": (root / name).stat().st_size} for name in sorted(names)}
+    manifest = {"schema": SCHEMA, "model": spec.to_dict(), "files": files}
+    (root / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or a BundleError that names the file."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BundleError(f"{path} is missing", "a JSON file", EXPORT) from error
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path} cannot be read ({error})", "a JSON file", EXPORT) from error
+    if not isinstance(data, dict):
+        raise BundleError(f"{path} holds a {type(data).__name__}", "a JSON object", EXPORT)
+    return data
+
+
+def read_manifest(root: Path) -> dict[str, Any]:
+    """The manifest of the folder `root`, or a BundleError where it has none of latentrt's."""
+    if not root.is_dir():
+        raise BundleError(
+            f"there is no folder {root}",
+            "a bundle",
+            "check the path, or make one: latentrt export CHECKPOINT BUNDLE",
+        )
+    if not (root / MANIFEST).is_file():
+        kind = "a diffusers checkpoint" if (root / "model_index.json").is_file() else "not a bundle"
+        raise BundleError(
+            f"{root} has no {MANIFEST}: it is {kind}", "a bundle", f"make one: latentrt export {root} BUNDLE"
+        )
+    manifest = read_json(root / MANIFEST)
+    if manifest.get("schema") != SCHEMA:
+        raise BundleError(
+            f"{root / MANIFEST} has schema {manifest.get('schema')!r}",
+            f"schema {SCHEMA}",
+            "update latentrt, or " + EXPORT,
+        )
+    for key in ("model", "files"):
+        if not isinstance(manifest.get(key), dict):
+            raise BundleError(f"{root / MANIFEST} has no {key!r}", f"the fields of schema {SCHEMA}", EXPORT)
+    return manifest
+
+
+def _records(files: Mapping[str, Any]) -> dict[str, FileRecord]:
+    records = {}
+    for name, record in files.items():
+        if name.lower().endswith(PICKLES):
+            raise UnsafeWeightsError(
+                f"the bundle lists {name}", "weights as .safetensors; pickled files can run code", EXPORT
+            )
+        try:
+            records[name] = FileRecord(str(record["sha256"]), int(record["bytes"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise BundleError(f"the manifest's entry for {name!r} is {record!r}", "sha256 and bytes", EXPORT) from error
+    return records

@@ -1,0 +1,159 @@
+"""What this machine can run, and what to install for the rest."""
+
+from __future__ import annotations
+
+import ctypes.util
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from latentrt.errors import LatentrtError, MissingDependencyError
+from latentrt.runtime.onnxruntime import load_onnxruntime
+from latentrt.runtime.tensorrt.library import LIBRARIES, open_library
+
+EXPORT_PACKAGES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "safetensors",
+    "huggingface_hub",
+)
+BUILD_PACKAGES = ("onnx", "onnx-ir")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing looked at: whether it is there, and what to type if it is not."""
+
+    what: str
+    good: bool
+    found: str
+    mend: str = ""
+    vital: bool = False  # nothing can be drawn without it
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def examine() -> list[Finding]:
+    """Look at the machine, the libraries and the embedded bundle; nothing is changed."""
+    return [
+        *(_machine(), _bundle(), _onnxruntime(), _export(), _gpu(), _cuda_provider(), _cuda()),
+        *(_tensorrt(name) for name in LIBRARIES),
+        _build(),
+    ]
+
+
+def _machine() -> Finding:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GiB"
+    return Finding("machine", True, f"{machine}, Python {platform.python_version()}")
+
+
+def _bundle() -> Finding:
+    what, mend = "the embedded model", "pip install --force-reinstall latentrt"
+    try:
+        from latentrt.engine import Engine
+        from latentrt.golden import TOLERANCE, worst_error
+
+        with Engine.load() as engine:
+            error = worst_error(engine)
+    except LatentrtError as trouble:
+        return Finding(what, False, trouble.found, mend, vital=True)
+    found = f"hashes match, latents within {error:.0e} of the export's"
+    return Finding(what, error <= TOLERANCE, found, mend, vital=True)
+
+
+def _onnxruntime() -> Finding:
+    what = "pictures on the CPU (onnxruntime)"
+    try:
+        library = load_onnxruntime()
+    except MissingDependencyError as error:
+        return Finding(what, False, error.found, error.mend, vital=True)
+    return Finding(what, True, f"onnxruntime {library.__version__}", vital=True)
+
+
+def _export() -> Finding:
+    return _packages("export and verify", EXPORT_PACKAGES, "pip install 'latentrt[export]'")
+
+
+def _packages(what: str, packages: Sequence[str], mend: str) -> Finding:
+    """Whether all of some packages are installed."""
+    found, missing = [], []
+    for package in packages:
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            missing.append(package)
+    return Finding(what, not missing, f"missing {', '.join(missing)}" if missing else ", ".join(found), mend)
+
+
+def _build() -> Finding:
+    return _packages("plans from bundles (build)", BUILD_PACKAGES, "pip install 'latentrt[build]'")
+
+
+def _cuda() -> Finding:
+    """The device as the engine opens it, kernels and all; NVRTC may be a wheel's or a toolkit's."""
+    what = "one launch an image (CUDA)"
+    try:
+        from latentrt.cuda.gpu import Cuda
+
+        gpu = Cuda()
+    except LatentrtError as trouble:
+        return Finding(what, False, trouble.found, trouble.mend)
+    found = "{}, compute capability {}.{}, CUDA {}".format(gpu.name, *gpu.compute_capability, gpu.driver)
+    gpu.close()
+    return Finding(what, True, f"{found}; the kernels are loaded")
+
+
+def _tensorrt(name: str) -> Finding:
+    """Whether it can be imported, and finds a driver that it takes."""
+    what = f"pictures by plans ({name})"
+    try:
+        library = open_library(name)
+        logger = library.logger()  # it must outlive the runtime
+        library.runtime(logger)
+    except LatentrtError as trouble:
+        return Finding(what, False, trouble.found, trouble.mend)
+    return Finding(what, True, f"{name} {library.version}")
+
+
+def _gpu() -> Finding:
+    what, mend = "NVIDIA GPU", "a machine with an NVIDIA GPU and its driver"
+    if ctypes.util.find_library("cuda") is None or shutil.which("nvidia-smi") is None:
+        return Finding(what, False, "no CUDA driver", mend)
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Finding(what, False, f"nvidia-smi does not answer ({error})", mend)
+    good = answer.returncode == 0 and bool(answer.stdout.strip())
+    return Finding(
+        what,
+        good,
+        (answer.stdout if good else answer.stderr or answer.stdout).strip() or "nvidia-smi is silent",
+        mend,
+    )
+
+
+def _cuda_provider() -> Finding:
+    """A network that really runs there: what is compiled in need not find its libraries."""
+    what, mend = "pictures on CUDA (onnxruntime-gpu)", "pip uninstall onnxruntime && pip install onnxruntime-gpu"
+    try:
+        from latentrt.engine import Engine
+
+        with Engine.load(device="cuda", check_hashes=False) as engine:
+            engine("", steps=1)
+    except LatentrtError as trouble:
+        return Finding(what, False, trouble.found, mend if "has only" in trouble.found else trouble.mend)
+    return Finding(what, True, "a picture was drawn")

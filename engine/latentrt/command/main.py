@@ -1,0 +1,231 @@
+"""The command `latentrt`: one verb a function. What a verb needs is imported when it runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+import click
+
+from latentrt import __version__
+from latentrt.command.arguments import whole_of
+from latentrt.command.build import build
+from latentrt.command.generate import generate
+from latentrt.command.options import AT_LEAST_ONE, FOLDER, argument_bundle, option_json, runs_networks
+from latentrt.command.serve import serve
+from latentrt.command.terminal import show, table_of
+from latentrt.errors import LatentrtError, PromptTruncatedWarning
+
+INTERRUPTED, CRASHED = 130, 70  # 128 + SIGINT; EX_SOFTWARE of BSD's sysexits.h
+
+
+def main() -> None:
+    """Entry point. Exit codes: 0 done, 1 a check failed, 2 bad input, 130 an interrupt, 70 a fault of latentrt."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", PromptTruncatedWarning)
+        warnings.showwarning = _show_warning
+        sys.exit(_run())
+
+
+def _run() -> int:
+    as_json = "--json" in sys.argv
+    try:
+        code = latentrt(prog_name="latentrt", standalone_mode=False)
+    except LatentrtError as error:
+        if not as_json:
+            print(f"error: {error.found}\n  needed: {error.needed}\n  to mend it: {error.mend}", file=sys.stderr)
+        return _fail(error, error.parts, as_json, 2)
+    except click.ClickException as error:
+        if not as_json:
+            error.show()
+        parts = {"found": error.format_message(), "needed": "a call as --help shows", "mend": "latentrt --help"}
+        return _fail(error, parts, as_json, error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Exception:
+        traceback.print_exc()
+        return CRASHED
+    return code if isinstance(code, int) else 0
+
+
+def _fail(error: Exception, parts: dict[str, str], as_json: bool, code: int) -> int:
+    if as_json:
+        print(json.dumps({"error": {"type": type(error).__name__, **parts}}))
+    return code
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"note: {message}", file=sys.stderr)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, message="%(version)s")
+def latentrt() -> None:
+    """Stable Diffusion without the research stack: generate, export, verify."""
+
+
+@latentrt.command()
+@option_json
+def solvers(as_json: bool) -> None:
+    """List the solvers."""
+    from latentrt.sampling.solvers import SOLVERS
+
+    facts: dict[str, dict[str, Any]] = {
+        name: {"scheduler": s.scheduler, "settings": dict(s.settings), "arguments": dict(s.arguments)}
+        for name, s in SOLVERS.items()
+    }
+    if as_json:
+        print(json.dumps(facts))
+        return
+    table = table_of("solver", "diffusers class", "its own arguments")
+    for name, fact in facts.items():
+        table.add_row(name, fact["scheduler"], ", ".join(f"{k}={v}" for k, v in fact["arguments"].items()))
+    show(table)
+
+
+@latentrt.command()
+@click.argument("source")
+@click.argument("target", type=FOLDER)
+@click.option("--revision", help="Branch, tag or commit of a hub id.")
+@click.option("--variant", help="Weights variant, such as fp16.")
+@click.option("--overwrite", is_flag=True, help="Replace the bundle that is there.")
+@option_json
+def export(
+    source: str, target: Path, revision: str | None, variant: str | None, overwrite: bool, as_json: bool
+) -> None:
+    """Turn the diffusers checkpoint SOURCE (a folder or a hub id) into the bundle TARGET.
+
+    Needs the extra `export`.
+    """
+    from latentrt_export.cli import run_export
+
+    run_export(source, target, revision=revision, variant=variant, overwrite=overwrite, as_json=as_json)
+
+
+@latentrt.command()
+@argument_bundle
+@click.option("--against", help="Checkpoint (a folder or a hub id)  [default: BUNDLE itself, opened by diffusers]")
+@click.option(
+    "--steps", type=AT_LEAST_ONE, default=20, show_default=True, help="Solver steps of the step and image depths."
+)
+@option_json
+def verify(bundle: Path, against: str | None, steps: int, as_json: bool) -> None:
+    """Measure a bundle against diffusers; exit code 1 beyond a bound.
+
+    Needs the extra `export`.
+    """
+    from latentrt_export.cli import run_verify
+
+    sys.exit(run_verify(bundle, against or str(bundle), steps=steps, as_json=as_json))
+
+
+@latentrt.command()
+@argument_bundle
+@option_json
+def inspect(bundle: Path, as_json: bool) -> None:
+    """Show what a bundle holds; its hashes are checked on the way."""
+    from latentrt.bundle.bundle import Bundle
+
+    opened = Bundle.open(bundle)
+    if as_json:
+        files = {name: {"sha256": record.sha256, "bytes": record.bytes} for name, record in opened.files.items()}
+        print(json.dumps({"model": opened.spec.to_dict(), "files": files}))
+        return
+    spec = opened.spec
+    size = spec.latents.width * spec.latents.factor, spec.latents.height * spec.latents.factor
+    print(f"{spec.id}  ({spec.family}, {size[0]}x{size[1]}, licence {spec.license or 'unknown'})")
+    total = sum(record.bytes for record in opened.files.values()) / 1e6
+    print(f"{total:.1f} MB in {len(opened.files)} files, hashes match")
+    table = table_of("network", "nodes", "opset", "inputs", "outputs")
+    for name, graph in spec.graphs.items():
+        shapes = [
+            ", ".join(f"{t.name} {t.dtype}[{', '.join(map(str, t.shape))}]" for t in ts)
+            for ts in (graph.inputs, graph.outputs)
+        ]
+        table.add_row(name, str(graph.nodes), str(graph.opset), *shapes)
+    show(table)
+    schedule = opened.json(spec.schedule)
+    print(f"schedule: {schedule['_class_name']}, {schedule.get('prediction_type', 'epsilon')}")
+
+
+@latentrt.command()
+@argument_bundle
+@click.option("--steps", type=AT_LEAST_ONE, default=20, show_default=True, help="Steps of each run.")
+@click.option(
+    "--batches", help="Pictures at once, comma-separated  [default: 1,2,4,8; on a GPU as many as its lanes hold]"
+)
+@click.option(
+    "--repeats", type=AT_LEAST_ONE, default=5, show_default=True, help="Runs of each batch; medians are shown."
+)
+@click.option("--save", is_flag=True, help="Keep the latencies with the bundle: `latentrt serve` plans by them.")
+@runs_networks
+@option_json
+def bench(
+    bundle: Path,
+    steps: int,
+    batches: str | None,
+    repeats: int,
+    save: bool,
+    as_json: bool,
+    **loading: Any,
+) -> None:
+    """Time this machine: latency and throughput by batch, and the engine's share outside the networks."""
+    from latentrt.command.bench import measure
+    from latentrt.engine import Engine
+    from latentrt.serve.core import curve
+
+    sizes = [whole_of(size, "--batches", least=1) for size in batches.split(",")] if batches is not None else []
+    with Engine.load(bundle, lanes=2 * max(sizes) if sizes else None, **loading) as engine:
+        fitting = [size for size in (1, 2, 4, 8) if 2 * size <= engine.denoiser.lanes]
+        results = measure(engine, sizes or fitting, steps=steps, repeats=repeats)
+        if save:
+            results["curve"] = str(curve.save(curve.of_bench(engine, results), engine))
+    if as_json:
+        print(json.dumps(results))
+        return
+    table = table_of("pictures at once", "ms a step (min, median, max)", "images/s", "host % of a step", "decode ms")
+    for row in results["batches"]:
+        low, middle, high = row["step_ms"]
+        table.add_row(
+            str(row["batch"]),
+            f"{low:.1f}  {middle:.1f}  {high:.1f}",
+            f"{row['images_per_second']:.2f}",
+            "" if row["host_percent"] is None else f"{row['host_percent']:.1f}",
+            f"{row['decode_ms']:.1f}",
+        )
+    show(table)
+    if save:
+        print(f"curve: {results['curve']}")
+
+
+@latentrt.command()
+@option_json
+def doctor(as_json: bool) -> None:
+    """Say what this machine can run, and what to install for the rest; exit code 1 if it cannot draw."""
+    from rich.markup import escape
+
+    from latentrt.command.doctor import examine
+
+    findings = examine()
+    if as_json:
+        print(json.dumps([finding.to_dict() for finding in findings]))
+    else:
+        table = table_of("", "what", "found", "to mend or gain it")
+        for finding in findings:
+            mark = "[green]yes[/]" if finding.good else "[yellow]no[/]"
+            table.add_row(mark, finding.what, escape(finding.found), "" if finding.good else escape(finding.mend))
+        show(table)
+    sys.exit(any(finding.vital and not finding.good for finding in findings))
+
+
+latentrt.add_command(generate)
+latentrt.add_command(build)
+latentrt.add_command(serve)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""What verbs of the command share: their options and kinds of values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from latentrt.bundle.bundle import EMBEDDED
+
+Verb = Callable[..., None]
+FOLDER = click.Path(path_type=Path)
+AT_LEAST_ONE = click.IntRange(min=1)
+argument_bundle = click.argument("bundle", type=FOLDER, default=EMBEDDED, required=False)
+option_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+
+
+def runs_networks(verb: Verb) -> Verb:
+    """The options of verbs that run networks; their names are those of `Engine.load`."""
+    for option in (
+        click.option("--threads", type=AT_LEAST_ONE, help="CPU threads of a network call  [default: all cores]"),
+        click.option("--plans", type=FOLDER, help="Folder of TensorRT plans  [default: the bundle's own]"),
+        click.option(
+            "--precision",
+            type=click.Choice(["fp32", "fp16"]),
+            help="Of the graphs  [default: fp32 for onnxruntime, fp16 for TensorRT]",
+        ),
+        click.option("--device", help="cpu, cuda or cuda:1  [default: cpu for onnxruntime, cuda for TensorRT]"),
+        click.option(
+            "--backend",
+            default="onnxruntime",
+            show_default=True,
+            help="onnxruntime; or tensorrt, tensorrt-rtx or tensorrt-lean, which run what `latentrt build` made.",
+        ),
+    ):
+        verb = option(verb)
+    return verb
+
+
+def edits_pictures(verb: Verb) -> Verb:
+    """The options of a verb that may begin on a picture that is there already."""
+    for option in (
+        click.option("--mask", type=FOLDER, help="What of it to repaint: white; as large as the picture."),
+        click.option(
+            "--strength",
+            type=float,
+            help="How much of the run is made on it, above 0 to 1  [default: 0.8; 1 with a --mask]",
+        ),
+        click.option("--image", type=FOLDER, help="Picture to begin on."),
+    ):
+        verb = option(verb)
+    return verb

@@ -1,0 +1,112 @@
+"""Where pictures go: the command's file names, checked before anything is drawn."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from latentrt.errors import OutputError, RequestError
+from latentrt.images.image import FORMATS
+
+# Pictures that latentrt does not write; "x.gif" would else quietly become "x.gif.png".
+_FOREIGN = (
+    *(".gif", ".bmp", ".dib", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".jfif", ".jpe"),
+    *(".apng", ".ico", ".svg", ".pdf", ".psd", ".tga", ".ppm"),
+)
+_NAME_BYTES = 255  # of a file name, on every file system in common use
+Previews = dict[int, tuple[Path, Path]]
+
+
+def with_suffix(pattern: str, format: str | None) -> str:
+    """The pattern with the suffix of `format`; without one, its own suffix, or else .png.
+
+    Raises:
+        RequestError: a format or a suffix that latentrt does not write.
+    """
+    known = ", ".join(suffix[1:] for suffix in FORMATS)
+    if format is not None and f".{format.lower()}" not in FORMATS:
+        raise RequestError(f"--format is {format!r}", f"one of {known}", "change --format")
+    suffix = Path(pattern).suffix
+    if suffix.lower() in _FOREIGN:
+        raise RequestError(f"--output ends in {suffix}", f"one of {known}", "change --output")
+    own = suffix.lower() in FORMATS
+    if format is None:
+        return pattern if own else f"{pattern}.png"
+    return f"{pattern[: -len(suffix)] if own else pattern}.{format.lower()}"
+
+
+def check_grid(grid: Path | None) -> None:
+    """Refuse a contact sheet that could not be written.
+
+    Raises:
+        RequestError: an unknown suffix.
+        OutputError: see `check_writable`.
+    """
+    if grid is None:
+        return
+    if grid.suffix.lower() not in FORMATS:
+        raise RequestError(f"--grid is {grid}", f"a suffix among {', '.join(FORMATS)}", "change --grid")
+    check_writable(grid)
+
+
+def check_folder(pattern: str) -> None:
+    """Refuse a pattern whose folder, as far as it has no fields, could not be written to; see `check_writable`."""
+    literal = pattern.partition("{")[0]
+    check_writable(Path(literal if literal == pattern else os.path.join(os.path.dirname(literal), "x")))
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a path that cannot become a file. Nothing is made: folders are, when there is something to put in.
+
+    Raises:
+        OutputError: the path is a folder, a part of it is a file or too long, or its folder takes no files.
+    """
+    if any(len(os.fsencode(part)) > _NAME_BYTES for part in path.parts):
+        raise OutputError(f"{path} has a name longer than {_NAME_BYTES} bytes", "a shorter name", "change the path")
+    try:
+        folder = path.parent
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+        if path.is_dir():
+            problem = "it is a folder"
+        elif not folder.is_dir():
+            problem = f"{folder} is not a folder"
+        elif not os.access(folder, os.W_OK | os.X_OK):
+            problem = f"no permission to write in {folder}"
+        else:
+            return
+    except (OSError, ValueError) as error:
+        problem = str(error)
+    raise OutputError(
+        f"{path} cannot be written: {problem}", "a file name in a folder that takes files", "change the path"
+    )
+
+
+def preview_paths(path: Path, rows: int, every: int) -> Previews:
+    """For every `every`-th row of a picture, where its current and its predicted state go: beside it."""
+
+    def beside(row: int, kind: str) -> Path:
+        return path.with_stem(f"{path.stem}-{row:03d}-{kind}")
+
+    if every < 1:
+        return {}
+    return {row: (beside(row, "current"), beside(row, "predicted")) for row in range(every, rows + 1, every)}
+
+
+def check_distinct(paths: Iterable[Path]) -> None:
+    """Refuse to write two things to one file, however it is spelt.
+
+    Raises:
+        RequestError: names each such file.
+    """
+    counts = Counter(os.path.realpath(path) for path in paths)
+    twice = sorted(os.path.relpath(path) for path, count in counts.items() if count > 1)
+    if twice:
+        shown = ", ".join(twice[:5]) + (f" and {len(twice) - 5} more" if len(twice) > 5 else "")
+        raise RequestError(
+            f"{max(counts.values())} pictures would go to {shown}",
+            "a name for each",
+            "add {seed} or {index} to --output",
+        )

@@ -1,0 +1,114 @@
+"""`latentrt serve`: its options are the fields of `latentrt.serve.process.config.Settings`, read when the verb runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import click
+
+from latentrt.errors import MissingDependencyError
+
+# Read when Ray is imported: nothing is told to its makers, and no line of the log is left out as like another.
+RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0", "RAY_COLOR_PREFIX": "0"}
+
+
+class ServeCommand(click.Command):
+    """Options come from the settings, under their headings; keys are none, because others can read a command line."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """The verb's own options, then one for each setting."""
+        own = super().get_params(ctx)
+        return [*own[:-1], *(option for group in _options().values() for option in group), *own[-1:]]
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """One heading for each section of the settings."""
+        sections = {**_options(), "Options": super().get_params(ctx)}
+        for section, options in sections.items():
+            with formatter.section(section):
+                formatter.write_dl([record for option in options if (record := option.get_help_record(ctx))])
+
+
+@click.command(cls=ServeCommand)
+@click.option("--config", type=click.Path(path_type=Path), help="TOML file with settings, as max_steps = 50.")
+@click.option("--print-config", is_flag=True, help="Print the settings that hold, as JSON, and serve nothing.")
+def serve(config: Path | None, print_config: bool, **flags: Any) -> None:
+    """Serve a bundle: a page at /, the OpenAI Images API, and /sdapi/v1.
+
+    Flags have precedence over LATENTRT_* variables (LATENTRT_MAX_STEPS=50), those over a TOML file. Keys come
+    from LATENTRT_KEYS (with commas between them), the TOML file or --keys-file. Needs the extra `serve`.
+    """
+    load_settings = _config().load_settings
+    settings = load_settings({name: value for name, value in flags.items() if value not in (None, ())}, config)
+    if print_config:
+        print(json.dumps(settings.model_dump(mode="json"), indent=2))
+        return
+    sys.exit(_server(settings.ray)(settings))
+
+
+def _server(by_ray: bool) -> Any:
+    """What serves: this process, or replicas of Ray Serve."""
+    if not by_ray:
+        from latentrt.serve.server import serve
+    else:
+        for name, value in RAY.items():
+            os.environ.setdefault(name, value)
+        try:
+            from latentrt.serve.ray_app import serve
+        except ImportError as error:
+            raise MissingDependencyError(
+                f"the module {error.name} is not installed", "the extra `ray`", "pip install 'latentrt[ray]'"
+            ) from error
+    return serve
+
+
+def _config() -> Any:
+    try:
+        from latentrt.serve.process import config
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"the module {error.name} is not installed", "the extra `serve`", "pip install 'latentrt[serve]'"
+        ) from error
+    return config
+
+
+def _options() -> dict[str, list[click.Parameter]]:
+    """An option for each setting, by section. What it is given is text: the settings check it."""
+    sections: dict[str, list[click.Parameter]] = {}
+    for name, field in _config().Settings.model_fields.items():
+        if name == "keys":
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        boolean = field.annotation is bool
+        several = get_origin(field.annotation) is tuple
+        option = click.Option(
+            [f"{flag}/--no-{flag[2:]}" if boolean else flag, name],
+            default=None,
+            multiple=several,
+            metavar=None if boolean else _metavar(field.annotation),
+            help=_help(field),
+        )
+        sections.setdefault(field.json_schema_extra["section"], []).append(option)
+    return sections
+
+
+def _help(field: Any) -> str:
+    default = field.default
+    if default in (None, (), False):
+        return str(field.description)
+    shown = ",".join(default) if isinstance(default, tuple) else default
+    return f"{field.description}  [default: {'the embedded model' if isinstance(shown, Path) else shown}]"
+
+
+def _metavar(annotation: Any) -> str:
+    """What stands for the value in the help."""
+    kinds = [kind for kind in get_args(annotation) if kind is not type(None)] or [annotation]
+    if isinstance(kinds[0], str):
+        return "|".join(kinds)
+    kind = kinds[0] if len(kinds) == 1 or annotation is not kinds[0] else annotation
+    names = {int: "N", float: "X", Path: "PATH"}
+    text = str(kind)
+    return next((name for known, name in names.items() if known is kind or known.__name__ in text), "TEXT")

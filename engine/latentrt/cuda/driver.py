@@ -1,0 +1,102 @@
+"""CUDA's driver API: its statuses as errors, and the right context current at every call.
+
+The functions used here have the same Python signatures in cuda-bindings 12.6 and 13.x (in 12.0 to 12.5 the module was
+`cuda.cuda`). Nothing but the driver is needed, no toolkit and no runtime library.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from latentrt.errors import BackendError, DeviceMemoryError, MissingDependencyError
+
+NEEDED_CUDA = (12, 0)
+DRIVERS = "NVIDIA's driver, 580 or newer for CUDA 13, 535 for CUDA 12"
+
+_OUT_OF_MEMORY, _NO_DEVICE = 2, 100
+_WITHOUT_CONTEXT = {
+    *("cuInit", "cuDriverGetVersion", "cuDeviceGetCount", "cuDeviceGet", "cuDeviceGetName", "cuDeviceGetAttribute"),
+    *("cuDevicePrimaryCtxRetain", "cuDevicePrimaryCtxRelease"),
+}
+
+
+class Driver:
+    """Calls functions of the driver API by name.
+
+    Attributes:
+        api: `cuda.bindings.driver`, or what stands in for it: structures and enumerations are there.
+        version: the CUDA version that the driver brings, as "13.0".
+        context: of the device that the calls are for; None before it is there and after it was given back.
+
+    Raises:
+        MissingDependencyError: no cuda-bindings.
+        BackendError: no driver, no GPU, or a driver that is too old.
+    """
+
+    def __init__(self, bindings: Any = None) -> None:
+        self.api = _bindings() if bindings is None else bindings
+        self.context: Any = None
+        self.version = self._start()
+
+    def _start(self) -> str:
+        """Wake the driver; its CUDA version."""
+        try:
+            self("cuInit", 0)
+        except BackendError as error:
+            mend = f"install {DRIVERS}; a container is given its GPUs by: docker run --gpus all"
+            raise BackendError(error.found, "an NVIDIA GPU that this process may use", mend) from error
+        version: int = self("cuDriverGetVersion")
+        found = (version // 1000, version % 1000 // 10)
+        if found < NEEDED_CUDA:
+            raise BackendError(
+                f"the driver brings CUDA {found[0]}.{found[1]}",
+                f"CUDA {NEEDED_CUDA[0]}.{NEEDED_CUDA[1]} or newer; 13.0 (driver 580) for nvidia-cuda-nvrtc 13",
+                f"install {DRIVERS}",
+            )
+        return f"{found[0]}.{found[1]}"
+
+    def __call__(self, function: str, *arguments: Any) -> Any:
+        """Call the driver; what the function returns besides its status: nothing, one value or a tuple.
+
+        Raises:
+            DeviceMemoryError: the device is full.
+            BackendError: whatever else the driver says, or the device was closed.
+        """
+        if function not in _WITHOUT_CONTEXT:
+            self.make_current()
+        try:
+            answer = getattr(self.api, function)(*arguments)
+        except RuntimeError as error:  # so the bindings say that there is no driver, or not this function in it
+            raise BackendError(
+                f"{function} is not there ({error})", "an NVIDIA driver for CUDA 12 or newer", f"install {DRIVERS}"
+            ) from error
+        return self._check(function, answer)
+
+    def make_current(self) -> None:
+        """Which context is current belongs to the calling thread, and others change it."""
+        if self.context is None:
+            raise BackendError("the GPU was closed", "an open one", "make another: Cuda(...)")
+        self._check("cuCtxSetCurrent", self.api.cuCtxSetCurrent(self.context))
+
+    def _check(self, function: str, answer: tuple[Any, ...]) -> Any:
+        status, *values = answer
+        if int(status) == 0:
+            return values[0] if len(values) == 1 else tuple(values)
+        said = f"{function} says {getattr(status, 'name', status)}"
+        if int(status) == _OUT_OF_MEMORY:
+            raise DeviceMemoryError(said, "free GPU memory", "end what else runs there (nvidia-smi)")
+        if int(status) == _NO_DEVICE:
+            raise BackendError(f"there is no GPU ({said})", "an NVIDIA GPU", "latentrt doctor")
+        raise BackendError(said, "CUDA_SUCCESS", "start the process again: after most errors a context is lost")
+
+
+def _bindings() -> Any:
+    try:
+        from cuda.bindings import driver
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"CUDA's Python bindings are not there ({error})",
+            "cuda-bindings 12.6 or newer",
+            "pip install 'latentrt[cuda]'",
+        ) from error
+    return driver

@@ -1,0 +1,241 @@
+"""From a prompt to the token ids that CLIP's text encoder reads.
+
+CLIP reads 77 ids: a start token, at most 75 of the prompt, an end token, padding. Checkpoints pad in two
+ways: SD 1 with the end token; SD 2 and SDXL's second encoder with "!" (id 0). That makes "!" a special token
+there, so that one in a prompt becomes padding in its middle; diffusers does so, and so does this.
+
+The rules all CLIP tokenizers share (Radford et al. 2021, `simple_tokenizer.py`): Unicode NFC, white space
+collapsed, lower case, split into words, then byte pair encoding of each word, the last piece with "</w>".
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from latentrt.errors import BundleError, OutputError, RequestError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+LENGTH = 77
+_EXPORT_AGAIN = "export the checkpoint again: latentrt export CHECKPOINT BUNDLE"
+_START, _END = "<|startoftext|>", "<|endoftext|>"
+_DEFAULTS = {"bos_token": _START, "eos_token": _END, "unk_token": _END, "pad_token": _END}
+_WORDS = (
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"  # kept whole
+    r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # a word, one digit, a run of signs
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Encoded:
+    """A prompt as a text encoder reads it.
+
+    ids: int64 (77,).
+    dropped: the end of the prompt that did not fit, "" if all did. Where the cut falls inside a character of
+    several tokens (an emoji), that character counts as dropped.
+    """
+
+    ids: NDArray[np.int64]
+    dropped: str
+
+
+class Tokenizer:
+    """CLIP's tokenizer as a checkpoint configures it; gives the ids of transformers' CLIPTokenizer."""
+
+    def __init__(self, core: tokenizers.Tokenizer, start: int, end: int, pad: int, length: int) -> None:
+        """Args: the byte pair encoder, the ids of its start, end and padding token, ids per prompt."""
+        self._core = core
+        self._start, self._end, self._pad, self._length = start, end, pad, length
+
+    @classmethod
+    def open(cls, folder: Path) -> Tokenizer:
+        """Read a checkpoint's tokenizer folder: tokenizer.json, or else vocab.json and merges.txt.
+
+        Raises:
+            BundleError: a file is missing or cannot be read, or a special token is not in the vocabulary.
+        """
+        config = _configuration(folder)
+        source = folder / "tokenizer.json"
+        try:
+            core = _read_core(source) if source.is_file() else _build_core(folder, config)
+            _add_special_tokens(core, config, folder)
+            start, end, pad = (_id(core, config[f"{name}_token"], folder) for name in ("bos", "eos", "pad"))
+            return cls(core, start, end, pad, _length(config))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:  # fields of another kind
+            raise _unreadable(folder / "tokenizer_config.json", error) from error
+
+    def encode(self, text: str) -> Encoded:
+        """The ids of one prompt.
+
+        Raises:
+            RequestError: the prompt is no text, or holds half a surrogate pair (bytes that were not UTF-8).
+        """
+        _check_text(text)
+        encoding = self._core.encode(text, add_special_tokens=False)
+        room = self._length - 2
+        used = [self._start, *encoding.ids[:room], self._end]
+        ids = np.full(self._length, self._pad, np.int64)
+        ids[: len(used)] = used
+        dropped = text[encoding.offsets[room][0] :] if len(encoding.ids) > room else ""
+        return Encoded(ids, dropped)
+
+    def write_json(self, path: Path) -> None:
+        """Write tokenizer.json: vocabulary, merges and rules in one file, which `open` prefers.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        try:
+            path.write_text(self._core.to_str(), encoding="utf-8")
+        except OSError as error:
+            raise OutputError(
+                f"{path} cannot be written ({error.strerror})", "a writable folder", "choose another folder"
+            ) from error
+
+
+def _configuration(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json over the defaults; where it describes no added tokens, the older files do."""
+    config = _DEFAULTS | _read_object(folder / "tokenizer_config.json")
+    if "added_tokens_decoder" not in config:
+        config |= _read_object(folder / "special_tokens_map.json")
+        config["added_tokens_decoder"] = {
+            number: token for token, number in _read_object(folder / "added_tokens.json").items()
+        }
+    return config
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, without nulls; {} if there is no such file."""
+    if not path.exists():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+    if not isinstance(data, dict):
+        raise _unreadable(path, "no JSON object")
+    return {key: value for key, value in data.items() if value is not None}
+
+
+def _read_core(path: Path) -> tokenizers.Tokenizer:
+    import tokenizers
+
+    try:
+        core = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library knows no narrower class
+        raise _unreadable(path, error) from error
+    core.no_truncation()
+    core.no_padding()
+    return core
+
+
+def _build_core(folder: Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
+    """The same tokenizer from vocab.json and merges.txt."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
+    for path in (vocabulary, merges):
+        if not path.is_file():
+            raise BundleError(
+                f"{folder} has neither tokenizer.json nor {path.name}",
+                "tokenizer.json, or vocab.json and merges.txt",
+                _EXPORT_AGAIN,
+            )
+    unknown = _content(config["unk_token"])
+    try:
+        model = models.BPE.from_file(
+            str(vocabulary), str(merges), unk_token=unknown, end_of_word_suffix="</w>", fuse_unk=False
+        )
+    except Exception as error:  # the library knows no narrower class
+        raise _unreadable(vocabulary, f"with {merges.name}: {error}") from error
+    core = Tokenizer(model)
+    core.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    core.decoder = decoders.ByteLevel()
+    # `encode` adds start and end itself; this is for other readers of the file that `write_json` writes.
+    end, start = ((_content(config[name]), _id(core, config[name], folder)) for name in ("eos_token", "bos_token"))
+    core.post_processor = processors.RobertaProcessing(end, start, trim_offsets=False, add_prefix_space=False)
+    return core
+
+
+def _add_special_tokens(core: tokenizers.Tokenizer, config: dict[str, Any], folder: Path) -> None:
+    """Make the configured tokens match as wholes, wherever they stand in a prompt.
+
+    A token given as text matches the prompt as typed; one given as an object says itself ("normalized") if
+    it matches after lower-casing, and SD 1's do.
+    """
+    named = {_content(config[name]): config[name] for name in _DEFAULTS}
+    described = {int(number): token for number, token in config["added_tokens_decoder"].items()}
+    for number, token in sorted(described.items()):
+        core.add_tokens([_added(token, special=_content(token) in named)])
+        if _id(core, token, folder) != number:
+            raise ValueError(f"{_content(token)!r} cannot have the id {number}")
+    known = {token.content for token in core.get_added_tokens_decoder().values()}
+    for content, token in named.items():
+        _id(core, token, folder)  # the library would invent an id, and the text encoder has no row for it
+        if content not in known:
+            core.add_tokens([_added(token, special=True)])
+
+
+def _added(token: str | dict[str, Any], *, special: bool) -> tokenizers.AddedToken:
+    from tokenizers import AddedToken
+
+    flags = token if isinstance(token, dict) else {}
+    special = special or flags.get("special", False)
+    sides = {side: flags.get(side, False) for side in ("lstrip", "rstrip", "single_word")}
+    return AddedToken(_content(token), special=special, normalized=flags.get("normalized", not special), **sides)
+
+
+def _content(token: str | dict[str, Any]) -> str:
+    """Special tokens are written as text or as {"content": text, ...}."""
+    return token if isinstance(token, str) else str(token["content"])
+
+
+def _id(core: tokenizers.Tokenizer, token: str | dict[str, Any], folder: Path) -> int:
+    number = core.token_to_id(_content(token))
+    if number is None:
+        raise BundleError(
+            f"{folder} names the special token {_content(token)!r}, which its vocabulary lacks",
+            "special tokens with an id",
+            _EXPORT_AGAIN,
+        )
+    return number
+
+
+def _length(config: dict[str, Any]) -> int:
+    """Ids per prompt. transformers writes 1e30 where it knows none: then CLIP's own."""
+    length = config.get("model_max_length", LENGTH)
+    if not isinstance(length, int) or length < 3:
+        raise ValueError(f"model_max_length is {length!r}")
+    return LENGTH if length > 10**6 else length
+
+
+def _unreadable(path: Path, why: object) -> BundleError:
+    return BundleError(f"{path} cannot be read ({why})", "a CLIP tokenizer's file, whole", _EXPORT_AGAIN)
+
+
+def _check_text(text: object) -> None:
+    if not isinstance(text, str):
+        raise RequestError(f"a prompt of type {type(text).__name__}", "text", "pass a str")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"a prompt with half a surrogate pair, {text[error.start]!r}, at character {error.start}",
+            "Unicode text",
+            "decode the prompt's bytes as UTF-8, or remove that character",
+        ) from error

@@ -1,0 +1,153 @@
+"""What a user asks for (Request), how it is made of what was passed, and what a picture says of how it was made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+from latentrt.bundle.manifest import is_number, is_whole
+from latentrt.errors import RequestError
+from latentrt.sampling.settings import KNOWN_KEYS
+from latentrt.sampling.solvers import SOLVERS
+
+MAX_SEED = 2**64 - 1
+
+# What users of other tools type, and what it is called here.
+_OTHER_NAMES = {
+    "num_inference_steps": "steps",
+    "guidance_scale": "guidance",
+    "num_images_per_prompt": "count",
+    "schedule": "solver",
+    "scheduler": "solver",
+    "sampler": "solver",
+    "negative": "negative_prompt",
+    "init_image": "image",
+    "mask_image": "mask",
+    "denoising_strength": "strength",
+    "prompt": "",
+    "options": "",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One picture, or `count` of them, as a user asks for it.
+
+    `seed` belongs to the first picture; picture i has seed + i, so a picture never depends on its siblings.
+    `guidance` is classifier-free guidance's scale: 1 (or less) runs one lane, above 1 two. `guidance_interval` is the
+    part of the run, as fractions of its rows, in which guidance acts. `solver` None means the class that the bundle's
+    scheduler_config.json names, `height` and `width` None the size the model was trained at (pixels), `negative_prompt`
+    None what it was trained with for no prompt: empty text or, for some, zeros. `noise` names the torch generator whose
+    numbers a seed stands for. `strength` is how much of the run is made on a given picture, above 0 to 1; None means
+    0.8, or all of it where a mask says what is repainted. `options` go to `tabulate`: eta, use_karras_sigmas,
+    timestep_spacing, ...
+
+    Raises:
+        RequestError: a value is out of range.
+    """
+
+    prompt: str
+    negative_prompt: str | None = None
+    steps: int = 20
+    solver: str | None = None
+    seed: int = 0
+    guidance: float = 3.0
+    guidance_rescale: float = 0.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    height: int | None = None
+    width: int | None = None
+    count: int = 1
+    noise: str = "torch-cpu"
+    strength: float | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _whole("steps", self.steps, 1, 10_000)
+        _whole("count", self.count, 1, 10_000)
+        _whole("seed", self.seed, 0, MAX_SEED)
+        _whole("the last picture's seed (seed + count - 1)", self.seed + self.count - 1, 0, MAX_SEED)
+        for name in ("height", "width"):
+            if getattr(self, name) is not None:
+                _whole(name, getattr(self, name), 1, 65_536)
+        for name, optional in (("negative_prompt", True), ("solver", True), ("noise", False)):
+            value = getattr(self, name)
+            if not isinstance(value, str) and not (optional and value is None):
+                raise RequestError(
+                    f"{name} is {value!r}", "text or None" if optional else "text", f"pass another {name}"
+                )
+        _number("guidance", self.guidance, 0.0, 1e6)
+        _number("guidance_rescale", self.guidance_rescale, 0.0, 1.0)
+        if self.strength is not None:
+            _number("strength", self.strength, 0.0, 1.0)
+        interval = self.guidance_interval
+        if not isinstance(interval, (list, tuple)) or len(interval) != 2:
+            raise RequestError(
+                f"guidance_interval is {interval!r}", "two numbers: start and end", "pass (0.0, 1.0) for the whole run"
+            )
+        _number("guidance_interval's start", interval[0], 0.0, 1.0)
+        _number("guidance_interval's end", interval[1], interval[0], 1.0)
+        _check_options(self.options)
+
+
+def _check_options(options: object) -> None:
+    """Options are the solver's alone: what has a field of its own, or a place in a call, is none of them."""
+    if not isinstance(options, Mapping) or not all(isinstance(key, str) for key in options):
+        raise RequestError(f"options is {options!r}", "names with their values", "pass options={'eta': 0.5}")
+    taken = sorted({*Request.__dataclass_fields__, "schedule", "scheduler", "self"} & set(options))
+    if taken:
+        raise RequestError(
+            f"{taken[0]!r} is given as an option",
+            "a solver's own settings, such as eta",
+            f"leave {taken[0]} out of them",
+        )
+
+
+def _whole(name: str, value: object, low: int, high: int) -> None:
+    if not is_whole(value) or not low <= value <= high:  # type: ignore[operator]
+        raise RequestError(f"{name} is {value!r}", f"a whole number from {low} to {high}", f"pass another {name}")
+
+
+def _number(name: str, value: object, low: float, high: float) -> None:
+    if not is_number(value) or not low <= float(value) <= high:  # type: ignore[arg-type]
+        raise RequestError(f"{name} is {value!r}", f"a finite number from {low:g} to {high:g}", f"pass another {name}")
+
+
+def request_from(prompt: str, settings: Mapping[str, Any]) -> Request:
+    """A Request whose settings other than its own fields are the solver's options.
+
+    Raises:
+        RequestError: a setting that neither a Request nor any solver has, or a value out of range.
+    """
+    own = set(Request.__dataclass_fields__) - {"prompt", "options"}
+    known = {*own, *KNOWN_KEYS, *(key for solver in SOLVERS.values() for key in solver.arguments)}
+    for key in settings:
+        if key not in known:
+            near = _OTHER_NAMES[key] if key in _OTHER_NAMES else " or ".join(get_close_matches(str(key), known))
+            mend = f"did you mean {near}?" if near else "leave it out"
+            raise RequestError(f"{key!r} is not an option", "a field of Request or a setting of a solver", mend)
+    fields = {key: value for key, value in settings.items() if key in own}
+    options = {key: value for key, value in settings.items() if key not in own}
+    return Request(prompt=prompt, **fields, options=options)
+
+
+def facts_of(request: Request, solver: str, seed: int, index: int, size: tuple[int, int], model: str) -> dict[str, Any]:
+    """The settings that a picture of (height, width) carries."""
+    return {
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt or "",
+        "steps": request.steps,
+        "solver": solver,
+        "guidance": request.guidance,
+        "guidance_rescale": request.guidance_rescale,
+        "guidance_interval": list(request.guidance_interval),
+        "noise": request.noise,
+        "seed": seed,
+        "index": index,
+        "width": size[1],
+        "height": size[0],
+        "model": model,
+        **({} if request.strength is None else {"strength": request.strength}),
+        **request.options,
+    }

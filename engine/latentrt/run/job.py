@@ -1,0 +1,83 @@
+"""Job: one picture being made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from latentrt.errors import LatentrtError, NetworkError
+from latentrt.model.networks import Conditioning
+from latentrt.sampling.guidance import Guidance
+from latentrt.sampling.noise import NoiseSource
+from latentrt.sampling.table import SLOTS, Kept, Table
+
+Float32 = NDArray[np.float32]
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One image being made.
+
+    Attributes:
+        table: the rows to run.
+        latents: x, (channels, height, width) float32, as the table's solver scales it.
+        cond, uncond: conditionings of the prompt and of the negative prompt; without guidance uncond is not read.
+        noise: where rows that add noise draw it.
+        kept: what is put back after every row, where a part of a picture is repainted.
+        start: where it is not 0, a GPU makes x before the first row: `start` times the first noise of `noise`, which is
+            then a `TorchCudaNoise`. Until it is done, `latents` only tell the shape.
+        row: index of the next row.
+        wants_preview: whether ticks leave the predicted clean latents in `preview`.
+        error: why the job ended early, if it did.
+        tag: whatever the owner wants to find again.
+    """
+
+    table: Table
+    latents: Float32
+    cond: Conditioning
+    uncond: Conditioning
+    noise: NoiseSource
+    guidance: Guidance = field(default_factory=Guidance)
+    kept: Kept | None = None
+    start: float = 0.0
+    row: int = 0
+    wants_preview: bool = False
+    preview: Float32 | None = None
+    error: LatentrtError | None = None
+    tag: Any = None
+    memory: Float32 = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.memory = np.zeros((SLOTS, *self.latents.shape), np.float32)
+
+    @property
+    def done(self) -> bool:
+        """Whether all rows have run, or the job failed."""
+        return self.row >= len(self.table) or self.error is not None
+
+    @property
+    def guided(self) -> bool:
+        """Whether the next row takes two lanes."""
+        return self.guidance.acts(self.row, len(self.table))
+
+    @property
+    def view(self) -> Float32:
+        """The latents at the scale of the model's own (variance-preserving) ones: what one would look at."""
+        rows = self.table.rows
+        return self.latents * rows[self.row].c_in if self.row < len(rows) else self.latents
+
+    @property
+    def most_lanes(self) -> int:
+        """The most lanes that any of its rows takes: what it is promised for its whole run."""
+        return 2 if self.guidance.scale > 1 else 1
+
+    def fail(self, row: int) -> None:
+        """End the job: its latents are not finite after `row` rows."""
+        self.error = NetworkError(
+            f"the latents are not finite after row {row} of {len(self.table)}",
+            "finite numbers",
+            "check the bundle (latentrt verify), or take a smaller guidance or another solver",
+        )

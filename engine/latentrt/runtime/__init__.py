@@ -1,0 +1,65 @@
+"""Ways to run a graph. Backends are imported when they are asked for, so that none is needed by the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from latentrt.cuda.base import Gpu
+from latentrt.errors import BackendError
+from latentrt.runtime.base import Backend
+
+BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx", "tensorrt-lean")
+
+
+def open_backend(
+    name: str,
+    device: str | None = None,
+    threads: int | None = None,
+    *,
+    precision: str | None = None,
+    plans: str | Path | None = None,
+) -> Backend:
+    """The backend of that name on that device.
+
+    Args:
+        name: one of BACKENDS.
+        device: "cpu", "cuda" or "cuda:1"; None is the CPU for onnxruntime and "cuda" for TensorRT.
+        threads: of a call on the CPU.
+        precision: "fp32" or "fp16"; None is fp32 on a CPU and fp16 on a GPU.
+        plans: where TensorRT's plans lie; None is the bundle's own folder.
+
+    Raises:
+        BackendError: unknown name, device or precision, or the device cannot be used; nothing else is tried instead.
+        MissingDependencyError: the backend's library is not installed.
+    """
+    if precision not in (None, "fp32", "fp16"):
+        raise BackendError(f"the precision is {precision!r}", "fp32 or fp16", "pass another precision")
+    if name == "onnxruntime":
+        from latentrt.runtime.onnxruntime import OrtBackend, check_device
+
+        kind = (device or "cpu").partition(":")[0]
+        if kind != "cuda":
+            return OrtBackend(kind, threads, precision=precision or "fp32")
+        check_device(kind)  # before the driver is asked
+        return _on(device, lambda gpu: OrtBackend(kind, threads, precision=precision or "fp16", gpu=gpu))
+    if name in BACKENDS:
+        from latentrt.runtime.tensorrt.backend import TensorRtBackend
+        from latentrt.runtime.tensorrt.library import open_library
+
+        library, folder = open_library(name), None if plans is None else Path(plans)
+        half = precision or "fp16"
+        return _on(device, lambda gpu: TensorRtBackend(gpu, library, precision=half, plans=folder))
+    raise BackendError(f"there is no backend {name!r}", f"one of {', '.join(BACKENDS)}", "pass another backend")
+
+
+def _on(device: str | None, make: Callable[[Gpu], Backend]) -> Backend:
+    """A backend on a GPU, which is given back where the backend cannot be made."""
+    from latentrt.cuda.gpu import Cuda
+
+    gpu = Cuda(device or "cuda")
+    try:
+        return make(gpu)
+    except BaseException:
+        gpu.close()
+        raise

@@ -1,0 +1,57 @@
+"""A network that is loaded when it is first called, and again after it was dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from numpy.typing import NDArray
+
+from latentrt.bundle.manifest import GraphSpec
+from latentrt.errors import BackendError
+from latentrt.runtime.base import Arrays, Network
+
+
+class LazyNetwork:
+    """Stands in for a network until it is needed.
+
+    Args:
+        load: makes the network; called once, and once more after each `drop`.
+    """
+
+    def __init__(self, load: Callable[[], Network]) -> None:
+        self._load = load
+        self._network: Network | None = None
+        self._closed = False
+
+    def open(self) -> Network:
+        """Load the network now.
+
+        Raises:
+            BackendError: it was closed.
+        """
+        if self._closed:
+            raise BackendError("the network was closed", "an open engine", "load the engine again: Engine.load(...)")
+        if self._network is None:
+            self._network = self._load()
+        return self._network
+
+    @property
+    def graph(self) -> GraphSpec:
+        """The network's signature."""
+        return self.open().graph
+
+    def __call__(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
+        """Run the network, loading it first where it is not."""
+        return self.open()(feeds)
+
+    def drop(self) -> None:
+        """Give the network's memory back; a later call loads it again."""
+        if self._network is not None:
+            self._network.close()
+            self._network = None
+
+    def close(self) -> None:
+        """Give the network's memory back for good."""
+        self.drop()
+        self._closed = True

@@ -1,0 +1,292 @@
+"""ONNX Runtime: the CPU, or CUDA through its execution provider, on our stream and our memory."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from latentrt.bundle.bundle import Bundle
+from latentrt.bundle.manifest import GraphSpec
+from latentrt.cuda.base import DeviceArray, Gpu
+from latentrt.errors import BackendError, MissingDependencyError, NetworkError
+from latentrt.runtime.base import Arrays, check_arrays, check_feeds
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+# No TF32; convolutions are chosen by rule, since trying them out would pick others in every process, and may come
+# back in the middle of a capture.
+PROVIDER_OPTIONS = {"cpu": {}, "cuda": {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}}
+SHAPE_ARITHMETIC = {
+    *("Add", "Cast", "Concat", "Constant", "ConstantOfShape", "Div", "Equal", "Expand", "Gather", "Identity", "Mul"),
+    *("Range", "Reshape", "Shape", "Size", "Slice", "Squeeze", "Sub", "Unsqueeze", "Where"),
+}
+GUIDED_PICTURE = 2  # lanes
+
+
+class OrtBackend:
+    """Runs graphs with ONNX Runtime on "cpu" or "cuda"; a device that is not there is an error.
+
+    On "cuda" it runs the bundle's graphs for that provider, which are half precision; shape arithmetic alone is left to
+    the CPU, and anything else that ONNX Runtime would put there is an error. That others capture its calls in a CUDA
+    graph is not supported (it has a capture of its own, of one session), so it is done only where it is asked for.
+
+    Args:
+        device: "cpu" or "cuda".
+        threads: threads of one network call on the CPU; None for all physical cores.
+        gpu: the opened device; its stream and memory are then used, and networks are `DeviceNetwork`s.
+        precision: "fp32", or "fp16" for the bundle's half-precision graphs (on a CPU the slower ones; "cuda" has no
+            others).
+        spin: whether threads wait for each other by spinning within a call. On idle cores that is a fifth faster; where
+            other processes hold cores, it is twice as slow. Between calls they never spin.
+
+    Raises:
+        MissingDependencyError: ONNX Runtime is not installed.
+        BackendError: the device is unknown, or this ONNX Runtime cannot use it.
+    """
+
+    name = "onnxruntime"
+    captures = False
+
+    def __init__(
+        self,
+        device: str = "cpu",
+        threads: int | None = None,
+        *,
+        precision: str = "fp32",
+        gpu: Gpu | None = None,
+        spin: bool = True,
+    ) -> None:
+        check_device(device)
+        if threads is not None and threads < 1:
+            raise BackendError(f"threads is {threads!r}", "a whole number of 1 or more", "pass another threads")
+        if device == "cuda" and precision != "fp16":
+            raise BackendError(
+                f"the precision is {precision!r}", "fp16 on cuda", "pass precision='fp16', or leave it out"
+            )
+        self.device = device
+        self.precision = precision
+        self.gpu = gpu
+        self.threads = threads
+        self.spin = spin
+
+    def load(self, bundle: Bundle, network: str) -> OrtNetwork:
+        """Load a network's graph and the weights it points to.
+
+        Raises:
+            BackendError: ONNX Runtime cannot load the graph, or would not run it on the device.
+            BundleError: the bundle has no graph for this precision and device.
+        """
+        on_cuda = self.device == "cuda"
+        graph = bundle.spec.cuda_graph(network) if on_cuda else bundle.spec.graph(network, self.precision)
+        session = self.session(bundle.path(graph.path), graph.opset)
+        if self.gpu is None:
+            return OrtNetwork(session, graph)
+        return OrtDeviceNetwork(session, graph, self.gpu, self.device)
+
+    def session(self, path: Path, opset: int) -> Any:
+        """An `onnxruntime.InferenceSession` of a graph of that opset, with this backend's options."""
+        ort = load_onnxruntime()
+        provider = PROVIDERS[self.device]
+        try:
+            session = ort.InferenceSession(
+                path, self._options(), providers=[(provider, self._settings())], enable_fallback=0
+            )
+        except Exception as error:  # onnxruntime's errors share no base class
+            raise BackendError(
+                f"ONNX Runtime cannot load {path} ({error})",
+                f"a graph of opset {opset} that onnxruntime {ort.__version__} knows",
+                "latentrt doctor; then export again, or update onnxruntime",
+            ) from error
+        if session.get_providers()[0] != provider:
+            raise BackendError(
+                f"ONNX Runtime would run {path} on {session.get_providers()[0]}",
+                f"{provider} with CUDA's and cuDNN's libraries of its major versions (its log names what is missing)",
+                "pip install 'onnxruntime-gpu[cuda,cudnn]', or put the libraries on LD_LIBRARY_PATH",
+            )
+        if self.device == "cuda":
+            _check_placement(session, path)
+        return session
+
+    def _options(self) -> Any:
+        options = load_onnxruntime().SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = self.threads or 0
+        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(self.spin)))
+        options.add_session_config_entry("session.force_spinning_stop", "1")  # idle networks would steal cores
+        if self.gpu is not None:
+            options.enable_mem_pattern = False  # it would allocate in the second call, which may be a capture
+        if self.device == "cuda":
+            options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        return options
+
+    def _settings(self) -> dict[str, str]:
+        settings = dict(PROVIDER_OPTIONS[self.device])
+        if self.gpu is not None and self.device == "cuda":
+            settings |= {"device_id": str(self.gpu.ordinal), "user_compute_stream": str(self.gpu.stream)}
+        return settings
+
+
+def _check_placement(session: Any, path: Path) -> None:
+    """Refuse a graph of which ONNX Runtime would run more than shape arithmetic on the CPU: it copies there and back.
+
+    Raises:
+        BackendError: it would; or this ONNX Runtime does not tell.
+    """
+    if not hasattr(session, "get_provider_graph_assignment_info"):
+        raise BackendError(
+            "this ONNX Runtime does not tell where it runs nodes", "1.24 or newer", "update onnxruntime-gpu"
+        )
+    on_cpu = {
+        node.op_type
+        for part in session.get_provider_graph_assignment_info()
+        if part.ep_name == PROVIDERS["cpu"]
+        for node in part.get_nodes()
+    }
+    if strange := sorted(on_cpu - SHAPE_ARITHMETIC):
+        raise BackendError(
+            f"ONNX Runtime would run {', '.join(strange)} of {path} on the CPU",
+            "CUDA kernels for all but shape arithmetic",
+            "export the checkpoint again, or update onnxruntime-gpu",
+        )
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that this ONNX Runtime does not know.
+
+    Raises:
+        BackendError: the device is not "cpu" or "cuda", or the installed onnxruntime has no provider for it.
+    """
+    if device not in PROVIDERS:
+        raise BackendError(f"the device is {device!r}", f"one of {', '.join(PROVIDERS)}", "pass another device")
+    ort = load_onnxruntime()
+    providers = ort.get_available_providers()
+    if PROVIDERS[device] not in providers:
+        raise BackendError(
+            f"this ONNX Runtime has only {', '.join(providers)}",
+            PROVIDERS[device],
+            "pip uninstall onnxruntime && pip install onnxruntime-gpu",
+        )
+    if device == "cuda":
+        with contextlib.redirect_stdout(sys.stderr):  # it prints what it does not find
+            ort.preload_dlls()  # CUDA's and cuDNN's libraries where pip put them; by itself it looks elsewhere
+
+
+class OrtNetwork:
+    """One ONNX Runtime session."""
+
+    def __init__(self, session: Any, graph: GraphSpec) -> None:
+        self._session = session
+        self.graph = graph
+        self._outputs = [tensor.name for tensor in graph.outputs]
+
+    def __call__(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
+        """Run the session once.
+
+        Raises:
+            NetworkError: the feeds do not fit the signature, or ONNX Runtime fails.
+        """
+        check_feeds(self.graph, feeds)
+        try:
+            results = self._session.run(self._outputs, dict(feeds))
+        except Exception as error:
+            raise _failed(self.graph.path, error) from error
+        return dict(zip(self._outputs, results, strict=True))
+
+    def close(self) -> None:
+        """Drop the session, and with it its weights."""
+        self._session = None
+
+
+class OrtDeviceNetwork(OrtNetwork):
+    """A session that can also read and write the memory of a device, on its stream."""
+
+    best_lanes = GUIDED_PICTURE
+
+    def __init__(self, session: Any, graph: GraphSpec, gpu: Gpu, kind: str) -> None:
+        super().__init__(session, graph)
+        self.gpu = gpu
+        self._kind = kind
+
+    def bind(self, arrays: Mapping[str, DeviceArray]) -> OrtBound:
+        """See `DeviceNetwork.bind`. The call is made once, so that what ONNX Runtime allocates is there when a graph is
+        captured; the arrays' contents are then those of that call.
+        """
+        check_arrays(self.graph, arrays)
+        binding = self._session.io_binding()
+        for tensors, bind in ((self.graph.inputs, binding.bind_input), (self.graph.outputs, binding.bind_output)):
+            for tensor in tensors:
+                array = arrays[tensor.name]
+                bind(tensor.name, self._kind, self.gpu.ordinal, array.dtype.type, array.shape, array.pointer)
+        bound = OrtBound(self._session, binding, self.gpu, self.graph.path)
+        with _only_fatal_logged():
+            bound.enqueue()
+        return bound
+
+
+@contextlib.contextmanager
+def _only_fatal_logged() -> Iterator[None]:
+    """What cuDNN tries in a first call and finds unfit is logged as an error, though something else fits."""
+    ort = load_onnxruntime()
+    ort.set_default_logger_severity(4)
+    try:
+        yield
+    finally:
+        ort.set_default_logger_severity(2)  # its own default: warnings
+
+
+class OrtBound:
+    """A session with its arrays."""
+
+    def __init__(self, session: Any, binding: Any, gpu: Gpu, path: str) -> None:
+        self._session, self._binding, self._gpu, self._path = session, binding, gpu, path
+        self._options = load_onnxruntime().RunOptions()
+        self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+
+    def enqueue(self) -> None:
+        """See `Bound.enqueue`."""
+        self._gpu.call(self._run)
+
+    def _run(self) -> None:
+        try:
+            self._session.run_with_iobinding(self._binding, self._options)
+        except Exception as error:
+            raise _failed(self._path, error) from error
+
+    def close(self) -> None:
+        """See `Bound.close`."""
+        self._session = self._binding = None
+
+
+def return_freed_pages() -> None:
+    """Have glibc give blocks of 64 KiB and more back to the system when they are freed; it holds for the whole process.
+
+    While a session is made, ONNX Runtime frees about as much as it keeps (half-precision weights that it has widened,
+    weights that it has repacked); glibc would hold on to it, a sixth of the embedded model's peak memory. The price is
+    page faults for every large temporary array.
+    """
+    mmap_threshold = -3  # M_MMAP_THRESHOLD of mallopt(3)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(mmap_threshold, 64 * 1024)
+
+
+def _failed(path: str, error: Exception) -> NetworkError:
+    return NetworkError(f"{path} failed in ONNX Runtime ({error})", "a run without errors", "latentrt doctor")
+
+
+def load_onnxruntime() -> Any:
+    """The library; from 1.31 on it would report its use to its maker and keep an id of the machine, if it were let."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    try:
+        import onnxruntime
+    except (ImportError, OSError) as error:
+        raise MissingDependencyError(
+            f"onnxruntime cannot be imported ({error})", "ONNX Runtime", "pip install onnxruntime"
+        ) from error
+    return onnxruntime

@@ -1,0 +1,233 @@
+"""TensorRT and TensorRT-RTX: verified plans, bound to device memory and queued on the device's one stream.
+
+Nothing is built here, and nothing else is tried where a plan does not fit: an error says what was found and needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from latentrt.bundle.bundle import Bundle
+from latentrt.bundle.manifest import GraphSpec
+from latentrt.cuda.base import DeviceArray, Gpu
+from latentrt.errors import BackendError, LatentrtError, NetworkError, PlanError
+from latentrt.runtime.base import Arrays, check_arrays, check_feeds, size_of
+from latentrt.runtime.tensorrt.library import Library, wanted_key
+from latentrt.runtime.tensorrt.loaded import Host, LoadedPlan, TensorRtBound
+from latentrt.runtime.tensorrt.plans import PlanStore
+from latentrt.runtime.tensorrt.record import REFITTABLE, PlanKey, PlanRecord, Profile
+from latentrt.runtime.tensorrt.refit import as_wanted
+
+ALIGNMENT = 256  # bytes, of every address that TensorRT is given
+SHAPES_KEPT = 4  # how many shapes a network keeps memory for when it is called with host arrays
+
+
+class TensorRtBackend:
+    """Runs a bundle's plans.
+
+    Args:
+        gpu: the opened device.
+        library: the flavour of TensorRT.
+        precision: "fp16" or "fp32".
+        plans: the folder of plans; the bundle's own by default.
+
+    Raises:
+        BackendError: TensorRT finds no driver or device.
+    """
+
+    captures = True
+
+    def __init__(self, gpu: Gpu, library: Library, *, precision: str = "fp16", plans: Path | None = None) -> None:
+        self.name, self.device = library.name, "cuda"
+        self.gpu, self.library, self.precision, self.plans = gpu, library, precision, plans
+        self._host = Host(gpu, library)
+
+    def load(self, bundle: Bundle, network: str) -> TensorRtNetwork:
+        """Find a network's plans. A single one is loaded now; of several, each when its shapes are asked for.
+
+        Raises:
+            BundleError: the bundle has no such network in this precision.
+            PlanError: there is no plan for this device and version, or TensorRT does not take it.
+            UntrustedPlanError: a plan is damaged or was not built here; it is then not deserialized.
+            DeviceMemoryError: the device has too little memory.
+        """
+        graph = bundle.spec.graph(network, self.precision)
+        wanted = wanted_key(bundle, network, self.precision, self.library, self.gpu)
+        return TensorRtNetwork(self._host, PlanStore(bundle, self.plans), graph, wanted)
+
+
+class TensorRtNetwork:
+    """A network of a bundle through its plans.
+
+    `bind` ties it to arrays on the device; calling it copies host arrays there and back. `graph` is the signature that
+    its plans have: for TensorRT 8.6, which has no int64, token ids are int32.
+    """
+
+    def __init__(self, host: Host, store: PlanStore, graph: GraphSpec, wanted: PlanKey) -> None:
+        self.graph, self.gpu = _as_served(graph, host.library), host.gpu
+        self._host, self._store, self._wanted = host, store, wanted
+        self._loaded: dict[str, LoadedPlan] = {}
+        self._bounds: dict[int, TensorRtBound] = {}
+        self._calls: dict[tuple[tuple[str, int], ...], _HostCall] = {}
+        self._replaced: dict[str, NDArray[Any]] = {}
+        self._closed = False
+        self._fitting = store.fitting(wanted)
+        if len(self._fitting) == 1:
+            self._load(self._fitting[0])
+
+    @property
+    def best_lanes(self) -> int:
+        """The batch that its first plan was built for."""
+        side = self.graph.inputs[0].shape[0]
+        return side if isinstance(side, int) else self._fitting[0].key.profiles[0].ranges[side][1]
+
+    @property
+    def profiles(self) -> tuple[Profile, ...]:
+        """The shapes that its plans serve."""
+        return tuple(profile for record in self._fitting for profile in record.key.profiles)
+
+    def bind(self, arrays: Mapping[str, DeviceArray]) -> TensorRtBound:
+        """See `DeviceNetwork.bind`. One call is made with zeros, since TensorRT allocates in its first: after it, the
+        inputs are as they were, and the outputs are lost.
+
+        Raises:
+            NetworkError: names, dtypes, shapes or alignment do not fit, or TensorRT fails.
+            PlanError: no plan serves these shapes; those that are served are named.
+            UntrustedPlanError, DeviceMemoryError: see `TensorRtBackend.load`.
+        """
+        if self._closed:
+            raise BackendError("the network was closed", "an open one", "load the engine again: Engine.load(...)")
+        sizes = check_arrays(self.graph, arrays)
+        _check_alignment(self.graph, arrays)
+        plan = self._plan(sizes)
+        bound = TensorRtBound(self._host, plan, self.graph, arrays, plan.record.profile(sizes))
+        bound.on_close = lambda: self._bounds.pop(id(bound), None)
+        self._bounds[id(bound)] = bound
+        return bound
+
+    def __call__(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
+        """Run once on host arrays; memory is kept for the shapes that were used last.
+
+        Raises:
+            NetworkError: the feeds do not fit the signature, or TensorRT fails.
+            PlanError, UntrustedPlanError, DeviceMemoryError: see `bind`.
+        """
+        check_feeds(self.graph, feeds)
+        pairs = [pair for t in self.graph.inputs for pair in zip(t.shape, feeds[t.name].shape, strict=True)]
+        sizes = {side: size for side, size in pairs if isinstance(side, str)}
+        call = self._calls.pop(tuple(sizes.items()), None) or _HostCall(self, self.graph, sizes)
+        self._calls[tuple(sizes.items())] = call
+        if len(self._calls) > SHAPES_KEPT:
+            self._calls.pop(next(iter(self._calls))).close()
+        return call(feeds)
+
+    def refit(self, weights: Mapping[str, NDArray[Any]]) -> None:
+        """Use these weights, and the bundle's for all others; none at all brings the bundle's back.
+
+        Every weight of a plan is sent: where only changes were, traces of the last ones were seen
+        (https://github.com/NVIDIA/TensorRT/issues/3628). What is bound stays bound. A CUDA graph must be captured
+        again: nothing promises that it sees new weights.
+
+        Raises:
+            PlanError: a plan was not built to be refitted, a name or size is not one of its, or TensorRT refuses. After
+                a refusal the network is closed, since some weights may be new.
+        """
+        for record in self._fitting:
+            _check_refittable(record, weights)
+        table = self._fitting[0].refit
+        self._replaced = {name: as_wanted(name, values, table[name]) for name, values in weights.items()}
+        try:
+            for plan in self._loaded.values():
+                plan.refit(plan.record.refit, self._values(plan))
+        except LatentrtError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close what is bound, and give back all memory."""
+        self._closed = True
+        for call in self._calls.values():
+            call.close()
+        for bound in list(self._bounds.values()):
+            bound.close()
+        self._calls.clear()
+        self._loaded.clear()
+
+    def _plan(self, sizes: Mapping[str, int]) -> LoadedPlan:
+        """The plan that serves these sizes best, which does not depend on what was asked for before."""
+        record = self._store.choose(self._fitting, sizes)
+        return self._loaded.get(record.name) or self._load(record)
+
+    def _load(self, record: PlanRecord) -> LoadedPlan:
+        record = self._store.current(record)  # it may have been built again since it was found
+        stale = record.key.weights != self._wanted.weights
+        plan = LoadedPlan(self._host, self._store, record, self.graph, stale=stale)
+        if self._replaced:
+            plan.refit(record.refit, self._values(plan))
+        self._loaded[record.name] = plan
+        return plan
+
+    def _values(self, plan: LoadedPlan) -> Callable[[str], NDArray[Any]]:
+        return lambda name: self._replaced[name] if name in self._replaced else plan.stored(name)
+
+
+class _HostCall:
+    """Device arrays for one set of sizes, with a network bound to them."""
+
+    def __init__(self, network: TensorRtNetwork, graph: GraphSpec, sizes: Mapping[str, int]) -> None:
+        self._gpu, self._graph = network.gpu, graph
+        self._arrays: dict[str, DeviceArray] = {}
+        try:
+            for tensor in (*graph.inputs, *graph.outputs):
+                shape = tuple(size_of(side, sizes) for side in tensor.shape)
+                self._arrays[tensor.name] = self._gpu.empty(shape, tensor.dtype)
+            self._bound = network.bind(self._arrays)
+        except BaseException:
+            self._free()
+            raise
+
+    def __call__(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
+        for tensor in self._graph.inputs:
+            array = self._arrays[tensor.name]
+            self._gpu.upload(feeds[tensor.name], array)
+        self._bound.enqueue()
+        return {tensor.name: self._gpu.download(self._arrays[tensor.name]) for tensor in self._graph.outputs}
+
+    def close(self) -> None:
+        self._bound.close()
+        self._free()
+
+    def _free(self) -> None:
+        while self._arrays:
+            self._gpu.free(self._arrays.popitem()[1])
+
+
+def _as_served(graph: GraphSpec, library: Library) -> GraphSpec:
+    """A graph's signature as its plan has it."""
+    if not library.narrows_int64:
+        return graph
+    inputs = tuple(replace(t, dtype="int32") if t.dtype == "int64" else t for t in graph.inputs)
+    return replace(graph, inputs=inputs)
+
+
+def _check_alignment(graph: GraphSpec, arrays: Mapping[str, DeviceArray]) -> None:
+    for name, array in arrays.items():
+        if array.pointer % ALIGNMENT:
+            raise NetworkError(
+                f"{graph.path} was given {name} at address {array.pointer:#x}",
+                f"an address that is a multiple of {ALIGNMENT}",
+                "bind a whole array, or a part that begins there",
+            )
+
+
+def _check_refittable(record: PlanRecord, weights: Mapping[str, NDArray[Any]]) -> None:
+    build = "build it with --refittable"
+    if REFITTABLE not in record.key.options:
+        raise PlanError(f"the plan {record.name} takes no weights but its own", "a refittable plan", build)
+    if unknown := sorted(set(weights) - set(record.refit)):
+        raise PlanError(f"{record.key.network} has no weight {', '.join(unknown)}", "the names of its graph", build)

@@ -1,0 +1,152 @@
+"""What a plan is: the shapes that it serves, the key of all that it depends on, and its record."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from typing import Any
+
+from latentrt.bundle.manifest import TensorSpec
+from latentrt.runtime.tensorrt.seal import canonical
+
+STRIPPED, REFITTABLE, VERSION_COMPATIBLE = "stripped", "refittable", "version-compatible"
+Range = tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Ranges (least, best, most) of a graph's symbolic dimensions: what one optimization profile covers."""
+
+    ranges: Mapping[str, Range]
+
+    def covers(self, sizes: Mapping[str, int]) -> bool:
+        """Whether every size lies in its range."""
+        return all(self.ranges[name][0] <= size <= self.ranges[name][2] for name, size in sizes.items())
+
+    def slack(self, sizes: Mapping[str, int]) -> int:
+        """How far sizes are from the best ones, and how wide the ranges are: a plan is fastest where this is 0."""
+        ranges = [(self.ranges[name], size) for name, size in sizes.items()]
+        return sum(abs(size - best) + most - least for (least, best, most), size in ranges)
+
+    def shapes(self, tensor: TensorSpec) -> tuple[tuple[int, ...], ...]:
+        """A tensor's (least, best, most) shapes."""
+        return tuple(
+            tuple(self.ranges[side][which] if isinstance(side, str) else side for side in tensor.shape)
+            for which in range(3)
+        )
+
+    def __str__(self) -> str:
+        return ", ".join(
+            f"{name} {low}" if low == high else f"{name} {low} to {high} (best {best})"
+            for name, (low, best, high) in self.ranges.items()
+        )
+
+
+def drawn_by(unet: Iterable[Profile], decoder: Iterable[Profile], lanes: int) -> tuple[Profile, ...]:
+    """The latents' sizes ("height", "width") that both networks serve: the UNet with so many lanes, the VAE's decoder
+    with one picture. Each once, in the order of the UNet's profiles.
+    """
+    found: list[Profile] = []
+    for mine, theirs in product(unet, decoder):
+        if mine.covers({"batch": lanes}) and theirs.covers({"batch": 1}):
+            shared = {side: _shared(mine.ranges[side], theirs.ranges[side]) for side in ("height", "width")}
+            profile = Profile(shared)
+            if all(low <= high for low, _, high in shared.values()) and profile not in found:
+                found.append(profile)
+    return tuple(found)
+
+
+def _shared(one: Range, other: Range) -> Range:
+    low, high = max(one[0], other[0]), min(one[2], other[2])
+    return low, max(low, min(one[1], high)), high
+
+
+@dataclass(frozen=True, slots=True)
+class PlanKey:
+    """Everything a plan depends on.
+
+    `graph` and `weights` are SHA-256; `library` is the wheel ("tensorrt", "tensorrt-rtx"), `version` its version; `gpu`
+    and `driver` are empty in a plan that was built ahead of time, without a GPU. `options`: STRIPPED, its weights were
+    left out and are read from the bundle; REFITTABLE, it takes any weights, where a plan that is stripped alone takes
+    none but those it was built with; VERSION_COMPATIBLE, the lean runtime can run it. `profiles` are the shapes that
+    it serves; what is looked for has none.
+    """
+
+    network: str
+    graph: str
+    weights: str
+    precision: str
+    library: str
+    version: str
+    gpu: str
+    compute_capability: str
+    driver: str
+    options: tuple[str, ...] = ()
+    profiles: tuple[Profile, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the key, in hexadecimal: the name under which a plan lies."""
+        return hashlib.sha256(canonical(asdict(self))).hexdigest()
+
+    def mismatches(self, wanted: PlanKey) -> list[tuple[str, str, str]]:
+        """What keeps a plan of this key from serving `wanted`: (what, found, needed) each.
+
+        A refittable plan takes its weights from the bundle, so those need not match; a version-compatible one serves
+        the lean runtime too, of the version that built it (other versions would need host code in the plan).
+        """
+        found = []
+        for what in ("network", "graph", "weights", "precision", "library", "version", "compute_capability"):
+            mine, theirs = getattr(self, what), getattr(wanted, what)
+            if mine != theirs and not self._may_differ(what, mine, theirs):
+                found.append((what, mine, theirs))
+        for what in ("gpu", "driver"):
+            mine, theirs = getattr(self, what), getattr(wanted, what)
+            if mine and mine != theirs:
+                found.append((what, mine, theirs))
+        return found
+
+    def _may_differ(self, what: str, mine: str, theirs: str) -> bool:
+        if what == "weights":
+            return REFITTABLE in self.options
+        if what == "library":
+            return VERSION_COMPATIBLE in self.options and (mine, theirs) == ("tensorrt", "tensorrt-lean")
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """Where a refittable weight lies: `bytes` at `offset` of a safetensors file of the bundle.
+
+    `stored` is its dtype there (safetensors' name, "F16"), `dtype` the one that the plan wants (numpy's name).
+    """
+
+    file: str
+    offset: int
+    bytes: int
+    stored: str
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRecord:
+    """What is known of a plan: its key, its bytes, where a stripped one finds its weights, and how it was made."""
+
+    key: PlanKey
+    sha256: str
+    bytes: int
+    refit: Mapping[str, Weight] = field(default_factory=dict)
+    made: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Its file's name without suffix."""
+        return f"{self.key.network}-{self.key.digest[:16]}"
+
+    def profile(self, sizes: Mapping[str, int]) -> int:
+        """The index of the profile that serves these sizes of the symbolic dimensions best; -1 if none does."""
+        profiles = self.key.profiles
+        covering = [index for index, profile in enumerate(profiles) if profile.covers(sizes)]
+        return min(covering, key=lambda index: profiles[index].slack(sizes), default=-1)

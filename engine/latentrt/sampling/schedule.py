@@ -1,0 +1,164 @@
+"""The noise schedule a model was trained with, read from a diffusers `scheduler_config.json`.
+
+A schedule says how much signal and noise the latents hold at each training timestep, and what the network predicts.
+Where to sample it is `spacing.py`'s business; how to walk there is `solvers`'.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from latentrt.errors import ScheduleError
+from latentrt.sampling.settings import class_of, settings_of
+
+Float64 = NDArray[np.float64]
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+TINY_ALPHA_CUMPROD = 2.0**-24  # diffusers' stand-in for zero where a solver divides by alpha
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A noise level: x = alpha * x0 + sigma * epsilon, and the timestep that the network is told there.
+
+    Variance-preserving solvers have alpha² + sigma² = 1; k-diffusion's ("variance-exploding") have alpha = 1.
+    """
+
+    timestep: float
+    alpha: float
+    sigma: float
+
+    @property
+    def c_in(self) -> float:
+        """What x is multiplied by before the network reads it (Karras et al. 2022, table 1)."""
+        return 1.0 / math.hypot(self.alpha, self.sigma)
+
+    @property
+    def lam(self) -> float:
+        """Half the log signal-to-noise ratio, log(alpha / sigma) (Lu et al. 2022); ±inf without noise or signal."""
+        if self.alpha <= 0 or self.sigma <= 0:
+            return math.inf if self.sigma <= 0 else -math.inf
+        return math.log(self.alpha) - math.log(self.sigma)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A model's training schedule and the sampling settings that its config asks for.
+
+    Make one with `Schedule.from_config(config)`. `config` keeps the settings as they were read, because each solver
+    takes from them what its own diffusers class would take (see `latentrt.sampling.settings`).
+    """
+
+    config: Mapping[str, Any]
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Schedule:
+        """Read a diffusers scheduler config (the dict in `scheduler_config.json`) as it is.
+
+        Raises:
+            ScheduleError: an unknown class or key, or a value that latentrt cannot serve, each by its name.
+        """
+        schedule = cls(dict(config))
+        schedule.settings(class_of(config))  # complains about whatever it cannot serve
+        return schedule
+
+    @property
+    def scheduler(self) -> str:
+        """The diffusers class that the config names."""
+        return class_of(self.config)
+
+    @property
+    def prediction(self) -> str:
+        """What the network predicts: "epsilon", "v_prediction" or "sample"."""
+        return str(self.config.get("prediction_type", "epsilon"))
+
+    def settings(self, scheduler: str, **options: Any) -> dict[str, Any]:
+        """The settings that diffusers' `scheduler.from_config(config, **options)` would have."""
+        return settings_of(scheduler, self.config, options)
+
+    @cached_property
+    def _levels(self) -> dict[tuple[Any, ...], Float64]:
+        return {}
+
+    def alphas_cumprod(self, settings: Mapping[str, Any]) -> Float64:
+        """ᾱ at every training timestep, shape (num_train_timesteps,), under one scheduler's settings.
+
+        The values are float32's, held in float64: they are made in float32 by everyone who trains or samples, and at
+        t = 0 the rounding moves 1 - ᾱ by up to 7e-5 of its size.
+        """
+        betas = settings["trained_betas"]
+        key = (
+            None if betas is None else tuple(betas),
+            settings["beta_schedule"],
+            settings["beta_start"],
+            settings["beta_end"],
+            settings["num_train_timesteps"],
+            settings.get("rescale_betas_zero_snr", False),
+        )
+        if key not in self._levels:
+            self._levels[key] = _alphas_cumprod(settings)
+        return self._levels[key]
+
+
+def _alphas_cumprod(settings: Mapping[str, Any]) -> Float64:
+    betas = _betas(settings)
+    if settings.get("rescale_betas_zero_snr"):
+        betas = _rescale_zero_terminal_snr(betas)
+    return _cumprod(np.float32(1) - betas).astype(np.float64)
+
+
+def _betas(settings: Mapping[str, Any]) -> NDArray[np.float32]:
+    count = settings["num_train_timesteps"]
+    start, end, kind = settings["beta_start"], settings["beta_end"], settings["beta_schedule"]
+    if settings["trained_betas"] is not None:
+        betas = np.asarray(settings["trained_betas"], np.float32)
+    elif kind == "linear":
+        betas = _linspace(start, end, count)
+    elif kind == "scaled_linear":
+        betas = _linspace(start**0.5, end**0.5, count) ** 2
+    else:
+        betas = _cosine_betas(count)
+    if betas.shape != (count,) or not ((betas > 0) & (betas < 1)).all():
+        raise ScheduleError(
+            f"the betas have shape {betas.shape} and run from {betas.min():g} to {betas.max():g}",
+            f"num_train_timesteps = {count} numbers between 0 and 1",
+            "correct trained_betas, or beta_start and beta_end",
+        )
+    return betas
+
+
+def _linspace(start: float, end: float, count: int) -> NDArray[np.float32]:
+    """torch.linspace in float32, to the bit: counted from both ends, each value rounded once."""
+    first, last = np.float32(start), np.float32(end)
+    step = float((last - first) / np.float32(max(count - 1, 1)))
+    index = np.arange(count)
+    rising, falling = float(first) + step * index, float(last) - step * (count - 1 - index)
+    return np.where(index < max(count // 2, 1), rising, falling).astype(np.float32)
+
+
+def _cosine_betas(count: int, max_beta: float = 0.999) -> NDArray[np.float32]:
+    """Nichol and Dhariwal 2021, equation 17."""
+    time = np.arange(count + 1) / count
+    alpha_bar = np.cos((time + 0.008) / 1.008 * np.pi / 2) ** 2
+    return np.asarray(np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], max_beta), np.float32)
+
+
+def _rescale_zero_terminal_snr(betas: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Lin et al. 2023, algorithm 1: shift and scale √ᾱ so that the last one is 0 and the first one stays."""
+    root = np.sqrt(_cumprod(np.float32(1) - betas))
+    first, last = root[0], root[-1]
+    root = (root - last) * (first / (first - last))
+    alpha_bar = root**2
+    alphas = np.concatenate([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
+    return np.float32(1) - alphas
+
+
+def _cumprod(alphas: NDArray[np.float32]) -> NDArray[np.float32]:
+    """torch.cumprod on the CPU: products in float64, results in float32."""
+    return np.cumprod(alphas, dtype=np.float64).astype(np.float32)

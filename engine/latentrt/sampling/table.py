@@ -1,0 +1,339 @@
+"""A sampling run as data: one row for every network call.
+
+    memory[slot] = clip(p·x + q·out)
+    x            = a·x + o·out + Σₖ bₖ·memory[k] + c·noise
+    next input   = c_in·x                          (of the next row)
+    preview x₀   = u·x + v·out
+
+A run that keeps a part of a given picture ends every row with
+
+    x            = mask·x + (1 - mask)·(known[0]·picture + known[1]·noise)
+
+`tabulate` makes the table by tracing the solver; `advance` applies one row to arrays.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from latentrt.errors import LatentrtError, RequestError, ScheduleError, TraceError, UnknownSolverError
+from latentrt.sampling.schedule import Schedule
+from latentrt.sampling.solvers import ALIASES, SOLVERS, Solver
+from latentrt.sampling.spacing import CLEAN, Grid
+from latentrt.sampling.trace import Call, trace, x0_from
+
+Float32 = NDArray[np.float32]
+SLOTS = 4
+MEND = "use another solver"
+COLUMNS = (
+    *("timestep", "c_in", "p", "q", "clip", "slot", "a", "o"),
+    *(f"b{k}" for k in range(SLOTS)),
+    *("c", "u", "v"),
+)
+
+
+class Row(NamedTuple):
+    """Everything one network call needs to know; see the module's equations.
+
+    `timestep` is what the network is told and `c_in` what x is multiplied by before. `clip` is the largest magnitude
+    a memory may have, 0 for no bound. `slot` is the memory that is written, `b` weighs the four memories. All are
+    numbers without units; x is in units of the latents' standard deviation.
+    """
+
+    timestep: float
+    c_in: float
+    p: float
+    q: float
+    clip: float
+    slot: int
+    a: float
+    o: float
+    b: tuple[float, ...]
+    c: float
+    u: float
+    v: float
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of a whole run, or of the rest of one that begins on a given picture.
+
+    `array` has shape (rows, len(COLUMNS)) and dtype float64; kernels read it as float32. `start` is what standard
+    normal noise is multiplied by to become the first latents. A row is a network call, not a step: Heun at N steps has
+    2N - 1 rows. `known`, (rows + 1, 2) float64, has the weights of clean latents and of noise that make latents of the
+    level before the first row, and after each row (`noised`).
+    """
+
+    solver: str
+    steps: int
+    start: float
+    array: NDArray[np.float64]
+    known: NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    @cached_property
+    def rows(self) -> tuple[Row, ...]:
+        """The rows by name, in the order of the run."""
+        return tuple(_row(*values) for values in self.array.tolist())
+
+    @property
+    def timesteps(self) -> NDArray[np.float64]:
+        """What the network is told at each row, shape (rows,)."""
+        return self.array[:, 0]
+
+
+def _row(
+    timestep: float, c_in: float, p: float, q: float, clip: float, slot: float, a: float, o: float, *rest: float
+) -> Row:
+    return Row(timestep, c_in, p, q, clip, int(slot), a, o, rest[:SLOTS], *rest[SLOTS:])
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What of a given picture a job keeps: see `blend`.
+
+    All three have the latents' shape, float32: `mask` is 1 where the picture is repainted and 0 elsewhere, `clean` are
+    its latents, `noise` brings them to any level.
+    """
+
+    mask: Float32
+    clean: Float32
+    noise: Float32
+
+
+def tabulate(solver: str | None, schedule: Schedule, steps: int, *, strength: float = 1.0, **options: Any) -> Table:
+    """The table of a solver over a schedule.
+
+    Args:
+        solver: a name of `engine.SOLVERS`; None, or the class itself, for the one that the schedule's config names.
+        schedule: from `Schedule.from_config`.
+        steps: how many steps, 1 or more; the table has a row for each network call.
+        strength: how much of the run is made, above 0 to 1: its last int(steps * strength) steps, as diffusers counts.
+        options: the solver's own arguments (`eta`, `order`) and any setting of its diffusers class
+            (`use_karras_sigmas=True`, `timestep_spacing="trailing"`, ...), which overrule the config.
+
+    Returns:
+        Table, its `array` float64 of shape (rows, 15).
+
+    Raises:
+        UnknownSolverError: no such solver.
+        RequestError: steps < 1 or more than the schedule has; a strength out of range, or one that leaves no step.
+        ScheduleError: an option that the solver does not have, settings that have no finite table, or a solver that
+            cannot begin midway.
+
+    Source:
+        each solver's paper, named in `latentrt.sampling.solvers`; parity with diffusers 0.42 holds to 1e-5 in float32.
+    """
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise RequestError(f"steps is {steps!r}", "a whole number of 1 or more", "pass another steps")
+    name, chosen = _find(solver, schedule)
+    first = _first(name, chosen, steps, strength)
+    arguments = {**chosen.arguments, **{key: value for key, value in options.items() if key in chosen.arguments}}
+    wanted = {key: value for key, value in options.items() if key not in chosen.arguments}
+    _check_arguments(name, arguments)
+    settings = schedule.settings(chosen.scheduler, **{**chosen.settings, **wanted})
+    try:
+        grid = chosen.grid(schedule, settings, steps).since(first)
+        array = _array(chosen, grid, arguments)
+    except LatentrtError:
+        raise
+    except (ArithmeticError, ValueError) as error:
+        if not _is_arithmetic(error):
+            raise
+        raise ScheduleError(
+            f"{name} at {steps} steps has no finite coefficients: two levels coincide, or one holds no signal",
+            "distinct levels, and v_prediction or sample prediction where the signal is zero",
+            "take fewer steps, or another timestep_spacing, final_sigmas_type or sigmas",
+        ) from error
+    return Table(name, steps, grid.start, array, _known(grid, len(array), chosen.calls))
+
+
+def _first(name: str, solver: Solver, steps: int, strength: float) -> int:
+    """How many steps of the whole run are left out."""
+    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 < strength <= 1:
+        raise RequestError(f"strength is {strength!r}", "a number above 0 and at most 1", "pass another strength")
+    first = steps - int(steps * strength)
+    if first == steps:
+        raise RequestError(
+            f"a strength of {strength:g} leaves none of {steps} steps",
+            f"1 / {steps} or more",
+            "raise strength, or take more steps",
+        )
+    if first and solver.only_whole:
+        raise ScheduleError(
+            f"{name} cannot begin midway ({solver.only_whole})", "a strength of 1 or another solver", "take dpmpp-2m"
+        )
+    return first
+
+
+def _known(grid: Grid, rows: int, calls: int) -> NDArray[np.float64]:
+    """Where a step calls the network more than once, its calls share the level that the step leads to, as in diffusers;
+    and that is the next point, also for those classes whose own target is another.
+    """
+    levels = [*grid.points, CLEAN]
+    ends = (min(row // calls + 1, len(levels) - 1) for row in range(rows))
+    return np.array([(levels[end].alpha, levels[end].sigma) for end in (0, *ends)])
+
+
+def _is_arithmetic(error: Exception) -> bool:
+    """Whether numbers are to blame; `math` says with a plain ValueError that it has no logarithm or root of one."""
+    if isinstance(error, (ArithmeticError, np.linalg.LinAlgError)):
+        return True
+    return str(error).startswith(("math domain error", "expected a positive", "expected a nonnegative"))
+
+
+def _array(solver: Solver, grid: Grid, arguments: Mapping[str, Any]) -> NDArray[np.float64]:
+    clip = float(grid.settings["clip_sample_range"]) if grid.settings.get("clip_sample") else 0.0
+    array = np.array(_rows(trace(solver, grid, clip, arguments), grid.settings["prediction_type"]))
+    if not np.isfinite(array).all():
+        raise OverflowError("a coefficient is not finite")
+    return array
+
+
+def advance(row: Row, x: Float32, out: Float32, memory: Float32, noise: Float32 | None = None) -> Float32:
+    """Apply one row.
+
+    Args:
+        row: the row of this network call.
+        x: latents before the call, any shape, float32.
+        out: the (guided) network output for input `row.c_in * x`, same shape.
+        memory: (4, *x.shape) float32; slot `row.slot` is overwritten. Slots never written are never read.
+        noise: standard normal, same shape; needed only where `row.c` is not 0.
+
+    Returns:
+        The latents after the step, a new array of x's shape and dtype.
+
+    Raises:
+        RequestError: the row adds noise and none was given.
+    """
+    remembered = row.p * x + row.q * out if row.p else row.q * out
+    memory[row.slot] = np.clip(remembered, -row.clip, row.clip) if row.clip else remembered
+    result = row.a * x
+    if row.o:
+        result += row.o * out
+    for weight, slot in zip(row.b, memory, strict=True):
+        if weight:
+            result += weight * slot
+    if row.c:
+        if noise is None:
+            raise RequestError("the row adds noise and none was given", "standard normal noise", "pass noise=")
+        result += row.c * noise
+    return result
+
+
+def noised(level: NDArray[np.float64], clean: Float32, noise: Float32) -> Float32:
+    """Clean latents brought to a level, a row of `Table.known`: level[0]·clean + level[1]·noise."""
+    alpha, sigma = level.tolist()  # Python's floats leave float32 what it is
+    return np.asarray(alpha * clean + sigma * noise)
+
+
+def blend(level: NDArray[np.float64], x: Float32, mask: Float32, clean: Float32, noise: Float32) -> Float32:
+    """Put back what is known after a row, brought to that row's end: mask·x + (1 - mask)·noised(clean).
+
+    Args:
+        level: of `Table.known`, the row's own index plus one.
+        x: latents after the row.
+        mask: 1 where the picture is repainted, 0 where it is kept, and nothing between: solvers eliminate earlier
+            latents as if the row had left x as it is, which holds where the mask is 1 and is overwritten where it is 0.
+        clean, noise: the given picture's latents, and the one noise of the whole run.
+    """
+    return mask * x + (1 - mask) * noised(level, clean, noise)
+
+
+def preview(row: Row, x: Float32, out: Float32) -> Float32:
+    """The clean latents that the network predicts at this row: what the picture would be if it ended here."""
+    return row.u * x + row.v * out
+
+
+def _find(solver: str | None, schedule: Schedule) -> tuple[str, Solver]:
+    if solver is None or solver == schedule.scheduler:
+        return _configured(schedule)
+    name = ALIASES.get(solver, solver)
+    if name not in SOLVERS:
+        near = difflib.get_close_matches(str(solver), [*SOLVERS, *ALIASES], n=3, cutoff=0.4)
+        raise UnknownSolverError(
+            f"there is no solver {solver!r}",
+            f"one of {', '.join(SOLVERS)}",
+            f"did you mean {' or '.join(near)}?" if near else "choose one of these",
+        )
+    return name, SOLVERS[name]
+
+
+def _configured(schedule: Schedule) -> tuple[str, Solver]:
+    """The solver of the config's own class: by name if one fixes just its settings, else under the class' own name."""
+    settings = schedule.settings(schedule.scheduler)
+    candidates = {name: s for name, s in SOLVERS.items() if s.scheduler == schedule.scheduler}
+    for name, solver in candidates.items():
+        if all(settings[key] == value for key, value in solver.settings.items()):
+            return name, solver
+    solver = next(iter(candidates.values()))
+    return schedule.scheduler, replace(solver, settings={})
+
+
+def _check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
+    eta, order = arguments.get("eta", 0.0), arguments.get("order", 1)
+    if isinstance(eta, bool) or not isinstance(eta, (int, float)) or not 0 <= eta <= 1:
+        raise ScheduleError(f"{name} has eta = {eta!r}", "a number from 0 to 1", "pass another eta")
+    if isinstance(order, bool) or not isinstance(order, int) or not 1 <= order <= SLOTS:
+        raise ScheduleError(f"{name} has order = {order!r}", f"a whole number from 1 to {SLOTS}", "pass another order")
+
+
+def _rows(calls: list[Call], prediction: str) -> list[list[float]]:
+    slots = _allocate(calls)
+    noises: set[int] = set()
+    rows = []
+    for k, call in enumerate(calls):
+        a, o = _own(call, k)
+        weights, c = [0.0] * SLOTS, 0.0
+        for (kind, index), value in call.leaves.terms.items():
+            if kind == "m" and (index < k or call.clip):
+                weights[slots[index]] = value
+            elif kind == "noise":
+                if c or index in noises:
+                    raise TraceError(f"row {k} needs two noises or an earlier one", "one new noise a row", MEND)
+                noises.add(index)
+                c = value
+            elif index != k:
+                raise TraceError(f"row {k} uses {kind} of row {index}", "this row's own", "let the solver remember it")
+        here = call.here
+        remembers = [call.p, call.q, call.clip, float(slots[k])]
+        rows.append([here.timestep, here.c_in, *remembers, a, o, *weights, c, *x0_from(prediction, here)])
+    return rows
+
+
+def _own(call: Call, k: int) -> tuple[float, float]:
+    """The weights of this row's x and out. What it remembers is made of both, so unless it is clipped it is put in
+    here, where large terms that cancel do so in float64.
+    """
+    a, o = call.leaves[("x", k)], call.leaves[("out", k)]
+    if call.clip:
+        return a, o
+    remembered = call.leaves[("m", k)]
+    return a + remembered * call.p, o + remembered * call.q
+
+
+def _allocate(calls: list[Call]) -> list[int]:
+    """A memory slot for every call's quantity, free again after the last row that reads it."""
+    last_use = list(range(len(calls)))
+    for k, call in enumerate(calls):
+        for kind, index in call.leaves.terms:
+            if kind == "m":
+                last_use[index] = k
+    slots: list[int] = []
+    busy_until = [-1] * SLOTS
+    for k, end in enumerate(last_use):
+        slot = next((slot for slot in range(SLOTS) if busy_until[slot] < k), None)
+        if slot is None:
+            raise TraceError(f"row {k} needs more than {SLOTS} memories", f"at most {SLOTS}", MEND)
+        busy_until[slot] = end
+        slots.append(slot)
+    return slots

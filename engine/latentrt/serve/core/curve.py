@@ -1,0 +1,227 @@
+"""How long a tick takes by the lanes it has: measured by `latentrt bench --save`, refined by every tick of a server.
+
+The file lies with the bundle, `curves/<key>.json`; where that cannot be written, in the user's cache. The key is a hash
+of the bundle, the machine and the backend, so that one folder may serve several machines. It is not in the manifest:
+what a machine measures is no part of a model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from latentrt.bundle.bundle import MANIFEST, sha256_of
+from latentrt.engine import Engine
+from latentrt.errors import BundleError, OutputError
+
+Shape = tuple[int, int, int]
+
+SCHEMA = 1
+GUIDED = 2  # lanes of a picture with guidance
+PAYS = 0.9  # the part of the best throughput that is enough
+NEWS = 0.1  # the weight of a server's newest tick
+MEND = "measure again: latentrt bench BUNDLE --save"
+
+
+@dataclass(slots=True)
+class Curve:
+    """Seconds by latent shape (channels, height, width).
+
+    Attributes:
+        ticks: seconds of a tick, by its lanes.
+        decode: seconds of one picture's VAE decoding.
+    """
+
+    ticks: dict[Shape, dict[int, float]] = field(default_factory=dict)
+    decode: dict[Shape, float] = field(default_factory=dict)
+
+    def seconds(self, shape: Shape, lanes: int) -> float | None:
+        """Of a tick: interpolated between what was measured, and in proportion to the lanes beyond it.
+
+        A shape that was never measured counts by its pixels beside the nearest one; None where nothing was.
+        """
+        known = _nearest(self.ticks, shape)
+        if known is None:
+            return None
+        points = sorted(self.ticks[known].items())
+        return _interpolate(points, lanes) * math.prod(shape) / math.prod(known)
+
+    def decoding(self, shape: Shape) -> float:
+        """Seconds of a picture's decoding; 0 where none was measured."""
+        known = _nearest(self.decode, shape)
+        return 0.0 if known is None else self.decode[known] * math.prod(shape) / math.prod(known)
+
+    def cap(self, shape: Shape, most: int) -> int:
+        """The most lanes of this shape that a tick should have, from 2 to `most`.
+
+        They are the fewest that give nine tenths of the most lanes a second that were measured: with more everybody in
+        the batch would wait longer for little. A shape that was never measured fills the device earlier or later, by
+        its pixels. Where nothing was measured, all lanes are used.
+        """
+        known = _nearest(self.ticks, shape)
+        if known is None:
+            return most
+        speeds = {lanes: lanes / seconds for lanes, seconds in self.ticks[known].items()}
+        enough = min(lanes for lanes, speed in speeds.items() if speed >= PAYS * max(speeds.values()))
+        scaled = int(enough * math.prod(known) / math.prod(shape))
+        return max(min(GUIDED, most), min(most, scaled))
+
+    def learn(self, shape: Shape, lanes: int, seconds: float) -> None:
+        """Take a tick of a running server into account."""
+        points = self.ticks.setdefault(shape, {})
+        points[lanes] = points.get(lanes, seconds) * (1 - NEWS) + seconds * NEWS
+
+    def copy(self) -> Curve:
+        """One that learns apart from this."""
+        return Curve({shape: dict(points) for shape, points in self.ticks.items()}, dict(self.decode))
+
+
+def _nearest(known: Mapping[Shape, Any], shape: Shape) -> Shape | None:
+    """The known shape that is nearest in size."""
+    size = math.prod(shape)
+    return min(known, key=lambda other: abs(math.log(math.prod(other) / size)), default=None)
+
+
+def _interpolate(points: list[tuple[int, float]], lanes: int) -> float:
+    low, seconds = points[0]
+    if lanes <= low:
+        return seconds
+    for high, longer in points[1:]:
+        if lanes <= high:
+            return seconds + (longer - seconds) * (lanes - low) / (high - low)
+        low, seconds = high, longer
+    return seconds * lanes / low
+
+
+def of_bench(engine: Engine, results: Mapping[str, Any]) -> Curve:
+    """The curve in what `command.bench.measure` returned of this engine: guided pictures of the model's own size.
+
+    On a GPU every call has all lanes, so there is one point.
+    """
+    spec = engine.spec.latents
+    shape = (spec.channels, spec.height, spec.width)
+    middles = {GUIDED * row["batch"]: row["step_ms"][1] / 1000 for row in results["batches"]}
+    if engine.backend.gpu is not None:
+        middles = {engine.denoiser.lanes: min(middles.values())}
+    return Curve({shape: middles}, {shape: min(row["decode_ms"] for row in results["batches"]) / 1000})
+
+
+def save(curve: Curve, engine: Engine) -> Path:
+    """Write a curve where `load` finds it: with the bundle, or in the user's cache where the bundle is read-only.
+
+    Raises:
+        OutputError: neither can be written.
+    """
+    text = json.dumps({"schema": SCHEMA, **_about(engine), **_to_dict(curve)}, indent=1) + "\n"
+    *others, last = paths(engine)
+    for path in others:
+        try:
+            return _write(path, text)
+        except OSError:
+            continue
+    try:
+        return _write(last, text)
+    except OSError as error:
+        raise OutputError(
+            f"{last} cannot be written ({error.strerror or error})",
+            "a bundle or a cache folder that can be written to",
+            "make room, or point XDG_CACHE_HOME elsewhere",
+        ) from error
+
+
+def load(engine: Engine) -> Curve | None:
+    """The curve that was saved for this bundle, machine and backend; None where there is none.
+
+    Raises:
+        BundleError: there is one and it cannot be read.
+    """
+    for path in paths(engine):
+        try:
+            return _from_dict(json.loads(path.read_bytes()))
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BundleError(f"{path} cannot be read ({error!r})", f"a curve of schema {SCHEMA}", MEND) from error
+    return None
+
+
+def paths(engine: Engine) -> tuple[Path, Path]:
+    """Where the curve of an engine may lie: with the bundle, and in the user's cache."""
+    about = json.dumps(_about(engine), sort_keys=True) + sha256_of(engine.bundle.root / MANIFEST)
+    name = f"{engine.backend.name}-{hashlib.sha256(about.encode()).hexdigest()[:16]}.json"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return engine.bundle.root / "curves" / name, cache / "latentrt" / "curves" / name
+
+
+def _about(engine: Engine) -> dict[str, Any]:
+    """What a curve holds for."""
+    backend = engine.backend
+    device = backend.device if backend.gpu is None else backend.gpu.name
+    parts = {"backend": backend.name, "device": device, "precision": backend.precision}
+    return {"model": engine.spec.id, **parts, "machine": _machine()}
+
+
+def _machine() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def _to_dict(curve: Curve) -> dict[str, Any]:
+    ticks = [
+        {"shape": list(shape), "lanes": lanes, "seconds": seconds}
+        for shape, points in curve.ticks.items()
+        for lanes, seconds in sorted(points.items())
+    ]
+    decode = [{"shape": list(shape), "seconds": seconds} for shape, seconds in curve.decode.items()]
+    return {"ticks": ticks, "decode": decode}
+
+
+def _from_dict(data: dict[str, Any]) -> Curve:
+    if data["schema"] != SCHEMA:
+        raise ValueError(f"schema {data['schema']!r}")
+    curve = Curve()
+    for point in data["ticks"]:
+        curve.ticks.setdefault(_shape(point["shape"]), {})[_whole(point["lanes"])] = _positive(point["seconds"])
+    for point in data["decode"]:
+        curve.decode[_shape(point["shape"])] = _positive(point["seconds"])
+    return curve
+
+
+def _shape(value: Any) -> Shape:
+    channels, height, width = map(_whole, value)
+    return channels, height, width
+
+
+def _whole(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{value!r} where a whole number from 1 should be")
+    return value
+
+
+def _positive(value: Any) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ValueError(f"{value!r} where a number above 0 should be")
+    return float(value)
+
+
+def _write(path: Path, text: str) -> Path:
+    """Beside, then renamed: a reader sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path

@@ -1,0 +1,205 @@
+"""What a server can be told: by flags, by LATENTRT_* variables, by a TOML file, in this order of precedence."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import TomlConfigSettingsSource as Toml
+
+from latentrt.bundle.bundle import EMBEDDED
+from latentrt.errors import RequestError
+from latentrt.request import Request
+
+PREFIX = "LATENTRT_"
+# What clients write for want of another name: LibreChat's tool says gpt-image-1 and Open WebUI starts with dall-e-2.
+OTHER_NAMES = ("gpt-image-1", "gpt-image-1-mini", "gpt-image-1.5", "gpt-image-2", "dall-e-2", "dall-e-3")
+MIB = 2**20
+
+
+def _split(value: object) -> object:
+    """Text with commas is a list: that is how lists stand in an environment variable, and in an option given twice."""
+    texts = value if isinstance(value, list | tuple) else [value]
+    parts = [part.strip() for text in texts if isinstance(text, str) for part in text.split(",")]
+    return [part for part in parts if part] if all(isinstance(text, str) for text in texts) else value
+
+
+Texts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+Origin = Annotated[str, Field(pattern=r"^(\*|https?://[^/\s?#]+)$")]
+Origins = Annotated[tuple[Origin, ...], NoDecode, BeforeValidator(_split)]
+Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)]
+Count = Annotated[int, Field(ge=1)]
+Range = Annotated[str, BeforeValidator(str), Field(pattern=r"^[1-9][0-9]{0,3}(:[1-9][0-9]{0,3})?$")]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def _field(default: Any, section: str, description: str) -> Any:
+    return Field(default, description=description, json_schema_extra={"section": section})
+
+
+class Settings(BaseSettings):
+    """Everything that `latentrt serve` reads: `max_steps` is --max-steps, LATENTRT_MAX_STEPS, and max_steps in TOML."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True, validate_default=False)
+
+    host: str = _field("127.0.0.1", "Network", "Address to listen on; 0.0.0.0 for all.")
+    port: Annotated[int, Field(ge=0, le=65_535)] = _field(8000, "Network", "Port; 0 for any that is free.")
+    keys: Secrets = _field((), "Network", "Keys that clients may use; not a flag. None: everybody may.")
+    keys_file: Path | None = _field(None, "Network", "File with one key a line, # for comments.")
+    cors_origin: Origins = _field(
+        (), "Network", "Origins whose pages may use this server from a browser, as https://example.org; * for all."
+    )
+    drain_timeout: Seconds = _field(60.0, "Network", "Seconds that running requests get after SIGTERM.")
+    body_timeout: Seconds = _field(
+        60.0, "Network", "Seconds in which a request's head must have come, and then its body."
+    )
+    stall_timeout: Seconds = _field(
+        60.0, "Network", "Seconds in which a client must take its answer, or a MiB of it, or is hung up on."
+    )
+    heartbeat: Seconds = _field(10.0, "Network", "Seconds between comments that keep a stream alive.")
+
+    ray: bool = _field(False, "Ray", "Serve by replicas of Ray Serve; needs the extra `ray`.")
+    replicas: Range = _field(
+        "1", "Ray", "How many replicas: a number, or MIN:MAX by load. Each has a GPU of its own, if it runs on one."
+    )
+
+    bundle: Path = _field(EMBEDDED, "Model", "Bundle to serve.")
+    model_name: str | None = _field(None, "Model", "The model's name for clients; the bundle's id if none is named.")
+    aliases: Texts = _field(OTHER_NAMES, "Model", "Other names for it, with commas between them.")
+    backend: str = _field("onnxruntime", "Model", "onnxruntime, tensorrt or tensorrt-rtx.")
+    device: str | None = _field(None, "Model", "cpu, cuda or cuda:1.")
+    precision: Literal["fp32", "fp16"] | None = _field(None, "Model", "Of the graphs: fp32 or fp16.")
+    plans: Path | None = _field(None, "Model", "Folder of TensorRT plans; the bundle's own if none is named.")
+    threads: Count | None = _field(None, "Model", "CPU threads of a network call; all cores if not given.")
+    lanes: Count | None = _field(None, "Model", "Most lanes of a UNet call; guidance takes two a picture.")
+    edits: bool = _field(True, "Model", "Take pictures to edit; without it the VAE's encoder is not loaded.")
+
+    queue: Count = _field(64, "Load", "Most pictures that wait.")
+    queue_timeout: Seconds = _field(120.0, "Load", "Most seconds that a request waits.")
+    run_timeout: Seconds = _field(300.0, "Load", "Most seconds that a request runs.")
+    hang_timeout: Seconds = _field(60.0, "Load", "Seconds after which a step counts as hung.")
+
+    max_n: Count = _field(10, "Limits", "Most pictures of one request.")
+    max_steps: Count = _field(150, "Limits", "Most steps of a picture.")
+    max_side: Count = _field(2048, "Limits", "Longest side of a picture, in pixels.")
+    max_pixels: Count = _field(1536 * 1024, "Limits", "Most pixels of a picture.")
+    sizes: Texts = _field((), "Limits", "The only sizes there are, as 512x512,768x512; any within the limits if none.")
+    max_prompt: Count = _field(32_000, "Limits", "Most characters of a prompt.")
+    max_body: Count = _field(64 * MIB, "Limits", "Most bytes of a request with a picture to edit.")
+    max_image_bytes: Count = _field(32 * MIB, "Limits", "Most bytes of a picture that is sent here.")
+    max_image_pixels: Count = _field(4096 * 4096, "Limits", "Most pixels of a picture that is sent here.")
+
+    steps: Count = _field(
+        Request.__dataclass_fields__["steps"].default, "Defaults", "Steps, for clients that name none."
+    )
+    guidance: Annotated[float, Field(ge=0, le=100)] = _field(
+        Request.__dataclass_fields__["guidance"].default, "Defaults", "Guidance scale, for clients that name none."
+    )
+    scheduler: str | None = _field(
+        None, "Defaults", "Solver, for clients that name none; the bundle's own if not given."
+    )
+
+    log_format: Literal["auto", "console", "json"] = _field("auto", "Logs", "auto: console on a terminal, else json.")
+    log_level: Literal["debug", "info", "warning", "error"] = _field("info", "Logs", "debug, info, warning or error.")
+    log_prompts: bool = _field(False, "Logs", "Write prompts into the log.")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Settings:
+        if self.steps > self.max_steps:
+            raise ValueError(f"steps ({self.steps}) is more than max_steps ({self.max_steps})")
+        if self.fewest_replicas > self.most_replicas:
+            raise ValueError(f"replicas ({self.replicas}) is from more to fewer")
+        if self.most_replicas > 1 and not self.ray:
+            raise ValueError(f"replicas ({self.replicas}) needs ray")
+        return self
+
+    @property
+    def fewest_replicas(self) -> int:
+        """MIN of `replicas`."""
+        return int(self.replicas.partition(":")[0])
+
+    @property
+    def most_replicas(self) -> int:
+        """MAX of `replicas`."""
+        return int(self.replicas.rpartition(":")[2])
+
+    @property
+    def most_pictures(self) -> int:
+        """The largest n there is: what does not fit into an empty queue never will."""
+        return min(self.max_n, self.queue)
+
+    @property
+    def max_text(self) -> int:
+        """Most bytes of a request without a picture: two prompts as long as JSON can write them, and the rest."""
+        return min(self.max_body, 2 * 12 * self.max_prompt + MIB // 16)
+
+    def secrets(self) -> tuple[bytes, ...]:
+        """All keys, those of the file too.
+
+        Raises:
+            RequestError: the file cannot be read or has no key.
+        """
+        keys = [key.get_secret_value() for key in self.keys]
+        if self.keys_file is not None:
+            keys += _keys_of(self.keys_file)
+        return tuple(key.encode() for key in keys)
+
+
+def _keys_of(path: Path) -> list[str]:
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(
+            f"the keys' file {path} cannot be read ({error})", "a text file", "change --keys-file"
+        ) from error
+    keys = [line for line in lines if line and not line.startswith("#")]
+    if not keys:
+        raise RequestError(f"{path} has no key", "one key a line", f"write one into {path}, or leave --keys-file out")
+    return keys
+
+
+def load_settings(flags: dict[str, Any], config: Path | None = None) -> Settings:
+    """The settings of a server.
+
+    Args:
+        flags: what stands on the command line, by field; it has precedence over the environment, that over the file.
+        config: a TOML file; None is what LATENTRT_CONFIG names, if anything.
+
+    Raises:
+        RequestError: a value is out of range, a name is unknown, the file cannot be read.
+    """
+    named = config or os.environ.get(f"{PREFIX}CONFIG")
+    path = Path(named) if named else None
+
+    class Configured(Settings):
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return init_settings, env_settings, *([Toml(settings_cls, path)] if path else [])
+
+    if path is not None and not path.is_file():
+        raise RequestError(f"there is no file {path}", "a TOML file", "change --config")
+    try:
+        return Configured(**flags)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        name = ".".join(map(str, first["loc"][:1]))
+        message = first["msg"].removeprefix("Value error, ")
+        raise RequestError(
+            f"{name}: {message}" if name else message,
+            "settings that `latentrt serve --help` lists, within their ranges",
+            f"change --{name.replace('_', '-')}, {PREFIX}{name.upper()} or {name} in the TOML file"
+            if name
+            else "change one of them",
+        ) from error
+    except (OSError, ValueError) as error:
+        raise RequestError(f"{path} cannot be read ({error})", "a TOML file", "mend it, or change --config") from error

@@ -1,0 +1,286 @@
+"""The same application behind Ray Serve: replicas with an engine each, as many as the load needs.
+
+Ray chooses the replica, starts and ends replicas, and carries HTTP; it never batches, since the engine does so by step.
+`latentrt serve --ray` runs `serve` below; `serve run latentrt.serve.ray_app:app` and Ray's configuration files, `app`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+import warnings
+from collections.abc import AsyncIterator, Iterable
+from contextlib import ExitStack, asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import ray
+from fastapi import FastAPI
+from prometheus_client import Metric, generate_latest
+from ray import serve as ray_serve
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from latentrt.engine import LANES
+from latentrt.errors import BackendError, PromptTruncatedWarning
+from latentrt.serve.core.service import Service
+from latentrt.serve.http.app import create_app
+from latentrt.serve.http.catalog import Catalog
+from latentrt.serve.process.config import Settings, load_settings
+from latentrt.serve.process.logs import configure, logger
+from latentrt.serve.process.metrics import Metrics
+from latentrt.serve.server import UNDRAINED, Hangs, announce, listening, loaded, started
+
+NAME = "latentrt"  # of Ray's application and of its one deployment
+BESIDE = 32  # requests at a replica beside those for pictures with a place: refusals, uploads, health
+BEFORE = 8  # times the queue: requests that Ray itself may hold, for as long as a refusal takes
+_SCRAPE = 5.0  # seconds that a replica has to tell its metrics; Prometheus gives up after ten
+_LOOK = 0.2  # seconds between looks at what another thread or a signal does
+
+
+class Replica:
+    """What Ray asks of a replica beside HTTP. Ray adds `app`, which `_build` makes."""
+
+    app: FastAPI
+
+    @property
+    def service(self) -> Service:
+        """The replica's own."""
+        service = self.app.state.context.service
+        assert isinstance(service, Service)
+        return service
+
+    async def check_health(self) -> None:
+        """Ray replaces a replica whose engine stays faulty; a drained one is well.
+
+        Raises:
+            BackendError: the engine failed, and no self-check has passed since.
+        """
+        if self.service.state == "failed":
+            raise BackendError("the engine failed", "a self-check that passes", "wait for the next replica")
+
+    async def drain(self, timeout: float) -> bool:
+        """Refuse what is new and finish what is there; whether that was done in time (seconds)."""
+        self.service.drain()
+        good = await self.service.wait_drained(timeout)
+        if not good:  # whoever still waits is told so
+            await asyncio.to_thread(self.service.close, 0.0)
+        return good
+
+    async def metrics(self) -> tuple[str, list[Metric]]:
+        """The replica's name and what it has measured."""
+        metrics = self.app.state.context.metrics
+        return ray_serve.get_replica_context().replica_tag, list(metrics.registry.collect())
+
+
+class ReplicaMetrics(Metrics):
+    """Metrics whose text is of all replicas, because a scrape reaches any one of them."""
+
+    async def whole_text(self) -> bytes:
+        """Every replica's, each with its name as the label `replica`; one that does not answer is left out."""
+        context = ray_serve.get_replica_context()
+        handle = ray_serve.get_deployment_handle(context.deployment, app_name=context.app_name)
+        answers = await handle.broadcast("metrics").results_async(timeout_s=_SCRAPE, return_exceptions=True)
+        return generate_latest(Merged(answer for answer in answers if not isinstance(answer, BaseException)))
+
+
+class Merged:
+    """Metrics of several replicas as one registry's: each family once."""
+
+    def __init__(self, replicas: Iterable[tuple[str, list[Metric]]]) -> None:
+        self._families: dict[str, Metric] = {}
+        for replica, metrics in replicas:
+            for metric in metrics:
+                family = self._families.setdefault(
+                    metric.name, Metric(metric.name, metric.documentation, metric.type, metric.unit)
+                )
+                family.samples += [
+                    sample._replace(labels={**sample.labels, "replica": replica}) for sample in metric.samples
+                ]
+
+    def collect(self) -> Iterable[Metric]:
+        """Of prometheus_client's collectors."""
+        return self._families.values()
+
+
+def app(args: dict[str, Any]) -> ray_serve.Application:
+    """For `serve run latentrt.serve.ray_app:app max_steps=50` and `args` in Ray's configuration file.
+
+    Args:
+        args: settings by name, and `config`, a TOML file; they precede LATENTRT_* variables, those the file.
+
+    Raises:
+        RequestError: a setting is out of range or unknown.
+    """
+    flags = {"ray": True, **args}
+    config = flags.pop("config", None)
+    return application(load_settings(flags, None if config is None else Path(config)))
+
+
+def application(settings: Settings) -> ray_serve.Application:
+    """The application that Ray runs.
+
+    Args:
+        settings: of every replica; paths in it are those of the replicas' machines.
+
+    Raises:
+        BackendError: the settings name a GPU by number; which one a replica has is Ray's to say.
+    """
+    values = settings.model_dump() | {"threads": _threads(settings)}
+
+    def build() -> FastAPI:  # runs in the replica
+        return _build(Settings(**values))
+
+    return ray_serve.deployment(ray_serve.ingress(build)(Replica), name=NAME, **_options(settings)).bind()
+
+
+def _options(settings: Settings) -> dict[str, Any]:
+    at_once = settings.lanes or LANES
+    return {
+        "ray_actor_options": _needs(settings),
+        "autoscaling_config": {
+            "min_replicas": settings.fewest_replicas,
+            "max_replicas": settings.most_replicas,
+            "target_ongoing_requests": max(1, at_once // 2),  # guidance takes two lanes: with more, pictures wait
+        },
+        "max_ongoing_requests": settings.queue + at_once + BESIDE,
+        "max_queued_requests": BEFORE * settings.queue,
+        "backpressure_config": {"status_code": 429, "retry_after_s": 1},
+        "graceful_shutdown_timeout_s": settings.drain_timeout,
+        "logging_config": {"enable_access_log": False},  # our own line says more
+    }
+
+
+def _needs(settings: Settings) -> dict[str, int]:
+    kind, _, number = (settings.device or "").partition(":")
+    if number:
+        raise BackendError(
+            f"the device is {settings.device!r}", "cuda, or cpu", "leave the number out: Ray gives each replica its GPU"
+        )
+    on_gpu = kind == "cuda" or settings.backend != "onnxruntime"
+    return {"num_gpus": 1, "num_cpus": 1} if on_gpu else {"num_cpus": _threads(settings)}
+
+
+def _threads(settings: Settings) -> int:
+    return settings.threads or max(1, (os.cpu_count() or 1) // settings.most_replicas)
+
+
+def _build(settings: Settings) -> FastAPI:
+    """The application of one replica, its engine loaded; the lifespan closes it."""
+    configure(settings)
+    warnings.simplefilter("ignore", PromptTruncatedWarning)
+    with ExitStack() as stack:
+        engine = stack.enter_context(loaded(settings))
+        catalog = Catalog(engine.spec, engine.schedule, settings, engine.profiles)
+        hangs = Hangs(settings.hang_timeout)
+        metrics = ReplicaMetrics(catalog.name, hangs)
+        service = stack.enter_context(started(engine, settings, metrics))
+        owned = stack.pop_all()
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        with owned:
+            hangs.watch(lambda: service.state == "failed")
+            while service.state == "starting":
+                await asyncio.sleep(_LOOK)
+            yield
+
+    served = create_app(service, catalog, metrics=metrics, lifespan=lifespan)
+    served.add_middleware(_IdOnce)
+    return served
+
+
+class _IdOnce:
+    """Leaves x-request-id out of answers: Ray sends the same one, and clients would read "id, id"."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def passed(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                del MutableHeaders(scope=message)["x-request-id"]
+            await send(message)
+
+        await self._app(scope, receive, passed)
+
+
+def serve(settings: Settings) -> int:
+    """Serve by Ray until a signal ends it: in a cluster of this machine alone, or in the one that RAY_ADDRESS names.
+
+    Returns:
+        The process' exit code.
+
+    Raises:
+        LatentrtError: the port is taken, or there are too few GPUs or cores for the fewest replicas.
+    """
+    configure(settings)
+    target = application(settings)
+    port = settings.port
+    with ExitStack() as stack:
+        stack.callback(ray.shutdown)
+        if "RAY_ADDRESS" in os.environ:
+            ray.init(log_to_driver=False)
+        else:
+            with listening(settings) as sock:  # a port that is taken is known before anything starts
+                port = sock.getsockname()[1]
+            ray.init("local", include_dashboard=False)
+            _refuse_if_too_small(settings)
+        ray_serve.start(http_options={"host": settings.host, "port": port})
+        stack.callback(ray_serve.delete, NAME)  # waits until the last bytes of answers are out
+        handle = _run(target)
+        announce(settings, settings.host, port)
+        _wait_for_signal(settings)
+        return 0 if _drained(handle, settings.drain_timeout) else UNDRAINED
+
+
+def _run(target: ray_serve.Application) -> Any:
+    try:
+        return ray_serve.run(target, name=NAME, route_prefix="/")
+    except RuntimeError as error:
+        raise BackendError(
+            f"the replicas did not start ({error})",
+            "replicas that do",
+            "mend what Ray says of them: above, or in logs/serve of its session",
+        ) from error
+
+
+def _refuse_if_too_small(settings: Settings) -> None:
+    there = ray.cluster_resources()
+    for name, each in (("GPU", "num_gpus"), ("CPU", "num_cpus")):
+        needed = settings.fewest_replicas * _needs(settings).get(each, 0)
+        if needed > there.get(name, 0):
+            raise BackendError(
+                f"this machine has {there.get(name, 0):g} {name}s",
+                f"{needed} for {settings.fewest_replicas} replicas",
+                "take fewer --replicas, or a cluster: set RAY_ADDRESS",
+            )
+
+
+def _wait_for_signal(settings: Settings) -> None:
+    """Until the first one; a second ends the process at once."""
+    seen: list[int] = []
+
+    def on_signal(number: int, _: object) -> None:
+        if seen:
+            os._exit(128 + number)
+        seen.append(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+    while not seen:
+        time.sleep(_LOOK)
+    logger().info("draining", signal=signal.Signals(seen[0]).name, seconds=settings.drain_timeout)
+
+
+def _drained(handle: Any, seconds: float) -> bool:
+    """Have every replica refuse and finish; whether all did in time."""
+    good = False
+    with suppress(TimeoutError):
+        answers = handle.broadcast("drain", seconds).results(timeout_s=seconds + _SCRAPE, return_exceptions=True)
+        good = all(answer is True for answer in answers)
+    if not good:
+        logger().error("not everything was finished in time", seconds=seconds)
+    return good

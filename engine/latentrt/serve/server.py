@@ -1,0 +1,229 @@
+"""The process: a model is loaded, a socket listens, signals drain it, and a hang ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import signal
+import socket
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+
+import uvicorn
+from fastapi import FastAPI
+
+from latentrt.engine import Engine
+from latentrt.errors import BackendError, PlanError, PromptTruncatedWarning
+from latentrt.serve.core import curve
+from latentrt.serve.core.service import Service
+from latentrt.serve.http.app import create_app
+from latentrt.serve.http.catalog import ENCODER, Catalog
+from latentrt.serve.http.connection import patient
+from latentrt.serve.process.config import Settings
+from latentrt.serve.process.logs import LATER, configure, logger
+from latentrt.serve.process.metrics import Metrics
+
+UNDRAINED, HUNG = 1, 70  # exit codes; 0 is a drain that lost nothing
+_LAST_ANSWERS = 5  # seconds for the last bytes of answers, after their pictures are done
+_IDLE = 75  # seconds that a connection is kept for a next request; longer than clients and proxies keep theirs
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def serve(settings: Settings) -> int:
+    """Serve until a signal ends it.
+
+    Returns:
+        The process' exit code.
+
+    Raises:
+        LatentrtError: the port is taken, or the bundle or backend cannot be used.
+    """
+    configure(settings)
+    warnings.simplefilter("ignore", PromptTruncatedWarning)  # its text is what somebody wrote
+    with listening(settings) as sock, loaded(settings) as engine:
+        catalog = Catalog(engine.spec, engine.schedule, settings, engine.profiles)
+        hangs = Hangs(settings.hang_timeout)
+        metrics = Metrics(catalog.name, hangs)
+        with started(engine, settings, metrics) as service:
+            app = create_app(service, catalog, metrics=metrics)
+            _quieten_gc()
+            return asyncio.run(run(app, service, settings, sock, hangs))
+
+
+def _quieten_gc() -> None:
+    """Otherwise each full collection looks at all that was imported, a tenth of a second for everybody, and a crowd of
+    requests makes for dozens of small ones. What survives a few of those is looked at soon, or it would be held for
+    hours.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 2, 2)
+
+
+@contextmanager
+def loaded(settings: Settings) -> Iterator[Engine]:
+    """The engine that the settings name, with every network that will be used: what is loaded later stalls others.
+
+    Raises:
+        LatentrtError: as of `Engine.load`.
+    """
+    with Engine.load(
+        settings.bundle,
+        backend=settings.backend,
+        device=settings.device,
+        precision=settings.precision,
+        plans=settings.plans,
+        threads=settings.threads,
+        lanes=settings.lanes,
+    ) as engine:
+        if settings.edits and ENCODER in engine.spec.graphs:
+            _load_encoder(engine)
+        yield engine
+
+
+def _load_encoder(engine: Engine) -> None:
+    try:
+        engine.network(ENCODER)
+    except PlanError as error:
+        raise PlanError(error.found, error.needed, f"{error.mend}; or serve with --no-edits") from error
+
+
+def started(engine: Engine, settings: Settings, metrics: Metrics) -> Service:
+    """The service of an engine, as the settings want it; a context manager that closes it."""
+    measured = curve.load(engine)
+    if measured is None:
+        logger().info("no curve was measured: every step may have all lanes", mend="latentrt bench BUNDLE --save")
+    return Service(
+        engine,
+        queue=settings.queue,
+        queue_timeout=settings.queue_timeout,
+        run_timeout=settings.run_timeout,
+        hang=settings.hang_timeout,
+        observer=metrics,
+        curve=measured,
+    )
+
+
+@contextmanager
+def listening(settings: Settings) -> Iterator[socket.socket]:
+    """A socket that is bound before anything is loaded, so that a port that is taken is known at once."""
+    with ExitStack() as stack:
+        try:
+            found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            family, kind, protocol, _, address = found[0]
+            sock = stack.enter_context(socket.socket(family, kind, protocol))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; connections inherit it
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1000 * settings.stall_timeout))
+            sock.bind(address)
+        except OSError as error:
+            raise BackendError(
+                f"{settings.host}:{settings.port} cannot be listened on ({error.strerror or error})",
+                "an address of this machine and a free port",
+                "change --host or --port",
+            ) from error
+        yield sock
+
+
+class Hangs:
+    """What happens when a step hangs: a thread cannot be ended, so if it does not come back the process is.
+
+    Args:
+        patience: seconds more that it gets.
+    """
+
+    def __init__(self, patience: float) -> None:
+        self._patience = patience
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._still: Callable[[], bool] = lambda: False
+
+    def watch(self, still: Callable[[], bool]) -> None:
+        """Begin, in the running event loop; `still` says whether it hangs."""
+        self._loop, self._still = asyncio.get_running_loop(), still
+
+    def __call__(self) -> None:
+        """It hangs; from any thread."""
+        if self._loop is not None:
+            with suppress(RuntimeError):  # the loop is closed: the process ends anyway
+                self._loop.call_soon_threadsafe(self._loop.call_later, self._patience, self._end)
+
+    def _end(self) -> None:
+        if self._still():
+            logger().critical("a step hangs; the process ends, so that another can take its place", exit_code=HUNG)
+            os._exit(HUNG)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, but signals are ours: its own way is to stop listening at once and to die of the signal in the end."""
+
+    def __init__(self, config: uvicorn.Config, started: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._tell = started
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._tell()
+
+
+async def run(app: FastAPI, service: Service, settings: Settings, sock: socket.socket, hangs: Hangs) -> int:
+    """Serve the application on a bound socket until it is drained; the exit code."""
+    server = _Server(
+        uvicorn.Config(
+            app,
+            http=patient(settings.body_timeout, settings.stall_timeout, app.state.door.at_once),
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,  # nothing asks who the client is
+            ws="none",
+            lifespan="on",
+            timeout_graceful_shutdown=_LAST_ANSWERS,
+            timeout_keep_alive=_IDLE,
+        ),
+        lambda: announce(settings, *sock.getsockname()[:2]),
+    )
+    hangs.watch(lambda: service.state == "failed")
+    drained = asyncio.get_running_loop().create_future()
+    loop, signals = asyncio.get_running_loop(), (signal.SIGTERM, signal.SIGINT)
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def drain() -> None:
+        service.drain()
+        good = await service.wait_drained(settings.drain_timeout)
+        if not good:
+            logger().error("not everything was finished in time", seconds=settings.drain_timeout)
+            loop.run_in_executor(None, service.close, 0.0)  # whoever still waits is told so
+        drained.set_result(good)
+        server.should_exit = True
+
+    def on_signal(number: signal.Signals) -> None:
+        if tasks:
+            logger().warning("a second signal: ending at once", signal=number.name)
+            os._exit(128 + number)
+        logger().info("draining", signal=number.name, seconds=settings.drain_timeout)
+        tasks.add(loop.create_task(drain()))
+
+    for number in signals:
+        loop.add_signal_handler(number, on_signal, number)
+    try:
+        await server.serve(sockets=[sock])
+    finally:
+        for number in signals:
+            loop.remove_signal_handler(number)
+    await asyncio.sleep(2 * LATER)  # the log's last lines
+    return 0 if not drained.done() or drained.result() else UNDRAINED
+
+
+def announce(settings: Settings, host: str, port: int) -> None:
+    """Say in the log where clients find the server, and whether everybody may use it."""
+    shown = f"[{host}]" if ":" in host else host
+    url = f"http://{shown}:{port}"
+    logger().info("serving", url=url, openai=f"{url}/v1", openapi=f"{url}/openapi.json", bundle=str(settings.bundle))
+    if settings.host not in _LOOPBACK and not settings.secrets():
+        logger().warning("anybody who reaches this address may draw: no keys are set", host=settings.host)

@@ -1,0 +1,86 @@
+"""The verbs of `latentrt` that need torch: export and verify, with what they show."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from latentrt.command.terminal import show, table_of
+from latentrt.errors import MissingDependencyError
+
+
+def run_export(
+    source: str, target: Path, *, revision: str | None, variant: str | None, overwrite: bool, as_json: bool
+) -> None:
+    """Export with a line for each part, and a summary at the end."""
+    _need_torch("export")
+    from rich.console import Console
+
+    from latentrt_export.to_bundle import export_bundle
+    from latentrt_export.verify.verify import golden_runs
+
+    console = Console(stderr=True, quiet=as_json)
+    with console.status("opening the checkpoint") as status:
+        summary = export_bundle(
+            source,
+            target,
+            revision=revision,
+            variant=variant,
+            overwrite=overwrite,
+            golden=golden_runs,
+            progress=lambda part, done, total: status.update(f"{part} ({done + 1} of {total})"),
+        )
+    if as_json:
+        print(json.dumps({**asdict(summary), "target": str(target)}))
+        return
+    table = table_of("network", "seconds", "nodes", "graph", "weights shared", "weights written")
+    for name, part in summary.networks.items():
+        sizes = (part.graph_bytes, part.shared_bytes, part.sidecar_bytes)
+        table.add_row(name, f"{part.seconds:.1f}", str(part.nodes), *(f"{size / 1e6:.2f} MB" for size in sizes))
+    show(table)
+    print(f"{target}: {summary.total_bytes / 1e6:.1f} MB")
+
+
+def run_verify(bundle: Path, against: str | Path, *, steps: int, as_json: bool) -> int:
+    """Show every check against a checkpoint (a folder or a hub id); 1 if any is beyond its bound, else 0."""
+    _need_torch("verify")
+    from rich.console import Console
+
+    from latentrt_export.verify.verify import Check, verify
+
+    console = Console(stderr=True, quiet=as_json)
+    checks: list[Check] = []
+    with console.status("measuring") as status:
+        for check in verify(bundle, against, steps=steps):
+            checks.append(check)
+            status.update(f"measured {check.depth}: {check.what}")
+    failed = sum(check.passed is False for check in checks)
+    if as_json:
+        print(json.dumps({"passed": not failed, "checks": [check.to_dict() for check in checks]}))
+        return int(failed > 0)
+    table = table_of("depth", "what", "measured", "value", "bound", "")
+    for check in checks:
+        bound = f"{'>=' if check.at_least else '<='} {check.bound:g}"
+        if check.value is None:
+            table.add_row(check.depth, check.what, check.note, "", "", "[yellow]not measured[/]")
+        else:
+            mark = "[green]ok[/]" if check.passed else "[red]beyond[/]"
+            table.add_row(check.depth, check.what, check.measure, f"{check.value:.3g}", bound, mark)
+    show(table)
+    measured = sum(check.value is not None for check in checks)
+    unserved = f", {len(checks) - measured} not measured" if measured < len(checks) else ""
+    print(f"{measured - failed} of {measured} within their bounds{unserved}")
+    return int(failed > 0)
+
+
+def _need_torch(verb: str) -> None:
+    try:
+        import diffusers  # noqa: F401
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"`latentrt {verb}` cannot import {error.name or error}",
+            "the extra `export`",
+            "pip install 'latentrt[export]'",
+        ) from error

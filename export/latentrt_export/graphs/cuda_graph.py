@@ -1,0 +1,84 @@
+"""A half graph as ONNX Runtime's CUDA provider runs it without help: only arithmetic on shapes is left to the CPU.
+
+A provider has kernels for certain versions of an operator. CUDA's has InstanceNormalization 6, which opset 22 made 22:
+in a graph of that opset or a later one every norm runs on the CPU, between two copies, and a stream with such
+copies cannot be captured as a CUDA graph. `tests/support/gpu/cuda_kernels.py` lists the versions that are registered.
+"""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+
+import numpy as np
+import onnx_ir as ir
+
+from latentrt_export.graphs.lower import Builder, check_attention, lower, number, replace
+
+OPSET = 21  # the last one with InstanceNormalization 6
+CONTRIB = "com.microsoft"  # ONNX Runtime's own operators
+WHOLE = (ir.DataType.INT32, ir.DataType.INT64)
+
+
+def cuda_path(path: str) -> str:
+    """Where the CUDA graph of the graph at `path` lies: unet/model.onnx, unet/model.cuda.onnx."""
+    return str(PurePosixPath(path).with_suffix(".cuda.onnx"))
+
+
+def for_cuda(model: ir.Model) -> None:
+    """Turn a half graph into the graph for ONNX Runtime's CUDA provider, in place; types stay as they are.
+
+    Opset 21 has no Attention. Where nothing is masked, MultiHeadAttention takes its place, with the same fused kernels
+    (https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MultiHeadAttention). A
+    masked one, of a text encoder's 77 tokens, becomes MatMul, Softmax, MatMul.
+
+    Args:
+        model: a half graph of a bundle, read with `onnx_ir.load`; a float32 one is rewritten alike.
+
+    Raises:
+        ExportError: the graph has an Attention with what export never writes (see `latentrt_export.graphs.lower`).
+    """
+    for node in list(model.graph):
+        if node.op_type == "Attention" and _is_plain(node):
+            _fuse(model.graph, node)
+            model.opset_imports[CONTRIB] = 1
+        elif node.op_type == "ArgMax" and _is_of_tokens(node):
+            replace(model.graph, node, _first_of_largest)
+    lower(model, OPSET)
+
+
+def _is_plain(node: ir.Node) -> bool:
+    """Whether MultiHeadAttention can say the same: three axes, no mask, the kernels' own softmax."""
+    check_attention(node)
+    masked = any(value is not None for value in node.inputs[3:]) or number(node, "is_causal", 0)
+    return not masked and not number(node, "softmax_precision", 0) and len(node.inputs[0].shape) == 3
+
+
+def _fuse(graph: ir.Graph, node: ir.Node) -> None:
+    attributes: dict[str, int | float] = {"num_heads": node.attributes["q_num_heads"].as_int()}
+    if scale := number(node, "scale", 0.0):
+        attributes["scale"] = scale
+    fused = ir.node("MultiHeadAttention", node.inputs[:3], attributes, domain=CONTRIB, name=node.name)
+    ir.convenience.replace_nodes_and_values(graph, node, [node], [fused], node.outputs[:1], fused.outputs)
+
+
+def _is_of_tokens(node: ir.Node) -> bool:
+    """Whether an ArgMax looks for the first of the largest whole numbers along the last axis, of known length."""
+    numbers = node.inputs[0]
+    first = not number(node, "select_last_index", 0) and number(node, "axis", 0) in (-1, len(numbers.shape) - 1)
+    return first and numbers.dtype in WHOLE and isinstance(numbers.shape[-1], int)
+
+
+def _first_of_largest(node: ir.Node, build: Builder) -> ir.Value:
+    """ArgMax of whole numbers, for which CUDA has no kernel: the smallest index at which the largest number stands.
+
+    With it a text encoder with pooled embeddings (SDXL's second) finds the end of the prompt.
+    """
+    numbers, axes, integer = node.inputs[0], build.whole(-1), ir.DataType.INT64
+    size = int(numbers.shape[-1])
+    largest = build("ReduceMax", numbers, axes, keepdims=1, name="largest")
+    found = build("Equal", numbers, largest, name="found", dtype=ir.DataType.BOOL)
+    places = build.constant(f"up_to_{size}", np.arange(size, dtype=np.int64))
+    beyond = build.constant(f"beyond_{size}", np.array(size, np.int64))
+    places = build("Where", found, places, beyond, name="places", dtype=integer)
+    keep = int(number(node, "keepdims", 1))
+    return build("ReduceMin", places, axes, keepdims=keep, name="first", dtype=integer)

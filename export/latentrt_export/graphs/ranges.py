@@ -1,0 +1,157 @@
+"""How large the numbers inside a network get, measured in float32: what float16 could not hold becomes an island.
+
+float16 ends at 65504, and a graph does not say how far it goes; some VAEs go beyond. So every network runs once, in
+float32, with the largest absolute value of each tensor as a further output.
+
+The runs are small (16 x 16 latents at most): a largest value grows with the number of values it is taken from, but
+slowly. The margin is for that, and for prompts that were not measured (docs/export.md has numbers).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from latentrt.bundle.bundle import Bundle
+from latentrt.bundle.manifest import GraphSpec, ModelSpec
+from latentrt.cuda.base import Gpu
+from latentrt.engine import Engine
+from latentrt.runtime.base import Arrays
+from latentrt.runtime.onnxruntime import load_onnxruntime
+from latentrt_export.graphs.half import LARGEST, constants, timing
+from latentrt_export.graphs.lower import SCORES, lower
+
+Ranges = Mapping[str, float]
+MARGIN = 4.0
+SIDE = 16  # of the latents at most
+STEPS = 4
+PROMPTS = ("a photograph of an astronaut riding a horse", "", "blurry, low quality")
+SUFFIX = ".largest"
+
+
+def measure_ranges(path: Path, feeds: Iterable[Arrays]) -> dict[str, float]:
+    """The largest absolute value of every float tensor that a float32 graph computes, over several runs.
+
+    Args:
+        path: a graph of a bundle, its weights beside it.
+        feeds: what each run is fed.
+
+    Returns:
+        By the tensor's name; an Attention's scores, which it keeps inside, by its output's name and `.scores`.
+    """
+    gauge = Gauge(path, {})
+    for arrays in feeds:
+        gauge(arrays)
+    return gauge.ranges
+
+
+def overflowing(model: ir.Model, ranges: Ranges, margin: float = MARGIN) -> tuple[str, ...]:
+    """The names of the nodes of a float32 graph that read or write what comes within `margin` of float16's end."""
+
+    def fits(node: ir.Node) -> bool:
+        names = [value.name for value in (*node.inputs, *node.outputs) if value is not None]
+        names += [f"{value.name}{SCORES}" for value in node.outputs]
+        return all(ranges.get(name, 0.0) <= LARGEST / margin for name in names)  # a NaN does not fit
+
+    return tuple(node.name for node in model.graph if not fits(node))
+
+
+def measure_networks(root: Path, spec: ModelSpec) -> dict[str, dict[str, float]]:
+    """The ranges of each network of a bundle in one small run: real prompts, denoising from noise, decoding, encoding.
+
+    The denoiser is the bundle's own, so the UNet sees every noise level and the VAE sees true latents.
+    """
+    gauges = Gauges()
+    latents = spec.latents
+    height, width = (min(side, SIDE) * latents.factor for side in (latents.height, latents.width))
+    settings = {"steps": STEPS, "guidance": 5.0, "negative_prompt": PROMPTS[2], "height": height, "width": width}
+    bundle = Bundle(root, spec, {})
+    with Engine(bundle, gauges, resident=False) as engine:
+        for prompt in PROMPTS:
+            engine.text_encoder.encode(prompt)
+        jobs = engine.requests(PROMPTS[:1], settings)
+        engine.run(jobs)
+        image = engine.vae.decode(jobs[0].latents[None])
+    if "vae_encoder" in spec.graphs:
+        gauges.load(bundle, "vae_encoder")({"image": image})
+    return gauges.ranges
+
+
+class Gauges:
+    """A backend, ONNX Runtime on the CPU, whose networks also note their ranges."""
+
+    name, device, precision = "onnxruntime", "cpu", "fp32"
+    gpu: Gpu | None = None
+    captures = False
+
+    def __init__(self) -> None:
+        self.ranges: dict[str, dict[str, float]] = {}
+
+    def load(self, bundle: Bundle, network: str) -> NetworkGauge:
+        """Load a network; what it measures goes on where an earlier load of it stopped."""
+        graph = bundle.spec.graph(network, self.precision)
+        return NetworkGauge(bundle.path(graph.path), self.ranges.setdefault(network, {}), graph)
+
+
+class Gauge:
+    """A float32 graph that notes the largest absolute value of each tensor it computes."""
+
+    def __init__(self, path: Path, ranges: dict[str, float]) -> None:
+        model = ir.load(path)
+        self._outputs = [str(value.name) for value in model.graph.outputs]
+        own = {value.name for node in model.graph for value in node.outputs}
+        lower(model)
+        _add_outputs(model.graph, own)
+        self._session = open_session(model, path.parent)
+        self.ranges = ranges
+
+    def __call__(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
+        """Run once; the result has the graph's own outputs."""
+        names = [output.name for output in self._session.get_outputs()]
+        results = dict(zip(names, self._session.run(names, dict(feeds)), strict=True))
+        for name in names[len(self._outputs) :]:
+            value, before = name.removesuffix(SUFFIX), results.pop(name)
+            self.ranges[value] = float(np.maximum(before, self.ranges.get(value, 0.0)))  # keeps a NaN
+        return results
+
+    def close(self) -> None:
+        """Drop the session, and with it its weights."""
+        self._session = None
+
+
+class NetworkGauge(Gauge):
+    """A gauge that is a network of a backend."""
+
+    def __init__(self, path: Path, ranges: dict[str, float], graph: GraphSpec) -> None:
+        super().__init__(path, ranges)
+        self.graph = graph
+
+
+def open_session(model: ir.Model, folder: Path) -> Any:
+    """An ONNX Runtime session on the CPU for a model in memory whose weights lie in `folder`."""
+    onnxruntime = load_onnxruntime()
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
+    data = ir.to_proto(model).SerializeToString()
+    return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+
+
+def _add_outputs(graph: ir.Graph, own: Collection[str | None]) -> None:
+    """Add the largest absolute value of what a half graph would compute in float16, and of the scores of Attention."""
+    skipped = {value for node in timing(graph) for value in node.outputs} | constants(graph)
+    for node in list(graph):
+        for value in node.outputs:
+            named = value.name in own or str(value.name).endswith(SCORES)
+            if named and value.dtype == ir.DataType.FLOAT and value not in skipped:
+                size = ir.node("Abs", [value])
+                largest = ir.node("ReduceMax", size.outputs, attributes={"keepdims": 0})
+                graph.extend((size, largest))
+                result = largest.outputs[0]
+                result.name, result.dtype, result.shape = f"{value.name}{SUFFIX}", value.dtype, ir.Shape(())
+                graph.outputs.append(result)

@@ -1,0 +1,157 @@
+"""Let a graph read its weights where they are: in the checkpoint's safetensors.
+
+A safetensors file is an 8-byte length, a JSON header and raw little-endian tensors; ONNX's external data is a file
+name, an offset and a length. So an initializer can point into the safetensors, and weights exist once.
+https://github.com/huggingface/safetensors#format, https://onnx.ai/onnx/repo-docs/ExternalData.html
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from latentrt_export.graphs.wrap import PREFIX
+
+DTYPES: Mapping[str, type[np.generic]] = {
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "BOOL": np.bool_,
+}
+INLINE = 16_384  # bytes: constants of the graph up to a causal mask of 77 x 77 stay in the graph
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Where a tensor lies: `length` bytes at `offset` of the file."""
+
+    path: Path
+    name: str
+    dtype: str
+    offset: int
+    length: int
+
+    def read(self) -> NDArray[np.generic]:
+        """The tensor, flat, mapped from the file."""
+        if self.length == 0:
+            return np.empty(0, DTYPES[self.dtype])
+        data = np.memmap(self.path, np.uint8, "r", self.offset, (self.length,))
+        return data.view(DTYPES[self.dtype])
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """Bytes that a graph reads from the checkpoint's safetensors, and from a sidecar of its own."""
+
+    shared: int
+    sidecar: int
+
+
+def share_weights(model: ir.Model, files: Sequence[Path], sidecar: Path) -> Shared:
+    """Point every weight of the graph at its bytes in `files`, which lie in the folder of the graph.
+
+    Weights stored in half precision are read through a Cast to float32, which a runtime folds when it loads the graph.
+    What is not in the files, and is no small constant, is written to `sidecar`, another safetensors.
+    """
+    store = Store(files)
+    found = {v: s for v in model.graph.initializers.values() if (s := store.find(v))}
+    shared = sum(s.length for s in set(found.values()))
+    rest = [v for v in model.graph.initializers.values() if v not in found and _size(v) > INLINE]
+    if rest:
+        save_file({_plain_name(v): np.ascontiguousarray(_array(v)) for v in rest}, sidecar)
+        own = {s.name: s for s in read_header(sidecar)}
+        found |= {v: own[_plain_name(v)] for v in rest}
+    casts = [cast for value, stored in found.items() if (cast := _point_at(model.graph, value, stored))]
+    model.graph.insert_before(model.graph[0], casts)
+    return Shared(shared, sidecar.stat().st_size if rest else 0)
+
+
+class Store:
+    """The tensors of some safetensors files, found by name or, where loading renamed them, by content."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._tensors = {stored.name: stored for path in files for stored in read_header(path)}
+        self._used: set[str] = set()
+
+    def find(self, value: ir.Value) -> Stored | None:
+        """The stored tensor that holds an initializer's numbers exactly; each is given to one initializer only."""
+        name = value.name or ""
+        if not name.startswith(PREFIX):
+            return None
+        array = _array(value).reshape(-1)
+        for stored in self._candidates(name.removeprefix(PREFIX)):
+            if stored.name not in self._used and _same(stored, array):
+                self._used.add(stored.name)
+                return stored
+        return None
+
+    def _candidates(self, name: str) -> Iterator[Stored]:
+        """The tensor of that name, then longer names (text_model.…), then all: the VAEs of 2022 have other names."""
+        if name in self._tensors:
+            yield self._tensors[name]
+        yield from (s for s in self._tensors.values() if s.name.endswith("." + name))
+        yield from self._tensors.values()
+
+
+def read_header(path: Path) -> list[Stored]:
+    """Every tensor of a safetensors file whose kind a graph can read."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header: dict[str, Any] = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    entries = [(name, e["dtype"], *e["data_offsets"]) for name, e in header.items() if e["dtype"] in DTYPES]
+    return [Stored(path, name, dtype, 8 + size + start, end - start) for name, dtype, start, end in entries]
+
+
+def _same(stored: Stored, array: NDArray[np.generic]) -> bool:
+    """Whether the stored tensor, widened to the array's kind, is the array, bit for bit."""
+    kind = np.dtype(DTYPES[stored.dtype])
+    if stored.length != array.size * kind.itemsize or kind.itemsize > array.dtype.itemsize:
+        return False
+    widened = stored.read().astype(array.dtype, copy=False)
+    return bool(np.array_equal(widened.view(np.uint8), array.view(np.uint8)))
+
+
+def _point_at(graph: ir.Graph, value: ir.Value, stored: Stored) -> ir.Node | None:
+    """Replace an initializer by one that points at `stored`; return the Cast it needs, if any."""
+    assert value.const_value is not None
+    want, have = value.const_value.dtype, ir.DataType.from_numpy(np.dtype(DTYPES[stored.dtype]))
+    shape = ir.Shape(value.const_value.shape)
+    tensor = ir.ExternalTensor(
+        stored.path.name, stored.offset, stored.length, have, shape=shape, name=stored.name, base_dir=stored.path.parent
+    )
+    pointer = ir.Value(name=stored.name, shape=shape, type=ir.TensorType(have), const_value=tensor)
+    cast = None if have == want else ir.node("Cast", [pointer], attributes={"to": want}, name=f"{stored.name}.cast")
+    replacement = pointer
+    if cast is not None:
+        replacement = cast.outputs[0]
+        replacement.name, replacement.shape, replacement.type = f"{stored.name}.float", shape, ir.TensorType(want)
+    ir.convenience.replace_all_uses_with(value, replacement)
+    del graph.initializers[str(value.name)]
+    graph.register_initializer(pointer)
+    return cast
+
+
+def _array(value: ir.Value) -> NDArray[np.generic]:
+    assert value.const_value is not None
+    array: NDArray[np.generic] = value.const_value.numpy()
+    return array
+
+
+def _size(value: ir.Value) -> int:
+    return _array(value).nbytes
+
+
+def _plain_name(value: ir.Value) -> str:
+    return str(value.name).removeprefix(PREFIX)

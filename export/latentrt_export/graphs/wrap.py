@@ -1,0 +1,206 @@
+"""The networks of a checkpoint as torch modules with flat tensor inputs and outputs.
+
+The names of inputs and outputs are the contract between a bundle's graphs and `latentrt.model.networks`.
+Everything is computed in float32: weights that are stored in half precision are widened when they are loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from latentrt.errors import ExportError
+
+Axes = Mapping[int, str]
+IMAGE_AXES: Axes = {0: "batch", 2: "height", 3: "width"}
+BATCH: Axes = {0: "batch"}
+# Tracing with a batch of 1 would make torch.export take the batch for a constant.
+TRACE_BATCH = 2
+# Every wrapper keeps its model in this attribute, so that parameter names are PREFIX + the name in the checkpoint.
+PREFIX = "model."
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """One input of a network: an example for tracing, and the names of its axes that may change."""
+
+    name: str
+    example: Tensor
+    axes: Axes
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """A module ready to be traced, with its inputs in call order and the names of its outputs.
+
+    `weights` is the folder of the checkpoint whose safetensors hold the parameters.
+    """
+
+    module: nn.Module
+    inputs: tuple[Input, ...]
+    outputs: tuple[str, ...]
+    weights: str
+
+
+class TextEncoder(nn.Module):
+    """CLIP's text model as StableDiffusionPipeline uses it: states after the final layer norm."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """input_ids (batch, tokens) int64 to text_states (batch, tokens, dim)."""
+        states: Tensor = self.model(input_ids).last_hidden_state
+        return states
+
+
+class PenultimateTextEncoder(nn.Module):
+    """CLIP's text model as StableDiffusionXLPipeline uses it: the states before the last layer.
+
+    A model with a projection also gives the projected, pooled text_embeds (batch, dim).
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
+        """input_ids (batch, tokens) int64 to text_states (batch, tokens, dim) and perhaps text_embeds."""
+        out = self.model(input_ids, output_hidden_states=True)
+        states = out.hidden_states[-2]
+        return (states, out.text_embeds) if isinstance(self.model, CLIPTextModelWithProjection) else (states,)
+
+
+class UNet(nn.Module):
+    """UNet2DConditionModel; SDXL's text_embeds (batch, d) and time_ids (batch, 6) are two more inputs."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        # diffusers gives upsamplers their output size only where a latent size is not divisible by 2**num_upsamplers,
+        # and tracing keeps one branch. Nothing is divisible by 2**62: the branch that is right for every size is kept.
+        model.num_upsamplers = 62
+        self.model = model
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        text_embeds: Tensor | None = None,
+        time_ids: Tensor | None = None,
+    ) -> Tensor:
+        """One evaluation: sample (batch, channels, height, width) to out of the same shape."""
+        added = None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
+        out: Tensor = self.model(sample, timestep, encoder_hidden_states, added_cond_kwargs=added).sample
+        return out
+
+
+class VaeDecoder(nn.Module):
+    """Unscaled latents (batch, channels, height, width) to an image (batch, 3, 8·height, 8·width) about -1..1."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, latents: Tensor) -> Tensor:
+        image: Tensor = self.model.decode(latents).sample
+        return image
+
+
+class VaeEncoder(nn.Module):
+    """An image (batch, 3, height, width) to the moments (batch, 2·channels, ...): mean, then log variance."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> Tensor:
+        moments: Tensor = self.model.encode(image).latent_dist.parameters
+        return moments
+
+
+def load_network(root: Path, name: str, *, family: str, tokens: int) -> Network:
+    """Load one network of the checkpoint at `root` in float32, on the CPU, ready for tracing.
+
+    Args:
+        root: a diffusers checkpoint whose weights are safetensors.
+        name: text_encoder, text_encoder_2, unet, vae_decoder or vae_encoder.
+        family: "sd" or "sdxl"; it decides which hidden states are the text states.
+        tokens: length of a text chunk (77).
+    """
+    network = _LOADERS[name](root, name, family, tokens)
+    network.module.eval().requires_grad_(False)
+    return network
+
+
+def _text_encoder(root: Path, name: str, family: str, tokens: int) -> Network:
+    pooled = family == "sdxl" and name == "text_encoder_2"
+    kind = CLIPTextModelWithProjection if pooled else CLIPTextModel
+    model = _load(kind, root / name)
+    module = PenultimateTextEncoder(model) if family == "sdxl" else TextEncoder(model)
+    ids = torch.arange(TRACE_BATCH * tokens).reshape(TRACE_BATCH, tokens) % model.config.vocab_size
+    outputs = ("text_states", "text_embeds") if pooled else ("text_states",)
+    return Network(module, (Input("input_ids", ids, BATCH),), outputs, name)
+
+
+def _unet(root: Path, name: str, family: str, tokens: int) -> Network:
+    model = _load(UNet2DConditionModel, root / "unet")
+    config = model.config
+    sizes = {
+        "sample": ((config.in_channels, 16, 24), IMAGE_AXES),
+        "timestep": ((), BATCH),
+        "encoder_hidden_states": ((tokens, config.cross_attention_dim), BATCH),
+    }
+    if family == "sdxl":
+        embeds = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        sizes |= {"text_embeds": ((embeds,), BATCH), "time_ids": ((6,), BATCH)}
+    return Network(UNet(model), _examples(sizes), ("out",), "unet")
+
+
+def _vae_decoder(root: Path, name: str, family: str, tokens: int) -> Network:
+    model = _load(AutoencoderKL, root / "vae")
+    inputs = _examples({"latents": ((model.config.latent_channels, 16, 24), IMAGE_AXES)})
+    return Network(VaeDecoder(model), inputs, ("image",), "vae")
+
+
+def _vae_encoder(root: Path, name: str, family: str, tokens: int) -> Network:
+    model = _load(AutoencoderKL, root / "vae")
+    inputs = _examples({"image": ((model.config.in_channels, 128, 192), IMAGE_AXES)})
+    return Network(VaeEncoder(model), inputs, ("moments",), "vae")
+
+
+_LOADERS: Mapping[str, Callable[[Path, str, str, int], Network]] = {
+    "text_encoder": _text_encoder,
+    "text_encoder_2": _text_encoder,
+    "unet": _unet,
+    "vae_decoder": _vae_decoder,
+    "vae_encoder": _vae_encoder,
+}
+
+
+def _examples(sizes: Mapping[str, tuple[tuple[int, ...], Axes]]) -> tuple[Input, ...]:
+    generator = torch.Generator().manual_seed(0)
+    return tuple(
+        Input(name, torch.rand(TRACE_BATCH, *shape, generator=generator), axes) for name, (shape, axes) in sizes.items()
+    )
+
+
+def _load(kind: Any, folder: Path) -> Any:
+    model, info = kind.from_pretrained(
+        folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
+    )
+    if missing := sorted(info["missing_keys"]):  # the libraries would fill them with random numbers
+        raise ExportError(
+            f"{folder.name} has no weights for {missing[0]} ({len(missing)} are missing)",
+            f"every weight of a {kind.__name__}",
+            "update diffusers and transformers: older ones do not know the names that newer ones write",
+        )
+    return model

@@ -1,0 +1,246 @@
+"""The verb `latentrt build`: estimates, progress and plans on the terminal, or as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from latentrt.bundle.bundle import Bundle
+from latentrt.command.terminal import show, table_of
+from latentrt.errors import MissingDependencyError, UntrustedPlanError
+from latentrt.runtime.tensorrt.plans import PlanStore
+from latentrt.runtime.tensorrt.record import REFITTABLE, STRIPPED, VERSION_COMPATIBLE, PlanRecord
+
+if TYPE_CHECKING:
+    from latentrt.cuda.base import Gpu
+    from latentrt.runtime.tensorrt.library import Library
+    from latentrt_export.plans.build_process import Progress
+    from latentrt_export.plans.plan_memory import Estimate
+    from latentrt_export.plans.plan_shapes import Shapes
+    from latentrt_export.plans.to_tensorrt import Absent, Built
+
+
+def run_build(
+    bundle: Path,
+    *,
+    lanes: str | None,
+    pictures: str | None,
+    size: str | None,
+    profiles: Sequence[str],
+    library: str,
+    device: str,
+    compute_capability: str | None,
+    plans: Path | None,
+    check: bool,
+    list_plans: bool,
+    remove: Sequence[str],
+    as_json: bool,
+    **how: Any,
+) -> int:
+    """Build plans, or say what there is to say of them; the exit code. See `latentrt build --help`."""
+    opened = Bundle.open(bundle)
+    store = PlanStore(opened, plans)
+    if list_plans or remove:
+        return _keep_house(store, remove, as_json)
+    _need_onnx()
+    from latentrt_export.plans.plan_shapes import shapes_of
+    from latentrt_export.plans.to_tensorrt import open_target
+
+    asked = {"lanes": lanes, "pictures": pictures, "size": size}
+    shapes = shapes_of(opened.spec, {name: text for name, text in asked.items() if text is not None}, profiles)
+    if check:
+        return _check(opened, library, how["precision"], how["networks"], shapes, as_json)
+    if not how["dry_run"]:
+        _refuse_strangers(store)
+    opened_library, gpu = open_target(library, device, compute_capability)
+    try:
+        return _build(opened, opened_library, gpu, shapes, plans, as_json=as_json, **how)
+    finally:
+        gpu.close()
+
+
+def _build(
+    bundle: Bundle,
+    library: Library,
+    gpu: Gpu | Absent,
+    shapes: Sequence[Shapes],
+    plans: Path | None,
+    *,
+    networks: Sequence[str],
+    precision: str,
+    workspace: float | None,
+    strip: bool,
+    refittable: bool,
+    version_compatible: bool,
+    rebuild: bool,
+    ignore_estimate: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> int:
+    from latentrt_export.plans.to_tensorrt import build_plans, estimates_of, free_memory, orders_of
+
+    flags = {STRIPPED: strip, REFITTABLE: refittable, VERSION_COMPATIBLE: version_compatible}
+    orders = orders_of(
+        bundle,
+        library,
+        gpu,
+        shapes,
+        precision=precision,
+        networks=networks,
+        options=[name for name, wanted in flags.items() if wanted],
+        workspace=None if workspace is None else int(workspace * 2**30),
+        plans=plans,
+    )
+    estimates = estimates_of(bundle, library, orders)
+    free = free_memory(gpu)
+    if not as_json:
+        _show_estimates(estimates, ["; ".join(map(str, order.key.profiles)) for order in orders], free)
+    gpu.close()  # its memory is for the process that builds
+    built: list[Built] = []
+    if not dry_run:
+        with _bars(quiet=as_json) as progress:
+            how = {"rebuild": rebuild, "ignore_estimate": ignore_estimate}
+            built = build_plans(bundle, orders, estimates, free=free, progress=progress, **how)
+    if as_json:
+        facts = {
+            "library": library.name,
+            "version": library.version,
+            "gpu": gpu.name,
+            "compute_capability": "{}.{}".format(*gpu.compute_capability),
+            "free": free,
+        }
+        plans_made = [{"seconds": each.seconds, "path": str(each.path), **_facts(each.record)} for each in built]
+        print(json.dumps({**facts, "estimates": [asdict(each) for each in estimates], "plans": plans_made}))
+    elif built:
+        _show_built(built)
+    return 0
+
+
+def _show_estimates(estimates: Sequence[Estimate], shapes: Sequence[str], free: int | None) -> None:
+    table = table_of("network", "shapes", "weights", "activations", "plan", "GPU", "host", "last build")
+    for each, profile in zip(estimates, shapes, strict=True):
+        sizes = (each.weights, each.activations, each.plan, each.device, each.host)
+        last = "" if each.seconds is None else f"{each.seconds:.0f} s"
+        table.add_row(each.network, profile, *map(_megabytes, sizes), last)
+    show(table)
+    here = "" if free is None else f" The GPU has {_megabytes(free)} free."
+    print(f"Estimates; GPU and host are what building one network takes.{here}")
+
+
+def _show_built(built: Sequence[Built]) -> None:
+    table = table_of("network", "plan", "size", "seconds")
+    for each in built:
+        seconds = f"{each.seconds:.1f}" if each.seconds else "there already"
+        table.add_row(each.record.key.network, each.record.name, _megabytes(each.record.bytes), seconds)
+    show(table)
+    print(built[0].path.parent)
+
+
+@contextmanager
+def _bars(*, quiet: bool) -> Iterator[Progress]:
+    """A bar for each network, on standard error, with what TensorRT does and the time that is left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.fields[doing]}"))
+    with Progress(*columns, console=Console(stderr=True, quiet=quiet)) as bars:
+        tasks: dict[str, Any] = {}
+
+        def progress(network: str, phase: str, share: float, left: float | None) -> None:
+            if network not in tasks:
+                for task in tasks.values():
+                    bars.update(task, completed=1.0, doing="")
+                tasks[network] = bars.add_task(network, total=1.0, doing="")
+            ahead = "" if left is None else f", about {left:.0f} s left"
+            bars.update(tasks[network], completed=share, doing=f"{phase}{ahead}")
+
+        yield progress
+        for task in tasks.values():
+            bars.update(task, completed=1.0, doing="")
+
+
+def _check(
+    bundle: Bundle, name: str, precision: str, networks: Sequence[str], shapes: Sequence[Shapes], as_json: bool
+) -> int:
+    """Show what the parser refuses; 1 if it refuses anything."""
+    from rich.markup import escape
+
+    from latentrt.runtime.tensorrt.library import open_library
+    from latentrt_export.plans.capability import capability
+    from latentrt_export.plans.plan_shapes import profiles_of
+
+    library = open_library(name)
+    found = [
+        capability(bundle, library, network, precision, profiles_of(bundle.spec, network, shapes))
+        for network in networks or bundle.spec.graphs
+    ]
+    if as_json:
+        print(json.dumps({"library": name, "version": library.version, "networks": [each.to_dict() for each in found]}))
+    else:
+        table = table_of("network", "nodes", "opset", "refused")
+        for each in found:
+            table.add_row(each.network, str(each.nodes), str(each.opset), str(len(each.refused)))
+            for node in each.refused:
+                table.add_row("", "", "", escape(f"{node.operator} {node.node}: {node.why}"))
+        show(table)
+    return int(any(each.refused for each in found))
+
+
+def _keep_house(store: PlanStore, remove: Sequence[str], as_json: bool) -> int:
+    """List the plans that are there, after those to be removed are gone."""
+    for name in remove:
+        store.remove(name)
+    records, refused = store.survey()
+    if as_json:
+        others = [{"name": name, "found": error.found} for name, error in refused.items()]
+        print(json.dumps({"plans": [_facts(record) for record in records], "refused": others}))
+        return 0
+    table = table_of("plan", "size", "precision", "built for", "shapes")
+    table.columns[0].overflow = "fold"  # --remove wants it whole
+    for record in records:
+        key = record.key
+        device = " ".join(
+            filter(None, (key.gpu, f"SM {key.compute_capability}", key.library, key.version, *key.options))
+        )
+        shapes = "; or ".join(map(str, key.profiles))
+        table.add_row(record.name, _megabytes(record.bytes), key.precision, device, shapes)
+    for name, error in refused.items():
+        table.add_row(name, "", "", "not sealed here" if isinstance(error, UntrustedPlanError) else error.found, "")
+    show(table)
+    return 0
+
+
+def _refuse_strangers(store: PlanStore) -> None:
+    """Build beside no plan that may not be loaded: an engine would refuse the whole network for it.
+
+    Raises:
+        UntrustedPlanError: there are such plans; the command removes them all.
+    """
+    _, refused = store.survey()
+    if refused:
+        first, *others = refused.values()
+        more = f"; so with {len(others)} more" if others else ""
+        mend = f"{store.command} {' '.join(f'--remove {name}' for name in refused)}; then build again"
+        raise UntrustedPlanError(f"{first.found}{more}", first.needed, mend)
+
+
+def _facts(record: PlanRecord) -> dict[str, Any]:
+    return {"name": record.name, "bytes": record.bytes, "key": asdict(record.key), "made": dict(record.made)}
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.0f} MB"
+
+
+def _need_onnx() -> None:
+    try:
+        import onnx  # noqa: F401
+        import onnx_ir  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"`latentrt build` cannot import {error.name}", "the extra `build`", "pip install 'latentrt[build]'"
+        ) from error

@@ -1,0 +1,132 @@
+"""Which shapes plans serve: from what a user asks for (lanes, pictures, pixels) to the profiles of every network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from latentrt.bundle.manifest import LatentSpec, ModelSpec
+from latentrt.errors import PlanError, RequestError
+from latentrt.runtime.tensorrt.record import Profile, Range
+
+MOST = 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    """What one profile is to serve, as (least, best, most): lanes of the UNet, pictures of the VAE, pixels."""
+
+    lanes: Range
+    pictures: Range
+    height: Range
+    width: Range
+
+
+def shapes_of(spec: ModelSpec, settings: Mapping[str, str], profiles: Sequence[str] = ()) -> tuple[Shapes, ...]:
+    """The shapes that a user asked for.
+
+    Args:
+        spec: the model; its own size is the default.
+        settings: "lanes", "pictures" and "size" as typed: one value ("2", "512x512"), or least:best:most. What is
+            missing is two lanes (one guided picture), one picture, and the model's own size: fixed shapes, which make
+            the fastest plans.
+        profiles: further settings for each of several profiles, as "lanes=2,size=512x512".
+
+    Raises:
+        RequestError: a setting is unknown or not a range.
+        PlanError: the model has no latents of such a size.
+    """
+    latents = spec.latents
+    own = Shapes((2,) * 3, (1,) * 3, (latents.height * latents.factor,) * 3, (latents.width * latents.factor,) * 3)
+    base = _with(own, settings, latents)
+    return tuple(_with(base, _pairs(text), latents) for text in profiles) or (base,)
+
+
+def profiles_of(spec: ModelSpec, network: str, asked: Sequence[Shapes]) -> tuple[Profile, ...]:
+    """A network's profiles, each once: the ranges of its graph's symbolic dimensions.
+
+    Text encoders have two for each of `asked`: one prompt, and as many as the lanes, for a picture in one launch.
+
+    Raises:
+        PlanError: its graph has a symbolic dimension that nothing is known of.
+    """
+    names = [side for tensor in spec.graphs[network].inputs for side in tensor.shape if isinstance(side, str)]
+    found: list[Profile] = []
+    for ranges in (ranges for shapes in asked for ranges in _ranges(spec, network, shapes)):
+        if unknown := sorted(set(names) - set(ranges)):
+            raise PlanError(
+                f"the {network} has the dimensions {', '.join(unknown)}",
+                f"{', '.join(ranges)} alone",
+                "export it again",
+            )
+        profile = Profile({name: ranges[name] for name in dict.fromkeys(names)})
+        if profile not in found:
+            found.append(profile)
+    return tuple(found)
+
+
+def _ranges(spec: ModelSpec, network: str, shapes: Shapes) -> list[dict[str, Range]]:
+    if network in spec.text_encoders:
+        batches = [(1, 1, 1), shapes.lanes]
+    else:
+        batches = [shapes.lanes if network == "unet" else shapes.pictures]
+    factor = 1 if network == "vae_encoder" else spec.latents.factor  # it reads pixels, the others latents
+    height, width = (_divided(side, factor) for side in (shapes.height, shapes.width))
+    return [{"batch": batch, "height": height, "width": width} for batch in batches]
+
+
+def _divided(side: Range, factor: int) -> Range:
+    least, best, most = (pixels // factor for pixels in side)
+    return least, best, most
+
+
+def _pairs(text: str) -> dict[str, str]:
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    if any(not value for _, _, value in pairs) or len({name for name, _, _ in pairs}) < len(pairs):
+        raise RequestError(
+            f"--profile is {text!r}", "settings, each once, as in lanes=2,size=512x512", "change --profile"
+        )
+    return {name.strip(): value for name, _, value in pairs}
+
+
+def _with(shapes: Shapes, settings: Mapping[str, str], latents: LatentSpec) -> Shapes:
+    known = ("lanes", "pictures", "size")
+    for name, text in settings.items():
+        if name not in known:
+            raise RequestError(f"a profile has the setting {name!r}", f"one of {', '.join(known)}", "change --profile")
+        parts = text.split(":")
+        if len(parts) not in (1, 3):
+            raise RequestError(f"{name} is {text!r}", "one value, or least:best:most", f"change {name}")
+        if name == "size":
+            sides = [_size(part, latents.factor) for part in parts]
+            shapes = replace(
+                shapes, height=_range(name, [h for _, h in sides]), width=_range(name, [w for w, _ in sides])
+            )
+        else:
+            shapes = replace(shapes, **{name: _range(name, [_whole(name, part) for part in parts])})
+    return shapes
+
+
+def _range(name: str, values: Sequence[int]) -> Range:
+    least, best, most = values if len(values) == 3 else 3 * tuple(values)
+    if not least <= best <= most:
+        raise RequestError(f"{name} is {least}:{best}:{most}", "least:best:most in rising order", f"change {name}")
+    return least, best, most
+
+
+def _size(text: str, factor: int) -> tuple[int, int]:
+    """Width and height in pixels; one number is both."""
+    width, _, height = text.lower().partition("x")
+    sides = _whole("size", width), _whole("size", height or width)
+    for pixels in sides:
+        if pixels % factor:
+            raise PlanError(
+                f"size has {pixels} pixels", f"a multiple of {factor}, for latents have a whole size", "change size"
+            )
+    return sides
+
+
+def _whole(name: str, text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and 1 <= len(text) < 6 and 0 < int(text) <= MOST):
+        raise RequestError(f"{name} has {text!r}", f"a whole number from 1 to {MOST}", f"change {name}")
+    return int(text)

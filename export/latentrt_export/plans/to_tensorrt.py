@@ -1,0 +1,251 @@
+"""`latentrt build`: a bundle's graphs become TensorRT plans for one device, one network after another.
+
+A plan is in its place as soon as it is built, so a build that was stopped or killed goes on where it ended.
+
+Polygraphy would do part of this. It is not used here: it chooses between TensorRT and TensorRT-RTX once for a process,
+finds weights beside a graph in a file alone, where ours is changed in memory, and always makes a timing cache, for
+which RTX wants a GPU. The tests ask it for a second opinion.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import onnx_ir as ir
+
+from latentrt.bundle.bundle import Bundle
+from latentrt.cuda.base import Gpu
+from latentrt.errors import BackendError, PlanError, UntrustedPlanError
+from latentrt.runtime.tensorrt.library import Library, open_library, wanted_key
+from latentrt.runtime.tensorrt.plans import PlanStore
+from latentrt.runtime.tensorrt.record import REFITTABLE, STRIPPED, PlanKey, PlanRecord
+from latentrt_export.plans.build_process import Progress, build_in_child
+from latentrt_export.plans.plan_builder import Order
+from latentrt_export.plans.plan_graph import load_graph, weights_of
+from latentrt_export.plans.plan_memory import Estimate, check_room, estimate
+from latentrt_export.plans.plan_shapes import Shapes, profiles_of
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A plan that is in its place; `seconds` is what it took now, 0 where it was there already."""
+
+    record: PlanRecord
+    path: Path
+    seconds: float
+
+
+@dataclass(slots=True)
+class Absent:
+    """GPUs of a compute capability, for which TensorRT-RTX builds without one; any of them, with any driver."""
+
+    compute_capability: tuple[int, int]
+    name: str = ""
+    driver: str = ""
+
+    def close(self) -> None:
+        """As of a `Gpu`."""
+
+
+def open_target(name: str, device: str, compute_capability: str | None) -> tuple[Library, Gpu | Absent]:
+    """The library, and the GPU that plans are built for.
+
+    Args:
+        name: "tensorrt" or "tensorrt-rtx".
+        device: "cuda" or "cuda:1".
+        compute_capability: as "8.9", of GPUs that need not be here (TensorRT-RTX alone); None for the GPU at hand.
+
+    Raises:
+        MissingDependencyError: the library, or cuda-bindings, is not installed.
+        BackendError: there is no GPU, or the library cannot build for what was asked.
+    """
+    library = open_library(name)
+    if not library.builds:
+        raise BackendError(f"{name} only runs plans", "tensorrt or tensorrt-rtx", "pass another --library")
+    if compute_capability is not None:
+        return library, _absent(library, compute_capability)
+    from latentrt.cuda.gpu import Cuda
+
+    try:
+        return library, Cuda(device)
+    except BackendError as error:
+        mend = "without a GPU: --library tensorrt-rtx --compute-capability 8.9"
+        raise BackendError(error.found, error.needed, f"{error.mend}; or {mend}") from error
+
+
+def _absent(library: Library, compute_capability: str) -> Absent:
+    if not library.rtx:
+        raise BackendError(
+            f"{library.name} was asked to build for compute capability {compute_capability}",
+            "the GPU itself, on which it measures",
+            "build there; or: --library tensorrt-rtx",
+        )
+    known = library.compute_capabilities
+    if compute_capability not in known:
+        raise BackendError(
+            f"{library.name} {library.version} was asked for compute capability {compute_capability}",
+            f"one of {', '.join(known)}",
+            "pass another --compute-capability, or use tensorrt on that GPU",
+        )
+    major, _, minor = compute_capability.partition(".")
+    return Absent((int(major), int(minor)))
+
+
+def orders_of(
+    bundle: Bundle,
+    library: Library,
+    gpu: Gpu | Absent,
+    shapes: Sequence[Shapes],
+    *,
+    precision: str = "fp16",
+    networks: Sequence[str] = (),
+    options: Sequence[str] = (),
+    workspace: int | None = None,
+    plans: Path | None = None,
+) -> list[Order]:
+    """What there is to build, in the order of an image's way.
+
+    Args:
+        shapes: one optimization profile each.
+        networks: names; all of the bundle's by default.
+        options: of `PlanKey`.
+        workspace: bytes.
+        plans: the folder for them; the bundle's own by default.
+
+    Raises:
+        BundleError: the bundle has no such network, or none in that precision.
+        BackendError: the library cannot build such plans without a GPU.
+        PlanError: it cannot build such plans at all.
+    """
+    if isinstance(gpu, Absent) and {STRIPPED, REFITTABLE} & set(options):
+        raise BackendError(
+            f"{library.name} was asked for a plan that is {' and '.join(options)}, without a GPU",
+            "a GPU: weights that are set later are laid out there",
+            "build on the device, or leave --strip and --refittable out",
+        )
+    library.option_flags(options)  # raises what this version cannot do
+    folder = PlanStore(bundle, plans).folder
+    orders = []
+    for name in dict.fromkeys(networks or bundle.spec.graphs):
+        key = wanted_key(bundle, name, precision, library, gpu)
+        key = replace(key, options=tuple(sorted(options)), profiles=profiles_of(bundle.spec, name, shapes))
+        if library.rtx:  # it compiles kernels where the plan runs
+            key = replace(key, gpu="", driver="")
+        device = "" if isinstance(gpu, Absent) else f"cuda:{gpu.ordinal}"
+        orders.append(Order(key, bundle.root, folder, device, workspace))
+    return orders
+
+
+def estimates_of(bundle: Bundle, library: Library, orders: Sequence[Order]) -> list[Estimate]:
+    """What each plan will take, told from its graph.
+
+    Raises:
+        PlanError: a graph is damaged.
+        UntrustedPlanError: the secret that seals plans cannot be used.
+    """
+    found = []
+    for order in orders:
+        graph = bundle.spec.graph(order.key.network, order.key.precision)
+        model = load_graph(bundle, graph, order.key.profiles, library.opset)
+        weights = weights_of(model, graph).values()
+        found.append(estimate(order.key, ir.to_proto(model), weights, _seconds_before(bundle, order)))
+    return found
+
+
+def _seconds_before(bundle: Bundle, order: Order) -> float | None:
+    """What the last plan of this network took with this library."""
+    records, _ = PlanStore(bundle, order.plans).survey()  # an estimate needs no trust in what else lies there
+    wanted = order.key.network, order.key.library
+    times = [record.made.get("seconds") for record in records if (record.key.network, record.key.library) == wanted]
+    return times[-1] if times else None
+
+
+def free_memory(gpu: Gpu | Absent) -> int | None:
+    """Bytes of the GPU that are free; None where it is not here."""
+    return None if isinstance(gpu, Absent) else gpu.memory()[0]
+
+
+def build_plans(
+    bundle: Bundle,
+    orders: Sequence[Order],
+    estimates: Sequence[Estimate],
+    *,
+    free: int | None = None,
+    progress: Progress = lambda network, phase, share, left: None,
+    rebuild: bool = False,
+    ignore_estimate: bool = False,
+) -> list[Built]:
+    """Build what is not built yet. Whatever stops it, the plans that were built stay.
+
+    Args:
+        estimates: of the orders; what was measured is recorded beside them.
+        free: free bytes of the GPU's memory, None where it is not here.
+        progress: an exception that it raises ends the build.
+        rebuild: build what is there, too.
+        ignore_estimate: build also where memory or disk seem too small.
+
+    Raises:
+        DeviceMemoryError: there is too little memory; nothing has been begun then.
+        PlanError: a plan cannot be built or written, or another build is at work in that folder.
+        UntrustedPlanError: a record that lies there is not ours.
+    """
+    if not orders:
+        return []
+    with _alone(orders[0].plans):
+        store = PlanStore(bundle, orders[0].plans)
+        store.sweep()
+        there = {order.key.digest: record for order in orders if not rebuild and (record := _built(store, order.key))}
+        waiting = [each for order, each in zip(orders, estimates, strict=True) if order.key.digest not in there]
+        if not ignore_estimate:
+            check_room(waiting, store.folder, free, orders[0].key.compute_capability)
+        found = []
+        for order, each in zip(orders, estimates, strict=True):
+            start, record = time.monotonic(), there.get(order.key.digest)
+            if record is None:
+                record = build_in_child(replace(order, made={"estimate": asdict(each)}), each.seconds, progress)
+                seconds = time.monotonic() - start
+            else:
+                seconds = 0.0
+            found.append(Built(record, store.path(record), seconds))
+        return found
+
+
+def _built(store: PlanStore, key: PlanKey) -> PlanRecord | None:
+    """The record of exactly this plan, where it is there and whole."""
+    record = next((record for record in store.records(key.network) if record.key == key), None)
+    try:
+        if record is not None:
+            store.read(record)
+    except UntrustedPlanError:  # its bytes are not those that were built: it is built again
+        return None
+    return record
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Be the only build that works in a folder of plans."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise PlanError(f"{folder} cannot be made ({error})", "a folder for plans", "pass another --plans") from error
+    try:
+        _lock(handle, folder)
+        yield
+    finally:
+        os.close(handle)  # and with it the lock, as when the process is killed
+
+
+def _lock(handle: int, folder: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise PlanError(
+            f"another build is at work in {folder}", "one build at a time", "wait for it, or pass another --plans"
+        ) from error

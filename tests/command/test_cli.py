@@ -1,0 +1,393 @@
+"""The command as a user types it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from latentrt import read_settings
+from latentrt.command import doctor
+from latentrt.command import main as cli
+from latentrt.cuda.driver import Driver
+from latentrt.engine import request_from
+from latentrt.errors import RequestError
+from latentrt.request import Request
+from tests.support.gpu import fake_tensorrt
+from tests.support.gpu.fake_tensorrt import FakeTensorRt
+from tests.support.gpu.host_gpu import HostDriver, HostGpu
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Run `latentrt ...` in this process, in an empty folder; gives (exit code, standard output, standard error)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["latentrt", *arguments])
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(exit.value.code or 0), captured.out, captured.err
+
+    return run
+
+
+def refused(run: Run, *arguments: str) -> str:
+    """The error text of a call that must fail, leaving nothing behind."""
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert not list(Path().iterdir())
+    for part in ("error: ", "needed: ", "to mend it: "):
+        assert part in err
+    return err
+
+
+def test_generate_writes_a_picture_that_knows_its_settings(run: Run) -> None:
+    code, out, _ = run("generate", "a red apple", "--steps", "2", "--seed", "7", "--solver", "dpmpp-2m")
+    assert (code, out.split()) == (0, ["a-red-apple-7.png"])
+    made = read_settings("a-red-apple-7.png")
+    assert (made["prompt"], made["steps"], made["seed"], made["solver"]) == ("a red apple", 2, 7, "dpmpp-2m")
+    with Image.open("a-red-apple-7.png") as image:
+        assert image.size == (128, 128)
+
+
+def test_generate_many_with_a_grid_and_previews(run: Run) -> None:
+    arguments = ["generate", "a cat", "an owl", "--steps", "4", "--count", "2", "--preview-every", "2", "-f", "webp"]
+    code, out, _ = run(*arguments, "-o", "pictures/{index}", "--grid", "grid.png")
+    assert code == 0
+    assert out.split() == [f"pictures/{i}.webp" for i in range(4)] + ["grid.png"]
+    previews = sorted(path.name for path in Path("pictures").glob("0-*"))
+    assert previews == [f"0-{row}-{kind}.webp" for row in ("002", "004") for kind in ("current", "predicted")]
+    with Image.open("grid.png") as grid:
+        assert grid.width > 2 * 128
+
+
+def test_generate_on_a_picture(run: Run) -> None:
+    """A photograph that lies on its side, then a part of what came out."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (50, 70), "orange").save("photo.jpg", exif=exif)
+    code, out, _ = run("generate", "a cat", "--image", "photo.jpg", "--strength", "0.5", "--steps", "4", "-o", "cat")
+    assert (code, out.split()) == (0, ["cat.png"])
+    assert read_settings("cat.png")["strength"] == 0.5
+    Image.new("L", (64, 48), "white").save("mask.png")
+    code, out, _ = run("generate", "a", "--image", "cat.png", "--mask", "mask.png", "--steps", "2", "--json")
+    (made,) = json.loads(out)["pictures"]
+    assert (made["width"], made["height"], made["strength"]) == (64, 48, 1.0)
+    with Image.open(made["path"]) as image:
+        assert "Denoising strength: 1.0" in image.info["parameters"]
+
+
+def test_generate_on_a_picture_that_is_not_there(run: Run) -> None:
+    for option in ("--image", "--mask"):
+        assert "gone.png cannot be read" in refused(run, "generate", "a", option, "gone.png")
+    assert "there is no picture" in refused(run, "generate", "a", "--strength", "0.5")
+
+
+def test_generate_speaks_json(run: Run) -> None:
+    code, out, err = run("generate", "a cat", "--steps", "1", "--json", "--option", "eta=0.5", "-o", "x.jpg")
+    answer = json.loads(out)
+    (made,) = answer["pictures"]
+    assert (code, err, answer["grid"], answer["previews"]) == (0, "", None, [])
+    assert (made["path"], made["eta"], made["prompt"]) == ("x.jpg", 0.5, "a cat")
+
+
+def test_json_names_every_file(run: Run) -> None:
+    arguments = ["generate", "a cat", "--steps", "2", "--count", "2", "--preview-every", "2", "-o", "p/{index}.png"]
+    code, out, _ = run(*arguments, "--grid", "sheets/grid.png", "--json")
+    answer = json.loads(out)
+    named = [*(made["path"] for made in answer["pictures"]), answer["grid"], *answer["previews"]]
+    assert code == 0
+    assert sorted(named) == sorted(str(path) for path in Path().rglob("*.png"))
+    assert len(named) == 2 + 1 + 4
+
+
+def test_more_pictures_than_lanes(run: Run) -> None:
+    code, out, _ = run("generate", "a cat", "--steps", "1", "--count", "5", "--lanes", "4", "--grid", "g.png")
+    assert code == 0
+    assert out.split() == [*(f"a-cat-{seed}.png" for seed in range(5)), "g.png"]
+    assert [read_settings(f"a-cat-{seed}.png")["seed"] for seed in range(5)] == list(range(5))
+
+
+def test_a_negative_prompt_without_guidance_is_told(run: Run) -> None:
+    code, _, err = run("generate", "a", "--negative", "b", "--guidance", "1", "--steps", "1", "--json")
+    assert (code, err) == (0, "note: --negative has no effect with a --guidance of 1 or less\n")
+
+
+def test_a_long_prompt_says_what_was_dropped(run: Run) -> None:
+    code, _, err = run("generate", "cat " * 100 + "walrus", "--steps", "1", "-o", "x")
+    assert code == 0
+    assert "does not read" in err
+    assert "walrus" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["a", "--solver", "dpmp-2m"], "dpmpp-2m"),
+        (["a", "--steps", "0"], "steps is 0"),
+        (["a", "--guidance", "nan"], "guidance is nan"),
+        (["a", "--guidance", "inf"], "guidance is inf"),
+        (["a", "--size", "100x128"], "width is 100"),
+        (["a", "--size", "big"], "--size has 'big'"),
+        (["a", "--format", "gif"], "--format is 'gif'"),
+        (["a", "--option", "eta"], "--option is 'eta'"),
+        (["a", "--option", "etta=1"], "'etta' is not an option"),
+        (["a", "--count", "2", "-o", "x.png"], "2 pictures would go to x.png"),
+        (["a", "-o", "{sead}.png"], "unknown field"),
+        (["a", "--bundle", "nowhere"], "no folder nowhere"),
+        (["a", "--backend", "magic"], "no backend 'magic'"),
+        (["a", "--device", "cuda"], "CUDAExecutionProvider"),
+        (["a", "--backend", "fake"], "onnxruntime"),
+        (["bad \udcff bytes"], "UTF-8"),
+        (["a", "--size", "²x8"], "--size has '²'"),
+        (["a", "-o", "x.gif"], "--output ends in .gif"),
+        (["a", "-o", "x.TIFF"], "--output ends in .TIFF"),
+        (["a", "--grid", "x.bmp"], "--grid is x.bmp"),
+        (["a", "--grid", "x"], "--grid is x"),
+        (["a", "-o", "x.png", "--grid", "./x.png"], "would go to x.png"),
+        (["a", "-o", "y/../x.png", "--grid", "x.png"], "would go to x.png"),
+        (["a", "-o", "x.png", "--preview-every", "1", "--grid", "x-001-current.png"], "would go to x-001-current.png"),
+        (["a", "-o", "/dev/null/x.png"], "not a folder"),
+        (["a", "-o", "/dev/null/{seed}/x.png"], "not a folder"),
+        (["a", "--grid", "/dev/null/x.png"], "not a folder"),
+        (["a", "-o", "/proc/x.png"], "cannot be written"),
+        (["a", "-o", "x" * 300], "longer than 255 bytes"),
+        (["a", "-o", "new/{sead}.png"], "unknown field"),
+        (["a", "-o", "new/x.png", "--steps", "0", "--grid", "other/x.png"], "steps is 0"),
+        (["a", "--option", "num_inference_steps=5"], "did you mean steps?"),
+        (["a", "--option", "scheduler=ddim"], "did you mean solver?"),
+        (["a", "--option", "prompt=b"], "'prompt' is not an option"),
+        (["a", "--option", "use_karras_sigmas=yes", "--solver", "euler"], "use_karras_sigmas = 'yes'"),
+        (["a", "--seed", str(2**64 - 1), "--count", "2"], "last picture's seed"),
+    ],
+    ids=lambda value: " ".join(value[1:]) if isinstance(value, list) else "",
+)
+def test_bad_input_is_refused_and_leaves_nothing(run: Run, arguments: list[str], words: str) -> None:
+    assert words in refused(run, "generate", *arguments)
+
+
+def test_errors_as_json(run: Run) -> None:
+    code, out, _ = run("generate", "a", "--steps", "0", "--json")
+    error = json.loads(out)["error"]
+    assert code == 2
+    assert error["type"] == "RequestError"
+    assert error["found"] == "steps is 0"
+
+
+def test_output_is_checked_before_the_model_is_loaded(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("latentrt.engine.Engine.load", None)
+    for arguments in (["-o", "x.gif"], ["-o", "/dev/null/x.png"], ["--grid", "x.gif"], ["--grid", "/dev/null/x.png"]):
+        assert "to mend it" in refused(run, "generate", "a", *arguments)
+
+
+def test_nothing_is_drawn_for_a_name_that_is_taken_by_a_folder(run: Run) -> None:
+    Path("x.png").mkdir()
+    code, _, err = run("generate", "a", "-o", "x.png")
+    assert code == 2
+    assert "it is a folder" in err
+
+
+def test_a_full_disk_leaves_nothing_half_written(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Path, data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert "No space left" in refused(run, "generate", "a", "--steps", "1", "-o", "x.png")
+
+
+@pytest.mark.parametrize(("trouble", "expected"), [(KeyboardInterrupt(), 130), (RuntimeError("a bug"), 70)])
+def test_what_was_drawn_is_kept(
+    run: Run, monkeypatch: pytest.MonkeyPatch, trouble: BaseException, expected: int
+) -> None:
+    from latentrt.images.image import save
+
+    def save_two(image: Image.Image, path: Path, **settings: Any) -> Path:
+        if path.name == "2.png":
+            raise trouble
+        return save(image, path, **settings)
+
+    monkeypatch.setattr("latentrt.images.image.save", save_two)
+    arguments = ["--steps", "1", "--count", "4", "--lanes", "2", "-o", "{index}.png"]
+    code, out, err = run("generate", "a", *arguments)
+    assert (code, out) == (expected, "")
+    assert ("interrupted" if expected == 130 else "RuntimeError: a bug") in err
+    assert sorted(path.name for path in Path().iterdir()) == ["0.png", "1.png"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "a", "--lanes", "0"],
+        ["generate", "a", "--preview-every", "-3"],
+        ["generate", "a", "--threads", "0"],
+        ["generate"],
+        ["generate", "a", "--nonsense"],
+        ["bench", "--repeats", "0"],
+        ["bench", "--steps", "0"],
+        ["verify", "--steps", "0"],
+        ["nonsense"],
+    ],
+    ids=" ".join,
+)
+def test_bad_usage(run: Run, arguments: list[str]) -> None:
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert "Usage: latentrt" in err
+    assert "Error: " in err
+    code, out, err = run(*arguments, "--json")
+    assert (code, err) == (2, "")
+    assert json.loads(out)["error"]["found"]
+
+
+def test_verify_takes_a_hub_id(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr("latentrt_export.cli.run_verify", lambda bundle, against, **_: seen.append(against) or 1)
+    assert run("verify", "--against", "owner/model")[0] == 1
+    assert run("verify", "folder")[0] == 1
+    assert seen == ["owner/model", "folder"]
+
+
+@pytest.mark.parametrize(
+    ("error", "named"),
+    [(ModuleNotFoundError("gone", name="diffusers"), "diffusers"), (ImportError("libx.so: no such file"), "libx.so")],
+)
+def test_what_cannot_be_imported_is_named(
+    run: Run, monkeypatch: pytest.MonkeyPatch, error: ImportError, named: str
+) -> None:
+    """Libraries raise ImportError without a module's name, too."""
+    true_import = __import__
+
+    def broken(name: str, *arguments: Any, **options: Any) -> Any:
+        if name == "diffusers":
+            raise error
+        return true_import(name, *arguments, **options)
+
+    monkeypatch.setattr("builtins.__import__", broken)
+    code, _, err = run("export", "preset:sd15-small", "out")
+    assert code == 2
+    assert f"cannot import {named}" in err
+
+
+def test_inspect_and_solvers(run: Run) -> None:
+    code, out, _ = run("inspect")
+    assert code == 0
+    assert "unet" in out
+    assert "DDIMScheduler" in out
+    code, out, _ = run("inspect", "--json")
+    assert json.loads(out)["model"]["family"] == "sd"
+    code, out, _ = run("solvers", "--json")
+    assert json.loads(out)["ddim"]["scheduler"] == "DDIMScheduler"
+    code, out, _ = run("solvers")
+    assert "UniPCMultistepScheduler" in out
+
+
+def test_bench_reports_each_batch(run: Run) -> None:
+    code, out, _ = run("bench", "--steps", "2", "--batches", "1,2", "--repeats", "1", "--json")
+    results = json.loads(out)
+    assert code == 0
+    assert [row["batch"] for row in results["batches"]] == [1, 2]
+    assert all(0 <= row["host_percent"] <= 100 for row in results["batches"])
+    code, out, _ = run("bench", "--steps", "1", "--batches", "1", "--repeats", "1")
+    assert "images/s" in out
+    for batches in ("1,x", "0", "", "1,,2"):
+        assert "--batches" in refused(run, "bench", "--batches", batches)
+
+
+def test_doctor_finds_what_is_here(run: Run) -> None:
+    code, out, _ = run("doctor", "--json")
+    findings: dict[str, dict[str, Any]] = {finding["what"]: finding for finding in json.loads(out)}
+    assert code == 0
+    assert findings["the embedded model"]["good"]
+    assert all(finding["good"] or finding["mend"] for finding in findings.values())
+    code, out, _ = run("doctor")
+    assert "the embedded model" in out
+
+
+def test_doctor_fails_where_nothing_can_be_drawn(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    code, out, _ = run("doctor", "--json")
+    findings = {finding["what"]: finding for finding in json.loads(out)}
+    assert code == 1
+    assert not findings["pictures on the CPU (onnxruntime)"]["good"]
+
+
+def test_doctor_opens_the_gpu_and_says_what_its_driver_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("latentrt.cuda.gpu.Cuda", HostGpu)
+    assert doctor._cuda().found == "Host GPU, compute capability 9.0, CUDA 13.0; the kernels are loaded"
+    monkeypatch.setattr("latentrt.cuda.gpu.Cuda", lambda: Driver(HostDriver(version=11080)))
+    finding = doctor._cuda()
+    assert not finding.good
+    assert "CUDA 11.8" in finding.found
+    assert "580" in finding.mend
+
+
+def test_doctor_starts_tensorrt_and_says_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeTensorRt()
+    monkeypatch.setattr(doctor, "open_library", lambda name: fake.library)
+    assert doctor._tensorrt("tensorrt").good
+
+    def failing(logger: Any) -> Any:
+        logger.log(fake_tensorrt.Severity.ERROR, "CUDA initialization failure with error: 35")
+
+    fake.Runtime = failing  # type: ignore[method-assign]
+    finding = doctor._tensorrt("tensorrt")
+    assert not finding.good
+    assert "error: 35" in finding.found
+    assert "tensorrt-cu12" in finding.mend
+
+
+@pytest.mark.parametrize("trouble", [OSError("no such program"), subprocess.TimeoutExpired("nvidia-smi", 30)])
+def test_doctor_outlives_a_driver_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, trouble: Exception) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise trouble
+
+    monkeypatch.setattr("ctypes.util.find_library", lambda name: name)
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    monkeypatch.setattr("subprocess.run", fail)
+    finding = doctor._gpu()
+    assert not finding.good
+    assert "does not answer" in finding.found
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("num_inference_steps", "steps"),
+        ("guidance_scale", "guidance"),
+        ("num_images_per_prompt", "count"),
+        ("scheduler", "solver"),
+        ("sampler", "solver"),
+        ("negative", "negative_prompt"),
+        ("etaa", "eta"),
+        ("use_karras_sigma", "use_karras_sigmas"),
+    ],
+)
+def test_names_of_other_tools_are_told_ours(typed: str, meant: str) -> None:
+    with pytest.raises(RequestError, match=f"'{typed}' is not an option.*did you mean {meant}"):
+        request_from("a", {typed: 1})
+
+
+@pytest.mark.parametrize("name", ["prompt", "options", "schedule", "self", "zzzzz"])
+def test_what_is_no_option_is_refused(name: str) -> None:
+    with pytest.raises(RequestError, match=f"'{name}' is not an option"):
+        request_from("a", {name: 1})
+
+
+def test_settings_are_the_requests_or_the_solvers() -> None:
+    request = request_from("a", {"steps": 3, "eta": 0.5, "use_karras_sigmas": True})
+    assert request == Request(prompt="a", steps=3, options={"eta": 0.5, "use_karras_sigmas": True})
+
+
+def test_version_and_help() -> None:
+    answer = subprocess.run([sys.executable, "-m", "latentrt", "--version"], capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == "0.1.0"

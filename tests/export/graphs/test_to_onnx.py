@@ -1,0 +1,183 @@
+"""The graphs: compared with the networks of diffusers and transformers, and where their weights are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.numpy import load_file, save_file
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from latentrt.bundle.bundle import Bundle
+from latentrt.bundle.manifest import GraphSpec
+from latentrt.model.tokenizer import Tokenizer
+from latentrt_export.graphs import passes
+from latentrt_export.graphs.to_onnx import quiet, trace
+from latentrt_export.graphs.weights import share_weights
+from latentrt_export.graphs.wrap import load_network
+from tests.support.models import texts
+
+Arrays = dict[str, np.ndarray]
+BUNDLES = ("sd", "sd2", "sdxl", "emoji")
+# (batch, height, width) of the latents; odd sizes need upsamplers that look at the skip connections.
+SIZES = ((1, 16, 16), (3, 13, 10))
+# Greatest absolute difference to torch in float32; measured 7.0e-6 (the embedded VAE decoder) over all of them.
+BOUND = 2e-5
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+def test_graphs_give_what_torch_gives(exported: Callable[[str], tuple[Path, Path]], name: str) -> None:
+    _, root = exported(name)
+    spec = Bundle.open(root).spec
+    for network, graph in spec.graphs.items():
+        session = _session(root / graph.path)
+        torch_network = _torch_network(root, network, spec.family)
+        for size in SIZES:
+            feeds = _feeds(root, graph, network, size, spec.latents.factor)
+            with torch.no_grad():
+                wanted = torch_network({k: torch.from_numpy(v) for k, v in feeds.items()})
+            got = session.run(None, feeds)
+            assert [o.name for o in session.get_outputs()] == list(wanted)
+            for array, tensor in zip(got, wanted.values(), strict=True):
+                assert array.dtype == np.float32
+                np.testing.assert_allclose(array, tensor.numpy(), rtol=0, atol=BOUND, err_msg=f"{network} {size}")
+
+
+def _session(path: Path) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def _torch_network(root: Path, name: str, family: str) -> Callable[[Mapping[str, torch.Tensor]], dict[str, Any]]:
+    """The network as its own library loads and calls it; `latentrt_export.graphs.wrap` has no part in it."""
+    load = {"dtype": torch.float32, "use_safetensors": True}
+    with quiet():
+        if name.startswith("text_encoder"):
+            kind = CLIPTextModelWithProjection if name.endswith("_2") else CLIPTextModel
+            text = kind.from_pretrained(root / name, **load).eval()
+            return lambda x: _text_states(text, x["input_ids"], family)
+        if name == "unet":
+            unet = UNet2DConditionModel.from_pretrained(root / "unet", torch_dtype=torch.float32).eval()
+            return lambda x: {"out": _noise(unet, x)}
+        vae = AutoencoderKL.from_pretrained(root / "vae", torch_dtype=torch.float32).eval()
+    if name == "vae_decoder":
+        return lambda x: {"image": vae.decode(x["latents"]).sample}
+    return lambda x: {"moments": vae.encode(x["image"]).latent_dist.parameters}
+
+
+def _text_states(model: Any, ids: torch.Tensor, family: str) -> dict[str, torch.Tensor]:
+    out = model(ids, output_hidden_states=True)
+    if family == "sd":
+        return {"text_states": out.last_hidden_state}
+    states = {"text_states": out.hidden_states[-2]}
+    return states | {"text_embeds": out.text_embeds} if hasattr(out, "text_embeds") else states
+
+
+def _noise(unet: Any, x: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    added = {k: x[k] for k in ("text_embeds", "time_ids") if k in x}
+    return unet(x["sample"], x["timestep"], x["encoder_hidden_states"], added_cond_kwargs=added).sample
+
+
+def _feeds(root: Path, graph: GraphSpec, network: str, size: tuple[int, int, int], factor: int) -> Arrays:
+    rng = np.random.default_rng(0)
+    if network.startswith("text_encoder"):
+        tokenizer = Tokenizer.open(root / network.replace("text_encoder", "tokenizer"))
+        prompts = ["a cat on a dog", "", "can " * 90]
+        return {"input_ids": np.stack([tokenizer.encode(p).ids for p in prompts[: size[0]]])}
+    scale = factor if network == "vae_encoder" else 1
+    sizes = {"batch": size[0], "height": size[1] * scale, "width": size[2] * scale}
+    shapes = {t.name: [sizes[d] if isinstance(d, str) else d for d in t.shape] for t in graph.inputs}
+    ranges, feeds = {"timestep": 999.0, "time_ids": 1024.0}, {}
+    for name, shape in shapes.items():
+        if name in ranges:
+            feeds[name] = rng.uniform(0, ranges[name], shape).astype(np.float32)
+        elif name == "encoder_hidden_states":
+            feeds[name] = texts.states(shape, rng)
+        else:
+            feeds[name] = rng.standard_normal(shape, np.float32)
+    return feeds
+
+
+def test_names_and_free_axes_are_the_engines_contract(exported: Callable[[str], tuple[Path, Path]]) -> None:
+    spec = Bundle.open(exported("sdxl")[1]).spec
+    inputs = {name: {t.name: t.shape for t in graph.inputs} for name, graph in spec.graphs.items()}
+    image = ("batch", 4, "height", "width")
+    assert inputs == {
+        "text_encoder": {"input_ids": ("batch", 77)},
+        "text_encoder_2": {"input_ids": ("batch", 77)},
+        "unet": {
+            "sample": image,
+            "timestep": ("batch",),
+            "encoder_hidden_states": ("batch", 77, 80),
+            "text_embeds": ("batch", 24),
+            "time_ids": ("batch", 6),
+        },
+        "vae_decoder": {"latents": image},
+        "vae_encoder": {"image": ("batch", 3, "height", "width")},
+    }
+    outputs = {name: [t.name for t in graph.outputs] for name, graph in spec.graphs.items()}
+    assert outputs == {
+        "text_encoder": ["text_states"],
+        "text_encoder_2": ["text_states", "text_embeds"],
+        "unet": ["out"],
+        "vae_decoder": ["image"],
+        "vae_encoder": ["moments"],
+    }
+    assert spec.graphs["unet"].outputs[0].shape == image
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+def test_every_weight_is_read_from_the_safetensors(exported: Callable[[str], tuple[Path, Path]], name: str) -> None:
+    """Whatever the names (2022's in sd), the file (shards in sd2) and the type (half precision in sd2 and emoji)."""
+    _, root = exported(name)
+    assert not list(root.rglob("*.extra.safetensors"))
+    half = name in ("sd2", "emoji")
+    for graph in Bundle.open(root).spec.graphs.values():
+        model = onnx.load(root / graph.path, load_external_data=False)
+        pointers = [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+        inside = [t for t in model.graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL]
+        assert max(len(t.raw_data) for t in inside) <= 77 * 77  # the causal mask
+        assert {t.data_type for t in pointers} == {onnx.TensorProto.FLOAT16 if half else onnx.TensorProto.FLOAT}
+        assert len(pointers) >= 18  # of a text encoder of two layers, whose last SDXL does not use
+        for tensor in pointers:
+            location = next(e.value for e in tensor.external_data if e.key == "location")
+            assert location.endswith(".safetensors")
+            assert "/" not in location
+
+
+def test_a_weight_that_matches_nothing_goes_to_a_sidecar(
+    exported: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    source, bundle = exported("sd")
+    weights = tmp_path / "model.safetensors"
+    tensors = load_file(source / "text_encoder" / "model.safetensors")
+    changed = "text_model.embeddings.token_embedding.weight"
+    save_file(tensors | {changed: tensors[changed] + 1}, weights)
+    with quiet():
+        model = trace(load_network(source, "text_encoder", family="sd", tokens=77))
+        passes.clean(model)
+    shared = share_weights(model, [weights], tmp_path / "model.extra.safetensors")
+    ir.save(model, tmp_path / "model.onnx")
+    size = tensors[changed].nbytes
+    assert list(load_file(tmp_path / "model.extra.safetensors")) == [changed.removeprefix("text_model.")]
+    assert size < shared.sidecar < size + 200
+    assert shared.shared == sum(t.nbytes for t in tensors.values()) - size
+    feeds = {"input_ids": np.arange(77, dtype=np.int64)[None]}
+    for array, wanted in zip(
+        _session(tmp_path / "model.onnx").run(None, feeds),
+        _session(bundle / "text_encoder" / "model.onnx").run(None, feeds),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(array, wanted)

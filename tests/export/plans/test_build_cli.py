@@ -1,0 +1,179 @@
+"""`latentrt build` as a user types it, with TensorRT-RTX ahead of time."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from latentrt.command import main as cli
+
+pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has wheels for Linux on x86-64, and Windows")
+Run = Callable[..., tuple[int, str, str]]
+AHEAD = ("build", "--library", "tensorrt-rtx", "--compute-capability", "8.9", "--plans", "plans")
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Run `latentrt ...` in this process, in an empty folder; gives (exit code, standard output, standard error)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LATENTRT_SEAL", str(tmp_path / "seal.key"))
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["latentrt", *arguments])
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(exit.value.code or 0), captured.out, captured.err
+
+    return run
+
+
+def told(run: Run, *arguments: str) -> dict[str, Any]:
+    """What a call prints as JSON, and nothing else."""
+    code, out, _ = run(*arguments, "--json")
+    assert code == 0, out
+    answer: dict[str, Any] = json.loads(out)
+    return answer
+
+
+def refused(run: Run, *arguments: str) -> str:
+    """The error text of a call that must fail, leaving nothing behind."""
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert not list(Path().iterdir())
+    for part in ("error: ", "needed: ", "to mend it: "):
+        assert part in err
+    return err
+
+
+def test_a_dry_run_estimates_and_builds_nothing(run: Run) -> None:
+    answer = told(run, *AHEAD, "--dry-run", "--lanes", "2:8:16")
+    assert answer["plans"] == []
+    assert [each["network"] for each in answer["estimates"]] == ["text_encoder", "unet", "vae_decoder", "vae_encoder"]
+    assert (answer["library"], answer["compute_capability"], answer["gpu"]) == ("tensorrt-rtx", "8.9", "")
+    code, out, _ = run(*AHEAD, "--dry-run")
+    assert code == 0
+    assert "batch 2, height 16, width 16" in out
+    assert not list(Path().iterdir())
+
+
+def test_build_list_and_remove(run: Run) -> None:
+    code, out, err = run(*AHEAD, "--network", "text_encoder", "--network", "vae_encoder")
+    assert code == 0
+    assert "text_encoder" in err  # its bar
+    assert "Internal" not in out + err
+    code, out, _ = run(*AHEAD, "--network", "text_encoder")
+    assert "there already" in out
+    listed = told(run, "build", "--plans", "plans", "--list")["plans"]
+    assert [plan["key"]["network"] for plan in listed] == ["text_encoder", "vae_encoder"]
+    code, out, _ = run("build", "--plans", "plans", "--list")
+    assert listed[0]["name"] in out
+    assert [
+        plan["name"] for plan in told(run, "build", "--plans", "plans", "--remove", listed[0]["name"])["plans"]
+    ] == [listed[1]["name"]]
+    assert sorted(path.suffix for path in Path("plans").iterdir()) == [".json", ".plan"]
+    code, _, err = run("build", "--plans", "plans", "--remove", listed[0]["name"])
+    assert code == 2
+    assert "--plans plans --list" in err
+
+
+def test_plans_from_elsewhere_are_listed_and_removed_but_never_built_beside(run: Run) -> None:
+    Path("plans").mkdir()
+    foreign, junk = f"unet-{'0' * 16}", f"vae_decoder-{'1' * 16}"
+    Path(f"plans/{foreign}.json").write_text('{"seal": "00", "sha256": "../x"}')
+    Path(f"plans/{foreign}-{'a' * 16}.plan").write_bytes(b"native code")
+    Path(f"plans/{junk}.json").write_text("junk")
+    code, out, _ = run("build", "--plans", "plans", "--list")
+    assert code == 0
+    assert out.count("not sealed here") == 2
+    assert [each["name"] for each in told(run, "build", "--plans", "plans", "--list")["refused"]] == [foreign, junk]
+    assert len(told(run, *AHEAD, "--dry-run")["estimates"]) == 4
+    code, _, err = run(*AHEAD, "--network", "text_encoder")
+    assert code == 2
+    assert "so with 1 more" in err
+    command = err.rpartition("to mend it: latentrt ")[2].partition(";")[0].split()
+    assert command[-4:] == ["--remove", foreign, "--remove", junk]
+    assert told(run, *command) == {"plans": [], "refused": []}
+    assert not list(Path("plans").iterdir())
+    code, _, _ = run(*AHEAD, "--network", "text_encoder")
+    assert code == 0
+
+
+def test_check_lists_what_the_parser_refuses(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, out, _ = run(*AHEAD, "--check")
+    assert code == 0
+    assert "unet" in out
+    monkeypatch.setattr("latentrt_export.plans.capability.load_graph", odd)
+    code, out, _ = run(*AHEAD, "--check", "--network", "unet")
+    assert code == 1
+    assert "Unique first" in out
+    answer = json.loads(run(*AHEAD, "--check", "--network", "unet", "--json")[1])
+    assert [node["operator"] for node in answer["networks"][0]["refused"]] == ["Unique"]
+
+
+def odd(*_: Any) -> Any:
+    """A graph with a node that TensorRT does not know."""
+    import onnx_ir as ir
+    from onnx import TensorProto, helper
+
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [4])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [None])
+    graph = helper.make_graph([helper.make_node("Unique", ["x"], ["y"], name="first")], "odd", [x], [y])
+    return ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--size", "510"], "510 pixels"),
+        (["--lanes", "9:2"], "lanes is '9:2'"),
+        (["--profile", "lanes"], "--profile is 'lanes'"),
+        (["--network", "refiner"], "refiner"),
+        (["--compute-capability", "9.0"], "7.5, 8.0, 8.6, 8.9, 12.0"),
+        (["--library", "tensorrt-lean"], "tensorrt_lean cannot be imported"),
+        (["--library", "cudnn"], "'cudnn'"),
+        (["--library", "tensorrt"], "pip install 'latentrt[tensorrt]'"),
+        (["--strip"], "without a GPU"),
+        (["--refittable"], "without a GPU"),
+        (["--version-compatible"], "--version-compatible"),
+    ],
+)
+def test_what_cannot_be_built_is_refused(run: Run, arguments: list[str], words: str) -> None:
+    assert words in refused(run, *AHEAD, *arguments)
+
+
+def test_without_a_gpu_the_error_names_the_way_out(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from latentrt.cuda import gpu as cuda
+    from latentrt.errors import BackendError
+
+    def none(device: str) -> None:
+        raise BackendError("there is no driver", "one", "latentrt doctor")
+
+    monkeypatch.setattr(cuda, "Cuda", none)
+    assert "--compute-capability 8.9" in refused(run, "build", "--library", "tensorrt-rtx")
+
+
+def test_a_folder_that_cannot_be_written_to(run: Run) -> None:
+    Path("plans").write_text("a file")
+    code, _, err = run(*AHEAD, "--network", "text_encoder")
+    assert code == 2
+    assert "plans" in err
+
+
+def test_a_killed_build_goes_on_where_it_ended(run: Run, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "latentrt", *AHEAD, "--network", "text_encoder", "--network", "unet"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as building:
+        while not list(Path("plans").glob("text_encoder-*.json")) and building.poll() is None:
+            time.sleep(0.05)
+        building.send_signal(signal.SIGKILL)
+    answer = told(run, *AHEAD, "--network", "text_encoder")
+    assert answer["plans"][0]["seconds"] == 0

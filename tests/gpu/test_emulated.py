@@ -1,0 +1,36 @@
+"""The tests of tests/gpu are themselves tested here: on the emulated device, with a fake TensorRT, small."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+ONLY_HARDWARE = "tests/gpu/test_cuda_gpu.py"  # its arithmetic is tested by test_kernels and test_cuda
+
+
+COMMAND = (sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpu", "-p", "no:cacheprovider", "-ra")
+HEAVY = ("torch", "diffusers", "transformers", "onnxscript", "matplotlib")
+
+
+def run(*words: str, **env: str) -> list[str]:
+    """Run the tests on the emulated device; the lines of those that were skipped."""
+    environment = {**os.environ, "LATENTRT_EMULATED_GPU": "1", "OMP_NUM_THREADS": "1", **env}
+    done = subprocess.run([*COMMAND, *words], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+    return re.findall(r"^SKIPPED.*", done.stdout, re.MULTILINE)
+
+
+def test_the_gpu_tests_pass_on_the_emulated_device() -> None:
+    skipped = run(f"--ignore={ONLY_HARDWARE}")
+    assert all("only plans are refitted" in line for line in skipped), skipped
+
+
+def test_the_gpu_tests_need_no_torch(tmp_path: Path) -> None:
+    """A GPU's machine may lack all that other tests need; what is compared with diffusers' own is skipped then."""
+    (tmp_path / "blocked.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({HEAVY!r}))\n")
+    skipped = run("-p", "blocked", "-k", "onnxruntime-fp16", PYTHONPATH=str(tmp_path))
+    assert all("only plans are refitted" in line or "could not import 'torch'" in line for line in skipped), skipped

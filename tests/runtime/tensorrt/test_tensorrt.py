@@ -1,0 +1,235 @@
+"""The TensorRT backend over a fake TensorRT and an emulated GPU: all but TensorRT's own kernels is the real thing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from latentrt import Engine
+from latentrt.bundle.bundle import Bundle
+from latentrt.errors import BundleError, NetworkError, PlanError, UntrustedPlanError
+from latentrt.runtime.base import DeviceNetwork
+from latentrt.runtime.onnxruntime import OrtBackend
+from latentrt.runtime.tensorrt.backend import SHAPES_KEPT, TensorRtBackend, TensorRtNetwork
+from latentrt.runtime.tensorrt.record import VERSION_COMPATIBLE, Profile, Range
+from latentrt_export.plans.plan_shapes import profiles_of, shapes_of
+from tests.support.gpu.fake_tensorrt import FakeTensorRt, put_plan
+from tests.support.gpu.host_gpu import HostGpu
+from tests.support.models import small_bundle
+from tests.support.models.small_bundle import BIG, SQUARE, WIDE, expected, feeds, load, rounded_once
+
+secret, bundle, gpu, fake = small_bundle.secret, small_bundle.bundle, small_bundle.gpu, small_bundle.fake
+network, arrays = small_bundle.network, small_bundle.arrays
+
+
+# Calls
+
+
+def test_a_call_is_what_the_graph_computes(network: TensorRtNetwork, bundle: Bundle) -> None:
+    fed = feeds()
+    out = network(fed)["out"]
+    np.testing.assert_array_equal(out, OrtBackend(threads=1).load(bundle, "unet")(fed)["out"])
+    np.testing.assert_array_equal(out, expected(fed))
+
+
+def test_the_embedded_unet_runs_as_on_onnx_runtime(gpu: HostGpu, fake: FakeTensorRt, tmp_path: Path) -> None:
+    bundle = Bundle.open(check_hashes=False)
+    put_plan(bundle, "unet", fake, gpu, {"batch": (2,) * 3, "height": (16,) * 3, "width": (16,) * 3}, folder=tmp_path)
+    network = TensorRtBackend(gpu, fake.library, precision="fp32", plans=tmp_path).load(bundle, "unet")
+    random = np.random.default_rng(0)
+    fed = {
+        "sample": random.standard_normal((2, *bundle.spec.latents.shape_of(128, 128)), np.float32),
+        "timestep": np.array([999, 1], np.float32),
+        "encoder_hidden_states": random.standard_normal((2, 77, 192), np.float32),
+    }
+    wanted = OrtBackend(threads=1).load(bundle, "unet")(fed)["out"]
+    np.testing.assert_allclose(network(fed)["out"], wanted, atol=1e-6)
+    network.close()
+
+
+def test_half_precision_uses_the_half_graph(bundle: Bundle, fake: FakeTensorRt, gpu: HostGpu) -> None:
+    put_plan(bundle, "unet", fake, gpu, WIDE, precision="fp16")
+    with pytest.raises(PlanError, match=r"built for graph \w{12}, precision fp16"):
+        load(bundle, fake, gpu)
+    network = load(bundle, fake, gpu, precision="fp16")
+    for fed in rounded_once("float16"):
+        out = network(fed)["out"]
+        assert out.dtype == np.float16
+        np.testing.assert_array_equal(out, expected(fed))
+    network.close()
+
+
+def test_a_network_that_the_bundle_lacks_is_named(bundle: Bundle, fake: FakeTensorRt, gpu: HostGpu) -> None:
+    with pytest.raises(BundleError, match="no text_encoder in fp16"):
+        load(bundle, fake, gpu, "text_encoder", "fp16")
+
+
+def test_repeated_calls_allocate_nothing(network: TensorRtNetwork, gpu: HostGpu) -> None:
+    first = network(feeds())
+    gpu.host.calls.clear()
+    for seed in range(3):
+        np.testing.assert_array_equal(network(feeds(seed=seed))["out"], expected(feeds(seed=seed)))
+    assert "cuMemAlloc" not in gpu.host.calls
+    np.testing.assert_array_equal(first["out"], expected(feeds()))
+
+
+def test_memory_is_kept_for_the_last_shapes_alone(network: TensorRtNetwork, gpu: HostGpu, fake: FakeTensorRt) -> None:
+    for side in (2, 3, 4, 5, 6, 7):
+        network(feeds(side=side))
+    assert len(network._calls) == SHAPES_KEPT
+    made = len(fake.contexts)
+    network(feeds(side=7))
+    network(feeds(side=4))
+    assert len(fake.contexts) == made
+    network(feeds(side=2))
+    assert len(fake.contexts) == made + 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda fed: fed.pop("timestep"),
+        lambda fed: fed.update(more=fed["sample"]),
+        lambda fed: fed.update(sample=fed["sample"].astype(np.float16)),
+        lambda fed: fed.update(sample=fed["sample"][:, :3]),
+        lambda fed: fed.update(timestep=fed["timestep"][:1]),
+    ],
+)
+def test_feeds_that_do_not_fit_are_refused(network: TensorRtNetwork, change: Any) -> None:
+    fed = feeds()
+    change(fed)
+    with pytest.raises(NetworkError, match=r"unet/model\.onnx was fed"):
+        network(fed)
+
+
+def test_it_is_a_device_network(network: TensorRtNetwork, gpu: HostGpu, bundle: Bundle) -> None:
+    assert isinstance(network, DeviceNetwork)
+    assert network.best_lanes == 2
+    assert network.gpu is gpu
+    assert network.graph == bundle.spec.graphs["unet"]
+
+
+@pytest.mark.parametrize(("precision", "levels"), [("fp32", 0), ("fp16", 1)])
+def test_the_whole_engine_draws_with_plans(gpu: HostGpu, tmp_path: Path, precision: str, levels: int) -> None:
+    """Text, UNet and VAE bound, warmed up, captured and launched; `levels` of 255 is how far pictures may differ."""
+    embedded, fake = Bundle.open(check_hashes=False), FakeTensorRt()
+    latent: dict[str, Range] = {"height": (16, 16, 16), "width": (16, 16, 16)}
+    ranges: dict[str, dict[str, Range]] = {
+        "unet": {"batch": (2, 2, 2), **latent},
+        "vae_decoder": {"batch": (1, 1, 1), **latent},
+    }
+    for network, profile in ranges.items():
+        put_plan(embedded, network, fake, gpu, profile, folder=tmp_path, precision=precision)
+    texts = [profile.ranges for profile in profiles_of(embedded.spec, "text_encoder", shapes_of(embedded.spec, {}))]
+    put_plan(embedded, "text_encoder", fake, gpu, *texts, folder=tmp_path, precision=precision)
+    backend = TensorRtBackend(gpu, fake.library, precision=precision, plans=tmp_path)
+    pictures = []
+    for options in ({"backend": backend}, {"threads": 1}):
+        with Engine.load(check_hashes=False, **options) as engine:
+            assert engine.profiles == ((Profile(latent),) if "backend" in options else None)
+            launched = [engine("a red apple", steps=4, seed=seed)[0] for seed in (1, 2)]
+            ticked = engine(["a red apple", "an owl"], steps=4, seed=1, on_tick=lambda job: None)  # a prompt at a time
+            pictures.append([np.asarray(picture).astype(int) for picture in (*launched, *ticked)])
+    assert np.abs(np.subtract(*pictures)).max() <= levels
+    assert fake.deserialized == 3
+    encoded = {context._shapes["input_ids"][0] for context in fake.contexts if "input_ids" in context._shapes}
+    assert encoded == {1, 2}
+
+
+# Trust
+
+
+@pytest.mark.parametrize("victim", ["*.plan", "*.json"])
+def test_nothing_unverified_is_deserialized(bundle: Bundle, fake: FakeTensorRt, gpu: HostGpu, victim: str) -> None:
+    put_plan(bundle, "unet", fake, gpu, WIDE)
+    (path,) = (bundle.root / "plans").glob(victim)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UntrustedPlanError, match=r"latentrt build \S+ --remove unet-\w{16}; then build"):
+        load(bundle, fake, gpu)
+    assert fake.deserialized == 0
+
+
+def test_a_plan_that_came_with_the_bundle_is_not_deserialized(
+    bundle: Bundle, fake: FakeTensorRt, gpu: HostGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_plan(bundle, "unet", fake, gpu, WIDE)
+    monkeypatch.setenv("LATENTRT_SEAL", str(tmp_path / "mine.key"))
+    with pytest.raises(UntrustedPlanError):
+        load(bundle, fake, gpu)
+    put_plan(bundle, "text_encoder", fake, gpu, {"batch": (1, 1, 2)})  # a secret is made
+    with pytest.raises(UntrustedPlanError, match="built elsewhere"):
+        load(bundle, fake, gpu)
+    assert fake.deserialized == 0
+
+
+def test_a_plan_that_changes_after_loading_its_record_is_noticed(
+    bundle: Bundle, fake: FakeTensorRt, gpu: HostGpu
+) -> None:
+    for ranges in (SQUARE, BIG):
+        put_plan(bundle, "unet", fake, gpu, ranges)
+    network = load(bundle, fake, gpu)
+    for path in (bundle.root / "plans").glob("*.plan"):
+        path.write_bytes(b"evil")
+    with pytest.raises(UntrustedPlanError):
+        network(feeds(2, 4))
+    assert fake.deserialized == 0
+    network.close()
+
+
+# Flavours
+
+
+def test_lean_runs_version_compatible_plans(bundle: Bundle, gpu: HostGpu) -> None:
+    built, lean = FakeTensorRt(), FakeTensorRt("tensorrt-lean")
+    put_plan(bundle, "unet", built, gpu, WIDE)
+    with pytest.raises(PlanError, match=r"built for library tensorrt\. Needed: library tensorrt-lean"):
+        load(bundle, lean, gpu)
+    put_plan(bundle, "unet", built, gpu, WIDE, options=(VERSION_COMPATIBLE,))
+    network = load(bundle, lean, gpu)
+    np.testing.assert_array_equal(network(feeds())["out"], expected(feeds()))
+    network.close()
+
+
+def test_rtx_compiles_for_the_shapes_at_once(bundle: Bundle, gpu: HostGpu) -> None:
+    fake = FakeTensorRt("tensorrt-rtx")
+    put_plan(bundle, "unet", fake, gpu, WIDE)
+    backend = TensorRtBackend(gpu, fake.library, precision="fp32")
+    assert (backend.name, backend.device, backend.precision) == ("tensorrt-rtx", "cuda", "fp32")
+    network = backend.load(bundle, "unet")
+    np.testing.assert_array_equal(network(feeds())["out"], expected(feeds()))
+    network.close()
+
+
+def test_8_6_reads_narrow_ids(bundle: Bundle, gpu: HostGpu) -> None:
+    old = FakeTensorRt(version="8.6.1")
+    put_plan(bundle, "text_encoder", old, gpu, {"batch": (1, 1, 2)})
+    network = load(bundle, old, gpu, "text_encoder")
+    assert network.graph.inputs[0].dtype == "int32"
+    states = network({"input_ids": np.array([[1, 0, 7]], np.int32)})["text_states"]
+    np.testing.assert_array_equal(states[0, :, 0], [5, 0, 35])
+    ids, out = gpu.zeros((1, 3), np.int64), gpu.zeros((1, 3, 5), np.float32)
+    with pytest.raises(NetworkError, match="input_ids of int64"):
+        network.bind({"input_ids": ids, "text_states": out})
+    network.close()
+    for array in (ids, out):
+        gpu.free(array)
+
+
+@pytest.mark.parametrize("first", [(2, 4), (1, 2)])
+def test_which_plan_serves_does_not_depend_on_what_came_before(
+    bundle: Bundle, fake: FakeTensorRt, gpu: HostGpu, first: tuple[int, int]
+) -> None:
+    """Plans differ in their last bits; a picture may not."""
+    put_plan(bundle, "unet", fake, gpu, WIDE)
+    put_plan(bundle, "unet", fake, gpu, SQUARE)
+    network = load(bundle, fake, gpu)
+    network(feeds(*first))
+    network(feeds(2, 4))
+    used = [context for context in fake.contexts if context._shapes["sample"] == (2, 4, 4, 4)]
+    assert [context._engine._plan["profiles"][0]["height"] for context in used] == [[4, 4, 4]]
+    network.close()

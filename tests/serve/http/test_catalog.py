@@ -1,0 +1,163 @@
+"""Names, sizes and solvers; from what a client wrote to a Request."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from latentrt.errors import PlanError, RequestError, ScheduleError
+from latentrt.request import Request
+from latentrt.runtime.tensorrt.record import Profile
+from latentrt.sampling.solvers import SOLVERS
+from latentrt.serve.http.catalog import LEAST_LATENTS, Catalog
+from latentrt.serve.http.problems import Problem
+from tests.support.serve.fakes import catalog_of
+
+CATALOG = catalog_of()
+PLAIN: dict[str, Any] = {
+    **dict.fromkeys(("negative_prompt", "n", "steps", "guidance", "scheduler", "seed")),
+    "size": (128, 128),
+}
+
+
+def test_sizes() -> None:
+    for own in (None, "", "auto", "128x128"):
+        assert CATALOG.size(own) == (128, 128)
+    assert CATALOG.size("1536x1024") == (1536, 1024)
+    assert CATALOG.latent_shape((192, 64)) == (CATALOG.spec.latents.channels, 8, 24)
+
+
+@given(st.integers(0, 5000), st.integers(0, 5000))
+def test_a_size_is_taken_just_if_it_is_within_the_limits(width: int, height: int) -> None:
+    good = all(64 <= side <= 2048 and side % 8 == 0 for side in (width, height)) and width * height <= 1536 * 1024
+    if good:
+        assert CATALOG.size(f"{width}x{height}") == (width, height)
+    else:
+        with pytest.raises(Problem) as caught:
+            CATALOG.size(f"{width}x{height}")
+        assert (caught.value.code, caught.value.status, caught.value.param) == ("unsupported_size", 400, "size")
+
+
+@given(st.text(max_size=60))
+def test_no_text_is_a_fault(text: str) -> None:
+    with suppress(Problem):
+        assert CATALOG.sides(*CATALOG.size(text))
+
+
+@settings(deadline=None)
+@given(st.integers(1, 20_000), st.integers(1, 20_000))
+def test_what_fits_is_drawn(width: int, height: int) -> None:
+    fitted = CATALOG.fitting(width, height)
+    assert all(side % 8 == 0 and side >= 8 * LEAST_LATENTS for side in fitted)
+    assert CATALOG.sides(*fitted) == fitted
+    if width == height:
+        assert fitted == CATALOG.own
+
+
+def test_sizes_may_be_listed() -> None:
+    catalog = catalog_of(sizes=("256x128", "128x256"))
+    assert catalog.size("256x128") == (256, 128)
+    assert (catalog.fitting(1000, 10), catalog.fitting(10, 1000)) == ((256, 128), (128, 256))
+    with pytest.raises(Problem, match="256x128, 128x256") as caught:
+        catalog.size("512x512")
+    assert "multiples" not in str(caught.value)
+    for bad in ("100x128", "128", "0x128", "axb"):
+        with pytest.raises(RequestError, match="sizes"):
+            catalog_of(sizes=(bad,))
+
+
+def square(low: int, best: int, high: int) -> Profile:
+    """Of latents; pixels are eight times as many."""
+    return Profile({"height": (low, best, high), "width": (low, best, high)})
+
+
+def test_plans_for_one_size_each_are_the_sizes_there_are() -> None:
+    wide = Profile({"height": (8, 8, 8), "width": (16, 16, 16)})
+    catalog = catalog_of(profiles=(wide, square(16, 16, 16), square(512, 512, 512)))
+    assert (catalog.own, catalog.sizes) == ((128, 128), ((128, 128), (128, 64)))
+    assert catalog.fitting(1000, 300) == (128, 64)
+    with pytest.raises(Problem, match="Needed: 128x128, 128x64"):
+        catalog.size("64x64")
+
+
+def test_without_a_plan_for_the_models_own_size_another_is_the_usual_one() -> None:
+    catalog = catalog_of(profiles=(square(32, 64, 96),))
+    assert catalog.size("auto") == (512, 512)
+    with pytest.raises(PlanError, match="no size is served"):
+        catalog_of(profiles=())
+
+
+def test_plans_for_ranges_bound_the_sizes() -> None:
+    catalog = catalog_of(profiles=(square(12, 16, 32), square(64, 64, 64)), max_pixels=300 * 300)
+    assert (catalog.own, catalog.sizes) == ((128, 128), ())
+    assert [catalog.size(size) for size in ("96x256", "256x256")] == [(96, 256), (256, 256)]
+    for size in ("88x128", "264x128", "512x512"):
+        with pytest.raises(Problem, match="any sides within 96x96 to 256x256; or 512x512 to 512x512,") as caught:
+            catalog.size(size)
+        assert "Needed: 128x128, 256x256, or" in str(caught.value)
+    assert catalog.fitting(1000, 900) == (136, 120)
+    assert catalog.fitting(9000, 1000) == (256, 96)
+
+
+def test_a_listed_size_needs_a_plan() -> None:
+    assert catalog_of(sizes=("96x128",), profiles=(square(12, 16, 32),)).sizes == ((96, 128),)
+    with pytest.raises(RequestError, match="sizes has 512x512") as caught:
+        catalog_of(sizes=("512x512",), profiles=(square(12, 16, 32),))
+    assert "latentrt build BUNDLE --size 512x512" in caught.value.mend
+
+
+def test_every_solver_and_class_has_a_name_and_works() -> None:
+    for name in CATALOG.solver_names:
+        rows, solver = CATALOG.work(Request(prompt="", steps=12, solver=CATALOG.solver(name)))
+        assert rows >= 12
+        assert solver
+    assert {*SOLVERS, "euler-a", "EulerDiscreteScheduler"} <= set(CATALOG.solver_names)
+    assert CATALOG.solver("DPMSolverMultistepScheduler") == "dpmpp-2m"
+    assert CATALOG.work(Request(prompt="", steps=5, solver="heun")) == (9, "heun")
+
+
+def test_the_default_solver_can_be_set() -> None:
+    assert catalog_of(scheduler="euler-a").solver(None) == "euler-ancestral"
+    assert CATALOG.solver(None) is None
+    with pytest.raises(Problem, match="magic"):
+        catalog_of(scheduler="magic")
+
+
+def test_defaults_and_limits_of_a_request() -> None:
+    catalog = catalog_of(steps=7, guidance=1.5, max_n=2, max_steps=9, max_prompt=5, queue=4)
+    request = catalog.request("a", **PLAIN)
+    assert (request.steps, request.guidance, request.count, request.width, request.height) == (7, 1.5, 1, 128, 128)
+    assert 0 <= request.seed < 2**32
+    for change, param in (
+        ({"n": 3}, "n"),
+        ({"steps": 10}, "num_inference_steps"),
+        ({"negative_prompt": "abcdef"}, "negative_prompt"),
+        ({"seed": 2**64}, "seed"),
+    ):
+        with pytest.raises(Problem) as caught:
+            catalog.request("a", **{**PLAIN, **change})
+        assert caught.value.param == param
+    with pytest.raises(Problem, match="6 characters"):
+        catalog.request("abcdef", **PLAIN)
+
+
+def test_a_zero_guidance_is_not_a_missing_one() -> None:
+    assert CATALOG.request("a", **{**PLAIN, "guidance": 0.0, "seed": 0}).guidance == 0.0
+
+
+def test_what_a_solver_cannot_do_is_said_before_it_runs() -> None:
+    with pytest.raises(Problem) as caught:
+        CATALOG.work(Request(prompt="", steps=1001))
+    assert caught.value.param == "num_inference_steps"
+    with pytest.raises(ScheduleError):
+        CATALOG.work(Request(prompt="", options={"nothing": 1}))
+
+
+def test_names() -> None:
+    catalog: Catalog = catalog_of(model_name="mine", aliases=("other", "mine"))
+    assert catalog.names == ("mine", "other")
+    assert [catalog.model(name) for name in (None, "", "mine", "other")] == ["mine"] * 4

@@ -1,0 +1,166 @@
+"""The metrics tell the story that clients and the log tell."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from structlog.testing import capture_logs
+
+from latentrt.errors import BackendError, NetworkError
+from latentrt.serve.core.observer import Observer
+from latentrt.serve.process.metrics import Metrics
+from tests.support.serve.fakes import ROWS, FakeService, app_of, live, until
+
+DRAW = "/v1/images/generations"
+
+
+def values(text: str) -> dict[str, float]:
+    """Every sample by its name and labels but the model's."""
+    found = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            labels = {name: value for name, value in sample.labels.items() if name != "model_name"}
+            rest = ",".join(f"{name}={value}" for name, value in sorted(labels.items()))
+            found[sample.name + (f"[{rest}]" if rest else "")] = sample.value
+    return found
+
+
+@pytest.fixture
+def service() -> FakeService:
+    return FakeService()
+
+
+@pytest.fixture
+def url(service: FakeService) -> Iterator[str]:
+    with live(app_of(service)) as url:
+        yield url
+
+
+def test_requests_are_counted_as_they_ended(url: str, service: FakeService) -> None:
+    with capture_logs() as log:
+        for body in ({"n": 2}, {}, {"size": "7x7"}, {"model": "x"}, {"stream": True}):
+            httpx.post(f"{url}{DRAW}", json={"prompt": "a", **body})
+        service.queue = 0
+        httpx.post(f"{url}{DRAW}", json={"prompt": "a"})
+        service.queue, service.fail = 64, NetworkError("a", "b", "c")
+        for stream in (False, True):
+            httpx.post(f"{url}{DRAW}", json={"prompt": "a", "stream": stream})
+        asyncio.run(until(lambda: len(log) >= 10))  # a request's line comes after its answer; two have a traceback too
+    told = values(httpx.get(f"{url}/metrics").text)
+    outcomes = {"ok": 3, "unsupported_size": 1, "model_not_found": 1, "queue_full": 1, "engine_error": 2}
+    for outcome, count in outcomes.items():
+        assert told[f"latentrt:requests_total[outcome={outcome},route={DRAW}]"] == count
+        assert sum(line.get("outcome") == outcome for line in log if line["event"] == "request") == count
+    for reason in ("unsupported_size", "model_not_found", "queue_full"):
+        assert told[f"latentrt:request_rejected_total[reason={reason}]"] == 1
+    assert "latentrt:request_rejected_total[reason=engine_error]" not in told
+    assert told["latentrt:e2e_request_latency_seconds_count"] == 3
+    assert told["latentrt:request_queue_time_seconds_count"] == 5
+
+
+def test_gauges_follow_and_come_back_to_zero(url: str, service: FakeService) -> None:
+    gauges = ("num_requests_running", "num_requests_waiting", "num_images_running")
+
+    async def work() -> None:
+        async with httpx.AsyncClient(base_url=url) as client:
+
+            async def read() -> dict[str, float]:
+                told = values((await client.get("/metrics")).text)
+                return {name: told[f"latentrt:{name}"] for name in gauges}
+
+            service.delay = 0.005
+            drawing = asyncio.create_task(client.post(DRAW, json={"prompt": "a", "n": 3}))
+            await until(lambda: service.running == 3)
+            seen = await read()
+            assert seen in ({gauges[0]: 1, gauges[1]: 0, gauges[2]: 3}, {gauges[0]: 1, gauges[1]: 0, gauges[2]: 0})
+            queue = (await client.get("/latentrt/queue")).json()
+            assert {job["rows"] for job in queue["jobs"]} <= {20}
+            await drawing
+            assert await read() == dict.fromkeys(gauges, 0.0)
+
+    asyncio.run(work())
+
+
+def test_what_the_service_tells_is_measured() -> None:
+    metrics = Metrics("m")
+    observer: Observer = metrics
+    observer.accepted(2)
+    observer.refused("queue_full", 1)
+    observer.admitted(0.1)
+    observer.ticked(0.02, 4, 2)
+    observer.staged("decode", 0.5, 2)
+    observer.ended("done", 1.5)
+    observer.ended("run_timeout", 9.0)
+    observer.faulted(BackendError("a", "b", "c"), False)
+    told = values(metrics.text().decode())
+    assert told["latentrt:step_seconds_sum"] == 0.02
+    assert told["latentrt:batch_size_bucket[le=4.0]"] == 1
+    assert told["latentrt:batch_size_bucket[le=2.0]"] == 0
+    assert told["latentrt:stage_seconds_sum[stage=decode]"] == 0.5
+    assert told["latentrt:images_total[outcome=done]"] == 1
+    assert told["latentrt:images_total[outcome=run_timeout]"] == 1
+    assert told["latentrt:engine_faults_total[kind=raised]"] == 1
+    lines = [line for line in metrics.text().decode().splitlines() if line.startswith("latentrt")]
+    assert all('model_name="m"' in line for line in lines)
+
+
+def test_a_hang_is_passed_on() -> None:
+    hung: list[bool] = []
+    metrics = Metrics("m", lambda: hung.append(True))
+    metrics.faulted(BackendError("a", "b", "c"), False)
+    assert hung == []
+    metrics.faulted(BackendError("a", "b", "c"), True)
+    assert hung == [True]
+
+
+@pytest.mark.parametrize("state", ["starting", "ready", "draining", "failed"])
+def test_health(url: str, service: FakeService, state: str) -> None:
+    service.state = state
+    assert httpx.get(f"{url}/health/live").json() == {"status": "ok"}
+    answer = httpx.get(f"{url}/health/ready")
+    assert (answer.status_code, answer.json()["status"]) == ((200, "ok") if state == "ready" else (503, state))
+    assert values(httpx.get(f"{url}/metrics").text)["latentrt:ready"] == (state == "ready")
+    if state != "ready":
+        refused = httpx.post(f"{url}{DRAW}", json={"prompt": "a"})
+        code = "draining" if state == "draining" else "not_ready"
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, code)
+
+
+def test_the_queue_shows_progress_and_ones_own_job_can_be_cancelled(service: FakeService) -> None:
+    app: Any = app_of(service, keys=("one", "two"))
+
+    async def work() -> None:
+        service.hold = asyncio.Event()
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            client.headers["authorization"] = "Bearer one"
+            headers = {"x-request-id": "mine"}
+            body = {"prompt": "a secret", "n": 2, "num_inference_steps": ROWS}
+            drawing = asyncio.create_task(client.post(DRAW, json=body, headers=headers))
+            await until(lambda: any(entry.started for entry in app.state.context.board))
+            queue = await client.get("/latentrt/queue")
+            assert "secret" not in queue.text
+            (job,) = queue.json()["jobs"]
+            assert (job["id"], job["state"], job["pictures"], job["rows"]) == ("mine", "running", 2, ROWS)
+            assert (await client.post("/latentrt/jobs/other/cancel")).status_code == 404
+            others = {"authorization": "Bearer two"}
+            assert (await client.post("/latentrt/jobs/mine/cancel", headers=others)).status_code == 404
+            assert (await client.post("/latentrt/jobs/mine/cancel")).json() == {"cancelled": 1}
+            answer = await drawing
+            assert (answer.status_code, answer.json()["error"]["code"]) == (409, "cancelled")
+            assert (await client.get("/latentrt/queue")).json()["jobs"] == []
+            told = values((await client.get("/metrics")).text)
+            assert told[f"latentrt:requests_total[outcome=cancelled,route={DRAW}]"] == 1
+            assert "latentrt:request_rejected_total[reason=cancelled]" not in told  # it had been taken
+
+    asyncio.run(work())
+
+
+def test_what_a_page_may_offer(url: str) -> None:
+    model = httpx.get(f"{url}/latentrt/model").json()
+    assert (model["model"], model["size"], model["step"], model["limits"]["max_n"]) == ("emoji", "128x128", 8, 10)
+    assert "euler-a" in model["schedulers"]

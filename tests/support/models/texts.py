@@ -1,0 +1,33 @@
+"""Text states for UNets: a trained one magnifies rounding tenfold and more where its texts are noise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from latentrt.bundle.bundle import EMBEDDED, Bundle
+from latentrt.model.networks import call
+from latentrt.model.tokenizer import Tokenizer
+from latentrt.runtime.onnxruntime import OrtBackend
+
+PROMPTS = ("a red apple", "", "a cat face", "an owl", "three rockets", "a house")
+
+
+@cache
+def known() -> NDArray[np.float32]:
+    """What the embedded model's text encoder makes of `PROMPTS`, (6, 77, 192)."""
+    bundle = Bundle.open(EMBEDDED, check_hashes=False)
+    tokenizer = Tokenizer.open(bundle.path(bundle.spec.tokenizers[0]))
+    ids = np.stack([tokenizer.encode(prompt).ids for prompt in PROMPTS])
+    (states,) = call(OrtBackend(threads=1).load(bundle, "text_encoder"), {"input_ids": ids}).values()
+    return np.asarray(states)
+
+
+def states(shape: Sequence[int], random: np.random.Generator) -> NDArray[np.float32]:
+    """Some of `known` where they fit the embedded model; normal numbers where the UNet's weights are random too."""
+    if tuple(shape[1:]) == known().shape[1:]:
+        return random.permutation(known())[: shape[0]]
+    return random.standard_normal(shape, np.float32)

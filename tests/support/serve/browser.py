@@ -1,0 +1,156 @@
+"""A headless Chromium for the tests of the page, and what a person does with it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from selenium.common.exceptions import StaleElementReferenceException
+from selenium.webdriver import Chrome, ChromeOptions, ChromeService, Keys
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support.ui import WebDriverWait
+
+from tests.support.serve.fake_engine import PATIENCE
+
+REQUIRED = "BROWSER_REQUIRED"  # set by .ci/run where it has one: then there is no reason to skip
+MISSING = "no Chromium with its driver: apt-get install chromium chromium-driver"
+FLAGS = (
+    "--headless=new",
+    "--no-sandbox",  # it will not start as root with one
+    "--disable-dev-shm-usage",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--window-size=1200,900",
+    "--host-resolver-rules=MAP page.test 127.0.0.1",  # another machine, for all that a browser knows
+)
+# Whatever a screen reader must be able to call by a name.
+NAMED = {"button", "textbox", "combobox", "spinbutton", "slider", "progressbar", "link", "image", "dialog", "form"}
+
+
+@contextmanager
+def chromium() -> Iterator[Chrome]:
+    """One that was started for this; the test is skipped where there is none."""
+    binary, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+    if not (binary and driver):
+        (pytest.fail if os.environ.get(REQUIRED) else pytest.skip)(MISSING)
+    options = ChromeOptions()
+    options.binary_location = binary
+    for flag in FLAGS:
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    chrome = Chrome(options, ChromeService(driver))
+    try:
+        yield chrome
+    finally:
+        chrome.quit()
+
+
+class Visitor:
+    """Somebody before the page of a server."""
+
+    def __init__(self, chrome: Chrome, url: str) -> None:
+        self.chrome, self.url = chrome, url
+        self.expected: list[str] = []  # parts of what the console may complain of
+        chrome.get("about:blank")
+        chrome.get_log("browser")
+        chrome.execute_cdp_cmd("Storage.clearDataForOrigin", {"origin": url, "storageTypes": "all"})
+
+    def visit(self, state: str = "ready") -> Visitor:
+        """Open the page and wait until it knows the server."""
+        self.chrome.get(self.url)
+        self.server_is(state)
+        if state == "ready":
+            self.until(lambda: self.one("[name=num_inference_steps]").get_attribute("value"))
+        return self
+
+    def server_is(self, state: str) -> None:
+        """Wait until the page says so."""
+        self.until(lambda: self.one("#state").get_attribute("data-state") == state)
+
+    def one(self, selector: str) -> WebElement:
+        return self.chrome.find_element(By.CSS_SELECTOR, selector)
+
+    def all(self, selector: str) -> list[WebElement]:
+        return self.chrome.find_elements(By.CSS_SELECTOR, selector)
+
+    def until(self, check: Callable[[], Any]) -> Any:
+        """What the check gives once it is true; elements that the page replaces meanwhile are looked for again."""
+        wait = WebDriverWait(self.chrome, PATIENCE, 0.02, [StaleElementReferenceException, IndexError])
+        return wait.until(lambda _: check())
+
+    def reads(self, text: str, selector: str = "#work") -> None:
+        """Wait until a text can be read there."""
+        self.until(lambda: any(text in element.text for element in self.all(selector)))
+
+    def count(self, number: int, selector: str) -> list[WebElement]:
+        """Wait until there are so many."""
+        return self.until(lambda: len(found := self.all(selector)) == number and (found or True))
+
+    def set(self, **settings: object) -> None:
+        """Write into fields of the form."""
+        for name, value in settings.items():
+            field = self.one(f"[name={name}]")
+            field.clear()
+            field.send_keys(str(value))
+
+    def press(self, *keys: str) -> None:
+        """Keys, to whatever has the focus; a modifier holds for the last one."""
+        *held, last = keys
+        chain = ActionChains(self.chrome)
+        for key in held:
+            chain.key_down(key)
+        chain.send_keys(last)
+        for key in held:
+            chain.key_up(key)
+        chain.perform()
+
+    def draw(self, prompt: str, **settings: object) -> None:
+        """By keyboard."""
+        self.set(prompt=prompt, **settings)
+        self.press(Keys.CONTROL, Keys.ENTER)
+
+    def click(self, text: str, within: str = "body") -> None:
+        """The button with this text."""
+        found = next(one for one in self.all(f"{within} :is(button, summary)") if one.text == text)
+        self.run("arguments[0].scrollIntoView({ block: 'center' })", found)
+        found.click()
+
+    @property
+    def focused(self) -> str:
+        """The name of what has the focus."""
+        return str(self.chrome.switch_to.active_element.accessible_name)
+
+    def run(self, script: str, *arguments: object) -> Any:
+        """The value of a script."""
+        return self.chrome.execute_script(script, *arguments)
+
+    def nameless(self) -> list[str]:
+        """Roles of what has no name for a screen reader."""
+        tree = self.chrome.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
+        seen = [node for node in tree if not node["ignored"] and node["role"]["value"] in NAMED]
+        assert len(seen) > 10
+        return [node["role"]["value"] for node in seen if not node.get("name", {}).get("value", "").strip()]
+
+    def emulate(self, **features: str) -> None:
+        """Media features, as prefers_color_scheme="dark"."""
+        named = [{"name": name.replace("_", "-"), "value": value} for name, value in features.items()]
+        self.chrome.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": named})
+
+    @contextmanager
+    def width(self, pixels: int) -> Iterator[None]:
+        """A screen so wide; a phone's, if narrow."""
+        screen = {"width": pixels, "height": 800, "deviceScaleFactor": 1, "mobile": pixels < 600}
+        self.chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+        yield
+        self.chrome.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+    def complaints(self) -> list[str]:
+        """What the console has that was not expected."""
+        messages = [entry["message"] for entry in self.chrome.get_log("browser") if entry["level"] != "INFO"]
+        return [message for message in messages if not any(part in message for part in self.expected)]

@@ -1,0 +1,181 @@
+"""An engine of fake networks, with strings to pull: steps that wait, raise, hang or turn numbers into NaN."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from latentrt.bundle.bundle import EMBEDDED, Bundle
+from latentrt.engine import Engine
+from latentrt.model.tokenizer import Tokenizer
+from latentrt.request import Request
+from latentrt.run.job import Job
+from latentrt.runtime.fake import FakeBackend
+from latentrt.serve.core.service import Service
+from latentrt.serve.core.ticket import Event, Order, Ticket
+
+Arrays = Mapping[str, NDArray[Any]]
+T = TypeVar("T")
+PATIENCE = 900.0  # seconds after which a test that waits has failed: more than any busy machine needs
+SPEC = Bundle.open(EMBEDDED, check_hashes=False).spec
+SHAPE = SPEC.latents.shape_of(None, None)
+SMALL = SPEC.latents.shape_of(64, 64)
+RAISES, NAN, HANGS = "boom", "cloud", "sleep"  # prompts that make the network do so
+
+
+class Fakes:
+    """The networks' functions. `steps` counts the UNet's calls, `lanes` has their batch sizes.
+
+    Attributes:
+        on_step: called with the number of each call before it is made, by the engine's thread.
+        wakes: what a step with the prompt HANGS waits for.
+        decoding, encoding: what the VAE and the text encoder wait for; set unless a test clears them.
+        broken: networks that raise: "unet", "vae", "text".
+    """
+
+    def __init__(self) -> None:
+        self.lanes: list[int] = []
+        self.texts: list[int] = []
+        self.decoded: list[int] = []
+        self.on_step: Callable[[int], None] = lambda step: None
+        self.wakes = threading.Event()
+        self.decoding, self.encoding = threading.Event(), threading.Event()
+        self.decoding.set()
+        self.encoding.set()
+        self.nan_pictures = 0  # so many of the next pictures come out of the VAE as NaN
+        self.broken: set[str] = set()
+        self._changed = threading.Condition()
+        self._allowed: int | None = None
+        tokenizer = Tokenizer.open(EMBEDDED / "tokenizer")
+        self._moods = {prompt: _states(tokenizer.encode(prompt).ids[1]) for prompt in (RAISES, NAN, HANGS)}
+
+    @property
+    def steps(self) -> int:
+        return len(self.lanes)
+
+    def hold(self) -> None:
+        """Let steps wait until they are allowed."""
+        with self._changed:
+            self._allowed = self.steps
+
+    def allow(self, steps: int | None) -> None:
+        """Let so many more steps be made, or all."""
+        with self._changed:
+            self._allowed = None if steps is None else (self._allowed or 0) + steps
+            self._changed.notify_all()
+
+    def wait_for(self, steps: int) -> None:
+        """Until so many steps were begun in all."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: self.steps >= steps, PATIENCE)
+
+    def text(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
+        ids = feeds["input_ids"]
+        self.texts.append(len(ids))
+        assert self.encoding.wait(PATIENCE)
+        if "text" in self.broken:
+            raise RuntimeError("the text encoder is broken")
+        return {"text_states": _states(ids)}
+
+    def unet(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
+        sample, states = feeds["sample"], feeds["encoder_hidden_states"]
+        with self._changed:
+            self.lanes.append(len(sample))
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._allowed is None or self.steps <= self._allowed, PATIENCE)
+        self.on_step(self.steps)
+        if "unet" in self.broken:
+            raise RuntimeError("the UNet is broken")
+        moods = [self._mood(lane) for lane in states]
+        if RAISES in moods:
+            raise RuntimeError("boom")
+        if HANGS in moods:
+            assert self.wakes.wait(PATIENCE)
+        pull = states.mean(axis=(1, 2))[:, None, None, None]
+        out = np.tanh(sample) * np.float32(0.7) + pull + (feeds["timestep"] / 1000)[:, None, None, None]
+        out[[mood == NAN for mood in moods]] = np.nan
+        return {"out": out}
+
+    def vae(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
+        latents = feeds["latents"]
+        self.decoded.append(len(latents))
+        assert self.decoding.wait(PATIENCE)
+        if "vae" in self.broken:
+            raise RuntimeError("the VAE is broken")
+        image = np.tanh(latents[:, :3]).repeat(8, axis=2).repeat(8, axis=3)
+        image[: self.nan_pictures] = np.nan
+        self.nan_pictures = 0
+        return {"image": image}
+
+    def _mood(self, states: NDArray[np.float32]) -> str:
+        for prompt, word in self._moods.items():
+            if np.array_equal(states[1], word):
+                return prompt
+        return ""
+
+
+def _states(ids: NDArray[Any]) -> NDArray[np.float32]:
+    """Numbers for token ids, (..., 192)."""
+    return np.sin(ids[..., None] * np.arange(1, 193)).astype(np.float32)
+
+
+def fake_engine(fakes: Fakes, *, lanes: int = 8, seconds: float = 0.0) -> Engine:
+    """An engine over the embedded model's files, but none of its graphs."""
+    bundle = Bundle.open(EMBEDDED, check_hashes=False)
+    bundle = replace(bundle, spec=replace(bundle.spec, golden=()))
+    functions = {
+        bundle.spec.graphs["text_encoder"].path: fakes.text,
+        bundle.spec.graphs["unet"].path: fakes.unet,
+        bundle.spec.graphs["vae_decoder"].path: fakes.vae,
+    }
+    return Engine(bundle, FakeBackend(functions, seconds), lanes=lanes)
+
+
+def recorded(engine: Engine) -> list[Job]:
+    """A list that gets every job that the engine makes from now on."""
+    made: list[Job] = []
+    jobs = engine.jobs
+
+    def recording(*arguments: Any, **named: Any) -> list[Job]:
+        new = jobs(*arguments, **named)
+        made.extend(new)
+        return new
+
+    engine.jobs = recording  # type: ignore[method-assign]
+    return made
+
+
+def order(prompt: str = "an owl", *, previews: int = 0, deadline: float | None = None, **settings: Any) -> Order:
+    """An order with a request of these settings."""
+    return Order(Request(prompt=prompt, **{"steps": 4, **settings}), previews=previews, deadline=deadline)
+
+
+def wait(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine in an event loop of its own."""
+
+    async def bounded() -> T:
+        async with asyncio.timeout(PATIENCE):
+            return await coroutine
+
+    return asyncio.run(bounded())
+
+
+def submit(service: Service, wanted: Order) -> Ticket:
+    request = wanted.request
+    return service.reserve(request.count, rows=request.steps, deadline=wanted.deadline).submit(wanted)
+
+
+def submit_and_cancel(service: Service) -> Ticket:
+    ticket = submit(service, order())
+    ticket.cancel()
+    return ticket
+
+
+async def events(ticket: Ticket) -> list[Event]:
+    return [event async for event in ticket]
