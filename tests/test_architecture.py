@@ -16,7 +16,21 @@ ENGINE, EXPORT = ROOT / "engine" / "latentrt", ROOT / "export" / "latentrt_expor
 FORBIDDEN = {"torch", "diffusers", "transformers", "onnx", "latentrt_export"}
 # From the bottom to the top; a module imports only from its own room and from rooms before it.
 ROOMS = (
-    *("errors", "bundle", "sampling", "request", "cuda", "runtime", "images", "model", "run", "engine", "golden"),
+    *(
+        "errors",
+        "values",
+        "storage",
+        "bundle",
+        "sampling",
+        "request",
+        "cuda",
+        "runtime",
+        "images",
+        "model",
+        "run",
+        "engine",
+        "golden",
+    ),
     *("serve.core", "serve.process", "serve.http", "serve", "command", "__main__"),
 )
 EXPORT_ROOMS = ("checkpoint", "graphs", "place", "to_bundle", "plans", "verify", "cli")

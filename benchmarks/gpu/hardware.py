@@ -75,7 +75,7 @@ def _said(text: str) -> str:
     """The error that the command printed, as JSON or as text, in one line."""
     try:
         error = json.loads(text)["error"]
-        return f"{error['found']}. Needed: {error['needed']}. To mend it: {error['mend']}"
+        return f"{error['found']}. Needed: {error['needed']}. To fix it: {error['fix']}"
     except (ValueError, KeyError, TypeError):
         return " ".join(text.split())[-600:]
 

@@ -34,7 +34,9 @@ class Results:
         data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         found = {key: data.get(key) for key in new}
         if data and found != new:
-            raise RequestError(f"{path.name} has figures of {found}", f"{new}", "pass another --results, or remove it")
+            raise RequestError(
+                f"{path.name} has figures of {found}", needed=f"{new}", fix="pass another --results, or remove it"
+            )
         return cls(path, data or {**new, "runs": {}, "sides": {}, "drift": {}})
 
     def begin(self, about: dict[str, Any]) -> None:

@@ -283,7 +283,9 @@ class Engine:
         if image is not None:
             return asked, self.edit(image, mask, height=settings.get("height"), width=settings.get("width"))
         if mask is not None:
-            raise RequestError("there is a mask and no picture", "the one it belongs to", "pass it: image=, --image")
+            raise RequestError(
+                "there is a mask and no picture", needed="the one it belongs to", fix="pass it: image=, --image"
+            )
         return asked, None
 
     def jobs(self, request: Request, *, first: int = 0, edit: Edit | None = None) -> list[Job]:

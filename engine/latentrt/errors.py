@@ -1,6 +1,6 @@
 """The one exception tree of latentrt.
 
-Every error says three things: what was found, what was needed, and what to type (or change) to mend it.
+Every error says what was found and what was needed, and what to type or change where that helps.
 """
 
 from __future__ import annotations
@@ -10,24 +10,24 @@ class LatentrtError(Exception):
     """Base of everything latentrt raises on purpose.
 
     Args:
-        found: what is there, with the offending value.
+        found: what was found, with the offending value.
         needed: what would have been right.
-        mend: the command or the change that mends it.
+        fix: the command or the change that helps; empty where `needed` says it all.
     """
 
-    def __init__(self, found: str, needed: str, mend: str) -> None:
-        super().__init__(found, needed, mend)
+    def __init__(self, found: str, needed: str, fix: str = "") -> None:
+        super().__init__(found, needed, fix)
         self.found = found
         self.needed = needed
-        self.mend = mend
+        self.fix = fix
 
     def __str__(self) -> str:
-        return f"{self.found}. Needed: {self.needed}. To mend it: {self.mend}"
+        return f"{self.found}. Needed: {self.needed}" + (f". To fix it: {self.fix}" if self.fix else "")
 
     @property
     def parts(self) -> dict[str, str]:
         """The three parts by name, for machines."""
-        return {"found": self.found, "needed": self.needed, "mend": self.mend}
+        return {"found": self.found, "needed": self.needed, "fix": self.fix}
 
 
 class RequestError(LatentrtError, ValueError):

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any
 
-from latentrt.bundle.manifest import is_number, is_whole
 from latentrt.errors import RequestError
 from latentrt.sampling.settings import KNOWN_KEYS
 from latentrt.sampling.solvers import SOLVERS
+from latentrt.values import did_you_mean, is_number, is_whole
 
 MAX_SEED = 2**64 - 1
 
@@ -74,9 +73,7 @@ class Request:
         for name, optional in (("negative_prompt", True), ("solver", True), ("noise", False)):
             value = getattr(self, name)
             if not isinstance(value, str) and not (optional and value is None):
-                raise RequestError(
-                    f"{name} is {value!r}", "text or None" if optional else "text", f"pass another {name}"
-                )
+                raise RequestError(f"{name} is {value!r}", needed="text or None" if optional else "text")
         _number("guidance", self.guidance, 0.0, 1e6)
         _number("guidance_rescale", self.guidance_rescale, 0.0, 1.0)
         if self.strength is not None:
@@ -84,7 +81,9 @@ class Request:
         interval = self.guidance_interval
         if not isinstance(interval, (list, tuple)) or len(interval) != 2:
             raise RequestError(
-                f"guidance_interval is {interval!r}", "two numbers: start and end", "pass (0.0, 1.0) for the whole run"
+                f"guidance_interval is {interval!r}",
+                needed="two numbers: start and end",
+                fix="pass (0.0, 1.0) for the whole run",
             )
         _number("guidance_interval's start", interval[0], 0.0, 1.0)
         _number("guidance_interval's end", interval[1], interval[0], 1.0)
@@ -94,24 +93,24 @@ class Request:
 def _check_options(options: object) -> None:
     """Options are the solver's alone: what has a field of its own, or a place in a call, is none of them."""
     if not isinstance(options, Mapping) or not all(isinstance(key, str) for key in options):
-        raise RequestError(f"options is {options!r}", "names with their values", "pass options={'eta': 0.5}")
+        raise RequestError(f"options is {options!r}", needed="names with their values", fix="pass options={'eta': 0.5}")
     taken = sorted({*Request.__dataclass_fields__, "schedule", "scheduler", "self"} & set(options))
     if taken:
         raise RequestError(
             f"{taken[0]!r} is given as an option",
-            "a solver's own settings, such as eta",
-            f"leave {taken[0]} out of them",
+            needed="a solver's own settings, such as eta",
+            fix=f"leave {taken[0]} out of them",
         )
 
 
 def _whole(name: str, value: object, low: int, high: int) -> None:
     if not is_whole(value) or not low <= value <= high:  # type: ignore[operator]
-        raise RequestError(f"{name} is {value!r}", f"a whole number from {low} to {high}", f"pass another {name}")
+        raise RequestError(f"{name} is {value!r}", needed=f"a whole number from {low} to {high}")
 
 
 def _number(name: str, value: object, low: float, high: float) -> None:
     if not is_number(value) or not low <= float(value) <= high:  # type: ignore[arg-type]
-        raise RequestError(f"{name} is {value!r}", f"a finite number from {low:g} to {high:g}", f"pass another {name}")
+        raise RequestError(f"{name} is {value!r}", needed=f"a finite number from {low:g} to {high:g}")
 
 
 def request_from(prompt: str, settings: Mapping[str, Any]) -> Request:
@@ -124,9 +123,13 @@ def request_from(prompt: str, settings: Mapping[str, Any]) -> Request:
     known = {*own, *KNOWN_KEYS, *(key for solver in SOLVERS.values() for key in solver.arguments)}
     for key in settings:
         if key not in known:
-            near = _OTHER_NAMES[key] if key in _OTHER_NAMES else " or ".join(get_close_matches(str(key), known))
-            mend = f"did you mean {near}?" if near else "leave it out"
-            raise RequestError(f"{key!r} is not an option", "a field of Request or a setting of a solver", mend)
+            meant = _OTHER_NAMES.get(key)
+            fix = (
+                did_you_mean(key, known, "leave it out") if meant is None else f"did you mean {meant}?" if meant else ""
+            )
+            raise RequestError(
+                f"{key!r} is not an option", needed="a field of Request or a setting of a solver", fix=fix
+            )
     fields = {key: value for key, value in settings.items() if key in own}
     options = {key: value for key, value in settings.items() if key not in own}
     return Request(prompt=prompt, **fields, options=options)

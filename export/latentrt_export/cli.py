@@ -81,6 +81,6 @@ def _need_torch(verb: str) -> None:
     except ImportError as error:
         raise MissingDependencyError(
             f"`latentrt {verb}` cannot import {error.name or error}",
-            "the extra `export`",
-            "pip install 'latentrt[export]'",
+            needed="the extra `export`",
+            fix="pip install 'latentrt[export]'",
         ) from error

@@ -1,7 +1,7 @@
 """Put a new bundle in its place whole, or not at all.
 
 The bundle is made beside its place, under another name, and put there by renaming: whoever interrupts an export finds
-the old bundle whole. What a killed export left behind is mended by the next one.
+the old bundle whole. The next export cleans up after one that was killed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def place(target: Path, source: Path, size: int, *, overwrite: bool) -> Iterator
     new, old = _new(target), _old(target)
     try:
         with _alone(target):
-            _mend(target)
+            _clean_up(target)
             _check(target, source.resolve(), size, overwrite)
             new.mkdir()
             try:
@@ -48,9 +48,7 @@ def place(target: Path, source: Path, size: int, *, overwrite: bool) -> Iterator
     except LatentrtError:
         raise
     except OSError as error:
-        raise OutputError(
-            f"{target} cannot be written ({error})", "a writable place with room", "choose another target"
-        ) from error
+        raise OutputError(f"{target} cannot be written ({error})", needed="a writable place with room") from error
 
 
 @contextmanager
@@ -65,7 +63,9 @@ def _alone(target: Path) -> Iterator[None]:
                 raise BlockingIOError  # its owner ended, and yet another export began, since it was opened
         except (BlockingIOError, FileNotFoundError) as error:
             raise OutputError(
-                f"another export is writing to {target}", "one export at a time", "wait, or choose another target"
+                f"another export is writing to {target}",
+                needed="one export at a time",
+                fix="wait, or choose another target",
             ) from error
         try:
             yield
@@ -81,7 +81,7 @@ def _old(target: Path) -> Path:
     return target.with_name(f".{target.name}.latentrt-old")
 
 
-def _mend(target: Path) -> None:
+def _clean_up(target: Path) -> None:
     """Clean up after an export that was killed: half a new bundle goes, a bundle that was moved aside comes back."""
     new, old = _new(target), _old(target)
     shutil.rmtree(new, ignore_errors=True)
@@ -94,23 +94,23 @@ def _check(target: Path, source: Path, size: int, overwrite: bool) -> None:
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         bundle = _is_bundle(target)
         if target != source and not bundle:
-            raise OutputError(
-                f"{target} is there and is no bundle", "a new place, or a bundle", "choose another target"
-            )
+            raise OutputError(f"{target} is there and is no bundle", needed="a new place, or a bundle")
         if not bundle and (target / MANIFEST).exists():
-            raise OutputError(
-                f"{target / MANIFEST} is not latentrt's", "a checkpoint without one", "choose another target"
-            )
+            raise OutputError(f"{target / MANIFEST} is not latentrt's", needed="a checkpoint without one")
         what = "the checkpoint itself" if target == source else "a bundle"
         if not overwrite:
-            raise OutputError(f"{target} is {what}", "leave to replace it", "add --overwrite, or choose another target")
+            raise OutputError(
+                f"{target} is {what}", needed="leave to replace it", fix="add --overwrite, or choose another target"
+            )
         if target in source.parents:
-            raise OutputError(f"{target} holds the checkpoint {source}", "a place beside it", "choose another target")
+            raise OutputError(f"{target} holds the checkpoint {source}", needed="a place beside it")
     home = next(parent for parent in target.parents if parent.exists())
     free = shutil.disk_usage(home).free
     if free < size:
         raise OutputError(
-            f"{home} has {free / 1e6:.0f} MB free", f"{size / 1e6:.0f} MB", "make room, or choose another target"
+            f"{home} has {free / 1e6:.0f} MB free",
+            needed=f"{size / 1e6:.0f} MB",
+            fix="make room, or choose another target",
         )
 
 
@@ -137,7 +137,7 @@ def _keep_others(target: Path, new: Path) -> None:
 
 
 def _swap(new: Path, target: Path, old: Path) -> None:
-    """Put `new` in the place of `target`. Between the two renames only `old` is there: `_mend` knows."""
+    """Put `new` in the place of `target`. Between the two renames only `old` is there: `_fix` knows."""
     if target.exists():
         target.rename(old)
     try:

@@ -174,7 +174,7 @@ def _add_half(root: Path, spec: ModelSpec) -> ModelSpec:
         largest = float(np.max([*ranges.values()]))  # keeps a NaN
         if not math.isfinite(largest):
             raise ExportError(
-                f"the {name} computes numbers that are not finite", "a sound checkpoint", "download it again"
+                f"the {name} computes numbers that are not finite", needed="a sound checkpoint", fix="download it again"
             )
         islands[name] = Islands(float(f"{largest:.3g}"), overflowing(model, ranges))
         to_half(model, islands[name].nodes)
@@ -204,8 +204,8 @@ def _named(network: str) -> Iterator[None]:
             raise  # transformers has OSErrors of its own, without a number
         raise ExportError(
             f"the {network} cannot be exported ({type(error).__name__}: {error})",
-            "a network that diffusers can load and torch can trace",
-            "check that diffusers can run the checkpoint; latentrt doctor shows the versions",
+            needed="a network that diffusers can load and torch can trace",
+            fix="check that diffusers can run the checkpoint; latentrt doctor shows the versions",
         ) from error
 
 
@@ -218,7 +218,7 @@ def _tokenizer(checkpoint: Checkpoint, folder: str) -> Tokenizer:
     try:
         return Tokenizer.open(checkpoint.root / folder)
     except BundleError as error:
-        raise ExportError(error.found, error.needed, "download the checkpoint again") from error
+        raise ExportError(error.found, needed=error.needed, fix="download the checkpoint again") from error
 
 
 def _tokens(checkpoint: Checkpoint) -> int:

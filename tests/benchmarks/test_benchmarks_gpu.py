@@ -327,7 +327,7 @@ def test_no_preset_is_exported_where_there_is_no_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def describe() -> None:
-        raise BackendError("there is no driver", "one", "install it")
+        raise BackendError("there is no driver", needed="one", fix="install it")
 
     def latentrt(*words: str, limit: float) -> None:
         raise AssertionError(words)

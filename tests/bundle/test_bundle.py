@@ -152,6 +152,6 @@ def test_pickled_weights_are_refused(bundle: Path, name: str) -> None:
 def test_every_error_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(LatentrtError) as caught:
         Bundle.open(tmp_path / "nothing")
-    assert set(caught.value.parts) == {"found", "needed", "mend"}
+    assert set(caught.value.parts) == {"found", "needed", "fix"}
     assert all(caught.value.parts.values())
     assert "latentrt export" in str(caught.value)

@@ -117,7 +117,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
     ],
 )
 def test_a_manifest_of_wrong_values_names_the_field(path: str, value: Any) -> None:
-    with pytest.raises(BundleError, match=r"^manifest\.json has .*Needed: .*To mend it: ") as caught:
+    with pytest.raises(BundleError, match=r"^manifest\.json has .*Needed: .*To fix it: ") as caught:
         ModelSpec.from_dict(changed(path, value))
     if "cannot be read" not in caught.value.found:
         assert path.split(".")[-1] in caught.value.found or path.split(".")[0] in ("golden", "graphs", "text_encoders")

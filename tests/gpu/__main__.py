@@ -136,7 +136,7 @@ def status(found: Sequence[Outcome]) -> int:
     """0, or 1 with what is wrong told on standard error."""
     networks = [each for each in found if each.step.network]
     if networks and not any(each.passed for each in networks):
-        print("error: no network ran; mend what is said above for one kind of backend at least", file=sys.stderr)
+        print("error: no network ran; see above what is missing for one kind of backend at least", file=sys.stderr)
         return 1
     return int(any(not each.good for each in found if each.step.counts))
 

@@ -55,8 +55,8 @@ class GpuRig:
         if known and capability not in known:
             raise BackendError(
                 f"{self.kind[0]} does not know compute capability {capability}",
-                f"one of {', '.join(known)}",
-                "use tensorrt on that GPU",
+                needed=f"one of {', '.join(known)}",
+                fix="use tensorrt on that GPU",
             )
 
     def build(self, *options: str, networks: tuple[str, ...] = ()) -> None:

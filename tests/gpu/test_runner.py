@@ -29,7 +29,7 @@ def test_hangs():
     time.sleep(60)
 
 def test_misses():
-    pytest.skip("no library. To mend it: pip install it")
+    pytest.skip("no library. To fix it: pip install it")
 """
 
 
@@ -57,7 +57,7 @@ def test_each_step_has_a_process_and_a_line(runner: ModuleType, tmp_path: Path) 
     code, lines = run(runner, tmp_path, "passes or misses", "dies", "fails", "hangs")
     assert code == 1
     assert lines == [
-        "passes or misses: 1 passed, 1 skipped (no library. To mend it: pip install it)",
+        "passes or misses: 1 passed, 1 skipped (no library. To fix it: pip install it)",
         "dies: ended: by SIGABRT, see above",
         "fails: 1 failed",
         "hangs: ended: out of time",
@@ -66,7 +66,7 @@ def test_each_step_has_a_process_and_a_line(runner: ModuleType, tmp_path: Path) 
 
 def test_networks_must_run(runner: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, lines = run(runner, tmp_path, "misses")
-    assert (code, lines) == (1, ["misses: not run: no library. To mend it: pip install it"])
+    assert (code, lines) == (1, ["misses: not run: no library. To fix it: pip install it"])
     assert "no network ran" in capsys.readouterr().err
     assert run(runner, tmp_path, "passes")[0] == 0
 

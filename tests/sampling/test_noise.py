@@ -200,7 +200,7 @@ def test_every_kind_has_a_source(kind: str) -> None:
 def test_unknown_kind_names_the_near_ones(kind: str, near: str) -> None:
     with pytest.raises(RequestError) as caught:
         noise_source(kind, 0)
-    assert near in caught.value.mend
+    assert near in caught.value.fix
 
 
 @pytest.mark.parametrize("seed", [2**64, -(2**63) - 1, 1.5, "7", None])

@@ -140,7 +140,7 @@ def test_keys_of_other_classes_and_private_keys_are_ignored() -> None:
     ],
 )
 def test_values_that_cannot_be_served_are_refused_by_name(scheduler: str, key: str) -> None:
-    with pytest.raises(ScheduleError, match=rf"{scheduler} has {key} = 'nonsense'.* To mend it: set {key} to"):
+    with pytest.raises(ScheduleError, match=rf"{scheduler} has {key} = 'nonsense'.* To fix it: set {key} to"):
         SCHEDULE.settings(scheduler, **{key: "nonsense"})
 
 

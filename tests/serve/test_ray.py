@@ -73,7 +73,7 @@ def test_without_ray_the_command_names_the_extra(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delitem(sys.modules, "latentrt.serve.ray_app", raising=False)
     result = CliRunner().invoke(serve, ["--ray"])
     assert isinstance(result.exception, MissingDependencyError)
-    assert "latentrt[ray]" in result.exception.mend
+    assert "latentrt[ray]" in result.exception.fix
 
 
 @needs_ray

@@ -139,7 +139,7 @@ def test_a_port_that_is_taken_is_known_before_anything_is_loaded() -> None:
             server.listening(Settings(port=sock.getsockname()[1])),
         ):
             pass
-    assert "--port" in caught.value.mend
+    assert "--port" in caught.value.fix
 
 
 @pytest.mark.parametrize("edits", [True, False])
@@ -160,7 +160,7 @@ def test_whatever_will_be_used_is_loaded_at_the_start(edits: bool, monkeypatch: 
 
 def test_edits_without_a_plan_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(engine: Engine, name: str) -> Any:
-        raise PlanError("there is no plan", "one", "latentrt build BUNDLE")
+        raise PlanError("there is no plan", needed="one", fix="latentrt build BUNDLE")
 
     monkeypatch.setattr(Engine, "network", missing)
     with pytest.raises(PlanError, match="--no-edits"), server.loaded(Settings(threads=1)):

@@ -69,16 +69,20 @@ class Bundle:
     def path(self, name: str) -> Path:
         """The path of one of the bundle's files, guaranteed to lie inside the folder."""
         if not isinstance(name, str) or not name or set(name) & set("\\:\0"):
-            raise UnsafePathError(f"the bundle names the file {name!r}", f"a path inside {self.root}", EXPORT)
+            raise UnsafePathError(
+                f"the bundle names the file {name!r}", needed=f"a path inside {self.root}", fix=EXPORT
+            )
         pure = PurePosixPath(name)
         if pure.is_absolute() or ".." in pure.parts:
-            raise UnsafePathError(f"the bundle names the file {name!r}", f"a path inside {self.root}", EXPORT)
+            raise UnsafePathError(
+                f"the bundle names the file {name!r}", needed=f"a path inside {self.root}", fix=EXPORT
+            )
         path = self.root.joinpath(*pure.parts)
         if not path.resolve().is_relative_to(self.root.resolve()):
             raise UnsafePathError(
                 f"{path} leads out of the bundle, to {path.resolve()}",
-                f"a real file inside {self.root}",
-                "copy the file into the bundle instead of linking it",
+                needed=f"a real file inside {self.root}",
+                fix="copy the file into the bundle instead of linking it",
             )
         return path
 
@@ -104,10 +108,12 @@ class Bundle:
         for name, record in self.files.items():
             path = self.path(name)
             if not path.is_file():
-                raise BundleError(f"{path} is missing", "every file that the manifest lists", EXPORT)
+                raise BundleError(f"{path} is missing", needed="every file that the manifest lists", fix=EXPORT)
             size = path.stat().st_size
             if size != record.bytes:
-                raise HashMismatchError(f"{path} has {size} bytes", f"{record.bytes} bytes, as in the manifest", EXPORT)
+                raise HashMismatchError(
+                    f"{path} has {size} bytes", needed=f"{record.bytes} bytes, as in the manifest", fix=EXPORT
+                )
 
     def _check_hashes(self) -> None:
         paths = [self.path(name) for name in self.files]
@@ -115,12 +121,12 @@ class Bundle:
             for path, record, sha256 in zip(paths, self.files.values(), pool.map(sha256_of, paths), strict=True):
                 if sha256 != record.sha256:
                     raise HashMismatchError(
-                        f"{path} has SHA-256 {sha256}", f"{record.sha256}, as in the manifest", EXPORT
+                        f"{path} has SHA-256 {sha256}", needed=f"{record.sha256}, as in the manifest", fix=EXPORT
                     )
 
 
 def _unlisted(path: Path) -> BundleError:
-    return BundleError(f"{path} is used but not listed in {MANIFEST}", "an entry with its hash", EXPORT)
+    return BundleError(f"{path} is used but not listed in {MANIFEST}", needed="an entry with its hash", fix=EXPORT)
 
 
 def write_manifest(root: Path, spec: ModelSpec, names: Iterable[str]) -> None:
@@ -141,11 +147,11 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise BundleError(f"{path} is missing", "a JSON file", EXPORT) from error
+        raise BundleError(f"{path} is missing", needed="a JSON file", fix=EXPORT) from error
     except (OSError, ValueError) as error:
-        raise BundleError(f"{path} cannot be read ({error})", "a JSON file", EXPORT) from error
+        raise BundleError(f"{path} cannot be read ({error})", needed="a JSON file", fix=EXPORT) from error
     if not isinstance(data, dict):
-        raise BundleError(f"{path} holds a {type(data).__name__}", "a JSON object", EXPORT)
+        raise BundleError(f"{path} holds a {type(data).__name__}", needed="a JSON object", fix=EXPORT)
     return data
 
 
@@ -154,24 +160,24 @@ def read_manifest(root: Path) -> dict[str, Any]:
     if not root.is_dir():
         raise BundleError(
             f"there is no folder {root}",
-            "a bundle",
-            "check the path, or make one: latentrt export CHECKPOINT BUNDLE",
+            needed="a bundle",
+            fix="check the path, or make one: latentrt export CHECKPOINT BUNDLE",
         )
     if not (root / MANIFEST).is_file():
         kind = "a diffusers checkpoint" if (root / "model_index.json").is_file() else "not a bundle"
         raise BundleError(
-            f"{root} has no {MANIFEST}: it is {kind}", "a bundle", f"make one: latentrt export {root} BUNDLE"
+            f"{root} has no {MANIFEST}: it is {kind}", needed="a bundle", fix=f"make one: latentrt export {root} BUNDLE"
         )
     manifest = read_json(root / MANIFEST)
     if manifest.get("schema") != SCHEMA:
         raise BundleError(
             f"{root / MANIFEST} has schema {manifest.get('schema')!r}",
-            f"schema {SCHEMA}",
-            "update latentrt, or " + EXPORT,
+            needed=f"schema {SCHEMA}",
+            fix="update latentrt, or " + EXPORT,
         )
     for key in ("model", "files"):
         if not isinstance(manifest.get(key), dict):
-            raise BundleError(f"{root / MANIFEST} has no {key!r}", f"the fields of schema {SCHEMA}", EXPORT)
+            raise BundleError(f"{root / MANIFEST} has no {key!r}", needed=f"the fields of schema {SCHEMA}", fix=EXPORT)
     return manifest
 
 
@@ -180,10 +186,12 @@ def _records(files: Mapping[str, Any]) -> dict[str, FileRecord]:
     for name, record in files.items():
         if name.lower().endswith(PICKLES):
             raise UnsafeWeightsError(
-                f"the bundle lists {name}", "weights as .safetensors; pickled files can run code", EXPORT
+                f"the bundle lists {name}", needed="weights as .safetensors; pickled files can run code", fix=EXPORT
             )
         try:
             records[name] = FileRecord(str(record["sha256"]), int(record["bytes"]))
         except (KeyError, TypeError, ValueError) as error:
-            raise BundleError(f"the manifest's entry for {name!r} is {record!r}", "sha256 and bytes", EXPORT) from error
+            raise BundleError(
+                f"the manifest's entry for {name!r} is {record!r}", needed="sha256 and bytes", fix=EXPORT
+            ) from error
     return records

@@ -5,12 +5,12 @@ Plain frozen data, checked where it is made; nothing here opens a file.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from latentrt.errors import BundleError, RequestError
+from latentrt.values import is_number, is_text, is_whole
 
 SCHEMA = 1
 FAMILIES = ("sd", "sdxl")
@@ -60,8 +60,8 @@ class LatentSpec:
             side, rest = (own, 0) if pixels is None else divmod(pixels, self.factor)
             if rest:
                 lower = max(side, 1) * self.factor
-                mend = f"take {lower} or {lower + self.factor}"
-                raise RequestError(f"{name} is {pixels}", f"a multiple of {self.factor}", mend)
+                fix = f"take {lower} or {lower + self.factor}"
+                raise RequestError(f"{name} is {pixels}", needed=f"a multiple of {self.factor}", fix=fix)
             sides.append(side)
         return self.channels, sides[0], sides[1]
 
@@ -132,7 +132,9 @@ class ModelSpec:
         """
         graphs = {"fp32": self.graphs, "fp16": self.half}.get(precision)
         if graphs is None or network not in graphs:
-            raise BundleError(f"{self.id} has no {network} in {precision}", "one of its own: fp32 or fp16", EXPORT)
+            raise BundleError(
+                f"{self.id} has no {network} in {precision}", needed="one of its own: fp32 or fp16", fix=EXPORT
+            )
         return graphs[network]
 
     def cuda_graph(self, network: str) -> GraphSpec:
@@ -144,8 +146,8 @@ class ModelSpec:
         if network not in self.cuda:
             raise BundleError(
                 f"{self.id} has no {network} for ONNX Runtime's CUDA provider",
-                "a graph of its own (model.cuda.onnx)",
-                EXPORT,
+                needed="a graph of its own (model.cuda.onnx)",
+                fix=EXPORT,
             )
         return self.cuda[network]
 
@@ -186,8 +188,8 @@ class ModelSpec:
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise BundleError(
                 f"manifest.json has a model part that cannot be read ({error!r})",
-                f"the fields of manifest schema {SCHEMA}",
-                EXPORT,
+                needed=f"the fields of manifest schema {SCHEMA}",
+                fix=EXPORT,
             ) from error
         _check(spec)
         return spec
@@ -201,7 +203,7 @@ def _graph(data: Mapping[str, Any]) -> GraphSpec:
 
 
 def _texts(name: str, value: object) -> tuple[str, ...]:
-    _need(isinstance(value, (list, tuple)) and value and all(map(_is_text, value)), name, value, "a list of names")
+    _need(isinstance(value, (list, tuple)) and value and all(map(is_text, value)), name, value, "a list of names")
     return tuple(value)  # type: ignore[arg-type]
 
 
@@ -213,7 +215,7 @@ def _check(spec: ModelSpec) -> None:
     """
     _need(spec.family in FAMILIES, "family", spec.family, f"one of {', '.join(FAMILIES)}")
     for name in ("id", "schedule"):
-        _need(_is_text(getattr(spec, name)), name, getattr(spec, name), "text")
+        _need(is_text(getattr(spec, name)), name, getattr(spec, name), "text")
     for name in ("revision", "license"):
         value = getattr(spec, name)
         _need(value is None or isinstance(value, str), name, value, "text or null")
@@ -234,7 +236,7 @@ def _check(spec: ModelSpec) -> None:
     for name, islands in spec.islands.items():
         _need(name in spec.half, "islands", name, f"one of {', '.join(spec.half) or 'no network'}")
         _need(is_number(islands.largest), f"islands.{name}.largest", islands.largest, "a finite number")
-        _need(all(map(_is_text, islands.nodes)), f"islands.{name}.nodes", islands.nodes, "names of nodes")
+        _need(all(map(is_text, islands.nodes)), f"islands.{name}.nodes", islands.nodes, "names of nodes")
     for golden in spec.golden:
         _check_golden(golden)
 
@@ -248,15 +250,15 @@ def _check_latents(latents: LatentSpec) -> None:
 
 
 def _check_graph(where: str, graph: GraphSpec) -> None:
-    _need(_is_text(graph.path), f"{where}.path", graph.path, "text")
+    _need(is_text(graph.path), f"{where}.path", graph.path, "text")
     for name in ("opset", "nodes"):
         value = getattr(graph, name)
         _need(is_whole(value) and value >= 0, f"{where}.{name}", value, "a whole number")
     for tensor in (*graph.inputs, *graph.outputs):
-        _need(_is_text(tensor.name), f"{where}: a tensor's name", tensor.name, "text")
+        _need(is_text(tensor.name), f"{where}: a tensor's name", tensor.name, "text")
         where_tensor = f"{where}.{tensor.name}"
         _need(tensor.dtype in DTYPES, f"{where_tensor}.dtype", tensor.dtype, f"one of {', '.join(DTYPES)}")
-        sides = all(_is_text(side) or (is_whole(side) and int(side) >= 0) for side in tensor.shape)
+        sides = all(is_text(side) or (is_whole(side) and int(side) >= 0) for side in tensor.shape)
         _need(sides, f"{where_tensor}.shape", tensor.shape, "whole numbers and names")
 
 
@@ -271,18 +273,4 @@ def _check_golden(golden: Golden) -> None:
 
 def _need(good: object, field: str, value: object, needed: str) -> None:
     if not good:
-        raise BundleError(f"manifest.json has {field} = {value!r}", needed, f"update latentrt, or {EXPORT}")
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and value != ""
-
-
-def is_whole(value: object) -> bool:
-    """Whether it is an int, and no bool."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_number(value: object) -> bool:
-    """Whether it is a finite int or float, and no bool."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+        raise BundleError(f"manifest.json has {field} = {value!r}", needed=needed, fix=f"update latentrt, or {EXPORT}")

@@ -42,8 +42,8 @@ def measure(engine: Engine, batches: Sequence[int], *, steps: int = 20, repeats:
     if not batches or min(steps, repeats, *batches) < 1:
         raise RequestError(
             f"steps {steps}, repeats {repeats}, batches {list(batches)}",
-            "numbers of 1 or more",
-            "raise the one below 1",
+            needed="numbers of 1 or more",
+            fix="raise the one below 1",
         )
     rows = [_measure_batch(engine, size, steps, repeats) for size in batches]
     about = {"model": engine.spec.id, "backend": engine.backend.name, "device": engine.backend.device}

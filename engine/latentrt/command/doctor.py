@@ -37,7 +37,7 @@ class Finding:
     what: str
     good: bool
     found: str
-    mend: str = ""
+    fix: str = ""
     vital: bool = False  # nothing can be drawn without it
 
     def to_dict(self) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def _machine() -> Finding:
 
 
 def _bundle() -> Finding:
-    what, mend = "the embedded model", "pip install --force-reinstall latentrt"
+    what, fix = "the embedded model", "pip install --force-reinstall latentrt"
     try:
         from latentrt.engine import Engine
         from latentrt.golden import TOLERANCE, worst_error
@@ -69,9 +69,9 @@ def _bundle() -> Finding:
         with Engine.load() as engine:
             error = worst_error(engine)
     except LatentrtError as trouble:
-        return Finding(what, False, trouble.found, mend, vital=True)
+        return Finding(what, False, trouble.found, fix, vital=True)
     found = f"hashes match, latents within {error:.0e} of the export's"
-    return Finding(what, error <= TOLERANCE, found, mend, vital=True)
+    return Finding(what, error <= TOLERANCE, found, fix, vital=True)
 
 
 def _onnxruntime() -> Finding:
@@ -79,7 +79,7 @@ def _onnxruntime() -> Finding:
     try:
         library = load_onnxruntime()
     except MissingDependencyError as error:
-        return Finding(what, False, error.found, error.mend, vital=True)
+        return Finding(what, False, error.found, error.fix, vital=True)
     return Finding(what, True, f"onnxruntime {library.__version__}", vital=True)
 
 
@@ -87,7 +87,7 @@ def _export() -> Finding:
     return _packages("export and verify", EXPORT_PACKAGES, "pip install 'latentrt[export]'")
 
 
-def _packages(what: str, packages: Sequence[str], mend: str) -> Finding:
+def _packages(what: str, packages: Sequence[str], fix: str) -> Finding:
     """Whether all of some packages are installed."""
     found, missing = [], []
     for package in packages:
@@ -95,7 +95,7 @@ def _packages(what: str, packages: Sequence[str], mend: str) -> Finding:
             found.append(f"{package} {version(package)}")
         except PackageNotFoundError:
             missing.append(package)
-    return Finding(what, not missing, f"missing {', '.join(missing)}" if missing else ", ".join(found), mend)
+    return Finding(what, not missing, f"missing {', '.join(missing)}" if missing else ", ".join(found), fix)
 
 
 def _build() -> Finding:
@@ -110,7 +110,7 @@ def _cuda() -> Finding:
 
         gpu = Cuda()
     except LatentrtError as trouble:
-        return Finding(what, False, trouble.found, trouble.mend)
+        return Finding(what, False, trouble.found, trouble.fix)
     found = "{}, compute capability {}.{}, CUDA {}".format(gpu.name, *gpu.compute_capability, gpu.driver)
     gpu.close()
     return Finding(what, True, f"{found}; the kernels are loaded")
@@ -124,36 +124,36 @@ def _tensorrt(name: str) -> Finding:
         logger = library.logger()  # it must outlive the runtime
         library.runtime(logger)
     except LatentrtError as trouble:
-        return Finding(what, False, trouble.found, trouble.mend)
+        return Finding(what, False, trouble.found, trouble.fix)
     return Finding(what, True, f"{name} {library.version}")
 
 
 def _gpu() -> Finding:
-    what, mend = "NVIDIA GPU", "a machine with an NVIDIA GPU and its driver"
+    what, fix = "NVIDIA GPU", "a machine with an NVIDIA GPU and its driver"
     if ctypes.util.find_library("cuda") is None or shutil.which("nvidia-smi") is None:
-        return Finding(what, False, "no CUDA driver", mend)
+        return Finding(what, False, "no CUDA driver", fix)
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        return Finding(what, False, f"nvidia-smi does not answer ({error})", mend)
+        return Finding(what, False, f"nvidia-smi does not answer ({error})", fix)
     good = answer.returncode == 0 and bool(answer.stdout.strip())
     return Finding(
         what,
         good,
         (answer.stdout if good else answer.stderr or answer.stdout).strip() or "nvidia-smi is silent",
-        mend,
+        fix,
     )
 
 
 def _cuda_provider() -> Finding:
     """A network that really runs there: what is compiled in need not find its libraries."""
-    what, mend = "pictures on CUDA (onnxruntime-gpu)", "pip uninstall onnxruntime && pip install onnxruntime-gpu"
+    what, fix = "pictures on CUDA (onnxruntime-gpu)", "pip uninstall onnxruntime && pip install onnxruntime-gpu"
     try:
         from latentrt.engine import Engine
 
         with Engine.load(device="cuda", check_hashes=False) as engine:
             engine("", steps=1)
     except LatentrtError as trouble:
-        return Finding(what, False, trouble.found, mend if "has only" in trouble.found else trouble.mend)
+        return Finding(what, False, trouble.found, fix if "has only" in trouble.found else trouble.fix)
     return Finding(what, True, "a picture was drawn")

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from latentrt.bundle.bundle import EMBEDDED
-from latentrt.command.arguments import options_of, size_of
 from latentrt.command.options import AT_LEAST_ONE, FOLDER, edits_pictures, option_json, runs_networks
 from latentrt.command.terminal import progress, with_previews
+from latentrt.errors import RequestError
+from latentrt.values import parse_size
 
 if TYPE_CHECKING:
     from latentrt.run.job import Job
@@ -89,7 +90,7 @@ def generate(
     from latentrt.model.edit import open_picture
     from latentrt.runtime.onnxruntime import return_freed_pages
 
-    width, height = size_of(size)
+    width, height = (None, None) if size is None else parse_size(size, "--size")
     pattern = with_suffix(output, format)
     check_folder(pattern)
     check_grid(grid)
@@ -131,3 +132,17 @@ def generate(
     else:
         for path in [*paths.values(), *([grid] if grid else [])]:
             print(path)
+
+
+def options_of(pairs: tuple[str, ...]) -> dict[str, Any]:
+    """KEY=VALUE pairs; a value is JSON where it can be, else text."""
+    options = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals:
+            raise RequestError(f"--option is {pair!r}", needed="KEY=VALUE, as in eta=0.5")
+        try:
+            options[key] = json.loads(text)
+        except ValueError:
+            options[key] = text
+    return options

@@ -12,13 +12,13 @@ from typing import Any
 import click
 
 from latentrt import __version__
-from latentrt.command.arguments import whole_of
 from latentrt.command.build import build
 from latentrt.command.generate import generate
 from latentrt.command.options import AT_LEAST_ONE, FOLDER, argument_bundle, option_json, runs_networks
 from latentrt.command.serve import serve
 from latentrt.command.terminal import show, table_of
 from latentrt.errors import LatentrtError, PromptTruncatedWarning
+from latentrt.values import parse_whole
 
 INTERRUPTED, CRASHED = 130, 70  # 128 + SIGINT; EX_SOFTWARE of BSD's sysexits.h
 
@@ -37,12 +37,12 @@ def _run() -> int:
         code = latentrt(prog_name="latentrt", standalone_mode=False)
     except LatentrtError as error:
         if not as_json:
-            print(f"error: {error.found}\n  needed: {error.needed}\n  to mend it: {error.mend}", file=sys.stderr)
+            print(_told(error), file=sys.stderr)
         return _fail(error, error.parts, as_json, 2)
     except click.ClickException as error:
         if not as_json:
             error.show()
-        parts = {"found": error.format_message(), "needed": "a call as --help shows", "mend": "latentrt --help"}
+        parts = {"found": error.format_message(), "needed": "a call as --help shows", "fix": "latentrt --help"}
         return _fail(error, parts, as_json, error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
@@ -51,6 +51,11 @@ def _run() -> int:
         traceback.print_exc()
         return CRASHED
     return code if isinstance(code, int) else 0
+
+
+def _told(error: LatentrtError) -> str:
+    lines = [f"error: {error.found}", f"  needed: {error.needed}"]
+    return "\n".join([*lines, f"  to fix it: {error.fix}"] if error.fix else lines)
 
 
 def _fail(error: Exception, parts: dict[str, str], as_json: bool, code: int) -> int:
@@ -179,7 +184,7 @@ def bench(
     from latentrt.engine import Engine
     from latentrt.serve.core import curve
 
-    sizes = [whole_of(size, "--batches", least=1) for size in batches.split(",")] if batches is not None else []
+    sizes = [parse_whole(size, "--batches") for size in batches.split(",")] if batches is not None else []
     with Engine.load(bundle, lanes=2 * max(sizes) if sizes else None, **loading) as engine:
         fitting = [size for size in (1, 2, 4, 8) if 2 * size <= engine.denoiser.lanes]
         results = measure(engine, sizes or fitting, steps=steps, repeats=repeats)
@@ -215,10 +220,10 @@ def doctor(as_json: bool) -> None:
     if as_json:
         print(json.dumps([finding.to_dict() for finding in findings]))
     else:
-        table = table_of("", "what", "found", "to mend or gain it")
+        table = table_of("", "what", "found", "to fix or gain it")
         for finding in findings:
             mark = "[green]yes[/]" if finding.good else "[yellow]no[/]"
-            table.add_row(mark, finding.what, escape(finding.found), "" if finding.good else escape(finding.mend))
+            table.add_row(mark, finding.what, escape(finding.found), "" if finding.good else escape(finding.fix))
         show(table)
     sys.exit(any(finding.vital and not finding.good for finding in findings))
 

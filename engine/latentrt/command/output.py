@@ -27,10 +27,10 @@ def with_suffix(pattern: str, format: str | None) -> str:
     """
     known = ", ".join(suffix[1:] for suffix in FORMATS)
     if format is not None and f".{format.lower()}" not in FORMATS:
-        raise RequestError(f"--format is {format!r}", f"one of {known}", "change --format")
+        raise RequestError(f"--format is {format!r}", needed=f"one of {known}")
     suffix = Path(pattern).suffix
     if suffix.lower() in _FOREIGN:
-        raise RequestError(f"--output ends in {suffix}", f"one of {known}", "change --output")
+        raise RequestError(f"--output ends in {suffix}", needed=f"one of {known}")
     own = suffix.lower() in FORMATS
     if format is None:
         return pattern if own else f"{pattern}.png"
@@ -47,7 +47,7 @@ def check_grid(grid: Path | None) -> None:
     if grid is None:
         return
     if grid.suffix.lower() not in FORMATS:
-        raise RequestError(f"--grid is {grid}", f"a suffix among {', '.join(FORMATS)}", "change --grid")
+        raise RequestError(f"--grid is {grid}", needed=f"a suffix among {', '.join(FORMATS)}")
     check_writable(grid)
 
 
@@ -64,7 +64,7 @@ def check_writable(path: Path) -> None:
         OutputError: the path is a folder, a part of it is a file or too long, or its folder takes no files.
     """
     if any(len(os.fsencode(part)) > _NAME_BYTES for part in path.parts):
-        raise OutputError(f"{path} has a name longer than {_NAME_BYTES} bytes", "a shorter name", "change the path")
+        raise OutputError(f"{path} has a name longer than {_NAME_BYTES} bytes", needed="a shorter name")
     try:
         folder = path.parent
         while not folder.exists() and folder != folder.parent:
@@ -79,9 +79,7 @@ def check_writable(path: Path) -> None:
             return
     except (OSError, ValueError) as error:
         problem = str(error)
-    raise OutputError(
-        f"{path} cannot be written: {problem}", "a file name in a folder that takes files", "change the path"
-    )
+    raise OutputError(f"{path} cannot be written: {problem}", needed="a file name in a folder that takes files")
 
 
 def preview_paths(path: Path, rows: int, every: int) -> Previews:
@@ -107,6 +105,6 @@ def check_distinct(paths: Iterable[Path]) -> None:
         shown = ", ".join(twice[:5]) + (f" and {len(twice) - 5} more" if len(twice) > 5 else "")
         raise RequestError(
             f"{max(counts.values())} pictures would go to {shown}",
-            "a name for each",
-            "add {seed} or {index} to --output",
+            needed="a name for each",
+            fix="add {seed} or {index} to --output",
         )

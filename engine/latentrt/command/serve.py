@@ -60,7 +60,7 @@ def _server(by_ray: bool) -> Any:
             from latentrt.serve.ray_app import serve
         except ImportError as error:
             raise MissingDependencyError(
-                f"the module {error.name} is not installed", "the extra `ray`", "pip install 'latentrt[ray]'"
+                f"the module {error.name} is not installed", needed="the extra `ray`", fix="pip install 'latentrt[ray]'"
             ) from error
     return serve
 
@@ -70,7 +70,7 @@ def _config() -> Any:
         from latentrt.serve.process import config
     except ImportError as error:
         raise MissingDependencyError(
-            f"the module {error.name} is not installed", "the extra `serve`", "pip install 'latentrt[serve]'"
+            f"the module {error.name} is not installed", needed="the extra `serve`", fix="pip install 'latentrt[serve]'"
         ) from error
     return config
 

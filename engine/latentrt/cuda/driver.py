@@ -43,15 +43,15 @@ class Driver:
         try:
             self("cuInit", 0)
         except BackendError as error:
-            mend = f"install {DRIVERS}; a container is given its GPUs by: docker run --gpus all"
-            raise BackendError(error.found, "an NVIDIA GPU that this process may use", mend) from error
+            fix = f"install {DRIVERS}; a container is given its GPUs by: docker run --gpus all"
+            raise BackendError(error.found, needed="an NVIDIA GPU that this process may use", fix=fix) from error
         version: int = self("cuDriverGetVersion")
         found = (version // 1000, version % 1000 // 10)
         if found < NEEDED_CUDA:
             raise BackendError(
                 f"the driver brings CUDA {found[0]}.{found[1]}",
-                f"CUDA {NEEDED_CUDA[0]}.{NEEDED_CUDA[1]} or newer; 13.0 (driver 580) for nvidia-cuda-nvrtc 13",
-                f"install {DRIVERS}",
+                needed=f"CUDA {NEEDED_CUDA[0]}.{NEEDED_CUDA[1]} or newer; 13.0 (driver 580) for nvidia-cuda-nvrtc 13",
+                fix=f"install {DRIVERS}",
             )
         return f"{found[0]}.{found[1]}"
 
@@ -68,14 +68,16 @@ class Driver:
             answer = getattr(self.api, function)(*arguments)
         except RuntimeError as error:  # so the bindings say that there is no driver, or not this function in it
             raise BackendError(
-                f"{function} is not there ({error})", "an NVIDIA driver for CUDA 12 or newer", f"install {DRIVERS}"
+                f"{function} is not there ({error})",
+                needed="an NVIDIA driver for CUDA 12 or newer",
+                fix=f"install {DRIVERS}",
             ) from error
         return self._check(function, answer)
 
     def make_current(self) -> None:
         """Which context is current belongs to the calling thread, and others change it."""
         if self.context is None:
-            raise BackendError("the GPU was closed", "an open one", "make another: Cuda(...)")
+            raise BackendError("the GPU was closed", needed="an open one", fix="make another: Cuda(...)")
         self._check("cuCtxSetCurrent", self.api.cuCtxSetCurrent(self.context))
 
     def _check(self, function: str, answer: tuple[Any, ...]) -> Any:
@@ -84,10 +86,12 @@ class Driver:
             return values[0] if len(values) == 1 else tuple(values)
         said = f"{function} says {getattr(status, 'name', status)}"
         if int(status) == _OUT_OF_MEMORY:
-            raise DeviceMemoryError(said, "free GPU memory", "end what else runs there (nvidia-smi)")
+            raise DeviceMemoryError(said, needed="free GPU memory", fix="end what else runs there (nvidia-smi)")
         if int(status) == _NO_DEVICE:
-            raise BackendError(f"there is no GPU ({said})", "an NVIDIA GPU", "latentrt doctor")
-        raise BackendError(said, "CUDA_SUCCESS", "start the process again: after most errors a context is lost")
+            raise BackendError(f"there is no GPU ({said})", needed="an NVIDIA GPU", fix="latentrt doctor")
+        raise BackendError(
+            said, needed="CUDA_SUCCESS", fix="start the process again: after most errors a context is lost"
+        )
 
 
 def _bindings() -> Any:
@@ -96,7 +100,7 @@ def _bindings() -> Any:
     except ImportError as error:
         raise MissingDependencyError(
             f"CUDA's Python bindings are not there ({error})",
-            "cuda-bindings 12.6 or newer",
-            "pip install 'latentrt[cuda]'",
+            needed="cuda-bindings 12.6 or newer",
+            fix="pip install 'latentrt[cuda]'",
         ) from error
     return driver

@@ -77,7 +77,7 @@ class Cuda:
         match = re.fullmatch(r"cuda(?::(\d+))?", device)
         if match is None or int(match[1] or 0) >= count:
             known = ", ".join(f"cuda:{ordinal}" for ordinal in range(count)) or "no device"
-            raise BackendError(f"there is no device {device!r}", f"one of {known}", "latentrt doctor")
+            raise BackendError(f"there is no device {device!r}", needed=f"one of {known}", fix="latentrt doctor")
         return int(match[1] or 0)
 
     def _attribute(self, name: str) -> int:
@@ -92,8 +92,8 @@ class Cuda:
         except BackendError as error:
             raise BackendError(
                 f"the driver (CUDA {self.driver}) does not take the kernels: {error.found}",
-                "a driver at least as new as the NVRTC that compiled them",
-                "a newer NVIDIA driver, or for CUDA 12's: pip install 'cuda-bindings<13' nvidia-cuda-nvrtc-cu12",
+                needed="a driver at least as new as the NVRTC that compiled them",
+                fix="a newer NVIDIA driver, or for CUDA 12's: pip install 'cuda-bindings<13' nvidia-cuda-nvrtc-cu12",
             ) from error
         self._functions = {name: self._drive("cuModuleGetFunction", self._module, name.encode()) for name in KERNELS}
 
@@ -109,8 +109,8 @@ class Cuda:
             free, total = self.memory()
             raise DeviceMemoryError(
                 f"{_mib(array.bytes)} of GPU memory were asked for and {_mib(free)} of {_mib(total)} are free",
-                "enough free memory on the GPU",
-                "make fewer or smaller pictures at once, or end what else runs there (nvidia-smi)",
+                needed="enough free memory on the GPU",
+                fix="make fewer or smaller pictures at once, or end what else runs there (nvidia-smi)",
             ) from None
         self._held.add(pointer)
         return DeviceArray(pointer, array.shape, array.dtype)
@@ -127,7 +127,9 @@ class Cuda:
             return
         self._refuse_in_capture("memory is given back")
         if array.pointer not in self._held:
-            raise BackendError("memory that is not held was to be freed", "what `empty` gave", "free it once")
+            raise BackendError(
+                "memory that is not held was to be freed", needed="what `empty` gave", fix="free it once"
+            )
         self._drive("cuMemFree", array.pointer)
         self._held.remove(array.pointer)
 
@@ -228,8 +230,8 @@ class Cuda:
         except BackendError as error:
             raise BackendError(
                 f"a capture was broken: {error.found}; a network's library took memory, waited, or used another stream",
-                "calls that only queue work on the stream that is captured",
-                "queue them one by one: Engine.load(..., capture=False)",
+                needed="calls that only queue work on the stream that is captured",
+                fix="queue them one by one: Engine.load(..., capture=False)",
             ) from error
 
     def _abandon_capture(self) -> None:
@@ -282,7 +284,7 @@ class Cuda:
 
     def _refuse_in_capture(self, what: str) -> None:
         if self._capturing:
-            raise BackendError(f"{what} within a capture", "work that only queues", "do it before or after")
+            raise BackendError(f"{what} within a capture", needed="work that only queues", fix="do it before or after")
 
 
 class Mark:
@@ -302,7 +304,7 @@ class CudaGraph:
     def launch(self) -> None:
         """Queue it all. Raises BackendError before its capture has ended, and after `close`."""
         if self.executable is None:
-            raise BackendError("the graph is not there", "one whose capture has ended", "capture it again")
+            raise BackendError("the graph is not there", needed="one whose capture has ended", fix="capture it again")
         self._drive("cuGraphLaunch", self.executable, self._stream)
 
     def close(self) -> None:
@@ -313,7 +315,9 @@ class CudaGraph:
 
 
 def _misfit(found: str, needed: str) -> BackendError:
-    return BackendError(f"{found} was to be copied", needed, "pass arrays of one dtype and of sizes that fit")
+    return BackendError(
+        f"{found} was to be copied", needed=needed, fix="pass arrays of one dtype and of sizes that fit"
+    )
 
 
 def _mib(count: int) -> str:

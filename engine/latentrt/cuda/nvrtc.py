@@ -60,7 +60,7 @@ def compiled(source: bytes, options: Sequence[str]) -> tuple[bytes, str]:
         log = _text(nvrtc, program)
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             raise BackendError(
-                f"advance.cu does not compile: {log}", "NVRTC 12 or 13", "pip install -U 'latentrt[cuda]'"
+                f"advance.cu does not compile: {log}", needed="NVRTC 12 or 13", fix="pip install -U 'latentrt[cuda]'"
             )
         code = bytes(_checked(nvrtc, nvrtc.nvrtcGetCUBINSize(program)))
         _checked(nvrtc, nvrtc.nvrtcGetCUBIN(program, code))
@@ -84,8 +84,8 @@ def _compiler() -> Any:
     except (ImportError, OSError, RuntimeError) as error:
         raise MissingDependencyError(
             f"NVRTC, CUDA's compiler of kernels, cannot be loaded ({error})",
-            "cuda-bindings 12.6 or newer and libnvrtc",
-            "pip install 'latentrt[cuda]'",
+            needed="cuda-bindings 12.6 or newer and libnvrtc",
+            fix="pip install 'latentrt[cuda]'",
         ) from error
     return nvrtc
 
@@ -94,7 +94,7 @@ def _checked(nvrtc: Any, answer: tuple[Any, ...]) -> Any:
     """What an NVRTC function returned besides its status: nothing, one value or a tuple."""
     status, *values = answer
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-        raise BackendError(f"NVRTC says {status}", "NVRTC 12 or 13", "pip install -U 'latentrt[cuda]'")
+        raise BackendError(f"NVRTC says {status}", needed="NVRTC 12 or 13", fix="pip install -U 'latentrt[cuda]'")
     return values[0] if len(values) == 1 else tuple(values)
 
 
@@ -106,8 +106,8 @@ def _architecture(nvrtc: Any, version: tuple[int, int], compute_capability: tupl
     if not usable:
         raise BackendError(
             f"the GPU has compute capability {own / 10} and NVRTC {version[0]}.{version[1]} compiles for {known}",
-            "an NVRTC that knows the GPU",
-            "pip install -U 'latentrt[cuda]', or for a GPU that is older than CUDA 13 supports: nvidia-cuda-nvrtc-cu12",
+            needed="an NVRTC that knows the GPU",
+            fix="pip install -U 'latentrt[cuda]', or for GPUs older than CUDA 13's: nvidia-cuda-nvrtc-cu12",
         )
     return int(max(usable))
 

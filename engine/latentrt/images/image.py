@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import secrets
 import unicodedata
 from collections.abc import Mapping, Sequence
 from io import BytesIO
@@ -30,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentrt.errors import NetworkError, OutputError, RequestError
+from latentrt.storage import write_atomic
 
 if TYPE_CHECKING:
     from PIL.Image import Exif, Image
@@ -60,13 +59,13 @@ def to_uint8(x: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
         NetworkError: another shape, or a number that is not finite (it would show as a black picture).
     """
     if x.ndim != 4 or x.shape[1] != 3:
-        raise NetworkError(f"a decoded array of shape {x.shape}", "(N, 3, H, W)", "check the VAE decoder")
+        raise NetworkError(f"a decoded array of shape {x.shape}", needed="(N, 3, H, W)", fix="check the VAE decoder")
     bad = np.count_nonzero(~np.isfinite(x))
     if bad:
         raise NetworkError(
             f"{bad} of {x.size} decoded numbers are NaN or infinite",
-            "finite pixels",
-            "run the VAE decoder in float32: its activations can overflow float16",
+            needed="finite pixels",
+            fix="run the VAE decoder in float32: its activations can overflow float16",
         )
     unit = (x.astype(np.float32, copy=False) * np.float32(0.5) + np.float32(0.5)).clip(0, 1)
     return (unit.transpose(0, 2, 3, 1) * np.float32(255)).round().astype(np.uint8)
@@ -81,8 +80,8 @@ def from_uint8(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
     if pixels.ndim != 4 or pixels.shape[3] != 3 or pixels.dtype != np.uint8:
         raise RequestError(
             f"pixels of shape {pixels.shape} and dtype {pixels.dtype}",
-            "uint8 of shape (N, H, W, 3)",
-            'convert pictures first: np.asarray(image.convert("RGB"))[None]',
+            needed="uint8 of shape (N, H, W, 3)",
+            fix='convert pictures first: np.asarray(image.convert("RGB"))[None]',
         )
     unit = pixels.transpose(0, 3, 1, 2).astype(np.float32, order="C") / np.float32(255)
     return np.float32(2) * unit - np.float32(1)
@@ -112,13 +111,12 @@ def save(image: Image, path: str | Path, *, settings: Settings | None = None) ->
     path = Path(path)
     data = encode(image, path.suffix, settings=settings)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write_whole(path, data)
+        write_atomic(path, data)
     except OSError as error:
         raise OutputError(
             f"{path} cannot be written ({error.strerror or error})",
-            f"a folder that takes {len(data)} bytes",
-            "free some space or choose another path",
+            needed=f"a folder that takes {len(data)} bytes",
+            fix="free some space or choose another path",
         ) from error
     return path
 
@@ -128,7 +126,7 @@ def encode(image: Image, suffix: str, *, settings: Settings | None = None) -> by
     kind = FORMATS.get(suffix.lower())
     if kind is None:
         raise OutputError(
-            f"picture format {suffix!r}", f"one of {', '.join(FORMATS)}", "name the file with such a suffix"
+            f"picture format {suffix!r}", needed=f"one of {', '.join(FORMATS)}", fix="name the file with such a suffix"
         )
     buffer = BytesIO()
     try:
@@ -137,8 +135,8 @@ def encode(image: Image, suffix: str, *, settings: Settings | None = None) -> by
     except (OSError, TypeError, ValueError) as error:
         raise OutputError(
             f"a {image.mode} picture with these settings cannot be {kind} ({error})",
-            "an RGB picture, settings of JSON values and Unicode text; JPEG holds at most 64 KiB of them",
-            "mend the settings, or save as .png",
+            needed="an RGB picture, settings of JSON values and Unicode text; JPEG holds at most 64 KiB of them",
+            fix="correct the settings, or save as .png",
         ) from error
     return buffer.getvalue()
 
@@ -160,8 +158,8 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     except (OSError, TypeError, ValueError) as error:
         raise RequestError(
             f"{path} has no settings to read ({error})",
-            "a picture saved by latentrt, with its metadata",
-            "use the original file: editors and chat services strip metadata",
+            needed="a picture saved by latentrt, with its metadata",
+            fix="use the original file: editors and chat services strip metadata",
         ) from error
     return settings
 
@@ -216,14 +214,14 @@ def output_path(pattern: str, values: Mapping[str, object]) -> Path:
     except KeyError as error:
         raise OutputError(
             f"the pattern {pattern!r} has the unknown field {error}",
-            f"fields among {', '.join(values)}",
-            "change the pattern",
+            needed=f"fields among {', '.join(values)}",
+            fix="change the pattern",
         ) from error
     except ValueError as error:
         raise OutputError(
             f"the pattern {pattern!r} cannot be filled ({error})",
-            'a pattern such as "out/{seed}-{prompt}.png"',
-            "change the pattern",
+            needed='a pattern such as "out/{seed}-{prompt}.png"',
+            fix="change the pattern",
         ) from error
     return Path("".join(parts))
 
@@ -233,16 +231,6 @@ def _own_settings(image: Image) -> Settings:
     carried: str | Settings = image.info.get(INFO_KEY, {})
     own: Settings = json.loads(carried) if isinstance(carried, str) else carried
     return own
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    """Write beside, then rename: a reader sees the old file or the new one, never a part."""
-    partial = path.with_name(f".{secrets.token_hex(8)}.part")
-    try:
-        partial.write_bytes(data)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def metadata(kind: str, settings: Settings, size: tuple[int, int]) -> dict[str, Any]:
@@ -302,12 +290,14 @@ def _quoted(fact: object) -> str:
 def _check_grid(images: Sequence[Image], columns: int, captions: Sequence[str]) -> None:
     sizes = sorted({image.size for image in images})
     if len(sizes) != 1:
-        raise RequestError(f"a grid of pictures of sizes {sizes}", "pictures of one size", "resize them first")
+        raise RequestError(
+            f"a grid of pictures of sizes {sizes}", needed="pictures of one size", fix="resize them first"
+        )
     if columns < 1:
-        raise RequestError(f"a grid of {columns} columns", "at least one", "pass another number of columns")
+        raise RequestError(f"a grid of {columns} columns", needed="at least one", fix="pass another number of columns")
     if captions and len(captions) != len(images):
         raise RequestError(
-            f"{len(captions)} captions for {len(images)} pictures", "one for each", "pass as many captions"
+            f"{len(captions)} captions for {len(images)} pictures", needed="one for each", fix="pass as many captions"
         )
 
 

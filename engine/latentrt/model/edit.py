@@ -70,8 +70,8 @@ class Edit:
         if not mask.any():
             raise RequestError(
                 "the mask repaints nothing",
-                f"white where to repaint, at least {factor} pixels wide",
-                "invert the mask, or make its white parts larger",
+                needed=f"white where to repaint, at least {factor} pixels wide",
+                fix="invert the mask, or make its white parts larger",
             )
         return cls(encoded, mask, (height, width), facts)
 
@@ -85,8 +85,8 @@ class Edit:
             if wanted not in (None, own):
                 raise RequestError(
                     f"{side} is {wanted}, and the picture was encoded at {own}",
-                    f"{side} {own}",
-                    f"Engine.edit(..., {side}={wanted})",
+                    needed=f"{side} {own}",
+                    fix=f"Engine.edit(..., {side}={wanted})",
                 )
         strength = request.strength
         if strength is None:
@@ -120,8 +120,8 @@ def on(request: Request, edit: Edit | None) -> Request:
     if request.strength is not None:
         raise RequestError(
             f"strength is {request.strength:g} and there is no picture",
-            "a picture to start from",
-            "pass one: image=, --image",
+            needed="a picture to start from",
+            fix="pass one: image=, --image",
         )
     return request
 
@@ -157,7 +157,7 @@ def open_picture(path: str | Path) -> Image:
         with Image.open(path) as image:
             return ImageOps.exif_transpose(image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise RequestError(f"{path} cannot be read ({error})", "a picture, such as PNG or JPEG", "check it") from error
+        raise RequestError(f"{path} cannot be read ({error})", needed="a picture, such as PNG or JPEG") from error
 
 
 def _picture(source: Any, name: str) -> Image:
@@ -167,14 +167,14 @@ def _picture(source: Any, name: str) -> Image:
         if source.mode in MODES:
             return source
         found = f"the {name} has the mode {source.mode}"
-        raise RequestError(found, f"one of {', '.join(MODES)}", 'convert it: image.convert("RGB")')
+        raise RequestError(found, needed=f"one of {', '.join(MODES)}", fix='convert it: image.convert("RGB")')
     if name == "mask" and isinstance(source, np.ndarray) and source.ndim == 2 and source.dtype in (np.bool_, np.uint8):
         return Image.fromarray(source if source.dtype == np.uint8 else source.astype(np.uint8) * np.uint8(255))
     if isinstance(source, np.ndarray) and source.dtype == np.uint8 and source.ndim == 3 and source.shape[2] == 3:
         return Image.fromarray(source)
     kind = f"{source.dtype} {source.shape}" if isinstance(source, np.ndarray) else type(source).__name__
     shapes = "(height, width) of uint8 or bool" if name == "mask" else "(height, width, 3) of uint8"
-    raise RequestError(f"the {name} is {kind}", f"a PIL image or an array {shapes}", f"pass another {name}")
+    raise RequestError(f"the {name} is {kind}", needed=f"a PIL image or an array {shapes}")
 
 
 def _opaque(picture: Image) -> Image:
@@ -192,12 +192,14 @@ def _repaint(mask: Image, own: tuple[int, int], size: tuple[int, ...]) -> NDArra
     if mask.size != own:
         raise RequestError(
             f"the mask is {mask.width}x{mask.height} and the image {own[0]}x{own[1]}",
-            "a mask of the image's size",
-            "resize or crop the mask",
+            needed="a mask of the image's size",
+            fix="resize or crop the mask",
         )
     if mask.has_transparency_data and np.asarray(mask.convert("RGBA"))[..., 3].min() < 255:
         raise RequestError(
-            "the mask has transparent pixels", "white where to repaint and black elsewhere", "flatten the mask"
+            "the mask has transparent pixels",
+            needed="white where to repaint and black elsewhere",
+            fix="flatten the mask",
         )
     return np.asarray(_resized(mask, size).convert("L")) >= WHITE
 

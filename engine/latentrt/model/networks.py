@@ -145,7 +145,9 @@ class VAE:
         """
         moments: Float32 = call(self._encoder, {"image": image[None]})["moments"][0]
         if not np.isfinite(moments).all():
-            raise NetworkError("the VAE encoder's numbers are not finite", "finite numbers", "take --precision fp32")
+            raise NetworkError(
+                "the VAE encoder's numbers are not finite", needed="finite numbers", fix="take --precision fp32"
+            )
         mean, log_variance = np.split(moments, 2)
         std: Float32 = np.exp(log_variance.clip(-30, 20) / 2)  # diffusers' DiagonalGaussianDistribution
         scale, shift = np.float32(self._spec.scale), np.float32(self._spec.shift)

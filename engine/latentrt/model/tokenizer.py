@@ -95,9 +95,7 @@ class Tokenizer:
         try:
             path.write_text(self._core.to_str(), encoding="utf-8")
         except OSError as error:
-            raise OutputError(
-                f"{path} cannot be written ({error.strerror})", "a writable folder", "choose another folder"
-            ) from error
+            raise OutputError(f"{path} cannot be written ({error.strerror})", needed="a writable folder") from error
 
 
 def _configuration(folder: Path) -> dict[str, Any]:
@@ -145,8 +143,8 @@ def _build_core(folder: Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
         if not path.is_file():
             raise BundleError(
                 f"{folder} has neither tokenizer.json nor {path.name}",
-                "tokenizer.json, or vocab.json and merges.txt",
-                _EXPORT_AGAIN,
+                needed="tokenizer.json, or vocab.json and merges.txt",
+                fix=_EXPORT_AGAIN,
             )
     unknown = _content(config["unk_token"])
     try:
@@ -210,8 +208,8 @@ def _id(core: tokenizers.Tokenizer, token: str | dict[str, Any], folder: Path) -
     if number is None:
         raise BundleError(
             f"{folder} names the special token {_content(token)!r}, which its vocabulary lacks",
-            "special tokens with an id",
-            _EXPORT_AGAIN,
+            needed="special tokens with an id",
+            fix=_EXPORT_AGAIN,
         )
     return number
 
@@ -225,17 +223,17 @@ def _length(config: dict[str, Any]) -> int:
 
 
 def _unreadable(path: Path, why: object) -> BundleError:
-    return BundleError(f"{path} cannot be read ({why})", "a CLIP tokenizer's file, whole", _EXPORT_AGAIN)
+    return BundleError(f"{path} cannot be read ({why})", needed="a CLIP tokenizer's file, whole", fix=_EXPORT_AGAIN)
 
 
 def _check_text(text: object) -> None:
     if not isinstance(text, str):
-        raise RequestError(f"a prompt of type {type(text).__name__}", "text", "pass a str")
+        raise RequestError(f"a prompt of type {type(text).__name__}", needed="text")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise RequestError(
             f"a prompt with half a surrogate pair, {text[error.start]!r}, at character {error.start}",
-            "Unicode text",
-            "decode the prompt's bytes as UTF-8, or remove that character",
+            needed="Unicode text",
+            fix="decode the prompt's bytes as UTF-8, or remove that character",
         ) from error

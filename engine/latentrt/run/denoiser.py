@@ -44,11 +44,13 @@ class Denoiser:
             RequestError: there are not enough free lanes, or the job has no rows left.
         """
         if not self.fits(job):
-            mend = "tick until a job is done" if self._jobs else f"load the engine with lanes={job.most_lanes}"
-            raise RequestError(f"{self.free} of {self.lanes} lanes are free", f"{job.most_lanes}", mend)
+            fix = "tick until a job is done" if self._jobs else f"load the engine with lanes={job.most_lanes}"
+            raise RequestError(f"{self.free} of {self.lanes} lanes are free", needed=f"{job.most_lanes}", fix=fix)
         if job.done or job in self._jobs:
             state = "no rows left" if job.done else "lanes already"
-            raise RequestError(f"the job has {state}", "a job that waits for its first row", "make a new job")
+            raise RequestError(
+                f"the job has {state}", needed="a job that waits for its first row", fix="make a new job"
+            )
         self._lanes.admit(job)
         self._jobs.append(job)
 

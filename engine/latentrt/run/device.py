@@ -320,9 +320,11 @@ def check_fresh(job: Job) -> None:
         RequestError: the job has begun elsewhere, or has too many rows.
     """
     if job.row:
-        raise RequestError(f"the job has run {job.row} rows", "a job that waits for its first row", "make a new job")
+        raise RequestError(
+            f"the job has run {job.row} rows", needed="a job that waits for its first row", fix="make a new job"
+        )
     if len(job.table) > MAX_ROWS:
-        raise RequestError(f"the table has {len(job.table)} rows", f"{MAX_ROWS} at most", "take fewer steps")
+        raise RequestError(f"the table has {len(job.table)} rows", needed=f"{MAX_ROWS} at most", fix="take fewer steps")
 
 
 def rows_of(table: Table) -> NDArray[np.float32]:

@@ -78,6 +78,6 @@ class Job:
         """End the job: its latents are not finite after `row` rows."""
         self.error = NetworkError(
             f"the latents are not finite after row {row} of {len(self.table)}",
-            "finite numbers",
-            "check the bundle (latentrt verify), or take a smaller guidance or another solver",
+            needed="finite numbers",
+            fix="check the bundle (latentrt verify), or take a smaller guidance or another solver",
         )

@@ -113,7 +113,9 @@ class OneLaunch:
     def _new(self, kind: Kind) -> _Canvas:
         needed = 2 if kind.guided else 1
         if self._lanes < needed:
-            raise RequestError(f"the engine has {self._lanes} lanes", f"{needed}", f"load it with lanes={needed}")
+            raise RequestError(
+                f"the engine has {self._lanes} lanes", needed=f"{needed}", fix=f"load it with lanes={needed}"
+            )
         return _Canvas(self._networks, self._latents, kind, self._lanes, self._capture)
 
     def close(self) -> None:
@@ -281,8 +283,8 @@ class _Canvas:
             if bad[slot]:
                 raise NetworkError(
                     "the VAE's pixels are not finite",
-                    "finite numbers; in half precision large activations overflow",
-                    "export the checkpoint again, which measures where float32 is needed, or take --precision fp32",
+                    needed="finite numbers; in half precision large activations overflow",
+                    fix="export the checkpoint again, which measures where float32 is needed, or take --precision fp32",
                 )
         return [np.array(picture) for picture in pixels[: len(jobs)]]
 

@@ -34,7 +34,7 @@ def open_backend(
         MissingDependencyError: the backend's library is not installed.
     """
     if precision not in (None, "fp32", "fp16"):
-        raise BackendError(f"the precision is {precision!r}", "fp32 or fp16", "pass another precision")
+        raise BackendError(f"the precision is {precision!r}", needed="fp32 or fp16")
     if name == "onnxruntime":
         from latentrt.runtime.onnxruntime import OrtBackend, check_device
 
@@ -50,7 +50,7 @@ def open_backend(
         library, folder = open_library(name), None if plans is None else Path(plans)
         half = precision or "fp16"
         return _on(device, lambda gpu: TensorRtBackend(gpu, library, precision=half, plans=folder))
-    raise BackendError(f"there is no backend {name!r}", f"one of {', '.join(BACKENDS)}", "pass another backend")
+    raise BackendError(f"there is no backend {name!r}", needed=f"one of {', '.join(BACKENDS)}")
 
 
 def _on(device: str | None, make: Callable[[Gpu], Backend]) -> Backend:

@@ -142,4 +142,4 @@ def _fits(tensor: TensorSpec, shape: tuple[int, ...], sizes: dict[str, int]) -> 
 
 
 def _mismatch(graph: GraphSpec, found: str, needed: str) -> NetworkError:
-    return NetworkError(f"{graph.path} was fed {found}", needed, "pass arrays of the graph's signature")
+    return NetworkError(f"{graph.path} was fed {found}", needed=needed, fix="pass arrays of the graph's signature")

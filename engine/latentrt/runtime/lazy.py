@@ -31,7 +31,9 @@ class LazyNetwork:
             BackendError: it was closed.
         """
         if self._closed:
-            raise BackendError("the network was closed", "an open engine", "load the engine again: Engine.load(...)")
+            raise BackendError(
+                "the network was closed", needed="an open engine", fix="load the engine again: Engine.load(...)"
+            )
         if self._network is None:
             self._network = self._load()
         return self._network

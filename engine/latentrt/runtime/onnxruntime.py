@@ -64,10 +64,10 @@ class OrtBackend:
     ) -> None:
         check_device(device)
         if threads is not None and threads < 1:
-            raise BackendError(f"threads is {threads!r}", "a whole number of 1 or more", "pass another threads")
+            raise BackendError(f"threads is {threads!r}", needed="a whole number of 1 or more")
         if device == "cuda" and precision != "fp16":
             raise BackendError(
-                f"the precision is {precision!r}", "fp16 on cuda", "pass precision='fp16', or leave it out"
+                f"the precision is {precision!r}", needed="fp16 on cuda", fix="pass precision='fp16', or leave it out"
             )
         self.device = device
         self.precision = precision
@@ -100,14 +100,14 @@ class OrtBackend:
         except Exception as error:  # onnxruntime's errors share no base class
             raise BackendError(
                 f"ONNX Runtime cannot load {path} ({error})",
-                f"a graph of opset {opset} that onnxruntime {ort.__version__} knows",
-                "latentrt doctor; then export again, or update onnxruntime",
+                needed=f"a graph of opset {opset} that onnxruntime {ort.__version__} knows",
+                fix="latentrt doctor; then export again, or update onnxruntime",
             ) from error
         if session.get_providers()[0] != provider:
             raise BackendError(
                 f"ONNX Runtime would run {path} on {session.get_providers()[0]}",
-                f"{provider} with CUDA's and cuDNN's libraries of its major versions (its log names what is missing)",
-                "pip install 'onnxruntime-gpu[cuda,cudnn]', or put the libraries on LD_LIBRARY_PATH",
+                needed=f"{provider} with CUDA's and cuDNN's libraries (its log names what is missing)",
+                fix="pip install 'onnxruntime-gpu[cuda,cudnn]', or put the libraries on LD_LIBRARY_PATH",
             )
         if self.device == "cuda":
             _check_placement(session, path)
@@ -140,7 +140,7 @@ def _check_placement(session: Any, path: Path) -> None:
     """
     if not hasattr(session, "get_provider_graph_assignment_info"):
         raise BackendError(
-            "this ONNX Runtime does not tell where it runs nodes", "1.24 or newer", "update onnxruntime-gpu"
+            "this ONNX Runtime does not tell where it runs nodes", needed="1.24 or newer", fix="update onnxruntime-gpu"
         )
     on_cpu = {
         node.op_type
@@ -151,8 +151,8 @@ def _check_placement(session: Any, path: Path) -> None:
     if strange := sorted(on_cpu - SHAPE_ARITHMETIC):
         raise BackendError(
             f"ONNX Runtime would run {', '.join(strange)} of {path} on the CPU",
-            "CUDA kernels for all but shape arithmetic",
-            "export the checkpoint again, or update onnxruntime-gpu",
+            needed="CUDA kernels for all but shape arithmetic",
+            fix="export the checkpoint again, or update onnxruntime-gpu",
         )
 
 
@@ -163,14 +163,14 @@ def check_device(device: str) -> None:
         BackendError: the device is not "cpu" or "cuda", or the installed onnxruntime has no provider for it.
     """
     if device not in PROVIDERS:
-        raise BackendError(f"the device is {device!r}", f"one of {', '.join(PROVIDERS)}", "pass another device")
+        raise BackendError(f"the device is {device!r}", needed=f"one of {', '.join(PROVIDERS)}")
     ort = load_onnxruntime()
     providers = ort.get_available_providers()
     if PROVIDERS[device] not in providers:
         raise BackendError(
             f"this ONNX Runtime has only {', '.join(providers)}",
-            PROVIDERS[device],
-            "pip uninstall onnxruntime && pip install onnxruntime-gpu",
+            needed=PROVIDERS[device],
+            fix="pip uninstall onnxruntime && pip install onnxruntime-gpu",
         )
     if device == "cuda":
         with contextlib.redirect_stdout(sys.stderr):  # it prints what it does not find
@@ -277,7 +277,9 @@ def return_freed_pages() -> None:
 
 
 def _failed(path: str, error: Exception) -> NetworkError:
-    return NetworkError(f"{path} failed in ONNX Runtime ({error})", "a run without errors", "latentrt doctor")
+    return NetworkError(
+        f"{path} failed in ONNX Runtime ({error})", needed="a run without errors", fix="latentrt doctor"
+    )
 
 
 def load_onnxruntime() -> Any:
@@ -287,6 +289,6 @@ def load_onnxruntime() -> Any:
         import onnxruntime
     except (ImportError, OSError) as error:
         raise MissingDependencyError(
-            f"onnxruntime cannot be imported ({error})", "ONNX Runtime", "pip install onnxruntime"
+            f"onnxruntime cannot be imported ({error})", needed="ONNX Runtime", fix="pip install onnxruntime"
         ) from error
     return onnxruntime

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from difflib import get_close_matches
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from latentrt.errors import RequestError
+from latentrt.values import did_you_mean
 
 Float32 = NDArray[np.float32]
 Words = NDArray[np.uint64]  # 32-bit words, held in 64 bits so that products do not overflow
@@ -69,11 +69,8 @@ def noise_source(kind: str, seed: int) -> NoiseSource:
     if prefix == "torch-cuda" and device in CUDA_DEVICES:
         return TorchCudaNoise(seed, *CUDA_DEVICES[device])
     known = ["torch-cpu", *(f"torch-cuda:{name}" for name in CUDA_DEVICES)]
-    near = get_close_matches(kind, known, n=3, cutoff=0.5)
     raise RequestError(
-        f"noise kind {kind!r}",
-        f"one of {', '.join(known)}",
-        f"use {' or '.join(near)}" if near else "use torch-cpu",
+        f"noise kind {kind!r}", needed=f"one of {', '.join(known)}", fix=did_you_mean(kind, known, "use torch-cpu")
     )
 
 
@@ -148,8 +145,8 @@ class TorchCudaNoise:
         if self._max_blocks < 1:
             raise RequestError(
                 f"a device of {multiprocessors} multiprocessors with {threads_per_multiprocessor} threads",
-                "at least 1 multiprocessor with at least 256 threads",
-                "read both from torch.cuda.get_device_properties",
+                needed="at least 1 multiprocessor with at least 256 threads",
+                fix="read both from torch.cuda.get_device_properties",
             )
 
     def threads(self, numel: int) -> int:
@@ -164,7 +161,7 @@ class TorchCudaNoise:
         """
         numel = math.prod(shape)
         if 4 * numel >= 2**31:
-            raise RequestError(f"a noise of {numel} numbers", "less than 2**29", "draw smaller tensors")
+            raise RequestError(f"a noise of {numel} numbers", needed="less than 2**29")
         if numel == 0:
             return np.empty(shape, np.float32)
         threads = self.threads(numel)
@@ -225,4 +222,4 @@ def _unsigned(seed: int) -> int:
     """The 64-bit seed as torch takes it: negative seeds wrap around."""
     if isinstance(seed, int | np.integer) and -(2**63) <= seed < 2**64:
         return int(seed) % 2**64
-    raise RequestError(f"seed {seed!r}", "a whole number, -2**63 <= seed < 2**64", "choose such a seed")
+    raise RequestError(f"seed {seed!r}", needed="a whole number, -2**63 <= seed < 2**64", fix="choose such a seed")

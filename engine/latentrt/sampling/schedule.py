@@ -127,8 +127,8 @@ def _betas(settings: Mapping[str, Any]) -> NDArray[np.float32]:
     if betas.shape != (count,) or not ((betas > 0) & (betas < 1)).all():
         raise ScheduleError(
             f"the betas have shape {betas.shape} and run from {betas.min():g} to {betas.max():g}",
-            f"num_train_timesteps = {count} numbers between 0 and 1",
-            "correct trained_betas, or beta_start and beta_end",
+            needed=f"num_train_timesteps = {count} numbers between 0 and 1",
+            fix="correct trained_betas, or beta_start and beta_end",
         )
     return betas
 

@@ -7,13 +7,13 @@ rows cannot express.
 
 from __future__ import annotations
 
-import difflib
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from latentrt.errors import ScheduleError
+from latentrt.values import did_you_mean
 
 _TRAINING: dict[str, Any] = {
     "num_train_timesteps": 1000,
@@ -166,8 +166,8 @@ def class_of(config: Mapping[str, Any]) -> str:
     if not isinstance(name, str) or name not in DEFAULTS:
         raise ScheduleError(
             f"the scheduler class is {name!r}",
-            f"_class_name: one of {', '.join(DEFAULTS)}",
-            _nearest(str(name), DEFAULTS) or "choose one of these classes; flow-matching and EDM models are not served",
+            needed=f"_class_name: one of {', '.join(DEFAULTS)}",
+            fix=did_you_mean(name, DEFAULTS, "choose one of these; flow-matching and EDM models are not served"),
         )
     return str(name)
 
@@ -182,14 +182,16 @@ def settings_of(scheduler: str, config: Mapping[str, Any], options: Mapping[str,
     for key in config:
         if not key.startswith("_") and key not in KNOWN_KEYS:
             raise ScheduleError(
-                f"the scheduler config has the unknown key {key!r}", "only keys of the known schedulers", _mend(key)
+                f"the scheduler config has the unknown key {key!r}",
+                needed="only keys of the known schedulers",
+                fix=did_you_mean(key, KNOWN_KEYS, f"remove {key} from scheduler_config.json if it has no effect"),
             )
     for key in options:
         if key not in defaults:
             raise ScheduleError(
                 f"{key!r} is not an option of {scheduler}",
-                f"one of {', '.join(sorted(defaults))}",
-                _nearest(key, defaults) or "leave the option out",
+                needed=f"one of {', '.join(sorted(defaults))}",
+                fix=did_you_mean(key, defaults, "leave the option out"),
             )
     read = {key: value for key, value in config.items() if key in defaults}
     for key, meanings in _TRANSLATED.get(scheduler, {}).items():
@@ -211,21 +213,23 @@ def _check(scheduler: str, settings: Mapping[str, Any]) -> None:
         if key in settings and settings[key] not in allowed:
             raise ScheduleError(
                 f"{scheduler} has {key} = {settings[key]!r}",
-                f"one of {', '.join(repr(value) for value in allowed)}",
-                f"set {key} to one of these",
+                needed=f"one of {', '.join(repr(value) for value in allowed)}",
+                fix=f"set {key} to one of these",
             )
     for key, (needed, reason) in _REFUSED.items():
         if key in settings and settings[key] != needed:
             raise ScheduleError(
                 f"{scheduler} has {key} = {settings[key]!r}; {reason}",
-                f"{key} = {needed!r}",
-                f"set {key} to {needed!r}",
+                needed=f"{key} = {needed!r}",
+                fix=f"set {key} to {needed!r}",
             )
     for key, default in DEFAULTS[scheduler].items():
         _check_kind(scheduler, key, default, settings[key])
     chosen = [key for key in _RESPACINGS if settings.get(key)]
     if len(chosen) > 1:
-        raise ScheduleError(f"{' and '.join(chosen)} are both set", "one choice of sigmas", "keep one of them")
+        raise ScheduleError(
+            f"{' and '.join(chosen)} are both set", needed="one choice of sigmas", fix="keep one of them"
+        )
     _check_ranges(settings)
 
 
@@ -243,7 +247,7 @@ def _check_kind(scheduler: str, key: str, default: object, value: object) -> Non
     else:
         good, needed = _is_number(value) or value == default == -math.inf, "a finite number"
     if not good and not (value is None and default is None):
-        raise ScheduleError(f"{scheduler} has {key} = {value!r}", needed, f"set {key} to {needed}")
+        raise ScheduleError(f"{scheduler} has {key} = {value!r}", needed=needed, fix=f"set {key} to {needed}")
 
 
 def _is_number(value: object) -> bool:
@@ -254,25 +258,20 @@ def _check_ranges(settings: Mapping[str, Any]) -> None:
     for key in ("num_train_timesteps", "original_inference_steps"):
         if not 1 <= settings.get(key, 1) <= MAX_TIMESTEPS:
             found, needed = f"{key} is {settings[key]!r}", f"a whole number from 1 to {MAX_TIMESTEPS}"
-            raise ScheduleError(found, needed, "correct the config")
+            raise ScheduleError(found, needed=needed, fix="correct the config")
     low, high = settings.get("sigma_min"), settings.get("sigma_max")
     if any(sigma is not None and sigma <= 0 for sigma in (low, high)) or (low and high and low >= high):
         raise ScheduleError(
             f"sigma_min is {low!r} and sigma_max {high!r}",
-            "0 < sigma_min < sigma_max",
-            "correct them, or leave both out",
+            needed="0 < sigma_min < sigma_max",
+            fix="correct them, or leave both out",
         )
     start, end = settings["beta_start"], settings["beta_end"]
     if settings["beta_schedule"] == "scaled_linear" and min(start, end) < 0:
-        raise ScheduleError(f"the betas run from {start!r} to {end!r}", "numbers between 0 and 1", "correct beta_start")
+        raise ScheduleError(
+            f"the betas run from {start!r} to {end!r}", needed="numbers between 0 and 1", fix="correct beta_start"
+        )
     if settings["trained_betas"] is not None and not settings["trained_betas"]:
-        raise ScheduleError("trained_betas is empty", "a beta for each training timestep", "set trained_betas to null")
-
-
-def _nearest(word: str, words: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(words), n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(near)}?" if near else ""
-
-
-def _mend(key: str) -> str:
-    return _nearest(key, KNOWN_KEYS) or f"remove {key} from scheduler_config.json if it has no effect"
+        raise ScheduleError(
+            "trained_betas is empty", needed="a beta for each training timestep", fix="set trained_betas to null"
+        )

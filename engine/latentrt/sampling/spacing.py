@@ -47,8 +47,8 @@ class Levels:
         if not 0 <= index < len(self.alphas_cumprod):
             raise RequestError(
                 f"the timestep spacing reaches timestep {index}",
-                f"timesteps from 0 to {len(self.alphas_cumprod) - 1}",
-                "take fewer steps, a smaller steps_offset, or another timestep_spacing",
+                needed=f"timesteps from 0 to {len(self.alphas_cumprod) - 1}",
+                fix="take fewer steps, a smaller steps_offset, or another timestep_spacing",
             )
         alpha_cumprod = float(self.alphas_cumprod[index])
         return Point(float(index), math.sqrt(alpha_cumprod), math.sqrt(1 - alpha_cumprod))
@@ -126,8 +126,8 @@ def consistency_grid(schedule: Schedule, settings: Mapping[str, Any], steps: int
     if not steps <= original <= train:
         raise RequestError(
             f"{steps} steps of {original} original_inference_steps were asked of {train} training timesteps",
-            "steps <= original_inference_steps <= num_train_timesteps",
-            "take fewer steps or raise original_inference_steps",
+            needed="steps <= original_inference_steps <= num_train_timesteps",
+            fix="take fewer steps or raise original_inference_steps",
         )
     distilled = (np.arange(1, original + 1) * (train // original) - 1)[::-1]
     chosen = distilled[np.floor(np.linspace(0, original, steps, endpoint=False)).astype(int)]
@@ -219,7 +219,7 @@ def _timesteps(settings: Mapping[str, Any], steps: int, *, last: int | None = No
     train, offset = settings["num_train_timesteps"], settings["steps_offset"]
     if steps > train:
         raise RequestError(
-            f"{steps} steps were asked for", f"at most {train}, the training timesteps", "take fewer steps"
+            f"{steps} steps were asked for", needed=f"at most {train}, the training timesteps", fix="take fewer steps"
         )
     last, count = train if last is None else last, steps + 1 if open_end else steps
     if settings["timestep_spacing"] == "linspace":

@@ -14,7 +14,6 @@ A run that keeps a part of a given picture ends every row with
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -28,10 +27,11 @@ from latentrt.sampling.schedule import Schedule
 from latentrt.sampling.solvers import ALIASES, SOLVERS, Solver
 from latentrt.sampling.spacing import CLEAN, Grid
 from latentrt.sampling.trace import Call, trace, x0_from
+from latentrt.values import did_you_mean
 
 Float32 = NDArray[np.float32]
 SLOTS = 4
-MEND = "use another solver"
+FIX = "use another solver"
 COLUMNS = (
     *("timestep", "c_in", "p", "q", "clip", "slot", "a", "o"),
     *(f"b{k}" for k in range(SLOTS)),
@@ -134,7 +134,7 @@ def tabulate(solver: str | None, schedule: Schedule, steps: int, *, strength: fl
         each solver's paper, named in `latentrt.sampling.solvers`; parity with diffusers 0.42 holds to 1e-5 in float32.
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise RequestError(f"steps is {steps!r}", "a whole number of 1 or more", "pass another steps")
+        raise RequestError(f"steps is {steps!r}", needed="a whole number of 1 or more")
     name, chosen = _find(solver, schedule)
     first = _first(name, chosen, steps, strength)
     arguments = {**chosen.arguments, **{key: value for key, value in options.items() if key in chosen.arguments}}
@@ -151,8 +151,8 @@ def tabulate(solver: str | None, schedule: Schedule, steps: int, *, strength: fl
             raise
         raise ScheduleError(
             f"{name} at {steps} steps has no finite coefficients: two levels coincide, or one holds no signal",
-            "distinct levels, and v_prediction or sample prediction where the signal is zero",
-            "take fewer steps, or another timestep_spacing, final_sigmas_type or sigmas",
+            needed="distinct levels, and v_prediction or sample prediction where the signal is zero",
+            fix="take fewer steps, or another timestep_spacing, final_sigmas_type or sigmas",
         ) from error
     return Table(name, steps, grid.start, array, _known(grid, len(array), chosen.calls))
 
@@ -160,17 +160,19 @@ def tabulate(solver: str | None, schedule: Schedule, steps: int, *, strength: fl
 def _first(name: str, solver: Solver, steps: int, strength: float) -> int:
     """How many steps of the whole run are left out."""
     if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 < strength <= 1:
-        raise RequestError(f"strength is {strength!r}", "a number above 0 and at most 1", "pass another strength")
+        raise RequestError(f"strength is {strength!r}", needed="a number above 0 and at most 1")
     first = steps - int(steps * strength)
     if first == steps:
         raise RequestError(
             f"a strength of {strength:g} leaves none of {steps} steps",
-            f"1 / {steps} or more",
-            "raise strength, or take more steps",
+            needed=f"1 / {steps} or more",
+            fix="raise strength, or take more steps",
         )
     if first and solver.only_whole:
         raise ScheduleError(
-            f"{name} cannot begin midway ({solver.only_whole})", "a strength of 1 or another solver", "take dpmpp-2m"
+            f"{name} cannot begin midway ({solver.only_whole})",
+            needed="a strength of 1 or another solver",
+            fix="take dpmpp-2m",
         )
     return first
 
@@ -225,7 +227,9 @@ def advance(row: Row, x: Float32, out: Float32, memory: Float32, noise: Float32 
             result += weight * slot
     if row.c:
         if noise is None:
-            raise RequestError("the row adds noise and none was given", "standard normal noise", "pass noise=")
+            raise RequestError(
+                "the row adds noise and none was given", needed="standard normal noise", fix="pass noise="
+            )
         result += row.c * noise
     return result
 
@@ -259,11 +263,10 @@ def _find(solver: str | None, schedule: Schedule) -> tuple[str, Solver]:
         return _configured(schedule)
     name = ALIASES.get(solver, solver)
     if name not in SOLVERS:
-        near = difflib.get_close_matches(str(solver), [*SOLVERS, *ALIASES], n=3, cutoff=0.4)
         raise UnknownSolverError(
             f"there is no solver {solver!r}",
-            f"one of {', '.join(SOLVERS)}",
-            f"did you mean {' or '.join(near)}?" if near else "choose one of these",
+            needed=f"one of {', '.join(SOLVERS)}",
+            fix=did_you_mean(solver, [*SOLVERS, *ALIASES]),
         )
     return name, SOLVERS[name]
 
@@ -282,9 +285,9 @@ def _configured(schedule: Schedule) -> tuple[str, Solver]:
 def _check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
     eta, order = arguments.get("eta", 0.0), arguments.get("order", 1)
     if isinstance(eta, bool) or not isinstance(eta, (int, float)) or not 0 <= eta <= 1:
-        raise ScheduleError(f"{name} has eta = {eta!r}", "a number from 0 to 1", "pass another eta")
+        raise ScheduleError(f"{name} has eta = {eta!r}", needed="a number from 0 to 1")
     if isinstance(order, bool) or not isinstance(order, int) or not 1 <= order <= SLOTS:
-        raise ScheduleError(f"{name} has order = {order!r}", f"a whole number from 1 to {SLOTS}", "pass another order")
+        raise ScheduleError(f"{name} has order = {order!r}", needed=f"a whole number from 1 to {SLOTS}")
 
 
 def _rows(calls: list[Call], prediction: str) -> list[list[float]]:
@@ -299,11 +302,15 @@ def _rows(calls: list[Call], prediction: str) -> list[list[float]]:
                 weights[slots[index]] = value
             elif kind == "noise":
                 if c or index in noises:
-                    raise TraceError(f"row {k} needs two noises or an earlier one", "one new noise a row", MEND)
+                    raise TraceError(
+                        f"row {k} needs two noises or an earlier one", needed="one new noise a row", fix=FIX
+                    )
                 noises.add(index)
                 c = value
             elif index != k:
-                raise TraceError(f"row {k} uses {kind} of row {index}", "this row's own", "let the solver remember it")
+                raise TraceError(
+                    f"row {k} uses {kind} of row {index}", needed="this row's own", fix="let the solver remember it"
+                )
         here = call.here
         remembers = [call.p, call.q, call.clip, float(slots[k])]
         rows.append([here.timestep, here.c_in, *remembers, a, o, *weights, c, *x0_from(prediction, here)])
@@ -333,7 +340,7 @@ def _allocate(calls: list[Call]) -> list[int]:
     for k, end in enumerate(last_use):
         slot = next((slot for slot in range(SLOTS) if busy_until[slot] < k), None)
         if slot is None:
-            raise TraceError(f"row {k} needs more than {SLOTS} memories", f"at most {SLOTS}", MEND)
+            raise TraceError(f"row {k} needs more than {SLOTS} memories", needed=f"at most {SLOTS}", fix=FIX)
         busy_until[slot] = end
         slots.append(slot)
     return slots

@@ -108,7 +108,7 @@ class Recorder:
         """Note what the last call's step leaves behind."""
         if not self.calls:
             raise TraceError(
-                "the solver called the network not once", "one call or more", "call model.x0 in the solver"
+                "the solver called the network not once", needed="one call or more", fix="call model.x0 in the solver"
             )
         self.calls[-1].leaves = self._reduce(x, len(self.calls) - 1)
 
@@ -130,8 +130,8 @@ class Recorder:
             if kept == 0:
                 raise TraceError(
                     f"step {last} needs the latents from before step {k}, which kept nothing of them",
-                    "steps that can be inverted",
-                    "let the solver remember another quantity",
+                    needed="steps that can be inverted",
+                    fix="let the solver remember another quantity",
                 )
             others = Sum({key: -value for key, value in step.terms.items() if key != ("x", k)})
             x = x + (old / kept) * (others + Sum({("x", k + 1): 1.0}))

@@ -59,7 +59,7 @@ class Replica:
             BackendError: the engine failed, and no self-check has passed since.
         """
         if self.service.state == "failed":
-            raise BackendError("the engine failed", "a self-check that passes", "wait for the next replica")
+            raise BackendError("the engine failed", needed="a self-check that passes", fix="wait for the next replica")
 
     async def drain(self, timeout: float) -> bool:
         """Refuse what is new and finish what is there; whether that was done in time (seconds)."""
@@ -157,7 +157,9 @@ def _needs(settings: Settings) -> dict[str, int]:
     kind, _, number = (settings.device or "").partition(":")
     if number:
         raise BackendError(
-            f"the device is {settings.device!r}", "cuda, or cpu", "leave the number out: Ray gives each replica its GPU"
+            f"the device is {settings.device!r}",
+            needed="cuda, or cpu",
+            fix="leave the number out: Ray gives each replica its GPU",
         )
     on_gpu = kind == "cuda" or settings.backend != "onnxruntime"
     return {"num_gpus": 1, "num_cpus": 1} if on_gpu else {"num_cpus": _threads(settings)}
@@ -242,8 +244,8 @@ def _run(target: ray_serve.Application) -> Any:
     except RuntimeError as error:
         raise BackendError(
             f"the replicas did not start ({error})",
-            "replicas that do",
-            "mend what Ray says of them: above, or in logs/serve of its session",
+            needed="replicas that do",
+            fix="read what Ray says of them: above, or in logs/serve of its session",
         ) from error
 
 
@@ -254,8 +256,8 @@ def _refuse_if_too_small(settings: Settings) -> None:
         if needed > there.get(name, 0):
             raise BackendError(
                 f"this machine has {there.get(name, 0):g} {name}s",
-                f"{needed} for {settings.fewest_replicas} replicas",
-                "take fewer --replicas, or a cluster: set RAY_ADDRESS",
+                needed=f"{needed} for {settings.fewest_replicas} replicas",
+                fix="take fewer --replicas, or a cluster: set RAY_ADDRESS",
             )
 
 

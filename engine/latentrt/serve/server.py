@@ -87,14 +87,14 @@ def _load_encoder(engine: Engine) -> None:
     try:
         engine.network(ENCODER)
     except PlanError as error:
-        raise PlanError(error.found, error.needed, f"{error.mend}; or serve with --no-edits") from error
+        raise PlanError(error.found, needed=error.needed, fix=f"{error.fix}; or serve with --no-edits") from error
 
 
 def started(engine: Engine, settings: Settings, metrics: Metrics) -> Service:
     """The service of an engine, as the settings want it; a context manager that closes it."""
     measured = curve.load(engine)
     if measured is None:
-        logger().info("no curve was measured: every step may have all lanes", mend="latentrt bench BUNDLE --save")
+        logger().info("no curve was measured: every step may have all lanes", fix="latentrt bench BUNDLE --save")
     return Service(
         engine,
         queue=settings.queue,
@@ -121,8 +121,8 @@ def listening(settings: Settings) -> Iterator[socket.socket]:
         except OSError as error:
             raise BackendError(
                 f"{settings.host}:{settings.port} cannot be listened on ({error.strerror or error})",
-                "an address of this machine and a free port",
-                "change --host or --port",
+                needed="an address of this machine and a free port",
+                fix="change --host or --port",
             ) from error
         yield sock
 

@@ -91,7 +91,9 @@ def find(preset: str) -> Preset:
         ExportError: there is none of that name.
     """
     if preset not in PRESETS:
-        raise ExportError(f"there is no preset {preset!r}", f"one of {', '.join(PRESETS)}", "pass preset:sd15")
+        raise ExportError(
+            f"there is no preset {preset!r}", needed=f"one of {', '.join(PRESETS)}", fix="pass preset:sd15"
+        )
     return PRESETS[preset]
 
 

@@ -119,9 +119,11 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ExportError(f"{path} cannot be read ({error})", "a JSON file", "download the checkpoint again") from error
+        raise ExportError(
+            f"{path} cannot be read ({error})", needed="a JSON file", fix="download the checkpoint again"
+        ) from error
     if not isinstance(data, dict):
-        raise ExportError(f"{path} holds no JSON object", "a JSON object", "download the checkpoint again")
+        raise ExportError(f"{path} holds no JSON object", needed="a JSON object", fix="download the checkpoint again")
     return data
 
 
@@ -130,12 +132,14 @@ def _locate(source: str | Path, revision: str | None, variant: str | None) -> tu
     path = Path(source)
     if path.is_dir():
         if not (path / "model_index.json").is_file():
-            raise ExportError(f"{path} has no model_index.json", "a diffusers checkpoint folder", FOLDER_OR_ID)
+            raise ExportError(
+                f"{path} has no model_index.json", needed="a diffusers checkpoint folder", fix=FOLDER_OR_ID
+            )
         return path, path.resolve().name, None
     if path.is_file():
         raise _single_file(path)
     if not HUB_ID.fullmatch(str(source)):
-        raise ExportError(f"there is no folder {source}", "a diffusers checkpoint", FOLDER_OR_ID)
+        raise ExportError(f"there is no folder {source}", needed="a diffusers checkpoint", fix=FOLDER_OR_ID)
     root = _download(str(source), revision, variant)
     return root, str(source), root.name if root.parent.name == "snapshots" else revision
 
@@ -146,8 +150,10 @@ def _single_file(path: Path) -> ExportError | UnsafeWeightsError:
         f"P.from_single_file('{path}').save_pretrained('FOLDER')\", then export FOLDER"
     )
     if path.suffix in PICKLES:
-        return UnsafeWeightsError(f"{path} holds pickled weights", "safetensors; pickles can run code", FOLDER_OR_ID)
-    return ExportError(f"{path} is a single file", "a diffusers checkpoint folder", convert)
+        return UnsafeWeightsError(
+            f"{path} holds pickled weights", needed="safetensors; pickles can run code", fix=FOLDER_OR_ID
+        )
+    return ExportError(f"{path} is a single file", needed="a diffusers checkpoint folder", fix=convert)
 
 
 def _download(repository: str, revision: str | None, variant: str | None) -> Path:
@@ -156,7 +162,9 @@ def _download(repository: str, revision: str | None, variant: str | None) -> Pat
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise MissingDependencyError(
-            f"huggingface_hub cannot be imported ({error})", "it, to download", "pip install 'latentrt[export]'"
+            f"huggingface_hub cannot be imported ({error})",
+            needed="it, to download",
+            fix="pip install 'latentrt[export]'",
         ) from error
 
     def download(ignored: Sequence[str]) -> Path:
@@ -171,8 +179,8 @@ def _download(repository: str, revision: str | None, variant: str | None) -> Pat
     except (OSError, ValueError) as error:  # every error of huggingface_hub is one or the other
         raise ExportError(
             f"{repository} is no folder here and cannot be downloaded ({error})",
-            "a local diffusers folder, or the hub",
-            "check the id, the revision and the network; for a gated model: hf auth login",
+            needed="a local diffusers folder, or the hub",
+            fix="check the id, the revision and the network; for a gated model: hf auth login",
         ) from error
     return root
 
@@ -182,8 +190,8 @@ def _family(index: Mapping[str, Any]) -> str:
     if kind not in FAMILIES:
         raise ExportError(
             f"model_index.json names the pipeline {kind!r}",
-            f"one of {', '.join(FAMILIES)}",
-            "choose another checkpoint",
+            needed=f"one of {', '.join(FAMILIES)}",
+            fix="choose another checkpoint",
         )
     if index.get("requires_aesthetics_score"):
         raise _unsupported("an SDXL refiner (requires_aesthetics_score)", "an SDXL base model")
@@ -225,7 +233,7 @@ def _check_networks(configs: Mapping[str, Mapping[str, Any]], family: str) -> No
 
 
 def _unsupported(found: str, needed: str) -> ExportError:
-    return ExportError(f"the checkpoint has {found}", needed, "choose another checkpoint")
+    return ExportError(f"the checkpoint has {found}", needed=needed, fix="choose another checkpoint")
 
 
 def _texts(root: Path) -> dict[str, Path]:
@@ -248,14 +256,16 @@ def _weights(folder: Path, variant: str | None) -> dict[str, Path]:
     chosen = variant if variant is not None else next(iter(found)) if len(found) == 1 else ""
     if chosen not in found:
         names = ", ".join(sorted(v or "(plain)" for v in found))
-        raise ExportError(f"{folder} has the weights {names}", f"variant {chosen or '(plain)'}", "pass another variant")
+        raise ExportError(f"{folder} has the weights {names}", needed=f"variant {chosen or '(plain)'}")
     path = found[chosen]
     if path.suffix == ".safetensors":
         return {f"{stem}.safetensors": path}
     shards = sorted(set(read_json(path)["weight_map"].values()))
     for shard in shards:
         if Path(shard).name != shard or not (folder / shard).is_file() or not shard.endswith(".safetensors"):
-            raise ExportError(f"{path} names the shard {shard!r}", "a safetensors beside it", "download it again")
+            raise ExportError(
+                f"{path} names the shard {shard!r}", needed="a safetensors beside it", fix="download it again"
+            )
     return {f"{stem}.safetensors.index.json": path} | {shard: folder / shard for shard in shards}
 
 
@@ -272,10 +282,10 @@ def _no_weights(folder: Path, stem: str) -> ExportError | UnsafeWeightsError:
     if pickles:
         return UnsafeWeightsError(
             f"{pickles[0]} holds pickled weights, and there are no safetensors beside it",
-            "safetensors; pickles can run code",
-            "use a revision that has safetensors, or convert it where you trust it: save_pretrained(FOLDER)",
+            needed="safetensors; pickles can run code",
+            fix="use a revision that has safetensors, or convert it where you trust it: save_pretrained(FOLDER)",
         )
-    return ExportError(f"{folder} has no weights", f"{stem}.safetensors", "download the checkpoint again")
+    return ExportError(f"{folder} has no weights", needed=f"{stem}.safetensors", fix="download the checkpoint again")
 
 
 def _license(root: Path) -> str | None:

@@ -177,8 +177,8 @@ def _need(node: ir.Node, good: bool) -> None:
     if not good:
         raise ExportError(
             f"{node.op_type} {node.name!r} has what opset 18 has not",
-            "a graph that latentrt exported",
-            "export the checkpoint again: latentrt export CHECKPOINT BUNDLE",
+            needed="a graph that latentrt exported",
+            fix="export the checkpoint again: latentrt export CHECKPOINT BUNDLE",
         )
 
 

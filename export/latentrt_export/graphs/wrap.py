@@ -200,7 +200,7 @@ def _load(kind: Any, folder: Path) -> Any:
     if missing := sorted(info["missing_keys"]):  # the libraries would fill them with random numbers
         raise ExportError(
             f"{folder.name} has no weights for {missing[0]} ({len(missing)} are missing)",
-            f"every weight of a {kind.__name__}",
-            "update diffusers and transformers: older ones do not know the names that newer ones write",
+            needed=f"every weight of a {kind.__name__}",
+            fix="update diffusers and transformers: older ones do not know the names that newer ones write",
         )
     return model

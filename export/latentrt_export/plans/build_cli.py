@@ -224,8 +224,8 @@ def _refuse_strangers(store: PlanStore) -> None:
     if refused:
         first, *others = refused.values()
         more = f"; so with {len(others)} more" if others else ""
-        mend = f"{store.command} {' '.join(f'--remove {name}' for name in refused)}; then build again"
-        raise UntrustedPlanError(f"{first.found}{more}", first.needed, mend)
+        fix = f"{store.command} {' '.join(f'--remove {name}' for name in refused)}; then build again"
+        raise UntrustedPlanError(f"{first.found}{more}", needed=first.needed, fix=fix)
 
 
 def _facts(record: PlanRecord) -> dict[str, Any]:
@@ -242,5 +242,7 @@ def _need_onnx() -> None:
         import onnx_ir  # noqa: F401
     except ImportError as error:
         raise MissingDependencyError(
-            f"`latentrt build` cannot import {error.name}", "the extra `build`", "pip install 'latentrt[build]'"
+            f"`latentrt build` cannot import {error.name}",
+            needed="the extra `build`",
+            fix="pip install 'latentrt[build]'",
         ) from error

@@ -94,7 +94,7 @@ def _crash(order: Order, code: int | None, folder: Path) -> PlanError:
         how += ", as a system does that runs out of memory"
     found = f"the build of the {order.key.network} crashed ({'; '.join([how, *said])})"
     return PlanError(
-        found, "a build that ends well", "more free memory, fewer lanes, or another version of the library"
+        found, needed="a build that ends well", fix="more free memory, fewer lanes, or another version of the library"
     )
 
 

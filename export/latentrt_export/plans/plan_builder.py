@@ -141,8 +141,12 @@ class _Builder:
         words = self.logger.take_errors() or "it does not say why"
         found = f"{library.name} {library.version} cannot build the {key.network} ({words})"
         if re.search(r"out ?of ?memory", words, re.IGNORECASE):
-            return DeviceMemoryError(found, "more free memory", "fewer lanes, a smaller size, or a smaller --workspace")
-        return PlanError(found, "a graph that it can build", "latentrt build BUNDLE --check shows what it cannot read")
+            return DeviceMemoryError(
+                found, needed="more free memory", fix="fewer lanes, a smaller size, or a smaller --workspace"
+            )
+        return PlanError(
+            found, needed="a graph that it can build", fix="latentrt build BUNDLE --check shows what it cannot read"
+        )
 
 
 def new_builder(library: Library, logger: Any) -> Any:
@@ -166,8 +170,8 @@ def parse(library: Library, network: Any, logger: Any, onnx: bytes, path: Path) 
         errors = "; ".join(parser.get_error(index).desc() for index in range(parser.num_errors))
         raise PlanError(
             f"{library.name} {library.version} cannot read {path.name} ({errors or logger.take_errors()})",
-            f"a graph of operators that it knows, in opset {library.opset}",
-            "latentrt build BUNDLE --check lists them; or another version of the library",
+            needed=f"a graph of operators that it knows, in opset {library.opset}",
+            fix="latentrt build BUNDLE --check lists them; or another version of the library",
         )
     return parser
 

@@ -41,7 +41,9 @@ def load_graph(bundle: Bundle, graph: GraphSpec, profiles: Sequence[Profile], op
         raise
     except Exception as error:  # protobuf's and onnx_ir's errors share no base class
         raise PlanError(
-            f"{path} cannot be read ({type(error).__name__}: {error})", "an ONNX graph", "export the checkpoint again"
+            f"{path} cannot be read ({type(error).__name__}: {error})",
+            needed="an ONNX graph",
+            fix="export the checkpoint again",
         ) from error
     return model
 
@@ -65,8 +67,8 @@ def serialized(model: ir.Model, path: Path, folder: Path) -> tuple[bytes, Path]:
     except OSError as error:
         raise PlanError(
             f"{folder} cannot be written ({error})",
-            "room for the weights once more",
-            "make room, or name another TMPDIR",
+            needed="room for the weights once more",
+            fix="make room, or name another TMPDIR",
         ) from error
 
 

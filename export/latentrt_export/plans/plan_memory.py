@@ -87,8 +87,8 @@ def check_room(
     if room < plans:
         raise PlanError(
             f"{folder} has {room / 1e6:.0f} MB free",
-            f"about {plans / 1e6:.0f} MB for plans",
-            "make room, or pass --plans",
+            needed=f"about {plans / 1e6:.0f} MB for plans",
+            fix="make room, or pass --plans",
         )
     for each in estimates:
         on_device = each.device + (each.host if compute_capability in SHARES_MEMORY else 0)
@@ -96,9 +96,9 @@ def check_room(
             if free is not None and free < needed:
                 raise DeviceMemoryError(
                     f"{what} has {free / 2**30:.1f} GiB free",
-                    f"about {needed / 2**30:.1f} GiB to build the {each.network} "
+                    needed=f"about {needed / 2**30:.1f} GiB to build the {each.network} "
                     f"(weights {each.weights / 2**30:.2f}, activations {each.activations / 2**30:.2f})",
-                    "end other programs, take fewer lanes or a smaller size, or try all the same: --ignore-estimate",
+                    fix="end other programs, take fewer lanes or a smaller size, or pass --ignore-estimate",
                 )
 
 

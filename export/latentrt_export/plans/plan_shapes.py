@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 from latentrt.bundle.manifest import LatentSpec, ModelSpec
 from latentrt.errors import PlanError, RequestError
 from latentrt.runtime.tensorrt.record import Profile, Range
-
-MOST = 65_536
+from latentrt.values import parse_size, parse_whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +55,8 @@ def profiles_of(spec: ModelSpec, network: str, asked: Sequence[Shapes]) -> tuple
         if unknown := sorted(set(names) - set(ranges)):
             raise PlanError(
                 f"the {network} has the dimensions {', '.join(unknown)}",
-                f"{', '.join(ranges)} alone",
-                "export it again",
+                needed=f"{', '.join(ranges)} alone",
+                fix="export it again",
             )
         profile = Profile({name: ranges[name] for name in dict.fromkeys(names)})
         if profile not in found:
@@ -83,9 +82,7 @@ def _divided(side: Range, factor: int) -> Range:
 def _pairs(text: str) -> dict[str, str]:
     pairs = [pair.partition("=") for pair in text.split(",")]
     if any(not value for _, _, value in pairs) or len({name for name, _, _ in pairs}) < len(pairs):
-        raise RequestError(
-            f"--profile is {text!r}", "settings, each once, as in lanes=2,size=512x512", "change --profile"
-        )
+        raise RequestError(f"--profile is {text!r}", needed="settings, each once, as in lanes=2,size=512x512")
     return {name.strip(): value for name, _, value in pairs}
 
 
@@ -93,40 +90,33 @@ def _with(shapes: Shapes, settings: Mapping[str, str], latents: LatentSpec) -> S
     known = ("lanes", "pictures", "size")
     for name, text in settings.items():
         if name not in known:
-            raise RequestError(f"a profile has the setting {name!r}", f"one of {', '.join(known)}", "change --profile")
+            raise RequestError(f"a profile has the setting {name!r}", needed=f"one of {', '.join(known)}")
         parts = text.split(":")
         if len(parts) not in (1, 3):
-            raise RequestError(f"{name} is {text!r}", "one value, or least:best:most", f"change {name}")
+            raise RequestError(f"{name} is {text!r}", needed="one value, or least:best:most")
         if name == "size":
             sides = [_size(part, latents.factor) for part in parts]
             shapes = replace(
                 shapes, height=_range(name, [h for _, h in sides]), width=_range(name, [w for w, _ in sides])
             )
         else:
-            shapes = replace(shapes, **{name: _range(name, [_whole(name, part) for part in parts])})
+            shapes = replace(shapes, **{name: _range(name, [parse_whole(part, name) for part in parts])})
     return shapes
 
 
 def _range(name: str, values: Sequence[int]) -> Range:
     least, best, most = values if len(values) == 3 else 3 * tuple(values)
     if not least <= best <= most:
-        raise RequestError(f"{name} is {least}:{best}:{most}", "least:best:most in rising order", f"change {name}")
+        raise RequestError(f"{name} is {least}:{best}:{most}", needed="least:best:most in rising order")
     return least, best, most
 
 
 def _size(text: str, factor: int) -> tuple[int, int]:
     """Width and height in pixels; one number is both."""
-    width, _, height = text.lower().partition("x")
-    sides = _whole("size", width), _whole("size", height or width)
+    sides = parse_size(text, "size")
     for pixels in sides:
         if pixels % factor:
             raise PlanError(
-                f"size has {pixels} pixels", f"a multiple of {factor}, for latents have a whole size", "change size"
+                f"size has {pixels} pixels", needed=f"a multiple of {factor}, for latents have a whole size"
             )
     return sides
-
-
-def _whole(name: str, text: str) -> int:
-    if not (text.isascii() and text.isdecimal() and 1 <= len(text) < 6 and 0 < int(text) <= MOST):
-        raise RequestError(f"{name} has {text!r}", f"a whole number from 1 to {MOST}", f"change {name}")
-    return int(text)

@@ -67,7 +67,7 @@ def open_target(name: str, device: str, compute_capability: str | None) -> tuple
     """
     library = open_library(name)
     if not library.builds:
-        raise BackendError(f"{name} only runs plans", "tensorrt or tensorrt-rtx", "pass another --library")
+        raise BackendError(f"{name} only runs plans", needed="tensorrt or tensorrt-rtx", fix="pass another --library")
     if compute_capability is not None:
         return library, _absent(library, compute_capability)
     from latentrt.cuda.gpu import Cuda
@@ -75,23 +75,23 @@ def open_target(name: str, device: str, compute_capability: str | None) -> tuple
     try:
         return library, Cuda(device)
     except BackendError as error:
-        mend = "without a GPU: --library tensorrt-rtx --compute-capability 8.9"
-        raise BackendError(error.found, error.needed, f"{error.mend}; or {mend}") from error
+        fix = "without a GPU: --library tensorrt-rtx --compute-capability 8.9"
+        raise BackendError(error.found, needed=error.needed, fix=f"{error.fix}; or {fix}") from error
 
 
 def _absent(library: Library, compute_capability: str) -> Absent:
     if not library.rtx:
         raise BackendError(
             f"{library.name} was asked to build for compute capability {compute_capability}",
-            "the GPU itself, on which it measures",
-            "build there; or: --library tensorrt-rtx",
+            needed="the GPU itself, on which it measures",
+            fix="build there; or: --library tensorrt-rtx",
         )
     known = library.compute_capabilities
     if compute_capability not in known:
         raise BackendError(
             f"{library.name} {library.version} was asked for compute capability {compute_capability}",
-            f"one of {', '.join(known)}",
-            "pass another --compute-capability, or use tensorrt on that GPU",
+            needed=f"one of {', '.join(known)}",
+            fix="pass another --compute-capability, or use tensorrt on that GPU",
         )
     major, _, minor = compute_capability.partition(".")
     return Absent((int(major), int(minor)))
@@ -126,8 +126,8 @@ def orders_of(
     if isinstance(gpu, Absent) and {STRIPPED, REFITTABLE} & set(options):
         raise BackendError(
             f"{library.name} was asked for a plan that is {' and '.join(options)}, without a GPU",
-            "a GPU: weights that are set later are laid out there",
-            "build on the device, or leave --strip and --refittable out",
+            needed="a GPU: weights that are set later are laid out there",
+            fix="build on the device, or leave --strip and --refittable out",
         )
     library.option_flags(options)  # raises what this version cannot do
     folder = PlanStore(bundle, plans).folder
@@ -234,7 +234,9 @@ def _alone(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
     except OSError as error:
-        raise PlanError(f"{folder} cannot be made ({error})", "a folder for plans", "pass another --plans") from error
+        raise PlanError(
+            f"{folder} cannot be made ({error})", needed="a folder for plans", fix="pass another --plans"
+        ) from error
     try:
         _lock(handle, folder)
         yield
@@ -247,5 +249,7 @@ def _lock(handle: int, folder: Path) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise PlanError(
-            f"another build is at work in {folder}", "one build at a time", "wait for it, or pass another --plans"
+            f"another build is at work in {folder}",
+            needed="one build at a time",
+            fix="wait for it, or pass another --plans",
         ) from error

@@ -54,7 +54,7 @@ def comparing(what: str) -> Iterator[None]:
 
 
 def incomparable(found: str) -> ExportError:
-    return ExportError(found, "the checkpoint that the bundle was exported from", "pass another checkpoint")
+    return ExportError(found, needed="the checkpoint that the bundle was exported from")
 
 
 def open_pipeline(checkpoint: Path, family: str) -> Any:

@@ -50,7 +50,7 @@ def refused(run: Run, *arguments: str) -> str:
     code, out, err = run(*arguments)
     assert (code, out) == (2, "")
     assert not list(Path().iterdir())
-    for part in ("error: ", "needed: ", "to mend it: "):
+    for part in ("error: ", "needed: ", "to fix it: "):
         assert part in err
     return err
 
@@ -100,7 +100,7 @@ def test_plans_from_elsewhere_are_listed_and_removed_but_never_built_beside(run:
     code, _, err = run(*AHEAD, "--network", "text_encoder")
     assert code == 2
     assert "so with 1 more" in err
-    command = err.rpartition("to mend it: latentrt ")[2].partition(";")[0].split()
+    command = err.rpartition("to fix it: latentrt ")[2].partition(";")[0].split()
     assert command[-4:] == ["--remove", foreign, "--remove", junk]
     assert told(run, *command) == {"plans": [], "refused": []}
     assert not list(Path("plans").iterdir())
@@ -156,7 +156,7 @@ def test_without_a_gpu_the_error_names_the_way_out(run: Run, monkeypatch: pytest
     from latentrt.errors import BackendError
 
     def none(device: str) -> None:
-        raise BackendError("there is no driver", "one", "latentrt doctor")
+        raise BackendError("there is no driver", needed="one", fix="latentrt doctor")
 
     monkeypatch.setattr(cuda, "Cuda", none)
     assert "--compute-capability 8.9" in refused(run, "build", "--library", "tensorrt-rtx")

@@ -75,7 +75,7 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, name: str, er
         open_library(name)
     assert caught.value.needed.startswith(needed)
     assert str(error) in caught.value.found
-    assert caught.value.mend == trt.FLAVOURS[name].install
+    assert caught.value.fix == trt.FLAVOURS[name].install
 
 
 def test_versions_with_a_suffix_are_read(monkeypatch: pytest.MonkeyPatch) -> None:

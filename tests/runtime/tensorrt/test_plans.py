@@ -103,7 +103,7 @@ def test_every_field_of_a_key_counts(store: PlanStore, name: str) -> None:
         short = value[:12] if len(value) == 64 else value
         assert caught.value.found == f"the nearest plan of the unet was built for {name} {short}"
         assert caught.value.needed == f"{name} other"
-    assert "latentrt build" in caught.value.mend
+    assert "latentrt build" in caught.value.fix
 
 
 def test_options_and_profiles_are_part_of_a_digest() -> None:
@@ -406,7 +406,7 @@ def test_a_survey_tells_ours_from_the_others(store: PlanStore) -> None:
     assert set(refused) == set(names)
     assert all(isinstance(error, UntrustedPlanError) for error in refused.values())
     for name, error in refused.items():
-        assert f"--plans {store.folder} --remove {name}" in error.mend
+        assert f"--plans {store.folder} --remove {name}" in error.fix
 
 
 def test_a_survey_without_a_secret_knows_no_plan(store: PlanStore, secret: Path) -> None:

@@ -165,7 +165,7 @@ def test_a_damaged_file_is_refused_by_name(elsewhere: Engine, damage: bytes) -> 
     path.write_bytes(damage)
     with pytest.raises(BundleError, match=path.name) as refused:
         curves.load(elsewhere)
-    assert "--save" in refused.value.mend
+    assert "--save" in refused.value.fix
 
 
 def test_bench_measures_a_curve(elsewhere: Engine) -> None:

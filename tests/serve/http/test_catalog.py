@@ -107,7 +107,7 @@ def test_a_listed_size_needs_a_plan() -> None:
     assert catalog_of(sizes=("96x128",), profiles=(square(12, 16, 32),)).sizes == ((96, 128),)
     with pytest.raises(RequestError, match="sizes has 512x512") as caught:
         catalog_of(sizes=("512x512",), profiles=(square(12, 16, 32),))
-    assert "latentrt build BUNDLE --size 512x512" in caught.value.mend
+    assert "latentrt build BUNDLE --size 512x512" in caught.value.fix
 
 
 def test_every_solver_and_class_has_a_name_and_works() -> None:

@@ -193,7 +193,11 @@ def door_with(places: int) -> Door:
     """Of a queue that stays empty."""
 
     def full(ahead: int) -> LatentrtError | None:
-        return QueueFull("no place is free", "some", "try again later", retry_after=1) if ahead >= places else None
+        return (
+            QueueFull("no place is free", needed="some", fix="try again later", retry_after=1)
+            if ahead >= places
+            else None
+        )
 
     records = Records(Metrics("emoji"))
     return Door(keys=(), most_bytes=lambda path: 999, full=full, records=records, cross_origin=False)

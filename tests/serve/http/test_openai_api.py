@@ -279,7 +279,7 @@ def test_the_asynchronous_client(url: str) -> None:
 
 
 def test_a_failure_in_a_stream_is_an_event(client: openai.OpenAI, url: str, service: FakeService) -> None:
-    service.fail = NetworkError("the latents are not finite", "finite numbers", "take another solver")
+    service.fail = NetworkError("the latents are not finite", needed="finite numbers", fix="take another solver")
     with pytest.raises(openai.APIError, match="not finite") as caught:
         list(client.images.generate(prompt="a", stream=True))
     assert caught.value.body["code"] == "engine_error"
@@ -305,7 +305,7 @@ def test_heartbeats_keep_a_slow_stream_alive() -> None:
 
 
 def test_what_takes_too_long_is_not_tried_again(url: str, service: FakeService) -> None:
-    service.fail = QueueTimeout("the picture waited", "a shorter queue", "order later")
+    service.fail = QueueTimeout("the picture waited", needed="a shorter queue", fix="order later")
     with (
         openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=2) as client,
         pytest.raises(openai.InternalServerError) as caught,

@@ -227,7 +227,7 @@ def test_more_jobs_than_a_browser_has_connections(page: Visitor, fakes: Fakes) -
 
 
 def test_an_engine_that_fails_says_so(flat: Visitor, service: FakeService) -> None:
-    service.fail = NetworkError("a step failed", "one that does not", "try again")
+    service.fail = NetworkError("a step failed", needed="one that does not", fix="try again")
     flat.draw("a fox")
     flat.reads("a step failed", f"{CARD} [role=alert]")
     service.fail = None
@@ -237,7 +237,7 @@ def test_an_engine_that_fails_says_so(flat: Visitor, service: FakeService) -> No
 
 
 def test_a_full_queue_says_when_there_is_room(flat: Visitor, service: FakeService) -> None:
-    service.refuse = QueueFull("no place is free", "some", "try again later", retry_after=2.5)
+    service.refuse = QueueFull("no place is free", needed="some", fix="try again later", retry_after=2.5)
     flat.expected = ["429"]
     flat.draw("a fox")
     flat.reads("no place is free", CARD)

@@ -8,7 +8,7 @@ from latentrt.errors import BackendError, NetworkError, RequestError, ScheduleEr
 from latentrt.serve.core import ticket
 from latentrt.serve.http.problems import Problem, answer_to, answer_to_status
 
-PARTS = ("found", "needed", "mend")
+PARTS = ("found", "needed", "fix")
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def test_the_settings_that_hold_are_printed_without_keys(toml: Path) -> None:
 def test_bad_flags_are_the_commands_own_errors() -> None:
     answer = CliRunner().invoke(serve, ["--max-n", "many", "--print-config"])
     assert isinstance(answer.exception, LatentrtError)
-    assert "--max-n" in answer.exception.mend
+    assert "--max-n" in answer.exception.fix
 
 
 def test_without_the_extra_the_command_says_what_to_install() -> None:
@@ -137,7 +137,7 @@ def test_without_the_extra_the_command_says_what_to_install() -> None:
         "from latentrt.command.serve import serve\n"
         "assert not {'pydantic', 'fastapi', 'uvicorn'} & set(sys.modules)\n"
         "try: serve(['--port', '1'], standalone_mode=False)\n"
-        "except Exception as error: print(type(error).__name__, error.mend)"
+        "except Exception as error: print(type(error).__name__, error.fix)"
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "MissingDependencyError pip install 'latentrt[serve]'"

@@ -47,7 +47,7 @@ def test_requests_are_counted_as_they_ended(url: str, service: FakeService) -> N
             httpx.post(f"{url}{DRAW}", json={"prompt": "a", **body})
         service.queue = 0
         httpx.post(f"{url}{DRAW}", json={"prompt": "a"})
-        service.queue, service.fail = 64, NetworkError("a", "b", "c")
+        service.queue, service.fail = 64, NetworkError("a", needed="b", fix="c")
         for stream in (False, True):
             httpx.post(f"{url}{DRAW}", json={"prompt": "a", "stream": stream})
         asyncio.run(until(lambda: len(log) >= 10))  # a request's line comes after its answer; two have a traceback too
@@ -96,7 +96,7 @@ def test_what_the_service_tells_is_measured() -> None:
     observer.staged("decode", 0.5, 2)
     observer.ended("done", 1.5)
     observer.ended("run_timeout", 9.0)
-    observer.faulted(BackendError("a", "b", "c"), False)
+    observer.faulted(BackendError("a", needed="b", fix="c"), False)
     told = values(metrics.text().decode())
     assert told["latentrt:step_seconds_sum"] == 0.02
     assert told["latentrt:batch_size_bucket[le=4.0]"] == 1
@@ -112,9 +112,9 @@ def test_what_the_service_tells_is_measured() -> None:
 def test_a_hang_is_passed_on() -> None:
     hung: list[bool] = []
     metrics = Metrics("m", lambda: hung.append(True))
-    metrics.faulted(BackendError("a", "b", "c"), False)
+    metrics.faulted(BackendError("a", needed="b", fix="c"), False)
     assert hung == []
-    metrics.faulted(BackendError("a", "b", "c"), True)
+    metrics.faulted(BackendError("a", needed="b", fix="c"), True)
     assert hung == [True]
 
 

@@ -110,18 +110,18 @@ class FakeService:
         if self.refuse is not None:
             raise self.refuse
         if self.state == "draining":
-            raise Draining("the service is ending", "one that runs", "send the request to another")
+            raise Draining("the service is ending", needed="one that runs", fix="send the request to another")
         if self.state != "ready":
-            raise NotReady("the service starts", "a self-check", "try again soon", retry_after=1.0)
+            raise NotReady("the service starts", needed="a self-check", fix="try again soon", retry_after=1.0)
         if self.reserved + pictures > self.queue:
-            raise QueueFull("no place is free", "some", "try again later", retry_after=2.5)
+            raise QueueFull("no place is free", needed="some", fix="try again later", retry_after=2.5)
         self.reserved += pictures
         return FakePlace(self, pictures)
 
     def full(self, ahead: int = 0) -> QueueFull | None:
         if self.reserved + ahead < self.queue or not self.ready:
             return None
-        return QueueFull("no place is free", "some", "try again later", retry_after=2.5)
+        return QueueFull("no place is free", needed="some", fix="try again later", retry_after=2.5)
 
     def submit(self, order: Order, places: int) -> Ticket:
         self.orders.append(order)
@@ -144,7 +144,7 @@ class FakeService:
     def _cancel(self, ticket: Ticket) -> None:
         if not ticket.task.done():
             self.cancelled.append(ticket.id)
-            ticket.tell(Failed(None, Cancelled("the order was cancelled", "none", "order again")), last=True)
+            ticket.tell(Failed(None, Cancelled("the order was cancelled", needed="none", fix="order again")), last=True)
             ticket.task.cancel()
 
     async def _draw(self, ticket: Ticket, places: int) -> None:

@@ -101,7 +101,9 @@ class TensorRtNetwork:
             UntrustedPlanError, DeviceMemoryError: see `TensorRtBackend.load`.
         """
         if self._closed:
-            raise BackendError("the network was closed", "an open one", "load the engine again: Engine.load(...)")
+            raise BackendError(
+                "the network was closed", needed="an open one", fix="load the engine again: Engine.load(...)"
+            )
         sizes = check_arrays(self.graph, arrays)
         _check_alignment(self.graph, arrays)
         plan = self._plan(sizes)
@@ -220,14 +222,16 @@ def _check_alignment(graph: GraphSpec, arrays: Mapping[str, DeviceArray]) -> Non
         if array.pointer % ALIGNMENT:
             raise NetworkError(
                 f"{graph.path} was given {name} at address {array.pointer:#x}",
-                f"an address that is a multiple of {ALIGNMENT}",
-                "bind a whole array, or a part that begins there",
+                needed=f"an address that is a multiple of {ALIGNMENT}",
+                fix="bind a whole array, or a part that begins there",
             )
 
 
 def _check_refittable(record: PlanRecord, weights: Mapping[str, NDArray[Any]]) -> None:
     build = "build it with --refittable"
     if REFITTABLE not in record.key.options:
-        raise PlanError(f"the plan {record.name} takes no weights but its own", "a refittable plan", build)
+        raise PlanError(f"the plan {record.name} takes no weights but its own", needed="a refittable plan", fix=build)
     if unknown := sorted(set(weights) - set(record.refit)):
-        raise PlanError(f"{record.key.network} has no weight {', '.join(unknown)}", "the names of its graph", build)
+        raise PlanError(
+            f"{record.key.network} has no weight {', '.join(unknown)}", needed="the names of its graph", fix=build
+        )

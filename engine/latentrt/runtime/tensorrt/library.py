@@ -106,7 +106,9 @@ class Library:
             PlanError: numpy has none (bfloat16, fp8, ...).
         """
         if dtype.name not in DTYPES:
-            raise PlanError(f"a plan has a tensor of {dtype.name}", f"one of {', '.join(DTYPES)}", "build it again")
+            raise PlanError(
+                f"a plan has a tensor of {dtype.name}", needed=f"one of {', '.join(DTYPES)}", fix="build it again"
+            )
         return np.dtype(DTYPES[dtype.name])
 
     def contexts(self, engine: Any) -> Callable[[], Any]:
@@ -237,7 +239,9 @@ class Library:
         """
         for name in names:
             if not network.mark_weights_refittable(name):
-                raise PlanError(f"the network has no weight {name}", "every weight of the graph", "export it again")
+                raise PlanError(
+                    f"the network has no weight {name}", needed="every weight of the graph", fix="export it again"
+                )
 
     def let_attention_decompose(self, network: Any) -> None:
         """Let every attention be built from several kernels where no fused one exists; else the build fails there."""
@@ -273,8 +277,8 @@ class Library:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(made))
             raise BackendError(
                 f"{self.name} {self.version} cannot start ({words})",
-                "an NVIDIA GPU and a driver that is new enough",
-                f"install {DRIVERS}, or the wheels for your driver: pip install {self.name}-cu12",
+                needed="an NVIDIA GPU and a driver that is new enough",
+                fix=f"install {DRIVERS}, or the wheels for your driver: pip install {self.name}-cu12",
             )
         return made
 
@@ -282,13 +286,17 @@ class Library:
         asked = f"{self.name} {self.version} was asked for a plan that is {' and '.join(options)}"
         lacking = [name for name in flags if not hasattr(self.module.BuilderFlag, name)]
         if lacking:
-            raise PlanError(asked, f"a version that has {lacking[0]}", "update it, or build without that option")
+            raise PlanError(
+                asked, needed=f"a version that has {lacking[0]}", fix="update it, or build without that option"
+            )
         if VERSION_COMPATIBLE in options and self.rtx:
-            raise PlanError(asked, "plans for this very version", "build without --version-compatible")
+            raise PlanError(asked, needed="plans for this very version", fix="build without --version-compatible")
         if VERSION_COMPATIBLE in options and {STRIPPED, REFITTABLE} & set(options):
-            raise PlanError(asked, "one of the two: the lean runtime cannot refit", "leave one of the options out")
+            raise PlanError(
+                asked, needed="one of the two: the lean runtime cannot refit", fix="leave one of the options out"
+            )
         if {STRIPPED, REFITTABLE} & set(options) and self.numbers[:2] == BROKEN_REFIT:
-            raise PlanError(asked, "a version whose refittable plans compute right: not 11.3", "update it")
+            raise PlanError(asked, needed="a version whose refittable plans compute right: not 11.3", fix="update it")
 
 
 def open_library(name: str) -> Library:
@@ -299,7 +307,7 @@ def open_library(name: str) -> Library:
         MissingDependencyError: it, or a shared library that it needs, is not there.
     """
     if name not in FLAVOURS:
-        raise BackendError(f"there is no library {name!r}", f"one of {', '.join(LIBRARIES)}", "pass another library")
+        raise BackendError(f"there is no library {name!r}", needed=f"one of {', '.join(LIBRARIES)}")
     flavour = FLAVOURS[name]
     try:
         module = importlib.import_module(flavour.module)
@@ -307,7 +315,7 @@ def open_library(name: str) -> Library:
         lacking = re.search(r"lib[\w+-]+\.so[.\d]*", str(error))
         needed = f"the shared library {lacking.group()}" if lacking else f"the Python package {flavour.module}"
         raise MissingDependencyError(
-            f"{flavour.module} cannot be imported ({error})", needed, flavour.install
+            f"{flavour.module} cannot be imported ({error})", needed=needed, fix=flavour.install
         ) from error
     version = str(module.__version__)
     return Library(name, module, version, tuple(int(part) for part in re.findall(r"\d+", version)[:4]))

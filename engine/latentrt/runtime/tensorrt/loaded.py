@@ -40,17 +40,17 @@ class Host:
         self.gpu.call(lambda: results.append(work()))
         return results[0]
 
-    def failure(self, found: str, needed: str, mend: str, kind: type[LatentrtError] = PlanError) -> LatentrtError:
+    def failure(self, found: str, needed: str, fix: str, kind: type[LatentrtError] = PlanError) -> LatentrtError:
         """An error with TensorRT's own words; of another kind where these tell of memory."""
         words = self.logger.take_errors() or "TensorRT says nothing more"
         if re.search(r"out ?of ?memory", words, re.IGNORECASE):
             free, total = self.gpu.memory()
             return DeviceMemoryError(
                 f"{found} ({words}); {free / 1e6:.0f} of {total / 1e6:.0f} MB are free",
-                "enough free memory on the GPU",
-                "smaller shapes, or end what else runs there (nvidia-smi)",
+                needed="enough free memory on the GPU",
+                fix="smaller shapes, or end what else runs there (nvidia-smi)",
             )
-        return kind(f"{found} ({words})", needed, mend)
+        return kind(f"{found} ({words})", needed=needed, fix=fix)
 
 
 class Scratch:
@@ -215,8 +215,8 @@ class TensorRtBound:
             raise self._failure(f"does not take {what}")
 
     def _failure(self, what: str) -> LatentrtError:
-        mend = "latentrt doctor; then build the plan again"
-        return self._host.failure(f"{self._graph.path} {what}", "a run without errors", mend, NetworkError)
+        fix = "latentrt doctor; then build the plan again"
+        return self._host.failure(f"{self._graph.path} {what}", "a run without errors", fix, NetworkError)
 
 
 def check_signature(library: Library, engine: Any, graph: GraphSpec, profiles: int) -> None:
@@ -252,4 +252,6 @@ def _may_have(tensor: TensorSpec, shape: tuple[int, ...]) -> bool:
 
 
 def _misfit(graph: GraphSpec, found: str, needed: str) -> PlanError:
-    return PlanError(f"the plan of {graph.path} has {found}", needed, "build the plan again: latentrt build BUNDLE")
+    return PlanError(
+        f"the plan of {graph.path} has {found}", needed=needed, fix="build the plan again: latentrt build BUNDLE"
+    )

@@ -137,7 +137,9 @@ class PlanStore:
         """
         path = self.path(record)
         if path.parent != self.folder:  # manifests are not ours either
-            raise PlanError(f"a network is called {record.key.network!r}", "a name without slashes", "export it again")
+            raise PlanError(
+                f"a network is called {record.key.network!r}", needed="a name without slashes", fix="export it again"
+            )
         try:
             sealed = {**_to_dict(record), "seal": seal(_to_dict(record), make=True)}
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -149,8 +151,8 @@ class PlanStore:
         except OSError as error:
             raise PlanError(
                 f"{path} cannot be written ({error})",
-                f"a folder that can be written to, with {len(plan) / 1e6:.0f} MB free",
-                "make room, or choose another folder: latentrt build BUNDLE --plans FOLDER",
+                needed=f"a folder that can be written to, with {len(plan) / 1e6:.0f} MB free",
+                fix="make room, or choose another folder: latentrt build BUNDLE --plans FOLDER",
             ) from error
         return path
 
@@ -167,13 +169,17 @@ class PlanStore:
         path = next((path for path in paths if path.stem == name), None)
         if path is None:
             raise PlanError(
-                f"{self.folder} has no plan {name!r}", "the name of one that is there", f"{self.command} --list"
+                f"{self.folder} has no plan {name!r}",
+                needed="the name of one that is there",
+                fix=f"{self.command} --list",
             )
         try:
             for file in (path, *self._files(name)):
                 file.unlink(missing_ok=True)
         except OSError as error:
-            raise PlanError(f"{name} cannot be removed ({error})", "a file that may be", "remove it by hand") from error
+            raise PlanError(
+                f"{name} cannot be removed ({error})", needed="a file that may be", fix="remove it by hand"
+            ) from error
 
     def sweep(self) -> None:
         """Remove what a build that was killed has left half-written; for whoever alone builds in the folder."""
@@ -222,11 +228,11 @@ class PlanStore:
         return self._error(f"the {records[0].key.network} was asked for {asked}", profiles)
 
     def _error(self, found: str, needed: str) -> PlanError:
-        return PlanError(found, needed, f"{self.command} (see --lanes, --size, --precision)")
+        return PlanError(found, needed=needed, fix=f"{self.command} (see --lanes, --size, --precision)")
 
     def _untrusted(self, path: Path, found: str, needed: str, name: str = "") -> UntrustedPlanError:
-        mend = f"{self.command} --remove {name or path.stem}; then build"
-        return UntrustedPlanError(f"{path} {found}", needed, mend)
+        fix = f"{self.command} --remove {name or path.stem}; then build"
+        return UntrustedPlanError(f"{path} {found}", needed=needed, fix=fix)
 
 
 def weights_digest(bundle: Bundle, graph: GraphSpec) -> str:
@@ -249,7 +255,9 @@ def _to_dict(record: PlanRecord) -> dict[str, Any]:
 def _from_dict(data: Mapping[str, Any]) -> PlanRecord:
     """A record whose seal was good: its fields are those that were written here."""
     if data["schema"] != SCHEMA:
-        raise PlanError(f"a plan's record has schema {data['schema']!r}", f"schema {SCHEMA}", "build the plan again")
+        raise PlanError(
+            f"a plan's record has schema {data['schema']!r}", needed=f"schema {SCHEMA}", fix="build the plan again"
+        )
     key = {f.name: data["key"][f.name] for f in fields(PlanKey)}
     key["profiles"] = tuple(
         Profile({name: (low, best, high) for name, (low, best, high) in profile["ranges"].items()})

@@ -114,4 +114,4 @@ def _cast(name: str, values: NDArray[Any], dtype: str) -> NDArray[Any]:
 
 
 def _error(found: str, needed: str) -> PlanError:
-    return PlanError(found, needed, "build the plan again: latentrt build BUNDLE")
+    return PlanError(found, needed=needed, fix="build the plan again: latentrt build BUNDLE")

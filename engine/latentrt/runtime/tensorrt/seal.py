@@ -67,14 +67,14 @@ def _secret(*, make: bool) -> bytes:
     except OSError as error:
         raise UntrustedPlanError(
             f"the secret that seals plans cannot be read ({error})",
-            f"the file that `latentrt build` makes, or another one named by {SEAL_VARIABLE}",
-            "delete the plans that came from elsewhere, then build here: latentrt build BUNDLE",
+            needed=f"the file that `latentrt build` makes, or another one named by {SEAL_VARIABLE}",
+            fix="delete the plans that came from elsewhere, then build here: latentrt build BUNDLE",
         ) from error
     if mode & 0o077 or len(secret) < 16:
         raise UntrustedPlanError(
             f"{path} has mode {mode & 0o777:o} and {len(secret)} bytes",
-            "16 bytes or more that only its owner can read",
-            f"chmod 600 {path}; or delete it and build again",
+            needed="16 bytes or more that only its owner can read",
+            fix=f"chmod 600 {path}; or delete it and build again",
         )
     return secret
 

@@ -27,7 +27,7 @@ SCHEMA = 1
 GUIDED = 2  # lanes of a picture with guidance
 PAYS = 0.9  # the part of the best throughput that is enough
 NEWS = 0.1  # the weight of a server's newest tick
-MEND = "measure again: latentrt bench BUNDLE --save"
+FIX = "measure again: latentrt bench BUNDLE --save"
 
 
 @dataclass(slots=True)
@@ -131,8 +131,8 @@ def save(curve: Curve, engine: Engine) -> Path:
     except OSError as error:
         raise OutputError(
             f"{last} cannot be written ({error.strerror or error})",
-            "a bundle or a cache folder that can be written to",
-            "make room, or point XDG_CACHE_HOME elsewhere",
+            needed="a bundle or a cache folder that can be written to",
+            fix="make room, or point XDG_CACHE_HOME elsewhere",
         ) from error
 
 
@@ -148,7 +148,9 @@ def load(engine: Engine) -> Curve | None:
         except FileNotFoundError:
             continue
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BundleError(f"{path} cannot be read ({error!r})", f"a curve of schema {SCHEMA}", MEND) from error
+            raise BundleError(
+                f"{path} cannot be read ({error!r})", needed=f"a curve of schema {SCHEMA}", fix=FIX
+            ) from error
     return None
 
 

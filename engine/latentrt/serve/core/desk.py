@@ -105,7 +105,9 @@ class Desk:
 
     def cancel(self, ticket: Ticket) -> None:
         """See `Ticket.cancel`."""
-        self.fail(ticket, Cancelled("the order was cancelled", "an order that somebody waits for", "order again"))
+        self.fail(
+            ticket, Cancelled("the order was cancelled", needed="an order that somebody waits for", fix="order again")
+        )
 
     def fail_all(self, error: LatentrtError) -> None:
         """Every order fails."""
@@ -184,7 +186,9 @@ class Desk:
                 if now - since > longest and what not in self.hung:
                     self.hung.add(what)
                     error = EngineFault(
-                        f"the engine's {what} has not returned for {now - since:.1f} s", f"{longest:g} s", "order again"
+                        f"the engine's {what} has not returned for {now - since:.1f} s",
+                        needed=f"{longest:g} s",
+                        fix="order again",
                     )
                     self.suspect(error, hung=True)
                     self.fail_all(error)
@@ -232,7 +236,7 @@ class Desk:
 
     def close(self) -> None:
         """End the threads; what is left fails."""
-        stopped = Draining("the service was stopped", "a service that runs", "order again")
+        stopped = Draining("the service was stopped", needed="a service that runs", fix="order again")
         with self.changed:
             self.closed = True
             self.fail_all(stopped)
@@ -251,7 +255,9 @@ def as_error(error: Exception) -> LatentrtError:
     """What clients are told of something that was raised."""
     if isinstance(error, LatentrtError):
         return error
-    fault = EngineFault(f"the engine raised {error!r}", "none of its errors", "report it with the server's log")
+    fault = EngineFault(
+        f"the engine raised {error!r}", needed="none of its errors", fix="report it with the server's log"
+    )
     fault.__cause__ = error
     return fault
 
@@ -259,7 +265,7 @@ def as_error(error: Exception) -> LatentrtError:
 def _fault(error: LatentrtError) -> EngineFault:
     if isinstance(error, EngineFault):
         return error
-    fault = EngineFault(error.found, error.needed, error.mend)
+    fault = EngineFault(error.found, needed=error.needed, fix=error.fix)
     fault.__cause__ = error
     return fault
 
@@ -267,5 +273,5 @@ def _fault(error: LatentrtError) -> EngineFault:
 def _too_late(part: Part, now: float) -> LatentrtError:
     seconds = f"{now - part.accepted:.1f} s after the order came"
     if part.admitted is None:
-        return QueueTimeout(f"the picture has not begun {seconds}", "a shorter queue", "order again later")
-    return RunTimeout(f"the picture is not done {seconds}", "a smaller or shorter one", "take fewer steps")
+        return QueueTimeout(f"the picture has not begun {seconds}", needed="a shorter queue", fix="order again later")
+    return RunTimeout(f"the picture is not done {seconds}", needed="a smaller or shorter one", fix="take fewer steps")

@@ -58,7 +58,9 @@ class Place:
         with self:
             room = self.pictures if self._open else 0
             if order.request.count > room:
-                raise RequestError(f"{order.request.count} pictures", f"at most {room}", "reserve a place for them")
+                raise RequestError(
+                    f"{order.request.count} pictures", needed=f"at most {room}", fix="reserve a place for them"
+                )
             return self._service._submit(order, self)
 
     def release(self) -> None:
@@ -106,7 +108,9 @@ class Service:
         curve: Curve | None = None,
     ) -> None:
         if not engine.resident:
-            raise BackendError("the engine drops its networks", "a resident one", "load it with resident=True")
+            raise BackendError(
+                "the engine drops its networks", needed="a resident one", fix="load it with resident=True"
+            )
         self._engine = engine
         self._queue_timeout, self._hang = queue_timeout, hang
         self._caps = curve or Curve()
@@ -200,11 +204,11 @@ class Service:
 
     def _refuse_if_unready(self) -> None:
         if self.state == "draining":
-            raise Draining("the service is ending", "one that runs", "send the request to another")
+            raise Draining("the service is ending", needed="one that runs", fix="send the request to another")
         if self.state != "ready":
             fault = self._desk.fault
             found = "the service starts" if fault is None else f"the engine failed ({fault.found})"
-            raise NotReady(found, "a self-check that passes", "try again soon", retry_after=SOON)
+            raise NotReady(found, needed="a self-check that passes", fix="try again soon", retry_after=SOON)
 
     def _refuse_if_full(self, pictures: int) -> None:
         full = self._fullness(pictures)
@@ -215,15 +219,17 @@ class Service:
         """Why there is no room for so many."""
         queue = self._desk.queue
         if pictures > queue.places:
-            return QueueFull(f"{pictures} pictures", f"at most {queue.places} at once", "order fewer pictures")
+            return QueueFull(
+                f"{pictures} pictures", needed=f"at most {queue.places} at once", fix="order fewer pictures"
+            )
         free = max(0, queue.free - ahead)
         if pictures <= free:
             return None
         seconds = self._forecast(self._own_shape(), queue.waiting).room(pictures - free)
         return QueueFull(
             f"{free} of {queue.places} places in the queue are free",
-            f"{pictures}",
-            "try again later",
+            needed=f"{pictures}",
+            fix="try again later",
             retry_after=max(SOON, seconds or 0.0),
         )
 
@@ -239,8 +245,8 @@ class Service:
             helps = alone is not None and now + alone <= deadline
             raise DeadlineUnreachable(
                 f"the pictures would be done in {needed:.1f} s",
-                f"in {max(0.0, deadline - now):.1f} s",
-                "try again later" if helps else "allow more time, or take fewer steps",
+                needed=f"in {max(0.0, deadline - now):.1f} s",
+                fix="try again later" if helps else "allow more time, or take fewer steps",
                 retry_after=max(SOON, now + needed - deadline) if helps else None,
             )
 
@@ -290,7 +296,9 @@ class Service:
         try:
             outcome.result(self._hang if timeout is None else timeout)
         except TimeoutError as error:
-            raise EngineFault("the self-check had no turn in time", "an engine that answers", "wait") from error
+            raise EngineFault(
+                "the self-check had no turn in time", needed="an engine that answers", fix="wait"
+            ) from error
 
     # ---- The end
 

@@ -64,7 +64,9 @@ def _jobs(engine: Engine, order: Order) -> list[Job] | Exception:
     try:
         if order.image is None:
             if order.mask is not None:
-                raise RequestError("there is a mask and no picture", "the picture that it belongs to", "add the image")
+                raise RequestError(
+                    "there is a mask and no picture", needed="the picture that it belongs to", fix="add the image"
+                )
             return engine.jobs(order.request)
         request = replace(order.request, strength=order.strength)
         edit = engine.edit(order.image, order.mask, height=request.height, width=request.width)
@@ -109,7 +111,9 @@ def check(engine: Engine) -> None:
         error = worst_error(engine)
         if math.isnan(error) or error > TOLERANCE:
             raise EngineFault(
-                f"golden runs differ by {error:.1e} of their size", f"at most {TOLERANCE:g}", "latentrt verify BUNDLE"
+                f"golden runs differ by {error:.1e} of their size",
+                needed=f"at most {TOLERANCE:g}",
+                fix="latentrt verify BUNDLE",
             )
     jobs = engine.requests([""], {"steps": 1, "guidance": 1.0, **_check_size(engine)})
     engine.run(jobs)

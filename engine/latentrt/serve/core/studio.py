@@ -101,7 +101,9 @@ class Studio:
         lanes = self._engine.denoiser.lanes
         if made[0].most_lanes > lanes:
             raise RequestError(
-                f"the picture takes {made[0].most_lanes} lanes", f"at most {lanes}", "set guidance_scale to 1"
+                f"the picture takes {made[0].most_lanes} lanes",
+                needed=f"at most {lanes}",
+                fix="set guidance_scale to 1",
             )
         for cut in stages.cuts(self._engine, ticket.order.request):
             ticket.tell(cut)

@@ -121,8 +121,8 @@ class ServiceProblem(LatentrtError):  # noqa: N818 - what a service answers is n
 
     code: ClassVar[str] = "engine_error"
 
-    def __init__(self, found: str, needed: str, mend: str, *, retry_after: float | None = None) -> None:
-        super().__init__(found, needed, mend)
+    def __init__(self, found: str, needed: str, fix: str = "", *, retry_after: float | None = None) -> None:
+        super().__init__(found, needed, fix)
         self.retry_after = retry_after
 
 

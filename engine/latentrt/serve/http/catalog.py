@@ -69,8 +69,8 @@ class Catalog:
         if name and name not in self.names:
             raise Problem(
                 f"there is no model {name[:100]!r}",
-                f"one of {', '.join(self.names)}",
-                "take one of these, or leave model out",
+                needed=f"one of {', '.join(self.names)}",
+                fix="take one of these, or leave model out",
                 param="model",
                 status=404,
                 code="model_not_found",
@@ -122,8 +122,8 @@ class Catalog:
         if name not in self._solvers:
             raise Problem(
                 f"there is no scheduler {name[:100]!r}",
-                f"one of {', '.join(self._solvers)}",
-                "take one of these, or leave scheduler out",
+                needed=f"one of {', '.join(self._solvers)}",
+                fix="take one of these, or leave scheduler out",
                 param="scheduler",
             )
         return self._solvers[name]
@@ -144,7 +144,7 @@ class Catalog:
             return self._work(request.solver, request.steps, strength, tuple(sorted(request.options.items())))
         except RequestError as error:
             param = "num_inference_steps" if strength == 1 else "strength"
-            raise Problem(error.found, error.needed, error.mend, param=param) from error
+            raise Problem(error.found, needed=error.needed, fix=error.fix, param=param) from error
 
     def request(
         self,
@@ -223,7 +223,9 @@ class Catalog:
             return own
         if not self._profiles:
             raise PlanError(
-                "no size is served by the plans of both UNet and VAE", "one", "build them: latentrt build BUNDLE"
+                "no size is served by the plans of both UNet and VAE",
+                needed="one",
+                fix="build them: latentrt build BUNDLE",
             )
         return self._best(self._profiles[0])
 
@@ -239,8 +241,10 @@ class Catalog:
         return profile.ranges["width"][1] * self.factor, profile.ranges["height"][1] * self.factor
 
     def _unsupported(self, found: str, param: str) -> Problem:
-        mend = "take one of these, or auto" if param == "size" else "take one of these"
-        return Problem(f"size {found!r} is not supported", self._needed(), mend, param=param, code="unsupported_size")
+        fix = "take one of these, or auto" if param == "size" else "take one of these"
+        return Problem(
+            f"size {found!r} is not supported", needed=self._needed(), fix=fix, param=param, code="unsupported_size"
+        )
 
     def _needed(self) -> str:
         if self.sizes:
@@ -266,13 +270,15 @@ class Catalog:
         good = all(side.isascii() and side.isdecimal() and len(side) < 6 for side in (width, height))
         if not good or any(int(side) < 1 or int(side) % self.factor for side in (width, height)):
             raise RequestError(
-                f"sizes has {text!r}", f"WIDTHxHEIGHT in multiples of {self.factor}", "change sizes in the settings"
+                f"sizes has {text!r}",
+                needed=f"WIDTHxHEIGHT in multiples of {self.factor}",
+                fix="change sizes in the settings",
             )
         if not self._served(int(width), int(height)):
             raise RequestError(
                 f"sizes has {text}",
-                f"one that a plan serves: {'; or '.join(map(self._range, self._profiles or ()))}",
-                f"latentrt build BUNDLE --size {text}, or change sizes in the settings",
+                needed=f"one that a plan serves: {'; or '.join(map(self._range, self._profiles or ()))}",
+                fix=f"latentrt build BUNDLE --size {text}, or change sizes in the settings",
             )
         return int(width), int(height)
 
@@ -295,4 +301,4 @@ def _solver_names(schedule: Schedule) -> dict[str, str | None]:
 def _at_most(name: str, value: int, most: int, unit: str = "") -> None:
     if value > most:
         what = f"{value} {unit}".strip()
-        raise Problem(f"{name} is {what}", f"at most {most}", f"take a smaller {name}", param=name)
+        raise Problem(f"{name} is {what}", needed=f"at most {most}", fix=f"take a smaller {name}", param=name)

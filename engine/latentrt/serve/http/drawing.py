@@ -87,7 +87,9 @@ async def begun(context: Context, http: HttpRequest, plan: Plan) -> AsyncIterato
 async def _submit(context: Context, plan: Plan, facts: dict[str, Any]) -> Entry:
     request, source = plan.request, plan.source
     if source is not None and not context.catalog.edits:
-        raise Problem("there is a picture", "a prompt alone: this server edits none", "leave it out", param="image")
+        raise Problem(
+            "there is a picture", needed="a prompt alone: this server edits none", fix="leave it out", param="image"
+        )
     rows, solver = context.catalog.work(request)
     facts.update(n=request.count, steps=request.steps, solver=solver, rows=rows)
     facts["size"] = "{}x{}".format(*plan.size)

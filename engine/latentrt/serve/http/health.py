@@ -111,8 +111,8 @@ async def cancel(job: str, http: Request, context: Served) -> JSONResponse:
     if not entries:
         raise Problem(
             f"no request {job[:128]!r} waits or runs",
-            "one that /latentrt/queue lists",
-            "ask there",
+            needed="one that /latentrt/queue lists",
+            fix="ask there",
             status=404,
             code="not_found",
         )

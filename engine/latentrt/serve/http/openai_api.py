@@ -90,8 +90,8 @@ def _plan(
     if kind == "png" and wanted.output_compression not in (None, 100):
         raise Problem(
             f"output_compression is {wanted.output_compression} with png",
-            "jpeg or webp",
-            "set output_format, or leave output_compression out",
+            needed="jpeg or webp",
+            fix="set output_format, or leave output_compression out",
             param="output_compression",
         )
     request = context.catalog.request(
@@ -123,8 +123,8 @@ def _source(context: Context, wanted: EditRequest) -> Source:
     if len(files) != 1:
         raise Problem(
             f"{len(files)} pictures to edit" if files else "image is missing",
-            "one",
-            "send one file as image",
+            needed="one",
+            fix="send one file as image",
             param="image",
         )
     most = context.settings.max_image_bytes

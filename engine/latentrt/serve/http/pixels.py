@@ -92,7 +92,7 @@ def from_base64(text: str, param: str, most_bytes: int) -> bytes:
         Problem: a URL, or no base64, or too much of it.
     """
     if text.startswith(("http:", "https:", "file:", "ftp:")):
-        raise Problem(f"{param} is a URL", "the picture itself, as base64", "send its bytes", param=param)
+        raise Problem(f"{param} is a URL", needed="the picture itself, as base64", fix="send its bytes", param=param)
     if text.startswith("data:"):
         text = text.partition(",")[2]
     if len(text) > most_bytes * 4 // 3 + 4:
@@ -107,8 +107,8 @@ def too_large(param: str, most_bytes: int) -> Problem:
     """The refusal of a file that has too many bytes."""
     return Problem(
         f"{param} is too large",
-        f"at most {most_bytes} bytes",
-        "send a smaller picture",
+        needed=f"at most {most_bytes} bytes",
+        fix="send a smaller picture",
         param=param,
         status=413,
         code="image_too_large",
@@ -122,7 +122,7 @@ def _decode(source: Source, size: tuple[int, int], latents: LatentSpec, most_pix
     if mask is not None:
         if mask.size != picture.size:
             found, needed = (f"{side[0]}x{side[1]}" for side in (mask.size, picture.size))
-            raise Problem(f"{mask_name} is {found}", f"the picture's {needed}", "resize it", param=mask_name)
+            raise Problem(f"{mask_name} is {found}", needed=f"the picture's {needed}", fix="resize it", param=mask_name)
         mask = _whitened(mask, source)
     pixels, repaint = prepared(picture, mask, size[1], size[0], latents)
     return pixels, None if repaint is None else repaint.astype(np.uint8) * np.uint8(255)
@@ -136,7 +136,9 @@ def _whitened(mask: Image, source: Source) -> Image:
     alpha = mask.getchannel("A") if "A" in mask.getbands() else None
     if source.mask_alpha:
         if alpha is None:
-            raise Problem(f"{name} has no alpha", "a PNG whose alpha is 0 where to edit", "save it so", param=name)
+            raise Problem(
+                f"{name} has no alpha", needed="a PNG whose alpha is 0 where to edit", fix="save it so", param=name
+            )
         return ImageChops.invert(alpha)
     # A1111 takes the alpha of a mask that has some, and its brightness otherwise.
     grey = mask.convert("L") if alpha is None or alpha.getextrema() == (255, 255) else alpha
@@ -177,8 +179,8 @@ def _opened(data: BinaryIO, param: str, most_pixels: int) -> Image:
 def _undecodable(param: str, why: str) -> Problem:
     return Problem(
         f"{param} cannot be decoded: {why}",
-        f"a whole picture: {', '.join(FORMATS)}",
-        "send another file",
+        needed=f"a whole picture: {', '.join(FORMATS)}",
+        fix="send another file",
         param=param,
         code="image_decode_failed",
     )

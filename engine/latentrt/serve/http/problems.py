@@ -13,7 +13,7 @@ class Problem(RequestError):  # noqa: N818 - as RFC 9457 calls it
     """A refusal that knows its status, code and the parameter it is about.
 
     Args:
-        found, needed, mend: as of every LatentrtError.
+        found, needed, fix: as of every LatentrtError.
         status: of HTTP.
         code: for machines, as "invalid_value".
         param: the request's field, by the name that the client used.
@@ -23,13 +23,13 @@ class Problem(RequestError):  # noqa: N818 - as RFC 9457 calls it
         self,
         found: str,
         needed: str,
-        mend: str,
+        fix: str = "",
         *,
         param: str | None = None,
         status: int = 400,
         code: str = "invalid_value",
     ) -> None:
-        super().__init__(found, needed, mend)
+        super().__init__(found, needed, fix)
         self.param = param
         self.status = status
         self.code = code

@@ -55,8 +55,8 @@ def _check_media(found: str, needed: str) -> None:
     if kind != needed:
         raise Problem(
             f"the body's Content-Type is {kind[:100]!r}" if kind else "the body has no Content-Type",
-            needed,
-            f"send it with Content-Type: {needed}",
+            needed=needed,
+            fix=f"send it with Content-Type: {needed}",
             status=415,
             code="unsupported_media_type",
         )

@@ -217,7 +217,7 @@ def _check_idle(wanted: TextToImage) -> None:
     """Refuse what would make another picture than the one that is drawn here."""
     for name, value in {**(wanted.override_settings or {}), **(wanted.model_extra or {})}.items():
         if value is not None and value not in IDLE.get(name, (value,)):
-            raise Problem(f"{name} is set", "what is supported here", f"leave {name} out", param=name)
+            raise Problem(f"{name} is set", needed="what is supported here", fix=f"leave {name} out", param=name)
 
 
 def _solver(wanted: TextToImage) -> tuple[str | None, dict[str, Any]]:
@@ -228,8 +228,8 @@ def _solver(wanted: TextToImage) -> tuple[str | None, dict[str, Any]]:
     if spacing.lower() not in labels:
         raise Problem(
             f"there is no scheduler {spacing[:100]!r}",
-            f"one of {', '.join(SCHEDULERS)}",
-            "take one of these, or leave it out",
+            needed=f"one of {', '.join(SCHEDULERS)}",
+            fix="take one of these, or leave it out",
             param="scheduler",
         )
     spacing = labels[spacing.lower()]

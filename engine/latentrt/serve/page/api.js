@@ -9,23 +9,23 @@ export function setKey(text) {
   else sessionStorage.removeItem(KEY);
 }
 
-/** What went wrong: found, needed, mend, as the server's own errors say it; and the code, field and wait, if any. */
+/** What went wrong: found, needed, fix, as the server's own errors say it; and the code, field and wait, if any. */
 export class Refusal extends Error {
-  constructor(found, { needed = "", mend = "", code = "", param = null, wait = 0 } = {}) {
+  constructor(found, { needed = "", fix = "", code = "", param = null, wait = 0 } = {}) {
     super(found);
-    Object.assign(this, { found, needed, mend, code, param, wait });
+    Object.assign(this, { found, needed, fix, code, param, wait });
   }
 
   /** From OpenAI's shape. Messages of this server have three parts. */
   static of({ message = "", code = "", param = null } = {}, wait = 0) {
-    const parts = /^(.*?)\. Needed: (.*)\. To mend it: (.*)$/s.exec(message);
-    const [found, needed, mend] = parts ? parts.slice(1) : [message || "The server refused.", "", ""];
-    return new Refusal(found, { needed, mend: MEND[code] ?? mend, code, param, wait });
+    const parts = /^(.*?)\. Needed: (.*?)(?:\. To fix it: (.*))?$/s.exec(message);
+    const [found, needed, fix = ""] = parts ? parts.slice(1) : [message || "The server refused.", ""];
+    return new Refusal(found, { needed, fix: FIX[code] ?? fix, code, param, wait });
   }
 }
 
 // Where this page knows better than the server what to do next.
-const MEND = {
+const FIX = {
   invalid_api_key: "give this server’s key under Key",
   engine_error: "try again; the server’s log has the details",
 };
@@ -33,13 +33,13 @@ const MEND = {
 const unreachable = () =>
   new Refusal("The server does not answer", {
     needed: "a running server and a connection to it",
-    mend: "check both, then try again",
+    fix: "check both, then try again",
     code: "offline",
   });
 
 export const broken = () =>
   new Refusal("The connection broke before all pictures had come", {
-    mend: "try again; the same seed gives the same pictures",
+    fix: "try again; the same seed gives the same pictures",
     code: "offline",
   });
 

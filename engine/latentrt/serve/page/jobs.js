@@ -217,7 +217,7 @@ function explained(error) {
   const lines = [
     ["What happened", refusal.found],
     ["Needed", refusal.needed],
-    ["What to do", refusal.mend],
+    ["What to do", refusal.fix],
     ["When", wait],
   ].filter(([, text]) => text);
   const list = make("dl", {}, ...lines.flatMap(([term, text]) => [make("dt", {}, term), make("dd", {}, text)]));

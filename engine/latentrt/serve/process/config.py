@@ -152,12 +152,12 @@ def _keys_of(path: Path) -> list[str]:
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(
-            f"the keys' file {path} cannot be read ({error})", "a text file", "change --keys-file"
-        ) from error
+        raise RequestError(f"the keys' file {path} cannot be read ({error})", needed="a text file") from error
     keys = [line for line in lines if line and not line.startswith("#")]
     if not keys:
-        raise RequestError(f"{path} has no key", "one key a line", f"write one into {path}, or leave --keys-file out")
+        raise RequestError(
+            f"{path} has no key", needed="one key a line", fix=f"write one into {path}, or leave --keys-file out"
+        )
     return keys
 
 
@@ -187,7 +187,7 @@ def load_settings(flags: dict[str, Any], config: Path | None = None) -> Settings
             return init_settings, env_settings, *([Toml(settings_cls, path)] if path else [])
 
     if path is not None and not path.is_file():
-        raise RequestError(f"there is no file {path}", "a TOML file", "change --config")
+        raise RequestError(f"there is no file {path}", needed="a TOML file")
     try:
         return Configured(**flags)
     except ValidationError as error:
@@ -196,10 +196,12 @@ def load_settings(flags: dict[str, Any], config: Path | None = None) -> Settings
         message = first["msg"].removeprefix("Value error, ")
         raise RequestError(
             f"{name}: {message}" if name else message,
-            "settings that `latentrt serve --help` lists, within their ranges",
-            f"change --{name.replace('_', '-')}, {PREFIX}{name.upper()} or {name} in the TOML file"
+            needed="settings that `latentrt serve --help` lists, within their ranges",
+            fix=f"change --{name.replace('_', '-')}, {PREFIX}{name.upper()} or {name} in the TOML file"
             if name
             else "change one of them",
         ) from error
     except (OSError, ValueError) as error:
-        raise RequestError(f"{path} cannot be read ({error})", "a TOML file", "mend it, or change --config") from error
+        raise RequestError(
+            f"{path} cannot be read ({error})", needed="a TOML file", fix="correct it, or change --config"
+        ) from error

@@ -1,0 +1,51 @@
+"""Kinds of values that users and JSON bring, and how they are read."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+from latentrt.errors import RequestError
+
+
+def is_whole(value: object) -> bool:
+    """Return whether it is an int, and no bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Return whether it is a finite int or float, and no bool."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def is_text(value: object) -> bool:
+    """Return whether it is a str with something in it."""
+    return isinstance(value, str) and value != ""
+
+
+MOST = 65_536
+
+
+def parse_whole(text: str, name: str, *, least: int = 1, most: int = MOST) -> int:
+    """Read a whole number in plain digits.
+
+    Raises:
+        RequestError: it is none, or out of range; the message has `name`.
+    """
+    digits = text.strip()
+    if not (digits.isascii() and digits.isdecimal() and len(digits) < 10 and least <= int(digits) <= most):
+        raise RequestError(f"{name} has {text!r}", needed=f"whole numbers from {least} to {most}")
+    return int(digits)
+
+
+def parse_size(text: str, name: str) -> tuple[int, int]:
+    """Read (width, height) in pixels from "512x768"; one number is both. Raise RequestError as `parse_whole`."""
+    width, _, height = text.lower().partition("x")
+    return parse_whole(width, name), parse_whole(height or width, name)
+
+
+def did_you_mean(word: object, words: Iterable[str], otherwise: str = "") -> str:
+    """Return "did you mean a or b?" with the words that are most like this one; `otherwise` where none is."""
+    near = get_close_matches(str(word), list(words), n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else otherwise
