@@ -280,16 +280,22 @@ class Engine:
     ) -> tuple[list[Request], Edit | None]:
         """What a call asks for, checked before the picture is encoded, and the picture."""
         asked = [request_from(prompt, settings) for prompt in prompts]
-        if image is not None:
-            return asked, self.edit(image, mask, height=settings.get("height"), width=settings.get("width"))
-        if mask is not None:
+        pictures = {name: one for name, one in (("image", image), ("mask", mask)) if one is not None}
+        return asked, self._given(pictures, settings.get("height"), settings.get("width"))
+
+    def _given(self, pictures: Mapping[str, Source], height: int | None, width: int | None) -> Edit | None:
+        if "image" in pictures:
+            return self.edit(pictures["image"], pictures.get("mask"), height=height, width=width)
+        if "mask" in pictures:
             raise RequestError(
                 "there is a mask and no picture", needed="the one it belongs to", fix="pass it: image=, --image"
             )
-        return asked, None
+        return None
 
     def jobs(self, request: Request, *, first: int = 0, edit: Edit | None = None) -> list[Job]:
         """The jobs of a request, not yet admitted; picture i has seed `request.seed + first + i`."""
+        if request.pictures and edit is None:
+            edit = self._given(request.pictures, request.height, request.width)
         request = on(request, edit)
         jobs = self._drafts(request, first, edit)
         cond, uncond = self._conditioner.encode(request)

@@ -12,6 +12,7 @@ from latentrt.sampling.solvers import SOLVERS
 from latentrt.values import did_you_mean, is_number, is_whole
 
 MAX_SEED = 2**64 - 1
+PICTURES = ("image", "mask")  # what a picture may be for
 
 # What users of other tools type, and what it is called here.
 _OTHER_NAMES = {
@@ -40,8 +41,9 @@ class Request:
     scheduler_config.json names, `height` and `width` None the size the model was trained at (pixels), `negative_prompt`
     None what it was trained with for no prompt: empty text or, for some, zeros. `noise` names the torch generator whose
     numbers a seed stands for. `strength` is how much of the run is made on a given picture, above 0 to 1; None means
-    0.8, or all of it where a mask says what is repainted. `options` go to `tabulate`: eta, use_karras_sigmas,
-    timestep_spacing, ...
+    0.8, or all of it where a mask says what is repainted. `pictures` are those that the request brings, by what they
+    are for ("image" to begin on, "mask": what of it to repaint), as PIL images or uint8 arrays; whoever passes a request
+    on does not look at them. `options` go to `tabulate`: eta, use_karras_sigmas, timestep_spacing, ...
 
     Raises:
         RequestError: a value is out of range.
@@ -60,6 +62,7 @@ class Request:
     count: int = 1
     noise: str = "torch-cpu"
     strength: float | None = None
+    pictures: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -87,6 +90,8 @@ class Request:
             )
         _number("guidance_interval's start", interval[0], 0.0, 1.0)
         _number("guidance_interval's end", interval[1], interval[0], 1.0)
+        if unknown := sorted(set(self.pictures) - set(PICTURES)):
+            raise RequestError(f"there is a picture for {unknown[0]!r}", needed=f"one for {' or '.join(PICTURES)}")
         _check_options(self.options)
 
 
@@ -119,14 +124,13 @@ def request_from(prompt: str, settings: Mapping[str, Any]) -> Request:
     Raises:
         RequestError: a setting that neither a Request nor any solver has, or a value out of range.
     """
-    own = set(Request.__dataclass_fields__) - {"prompt", "options"}
+    own = set(Request.__dataclass_fields__) - {"prompt", "pictures", "options"}
     known = {*own, *KNOWN_KEYS, *(key for solver in SOLVERS.values() for key in solver.arguments)}
     for key in settings:
         if key not in known:
-            meant = _OTHER_NAMES.get(key)
-            fix = (
-                did_you_mean(key, known, "leave it out") if meant is None else f"did you mean {meant}?" if meant else ""
-            )
+            fix = did_you_mean(key, known, "leave it out")
+            if key in _OTHER_NAMES:
+                fix = f"did you mean {_OTHER_NAMES[key]}?" if _OTHER_NAMES[key] else "leave it out"
             raise RequestError(
                 f"{key!r} is not an option", needed="a field of Request or a setting of a solver", fix=fix
             )
