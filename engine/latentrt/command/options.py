@@ -16,6 +16,9 @@ argument_bundle = click.argument("bundle", type=FOLDER, default=EMBEDDED, requir
 option_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 
 
+LOADING = ("threads", "plans", "precision", "device", "backend")  # options of `runs_networks`
+
+
 def runs_networks(verb: Verb) -> Verb:
     """The options of verbs that run networks; their names are those of `Engine.load`."""
     for option in (

@@ -176,7 +176,7 @@ def _check(
     library = open_library(name)
     found = [
         capability(bundle, library, network, precision, profiles_of(bundle.spec, network, shapes))
-        for network in networks or bundle.spec.graphs
+        for network in networks or bundle.spec.networks
     ]
     if as_json:
         print(json.dumps({"library": name, "version": library.version, "networks": [each.to_dict() for each in found]}))

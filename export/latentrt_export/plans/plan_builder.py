@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from latentrt.bundle.bundle import Bundle
-from latentrt.bundle.manifest import GraphSpec
+from latentrt.bundle.spec import GraphSpec
 from latentrt.errors import DeviceMemoryError, PlanError
 from latentrt.runtime.tensorrt.library import Library, open_library
 from latentrt.runtime.tensorrt.plans import PlanStore

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 import onnx_ir as ir
 
 from latentrt.bundle.bundle import Bundle
-from latentrt.bundle.manifest import GraphSpec
+from latentrt.bundle.spec import GraphSpec
 from latentrt.errors import LatentrtError, PlanError
 from latentrt.runtime.tensorrt.record import Profile, Weight
 from latentrt_export.graphs.lower import lower

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from latentrt.bundle.manifest import LatentSpec, ModelSpec
+from latentrt.bundle.spec import DENOISER, ENCODER, TEXT_ENCODER, LatentSpec, ModelSpec
 from latentrt.errors import PlanError, RequestError
 from latentrt.runtime.tensorrt.record import Profile, Range
 from latentrt.values import parse_size, parse_whole
@@ -49,7 +49,7 @@ def profiles_of(spec: ModelSpec, network: str, asked: Sequence[Shapes]) -> tuple
     Raises:
         PlanError: its graph has a symbolic dimension that nothing is known of.
     """
-    names = [side for tensor in spec.graphs[network].inputs for side in tensor.shape if isinstance(side, str)]
+    names = [side for tensor in spec.networks[network].inputs for side in tensor.shape if isinstance(side, str)]
     found: list[Profile] = []
     for ranges in (ranges for shapes in asked for ranges in _ranges(spec, network, shapes)):
         if unknown := sorted(set(names) - set(ranges)):
@@ -65,11 +65,11 @@ def profiles_of(spec: ModelSpec, network: str, asked: Sequence[Shapes]) -> tuple
 
 
 def _ranges(spec: ModelSpec, network: str, shapes: Shapes) -> list[dict[str, Range]]:
-    if network in spec.text_encoders:
+    if spec.networks[network].role == TEXT_ENCODER:
         batches = [(1, 1, 1), shapes.lanes]
     else:
-        batches = [shapes.lanes if network == "unet" else shapes.pictures]
-    factor = 1 if network == "vae_encoder" else spec.latents.factor  # it reads pixels, the others latents
+        batches = [shapes.lanes if spec.networks[network].role == DENOISER else shapes.pictures]
+    factor = 1 if spec.networks[network].role == ENCODER else spec.latents.factor  # it reads pixels, the others latents
     height, width = (_divided(side, factor) for side in (shapes.height, shapes.width))
     return [{"batch": batch, "height": height, "width": width} for batch in batches]
 

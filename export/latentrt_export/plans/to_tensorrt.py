@@ -132,7 +132,7 @@ def orders_of(
     library.option_flags(options)  # raises what this version cannot do
     folder = PlanStore(bundle, plans).folder
     orders = []
-    for name in dict.fromkeys(networks or bundle.spec.graphs):
+    for name in dict.fromkeys(networks or bundle.spec.networks):
         key = wanted_key(bundle, name, precision, library, gpu)
         key = replace(key, options=tuple(sorted(options)), profiles=profiles_of(bundle.spec, name, shapes))
         if library.rtx:  # it compiles kernels where the plan runs

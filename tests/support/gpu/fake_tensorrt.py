@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from latentrt.bundle.bundle import Bundle
-from latentrt.bundle.manifest import GraphSpec
+from latentrt.bundle.spec import GraphSpec
 from latentrt.cuda.base import Gpu
-from latentrt.runtime.base import size_of
+from latentrt.runtime.signature import shape_of
 from latentrt.runtime.tensorrt.library import Library, wanted_key
 from latentrt.runtime.tensorrt.plans import PlanStore
 from latentrt.runtime.tensorrt.record import STRIPPED, PlanRecord, Profile, Range, Weight

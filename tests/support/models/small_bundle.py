@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import save_file
 
 from latentrt.bundle.bundle import Bundle, FileRecord
-from latentrt.bundle.manifest import GraphSpec, TensorSpec
+from latentrt.bundle.spec import GraphSpec, TensorSpec
 from latentrt.cuda.base import DeviceArray
 from latentrt.runtime.tensorrt.backend import TensorRtBackend, TensorRtNetwork
 from latentrt.runtime.tensorrt.record import Range

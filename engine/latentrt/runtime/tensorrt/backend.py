@@ -13,10 +13,11 @@ from typing import Any
 from numpy.typing import NDArray
 
 from latentrt.bundle.bundle import Bundle
-from latentrt.bundle.manifest import GraphSpec
+from latentrt.bundle.spec import GraphSpec
 from latentrt.cuda.base import DeviceArray, Gpu
 from latentrt.errors import BackendError, LatentrtError, NetworkError, PlanError
-from latentrt.runtime.base import Arrays, check_arrays, check_feeds, size_of
+from latentrt.runtime.base import Facts
+from latentrt.runtime.signature import Arrays, check_arrays, check_feeds, shape_of
 from latentrt.runtime.tensorrt.library import Library, wanted_key
 from latentrt.runtime.tensorrt.loaded import Host, LoadedPlan, TensorRtBound
 from latentrt.runtime.tensorrt.plans import PlanStore
@@ -40,11 +41,12 @@ class TensorRtBackend:
         BackendError: TensorRT finds no driver or device.
     """
 
-    captures = True
+    facts = Facts(fixed_lanes=True, one_stream=True, exact=False, captures=True)
 
     def __init__(self, gpu: Gpu, library: Library, *, precision: str = "fp16", plans: Path | None = None) -> None:
         self.name, self.device = library.name, "cuda"
         self.gpu, self.library, self.precision, self.plans = gpu, library, precision, plans
+        self.variants: tuple[str, ...] = (precision,)
         self._host = Host(gpu, library)
 
     def load(self, bundle: Bundle, network: str) -> TensorRtNetwork:
@@ -56,7 +58,7 @@ class TensorRtBackend:
             UntrustedPlanError: a plan is damaged or was not built here; it is then not deserialized.
             DeviceMemoryError: the device has too little memory.
         """
-        graph = bundle.spec.graph(network, self.precision)
+        graph = bundle.spec.graph(network, *self.variants)
         wanted = wanted_key(bundle, network, self.precision, self.library, self.gpu)
         return TensorRtNetwork(self._host, PlanStore(bundle, self.plans), graph, wanted)
 
@@ -119,9 +121,7 @@ class TensorRtNetwork:
             NetworkError: the feeds do not fit the signature, or TensorRT fails.
             PlanError, UntrustedPlanError, DeviceMemoryError: see `bind`.
         """
-        check_feeds(self.graph, feeds)
-        pairs = [pair for t in self.graph.inputs for pair in zip(t.shape, feeds[t.name].shape, strict=True)]
-        sizes = {side: size for side, size in pairs if isinstance(side, str)}
+        sizes = check_feeds(self.graph, feeds)
         call = self._calls.pop(tuple(sizes.items()), None) or _HostCall(self, self.graph, sizes)
         self._calls[tuple(sizes.items())] = call
         if len(self._calls) > SHAPES_KEPT:
@@ -186,8 +186,7 @@ class _HostCall:
         self._arrays: dict[str, DeviceArray] = {}
         try:
             for tensor in (*graph.inputs, *graph.outputs):
-                shape = tuple(size_of(side, sizes) for side in tensor.shape)
-                self._arrays[tensor.name] = self._gpu.empty(shape, tensor.dtype)
+                self._arrays[tensor.name] = self._gpu.empty(shape_of(tensor, sizes), tensor.dtype)
             self._bound = network.bind(self._arrays)
         except BaseException:
             self._free()

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from latentrt.bundle.manifest import GraphSpec, TensorSpec
+from latentrt.bundle.spec import GraphSpec, TensorSpec
 from latentrt.cuda.base import DeviceArray, Gpu
 from latentrt.errors import DeviceMemoryError, LatentrtError, NetworkError, PlanError
 from latentrt.runtime.tensorrt.library import Library

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from latentrt.bundle.bundle import Bundle
-from latentrt.bundle.manifest import GraphSpec
+from latentrt.bundle.spec import GraphSpec
 from latentrt.errors import PlanError, UntrustedPlanError
 from latentrt.runtime.tensorrt.record import PlanKey, PlanRecord, Profile, Weight
 from latentrt.runtime.tensorrt.seal import SEAL_VARIABLE, canonical, check_secret, is_sealed, seal
@@ -93,7 +93,7 @@ class PlanStore:
         """
         check_secret()
         records, refused = [], dict[str, PlanError]()
-        for path in (path for network in self.bundle.spec.graphs for path in self._paths(network)):
+        for path in (path for network in self.bundle.spec.networks for path in self._paths(network)):
             try:
                 records.append(self._record(path))
             except PlanError as error:
@@ -165,7 +165,7 @@ class PlanStore:
         Raises:
             PlanError: there is none of that name, or it cannot be removed.
         """
-        paths = (path for network in self.bundle.spec.graphs for path in self._paths(network))
+        paths = (path for network in self.bundle.spec.networks for path in self._paths(network))
         path = next((path for path in paths if path.stem == name), None)
         if path is None:
             raise PlanError(

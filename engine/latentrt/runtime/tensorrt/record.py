@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import reduce
 from itertools import product
 from typing import Any
 
-from latentrt.bundle.manifest import TensorSpec
+from latentrt.bundle.spec import TensorSpec
 from latentrt.runtime.tensorrt.seal import canonical
 
 STRIPPED, REFITTABLE, VERSION_COMPATIBLE = "stripped", "refittable", "version-compatible"
@@ -44,14 +45,14 @@ class Profile:
         )
 
 
-def drawn_by(unet: Iterable[Profile], decoder: Iterable[Profile], lanes: int) -> tuple[Profile, ...]:
-    """The latents' sizes ("height", "width") that both networks serve: the UNet with so many lanes, the VAE's decoder
-    with one picture. Each once, in the order of the UNet's profiles.
+def drawn_by(networks: Sequence[Iterable[Profile]], lanes: int) -> tuple[Profile, ...]:
+    """Return the latents' sizes ("height", "width") that all networks serve, each once: the denoiser with so many lanes
+    and, where there is one, the VAE's decoder with one picture.
     """
     found: list[Profile] = []
-    for mine, theirs in product(unet, decoder):
-        if mine.covers({"batch": lanes}) and theirs.covers({"batch": 1}):
-            shared = {side: _shared(mine.ranges[side], theirs.ranges[side]) for side in ("height", "width")}
+    for profiles in product(*networks):
+        if all(one.covers({"batch": count}) for one, count in zip(profiles, (lanes, 1), strict=False)):
+            shared = {side: reduce(_shared, [one.ranges[side] for one in profiles]) for side in ("height", "width")}
             profile = Profile(shared)
             if all(low <= high for low, _, high in shared.values()) and profile not in found:
                 found.append(profile)

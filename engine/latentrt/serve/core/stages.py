@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from latentrt.engine import Engine
 from latentrt.errors import BundleError, DeviceMemoryError, NetworkError, PlanError, RequestError, ScheduleError
 from latentrt.golden import SIDE, TOLERANCE, worst_error
-from latentrt.images.image import to_uint8
+from latentrt.images.pixels import to_uint8
 from latentrt.request import Request
 from latentrt.run.job import Job
 from latentrt.serve.core.curve import GUIDED, Shape

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
-from latentrt.bundle.manifest import ModelSpec
+from latentrt.bundle.spec import ModelSpec
 from latentrt.errors import PlanError, RequestError
 from latentrt.request import MAX_SEED, Request
 from latentrt.runtime.tensorrt.record import Profile

@@ -13,7 +13,7 @@ import anyio.to_thread
 import numpy as np
 from numpy.typing import NDArray
 
-from latentrt.bundle.manifest import LatentSpec
+from latentrt.bundle.spec import LatentSpec
 from latentrt.model.edit import MODES, prepared
 from latentrt.serve.http.problems import Problem
 

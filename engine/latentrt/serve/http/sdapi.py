@@ -13,7 +13,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
-from latentrt.images.image import prose
+from latentrt.images.metadata import prose
 from latentrt.model.edit import STRENGTH
 from latentrt.request import Request as EngineRequest
 from latentrt.sampling.solvers import SOLVERS
