@@ -209,14 +209,14 @@ def test_a_full_disk_leaves_nothing_half_written(run: Run, monkeypatch: pytest.M
 def test_what_was_drawn_is_kept(
     run: Run, monkeypatch: pytest.MonkeyPatch, trouble: BaseException, expected: int
 ) -> None:
-    from latentrt.images.image import save
+    from latentrt.images.files import save
 
     def save_two(image: Image.Image, path: Path, **settings: Any) -> Path:
         if path.name == "2.png":
             raise trouble
         return save(image, path, **settings)
 
-    monkeypatch.setattr("latentrt.images.image.save", save_two)
+    monkeypatch.setattr("latentrt.images.files.save", save_two)
     arguments = ["--steps", "1", "--count", "4", "--lanes", "2", "-o", "{index}.png"]
     code, out, err = run("generate", "a", *arguments)
     assert (code, out) == (expected, "")

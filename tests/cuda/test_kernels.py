@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from latentrt.cuda import kernels, nvrtc
 from latentrt.cuda.kernels import BLEND, PREVIEW, PROGRESS, ROW_COLUMNS, SLOT
-from latentrt.images.image import to_uint8
+from latentrt.images.pixels import to_uint8
 from latentrt.sampling.guidance import Guidance
 from latentrt.sampling.noise import TorchCudaNoise
 from latentrt.sampling.solvers import SOLVERS

@@ -62,7 +62,7 @@ class GpuRig:
     def build(self, *options: str, networks: tuple[str, ...] = ()) -> None:
         """Build plans for `LANES` lanes at the tests' size."""
         if self.built:
-            names = networks or tuple(Bundle.open(self.bundle).spec.graphs)
+            names = networks or tuple(Bundle.open(self.bundle).spec.graphs())
             size = (SCALE.pixels, SCALE.pixels)
             self.hardware.build_plans(self.bundle, names, self.kind[0], LANES, size, BUILD_LIMIT, options)
 

@@ -238,6 +238,10 @@ class ModelSpec:
             )
         return known.graph(chosen)
 
+    def graphs(self, variant: str = FP32) -> dict[str, GraphSpec]:
+        """Return the graphs of a variant by their networks' names, as far as there are any."""
+        return {name: one.graph(variant) for name, one in self.networks.items() if variant in one.variants}
+
     def to_dict(self) -> dict[str, Any]:
         """Return the manifest's "model" part, ready for JSON."""
         return asdict(self)

@@ -97,8 +97,8 @@ def test_a_build_puts_every_plan_in_its_place(fake: Fake, tmp_path: Path) -> Non
     estimates = estimates_of(EMOJI, library, orders)
     built = build_plans(EMOJI, orders, estimates, progress=lambda n, phase, share, left: told.append((n, share)))
     store = PlanStore(EMOJI, tmp_path / "plans")
-    assert [each.record.key.network for each in built] == list(EMOJI.spec.graphs)
-    assert {name for name, _ in told} == set(EMOJI.spec.graphs)
+    assert [each.record.key.network for each in built] == list(EMOJI.spec.graphs())
+    assert {name for name, _ in told} == set(EMOJI.spec.graphs())
     for order, each in zip(orders, built, strict=True):
         assert store.find(replace(order.key, profiles=()), {"batch": 1}) if "text" in order.key.network else True
         assert each.record.key == order.key

@@ -189,7 +189,7 @@ def test_the_wanted_key_is_of_here_and_now() -> None:
     key = wanted_key(bundle, "unet", "fp32", library("tensorrt", "10.13.3.9"), GPU)
     assert (key.network, key.precision, key.options, key.profiles) == ("unet", "fp32", (), ())
     assert key.graph == bundle.files["unet/model.onnx"].sha256
-    assert key.weights == weights_digest(bundle, bundle.spec.graphs["unet"])
+    assert key.weights == weights_digest(bundle, bundle.spec.graphs()["unet"])
     assert (key.library, key.version) == ("tensorrt", "10.13.3.9")
     assert (key.gpu, key.compute_capability, key.driver) == ("NVIDIA H200", "9.0", "13.0")
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from latentrt.bundle.bundle import Bundle, FileRecord
-from latentrt.bundle.manifest import TensorSpec
+from latentrt.bundle.spec import TensorSpec
 from latentrt.cuda.base import DeviceArray
 from latentrt.errors import BackendError, DeviceMemoryError, NetworkError, PlanError
 from latentrt.runtime.tensorrt.backend import TensorRtBackend, TensorRtNetwork
@@ -235,7 +235,7 @@ def test_another_versions_plan_is_not_tried(bundle: Bundle, fake: FakeTensorRt, 
 
 
 def test_what_tensorrt_says_of_a_plan_is_quoted(bundle: Bundle, fake: FakeTensorRt, gpu: HostGpu) -> None:
-    graph = bundle.spec.graphs["unet"]
+    graph = bundle.spec.graphs()["unet"]
     older = fake_plan(FakeTensorRt(version="11.3.0.99"), bundle.path(graph.path), graph, [Profile(WIDE)])
     put_bytes(bundle, "unet", fake, gpu, older, [Profile(WIDE)])
     with pytest.raises(PlanError, match=r"tensorrt 11\.4\.0\.106 cannot load .*Version tag does not match.*11\.3"):
@@ -280,7 +280,7 @@ RENAMED = TensorSpec("image", "float32", SHAPE)
 def test_a_plan_of_another_signature_is_refused(
     bundle: Bundle, fake: FakeTensorRt, gpu: HostGpu, change: dict[str, Any], words: str
 ) -> None:
-    graph = replace(bundle.spec.graphs["unet"], **change)
+    graph = replace(bundle.spec.graphs()["unet"], **change)
     plan = fake_plan(fake, bundle.path("unet/model.onnx"), graph, [Profile(WIDE)])
     put_bytes(bundle, "unet", fake, gpu, plan, [Profile(WIDE)])
     with pytest.raises(PlanError, match=words):
@@ -290,7 +290,7 @@ def test_a_plan_of_another_signature_is_refused(
 def test_a_plan_of_fixed_shapes_fits(bundle: Bundle, fake: FakeTensorRt, gpu: HostGpu) -> None:
     fixed = (2, 4, 4, 4)
     graph = replace(
-        bundle.spec.graphs["unet"],
+        bundle.spec.graphs()["unet"],
         inputs=(TensorSpec("sample", "float32", fixed), TensorSpec("timestep", "float32", (2,))),
         outputs=(TensorSpec("out", "float32", fixed),),
     )
@@ -302,7 +302,7 @@ def test_a_plan_of_fixed_shapes_fits(bundle: Bundle, fake: FakeTensorRt, gpu: Ho
 
 
 def test_a_plan_of_other_profiles_is_refused(bundle: Bundle, fake: FakeTensorRt, gpu: HostGpu) -> None:
-    graph = bundle.spec.graphs["unet"]
+    graph = bundle.spec.graphs()["unet"]
     plan = fake_plan(fake, bundle.path(graph.path), graph, [Profile(WIDE)])
     put_bytes(bundle, "unet", fake, gpu, plan, [Profile(WIDE), Profile(BIG)])
     with pytest.raises(PlanError, match=r"has 1 profiles\. Needed: 2 profiles"):
@@ -310,7 +310,7 @@ def test_a_plan_of_other_profiles_is_refused(bundle: Bundle, fake: FakeTensorRt,
 
 
 def test_profiles_that_the_plan_does_not_have_are_noticed(bundle: Bundle, fake: FakeTensorRt, gpu: HostGpu) -> None:
-    graph = bundle.spec.graphs["unet"]
+    graph = bundle.spec.graphs()["unet"]
     plan = fake_plan(fake, bundle.path(graph.path), graph, [Profile(SQUARE)])
     put_bytes(bundle, "unet", fake, gpu, plan, [Profile(WIDE)])
     network = load(bundle, fake, gpu)

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from latentrt.bundle.bundle import Bundle
-from latentrt.bundle.manifest import TensorSpec
+from latentrt.bundle.spec import TensorSpec
 from latentrt.errors import PlanError, UnsafePathError, UntrustedPlanError
 from latentrt.runtime.tensorrt import plans
 from latentrt.runtime.tensorrt.plans import PlanStore, weights_digest
@@ -455,7 +455,7 @@ def test_a_networks_name_cannot_lead_out(bundle: Bundle, store: PlanStore) -> No
         store.put(record(replace(KEY, network="../unet")), PLAN)
     (store.folder.parent / "unet-00.json").write_text("")
     store.folder.mkdir()
-    spec = replace(bundle.spec, graphs={"../unet": bundle.spec.graphs["unet"]})
+    spec = replace(bundle.spec, graphs={"../unet": bundle.spec.graphs()["unet"]})
     assert PlanStore(replace(bundle, spec=spec), store.folder).survey() == ([], {})
 
 
@@ -614,7 +614,7 @@ def test_records_come_back_as_they_were(
 
 
 def test_weights_are_those_of_the_graphs_folder(bundle: Bundle) -> None:
-    graphs = bundle.spec.graphs
+    graphs = bundle.spec.graphs()
     unet = weights_digest(bundle, graphs["unet"])
     assert unet != weights_digest(bundle, graphs["vae_decoder"])
     assert weights_digest(bundle, graphs["vae_encoder"]) == weights_digest(bundle, graphs["vae_decoder"])

@@ -109,7 +109,7 @@ def test_it_is_a_device_network(network: TensorRtNetwork, gpu: HostGpu, bundle: 
     assert isinstance(network, DeviceNetwork)
     assert network.best_lanes == 2
     assert network.gpu is gpu
-    assert network.graph == bundle.spec.graphs["unet"]
+    assert network.graph == bundle.spec.graphs()["unet"]
 
 
 @pytest.mark.parametrize(("precision", "levels"), [("fp32", 0), ("fp16", 1)])

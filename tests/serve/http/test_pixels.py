@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from latentrt.bundle.manifest import LatentSpec
+from latentrt.bundle.spec import LatentSpec
 from latentrt.images.picture import Picture
 from latentrt.serve.http.pixels import Source, decode, encode, from_base64, shape_of
 from latentrt.serve.http.problems import Problem
