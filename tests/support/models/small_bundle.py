@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import save_file
 
-from latentrt.bundle.bundle import Bundle, FileRecord
+from latentrt.bundle.bundle import Bundle, FileRecord, write_manifest
 from latentrt.bundle.manifest import GraphSpec, TensorSpec
 from latentrt.cuda.base import DeviceArray
 from latentrt.runtime.tensorrt.backend import TensorRtBackend, TensorRtNetwork
 from latentrt.runtime.tensorrt.record import Range
-from tests.support.gpu.fake_tensorrt import FakeTensorRt, put_plan
+from tests.support.gpu.fake_plans import put_plan
+from tests.support.gpu.fake_tensorrt import FakeTensorRt
 from tests.support.gpu.host_gpu import HostGpu, host_gpu
 
 WIDE: dict[str, Range] = {"batch": (1, 2, 4), "height": (2, 4, 8), "width": (2, 4, 8)}
@@ -94,12 +95,8 @@ def make_bundle(root: Path, planes: torch.Tensor = PLANES, shift: torch.Tensor =
     half = {"unet": write_unet(root / "unet" / "model.fp16.onnx", "float16", PLANES, SHIFT)}
     spec = replace(Bundle.open(check_hashes=False).spec, graphs=graphs, half=half)
     names = [path.relative_to(root).as_posix() for path in sorted(root.rglob("*")) if path.is_file()]
+    write_manifest(root, spec, names)  # it would not open: this spec's tokenizers are not in the folder
     return Bundle(root, spec, {name: record(root / name) for name in names})
-
-
-@pytest.fixture(autouse=True)
-def secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LATENTRT_SEAL", str(tmp_path / "secret" / "seal.key"))
 
 
 @pytest.fixture
