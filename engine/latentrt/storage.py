@@ -55,7 +55,7 @@ def remove_parts(folder: Path) -> None:
 
 
 def read_trusted(path: Path) -> bytes:
-    """Read a file of native code. It is trusted by its place: see `check_trusted`, for the file and for its folder.
+    """Read a file of native code, if it and its folder are trusted: see `check_trusted`.
 
     Raises:
         UntrustedFileError: another user may have written it.
@@ -86,9 +86,10 @@ def check_trusted(path: Path, status: os.stat_result | None = None) -> None:
         found, command = f"has mode {mode:o}", f"chmod go-w {word}"
     else:
         return
+    owners = " or ".join(dict.fromkeys((_name(os.getuid()), "root")))
     raise UntrustedFileError(
         f"{path} {found}",
-        needed=f"{_name(os.getuid())} or root as its owner, and nobody else who may write to it: it holds native code",
+        needed=f"{owners} as its owner, and nobody else who may write to it: it holds native code",
         fix=f"{command}, if you trust all who could write to it; else remove it and build again",
     )
 

@@ -201,7 +201,7 @@ def _list(store: PlanStore, remove: Sequence[str], as_json: bool) -> int:
     from rich.markup import escape
 
     table = table_of("plan", "size", "precision", "built for", "shapes")
-    table.columns[0].overflow = "fold"  # --remove wants it whole
+    table.columns[0].overflow = table.columns[3].overflow = "fold"  # --remove wants the name whole
     for record in records:
         key = record.key
         device = " ".join(
