@@ -101,7 +101,7 @@ class Engine:
                 (text encoders, denoiser, VAE): the least memory, for a process that makes one batch on a CPU.
             capture: on a GPU, launch ticks and whole pictures as CUDA graphs; False queues their calls one by one. None
                 is True for TensorRT and False for onnxruntime, which does not support it on all versions.
-            plans: the folder of TensorRT plans; None is the bundle's own.
+            plans: a folder of TensorRT plans that you trust; None is the bundle's place in your cache.
             check_hashes: compare every file's SHA-256 with the manifest (sizes are always compared).
 
         Raises:

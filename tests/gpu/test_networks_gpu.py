@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from latentrt.bundle.bundle import EMBEDDED, Bundle
+from latentrt.bundle.bundle import Bundle
 from latentrt.runtime.base import call
 from latentrt.model.tokenizer import Tokenizer
 from latentrt.runtime.onnxruntime import OrtBackend
@@ -74,15 +74,15 @@ def test_a_network_is_torchs(rig: GpuRig, name: str) -> None:
 
 
 @pytest.fixture
-def refittable(rig: GpuRig, tmp_path: Path) -> Iterator[GpuRig]:
-    """The same backend, with a bundle whose UNet takes other weights."""
+def refittable(rig: GpuRig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[GpuRig]:
+    """The same backend, with a plan of the UNet that takes other weights and no plan that does not."""
     if not rig.built:
         pytest.skip("only plans are refitted")
-    shutil.copytree(EMBEDDED, tmp_path / "bundle")
-    made = GpuRig(rig.hardware, rig.kind, tmp_path / "bundle")
-    made.build("refittable", networks=("unet",))
-    yield made
-    made.gpu.close()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    made = GpuRig(rig.hardware, rig.kind)
+    with closing(made.gpu):
+        made.build("refittable", networks=("unet",))
+        yield made
 
 
 def test_refit_with_other_weights_and_return_to_base(refittable: GpuRig) -> None:

@@ -23,7 +23,7 @@ def runs_networks(verb: Verb) -> Verb:
     """The options of verbs that run networks; their names are those of `Engine.load`."""
     for option in (
         click.option("--threads", type=AT_LEAST_ONE, help="CPU threads of a network call  [default: all cores]"),
-        click.option("--plans", type=FOLDER, help="Folder of TensorRT plans  [default: the bundle's own]"),
+        click.option("--plans", type=FOLDER, help="Folder of TensorRT plans that you trust  [default: in your cache]"),
         click.option(
             "--precision",
             type=click.Choice(["fp32", "fp16"]),

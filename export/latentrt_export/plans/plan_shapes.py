@@ -1,4 +1,4 @@
-"""Which shapes plans serve: from what a user asks for (lanes, pictures, pixels) to the profiles of every network."""
+"""Turns what a user asks for (lanes, pictures, pixels) into the profiles of every network's plan."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from latentrt.values import parse_size, parse_whole
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
-    """What one profile is to serve, as (least, best, most): lanes of the UNet, pictures of the VAE, pixels."""
+    """The shapes that one profile serves, as (least, best, most): lanes of the UNet, pictures of the VAE, pixels."""
 
     lanes: Range
     pictures: Range
@@ -22,7 +22,7 @@ class Shapes:
 
 
 def shapes_of(spec: ModelSpec, settings: Mapping[str, str], profiles: Sequence[str] = ()) -> tuple[Shapes, ...]:
-    """The shapes that a user asked for.
+    """Return the shapes that a user asked for.
 
     Args:
         spec: the model; its own size is the default.
@@ -42,7 +42,7 @@ def shapes_of(spec: ModelSpec, settings: Mapping[str, str], profiles: Sequence[s
 
 
 def profiles_of(spec: ModelSpec, network: str, asked: Sequence[Shapes]) -> tuple[Profile, ...]:
-    """A network's profiles, each once: the ranges of its graph's symbolic dimensions.
+    """Return a network's profiles, each once: the ranges of its graph's symbolic dimensions.
 
     Text encoders have two for each of `asked`: one prompt, and as many as the lanes, for a picture in one launch.
 
@@ -112,7 +112,7 @@ def _range(name: str, values: Sequence[int]) -> Range:
 
 
 def _size(text: str, factor: int) -> tuple[int, int]:
-    """Width and height in pixels; one number is both."""
+    """Return width and height in pixels; one number is both."""
     sides = parse_size(text, "size")
     for pixels in sides:
         if pixels % factor:

@@ -17,7 +17,8 @@ from latentrt.runtime.base import Backend
 from latentrt.runtime.onnxruntime import OrtBackend
 from latentrt.runtime.tensorrt.backend import TensorRtBackend
 from latentrt_export.plans.plan_graph import weights_of
-from tests.support.gpu.fake_tensorrt import FakeTensorRt, put_plan
+from tests.support.gpu.fake_plans import put_plan
+from tests.support.gpu.fake_tensorrt import FakeTensorRt
 from tests.support.gpu.host_gpu import HostGpu
 
 DEVICE = "cpu"
