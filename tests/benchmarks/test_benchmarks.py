@@ -72,7 +72,7 @@ def test_a_missed_goal_is_said_and_explained(monkeypatch: pytest.MonkeyPatch) ->
         "facts": {"psnr_db": 90.0},
     }
     goals = [at_least("2 times", Result.from_dict(part)["one image"], 2)]
-    monkeypatch.setattr("benchmarks.one_image.goals", lambda result: goals)
+    monkeypatch.setattr("benchmarks.cpu.one_image.goals", lambda result: goals)
     section = report._section(report.Answer("one_image", part, "This was tried."))
     assert "Not reached: 2 times." in section
     assert "This was tried." in section

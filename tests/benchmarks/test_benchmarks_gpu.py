@@ -16,11 +16,12 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.gpu import command, figures, page
+from benchmarks.gpu import command
 from benchmarks.gpu import run as benchmark
 from benchmarks.gpu.child import Child, Deadline, Meter, NotMeasuredError
 from benchmarks.gpu.config import SIDES, Config
 from benchmarks.gpu.macs import macs
+from benchmarks.gpu.report import figures, page
 from benchmarks.gpu.results import Results
 from benchmarks.report import write
 from latentrt.bundle.bundle import EMBEDDED
