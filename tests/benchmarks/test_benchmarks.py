@@ -55,7 +55,7 @@ def test_every_question_is_answered(name: str, tmp_path: Path) -> None:
     part = json.loads((tmp_path / "cpu.json").read_text())[name]
     result = Result.from_dict(part)
     assert all(sample > 0 for measure in result.measures for samples in measure.samples.values() for sample in samples)
-    goals = import_module(f"benchmarks.{name}").goals(result)
+    goals = import_module(f"benchmarks.cpu.{name}").goals(result)
     assert all("nan" not in goal.measured for goal in goals)
     assert str(tmp_path) not in json.dumps(part)
     page = (tmp_path / "README.md").read_text()
