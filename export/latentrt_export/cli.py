@@ -67,7 +67,8 @@ def run_verify(bundle: Path, against: str | Path, *, steps: int, as_json: bool) 
             table.add_row(check.depth, check.what, check.note, "", "", "[yellow]not measured[/]")
         else:
             mark = "[green]ok[/]" if check.passed else "[red]beyond[/]"
-            table.add_row(check.depth, check.what, check.measure, f"{check.value:.3g}", bound, mark)
+            measure = f"{check.measure} ({check.note})" if check.note else check.measure
+            table.add_row(check.depth, check.what, measure, f"{check.value:.3g}", bound, mark)
     show(table)
     measured = sum(check.value is not None for check in checks)
     unserved = f", {len(checks) - measured} not measured" if measured < len(checks) else ""
