@@ -41,17 +41,17 @@ def _make_checkpoint(name: str, folder: Path) -> None:
 
     kind, inpaints = name.removesuffix("-inpainting"), name.endswith("-inpainting")
     unet = {"in_channels": 9} if inpaints else {}
+    pipeline = "StableDiffusionXLInpaintPipeline" if kind == "sdxl" else "StableDiffusionInpaintPipeline"
+    index = {"_class_name": pipeline} if inpaints else {}
     if kind == "pixels":
         pixels.tiny_pixels(folder, flat=True)
     elif kind == "classes":
         pixels.tiny_pixels(folder, unet={"num_class_embeds": 5}, scheduler={"beta_schedule": "squaredcos_cap_v2"})
     elif kind == "sd2":
-        checkpoints.tiny_sd2(folder, variant="fp16", max_shard_size="200KB")
+        checkpoints.tiny_sd2(folder, unet=unet, index=index, variant="fp16", max_shard_size="200KB")
     elif kind == "sdxl":
-        index = {"_class_name": "StableDiffusionXLInpaintPipeline"} if inpaints else {}
         checkpoints.tiny_sdxl(folder, unet=unet, index=index)
     else:
-        index = {"_class_name": "StableDiffusionInpaintPipeline"} if inpaints else {}
         checkpoints.tiny_sd(folder, unet=unet, index=index)
         checkpoints.rename_as_of_old(folder)
 

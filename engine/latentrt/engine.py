@@ -17,8 +17,8 @@ from latentrt.model.given import Given
 from latentrt.model.model import Model
 from latentrt.request import Request, request_from
 from latentrt.run.denoiser import Denoiser, OnTick
-from latentrt.run.host import HostLanes, Lanes
 from latentrt.run.job import Job
+from latentrt.run.lanes import open_lanes
 from latentrt.run.make import make_jobs
 from latentrt.runtime import open_backend
 from latentrt.runtime.base import Backend
@@ -28,18 +28,13 @@ if TYPE_CHECKING:
 
     from latentrt.images.given import Source
     from latentrt.images.picture import Picture
-    from latentrt.run.program import Program
-
-Float32 = NDArray[np.float32]
-LANES = 16  # on a CPU
 
 
 class Engine:
     """A loaded model that makes pictures. Make one with `Engine.load`; use it in a `with` block or close it.
 
     One thread at a time may use an engine, but for this: while one denoises (`run`, or the `denoiser` itself), another
-    may make jobs (`jobs`, `given`) and decode (`picture`, `decode`), unless `backend.facts.one_stream` says that the
-    networks share a stream.
+    may make `jobs` and decode (`picture`, `decode`), unless the networks share a stream: `backend.facts.one_stream`.
 
     >>> with Engine.load() as sd:
     ...     images = sd("a red apple", steps=20, solver="dpmpp-2m", seed=7, guidance=3.0)
@@ -57,18 +52,9 @@ class Engine:
         self.bundle, self.backend = bundle, backend
         self.model = Model(bundle, backend, resident=resident or backend.gpu is not None)
         self.spec, self.schedule = self.model.spec, self.model.schedule
-        self._program: Program | None = None
-        self._own_gpu: Gpu | None = None  # opened by `load`, closed with the engine
-        self._lanes: Lanes
-        if backend.gpu is None:
-            self._lanes = HostLanes(self.model.predictor, lanes or LANES)
-        else:
-            from latentrt.run.program import on_device
-
-            self._lanes, self._program = on_device(
-                self.model, lanes, capture=backend.facts.captures if capture is None else capture
-            )
+        self._lanes, self._program = open_lanes(self.model, backend, lanes, capture)
         self.denoiser = Denoiser(self._lanes)
+        self._own_gpu: Gpu | None = None  # opened by `load`, closed with the engine
 
     @classmethod
     def load(
@@ -92,15 +78,15 @@ class Engine:
             backend: "onnxruntime"; "tensorrt", "tensorrt-rtx" or "tensorrt-lean" with the plans of `latentrt build`; or
                 a Backend of your own.
             device: "cpu", "cuda", or "cuda:1" for the second GPU; None is the CPU for onnxruntime and "cuda" for the
-                others. Nothing else is tried if it is not there.
+                others. Nothing else is tried.
             threads: CPU threads of one network call; None for all physical cores.
             precision: "fp32" or "fp16" graphs; None is fp32 on a CPU and fp16 on a GPU.
             lanes: the most lanes of one call of the denoiser; a picture with guidance takes two. On a GPU every call
                 has exactly so many. None is 16 on a CPU; on a GPU what the plan was built for, or 2.
-            resident: keep all networks loaded. False loads each when it is needed and drops it when the next one is
-                (text encoders, denoiser, VAE): the least memory, for a process that makes one batch on a CPU.
+            resident: keep all networks loaded. False loads each when it is needed and drops it when the next one is:
+                the least memory, for a process that makes one batch on a CPU.
             capture: on a GPU, launch ticks and whole pictures as CUDA graphs; False queues their calls one by one. None
-                is True for TensorRT and False for onnxruntime, which does not support it on all versions.
+                is True for TensorRT and False for onnxruntime.
             plans: a folder of TensorRT plans that you trust; None is the bundle's place in your cache.
             check_hashes: compare every file's SHA-256 with the manifest (sizes are always compared).
 
@@ -153,10 +139,9 @@ class Engine:
             prompt: what to draw; several prompts share one batch. None for models that read no prompt.
             image, mask: a picture to start from and what of it to repaint, white; PIL images or uint8 arrays. Without a
                 height and width the pictures have its size. `strength` says how far to leave it.
-            on_tick: called after every row of every picture with its Job (progress, previews); an exception raised
-                in it ends the run.
-            settings: fields of `Request` (negative_prompt, steps, solver, seed, guidance, height, width, count, ...);
-                anything else goes to `tabulate` (eta, use_karras_sigmas, timestep_spacing, ...).
+            on_tick: called after every row of every picture with its Job; an exception raised in it ends the run.
+            settings: fields of `Request` (negative_prompt, steps, seed, guidance, height, width, count, ...); anything
+                else goes to `tabulate` (eta, use_karras_sigmas, timestep_spacing, ...).
 
         Returns:
             `count` PIL images for each prompt; `image.save("x.png")` writes their settings too.
@@ -168,14 +153,14 @@ class Engine:
         """
         prompts = [prompt] if prompt is None or isinstance(prompt, str) else prompt
         pictures = {name: one for name, one in (("image", image), ("mask", mask)) if one is not None}
-        if self._program is None or on_tick is not None:
-            jobs = self.requests(prompts, settings, pictures)
+        program = self._program if on_tick is None else None
+        jobs = self.requests(prompts, settings, pictures, tokens=program is not None)
+        if program is None:
             self.run(jobs, on_tick)
             return [self.picture(job) for job in jobs]
         from latentrt.images.picture import Picture
 
-        jobs = self.requests(prompts, settings, pictures, tokens=True)
-        return [Picture.of(pixels, job.tag) for pixels, job in zip(self._program.draw(jobs), jobs, strict=True)]
+        return [Picture.of(pixels, job.tag) for pixels, job in zip(program.draw(jobs), jobs, strict=True)]
 
     def requests(
         self,
@@ -209,12 +194,8 @@ class Engine:
         self.model.end_of(DENOISER)
         from latentrt.images.picture import Picture
 
-        return Picture.of(self._pixels(job.latents), job.tag)
+        return Picture.of(to_uint8(self.model.codec.decode(job.latents[None]))[0], job.tag)
 
-    def decode(self, latents: Float32) -> Image:
+    def decode(self, latents: NDArray[np.float32]) -> Image:
         """Return latents (channels, height, width) as a PIL image."""
-        return to_pil(self._pixels(latents))
-
-    def _pixels(self, latents: Float32) -> NDArray[np.uint8]:
-        pixels: NDArray[np.uint8] = to_uint8(self.model.codec.decode(latents[None]))[0]
-        return pixels
+        return to_pil(to_uint8(self.model.codec.decode(latents[None]))[0])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from latentrt.cuda import kernels
-from latentrt.images.image import to_uint8
+from latentrt.images.pixels import to_uint8
 from tests.support.gpu.host_gpu import HostGpu, host_gpu
 from tests.support.gpu.rig import SHAPE
 

@@ -26,7 +26,8 @@ from tests.support.models.pixels import tiny_pixels
 
 Exported = Callable[[str], tuple[Path, Path]]
 FOUR = [None] * 4
-LATENTS_BOUND, PSNR_BOUND = 1e-4, 70.0  # 2.2e-5 and 80 dB were measured
+# The first row divides by sqrt(alpha_cumprod) = 0.0064: what the networks' rounding differs by, 1e-6, is 1.6e-4 then.
+LATENTS_BOUND, PSNR_BOUND = 4e-4, 70.0
 
 
 @pytest.fixture(scope="module")
@@ -114,9 +115,8 @@ def test_a_run_may_begin_on_a_picture(engine: Engine, folder: Path) -> None:
     pipe.scheduler.set_timesteps(8)
     timesteps = pipe.scheduler.timesteps[4:]
     clean = torch.from_numpy(np.asarray(given).transpose(2, 0, 1)[None] / np.float32(127.5) - 1)
-    x = pipe.scheduler.add_noise(
-        clean, torch.randn(clean.shape, generator=torch.Generator().manual_seed(2)), timesteps[:1]
-    )
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(2))
+    x = pipe.scheduler.add_noise(clean, noise, timesteps[:1])
     with torch.no_grad():
         for t in timesteps:
             x = pipe.scheduler.step(pipe.unet(x, t).sample, t, x).prev_sample

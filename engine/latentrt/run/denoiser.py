@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from latentrt.errors import RequestError
-from latentrt.run.host import Lanes
 from latentrt.run.job import Job, Shapes
+from latentrt.run.lanes import Lanes
 
 OnTick = Callable[[Job], None]
 

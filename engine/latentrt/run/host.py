@@ -1,9 +1,9 @@
-"""Lanes: where jobs are moved by a row. Here they are numpy arrays; `device.py` keeps them on a GPU."""
+"""Lanes on the host: numpy arrays."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,32 +14,6 @@ from latentrt.sampling.table import Row, advance, blend, preview
 Float32 = NDArray[np.float32]
 Inputs = Mapping[str, NDArray[Any]]
 Predict = Callable[[Float32, Float32, Inputs], Float32]
-
-
-class Lanes(Protocol):
-    """The lanes of a predictor's batch, and the arithmetic between its calls.
-
-    A job's latents must not depend on who shares its batch.
-
-    Attributes:
-        count: the most lanes of one call.
-        resumable: whether a job that was retired can be admitted again and go on.
-    """
-
-    count: int
-    resumable: bool
-
-    def admit(self, job: Job) -> None:
-        """Make room for a job; there are lanes enough."""
-
-    def retire(self, job: Job) -> None:
-        """Give an admitted job's room back."""
-
-    def advance(self, jobs: list[Job]) -> None:
-        """Move each of these jobs by one row: admitted, not done, of the same `shapes`."""
-
-    def close(self) -> None:
-        """Give all memory back."""
 
 
 class HostLanes:

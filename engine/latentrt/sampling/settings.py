@@ -224,7 +224,8 @@ def _check(scheduler: str, settings: Mapping[str, Any]) -> None:
                 fix=f"set {key} to {needed!r}",
             )
     for key, default in DEFAULTS[scheduler].items():
-        _check_kind(scheduler, key, default, settings[key])
+        if key not in choices:
+            _check_kind(scheduler, key, default, settings[key])
     chosen = [key for key in _RESPACINGS if settings.get(key)]
     if len(chosen) > 1:
         raise ScheduleError(

@@ -65,7 +65,7 @@ def test_half_precision_uses_the_half_graph(bundle: Bundle, fake: FakeTensorRt, 
 
 
 def test_a_network_that_the_bundle_lacks_is_named(bundle: Bundle, fake: FakeTensorRt, gpu: HostGpu) -> None:
-    with pytest.raises(BundleError, match="no text_encoder in fp16"):
+    with pytest.raises(BundleError, match=r"has the text_encoder in fp32\. Needed: it in fp16"):
         load(bundle, fake, gpu, "text_encoder", "fp16")
 
 
@@ -131,7 +131,7 @@ def test_the_whole_engine_draws_with_plans(gpu: HostGpu, tmp_path: Path, precisi
     pictures = []
     for options in ({"backend": backend}, {"threads": 1}):
         with Engine.load(check_hashes=False, **options) as engine:
-            assert engine.profiles == ((Profile(latent),) if "backend" in options else None)
+            assert engine.model.profiles(2) == ((Profile(latent),) if "backend" in options else None)
             launched = [engine("a red apple", steps=4, seed=seed)[0] for seed in (1, 2)]
             ticked = engine(["a red apple", "an owl"], steps=4, seed=1, on_tick=lambda job: None)  # a prompt at a time
             pictures.append([np.asarray(picture).astype(int) for picture in (*launched, *ticked)])

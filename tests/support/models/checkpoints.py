@@ -66,14 +66,15 @@ def tiny_sd(
     return folder
 
 
-def tiny_sd2(folder: Path, **save: Any) -> Path:
+def tiny_sd2(folder: Path, *, unet: Options = AS_IT_IS, index: Options = AS_IT_IS, **save: Any) -> Path:
     """Like SD 2: float16 on disk, v-prediction, gelu text encoder, linear projections, head counts per block.
 
     `save` goes to the networks' save_pretrained (variant, max_shard_size).
     """
     return tiny_sd(
         folder,
-        unet={"use_linear_projection": True, "attention_head_dim": [2, 4]},
+        unet={"use_linear_projection": True, "attention_head_dim": [2, 4], **unet},
+        index=index,
         text={"hidden_act": "gelu"},
         scheduler={"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"},
         dtype=torch.float16,
