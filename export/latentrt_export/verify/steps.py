@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
+import torch
 
 from latentrt.errors import RequestError, ScheduleError
 from latentrt.sampling.schedule import Schedule
@@ -112,7 +113,11 @@ def run_walk(walk: Walk, network: Network) -> list[Array]:
     """Return a scheduler's latents after every step, with the first latents and the noise of `run_table`."""
     x, latents = walk.tensor(first_noise()) * walk.start, []
     for index in range(len(walk.timesteps)):
-        x = walk.step(index, x, lambda shown, index=index: walk.tensor(network(index, numpy_of(shown)))).latents
+
+        def called(shown: torch.Tensor, index: int = index) -> torch.Tensor:
+            return walk.tensor(network(index, numpy_of(shown)))
+
+        x = walk.step(index, x, called).latents
         latents.append(numpy_of(x))
     return latents
 
@@ -137,7 +142,7 @@ def painter(table: Table) -> Network:
 
     def network(index: int, shown: Array) -> Array:
         row = table.rows[index]
-        picture = 0.5 * np.tanh(shown) + 0.5 * pictures[index]
+        picture: Array = 0.5 * np.tanh(shown) + 0.5 * pictures[index]
         return (picture - row.u * shown / row.c_in) / row.v
 
     return network
