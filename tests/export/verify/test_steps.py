@@ -68,7 +68,7 @@ def test_two_steps_of_dpm2_ancestral() -> None:
     assert (rounding.passed, rounding.bound) == (True, STEP_BOUND)
     assert rounding.value is not None
     assert rounding.value < 1e-6
-    assert rounding.note.startswith("diffusers is the coarser side: beside float64, diffusers' float32 is off by 1.")
+    assert rounding.note.startswith("diffusers is the coarser side: against float64, diffusers' float32 is off by 1.")
 
 
 def test_diffusers_may_be_not_finite_in_float32() -> None:
