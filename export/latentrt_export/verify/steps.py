@@ -72,9 +72,10 @@ def rounding_check(table: Table, schedule: Schedule) -> Check:
     if not value <= bound:
         exact = run_walk(walk_of(table, schedule, exact=True), smooth)
         value, shipped = distance(ours, exact), distance(theirs, exact)
-        off = f"off by {shipped:.1e}" if math.isfinite(shipped) else "not finite"
         coarser = "the table" if value > shipped else "diffusers"
-        note = f"{coarser} is the coarser side: against float64, diffusers' float32 is {off}, the table's by {value:.1e}"
+        theirs_is = f"off by {shipped:.1e}" if math.isfinite(shipped) else "not finite"
+        note = f"{coarser} is the coarser side: against float64, diffusers' float32 is {theirs_is}, "
+        note += f"the table's is off by {value:.1e}"
         if bound < value <= shipped < math.inf:
             bound = shipped
     return Check("step", table.solver, f"float32, worst of {len(table)} rows", value, bound, note=note)

@@ -75,7 +75,7 @@ def test_diffusers_may_be_not_finite_in_float32() -> None:
     schedule = Schedule.from_config({**SD15, **COSINE})
     _, rounding = table_checks(tabulate("dpm2-ancestral", schedule, 2), schedule)
     assert rounding.passed
-    assert "diffusers' float32 is not finite, the table's by" in rounding.note
+    assert "diffusers' float32 is not finite, the table's is off by" in rounding.note
 
 
 @pytest.mark.parametrize("steps", [2, 12])
