@@ -15,14 +15,17 @@ from latentrt.bundle.bundle import EMBEDDED
 from latentrt.bundle.spec import FP32, TEXT_ENCODER, NetworkSpec, Variant
 
 
+TRAINED = {"emoji": EMBEDDED, "trained-pixels": EMBEDDED.with_name("pixels")}  # in the package; others are random
+
+
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
     """Make, once each, a checkpoint and its bundle: (checkpoint, bundle)."""
     root = tmp_path_factory.mktemp("exported")
 
     def make(name: str) -> tuple[Path, Path]:
-        if name == "emoji":
-            return EMBEDDED, EMBEDDED
+        if name in TRAINED:
+            return TRAINED[name], TRAINED[name]
         from latentrt_export.graphs.to_onnx import quiet
         from latentrt_export.to_bundle import export_bundle
 

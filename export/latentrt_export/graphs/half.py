@@ -49,7 +49,7 @@ def to_half(model: ir.Model, islands: Collection[str] = ()) -> None:
     constant = constants(graph)
     single = timing(graph) | _not_for_half(graph, constant)
     single |= {n for n in graph if n.name in islands or any(value.name in islands for value in n.outputs)}
-    _follow_consumers(graph, constant, single)
+    _follow_consumers(graph, constants(graph, shapes=True), single)
     for value in graph.inputs:
         if value.dtype == SINGLE and value.name not in TIME_INPUTS:
             value.dtype = HALF
@@ -108,11 +108,11 @@ def _round_after(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
 
 def timing(graph: ir.Graph) -> set[ir.Node]:
     """The nodes between the times and sizes and the first linear layer: sinusoids of numbers up to thousands."""
-    constant = constants(graph)
+    still = constants(graph, shapes=True)  # UNet2DModel multiplies the timestep by ones of the batch's size
     exact = {value for value in graph.inputs if value.name in TIME_INPUTS}
     nodes = set()
     for node in graph:
-        moving = [v for v in node.inputs if v is not None and v not in constant and v.dtype == SINGLE]
+        moving = [v for v in node.inputs if v is not None and v not in still and v.dtype == SINGLE]
         if moving and node.op_type not in LINEAR and all(value in exact for value in moving):
             nodes.add(node)
             exact.update(node.outputs)
@@ -151,19 +151,20 @@ def _fits(value: ir.Value) -> bool:
 
 
 def _follow_consumers(graph: ir.Graph, constant: Collection[ir.Value], single: set[ir.Node]) -> None:
-    """Keep what only prepares weights (Transpose) in the precision of who reads them: an island's are not rounded."""
+    """Keep what only prepares weights (Transpose) in the precision of its readers: an island's are not rounded."""
     for node in reversed(graph):
-        if node.outputs and all(value in constant for value in node.outputs):
+        if node.outputs and all(value in constant and value.dtype == SINGLE for value in node.outputs):
             readers = [reader for value in node.outputs for reader in value.consumers()]
             if any(reader in single for reader in readers):
                 single.add(node)
 
 
-def constants(graph: ir.Graph) -> set[ir.Value]:
-    """Initializers, and what is computed from them alone."""
+def constants(graph: ir.Graph, *, shapes: bool = False) -> set[ir.Value]:
+    """Return initializers and what is computed from them alone; with `shapes`, from them and from shapes."""
     constant = set(graph.initializers.values())
     for node in graph:
-        if node.inputs and all(value is None or value in constant for value in node.inputs):
+        computed = node.inputs and all(value is None or value in constant for value in node.inputs)
+        if computed or (shapes and node.op_type == "Shape"):
             constant.update(node.outputs)
     return constant
 

@@ -24,7 +24,7 @@ from tests.export.graphs.test_lower import Arrays, _feeds
 from tests.support.gpu.cuda_kernels import without_kernel
 
 Exported = Callable[[str], tuple[Path, Path]]
-BUNDLES = ("sd", "sd2", "sdxl", "emoji")
+BUNDLES = ("sd", "sd2", "sdxl", "emoji", "trained-pixels")
 
 
 @pytest.mark.parametrize("name", BUNDLES)

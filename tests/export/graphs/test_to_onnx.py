@@ -12,7 +12,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
 from safetensors.numpy import load_file, save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -26,9 +26,10 @@ from latentrt_export.graphs.wrap import load_network
 from tests.support.models import texts
 
 Arrays = dict[str, np.ndarray]
-BUNDLES = ("sd", "sd2", "sdxl", "emoji")
+BUNDLES = ("sd", "sd2", "sdxl", "emoji", "trained-pixels")
 # (batch, height, width) of the latents; odd sizes need upsamplers that look at the skip connections.
 SIZES = ((1, 16, 16), (3, 13, 10))
+MULTIPLES = ((1, 32, 32), (3, 24, 16))  # UNet2DModel's upsamplers do not look at them
 # Greatest absolute difference to torch in float32; measured 7.0e-6 (the embedded VAE decoder) over all of them.
 BOUND = 2e-5
 
@@ -40,7 +41,7 @@ def test_graphs_give_what_torch_gives(exported: Callable[[str], tuple[Path, Path
     for network, graph in spec.graphs().items():
         session = _session(root / graph.path)
         torch_network = _torch_network(root, network)
-        for size in SIZES:
+        for size in SIZES if spec.latents.multiple == 1 else MULTIPLES:
             feeds = _feeds(root, graph, network, size, spec.latents.factor)
             with torch.no_grad():
                 wanted = torch_network({k: torch.from_numpy(v) for k, v in feeds.items()})
@@ -66,6 +67,9 @@ def _torch_network(root: Path, name: str) -> Callable[[Mapping[str, torch.Tensor
             text = kind.from_pretrained(root / name, **load).eval()
             penultimate = (root / "text_encoder_2").is_dir()
             return lambda x: _text_states(text, x["input_ids"], penultimate=penultimate)
+        if name == "unet" and not (root / "vae").is_dir():
+            pixels = UNet2DModel.from_pretrained(root / "unet", torch_dtype=torch.float32).eval()
+            return lambda x: {"out": pixels(x["sample"], x["timestep"]).sample}
         if name == "unet":
             unet = UNet2DConditionModel.from_pretrained(root / "unet", torch_dtype=torch.float32).eval()
             return lambda x: {"out": _noise(unet, x)}
@@ -144,14 +148,14 @@ def test_every_weight_is_read_from_the_safetensors(exported: Callable[[str], tup
     """Whatever the names (2022's in sd), the file (shards in sd2) and the type (half precision in sd2 and emoji)."""
     _, root = exported(name)
     assert not list(root.rglob("*.extra.safetensors"))
-    half = name in ("sd2", "emoji")
+    half = name in ("sd2", "emoji", "trained-pixels")
     for graph in Bundle.open(root).spec.graphs().values():
         model = onnx.load(root / graph.path, load_external_data=False)
         pointers = [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
         inside = [t for t in model.graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL]
         assert max(len(t.raw_data) for t in inside) <= 77 * 77  # the causal mask
         assert {t.data_type for t in pointers} == {onnx.TensorProto.FLOAT16 if half else onnx.TensorProto.FLOAT}
-        assert len(pointers) >= 18  # of a text encoder of two layers, whose last SDXL does not use
+        assert len(pointers) >= 18  # as many as a text encoder of two layers, whose last SDXL does not use
         for tensor in pointers:
             location = next(e.value for e in tensor.external_data if e.key == "location")
             assert location.endswith(".safetensors")
