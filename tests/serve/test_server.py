@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
-import inspect
 import json
-import os
 import signal
 import socket
 import threading
@@ -26,10 +23,8 @@ from latentrt.bundle.bundle import Bundle
 from latentrt.errors import BackendError, PlanError
 from latentrt.runtime.onnxruntime import OrtBackend
 from latentrt.serve import server
-from latentrt.serve.core.service import Service
 from latentrt.serve.process.config import Settings
 from tests.support.serve.fake_engine import PATIENCE
-from tests.support.serve.fakes import FakeService
 
 
 def test_it_draws_what_the_engine_draws_and_drains() -> None:
@@ -120,16 +115,6 @@ def test_what_is_not_finished_in_time_is_said() -> None:
     assert "not everything was finished in time" in [line["event"] for line in one.log]
 
 
-def test_the_fake_service_is_asked_as_the_real_one_is() -> None:
-    for name in ("reserve", "full", "drain", "wait_drained"):
-        fake, real = (inspect.signature(getattr(kind, name)).parameters for kind in (FakeService, Service))
-        assert [(p.name, p.kind, p.default) for p in fake.values()] == [
-            (p.name, p.kind, p.default) for p in real.values()
-        ]
-    for name in ("ready", "waiting", "running", "state", "close"):
-        assert hasattr(Service, name)
-
-
 def test_a_port_that_is_taken_is_known_before_anything_is_loaded() -> None:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
@@ -165,20 +150,3 @@ def test_edits_without_a_plan_can_be_switched_off(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Engine, "network", missing)
     with pytest.raises(PlanError, match="--no-edits"), server.loaded(Settings(threads=1)):
         pass
-
-
-def test_a_step_that_hangs_ends_the_process_unless_it_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    ended: list[int] = []
-    monkeypatch.setattr(os, "_exit", ended.append)
-
-    async def go(still: bool) -> None:
-        hangs = server.Hangs(0.001)
-        hangs()  # before anything runs there is nothing to end
-        hangs.watch(lambda: still)
-        await asyncio.to_thread(hangs)
-        await asyncio.sleep(0.02)
-
-    asyncio.run(go(False))
-    assert ended == []
-    asyncio.run(go(True))
-    assert ended == [server.HUNG]

@@ -25,13 +25,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from latentrt.engine import LANES
 from latentrt.errors import BackendError, PromptTruncatedWarning
-from latentrt.serve.core.service import Service
+from latentrt.serve.core import pipeline
+from latentrt.serve.core.scheduler import Scheduler
 from latentrt.serve.http.app import create_app
 from latentrt.serve.http.catalog import Catalog
 from latentrt.serve.process.config import Settings, load_settings
 from latentrt.serve.process.logs import configure, logger
 from latentrt.serve.process.metrics import Metrics
-from latentrt.serve.server import UNDRAINED, Hangs, announce, listening, loaded, started
+from latentrt.serve.server import UNDRAINED, announce, listening, loaded, started
 
 NAME = "latentrt"  # of Ray's application and of its one deployment
 BESIDE = 32  # requests at a replica beside those for pictures with a place: refusals, uploads, health
@@ -46,27 +47,27 @@ class Replica:
     app: FastAPI
 
     @property
-    def service(self) -> Service:
+    def scheduler(self) -> Scheduler:
         """The replica's own."""
-        service = self.app.state.context.service
-        assert isinstance(service, Service)
-        return service
+        scheduler = self.app.state.context.scheduler
+        assert isinstance(scheduler, Scheduler)
+        return scheduler
 
     async def check_health(self) -> None:
-        """Ray replaces a replica whose engine stays faulty; a drained one is well.
+        """Fail where the engine stays faulty, so that Ray replaces the replica; a drained one is well.
 
         Raises:
             BackendError: the engine failed, and no self-check has passed since.
         """
-        if self.service.state == "failed":
+        if self.scheduler.state == "failed":
             raise BackendError("the engine failed", needed="a self-check that passes", fix="wait for the next replica")
 
     async def drain(self, timeout: float) -> bool:
-        """Refuse what is new and finish what is there; whether that was done in time (seconds)."""
-        self.service.drain()
-        good = await self.service.wait_drained(timeout)
-        if not good:  # whoever still waits is told so
-            await asyncio.to_thread(self.service.close, 0.0)
+        """Refuse what is new and finish what has a place; return whether that was done in time (seconds)."""
+        self.scheduler.drain()
+        good = await self.scheduler.drained(timeout)
+        if not good:
+            self.scheduler.close()  # clients that still wait are told so
         return good
 
     async def metrics(self) -> tuple[str, list[Metric]]:
@@ -175,21 +176,19 @@ def _build(settings: Settings) -> FastAPI:
     warnings.simplefilter("ignore", PromptTruncatedWarning)
     with ExitStack() as stack:
         engine = stack.enter_context(loaded(settings))
-        catalog = Catalog(engine.spec, engine.schedule, settings, engine.profiles)
-        hangs = Hangs(settings.hang_timeout)
-        metrics = ReplicaMetrics(catalog.name, hangs)
-        service = stack.enter_context(started(engine, settings, metrics))
+        catalog = Catalog(pipeline.model(engine), settings)
+        metrics = ReplicaMetrics(catalog.name)
+        scheduler = stack.enter_context(started(engine, settings, metrics)).scheduler
         owned = stack.pop_all()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         with owned:
-            hangs.watch(lambda: service.state == "failed")
-            while service.state == "starting":
+            while scheduler.state == "starting":
                 await asyncio.sleep(_LOOK)
             yield
 
-    served = create_app(service, catalog, metrics=metrics, lifespan=lifespan)
+    served = create_app(scheduler, catalog, metrics=metrics, lifespan=lifespan)
     served.add_middleware(_IdOnce)
     return served
 

@@ -17,8 +17,8 @@ from latentrt.model.tokenizer import Tokenizer
 from latentrt.request import Request
 from latentrt.run.job import Job
 from latentrt.runtime.fake import FakeBackend
+from latentrt.serve.core.handle import Event, Handle
 from latentrt.serve.core.service import Service
-from latentrt.serve.core.ticket import Event, Order, Ticket
 
 Arrays = Mapping[str, NDArray[Any]]
 T = TypeVar("T")
@@ -151,9 +151,20 @@ def recorded(engine: Engine) -> list[Job]:
     return made
 
 
-def order(prompt: str = "an owl", *, previews: int = 0, deadline: float | None = None, **settings: Any) -> Order:
-    """An order with a request of these settings."""
-    return Order(Request(prompt=prompt, **{"steps": 4, **settings}), previews=previews, deadline=deadline)
+def handle_of(
+    prompt: str = "an owl", *, previews: int = 0, deadline: float | None = None, id: str = "", **settings: Any
+) -> Handle:
+    """A request with these settings."""
+    request = Request(prompt=prompt, **{"steps": 4, **settings})
+    shape = SPEC.latents.shape_of(request.height, request.width)
+    return Handle(request, shape, request.steps, previews, deadline, id)
+
+
+def submit(service: Service, wanted: Handle) -> Handle:
+    """Have its pictures made, without end: nothing has to be released."""
+    service.scheduler.reserve(wanted)
+    service.scheduler.submit(wanted)
+    return wanted
 
 
 def wait(coroutine: Coroutine[Any, Any, T]) -> T:
@@ -166,16 +177,6 @@ def wait(coroutine: Coroutine[Any, Any, T]) -> T:
     return asyncio.run(bounded())
 
 
-def submit(service: Service, wanted: Order) -> Ticket:
-    request = wanted.request
-    return service.reserve(request.count, rows=request.steps, deadline=wanted.deadline).submit(wanted)
-
-
-def submit_and_cancel(service: Service) -> Ticket:
-    ticket = submit(service, order())
-    ticket.cancel()
-    return ticket
-
-
-async def events(ticket: Ticket) -> list[Event]:
-    return [event async for event in ticket]
+async def events(wanted: Handle) -> list[Event]:
+    """All that its client hears until it is over."""
+    return [event async for event in wanted]

@@ -53,11 +53,9 @@ class Settings(BaseSettings):
         (), "Network", "Origins whose pages may use this server from a browser, as https://example.org; * for all."
     )
     drain_timeout: Seconds = _field(60.0, "Network", "Seconds that running requests get after SIGTERM.")
-    body_timeout: Seconds = _field(
-        60.0, "Network", "Seconds in which a request's head must have come, and then its body."
-    )
+    body_timeout: Seconds = _field(60.0, "Network", "Seconds in which a request's body must have come.")
     stall_timeout: Seconds = _field(
-        60.0, "Network", "Seconds in which a client must take its answer, or a MiB of it, or is hung up on."
+        60.0, "Network", "Seconds in which a client must take its answer, or a MiB of it, or it is given up."
     )
     heartbeat: Seconds = _field(10.0, "Network", "Seconds between comments that keep a stream alive.")
 
