@@ -108,7 +108,7 @@ def test_clients_that_leave_early_cost_nobody_else_anything(requests: int) -> No
         assert within(PATIENCE, lambda: ask(one.url, DRAW, bodies[1])).status == 200
         assert one.stop() == 0
     assert Counter(answer.status for _, answer in answers) == {200: len(stayers)}
-    lines = one.requests()[:-1]  # the last is the one that came after all; who left at the door has no "n"
+    lines = one.requests()[:-1]  # without the one that came after all; where no body came there is no "n"
     gone = [line for line in lines if line["outcome"] == "client_gone"]
     assert len(gone) == len(leavers)
     assert len(lines) == requests

@@ -1,4 +1,4 @@
-"""Faults of a whole server, each repeatedly, as its clients see them: one answer each, and nobody else is touched."""
+"""Faults of a whole server, each repeatedly, as its clients see them: one answer each, and others go on."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_killed_process_breaks_connections_and_nothing_else(tmp_path: Path) ->
 
 
 async def _killed(one: Process) -> int:
-    """How many clients see their connection break; none may wait for ever."""
+    """How many clients see their connection break; none may wait without end."""
     body = {"prompt": "a", "num_inference_steps": 999, "size": "512x512"}
     asked = [asyncio.ensure_future(ask(one.url, DRAW, body)) for _ in range(COMPANY)]
     while not (await metrics(one.url))["latentrt:num_images_running"]:

@@ -10,7 +10,6 @@ import asyncio
 import os
 import signal
 import time
-import warnings
 from collections.abc import AsyncIterator, Iterable
 from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
@@ -24,15 +23,12 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from latentrt.engine import LANES
-from latentrt.errors import BackendError, PromptTruncatedWarning
-from latentrt.serve.core import pipeline
+from latentrt.errors import BackendError
 from latentrt.serve.core.scheduler import Scheduler
-from latentrt.serve.http.app import create_app
-from latentrt.serve.http.catalog import Catalog
 from latentrt.serve.process.config import Settings, load_settings
 from latentrt.serve.process.logs import configure, logger
 from latentrt.serve.process.metrics import Metrics
-from latentrt.serve.server import UNDRAINED, announce, listening, loaded, started
+from latentrt.serve.server import UNDRAINED, announce, assembled, listening
 
 NAME = "latentrt"  # of Ray's application and of its one deployment
 BESIDE = 32  # requests at a replica beside those for pictures with a place: refusals, uploads, health
@@ -71,7 +67,7 @@ class Replica:
         return good
 
     async def metrics(self) -> tuple[str, list[Metric]]:
-        """The replica's name and what it has measured."""
+        """Return the replica's name and what it has measured."""
         metrics = self.app.state.context.metrics
         return ray_serve.get_replica_context().replica_tag, list(metrics.registry.collect())
 
@@ -80,7 +76,7 @@ class ReplicaMetrics(Metrics):
     """Metrics whose text is of all replicas, because a scrape reaches any one of them."""
 
     async def whole_text(self) -> bytes:
-        """Every replica's, each with its name as the label `replica`; one that does not answer is left out."""
+        """Return every replica's, with its name as the label `replica`; one that does not answer is left out."""
         context = ray_serve.get_replica_context()
         handle = ray_serve.get_deployment_handle(context.deployment, app_name=context.app_name)
         answers = await handle.broadcast("metrics").results_async(timeout_s=_SCRAPE, return_exceptions=True)
@@ -102,12 +98,12 @@ class Merged:
                 ]
 
     def collect(self) -> Iterable[Metric]:
-        """Of prometheus_client's collectors."""
+        """Return the families, as prometheus_client asks for them."""
         return self._families.values()
 
 
 def app(args: dict[str, Any]) -> ray_serve.Application:
-    """For `serve run latentrt.serve.ray_app:app max_steps=50` and `args` in Ray's configuration file.
+    """Return it for `serve run latentrt.serve.ray_app:app max_steps=50` and `args` in Ray's configuration file.
 
     Args:
         args: settings by name, and `config`, a TOML file; they precede LATENTRT_* variables, those the file.
@@ -121,7 +117,7 @@ def app(args: dict[str, Any]) -> ray_serve.Application:
 
 
 def application(settings: Settings) -> ray_serve.Application:
-    """The application that Ray runs.
+    """Return the application that Ray runs.
 
     Args:
         settings: of every replica; paths in it are those of the replicas' machines.
@@ -171,26 +167,19 @@ def _threads(settings: Settings) -> int:
 
 
 def _build(settings: Settings) -> FastAPI:
-    """The application of one replica, its engine loaded; the lifespan closes it."""
-    configure(settings)
-    warnings.simplefilter("ignore", PromptTruncatedWarning)
-    with ExitStack() as stack:
-        engine = stack.enter_context(loaded(settings))
-        catalog = Catalog(pipeline.model(engine), settings)
-        metrics = ReplicaMetrics(catalog.name)
-        scheduler = stack.enter_context(started(engine, settings, metrics)).scheduler
-        owned = stack.pop_all()
+    """Return the application of one replica, its engine loaded; the lifespan closes it."""
+    owned = ExitStack()
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         with owned:
-            while scheduler.state == "starting":
+            while app.state.context.scheduler.state == "starting":
                 await asyncio.sleep(_LOOK)
             yield
 
-    served = create_app(scheduler, catalog, metrics=metrics, lifespan=lifespan)
-    served.add_middleware(_IdOnce)
-    return served
+    app = owned.enter_context(assembled(settings, ReplicaMetrics, lifespan))
+    app.add_middleware(_IdOnce)
+    return app
 
 
 class _IdOnce:
@@ -261,7 +250,7 @@ def _refuse_if_too_small(settings: Settings) -> None:
 
 
 def _wait_for_signal(settings: Settings) -> None:
-    """Until the first one; a second ends the process at once."""
+    """Wait for the first one; a second one ends the process at once."""
     seen: list[int] = []
 
     def on_signal(number: int, _: object) -> None:
@@ -277,7 +266,7 @@ def _wait_for_signal(settings: Settings) -> None:
 
 
 def _drained(handle: Any, seconds: float) -> bool:
-    """Have every replica refuse and finish; whether all did in time."""
+    """Have every replica refuse and finish; return whether all did in time."""
     good = False
     with suppress(TimeoutError):
         answers = handle.broadcast("drain", seconds).results(timeout_s=seconds + _SCRAPE, return_exceptions=True)

@@ -19,7 +19,7 @@ from latentrt.errors import BackendError, PromptTruncatedWarning
 from latentrt.serve.core import curve, pipeline
 from latentrt.serve.core.scheduler import Scheduler
 from latentrt.serve.core.service import Service
-from latentrt.serve.http.app import create_app
+from latentrt.serve.http.app import Lifespan, create_app
 from latentrt.serve.http.catalog import Catalog
 from latentrt.serve.process.config import Settings
 from latentrt.serve.process.logs import configure, logger
@@ -41,28 +41,55 @@ def serve(settings: Settings) -> int:
     Raises:
         LatentrtError: the port is taken, or the bundle or backend cannot be used.
     """
+    with listening(settings) as sock, assembled(settings) as app:
+        # Otherwise each full collection looks at all that was imported, a tenth of a second for every client, and a
+        # crowd of requests makes for dozens of small ones. What survives a few of those is looked at soon.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(50_000, 2, 2)
+        return asyncio.run(run(app, settings, sock))
+
+
+@contextmanager
+def assembled(settings: Settings, kind: type[Metrics] = Metrics, lifespan: Lifespan | None = None) -> Iterator[FastAPI]:
+    """Load the engine that the settings name and start its threads; yield the application around them.
+
+    Args:
+        kind: of the metrics.
+        lifespan: as of `create_app`.
+
+    Raises:
+        LatentrtError: the bundle, its curve or the backend cannot be used.
+    """
     configure(settings)
     warnings.simplefilter("ignore", PromptTruncatedWarning)  # its text is what a client wrote
-    with listening(settings) as sock, loaded(settings) as engine:
+    with loaded(settings) as engine:
         catalog = Catalog(pipeline.model(engine), settings)
-        metrics = Metrics(catalog.name)
-        with started(engine, settings, metrics) as service:
-            app = create_app(service.scheduler, catalog, metrics=metrics)
-            # Otherwise each full collection looks at all that was imported, a tenth of a second for every client, and
-            # a crowd of requests makes for dozens of small ones. What survives a few of those is looked at soon.
-            gc.collect()
-            gc.freeze()
-            gc.set_threshold(50_000, 2, 2)
-            return asyncio.run(run(app, service.scheduler, settings, sock))
+        metrics, measured = kind(catalog.name), curve.load(engine)
+        if measured is None:
+            logger().info("no curve was measured: every step may have all lanes", fix="latentrt bench BUNDLE --save")
+        with Service(
+            engine,
+            queue=settings.queue,
+            queue_timeout=settings.queue_timeout,
+            run_timeout=settings.run_timeout,
+            hang=settings.hang_timeout,
+            observer=metrics,
+            on_hang=_end,
+            curve=measured,
+        ) as service:
+            yield create_app(service.scheduler, catalog, metrics=metrics, lifespan=lifespan)
+
+
+def _end() -> None:
+    """A thread that hangs cannot be ended, so the process is."""
+    logger().critical("a step hangs; the process ends, so that another can take its place", exit_code=HUNG)
+    os._exit(HUNG)
 
 
 @contextmanager
 def loaded(settings: Settings) -> Iterator[Engine]:
-    """Load the engine that the settings name, with every network that will be used: what is loaded later stalls others.
-
-    Raises:
-        LatentrtError: as of `Engine.load`.
-    """
+    """Load an engine with every network that will be used: what is loaded later stalls other requests."""
     with Engine.load(
         settings.bundle,
         backend=settings.backend,
@@ -75,29 +102,6 @@ def loaded(settings: Settings) -> Iterator[Engine]:
         if settings.edits and pipeline.model(engine).edits:
             pipeline.load_encoder(engine)
         yield engine
-
-
-def started(engine: Engine, settings: Settings, metrics: Metrics) -> Service:
-    """Start the service of an engine, as the settings want it; a context manager that closes it."""
-    measured = curve.load(engine)
-    if measured is None:
-        logger().info("no curve was measured: every step may have all lanes", fix="latentrt bench BUNDLE --save")
-    return Service(
-        engine,
-        queue=settings.queue,
-        queue_timeout=settings.queue_timeout,
-        run_timeout=settings.run_timeout,
-        hang=settings.hang_timeout,
-        observer=metrics,
-        on_hang=_end,
-        curve=measured,
-    )
-
-
-def _end() -> None:
-    """A thread that hangs cannot be ended, so the process is."""
-    logger().critical("a step hangs; the process ends, so that another can take its place", exit_code=HUNG)
-    os._exit(HUNG)
 
 
 @contextmanager
@@ -122,7 +126,7 @@ def listening(settings: Settings) -> Iterator[socket.socket]:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, but signals are ours: its own way is to stop listening at once and to die of the signal in the end."""
+    """uvicorn without its signal handlers, which stop listening at once; it says when it listens."""
 
     def __init__(self, config: uvicorn.Config, started: Callable[[], None]) -> None:
         super().__init__(config)
@@ -137,8 +141,9 @@ class _Server(uvicorn.Server):
         self._tell()
 
 
-async def run(app: FastAPI, scheduler: Scheduler, settings: Settings, sock: socket.socket) -> int:
+async def run(app: FastAPI, settings: Settings, sock: socket.socket) -> int:
     """Serve the application on a bound socket until it is drained; return the exit code."""
+    scheduler: Scheduler = app.state.context.scheduler
     server = _Server(
         uvicorn.Config(
             app,
@@ -147,7 +152,7 @@ async def run(app: FastAPI, scheduler: Scheduler, settings: Settings, sock: sock
             log_config=None,
             access_log=False,
             server_header=False,
-            proxy_headers=False,  # who the client is, is never asked
+            proxy_headers=False,  # the client's address is never asked for
             ws="none",
             lifespan="on",
             timeout_graceful_shutdown=_LAST_ANSWERS,
@@ -191,4 +196,4 @@ def announce(settings: Settings, host: str, port: int) -> None:
     url = f"http://{shown}:{port}"
     logger().info("serving", url=url, openai=f"{url}/v1", openapi=f"{url}/openapi.json", bundle=str(settings.bundle))
     if settings.host not in _LOOPBACK and not settings.secrets():
-        logger().warning("anybody who reaches this address may draw: no keys are set", host=settings.host)
+        logger().warning("no keys are set: every client that reaches this address may draw", host=settings.host)

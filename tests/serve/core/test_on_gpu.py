@@ -84,7 +84,7 @@ def test_cancelled_lanes_are_free_again(service: Service) -> None:
 def test_a_step_that_raises_fails_all_that_run_and_those_that_wait_go_on(
     service: Service, on_gpu: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody knows what the device's memory holds then."""
+    """The device's memory may hold anything then."""
     lanes, raised = on_gpu.denoiser._lanes, threading.Event()
     advance = lanes.advance
 

@@ -1,4 +1,4 @@
-"""The queue's rules by themselves: who is next, and when."""
+"""The queue's rules by themselves: which pictures are next, and when."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ arrivals = st.tuples(st.integers(0, 40), st.integers(1, 2), st.integers(0, 1), s
 
 @settings(max_examples=200, deadline=None)
 @given(plan=st.lists(arrivals, min_size=1, max_size=30), lanes=st.integers(2, 6), cap=st.integers(2, 6))
-def test_everybody_is_served_and_nobody_is_passed_for_ever(
+def test_every_picture_is_served_and_none_is_passed_without_end(
     plan: list[tuple[int, int, int, int, int]], lanes: int, cap: int
 ) -> None:
-    """A tick is a second here, and patience ten. Once somebody's patience is over, later arrivals come behind, but for
+    """A tick is a second here, and patience ten. Once a picture's patience is over, later arrivals come behind, but for
     those of a shape of their own that take lanes which the waiting shape may not have.
     """
     waiting, running, served = list[Slot](), dict[Slot, int](), dict[Slot, int]()
@@ -85,7 +85,7 @@ def test_everybody_is_served_and_nobody_is_passed_for_ever(
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(1, 9), max_size=6), st.lists(st.integers(1, 9), max_size=9), st.integers(1, 4))
 def test_begins_is_what_ticking_shows(running: list[int], waiting: list[int], seats: int) -> None:
-    """Against a run of ticks: who has a seat keeps it, the next one takes the first that is free."""
+    """Against a run of ticks: a picture with a seat keeps it, the next one takes the first that is free."""
     expected, seated, queue, tick = [], list(running), list(waiting), 0
     while queue:
         while queue and len(seated) < seats:

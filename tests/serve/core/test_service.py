@@ -1,4 +1,4 @@
-"""The service: requests and their events, who shares a step, what goes on beside the ticks, and the end."""
+"""The service: requests and their events, which share a step, what goes on beside the ticks, and the end."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_an_engine_that_drops_its_networks_is_refused() -> None:
         Service(lean)
 
 
-# ---- Who shares a step
+# ---- Sharing steps
 
 
 def test_requests_share_steps(serve: Serve, fakes: Fakes) -> None:

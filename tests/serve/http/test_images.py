@@ -1,4 +1,4 @@
-"""Files from strangers, and files for clients."""
+"""Files from clients become arrays, or are refused; pictures become files."""
 
 from __future__ import annotations
 

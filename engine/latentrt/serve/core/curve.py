@@ -155,16 +155,15 @@ def load(engine: Engine) -> Curve | None:
 
 def paths(engine: Engine) -> tuple[Path, Path]:
     """Return where the curve of an engine may lie: with the bundle, and in the user's cache."""
-    _, manifest = pipeline.identity(engine)
-    about = json.dumps(_about(engine), sort_keys=True) + manifest
-    name = f"{engine.backend.name}-{hashlib.sha256(about.encode()).hexdigest()[:16]}.json"
+    about = _about(engine)
+    key = json.dumps(about, sort_keys=True) + pipeline.manifest_hash(engine)
+    name = f"{about['backend']}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     return pipeline.folder(engine) / "curves" / name, cache_folder("curves") / name
 
 
 def _about(engine: Engine) -> dict[str, Any]:
     """What a curve holds for."""
-    about, _ = pipeline.identity(engine)
-    return {**about, "machine": _machine()}
+    return {**pipeline.identity(engine), "machine": _machine()}
 
 
 def _machine() -> str:

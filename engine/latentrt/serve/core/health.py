@@ -20,8 +20,7 @@ class Health:
     def __init__(self, hang: float) -> None:
         self.hang = hang
         self.fault: EngineFault | None = None
-        self._checked = False  # whether a self-check has ever passed
-        self._check_at: float | None = 0.0  # when the next one is due; None where none is
+        self._check_at: float | None = 0.0  # when the next self-check is due; None where the last one passed
         self._calls: dict[str, float] = {}  # what the engine does now, and since when
         self._hung: set[str] = set()
 
@@ -30,12 +29,7 @@ class Health:
         """Return "starting", "ready" or "failed"."""
         if self.fault is not None:
             return "failed"
-        return "ready" if self._checked else "starting"
-
-    @property
-    def trusted(self) -> bool:
-        """Whether pictures may begin."""
-        return self._check_at is None
+        return "ready" if self._check_at is None else "starting"
 
     def until_check(self) -> float | None:
         """Return the seconds until the next self-check; None where none is due. While a call hangs, none can be."""
@@ -54,7 +48,7 @@ class Health:
     def checked(self, error: LatentrtError | None) -> None:
         """Take the outcome of a self-check into account."""
         if error is None:
-            self._checked, self.fault, self._check_at = True, None, None
+            self.fault, self._check_at = None, None
         else:
             self.fault, self._check_at = as_fault(error), time.monotonic() + CHECK_AGAIN
 
@@ -62,10 +56,12 @@ class Health:
         """A call of the engine begins."""
         self._calls[call] = time.monotonic()
 
-    def end(self, call: str) -> None:
-        """A call has returned."""
+    def end(self, call: str) -> bool:
+        """A call has returned; return whether it hung."""
         del self._calls[call]
+        hung = call in self._hung
         self._hung.discard(call)
+        return hung
 
     def found_hung(self, now: float) -> list[EngineFault]:
         """Return a fault for each call that hangs since this was last asked."""

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from latentrt.bundle.bundle import MANIFEST, sha256_of
 from latentrt.bundle.manifest import LatentSpec
 from latentrt.engine import Engine
-from latentrt.errors import BundleError, DeviceMemoryError, PlanError, RequestError, ScheduleError
+from latentrt.errors import BackendError, BundleError, DeviceMemoryError, PlanError, RequestError, ScheduleError
 from latentrt.golden import SIDE, TOLERANCE, worst_error
 from latentrt.model.edit import MASKED_STRENGTH, MODES, STRENGTH, prepared
 from latentrt.request import Request
@@ -83,21 +83,32 @@ def facts(engine: Engine) -> Facts:
     return Facts(one_stream=on_gpu, fixed_lanes=on_gpu, exact=exact, resumable=not on_gpu)
 
 
-def identity(engine: Engine) -> tuple[dict[str, str | None], str]:
-    """Return what a measurement of this engine holds for, and the hash of its manifest."""
+def check_resident(engine: Engine) -> None:
+    """Refuse an engine that cannot be served.
+
+    Raises:
+        BackendError: it drops its networks after use.
+    """
+    if not engine.resident:
+        fix = "load it with resident=True"
+        raise BackendError("the engine drops its networks", needed="a resident one", fix=fix)
+
+
+def identity(engine: Engine) -> dict[str, str | None]:
+    """Return what a measurement of this engine holds for."""
     backend = engine.backend
-    about: dict[str, str | None] = {
-        "model": engine.spec.id,
-        "backend": backend.name,
-        "device": backend.device if backend.gpu is None else backend.gpu.name,
-        "precision": backend.precision,
-    }
-    return about, sha256_of(engine.bundle.root / MANIFEST)
+    device = backend.device if backend.gpu is None else backend.gpu.name
+    return {"model": engine.spec.id, "backend": backend.name, "device": device, "precision": backend.precision}
 
 
 def folder(engine: Engine) -> Path:
     """Return the bundle's folder."""
     return engine.bundle.root
+
+
+def manifest_hash(engine: Engine) -> str:
+    """Return the hash of the bundle's manifest."""
+    return sha256_of(engine.bundle.root / MANIFEST)
 
 
 def own_shape(engine: Engine) -> Shape:

@@ -1,4 +1,4 @@
-"""Who is next, and when: the rules of the queue and its forecast, without threads or clocks."""
+"""The rules of the queue and its forecast: which pictures are next, and when; without threads or clocks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def next_to_run(
     """Return the pictures that may have lanes now, in the order of the queue.
 
     Those of a shape that is at its cap wait, and other shapes pass them. But where the lanes of the network themselves
-    run out, no picture passes: otherwise those with one lane would keep one that needs two for ever.
+    run out, no picture passes: otherwise those with one lane would keep one that needs two waiting without end.
 
     Args:
         waiting: pictures in the order of the queue; those without jobs are passed.

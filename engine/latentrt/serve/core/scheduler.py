@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 PATIENCE = 0.5  # the part of queue_timeout after which a request without a deadline ranks before all newcomers
 BATCHES = 2  # that wait prepared, at most: the next one, and the one after it
+NEWS = 0.1  # seconds for which one look at a full queue is good: a crowd asks hundreds of times
 LOOK = 0.02  # seconds between looks at whether a drain is over
 
 
@@ -68,7 +69,7 @@ class Scheduler:
         curve: Curve | None = None,
     ) -> None:
         self.lanes, self.facts, self.observer = lanes, facts, observer
-        self._shape, self._on_hang = shape, on_hang
+        self._shape, self._places, self._on_hang = shape, queue, on_hang
         self._queue_timeout, self._run_timeout = queue_timeout, run_timeout
         self._changed = threading.Condition()  # guards all that follows; notified when a thread may have work
         self._handles: dict[Handle, None] = {}  # from their reservation until their clients let go of them
@@ -76,6 +77,8 @@ class Scheduler:
         self._decodes_next = False  # requests are prepared and pictures decoded by turns
         self._forecast = Forecast(queue, lanes, curve or Curve())
         self._health = Health(hang)
+        self._full: QueueFull | None = None  # as it was found when it was last looked at
+        self._full_since = 0.0
         self._draining = self._closed = False
 
     # ---- Requests
@@ -145,7 +148,12 @@ class Scheduler:
     def full(self) -> QueueFull | None:
         """Return why there is no place for any picture; None where there is one, or where nothing is taken at all."""
         with self._changed:
-            return self._forecast.full(1, self._shape, self._slots) if self.ready else None
+            now = time.monotonic()
+            if not self.ready or len(self._at(Stage.WAITING)) < self._places:
+                return None
+            if self._full is None or now - self._full_since > NEWS:
+                self._full, self._full_since = self._forecast.full(1, self._shape, self._slots), now
+            return self._full
 
     def _at(self, stage: Stage) -> list[Slot]:
         return [slot for slot in self._slots if slot.stage is stage]
@@ -177,7 +185,7 @@ class Scheduler:
 
     def _joining(self) -> list[Slot]:
         """None while the engine is not trusted, or while the VAE lags by as many pictures as there are lanes."""
-        if not self._health.trusted or len(self._at(Stage.DENOISED)) >= self.lanes:
+        if self._health.state != "ready" or len(self._at(Stage.DENOISED)) >= self.lanes:
             return []
         busy: Counter[Shape] = Counter()
         for slot in self._at(Stage.RUNNING):
@@ -291,8 +299,8 @@ class Scheduler:
             yield
         finally:
             with self._changed:
-                self._health.end(call)
-                self._changed.notify_all()
+                if self._health.end(call):
+                    self._changed.notify_all()
 
     def run_clock(self) -> None:
         """Fail what is over time and notice what hangs, until the scheduler is closed."""

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 from latentrt.engine import Engine
-from latentrt.errors import BackendError
 from latentrt.serve.core import pipeline
 from latentrt.serve.core.observer import Observer
 from latentrt.serve.core.scheduler import Scheduler
@@ -35,9 +34,7 @@ class Service:
         on_hang: Callable[[], None] = lambda: None,
         **settings: Any,
     ) -> None:
-        if not engine.resident:
-            fix = "load it with resident=True"
-            raise BackendError("the engine drops its networks", needed="a resident one", fix=fix)
+        pipeline.check_resident(engine)
         facts, shape = pipeline.facts(engine), pipeline.own_shape(engine)
         self.scheduler = Scheduler(
             engine.denoiser.lanes, shape, facts, observer or Observer(), on_hang=on_hang, **settings

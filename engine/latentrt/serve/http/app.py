@@ -61,7 +61,7 @@ def create_app(
         title="latentrt",
         summary="Stable Diffusion: the OpenAI Images API, and a thin one of A1111.",
         version=__version__,
-        docs_url=None,  # their pages load scripts from elsewhere
+        docs_url=None,  # their pages load scripts from other servers
         redoc_url=None,
         telemetry={"tracing": False, "metrics": False, "logs": False},  # there are metrics and a log
         lifespan=lifespan,
@@ -77,8 +77,8 @@ def create_app(
         ],
     )
     app.state.context = Context(scheduler, settings, catalog, metrics)
-    for router in (openai_routes.router, sd_routes.router):  # first, since they are looked through in this order
-        # The guard checks keys; this only tells readers of the description that there are some.
+    for router in (openai_routes.router, sd_routes.router):  # first: paths are compared in this order
+        # The guard checks keys; this only puts them into the description.
         app.include_router(router, dependencies=[Depends(HTTPBearer(auto_error=False))] if keys else [])
     app.include_router(operations.router)
     add_page(app)

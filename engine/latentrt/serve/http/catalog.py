@@ -1,4 +1,4 @@
-"""What is served: the model's names, the sizes it draws, its solvers; from what a client wrote to a Request."""
+"""The model as clients see it: its names, sizes and solvers; from a client's values to a Request."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ _MEANING = {
     401: "invalid_api_key",
     404: "model_not_found, or not_found",
     408: "body_timeout",
-    409: "cancelled: somebody interrupted it",
+    409: "cancelled, by the client or by another request of the same key",
     413: "body_too_large or image_too_large",
     415: "unsupported_media_type",
     429: "queue_full or deadline_unreachable; see Retry-After",

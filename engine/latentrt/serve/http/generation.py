@@ -1,4 +1,4 @@
-"""What the routes share: the server's parts, and the way of a request to its pictures."""
+"""What the routes of both APIs share: the server's parts, and the way from a request to its pictures."""
 
 from __future__ import annotations
 

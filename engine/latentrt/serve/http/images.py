@@ -1,4 +1,4 @@
-"""Files that clients send → arrays, pictures → what is sent back. All of it runs in threads, off the event loop."""
+"""Files that clients send → arrays; pictures → files in base64. All of it runs in threads, off the event loop."""
 
 from __future__ import annotations
 

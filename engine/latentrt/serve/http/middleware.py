@@ -1,4 +1,4 @@
-"""What every request passes before a route sees it: who may enter, how fast bodies and answers move; and its log line.
+"""What every request passes before a route sees it: keys, limits, a full queue; timeouts of slow clients; its log line.
 
 ASGI, not Starlette's BaseHTTPMiddleware: streams pass through untouched, and a refusal comes before the body is read.
 """
@@ -33,19 +33,19 @@ if TYPE_CHECKING:
     from latentrt.serve.core.scheduler import Scheduler
 
 OPEN = ("/", "/health/live", "/health/ready", "/metrics", "/openapi.json", "/favicon.ico")  # and all below /static/
-# Where every request takes places in the queue.
+# Every request to these takes places in the queue.
 DRAWING = ("/v1/images/generations", "/v1/images/edits", "/sdapi/v1/txt2img", "/sdapi/v1/img2img")
 EDITING = ("/v1/images/edits", "/sdapi/v1/img2img")
-QUIET = ("/health/live", "/health/ready", "/metrics")  # asked all the time: no count, and no line of the log
+QUIET = ("/health/live", "/health/ready", "/metrics")  # not counted, and logged at the level debug
 CLIENT_GONE = 499  # nginx' number for it; it is seen in the log alone
 PIECE = 2**20  # bytes of an answer
 _ID = re.compile(r"[!-~]{1,128}")
 
 
 def cross_origin(origins: Sequence[str]) -> list[Middleware]:
-    """Return what lets pages of these origins use the server from a browser; nothing where there are none.
+    """Return the middleware that lets pages of these origins use the server from a browser; none without origins.
 
-    It stands around the guard: a browser asks leave without a key, and reads refusals too.
+    It stands around the guard: a browser's preflight request has no key, and refusals must be readable too.
     """
     told = ("x-request-id", "retry-after", "x-should-retry")
     options: dict[str, Any] = {"allow_methods": ("GET", "POST"), "allow_headers": ("*",), "expose_headers": told}
@@ -91,7 +91,7 @@ class Guard:
             self._report(scope, exchange)
 
     def _refusal(self, scope: Scope, exchange: _Exchange, most: int) -> Answer | None:
-        """Why the body need not be read: want of a key, too many bytes, a full queue."""
+        """Why the body need not be read: no key that fits, too many bytes, a full queue."""
         path, headers = scope["path"], exchange.headers
         if self._keys and path not in OPEN and not path.startswith("/static/"):
             owner = _owner(self._keys, headers.get("authorization", ""))

@@ -1,4 +1,4 @@
-"""The OpenAI Images API as the newest client speaks it: every field it may send, and what it gets back.
+"""The OpenAI Images API as the newest client speaks it: every field it may send, and the answers.
 
 A field whose type is None alone is one that the client knows and that is not supported: null passes, anything else is
 refused by name. `seed`, `negative_prompt`, `num_inference_steps`, `guidance_scale`, `scheduler`, `strength` and
@@ -18,12 +18,12 @@ from latentrt.request import MAX_SEED
 
 
 def _whole(value: object) -> object:
-    """JSON's 2.0 is a whole number too."""
+    """Take JSON's 2.0 for a whole number too."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _without_null(schema: dict[str, Any]) -> None:
-    """A form cannot say null: what is optional is left out, and what could only be null is not there."""
+    """Describe a form, which cannot say null: optional fields are left out, and fields that are always null vanish."""
     fields = schema["properties"]
     for name, field in list(fields.items()):
         if field.get("type") == "null":
@@ -45,7 +45,7 @@ OutputFormat = Literal["png", "jpeg", "webp"]
 
 
 class Wanted(BaseModel):
-    """What a picture shall be, made anew or edited."""
+    """What both kinds of requests for pictures have in common."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -124,7 +124,7 @@ class ImageData(BaseModel):
 
 
 class ImagesResponse(BaseModel):
-    """What a request without `stream` gets."""
+    """The answer to a request without `stream`."""
 
     created: int
     data: list[ImageData]

@@ -1,4 +1,4 @@
-"""For operators and the page: health, metrics, what is going on, what there is to choose from."""
+"""For operators and the page: health, metrics, the queue, and what clients may choose from."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Job(BaseModel):
 
 
 class Queue(BaseModel):
-    """What the server is doing. Pictures are counted, not requests; prompts are nobody else's business."""
+    """What the server is doing. Pictures are counted, not requests; prompts are not shown."""
 
     state: str = Field(description="starting, ready, draining or failed")
     waiting: int
@@ -82,7 +82,7 @@ async def queue(context: Served) -> Queue:
 
 
 def _job(handle: Handle) -> Job:
-    """What anybody may know of a request: no prompt, no picture."""
+    """What all clients may know of a request: no prompt, no picture."""
     return Job(
         id=handle.id,
         api=handle.api,

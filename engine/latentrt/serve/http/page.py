@@ -11,13 +11,13 @@ from fastapi.staticfiles import StaticFiles
 from starlette.responses import Response
 
 PAGE = Path(__file__).parents[1] / "page"
-TYPES = {  # what the system's own table says differs between systems
+TYPES = {  # the system's own table differs between systems
     ".css": "text/css; charset=utf-8",
     ".html": "text/html; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
 }
-# Nothing from elsewhere, nothing inline, in nobody's frame; pictures are made in the page, hence blob:.
+# Nothing from other servers, nothing inline, in no frame; pictures are made in the page, hence blob:.
 POLICY = {
     "default-src": "'none'",
     "connect-src": "'self'",
@@ -29,7 +29,7 @@ POLICY = {
     "frame-ancestors": "'none'",
 }
 HEADERS = {
-    "cache-control": "no-cache",  # kept, and asked for by its ETag: after an upgrade no old part meets a new one
+    "cache-control": "no-cache",  # kept, and revalidated by its ETag: after an upgrade no old part meets a new one
     "content-security-policy": "; ".join(f"{name} {sources}" for name, sources in POLICY.items()),
     "referrer-policy": "no-referrer",
     "x-content-type-options": "nosniff",
@@ -49,7 +49,7 @@ def add_page(app: FastAPI) -> None:
 
 class _Parts(StaticFiles):
     def file_response(self, full_path: str | os.PathLike[str], *about: Any) -> Response:
-        """A file, or 304 for whoever has it."""
+        """Return a file, or 304 for a client that has it."""
         response = super().file_response(full_path, *about)
         response.headers.update(HEADERS)
         kind = TYPES.get(Path(full_path).suffix)

@@ -1,7 +1,7 @@
-"""The part of A1111's API that clients use, and the names its samplers have there.
+"""The part of A1111's API that clients use, and the names of its samplers.
 
-Its clients send dozens of fields, most of them without effect; what is unknown is ignored, what would make another
-picture (`IDLE`) is refused by name.
+Its clients send dozens of fields, most of them without effect: unknown ones are ignored, and those that would make
+another picture (`IDLE`) are refused by name.
 
 Source: AUTOMATIC1111/stable-diffusion-webui, modules/api/models.py and modules/sd_samplers_kdiffusion.py, 1.10; what
 Open WebUI and LibreChat send.
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from latentrt.request import MAX_SEED
 from latentrt.serve.http.openai_schema import WHOLE, Count, Guidance, Part
 
-# A1111's names; "Automatic" there is each sampler's usual spacing. DPM++ 2M wants Karras' there, so it has it here.
+# A1111's names with our solvers and the spacing that its "Automatic" means.
 SAMPLERS: dict[str, tuple[str, str]] = {
     "DPM++ 2M": ("dpmpp-2m", "Karras"),
     "DPM++ 2M SDE": ("dpmpp-2m-sde", "Karras"),
@@ -40,8 +40,8 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
     "Exponential": {"use_exponential_sigmas": True},
     "Beta": {"use_beta_sigmas": True},
 }
-# Fields, and settings that are overridden, that would make another picture than the one drawn here, with the values at
-# which they do nothing.
+# Fields and overridden settings that would make another picture than the one drawn here, with the values at which they
+# do nothing.
 IDLE: dict[str, tuple[Any, ...]] = {
     "enable_hr": (False,),
     "restore_faces": (False,),
@@ -100,7 +100,7 @@ class ImageToImage(TextToImage):
 
 
 class Images(BaseModel):
-    """What both get."""
+    """The answer to both."""
 
     images: list[str]
     parameters: dict[str, Any]
