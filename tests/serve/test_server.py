@@ -25,6 +25,7 @@ from latentrt.runtime.onnxruntime import OrtBackend
 from latentrt.serve import server
 from latentrt.serve.process.config import Settings
 from tests.support.serve.fake_engine import PATIENCE
+from tests.support.serve.fakes import get, post
 
 
 def test_it_draws_what_the_engine_draws_and_drains() -> None:
@@ -45,12 +46,12 @@ def test_it_draws_what_the_engine_draws_and_drains() -> None:
             events = list(client.images.generate(prompt="a red apple", stream=True, partial_images=1, extra_body=body))
         drawing = threading.Thread(target=draw, args=(one, {"prompt": "a", "num_inference_steps": 60}, codes := []))
         drawing.start()
-        while 'latentrt:num_requests_running{model_name="emoji"} 1.0' not in httpx.get(f"{one.url}/metrics").text:
+        while 'latentrt:num_requests_running{model_name="emoji"} 1.0' not in get(f"{one.url}/metrics").text:
             time.sleep(0.005)
         one.process.send_signal(signal.SIGTERM)
         while one.answers("/health/ready"):
             time.sleep(0.005)
-        late = httpx.post(f"{one.url}/v1/images/generations", json={"prompt": "b"})
+        late = post(f"{one.url}/v1/images/generations", json={"prompt": "b"})
         assert (late.status_code, late.json()["error"]["code"]) == (503, "draining")
         assert one.answers("/health/live")
         drawing.join()

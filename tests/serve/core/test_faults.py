@@ -201,7 +201,8 @@ def test_a_client_that_hears_of_a_fault_finds_the_server_unready(
 def test_what_hangs_is_noticed_and_heals_when_it_returns(fakes: Fakes, serve: Serve, where: str) -> None:
     """The thread cannot be ended: all requests are told, and nothing new is taken."""
     faults = Faults()
-    service = serve(observer=faults, hang=0.6)
+    service = serve(observer=faults)
+    health, patience = service.scheduler._health, service.scheduler._health.hang
     for time in range(2):
         if where == "step":
             hanging = submit(service, handle_of(HANGS))
@@ -210,9 +211,12 @@ def test_what_hangs_is_noticed_and_heals_when_it_returns(fakes: Fakes, serve: Se
             hanging = submit(service, handle_of(steps=1))
         eventually(lambda: fakes.steps)
         company = submit(service, handle_of(steps=50))
+        health.hang = 0.0  # now the call hangs
+        service.scheduler.submit(company)  # wakes the clock
         for handle in (hanging, company):
             assert "has not returned" in str(failure(handle))
         assert service.scheduler.state == "failed"
+        health.hang = patience
         assert len(faults.heard) > time
         assert all(faults.heard)
         with pytest.raises(NotReady):

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from io import BytesIO
 from typing import Any, get_args, get_type_hints
 
-import httpx
 import openai
 import pytest
 from openai import types
@@ -21,7 +20,7 @@ from latentrt.errors import NetworkError
 from latentrt.serve.core.errors import QueueTimeout
 from latentrt.serve.http.openai_schema import EditRequest, GenerateRequest
 from tests.support.serve.fake_engine import SPEC
-from tests.support.serve.fakes import FakeScheduler, app_of, live, png
+from tests.support.serve.fakes import FakeScheduler, app_of, live, png, post
 
 EVERYTHING: dict[str, Any] = {  # what the newest client can send and latentrt takes
     "model": "gpt-image-1",
@@ -88,7 +87,7 @@ def test_no_field_of_the_newest_client_is_unknown() -> None:
 
 @pytest.mark.parametrize("name", ["n", "size", "model", "quality", "stream", "seed", "svg", "user", "partial_images"])
 def test_null_is_the_same_as_nothing(url: str, name: str) -> None:
-    assert httpx.post(f"{url}/v1/images/generations", json={"prompt": "a", name: None}).status_code == 200
+    assert post(f"{url}/v1/images/generations", json={"prompt": "a", name: None}).status_code == 200
 
 
 # As their sources send it: routers/images.py of Open WebUI, OpenAIImageTools.js and DALLE3.js of LibreChat, 2026.
@@ -106,7 +105,7 @@ def sides(size: str) -> tuple[int, ...]:
 
 @pytest.mark.parametrize("body", [OPEN_WEBUI, LIBRECHAT, DALLE3], ids=["open-webui", "librechat", "librechat-dalle"])
 def test_other_clients_draw(url: str, body: dict[str, Any]) -> None:
-    answer = httpx.post(f"{url}/v1/images/generations?api-version=2025-04-01-preview", json=body)
+    answer = post(f"{url}/v1/images/generations?api-version=2025-04-01-preview", json=body)
     (picture,) = answer.json()["data"]
     assert ("url" in picture) == (body is DALLE3)
     assert decoded(picture["b64_json"]).size == ((128, 128) if body is LIBRECHAT else sides(body["size"]))
@@ -122,7 +121,7 @@ def test_other_clients_draw(url: str, body: dict[str, Any]) -> None:
     ids=["open-webui", "open-webui-list", "librechat"],
 )
 def test_other_clients_edit(url: str, part: str, fields: dict[str, str]) -> None:
-    answer = httpx.post(f"{url}/v1/images/edits", data=fields, files={part: ("a.png", png(), "image/png")})
+    answer = post(f"{url}/v1/images/edits", data=fields, files={part: ("a.png", png(), "image/png")})
     assert answer.status_code == 200, answer.text
     assert set(answer.json()["data"][0]) == {"b64_json", "seed"}
 
@@ -216,7 +215,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("change", "param"), REFUSED, ids=[f"{list(change.items())}"[:40] for change, _ in REFUSED])
 def test_what_is_not_supported_is_refused_by_name(url: str, change: dict[str, Any], param: str) -> None:
-    answer = httpx.post(f"{url}/v1/images/generations", json={"prompt": "a", **change})
+    answer = post(f"{url}/v1/images/generations", json={"prompt": "a", **change})
     error = answer.json()["error"]
     assert (answer.status_code, error["param"], error["code"]) == (400, param, "invalid_value")
     assert re.search(rf"\b{param}\b", error["message"])
@@ -282,8 +281,8 @@ def test_a_failure_in_a_stream_is_an_event(client: openai.OpenAI, url: str, sche
     with pytest.raises(openai.APIError, match="not finite") as caught:
         list(client.images.generate(prompt="a", stream=True))
     assert caught.value.body["code"] == "engine_error"
-    with httpx.stream("POST", f"{url}/v1/images/generations", json={"prompt": "a", "stream": True}) as answer:
-        text = answer.read().decode()
+    answer = post(f"{url}/v1/images/generations", json={"prompt": "a", "stream": True})
+    text = answer.text
     assert answer.headers["content-type"].startswith("text/event-stream")
     assert text.startswith("event: error\ndata: {")
 
@@ -298,7 +297,7 @@ def test_a_refusal_before_a_stream_is_a_status(client: openai.OpenAI, scheduler:
 
 def test_heartbeats_keep_a_slow_stream_alive() -> None:
     with live(app_of(FakeScheduler(delay=0.03), heartbeat=0.02)) as url:
-        text = httpx.post(f"{url}/v1/images/generations", json={"prompt": "a", "stream": True}).text
+        text = post(f"{url}/v1/images/generations", json={"prompt": "a", "stream": True}).text
     assert text.startswith(": still drawing\n\n")
     assert "event: image_generation.completed" in text
 

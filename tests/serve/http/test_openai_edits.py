@@ -6,12 +6,11 @@ import base64
 from collections.abc import Iterator
 from io import BytesIO
 
-import httpx
 import openai
 import pytest
 from PIL import Image
 
-from tests.support.serve.fakes import FakeScheduler, app_of, live, png
+from tests.support.serve.fakes import FakeScheduler, app_of, live, png, post
 
 
 @pytest.fixture
@@ -81,7 +80,7 @@ def test_bad_edits_are_refused(
     url: str, scheduler: FakeScheduler, files: list[tuple[str, bytes]], data: dict[str, str], param: str, code: str
 ) -> None:
     parts = [(name, ("file", content)) for name, content in files]
-    answer = httpx.post(f"{url}/v1/images/edits", data={"prompt": "a", **data}, files=parts)
+    answer = post(f"{url}/v1/images/edits", data={"prompt": "a", **data}, files=parts)
     error = answer.json()["error"]
     assert (answer.status_code, error["param"], error["code"]) == (400, param, code)
     assert scheduler.waiting == 0
@@ -90,9 +89,9 @@ def test_bad_edits_are_refused(
 def test_a_server_may_edit_nothing() -> None:
     scheduler = FakeScheduler()
     with live(app_of(scheduler, edits=False)) as url:
-        answer = httpx.post(f"{url}/v1/images/edits", data={"prompt": "a"}, files={"image": ("a", png())})
+        answer = post(f"{url}/v1/images/edits", data={"prompt": "a"}, files={"image": ("a", png())})
         body = {"prompt": "a", "init_images": [base64.b64encode(png()).decode()]}
-        other = httpx.post(f"{url}/sdapi/v1/img2img", json=body)
+        other = post(f"{url}/sdapi/v1/img2img", json=body)
     assert [one.status_code for one in (answer, other)] == [400, 400]
     assert [one.json()["error"]["param"] for one in (answer, other)] == ["image", "init_images"]
     assert scheduler.seen == []
@@ -107,6 +106,6 @@ def test_pictures_with_too_many_pixels_are_never_decoded() -> None:
             ({"image": ("a", bomb)}, 400, "image_decode_failed"),
             ({"image": ("a", b"x" * 6000)}, 413, "image_too_large"),
         ):
-            answer = httpx.post(f"{url}/v1/images/edits", data={"prompt": "a"}, files=files)
+            answer = post(f"{url}/v1/images/edits", data={"prompt": "a"}, files=files)
             assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
     assert scheduler.submitted == []

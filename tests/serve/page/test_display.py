@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 
-import httpx
 import pytest
 from selenium.webdriver import Chrome, Keys
 
 from tests.serve.page.test_drawing import CARD, STEPS, TILE
 from tests.support.serve.browser import Visitor
 from tests.support.serve.fake_engine import Fakes
-from tests.support.serve.fakes import FakeScheduler, app_of, live
+from tests.support.serve.fakes import FakeScheduler, app_of, live, post
 
 # Every screen, every eye
 
@@ -183,7 +182,7 @@ def test_from_another_machine_without_tls(chrome: Chrome, url: str) -> None:
     page.one("[name=prompt]").send_keys(Keys.CONTROL, "v")
     copied = json.loads(page.one("[name=prompt]").get_attribute("value"))
     assert (copied["prompt"], copied["seed"], copied["num_inference_steps"]) == ("a fox", 3, STEPS)
-    assert httpx.post(f"{url}/v1/images/generations", json=copied).status_code == 200
+    assert post(f"{url}/v1/images/generations", json=copied).status_code == 200
     assert page.complaints() == []
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 from selenium.webdriver import Chrome, Keys
@@ -17,7 +16,7 @@ from latentrt.errors import NetworkError
 from latentrt.serve.core.errors import QueueFull
 from tests.support.serve.browser import Visitor
 from tests.support.serve.fake_engine import Fakes
-from tests.support.serve.fakes import FakeScheduler, app_of, live, png
+from tests.support.serve.fakes import FakeScheduler, app_of, get, live, png
 
 CARD, TILE = "#jobs > li", "#history .tile"
 STEPS = 4
@@ -155,7 +154,7 @@ def test_jobs_are_cancelled_by_key_and_by_button_and_drawn_again(page: Visitor, 
 
 
 def queue(page: Visitor) -> Any:
-    return httpx.get(f"{page.url}/latentrt/queue").json()["jobs"]
+    return get(f"{page.url}/latentrt/queue").json()["jobs"]
 
 
 def test_more_jobs_than_a_browser_has_connections(page: Visitor, fakes: Fakes) -> None:

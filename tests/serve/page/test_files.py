@@ -9,7 +9,8 @@ import httpx
 import pytest
 
 from latentrt.serve.http.page import PAGE
-from tests.support.serve.fakes import FakeScheduler, app_of, live
+from tests.support.serve.fake_engine import PATIENCE
+from tests.support.serve.fakes import FakeScheduler, app_of, get, live, post
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +21,7 @@ def url() -> Iterator[str]:
 
 def test_every_part_is_open_and_may_load_nothing_from_elsewhere() -> None:
     kinds = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml", ".html": "text/html"}
-    with live(app_of(FakeScheduler(), keys=("secret",))) as url, httpx.Client(base_url=url) as client:
+    with live(app_of(FakeScheduler(), keys=("secret",))) as url, httpx.Client(base_url=url, timeout=PATIENCE) as client:
         for path, part in [("/", PAGE / "index.html"), *((f"/static/{part.name}", part) for part in PAGE.iterdir())]:
             answer = client.get(path)
             again = client.get(path, headers={"if-none-match": answer.headers["etag"]})
@@ -39,9 +40,9 @@ def test_every_part_is_open_and_may_load_nothing_from_elsewhere() -> None:
 
 def test_there_is_nothing_else_below_static(url: str) -> None:
     for path in ("/static/", "/static/none.js", "/static/..%2fapp.py", "/static/%2e%2e/app.py"):
-        answer = httpx.get(url + path)
+        answer = get(url + path)
         assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
-    assert httpx.post(f"{url}/").status_code == 405
+    assert post(f"{url}/").status_code == 405
 
 
 def test_the_files_are_small_and_name_no_other_place() -> None:

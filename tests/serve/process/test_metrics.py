@@ -14,7 +14,8 @@ from structlog.testing import capture_logs
 from latentrt.errors import NetworkError
 from latentrt.serve.core.observer import Observer
 from latentrt.serve.process.metrics import Metrics
-from tests.support.serve.fakes import ROWS, FakeScheduler, app_of, live, until
+from tests.support.serve.fake_engine import PATIENCE
+from tests.support.serve.fakes import ROWS, FakeScheduler, app_of, get, live, post, until
 
 DRAW = "/v1/images/generations"
 
@@ -44,15 +45,15 @@ def url(scheduler: FakeScheduler) -> Iterator[str]:
 def test_requests_are_counted_as_they_ended(url: str, scheduler: FakeScheduler) -> None:
     with capture_logs() as log:
         for body in ({"n": 2}, {}, {"size": "7x7"}, {"model": "x"}, {"stream": True}):
-            httpx.post(f"{url}{DRAW}", json={"prompt": "a", **body})
+            post(f"{url}{DRAW}", json={"prompt": "a", **body})
         scheduler.fill()
-        httpx.post(f"{url}{DRAW}", json={"prompt": "a"})
+        post(f"{url}{DRAW}", json={"prompt": "a"})
         scheduler.empty()
         scheduler.fails = NetworkError("a", needed="b", fix="c")
         for stream in (False, True):
-            httpx.post(f"{url}{DRAW}", json={"prompt": "a", "stream": stream})
+            post(f"{url}{DRAW}", json={"prompt": "a", "stream": stream})
         asyncio.run(until(lambda: len(log) >= 10))  # a request's line comes after its answer; two have a traceback too
-    told = values(httpx.get(f"{url}/metrics").text)
+    told = values(get(f"{url}/metrics").text)
     outcomes = {"ok": 3, "unsupported_size": 1, "model_not_found": 1, "queue_full": 1, "engine_error": 2}
     for outcome, count in outcomes.items():
         assert told[f"latentrt:requests_total[outcome={outcome},route={DRAW}]"] == count
@@ -68,7 +69,7 @@ def test_gauges_follow_and_come_back_to_zero(url: str, scheduler: FakeScheduler)
     gauges = ("num_requests_running", "num_requests_waiting", "num_images_running")
 
     async def work() -> None:
-        async with httpx.AsyncClient(base_url=url) as client:
+        async with httpx.AsyncClient(base_url=url, timeout=PATIENCE) as client:
 
             async def read() -> dict[str, float]:
                 told = values((await client.get("/metrics")).text)
@@ -111,12 +112,12 @@ def test_what_the_scheduler_tells_is_measured() -> None:
 @pytest.mark.parametrize("state", ["starting", "ready", "draining", "failed"])
 def test_health(url: str, scheduler: FakeScheduler, state: str) -> None:
     scheduler.forced = state
-    assert httpx.get(f"{url}/health/live").json() == {"status": "ok"}
-    answer = httpx.get(f"{url}/health/ready")
+    assert get(f"{url}/health/live").json() == {"status": "ok"}
+    answer = get(f"{url}/health/ready")
     assert (answer.status_code, answer.json()["status"]) == ((200, "ok") if state == "ready" else (503, state))
-    assert values(httpx.get(f"{url}/metrics").text)["latentrt:ready"] == (state == "ready")
+    assert values(get(f"{url}/metrics").text)["latentrt:ready"] == (state == "ready")
     if state != "ready":
-        refused = httpx.post(f"{url}{DRAW}", json={"prompt": "a"})
+        refused = post(f"{url}{DRAW}", json={"prompt": "a"})
         code = "draining" if state == "draining" else "not_ready"
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, code)
 
@@ -151,6 +152,6 @@ def test_the_queue_shows_progress_and_ones_own_job_can_be_cancelled(scheduler: F
 
 
 def test_what_a_page_may_offer(url: str) -> None:
-    model = httpx.get(f"{url}/latentrt/model").json()
+    model = get(f"{url}/latentrt/model").json()
     assert (model["model"], model["size"], model["step"], model["limits"]["max_n"]) == ("emoji", "128x128", 8, 10)
     assert "euler-a" in model["schedulers"]

@@ -8,10 +8,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from io import BytesIO
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import numpy as np
 import structlog
 import uvicorn
@@ -31,7 +33,7 @@ from latentrt.serve.http.app import create_app
 from latentrt.serve.http.catalog import Catalog
 from latentrt.serve.process.config import Settings
 from latentrt.serve.process.metrics import Metrics
-from tests.support.serve.fake_engine import SHAPE
+from tests.support.serve.fake_engine import PATIENCE, SHAPE
 
 ROWS = 4
 
@@ -162,13 +164,15 @@ def png(width: int = 64, height: int = 64, mode: str = "RGB", colour: Any = None
     return buffer.getvalue()
 
 
-Check = Callable[[], bool]
+# httpx gives up after five seconds, which is not long on a machine that is busy.
+get, post = (partial(ask, timeout=PATIENCE) for ask in (httpx.get, httpx.post))
 
 
-async def until(check: Check) -> None:
-    """Let the event loop turn until something is so; the tests' own time limit ends what never is."""
-    while not check():
-        await asyncio.sleep(0.001)
+async def until(check: Callable[[], object]) -> None:
+    """Let the event loop turn until something is so."""
+    async with asyncio.timeout(PATIENCE):
+        while not check():
+            await asyncio.sleep(0.001)
 
 
 @contextmanager
