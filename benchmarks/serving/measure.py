@@ -30,6 +30,7 @@ from latentrt import Engine
 from latentrt.command.bench import measure as measure_engine
 from latentrt.serve.core import curve
 from latentrt.serve.core.pipeline import GUIDED, Shape
+from latentrt.serve.core.queue import Limits
 from latentrt.serve.core.service import Service
 
 Say = Callable[[str], None]
@@ -110,7 +111,7 @@ def _part(engine: Engine, part: Part, config: Config, say: Say) -> dict[str, Any
     (shape,) = measured.ticks
     cap, ticks = measured.cap(shape, part.lanes), Ticks()
     with ExitStack() as stack:
-        service = stack.enter_context(Service(engine, queue=QUEUE, curve=measured, observer=ticks))
+        service = stack.enter_context(Service(engine, Limits(QUEUE), curve=measured, observer=ticks))
         while not service.scheduler.ready:
             time.sleep(0.01)
         url = None

@@ -11,6 +11,7 @@ import pytest
 
 from latentrt.engine import Engine
 from latentrt.serve.core.handle import Handle, Slot, Stage
+from latentrt.serve.core.queue import Limits
 from latentrt.serve.core.service import Service
 from tests.support.serve.fake_engine import PATIENCE, Fakes, fake_engine
 
@@ -41,7 +42,8 @@ def serve(fakes: Fakes, engine: Engine) -> Iterator[Serve]:
     services: list[Service] = []
 
     def start(own: Engine = engine, **settings: Any) -> Service:
-        service = Service(own, **settings)
+        limits = {name: settings.pop(name) for name in Limits._fields if name in settings}
+        service = Service(own, Limits(**limits), **settings)
         services.append(service)
         eventually(lambda: service.scheduler.state != "starting")
         fakes.lanes.clear()

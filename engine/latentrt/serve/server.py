@@ -17,6 +17,7 @@ from fastapi import FastAPI
 from latentrt.engine import Engine
 from latentrt.errors import BackendError, PromptTruncatedWarning
 from latentrt.serve.core import curve, pipeline
+from latentrt.serve.core.queue import Limits
 from latentrt.serve.core.scheduler import Scheduler
 from latentrt.serve.core.service import Service
 from latentrt.serve.http.app import Lifespan, create_app
@@ -68,16 +69,8 @@ def assembled(settings: Settings, kind: type[Metrics] = Metrics, lifespan: Lifes
         metrics, measured = kind(catalog.name), curve.load(engine)
         if measured is None:
             logger().info("no curve was measured: every step may have all lanes", fix="latentrt bench BUNDLE --save")
-        with Service(
-            engine,
-            queue=settings.queue,
-            queue_timeout=settings.queue_timeout,
-            run_timeout=settings.run_timeout,
-            hang=settings.hang_timeout,
-            observer=metrics,
-            on_hang=_end,
-            curve=measured,
-        ) as service:
+        limits = Limits(settings.queue, settings.queue_timeout, settings.run_timeout, settings.hang_timeout)
+        with Service(engine, limits, curve=measured, observer=metrics, on_hang=_end) as service:
             yield create_app(service.scheduler, catalog, metrics=metrics, lifespan=lifespan)
 
 

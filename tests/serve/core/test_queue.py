@@ -8,21 +8,23 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latentrt.serve.core.handle import Slot
+from latentrt.serve.core.handle import Slot, Stage
 from latentrt.serve.core.queue import begins, next_to_prepare, next_to_run, sooner
 
 SHAPES = ((4, 8, 8), (4, 16, 16))
 
 
-def slot(lanes: int = 2, shape: Any = SHAPES[0], *, prepared: bool = True, submitted: bool = True) -> Slot:
+def slot(
+    lanes: int = 2, shape: Any = SHAPES[0], *, prepared: bool = True, submitted: bool = True, running: bool = False
+) -> Slot:
     job: Any = SimpleNamespace(row=0) if prepared else None
     handle: Any = SimpleNamespace(shape=shape, lanes=lanes, rows=4, due=0.0, submitted=submitted)
-    return Slot(handle, 0, 100.0, job=job)
+    return Slot(handle, 0, 100.0, Stage.RUNNING if running else Stage.WAITING, job)
 
 
 def test_requests_that_have_no_jobs_yet_are_passed_and_prepared_in_order() -> None:
     waiting = [slot(prepared=False, submitted=False), slot(prepared=False), slot()]
-    assert next_to_run(waiting, 4, {}, lambda shape: 4) == waiting[2:]
+    assert next_to_run(waiting, 4, lambda shape: 4) == waiting[2:]
     assert next_to_prepare(waiting, 9) is waiting[1].handle
 
 
@@ -41,9 +43,10 @@ def test_no_more_is_prepared_than_can_have_lanes_soon() -> None:
 def test_a_shape_at_its_cap_is_passed_by_others_and_not_by_its_own() -> None:
     wide, narrow, other = slot(2), slot(1), slot(2, SHAPES[1])
     waiting = [wide, narrow, other]
-    assert next_to_run(waiting, 8, {SHAPES[0]: 3}, lambda shape: 4) == [other]
-    assert next_to_run(waiting, 4, {SHAPES[0]: 3}, lambda shape: 8) == []
-    assert next_to_run(waiting, 8, {}, lambda shape: 1) == [wide, other]  # one of a shape may always run
+    busy = slot(3, running=True)
+    assert next_to_run([busy, *waiting], 8, lambda shape: 4) == [other]
+    assert next_to_run([busy, *waiting], 4, lambda shape: 8) == []
+    assert next_to_run(waiting, 8, lambda shape: 1) == [wide, other]  # one of a shape may always run
 
 
 arrivals = st.tuples(st.integers(0, 40), st.integers(1, 2), st.integers(0, 1), st.integers(1, 6), st.integers(0, 60))
@@ -68,10 +71,9 @@ def test_every_picture_is_served_and_none_is_passed_without_end(
             one.handle.rows, one.handle.due = rows, sooner(tick + 10.0, tick + urgency)
             arrived[one] = tick
             waiting = sorted([*waiting, one], key=lambda one: one.handle.due)
-        busy = {shape: sum(one.handle.lanes for one in running if one.handle.shape == shape) for shape in SHAPES}
-        busy = {shape: count for shape, count in busy.items() if count}
-        for one in next_to_run(waiting, lanes, busy, lambda shape: cap):
+        for one in next_to_run([*running, *waiting], lanes, lambda shape: cap):
             waiting.remove(one)
+            one.stage = Stage.RUNNING
             running[one] = one.handle.rows
             served[one] = tick
         assert sum(one.handle.lanes for one in running) <= lanes

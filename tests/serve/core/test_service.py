@@ -13,7 +13,7 @@ from latentrt import Engine
 from latentrt.errors import BackendError, RequestError, UnknownSolverError
 from latentrt.serve.core.curve import Curve
 from latentrt.serve.core.errors import Draining, QueueFull
-from latentrt.serve.core.handle import Finished, Handle, Preview, Stage
+from latentrt.serve.core.handle import Finished, Preview, Stage
 from latentrt.serve.core.observer import Observer
 from latentrt.serve.core.service import Service
 from tests.serve.conftest import Serve, all_prepared, at_stage, eventually
@@ -47,9 +47,10 @@ def test_a_request_tells_its_story(serve: Serve, fakes: Fakes) -> None:
     assert {event.index for event in told if isinstance(event, Finished)} == {0, 1}
     assert all(event.image.info["latentrt"]["seed"] == event.index for event in told)
     assert (handle.row, handle.progress, handle.done, handle.over) == (3, 1.0, 2, True)
-    assert handle in service.scheduler.handles
+    later = submit(service, handle_of())
+    assert service.scheduler.handles == (handle, later)
     service.scheduler.release(handle)
-    assert handle not in service.scheduler.handles
+    assert service.scheduler.handles == (later,)
 
 
 @pytest.mark.filterwarnings("ignore::latentrt.errors.PromptTruncatedWarning")
@@ -339,12 +340,3 @@ def test_observers_hear_everything(serve: Serve, fakes: Fakes) -> None:
     assert [(lanes, pictures) for _, lanes, pictures in diary.of("ticked")] == [(4, 2)] * 3
     stages = [stage for (stage, _) in diary.of("staged")]
     assert (stages.count("prepare"), stages.count("decode")) == (1, 2)
-
-
-def test_handles_are_listed_oldest_first(serve: Serve, fakes: Fakes) -> None:
-    service = serve()
-    fakes.hold()
-    handles: list[Handle] = [submit(service, handle_of(id=str(number))) for number in range(3)]
-    service.scheduler.release(handles[1])
-    assert [handle.id for handle in service.scheduler.handles] == ["0", "2"]
-    assert (service.scheduler.waiting + service.scheduler.running) == 2

@@ -25,9 +25,11 @@ from latentrt.images.picture import Picture
 from latentrt.request import Request
 from latentrt.runtime.tensorrt.record import Profile
 from latentrt.sampling.schedule import Schedule
+from latentrt.serve.core.curve import Curve
 from latentrt.serve.core.handle import Handle, Stage
 from latentrt.serve.core.observer import Observer
 from latentrt.serve.core.pipeline import Facts, Model
+from latentrt.serve.core.queue import Limits
 from latentrt.serve.core.scheduler import Scheduler
 from latentrt.serve.http.app import create_app
 from latentrt.serve.http.catalog import Catalog
@@ -68,7 +70,7 @@ class FakeScheduler(Scheduler):
         observer: Observer | None = None,
     ) -> None:
         facts = Facts(one_stream=False, fixed_lanes=False, exact=False, resumable=True)
-        super().__init__(16, SHAPE, facts, observer or Observer(), on_hang=lambda: None, queue=queue)
+        super().__init__(16, SHAPE, facts, Limits(queue), Curve(), observer or Observer(), on_hang=lambda: None)
         self.places, self.delay, self.hold, self.refuses = queue, delay, hold, refuses
         self.fails: LatentrtError | None = None
         self.cut: dict[str, str] = {}

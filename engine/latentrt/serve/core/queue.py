@@ -5,7 +5,8 @@ from __future__ import annotations
 import heapq
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 from latentrt.serve.core.curve import Curve
 from latentrt.serve.core.errors import SOON, DeadlineUnreachable, QueueFull, QueueTimeout, RunTimeout
@@ -13,50 +14,64 @@ from latentrt.serve.core.handle import Handle, Slot, Stage
 from latentrt.serve.core.pipeline import GUIDED, Shape
 
 
-def next_to_prepare(waiting: Iterable[Slot], ahead: int) -> Handle | None:
+def next_to_prepare(slots: Iterable[Slot], ahead: int) -> Handle | None:
     """Return the first request that has no jobs yet and could soon need some.
 
     Args:
-        waiting: pictures in the order of the queue.
+        slots: pictures in the order of the queue.
         ahead: those of each shape that may wait prepared. The turn of all others is far: what comes in a crowd does not
             wait until all of the crowd is prepared.
     """
     seen = Counter[Shape]()
-    for slot in waiting:
+    for slot in (slot for slot in slots if slot.stage is Stage.WAITING):
         seen[slot.handle.shape] += 1
         if slot.job is None and slot.handle.submitted and seen[slot.handle.shape] <= ahead:
             return slot.handle
     return None
 
 
-def next_to_run(
-    waiting: Iterable[Slot], lanes: int, busy: Mapping[Shape, int], cap: Callable[[Shape], int]
-) -> list[Slot]:
+def next_to_run(slots: Sequence[Slot], lanes: int, cap: Callable[[Shape], int]) -> list[Slot]:
     """Return the pictures that may have lanes now, in the order of the queue.
 
     Those of a shape that is at its cap wait, and other shapes pass them. But where the lanes of the network themselves
     run out, no picture passes: otherwise those with one lane would keep one that needs two waiting without end.
 
     Args:
-        waiting: pictures in the order of the queue; those without jobs are passed.
+        slots: pictures in the order of the queue; those without jobs are passed.
         lanes: of the network, in all.
-        busy: lanes that are taken, by shape.
         cap: the most lanes that a shape should have; one picture of a shape may always run.
     """
-    taken, closed, chosen = dict(busy), set[Shape](), list[Slot]()
-    for slot in waiting:
+    taken, closed, chosen = Counter[Shape](), set[Shape](), list[Slot]()
+    for slot in (slot for slot in slots if slot.stage is Stage.RUNNING):
+        taken[slot.handle.shape] += slot.handle.lanes
+    for slot in (slot for slot in slots if slot.stage is Stage.WAITING):
         shape, needed = slot.handle.shape, slot.handle.lanes
         if slot.job is None or shape in closed:
             continue
-        own = taken.get(shape, 0)
-        if own and own + needed > cap(shape):
+        if taken[shape] and taken[shape] + needed > cap(shape):
             closed.add(shape)
-        elif sum(taken.values()) + needed > lanes:
+        elif taken.total() + needed > lanes:
             break
         else:
-            taken[shape] = own + needed
+            taken[shape] += needed
             chosen.append(slot)
     return chosen
+
+
+class Limits(NamedTuple):
+    """What pictures may take.
+
+    Attributes:
+        queue: pictures that may wait.
+        queue_timeout: seconds that one may wait for lanes.
+        run_timeout: seconds that one may take once it has them.
+        hang: seconds after which a step, a stage or a self-check that has not returned counts as hung.
+    """
+
+    queue: int = 64
+    queue_timeout: float = 120
+    run_timeout: float = 300
+    hang: float = 60
 
 
 class Forecast:
@@ -68,11 +83,12 @@ class Forecast:
     Args:
         places: pictures that may wait.
         lanes: of the network.
+        shape: of the model's own latents.
         measured: says how many lanes run at once, and at first how long a tick takes.
     """
 
-    def __init__(self, places: int, lanes: int, measured: Curve) -> None:
-        self._places, self._lanes = places, lanes
+    def __init__(self, places: int, lanes: int, shape: Shape, measured: Curve) -> None:
+        self._places, self._lanes, self._shape = places, lanes, shape
         self._caps, self._curve = measured, measured.copy()
 
     def cap(self, shape: Shape) -> int:
@@ -83,8 +99,8 @@ class Forecast:
         """Take a tick into account."""
         self._curve.learn(shape, lanes, seconds)
 
-    def full(self, pictures: int, own: Shape, slots: Sequence[Slot]) -> QueueFull | None:
-        """Return why so many pictures have no place beside these; None where they have."""
+    def full(self, pictures: int, slots: Sequence[Slot]) -> QueueFull | None:
+        """Return why so many pictures have no place beside these, and when they may have one; None where they have."""
         waiting = sum(slot.stage is Stage.WAITING for slot in slots)
         free = self._places - waiting
         if pictures > self._places:
@@ -92,21 +108,18 @@ class Forecast:
             return QueueFull(f"{pictures} pictures", needed, fix="ask for fewer pictures")
         if pictures <= free:
             return None
-        tick, starts = self._begins(slots, own)
+        tick, starts = self._begins(slots, self._shape)
         seconds = 0.0 if tick is None else starts[min(pictures - free, waiting) - 1] * tick
         found = f"{free} of {self._places} places in the queue are free"
         return QueueFull(found, needed=f"{pictures}", fix="try again later", retry_after=max(SOON, seconds))
 
-    def refuse(self, handle: Handle, own: Shape, slots: Sequence[Slot]) -> None:
-        """Refuse a request that comes to these pictures, if they leave it no place or no time.
-
-        Args:
-            own: the shape of the model's own latents: all that wait are taken to be of it.
+    def refuse(self, handle: Handle, slots: Sequence[Slot]) -> None:
+        """Refuse a request if these pictures leave it no place or no time.
 
         Raises:
             QueueFull, DeadlineUnreachable: as they say.
         """
-        full = self.full(handle.request.count, own, slots)
+        full = self.full(handle.request.count, slots)
         if full is not None:
             raise full
         if handle.deadline is None:

@@ -6,7 +6,6 @@ import asyncio
 import threading
 import time
 from bisect import insort
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -14,18 +13,12 @@ from typing import TYPE_CHECKING
 from latentrt.errors import LatentrtError, RequestError
 from latentrt.run.job import Float32, Job
 from latentrt.serve.core.curve import Curve
-from latentrt.serve.core.errors import (
-    Cancelled,
-    Draining,
-    QueueFull,
-    as_fault,
-    code_of,
-)
+from latentrt.serve.core.errors import Cancelled, Draining, QueueFull, as_fault, code_of
 from latentrt.serve.core.handle import Finished, Handle, Preview, Slot, Stage
 from latentrt.serve.core.health import Health
 from latentrt.serve.core.observer import Observer
 from latentrt.serve.core.pipeline import Facts, Shape
-from latentrt.serve.core.queue import Forecast, next_to_prepare, next_to_run, sooner, too_late
+from latentrt.serve.core.queue import Forecast, Limits, next_to_prepare, next_to_run, sooner, too_late
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -45,13 +38,9 @@ class Scheduler:
         lanes: of the network.
         shape: of the model's own latents.
         facts: how the engine's device works.
+        curve: what was measured; an empty one lets every tick have all lanes, and times are learnt.
         observer: hears of everything.
         on_hang: called where a call that hangs has not returned after as long again; a thread cannot be ended.
-        queue: pictures that may wait.
-        queue_timeout: seconds that a picture may wait for lanes.
-        run_timeout: seconds that a picture may take once it has them.
-        hang: seconds after which a step, a stage or a self-check that has not returned counts as hung.
-        curve: what was measured; None lets every tick have all lanes, and times are learnt.
     """
 
     def __init__(
@@ -59,24 +48,19 @@ class Scheduler:
         lanes: int,
         shape: Shape,
         facts: Facts,
+        limits: Limits,
+        curve: Curve,
         observer: Observer,
         on_hang: Callable[[], None],
-        *,
-        queue: int = 64,
-        queue_timeout: float = 120,
-        run_timeout: float = 300,
-        hang: float = 60,
-        curve: Curve | None = None,
     ) -> None:
         self.lanes, self.facts, self.observer = lanes, facts, observer
-        self._shape, self._places, self._on_hang = shape, queue, on_hang
-        self._queue_timeout, self._run_timeout = queue_timeout, run_timeout
+        self._limits, self._on_hang = limits, on_hang
         self._changed = threading.Condition()  # guards all that follows; notified when a thread may have work
         self._handles: dict[Handle, None] = {}  # from their reservation until their clients let go of them
         self._slots: list[Slot] = []  # those that are not over: by due time, and in order of arrival where it is equal
         self._decodes_next = False  # requests are prepared and pictures decoded by turns
-        self._forecast = Forecast(queue, lanes, curve or Curve())
-        self._health = Health(hang)
+        self._forecast = Forecast(limits.queue, lanes, shape, curve)
+        self._health = Health(limits.hang)
         self._full: QueueFull | None = None  # as it was found when it was last looked at
         self._full_since = 0.0
         self._draining = self._closed = False
@@ -101,9 +85,9 @@ class Scheduler:
                 found, needed = f"the picture takes {handle.lanes} lanes", f"at most {self.lanes}"
                 raise RequestError(found, needed, fix="set guidance_scale to 1")
             handle.came = now = time.monotonic()
-            handle.due = sooner(now + PATIENCE * self._queue_timeout, handle.deadline)
-            self._forecast.refuse(handle, self._shape, self._slots)
-            limit = sooner(now + self._queue_timeout, handle.deadline)
+            handle.due = sooner(now + PATIENCE * self._limits.queue_timeout, handle.deadline)
+            self._forecast.refuse(handle, self._slots)
+            limit = sooner(now + self._limits.queue_timeout, handle.deadline)
             handle.slots = [Slot(handle, index, limit) for index in range(handle.request.count)]
             for slot in handle.slots:
                 insort(self._slots, slot, key=lambda one: one.handle.due)
@@ -134,9 +118,11 @@ class Scheduler:
                     self._end(slot, code_of(error))
                 handle.fail(error)
 
-    def _fail_all(self, error: LatentrtError) -> None:
-        for handle in self._handles:
-            self.fail(handle, error)
+    def fail_all(self, error: LatentrtError) -> None:
+        """End all requests with an error."""
+        with self._changed:
+            for handle in self._handles:
+                self.fail(handle, error)
 
     def _end(self, slot: Slot, outcome: str) -> None:
         if slot.stage < Stage.OVER:
@@ -149,10 +135,10 @@ class Scheduler:
         """Return why there is no place for any picture; None where there is one, or where nothing is taken at all."""
         with self._changed:
             now = time.monotonic()
-            if not self.ready or len(self._at(Stage.WAITING)) < self._places:
+            if not self.ready or len(self._at(Stage.WAITING)) < self._limits.queue:
                 return None
             if self._full is None or now - self._full_since > NEWS:
-                self._full, self._full_since = self._forecast.full(1, self._shape, self._slots), now
+                self._full, self._full_since = self._forecast.full(1, self._slots), now
             return self._full
 
     def _at(self, stage: Stage) -> list[Slot]:
@@ -161,20 +147,17 @@ class Scheduler:
     # ---- What the engine's thread does
 
     def next_turn(self, *, busy: bool) -> list[Slot] | None:
-        """Wait until the engine's thread has something to do; return the pictures that get lanes now.
+        """Wait until the engine's thread has something to do; return the pictures that get lanes now, None to end it.
 
         Args:
             busy: it has jobs to move anyway.
-
-        Returns:
-            None once the scheduler is closed.
         """
         with self._changed:
             while not self._closed:
                 joining = self._joining()
                 between = self.facts.one_stream and self._side_work() is not None
                 if busy or joining or between or self.check_due:
-                    limit = time.monotonic() + self._run_timeout
+                    limit = time.monotonic() + self._limits.run_timeout
                     for slot in joining:
                         slot.stage, slot.limit = Stage.RUNNING, sooner(limit, slot.handle.deadline)
                     if joining:
@@ -187,10 +170,7 @@ class Scheduler:
         """None while the engine is not trusted, or while the VAE lags by as many pictures as there are lanes."""
         if self._health.state != "ready" or len(self._at(Stage.DENOISED)) >= self.lanes:
             return []
-        busy: Counter[Shape] = Counter()
-        for slot in self._at(Stage.RUNNING):
-            busy[slot.handle.shape] += slot.handle.lanes
-        return next_to_run(self._at(Stage.WAITING), self.lanes, busy, self._forecast.cap)
+        return next_to_run(self._slots, self.lanes, self._forecast.cap)
 
     def ticked(self, slots: Sequence[Slot], lanes: int, seconds: float) -> None:
         """Learn from a tick of these pictures: a good one of one shape is a point of the curve."""
@@ -235,7 +215,7 @@ class Scheduler:
             return work, preview
 
     def _side_work(self) -> Handle | Slot | None:
-        request = next_to_prepare(self._at(Stage.WAITING), BATCHES * self.lanes)
+        request = next_to_prepare(self._slots, BATCHES * self.lanes)
         picture = next(iter(self._at(Stage.DENOISED)), None)
         first, second = (picture, request) if self._decodes_next else (request, picture)
         return first or second or next((slot for slot in self._slots if slot.preview is not None), None)
@@ -287,7 +267,7 @@ class Scheduler:
         with self._changed:
             self._health.checked(error)
             if error is not None:
-                self._fail_all(as_fault(error))
+                self.fail_all(as_fault(error))
             self._changed.notify_all()
 
     @contextmanager
@@ -311,17 +291,11 @@ class Scheduler:
                     self.fail(slot.handle, too_late(slot, now))
                 for fault in self._health.found_hung(now):
                     self.suspect(fault, hung=True)
-                    self._fail_all(fault)
+                    self.fail_all(fault)
                 if self._health.is_lost(now):
                     self._on_hang()
                 limits = [slot.limit - now for slot in self._slots]
                 self._changed.wait(max(0.0, min([self._health.hang / 4, *limits])))
-
-    def crashed(self, error: Exception) -> None:
-        """Take what a thread raised, which is our own mistake: it costs all requests and a self-check."""
-        with self._changed:
-            self.suspect(as_fault(error))
-            self._fail_all(as_fault(error))
 
     # ---- What others see, and the end
 
@@ -369,5 +343,5 @@ class Scheduler:
         """End the threads; what is left fails."""
         with self._changed:
             self._closed = True
-            self._fail_all(Draining("the server was stopped", needed="a server that runs", fix="ask again"))
+            self.fail_all(Draining("the server was stopped", needed="a server that runs", fix="ask again"))
             self._changed.notify_all()

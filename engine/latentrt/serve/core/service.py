@@ -6,11 +6,13 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
 
 from latentrt.engine import Engine
 from latentrt.serve.core import pipeline
+from latentrt.serve.core.curve import Curve
+from latentrt.serve.core.errors import as_fault
 from latentrt.serve.core.observer import Observer
+from latentrt.serve.core.queue import Limits
 from latentrt.serve.core.scheduler import Scheduler
 from latentrt.serve.core.worker import SideWorker, Worker
 
@@ -20,7 +22,7 @@ class Service:
 
     Args:
         engine: resident, and used by nothing else from now on; it is not closed here.
-        observer, on_hang, settings: as of `Scheduler`.
+        limits, curve, observer, on_hang: as of `Scheduler`.
 
     Raises:
         BackendError: the engine drops its networks after use.
@@ -29,15 +31,16 @@ class Service:
     def __init__(
         self,
         engine: Engine,
+        limits: Limits = Limits(),  # noqa: B008 - it is immutable
         *,
+        curve: Curve | None = None,
         observer: Observer | None = None,
         on_hang: Callable[[], None] = lambda: None,
-        **settings: Any,
     ) -> None:
         pipeline.check_resident(engine)
         facts, shape = pipeline.facts(engine), pipeline.own_shape(engine)
         self.scheduler = Scheduler(
-            engine.denoiser.lanes, shape, facts, observer or Observer(), on_hang=on_hang, **settings
+            engine.denoiser.lanes, shape, facts, limits, curve or Curve(), observer or Observer(), on_hang
         )
         side = SideWorker(self.scheduler, engine)
         worker = Worker(self.scheduler, engine, side if facts.one_stream else None)
@@ -52,13 +55,14 @@ class Service:
             thread.start()
 
     def _survive(self, run: Callable[[], None]) -> None:
-        """Run a thread's function until it returns, whatever it raises."""
+        """Run a thread's function until it returns. What it raises is our own mistake: all requests pay for it."""
         while True:
             try:
                 return run()
             except Exception as error:
                 logging.getLogger(__name__).exception("%s raised", threading.current_thread().name)
-                self.scheduler.crashed(error)
+                self.scheduler.suspect(as_fault(error))
+                self.scheduler.fail_all(as_fault(error))
 
     def close(self, timeout: float = 10.0) -> None:
         """End the threads after the tick that runs; what is left fails. Threads that hang are left behind."""
