@@ -41,7 +41,7 @@ def goals(result: Result) -> list[Goal]:
 
 
 def _our_steps(ours: Ours, task: Task) -> tuple[float, float]:
-    watch = Stopwatch(ours.engine.unet)
+    watch = Stopwatch(ours.engine.model.predictor)
     denoiser = Denoiser(HostLanes(watch, 2 * len(task.prompts)))
     for job in ours.jobs(task):
         denoiser.admit(job)

@@ -49,7 +49,7 @@ def _unet(ours: Ours, theirs: Theirs) -> tuple[Call, Call]:
     import torch
 
     spec, unet = ours.engine.spec.latents, theirs.pipe.unet
-    states = ours.engine.text_encoder.encode("a red apple")["encoder_hidden_states"]
+    states = ours.engine.model.text.encode("a red apple")["encoder_hidden_states"]
     sample = np.random.default_rng(0).standard_normal((2, spec.channels, spec.height, spec.width), np.float32)
     timestep, states = np.array([500, 500], np.float32), np.stack([states, states])
     tensors = [torch.from_numpy(array) for array in (sample, timestep, states)]
@@ -58,7 +58,7 @@ def _unet(ours: Ours, theirs: Theirs) -> tuple[Call, Call]:
         with torch.inference_mode():
             return unet(*tensors, return_dict=False)[0].numpy()
 
-    return lambda _: ours.engine.unet(sample, timestep, {"encoder_hidden_states": states}), theirs_call
+    return lambda _: ours.engine.model.predictor(sample, timestep, {"encoder_hidden_states": states}), theirs_call
 
 
 def _vae(ours: Ours, theirs: Theirs) -> tuple[Call, Call]:
@@ -72,4 +72,4 @@ def _vae(ours: Ours, theirs: Theirs) -> tuple[Call, Call]:
         with torch.inference_mode():
             return vae.decode(scaled, return_dict=False)[0].numpy()
 
-    return lambda _: ours.engine.vae.decode(latents), theirs_call
+    return lambda _: ours.engine.model.codec.decode(latents), theirs_call

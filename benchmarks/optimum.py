@@ -40,7 +40,7 @@ def main() -> None:
     torch.set_num_threads(1)
     print("| network | exporter | nodes | file, KB | load, ms | call, ms (5 % to 95 %) | max abs to torch |")
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
-    for name, graph in Bundle.open(args.bundle).spec.graphs.items():
+    for name, graph in Bundle.open(args.bundle).spec.graphs().items():
         paths = {"latentrt": args.bundle / graph.path, "optimum": args.optimum_folder / name / "model.onnx"}
         for exporter, cells in compare(args.bundle, name, paths, args.threads, args.repeats).items():
             print(f"| {name} | {exporter} | {' | '.join(cells)} |", flush=True)
@@ -49,7 +49,7 @@ def main() -> None:
 def compare(bundle: Path, name: str, paths: dict[str, Path], threads: int, repeats: int) -> dict[str, list[str]]:
     """The cells of one network's rows, by exporter."""
     with quiet(), torch.no_grad():
-        network = load_network(bundle, name, family="sd", tokens=77)
+        network = load_network(bundle, name)
         inputs = examples(bundle, name)
         wanted = network.module(*map(torch.from_numpy, inputs.values())).numpy()
     sessions = {exporter: load(path, threads) for exporter, path in paths.items()}
@@ -89,7 +89,7 @@ def examples(bundle: Path, name: str) -> dict[str, np.ndarray]:
         return {"input_ids": np.stack([tokenizer.encode(prompt).ids for prompt in PROMPTS])}
     scale = spec.latents.factor if name == "vae_encoder" else 1
     sizes = {"batch": 2, "height": spec.latents.height * scale, "width": spec.latents.width * scale}
-    shapes = {t.name: [sizes[d] if isinstance(d, str) else d for d in t.shape] for t in spec.graphs[name].inputs}
+    shapes = {t.name: [sizes[d] if isinstance(d, str) else d for d in t.shape] for t in spec.graphs()[name].inputs}
     values = {k: rng.standard_normal(shape, np.float32) for k, shape in shapes.items()}
     return values | ({"timestep": np.full(2, 500, np.float32)} if name == "unet" else {})
 

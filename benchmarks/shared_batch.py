@@ -103,7 +103,11 @@ def arrivals(config: Config, interval: float) -> list[Arrival]:
 
 def by_step(ours: Ours, traffic: Sequence[Arrival]) -> Served:
     """Join and leave between any two network calls."""
-    denoiser, waiting, served = Denoiser(HostLanes(ours.engine.unet, 2 * PICTURES)), list(traffic), Served({}, {})
+    denoiser, waiting, served = (
+        Denoiser(HostLanes(ours.engine.model.predictor, 2 * PICTURES)),
+        list(traffic),
+        Served({}, {}),
+    )
     owner: dict[Job, Arrival] = {}
     start = time.perf_counter()
     while waiting or denoiser.jobs:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from latentrt.bundle.bundle import EMBEDDED
-from latentrt.bundle.manifest import GraphSpec
+from latentrt.bundle.spec import FP32, TEXT_ENCODER, NetworkSpec, Variant
 
 
 @pytest.fixture(scope="session")
@@ -37,15 +37,23 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
 
 
 def _make_checkpoint(name: str, folder: Path) -> None:
-    from tests.support.models import checkpoints
+    from tests.support.models import checkpoints, pixels
 
-    if name == "sd":
-        checkpoints.tiny_sd(folder)
-        checkpoints.rename_as_of_old(folder)
-    elif name == "sd2":
-        checkpoints.tiny_sd2(folder, variant="fp16", max_shard_size="200KB")
+    kind, inpaints = name.removesuffix("-inpainting"), name.endswith("-inpainting")
+    unet = {"in_channels": 9} if inpaints else {}
+    pipeline = "StableDiffusionXLInpaintPipeline" if kind == "sdxl" else "StableDiffusionInpaintPipeline"
+    index = {"_class_name": pipeline} if inpaints else {}
+    if kind == "pixels":
+        pixels.tiny_pixels(folder, flat=True)
+    elif kind == "classes":
+        pixels.tiny_pixels(folder, unet={"num_class_embeds": 5}, scheduler={"beta_schedule": "squaredcos_cap_v2"})
+    elif kind == "sd2":
+        checkpoints.tiny_sd2(folder, unet=unet, index=index, variant="fp16", max_shard_size="200KB")
+    elif kind == "sdxl":
+        checkpoints.tiny_sdxl(folder, unet=unet, index=index)
     else:
-        checkpoints.tiny_sdxl(folder)
+        checkpoints.tiny_sd(folder, unet=unet, index=index)
+        checkpoints.rename_as_of_old(folder)
 
 
 @pytest.fixture
@@ -61,12 +69,14 @@ def checkpoint(tmp_path: Path) -> Path:
 def fast(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Write a stand-in for each graph instead of tracing it."""
     from latentrt_export import to_bundle
+    from latentrt_export.checkpoint.source import tokenizer_of
     from latentrt_export.to_bundle import NetworkSummary
 
-    def stand_in(checkpoint: Any, root: Path, name: str) -> tuple[GraphSpec, NetworkSummary]:
-        path = to_bundle.GRAPHS[name]
+    def stand_in(checkpoint: Any, root: Path, name: str) -> tuple[NetworkSpec, NetworkSummary]:
+        path, role = to_bundle.GRAPHS[name], to_bundle.ROLES.get(name, TEXT_ENCODER)
         (root / path).write_bytes(b"graph")
-        return GraphSpec(path, 23, 1, (), ()), NetworkSummary(0.0, 1, 5, 0, 0)
+        variants = {FP32: Variant(path, 23, 1)}
+        return NetworkSpec(role, (), (), variants, tokenizer_of(name) or None), NetworkSummary(0.0, 1, 5, 0, 0)
 
     monkeypatch.setattr(to_bundle, "_export_network", stand_in)
     monkeypatch.setattr(to_bundle, "_add_half", lambda root, spec: spec)

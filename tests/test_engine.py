@@ -98,7 +98,7 @@ def test_one_network_at_a_time_draws_the_same(sd: Engine) -> None:
     settings = {"steps": 2, "seed": 5}
     with Engine.load(resident=False, threads=2, check_hashes=False) as lean:
         opened: list[str] = []
-        for name, network in lean._networks.items():
+        for name, network in lean.model.networks.items():
             load = network._load
             network._load = lambda name=name, load=load: (opened.append(name), load())[1]
         first, again = lean("a cat", **settings)[0], lean("a cat", **settings)[0]

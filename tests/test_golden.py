@@ -11,7 +11,7 @@ import pytest
 
 from latentrt import Engine
 from latentrt.bundle.bundle import Bundle
-from latentrt.bundle.manifest import Golden
+from latentrt.bundle.spec import Golden
 from latentrt.golden import measure, worst_error
 
 

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from benchmarks.gpu.config import SIDES, Config
 from latentrt import Engine
 from latentrt.cuda.base import DeviceArray
-from latentrt.runtime.base import Bound, DeviceNetwork, size_of
+from latentrt.runtime.base import Bound, DeviceNetwork
+from latentrt.runtime.signature import shape_of
 
 PARTS = ("text", "unet", "vae")
 
@@ -55,7 +56,7 @@ class EngineSide:
     def alone(self) -> dict[str, list[float]]:
         """Milliseconds of each network for the batch: all lanes' texts, one UNet call, all pictures' decoding."""
         spec = self.engine.spec
-        parts = {"text": spec.text_encoders, "unet": ("unet",), "vae": ("vae_decoder",)}
+        parts = {"text": spec.named("text_encoder"), "unet": ("unet",), "vae": ("vae_decoder",)}
         found = {}
         for part, names in parts.items():
             times = [self._time(name) for name in names]

@@ -116,8 +116,8 @@ def _macs(config: Config) -> dict[str, int]:
     spec = Bundle.open(config.bundle, check_hashes=False).spec
     height, width = config.size[1] // spec.latents.factor, config.size[0] // spec.latents.factor
     sizes = {"batch": 1, "height": height, "width": width}
-    names = (*spec.text_encoders, "unet", "vae_decoder")
-    return {name: macs(config.bundle / spec.graphs[name].path, sizes) for name in names}
+    names = (*spec.named("text_encoder"), "unet", "vae_decoder")
+    return {name: macs(config.bundle / spec.graphs()[name].path, sizes) for name in names}
 
 
 def _meter(hardware: Any) -> Meter | None:
@@ -245,7 +245,7 @@ def _build(config: Config, batch: int, deadline: Deadline) -> list[dict[str, Any
     limit = deadline.left(config.limit)
     assert config.bundle is not None
     spec = Bundle.open(config.bundle, check_hashes=False).spec
-    networks = (*spec.text_encoders, "unet", "vae_decoder")
+    networks = (*spec.named("text_encoder"), "unet", "vae_decoder")
     build = config.open_hardware().build_plans
     built: list[dict[str, Any]] = build(config.bundle, networks, config.library, 2 * batch, config.size, limit)
     return built

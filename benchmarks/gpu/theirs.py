@@ -80,7 +80,8 @@ class DiffusersSide:
         if SIDES[name].compiled:
             self._compile()
         encoders = [
-            getattr(self._pipe, each) for each in Bundle.open(config.bundle, check_hashes=False).spec.text_encoders
+            getattr(self._pipe, each)
+            for each in Bundle.open(config.bundle, check_hashes=False).spec.named("text_encoder")
         ]
         self._parts = {"text": [self._watch(each) for each in encoders], "unet": [self._watch(self._pipe.unet)]}
         self._pipe.vae.decode = Timed(self._pipe.vae.decode, self._clock)

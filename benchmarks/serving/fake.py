@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from latentrt.bundle.bundle import EMBEDDED, Bundle
 from latentrt.command.serve import serve
 from latentrt.engine import Engine
-from latentrt.runtime.base import Arrays
+from latentrt.runtime.signature import Arrays
 from latentrt.runtime.fake import FakeBackend, zeros
 from latentrt.serve import server
 from latentrt.serve.process.config import Settings
@@ -30,7 +30,7 @@ def fake_engine(lanes: int) -> Engine:
     """An engine of the embedded model's shapes that draws nothing; only its UNet takes time, and no core."""
     bundle = Bundle.open(EMBEDDED, check_hashes=False)
     bundle = replace(bundle, spec=replace(bundle.spec, golden=()))
-    graph = bundle.spec.graphs["unet"]
+    graph = bundle.spec.graphs()["unet"]
     nothing = zeros(graph)
 
     def unet(feeds: Arrays) -> dict[str, NDArray[Any]]:

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from latentrt.bundle.bundle import Bundle
     from latentrt.engine import Engine
     from latentrt.errors import LatentrtError
-    from latentrt.images.image import grid, read_settings, save
+    from latentrt.images.files import save
+    from latentrt.images.metadata import read_settings
+    from latentrt.images.sheet import grid
     from latentrt.request import Request
     from latentrt.run.denoiser import Denoiser
     from latentrt.run.host import HostLanes
@@ -39,11 +41,11 @@ _HOME = {
     "Schedule": "sampling.schedule",
     "Table": "sampling.table",
     "advance": "sampling.table",
-    "grid": "images.image",
+    "grid": "images.sheet",
     "noise_source": "sampling.noise",
     "preview": "sampling.table",
-    "read_settings": "images.image",
-    "save": "images.image",
+    "read_settings": "images.metadata",
+    "save": "images.files",
     "tabulate": "sampling.table",
 }
 

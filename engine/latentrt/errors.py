@@ -74,8 +74,8 @@ class PlanError(LatentrtError):
     """A TensorRT plan is missing, was built for something else, or cannot be built."""
 
 
-class UntrustedPlanError(PlanError):
-    """A plan is damaged or was not built here: plans are native code and are not loaded unless they are known."""
+class UntrustedFileError(LatentrtError):
+    """A file or folder of native code that another user may have written to."""
 
 
 class NetworkError(LatentrtError):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
-from latentrt.bundle.manifest import Golden
+from latentrt.bundle.spec import Golden
 from latentrt.engine import Engine
+from latentrt.model.model import Model
 from latentrt.sampling.table import tabulate
 
 RUNS = (("a red apple", "", 4, 7, 3.0), ("a", "blurry", 2, 2**32, 1.0))  # prompt, negative, steps, seed, guidance
@@ -18,24 +20,45 @@ TOLERANCE = 1e-3  # what another CPU's or backend's float32 may differ by, relat
 
 def measure(engine: Engine) -> tuple[Golden, ...]:
     """Run the golden prompts with the solver of the bundle's own scheduler class and note their final latents."""
-    solver = tabulate(None, engine.schedule, 1).solver
+    solver = tabulate(engine.spec.defaults.solver, engine.schedule, 1).solver
     return tuple(_run(engine, solver, *run) for run in RUNS)
 
 
 def worst_error(engine: Engine) -> float:
-    """The largest difference from the bundle's golden runs, relative to their latents' standard deviation.
+    """Return the largest difference from the bundle's golden runs, relative to their latents' standard deviation.
 
     Each is repeated with the solver it names. NaN if the bundle has none, or a run is not finite.
     """
     return float(np.max([_difference(_repeat(engine, known), known) for known in engine.spec.golden] or [math.nan]))
 
 
+def example(model: Model, side: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return settings and pictures that any request to a model needs besides a prompt, for a small picture.
+
+    Args:
+        model: whose needs these are.
+        side: of the latents at most.
+    """
+    latents = model.spec.latents
+    sides = [min(own, side) // latents.multiple * latents.multiple for own in (latents.height, latents.width)]
+    height, width = (max(each, latents.multiple) * latents.factor for each in sides)
+    settings: dict[str, Any] = {"height": height, "width": width}
+    if "class_label" in model.fields:
+        settings["class_label"] = 0
+    if not model.reads_masks:
+        return settings, {}
+    ramp = np.add.outer(np.linspace(0, 128, height), np.linspace(0, 127, width)).astype(np.uint8)
+    mask = np.broadcast_to(np.arange(width) < width // 2, (height, width))
+    return settings, {"image": np.stack([ramp, ramp[::-1], ramp[:, ::-1]], axis=-1), "mask": mask}
+
+
 def _run(engine: Engine, solver: str, prompt: str, negative: str, steps: int, seed: int, guidance: float) -> Golden:
-    latents = engine.spec.latents
-    height, width = (min(side, SIDE) * latents.factor for side in (latents.height, latents.width))
-    settings = {"solver": solver, "negative_prompt": negative, "steps": steps, "seed": seed, "guidance": guidance}
-    settings |= {"height": height, "width": width}
-    (job,) = engine.requests([prompt], settings)
+    settings, pictures = example(engine.model, SIDE)
+    settings |= {"solver": solver, "steps": steps, "seed": seed}
+    prompted = engine.model.text is not None
+    if prompted:
+        settings |= {"negative_prompt": negative, "guidance": guidance}
+    (job,) = engine.requests([prompt if prompted else None], settings, pictures)
     engine.run([job])
     x = job.latents.astype(np.float64)
     first = tuple(float(f"{value:.6g}") for value in x.ravel()[:FIRST])

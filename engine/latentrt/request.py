@@ -35,52 +35,61 @@ _OTHER_NAMES = {
 class Request:
     """One picture, or `count` of them, as a user asks for it.
 
-    `seed` belongs to the first picture; picture i has seed + i, so a picture never depends on its siblings.
-    `guidance` is classifier-free guidance's scale: 1 (or less) runs one lane, above 1 two. `guidance_interval` is the
-    part of the run, as fractions of its rows, in which guidance acts. `solver` None means the class that the bundle's
-    scheduler_config.json names, `height` and `width` None the size the model was trained at (pixels), `negative_prompt`
-    None what it was trained with for no prompt: empty text or, for some, zeros. `noise` names the torch generator whose
-    numbers a seed stands for. `strength` is how much of the run is made on a given picture, above 0 to 1; None means
-    0.8, or all of it where a mask says what is repainted. `pictures` are those that the request brings, by what they
-    are for ("image" to begin on, "mask": what of it to repaint), as PIL images or uint8 arrays; whoever passes a request
-    on does not look at them. `options` go to `tabulate`: eta, use_karras_sigmas, timestep_spacing, ...
+    Attributes:
+        prompt: what to draw; None for models that read no prompt.
+        negative_prompt: what to keep out. None is what the model was trained with for no prompt: empty text or zeros.
+        steps: of the solver; None is the model's default.
+        solver: a name of `latentrt solvers`; None is the class that the bundle's scheduler_config.json names.
+        seed: of the first picture. Picture i has seed + i, so a picture never depends on its siblings.
+        guidance: scale of classifier-free guidance: 1 or less runs one lane, above 1 two; None is the model's default.
+        guidance_rescale: 0 to 1, see `Guidance`.
+        guidance_interval: the part of the run, as fractions of its rows, in which guidance acts.
+        height, width: in pixels; None is the size that the model was trained at.
+        count: how many pictures.
+        class_label: the number of a class, for models that were trained with classes.
+        noise: names the torch generator whose numbers a seed stands for.
+        strength: how much of the run is made on a given picture, above 0 to 1; None is 0.8, or 1 with a mask.
+        pictures: that the request brings, by what they are for: "image" to begin on, "mask" for what of it to repaint.
+            PIL images or uint8 arrays.
+        options: settings of the solver: eta, use_karras_sigmas, timestep_spacing, ...
 
     Raises:
         RequestError: a value is out of range.
     """
 
-    prompt: str
+    prompt: str | None = None
     negative_prompt: str | None = None
-    steps: int = 20
+    steps: int | None = None
     solver: str | None = None
     seed: int = 0
-    guidance: float = 3.0
+    guidance: float | None = None
     guidance_rescale: float = 0.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     height: int | None = None
     width: int | None = None
     count: int = 1
+    class_label: int | None = None
     noise: str = "torch-cpu"
     strength: float | None = None
     pictures: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _whole("steps", self.steps, 1, 10_000)
         _whole("count", self.count, 1, 10_000)
         _whole("seed", self.seed, 0, MAX_SEED)
         _whole("the last picture's seed (seed + count - 1)", self.seed + self.count - 1, 0, MAX_SEED)
-        for name in ("height", "width"):
+        for name, low, high in (("steps", 1, 10_000), ("height", 1, 65_536), ("width", 1, 65_536)):
             if getattr(self, name) is not None:
-                _whole(name, getattr(self, name), 1, 65_536)
-        for name, optional in (("negative_prompt", True), ("solver", True), ("noise", False)):
+                _whole(name, getattr(self, name), low, high)
+        if self.class_label is not None:
+            _whole("class_label", self.class_label, 0, 2**31 - 1)
+        for name, optional in (("prompt", True), ("negative_prompt", True), ("solver", True), ("noise", False)):
             value = getattr(self, name)
             if not isinstance(value, str) and not (optional and value is None):
                 raise RequestError(f"{name} is {value!r}", needed="text or None" if optional else "text")
-        _number("guidance", self.guidance, 0.0, 1e6)
-        _number("guidance_rescale", self.guidance_rescale, 0.0, 1.0)
-        if self.strength is not None:
-            _number("strength", self.strength, 0.0, 1.0)
+        for name, most in (("guidance", 1e6), ("guidance_rescale", 1.0), ("strength", 1.0)):
+            if getattr(self, name) is not None:
+                _number(name, getattr(self, name), 0.0, most)
         interval = self.guidance_interval
         if not isinstance(interval, (list, tuple)) or len(interval) != 2:
             raise RequestError(
@@ -118,7 +127,7 @@ def _number(name: str, value: object, low: float, high: float) -> None:
         raise RequestError(f"{name} is {value!r}", needed=f"a finite number from {low:g} to {high:g}")
 
 
-def request_from(prompt: str, settings: Mapping[str, Any]) -> Request:
+def request_from(prompt: str | None, settings: Mapping[str, Any]) -> Request:
     """A Request whose settings other than its own fields are the solver's options.
 
     Raises:
@@ -142,13 +151,9 @@ def request_from(prompt: str, settings: Mapping[str, Any]) -> Request:
 def facts_of(request: Request, solver: str, seed: int, index: int, size: tuple[int, int], model: str) -> dict[str, Any]:
     """The settings that a picture of (height, width) carries."""
     return {
-        "prompt": request.prompt,
-        "negative_prompt": request.negative_prompt or "",
+        **_of_prompt(request),
         "steps": request.steps,
         "solver": solver,
-        "guidance": request.guidance,
-        "guidance_rescale": request.guidance_rescale,
-        "guidance_interval": list(request.guidance_interval),
         "noise": request.noise,
         "seed": seed,
         "index": index,
@@ -157,4 +162,17 @@ def facts_of(request: Request, solver: str, seed: int, index: int, size: tuple[i
         "model": model,
         **({} if request.strength is None else {"strength": request.strength}),
         **request.options,
+    }
+
+
+def _of_prompt(request: Request) -> dict[str, Any]:
+    """What pictures say of how they were conditioned."""
+    if request.prompt is None:
+        return {} if request.class_label is None else {"class_label": request.class_label}
+    return {
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt or "",
+        "guidance": request.guidance,
+        "guidance_rescale": request.guidance_rescale,
+        "guidance_interval": list(request.guidance_interval),
     }

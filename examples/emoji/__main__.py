@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import os
+import sys
 from importlib import import_module
 from pathlib import Path
 from warnings import filterwarnings
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+sys.path.append(str(Path(__file__).parents[1] / "shared"))
+
+from data import CACHE
+
 SEED = 0
 STAGES = ("data", "combine", "tokenizer", "vae", "text", "unet", "pack", "check", "card")
 MINUTES = {
@@ -23,7 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python examples/emoji", description=__doc__)
     parser.add_argument("stages", nargs="+", choices=STAGES, metavar="STAGE", help=", ".join(STAGES))
     parser.add_argument("--minutes", type=float, help=f"of training, with those of earlier calls {MINUTES}")
-    parser.add_argument("--work", type=Path, default=CACHE / "latentrt" / "emoji", help="folder [%(default)s]")
+    parser.add_argument("--work", type=Path, default=CACHE / "emoji", help="folder [%(default)s]")
     parser.add_argument("--bundle", type=Path, help="what `check` checks [the one that `pack` made]")
     parser.add_argument("--threads", type=int, help="of torch, on a CPU")
     asked = parser.parse_args()

@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from lessons import Lessons
 from text import WIDTH, ids_of, tokenizer_of
 from torch import Tensor
-from training import Run, batch_of, device, half
+from training import Run, batch_of, device, half, timesteps
 from transformers import CLIPTextModel
 from vae import CHANNELS
 
@@ -83,9 +83,3 @@ def train(work: Path, minutes: float) -> None:
     with run.averaged():
         unet.save_pretrained(work / "unet" / "model")
         encoder.save_pretrained(work / "unet" / "text_encoder")
-
-
-def timesteps(count: int) -> Tensor:
-    """One from each part of the schedule, so that every batch has noise of all levels."""
-    parts = (torch.arange(count) + torch.rand(count)) / count
-    return (parts[torch.randperm(count)] * 1000).long()

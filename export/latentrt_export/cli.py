@@ -47,7 +47,8 @@ def run_verify(bundle: Path, against: str | Path, *, steps: int, as_json: bool) 
     _need_torch("verify")
     from rich.console import Console
 
-    from latentrt_export.verify.verify import Check, verify
+    from latentrt_export.verify.checks import Check
+    from latentrt_export.verify.verify import verify
 
     console = Console(stderr=True, quiet=as_json)
     checks: list[Check] = []

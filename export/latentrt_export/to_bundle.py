@@ -6,10 +6,9 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,10 +16,24 @@ import numpy as np
 import onnx_ir as ir
 
 from latentrt.bundle.bundle import write_manifest
-from latentrt.bundle.manifest import Golden, GraphSpec, Islands, LatentSpec, ModelSpec, TensorSpec
+from latentrt.bundle.spec import (
+    DECODER,
+    DENOISER,
+    ENCODER,
+    FP16,
+    FP16_ORT_CUDA,
+    FP32,
+    TEXT_ENCODER,
+    Golden,
+    Islands,
+    ModelSpec,
+    NetworkSpec,
+    Variant,
+)
 from latentrt.errors import BundleError, ExportError, LatentrtError
 from latentrt.model.tokenizer import Tokenizer
-from latentrt_export.checkpoint.source import SCHEDULE, Checkpoint, checkpoint_of
+from latentrt_export.checkpoint.source import Checkpoint, checkpoint_of, tokenizer_of
+from latentrt_export.describe import made, model_spec, signature
 from latentrt_export.graphs import passes
 from latentrt_export.graphs.cuda_graph import cuda_path, for_cuda
 from latentrt_export.graphs.half import half_path, to_half
@@ -37,7 +50,7 @@ GRAPHS = {
     "vae_decoder": "vae/decoder.onnx",
     "vae_encoder": "vae/encoder.onnx",
 }
-LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript")
+ROLES = {"unet": DENOISER, "vae_decoder": DECODER, "vae_encoder": ENCODER}  # all others are text encoders
 NOT_EXPORTED = ("safety_checker", "feature_extractor", "image_encoder")
 GRAPH_ROOM = 4 * 2**20  # bytes per network for its graph, when free space is checked
 
@@ -117,22 +130,27 @@ def _export(
     overwrite: bool,
     golden: Measure | None,
 ) -> Summary:
-    networks = (*checkpoint.text_encoders, "unet", "vae_decoder", "vae_encoder")
-    parts = ("copy", *networks, "half precision", "manifest")
-    size = sum(path.stat().st_size for path in checkpoint.files.values()) + 2 * GRAPH_ROOM * len(networks)
+    names = networks_of(checkpoint)
+    parts = ("copy", *names, "half precision", "manifest")
+    size = sum(path.stat().st_size for path in checkpoint.files.values()) + 2 * GRAPH_ROOM * len(names)
     with place(target, checkpoint.root, size, overwrite=overwrite) as root:
         progress("copy", 0, len(parts))
         _copy(checkpoint, root)
-        graphs, summaries = {}, {}
-        for done, name in enumerate(networks, start=1):
+        networks, summaries = {}, {}
+        for done, name in enumerate(names, start=1):
             progress(name, done, len(parts))
-            graphs[name], summaries[name] = _export_network(checkpoint, root, name)
+            networks[name], summaries[name] = _export_network(checkpoint, root, name)
         progress("half precision", len(parts) - 2, len(parts))
-        spec = _add_half(root, _model_spec(checkpoint, graphs, variant))
+        spec = _add_half(root, model_spec(checkpoint, networks, made(checkpoint, variant)))
         progress("manifest", len(parts) - 1, len(parts))
         _write_manifest(root, spec, golden)
         total = sum(path.stat().st_size for path in _files(root))
     return Summary(summaries, total)
+
+
+def networks_of(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Return the names of the networks that a bundle of this checkpoint has."""
+    return (*checkpoint.text_encoders, "unet", *(("vae_decoder", "vae_encoder") if "vae" in checkpoint.configs else ()))
 
 
 def _copy(checkpoint: Checkpoint, root: Path) -> None:
@@ -140,26 +158,36 @@ def _copy(checkpoint: Checkpoint, root: Path) -> None:
     for name, path in checkpoint.files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, root / name)
-    for folder in checkpoint.tokenizers:
+    for folder in map(tokenizer_of, checkpoint.text_encoders):
         if not (root / folder / "tokenizer.json").is_file():
             _tokenizer(checkpoint, folder).write_json(root / folder / "tokenizer.json")
-    index = {k: [None, None] if k in NOT_EXPORTED else v for k, v in checkpoint.index.items()}
-    if checkpoint.family == "sd":
-        index["requires_safety_checker"] = False
+    index = plain_index(checkpoint)
     (root / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _export_network(checkpoint: Checkpoint, root: Path, name: str) -> tuple[GraphSpec, NetworkSummary]:
+def plain_index(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return model_index.json for the networks that are exported alone."""
+    index = {key: [None, None] if key in NOT_EXPORTED else value for key, value in checkpoint.index.items()}
+    return index | ({"requires_safety_checker": False} if "safety_checker" in index else {})
+
+
+def _export_network(checkpoint: Checkpoint, root: Path, name: str) -> tuple[NetworkSpec, NetworkSummary]:
     start, path = time.perf_counter(), root / GRAPHS[name]
     with _named(name), quiet():
-        network = load_network(root, name, family=checkpoint.family, tokens=_tokens(checkpoint))
+        network = load_network(root, name, tokens=_tokens(checkpoint))
         model = trace(network)
         passes.clean(model)
         shared = share_weights(model, _weights(checkpoint, root, path.parent), path.with_suffix(".extra.safetensors"))
         ir.save(model, path)
     seconds = time.perf_counter() - start
     summary = NetworkSummary(seconds, len(model.graph), path.stat().st_size, shared.shared, shared.sidecar)
-    return _graph_spec(GRAPHS[name], model), summary
+    inputs, outputs = signature(model.graph.inputs), signature(model.graph.outputs)
+    if name == "unet":  # the tracer tells it in its own words, as 4*(height//4)
+        outputs = tuple(replace(tensor, shape=inputs[0].shape) for tensor in outputs)
+    variant = Variant(GRAPHS[name], model.opset_imports[""], len(model.graph))
+    role = ROLES.get(name, TEXT_ENCODER)
+    tokenizer = tokenizer_of(name) or None
+    return NetworkSpec(role, inputs, outputs, {FP32: variant}, tokenizer), summary
 
 
 def _add_half(root: Path, spec: ModelSpec) -> ModelSpec:
@@ -167,31 +195,29 @@ def _add_half(root: Path, spec: ModelSpec) -> ModelSpec:
 
     What would overflow in one small run stays in float32.
     """
-    half, cuda, islands = {}, {}, {}
+    networks = {}
     for name, ranges in measure_networks(root, spec).items():
-        path = spec.graphs[name].path
+        network = spec.networks[name]
+        path = network.variants[FP32].path
         model = ir.load(root / path)
         largest = float(np.max([*ranges.values()]))  # keeps a NaN
         if not math.isfinite(largest):
-            raise ExportError(
-                f"the {name} computes numbers that are not finite", needed="a sound checkpoint", fix="download it again"
-            )
-        islands[name] = Islands(float(f"{largest:.3g}"), overflowing(model, ranges))
-        to_half(model, islands[name].nodes)
-        half[name] = _save(root, half_path(path), model)
+            raise ExportError(f"the {name} computes numbers that are not finite", needed="a sound checkpoint")
+        islands = Islands(float(f"{largest:.3g}"), overflowing(model, ranges))
+        to_half(model, islands.nodes)
+        half = replace(_save(root, half_path(path), model, network), islands=islands)
         for_cuda(model)
-        cuda[name] = _save(root, cuda_path(path), model)
-    return replace(spec, half=half, islands=islands, cuda=cuda)
+        cuda = _save(root, cuda_path(path), model, network)
+        networks[name] = replace(network, variants={**network.variants, FP16: half, FP16_ORT_CUDA: cuda})
+    return replace(spec, networks={**spec.networks, **networks})
 
 
-def _save(root: Path, path: str, model: ir.Model) -> GraphSpec:
+def _save(root: Path, path: str, model: ir.Model, network: NetworkSpec) -> Variant:
     ir.save(model, root / path)
-    return _graph_spec(path, model)
-
-
-def _graph_spec(path: str, model: ir.Model) -> GraphSpec:
-    graph = model.graph
-    return GraphSpec(path, model.opset_imports[""], len(graph), _signature(graph.inputs), _signature(graph.outputs))
+    own = (*network.inputs, *network.outputs)
+    theirs = (*signature(model.graph.inputs), *signature(model.graph.outputs))
+    dtypes = {a.name: b.dtype for a, b in zip(own, theirs, strict=True) if a.dtype != b.dtype}
+    return Variant(path, model.opset_imports[""], len(model.graph), dtypes)
 
 
 @contextmanager
@@ -223,54 +249,8 @@ def _tokenizer(checkpoint: Checkpoint, folder: str) -> Tokenizer:
 
 def _tokens(checkpoint: Checkpoint) -> int:
     """Length of a text chunk, as the engine will see it."""
-    return len(_tokenizer(checkpoint, checkpoint.tokenizers[0]).encode("").ids)
-
-
-def _signature(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:
-    return tuple(
-        TensorSpec(
-            str(value.name),
-            value.dtype.numpy().name if value.dtype else "",
-            tuple(size if isinstance(size, int) else str(size) for size in value.shape or ()),
-        )
-        for value in values
-    )
-
-
-def _model_spec(checkpoint: Checkpoint, graphs: Mapping[str, GraphSpec], variant: str | None) -> ModelSpec:
-    return ModelSpec(
-        id=checkpoint.id,
-        revision=checkpoint.revision,
-        license=checkpoint.license,
-        family=checkpoint.family,
-        latents=_latents(checkpoint.configs["vae"], checkpoint.configs["unet"]),
-        tokenizers=checkpoint.tokenizers,
-        text_encoders=checkpoint.text_encoders,
-        schedule=SCHEDULE,
-        graphs=graphs,
-        zero_negative=bool(checkpoint.index.get("force_zeros_for_empty_prompt", checkpoint.family == "sdxl")),
-        made=_made(checkpoint, variant),
-    )
-
-
-def _latents(vae: Mapping[str, Any], unet: Mapping[str, Any]) -> LatentSpec:
-    size = unet.get("sample_size") or 64
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    return LatentSpec(
-        channels=vae.get("latent_channels", 4),
-        factor=2 ** (len(vae.get("block_out_channels", (64,))) - 1),
-        scale=float(vae.get("scaling_factor", 0.18215)),
-        shift=float(vae.get("shift_factor") or 0.0),
-        height=height,
-        width=width,
-    )
-
-
-def _made(checkpoint: Checkpoint, variant: str | None) -> dict[str, Any]:
-    """How the bundle was made, without dates and paths: exporting twice gives the same bytes."""
-    options = {"revision": checkpoint.revision, "variant": variant}
-    command = ["latentrt", "export", checkpoint.id, *(f"--{k}={v}" for k, v in options.items() if v)]
-    return {"command": " ".join(command), "versions": {name: version(name) for name in LIBRARIES}}
+    folders = list(map(tokenizer_of, checkpoint.text_encoders))
+    return len(_tokenizer(checkpoint, folders[0]).encode("").ids) if folders else 0
 
 
 def _write_manifest(root: Path, spec: ModelSpec, golden: Measure | None) -> None:

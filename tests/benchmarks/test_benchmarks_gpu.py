@@ -35,11 +35,11 @@ CHEAP = ("diffusers", "ort-ticks", "ort", "trt-loop", "compile")  # all code of 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The embedded model, in a folder that may hold plans."""
+    """The embedded model, with a cache of these tests' own for its plans."""
     folder = tmp_path_factory.mktemp("gpu")
     shutil.copytree(EMBEDDED, folder / "bundle")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LATENTRT_SEAL", str(folder / "seal.key"))
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
         yield folder / "bundle"

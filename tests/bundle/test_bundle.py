@@ -29,8 +29,8 @@ def edit(bundle: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 def test_the_embedded_bundle_opens() -> None:
     bundle = Bundle.open()
-    assert bundle.spec.family == "sd"
-    assert set(bundle.spec.graphs) == {"text_encoder", "unet", "vae_decoder", "vae_encoder"}
+    assert bundle.spec.denoiser == "unet"
+    assert set(bundle.spec.graphs()) == {"text_encoder", "unet", "vae_decoder", "vae_encoder"}
     assert all(bundle.path(name).is_file() for name in bundle.files)
 
 

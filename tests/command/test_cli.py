@@ -13,15 +13,10 @@ import pytest
 from PIL import Image
 
 from latentrt import read_settings
-from latentrt.command import doctor
 from latentrt.command import main as cli
-from latentrt.cuda.driver import Driver
 from latentrt.engine import request_from
 from latentrt.errors import RequestError
 from latentrt.request import Request
-from tests.support.gpu import fake_tensorrt
-from tests.support.gpu.fake_tensorrt import FakeTensorRt
-from tests.support.gpu.host_gpu import HostDriver, HostGpu
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -108,7 +103,7 @@ def test_json_names_every_file(run: Run) -> None:
     named = [*(made["path"] for made in answer["pictures"]), answer["grid"], *answer["previews"]]
     assert code == 0
     assert sorted(named) == sorted(str(path) for path in Path().rglob("*.png"))
-    assert len(named) == 2 + 1 + 4
+    assert len(named) == 2 + 1 + 4 + 2  # pictures; their sheet; previews of both kinds, and a sheet of each kind
 
 
 def test_more_pictures_than_lanes(run: Run) -> None:
@@ -209,14 +204,14 @@ def test_a_full_disk_leaves_nothing_half_written(run: Run, monkeypatch: pytest.M
 def test_what_was_drawn_is_kept(
     run: Run, monkeypatch: pytest.MonkeyPatch, trouble: BaseException, expected: int
 ) -> None:
-    from latentrt.images.image import save
+    from latentrt.images.files import save
 
     def save_two(image: Image.Image, path: Path, **settings: Any) -> Path:
         if path.name == "2.png":
             raise trouble
         return save(image, path, **settings)
 
-    monkeypatch.setattr("latentrt.images.image.save", save_two)
+    monkeypatch.setattr("latentrt.images.files.save", save_two)
     arguments = ["--steps", "1", "--count", "4", "--lanes", "2", "-o", "{index}.png"]
     code, out, err = run("generate", "a", *arguments)
     assert (code, out) == (expected, "")
@@ -230,7 +225,6 @@ def test_what_was_drawn_is_kept(
         ["generate", "a", "--lanes", "0"],
         ["generate", "a", "--preview-every", "-3"],
         ["generate", "a", "--threads", "0"],
-        ["generate"],
         ["generate", "a", "--nonsense"],
         ["bench", "--repeats", "0"],
         ["bench", "--steps", "0"],
@@ -284,7 +278,7 @@ def test_inspect_and_solvers(run: Run) -> None:
     assert "unet" in out
     assert "DDIMScheduler" in out
     code, out, _ = run("inspect", "--json")
-    assert json.loads(out)["model"]["family"] == "sd"
+    assert json.loads(out)["model"]["networks"]["unet"]["role"] == "denoiser"
     code, out, _ = run("solvers", "--json")
     assert json.loads(out)["ddim"]["scheduler"] == "DDIMScheduler"
     code, out, _ = run("solvers")
@@ -301,62 +295,6 @@ def test_bench_reports_each_batch(run: Run) -> None:
     assert "images/s" in out
     for batches in ("1,x", "0", "", "1,,2"):
         assert "--batches" in refused(run, "bench", "--batches", batches)
-
-
-def test_doctor_finds_what_is_here(run: Run) -> None:
-    code, out, _ = run("doctor", "--json")
-    findings: dict[str, dict[str, Any]] = {finding["what"]: finding for finding in json.loads(out)}
-    assert code == 0
-    assert findings["the embedded model"]["good"]
-    assert all(finding["good"] or finding["fix"] for finding in findings.values())
-    code, out, _ = run("doctor")
-    assert "the embedded model" in out
-
-
-def test_doctor_fails_where_nothing_can_be_drawn(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    code, out, _ = run("doctor", "--json")
-    findings = {finding["what"]: finding for finding in json.loads(out)}
-    assert code == 1
-    assert not findings["pictures on the CPU (onnxruntime)"]["good"]
-
-
-def test_doctor_opens_the_gpu_and_says_what_its_driver_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("latentrt.cuda.gpu.Cuda", HostGpu)
-    assert doctor._cuda().found == "Host GPU, compute capability 9.0, CUDA 13.0; the kernels are loaded"
-    monkeypatch.setattr("latentrt.cuda.gpu.Cuda", lambda: Driver(HostDriver(version=11080)))
-    finding = doctor._cuda()
-    assert not finding.good
-    assert "CUDA 11.8" in finding.found
-    assert "580" in finding.fix
-
-
-def test_doctor_starts_tensorrt_and_says_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = FakeTensorRt()
-    monkeypatch.setattr(doctor, "open_library", lambda name: fake.library)
-    assert doctor._tensorrt("tensorrt").good
-
-    def failing(logger: Any) -> Any:
-        logger.log(fake_tensorrt.Severity.ERROR, "CUDA initialization failure with error: 35")
-
-    fake.Runtime = failing  # type: ignore[method-assign]
-    finding = doctor._tensorrt("tensorrt")
-    assert not finding.good
-    assert "error: 35" in finding.found
-    assert "tensorrt-cu12" in finding.fix
-
-
-@pytest.mark.parametrize("trouble", [OSError("no such program"), subprocess.TimeoutExpired("nvidia-smi", 30)])
-def test_doctor_outlives_a_driver_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, trouble: Exception) -> None:
-    def fail(*_: Any, **__: Any) -> None:
-        raise trouble
-
-    monkeypatch.setattr("ctypes.util.find_library", lambda name: name)
-    monkeypatch.setattr("shutil.which", lambda name: name)
-    monkeypatch.setattr("subprocess.run", fail)
-    finding = doctor._gpu()
-    assert not finding.good
-    assert "does not answer" in finding.found
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import sys
 from pathlib import Path
@@ -100,7 +99,7 @@ def test_code_is_compiled_once_and_kept_for_the_user_alone(nvrtc: FakeNvrtc, tmp
 
 
 @pytest.mark.parametrize("harm", ["damaged", "cut", "writable by others", "another source"])
-def test_code_that_is_not_known_is_compiled_again(
+def test_code_that_is_damaged_untrusted_or_old_is_compiled_again(
     nvrtc: FakeNvrtc, tmp_path: Path, harm: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cubin((9, 0), tmp_path)
@@ -120,11 +119,11 @@ def test_code_that_is_not_known_is_compiled_again(
     assert nvrtc.compiles == 2
 
 
-def test_code_of_somebody_else_is_not_read(nvrtc: FakeNvrtc, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cubin((9, 0), tmp_path)
-    monkeypatch.setattr(os, "getuid", lambda: 12345)
-    cubin((9, 0), tmp_path)
-    assert nvrtc.compiles == 2
+def test_a_folder_that_others_can_write_to_is_not_read(nvrtc: FakeNvrtc, tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    for compiles in (1, 2):
+        assert cubin((9, 0), tmp_path) == bytes(12)
+        assert nvrtc.compiles == compiles
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(nvrtc: FakeNvrtc, tmp_path: Path) -> None:
@@ -134,15 +133,10 @@ def test_a_cache_that_cannot_be_written_is_done_without(nvrtc: FakeNvrtc, tmp_pa
     assert nvrtc.compiles == 1
 
 
-@pytest.mark.parametrize("root", ["", "relative", "absolute"])
-def test_the_cache_is_where_xdg_says(
-    nvrtc: FakeNvrtc, tmp_path: Path, root: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg") if root == "absolute" else root)
+def test_code_is_kept_in_the_users_cache(nvrtc: FakeNvrtc, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     cubin((9, 0))
-    folder = tmp_path / ("xdg" if root == "absolute" else ".cache") / "latentrt" / "kernels"
-    assert len(list(folder.iterdir())) == 1
+    assert len(list((tmp_path / "latentrt" / "kernels").iterdir())) == 1
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,8 @@ ON_PNG = {"solver": "ddim", "steps": 2, "seed": 0}
 
 @pytest.fixture(autouse=True)
 def recipe(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(RECIPE))
+    for folder in (RECIPE.with_name("shared"), RECIPE):
+        monkeypatch.syspath_prepend(str(folder))
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from latentrt.bundle.bundle import Bundle
-from latentrt.bundle.manifest import Golden
+from latentrt.bundle.spec import Golden
 from latentrt.errors import OutputError
 from latentrt.model.tokenizer import Tokenizer
 from latentrt_export import to_bundle
@@ -81,7 +81,7 @@ def test_exporting_again_gives_the_same_bytes_and_prints_nothing(
     spec, summary = to_bundle._export_network(open_checkpoint(source), again, network)
     assert capfd.readouterr() == ("", "")
     assert (again / spec.path).read_bytes() == (bundle / spec.path).read_bytes()
-    assert spec == Bundle.open(bundle).spec.graphs[network]
+    assert spec == Bundle.open(bundle).spec.graphs()[network]
     assert summary.graph_bytes == (bundle / spec.path).stat().st_size
     assert summary.sidecar_bytes == 0
 

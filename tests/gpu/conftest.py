@@ -5,8 +5,6 @@ so the tests themselves are tested where there is no GPU (tests/gpu/test_emulate
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from importlib import import_module
@@ -17,28 +15,24 @@ import pytest
 from numpy.typing import NDArray
 
 from latentrt import Engine
-from latentrt.bundle.bundle import EMBEDDED
 from latentrt.errors import BackendError, MissingDependencyError
 from tests.gpu.gpu_rig import SCALE, GpuRig
 from tests.gpu.kinds import EMULATED, KINDS
 
 
 @pytest.fixture(scope="session")
-def hardware(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What opens things on the GPU, or on the stand-in."""
-    if EMULATED:
-        os.environ["LATENTRT_SEAL"] = str(tmp_path_factory.mktemp("seal") / "seal.key")
-    return import_module("tests.support.gpu.emulated" if EMULATED else "benchmarks.gpu.hardware")
+def hardware(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """What opens things on the GPU, or on the stand-in. Plans lie in a cache of this session's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield import_module("tests.support.gpu.emulated" if EMULATED else "benchmarks.gpu.hardware")
 
 
 @pytest.fixture(scope="module", params=KINDS, ids="-".join)
-def rig(hardware: Any, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GpuRig]:
-    """Each backend that is here; one that is missing, or not for this GPU, is skipped, with its reason."""
-    bundle = tmp_path_factory.getbasetemp() / "bundle"
-    if not bundle.exists():
-        shutil.copytree(EMBEDDED, bundle)
+def rig(hardware: Any, request: pytest.FixtureRequest) -> Iterator[GpuRig]:
+    """Each backend that is installed; one that is missing, or not for this GPU, is skipped, with its reason."""
     with _skipping():
-        made = GpuRig(hardware, request.param, bundle)
+        made = GpuRig(hardware, request.param)
     with closing(made.gpu):
         with _skipping():
             made.check_gpu()

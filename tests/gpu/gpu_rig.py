@@ -1,12 +1,11 @@
-"""What the tests of this folder run on: a backend that is here, its GPU, and a bundle with plans."""
+"""What the tests of this folder run on: a backend, its GPU, and the embedded model with plans."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from latentrt import Engine
-from latentrt.bundle.bundle import Bundle
+from latentrt.bundle.bundle import EMBEDDED, Bundle
 from latentrt.errors import BackendError
 from tests.gpu.kinds import EMULATED
 
@@ -26,15 +25,15 @@ SCALE = Scale(32, 3, 10) if EMULATED else Scale(128, 20, 1000)
 
 
 class GpuRig:
-    """One backend with the bundle that it runs, and engines over it; `gpu` is its device.
+    """One backend with the embedded model, and engines over it; `gpu` is its device.
 
     Attributes:
         kind: (backend, precision).
-        bundle: the embedded model; where plans are needed, they lie in it.
+        bundle: the embedded model; its plans lie in the cache of these tests.
     """
 
-    def __init__(self, hardware: Any, kind: tuple[str, str], bundle: Path) -> None:
-        self.hardware, self.kind, self.bundle = hardware, kind, bundle
+    def __init__(self, hardware: Any, kind: tuple[str, str]) -> None:
+        self.hardware, self.kind, self.bundle = hardware, kind, EMBEDDED
         self.backend: Any = hardware.open_backend(*kind)
         self.gpu: Any = self.backend.gpu
         self.half = kind[1] == "fp16"
@@ -62,7 +61,7 @@ class GpuRig:
     def build(self, *options: str, networks: tuple[str, ...] = ()) -> None:
         """Build plans for `LANES` lanes at the tests' size."""
         if self.built:
-            names = networks or tuple(Bundle.open(self.bundle).spec.graphs)
+            names = networks or tuple(Bundle.open(self.bundle).spec.graphs())
             size = (SCALE.pixels, SCALE.pixels)
             self.hardware.build_plans(self.bundle, names, self.kind[0], LANES, size, BUILD_LIMIT, options)
 

@@ -12,7 +12,7 @@ from latentrt.cuda import kernels
 from latentrt.cuda.gpu import Cuda
 from latentrt.cuda.kernels import BLEND, PREVIEW, PROGRESS
 from latentrt.errors import BackendError, DeviceMemoryError, MissingDependencyError
-from latentrt.images.image import to_uint8
+from latentrt.images.pixels import to_uint8
 from latentrt.sampling.guidance import Guidance
 from latentrt.sampling.noise import TorchCudaNoise
 from latentrt.sampling.solvers import SOLVERS

@@ -32,5 +32,6 @@ def test_the_gpu_tests_pass_on_the_emulated_device() -> None:
 def test_the_gpu_tests_need_no_torch(tmp_path: Path) -> None:
     """A GPU's machine may lack all that other tests need; what is compared with diffusers' own is skipped then."""
     (tmp_path / "blocked.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({HEAVY!r}))\n")
-    skipped = run("-p", "blocked", "-k", "onnxruntime-fp16", PYTHONPATH=str(tmp_path))
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    skipped = run("-p", "blocked", "-k", "onnxruntime-fp16", PYTHONPATH=path)
     assert all("only plans are refitted" in line or "could not import 'torch'" in line for line in skipped), skipped

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from latentrt.bundle.bundle import EMBEDDED, Bundle
-from latentrt.model.networks import call
+from latentrt.bundle.bundle import Bundle
+from latentrt.runtime.base import call
 from latentrt.model.tokenizer import Tokenizer
 from latentrt.runtime.onnxruntime import OrtBackend
 from tests.gpu.gpu_rig import LANES, SCALE, GpuRig
@@ -29,12 +29,12 @@ def feeds_of(bundle: Bundle, name: str) -> Arrays:
     spec, random = bundle.spec, np.random.default_rng(0)
     prompts = ["a red apple", "", "a cat face", "an owl"][: LANES if name in ("text_encoder", "unet") else 1]
     if name == "text_encoder":
-        tokenizer = Tokenizer.open(bundle.path(spec.tokenizers[0]))
+        tokenizer = Tokenizer.open(bundle.path(str(spec.networks["text_encoder"].tokenizer)))
         return {"input_ids": np.stack([tokenizer.encode(prompt).ids for prompt in prompts])}
     side = SCALE.pixels // (1 if name == "vae_encoder" else spec.latents.factor)
     sizes = {"batch": len(prompts), "height": side, "width": side}
     feeds = {}
-    for tensor in spec.graphs[name].inputs:
+    for tensor in spec.graphs()[name].inputs:
         shape = [sizes[size] if isinstance(size, str) else size for size in tensor.shape]
         is_text = tensor.name == "encoder_hidden_states"
         feeds[tensor.name] = texts.states(shape, random) if is_text else random.standard_normal(shape, np.float32)
@@ -43,14 +43,14 @@ def feeds_of(bundle: Bundle, name: str) -> Arrays:
 
 def reference(bundle: Bundle, name: str, feeds: Arrays) -> Arrays:
     """The float32 network's outputs, on the CPU."""
-    outputs = [tensor.name for tensor in bundle.spec.graphs[name].outputs]
+    outputs = [tensor.name for tensor in bundle.spec.graphs()[name].outputs]
     try:
         import torch
 
         from latentrt_export.graphs.wrap import load_network
     except ImportError:
         return call(OrtBackend().load(bundle, name), feeds)
-    module = load_network(bundle.root, name, family=bundle.spec.family, tokens=77).module
+    module = load_network(bundle.root, name).module
     with torch.inference_mode():
         made = module(*map(torch.from_numpy, feeds.values()))
     tensors = made if isinstance(made, tuple) else (made,)
@@ -74,15 +74,15 @@ def test_a_network_is_torchs(rig: GpuRig, name: str) -> None:
 
 
 @pytest.fixture
-def refittable(rig: GpuRig, tmp_path: Path) -> Iterator[GpuRig]:
-    """The same backend, with a bundle whose UNet takes other weights."""
+def refittable(rig: GpuRig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[GpuRig]:
+    """The same backend, with a plan of the UNet that takes other weights and no plan that does not."""
     if not rig.built:
         pytest.skip("only plans are refitted")
-    shutil.copytree(EMBEDDED, tmp_path / "bundle")
-    made = GpuRig(rig.hardware, rig.kind, tmp_path / "bundle")
-    made.build("refittable", networks=("unet",))
-    yield made
-    made.gpu.close()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    made = GpuRig(rig.hardware, rig.kind)
+    with closing(made.gpu):
+        made.build("refittable", networks=("unet",))
+        yield made
 
 
 def test_refit_with_other_weights_and_return_to_base(refittable: GpuRig) -> None:

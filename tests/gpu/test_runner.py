@@ -106,7 +106,7 @@ def test_a_gpu_that_a_library_does_not_know_is_refused(
 
     library = SimpleNamespace(compute_capabilities=("7.5", "8.9") if name == "tensorrt-rtx" else ())
     backend = SimpleNamespace(gpu=SimpleNamespace(compute_capability=capability), library=library)
-    rig = GpuRig(SimpleNamespace(open_backend=lambda *_: backend), (name, "fp16"), Path())
+    rig = GpuRig(SimpleNamespace(open_backend=lambda *_: backend), (name, "fp16"))
     if refused:
         with pytest.raises(BackendError, match=r"compute capability 9\.0"):
             rig.check_gpu()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +18,26 @@ from PIL import Image
 
 from latentrt import Engine
 from latentrt.bundle.bundle import Bundle
-from latentrt.bundle.manifest import LatentSpec
+from latentrt.bundle.spec import LatentSpec
 from latentrt.errors import BundleError, NetworkError, RequestError, ScheduleError
-from latentrt.model.edit import open_picture, prepared
+from latentrt.images.given import open_picture, prepared
 from latentrt.request import Request
 from latentrt.run.job import Job
 from latentrt.runtime.fake import FakeBackend
 from latentrt_export.checkpoint.source import open_checkpoint
 from latentrt_export.graphs.to_onnx import quiet
+from latentrt_export.verify.checks import psnr
 from latentrt_export.verify.reference import diffusers_scheduler, open_pipeline, plain_folder
-from latentrt_export.verify.verify import psnr
 
 LATENTS_BOUND = 1e-5  # of every row, relative to the largest latent; 2.8e-6 was measured
 PSNR_BOUND = 70.0  # dB; 84 was measured
 PROMPTS = ["a cat", "a dog"]
 SEED = 7
 PIPELINES = {
-    ("sd", False): "StableDiffusionImg2ImgPipeline",
-    ("sd", True): "StableDiffusionInpaintPipeline",
-    ("sdxl", False): "StableDiffusionXLImg2ImgPipeline",
-    ("sdxl", True): "StableDiffusionXLInpaintPipeline",
+    (False, False): "StableDiffusionImg2ImgPipeline",
+    (False, True): "StableDiffusionInpaintPipeline",
+    (True, False): "StableDiffusionXLImg2ImgPipeline",
+    (True, True): "StableDiffusionXLInpaintPipeline",
 }
 LATENTS = LatentSpec(4, 8, 1.0, 0.0, 16, 16)
 Exported = Callable[[str], tuple[Path, Path]]
@@ -61,14 +62,14 @@ class Pair:
 
     def __init__(self, source: Path, bundle: Path) -> None:
         self.engine = Engine.load(bundle, threads=1, check_hashes=False)
-        self.family = self.engine.spec.family
+        self.xl = "text_encoder_2" in self.engine.spec.networks
         with plain_folder(open_checkpoint(source)) as folder:
-            self._pipe = open_pipeline(folder, self.family)
+            self._pipe = open_pipeline(folder, self.engine, None)
 
     def ours(self, **asked: Any) -> tuple[list[np.ndarray], np.ndarray]:
         """Latents after every row, and pixels, of two prompts."""
-        image, mask = asked.pop("image"), asked.pop("mask", None)
-        jobs = self.engine.requests(PROMPTS, {"seed": SEED, "negative_prompt": "a", **asked}, image, mask)
+        pictures = {name: asked.pop(name) for name in ("image", "mask") if name in asked}
+        jobs = self.engine.requests(PROMPTS, {"seed": SEED, "negative_prompt": "a", **asked}, pictures)
         rows: list[list[np.ndarray]] = [[] for _ in jobs]
         self.engine.run(jobs, lambda job: rows[jobs.index(job)].append(job.latents))
         pixels = np.stack([np.asarray(self.engine.picture(job)) for job in jobs])
@@ -78,7 +79,7 @@ class Pair:
         self, *, image: Image.Image, mask: Image.Image | None = None, solver: str | None, steps: int, **asked: Any
     ) -> tuple[list[np.ndarray], np.ndarray]:
         """The same of diffusers, given two pictures: it would encode one of them by the first generator alone."""
-        kind = getattr(diffusers, PIPELINES[self.family, mask is not None])
+        kind = getattr(diffusers, PIPELINES[self.xl, mask is not None])
         rows: list[np.ndarray] = []
 
         def keep(pipe: Any, index: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -91,7 +92,7 @@ class Pair:
             size = {name: getattr(image, name) // factor * factor for name in ("height", "width")}
             more |= {"mask_image": [mask] * 2, **size}
         with quiet():
-            checker = {"requires_safety_checker": False} if self.family == "sd" else {}
+            checker = {} if self.xl else {"requires_safety_checker": False}
             pipe = kind(**self._pipe.components, **checker)
             pipe.scheduler = diffusers_scheduler(solver, self.engine.schedule)
             pipe.set_progress_bar_config(disable=True)
@@ -195,9 +196,9 @@ def test_strength_is_the_part_of_the_run_that_is_made(fake: Engine, steps: int, 
     left = int(steps * strength)
     if left == 0:
         with pytest.raises(RequestError, match=f"leaves none of {steps} steps"):
-            fake.requests(["a"], asked, picture(16, 16))
+            fake.requests(["a"], asked, {"image": picture(16, 16)})
         return
-    (job,) = fake.requests(["a"], asked, picture(16, 16))
+    (job,) = fake.requests(["a"], asked, {"image": picture(16, 16)})
     (whole,) = fake.requests(["a"], {"steps": steps, "solver": solver})
     np.testing.assert_array_equal(job.table.timesteps, whole.table.timesteps[-len(job.table) :])
     assert len(job.table) == {"ddim": left, "heun": 2 * left - 1, "pndm": left + (steps > 1)}[solver]
@@ -208,7 +209,7 @@ def test_what_is_black_in_the_mask_ends_as_the_picture_was(fake: Engine) -> None
     image = picture(64, 64)
     mask = np.zeros((64, 64), bool)
     mask[:, 32:] = True
-    (job,) = fake.requests(["a"], {"steps": 4, "solver": "dpmpp-2m-sde"}, image, mask)
+    (job,) = fake.requests(["a"], {"steps": 4, "solver": "dpmpp-2m-sde"}, {"image": image, "mask": mask})
     assert job.kept is not None
     fake.run([job])
     np.testing.assert_array_equal(job.latents[:, :, :4], job.kept.clean[:, :, :4])
@@ -221,8 +222,8 @@ def test_a_picture_does_not_depend_on_its_company(pair: Callable[[str], Pair]) -
 
     def made() -> list[Job]:
         return [
-            *engine.requests(["a cat"], {"steps": 4, "seed": 1}, image, mask_for(image)),
-            *engine.requests(["an owl"], {"steps": 6, "seed": 2, "solver": "dpmpp-2m"}, image),
+            *engine.requests(["a cat"], {"steps": 4, "seed": 1}, {"image": image, "mask": mask_for(image)}),
+            *engine.requests(["an owl"], {"steps": 6, "seed": 2, "solver": "dpmpp-2m"}, {"image": image}),
             *engine.requests(["a fox"], {"steps": 3, "seed": 3, "height": 64, "width": 64}),
         ]
 
@@ -250,14 +251,14 @@ def test_the_encoder_is_loaded_when_a_picture_is_given() -> None:
     with Engine.load(backend=Watching(), check_hashes=False, resident=False) as engine:
         engine(["a", "b"], image=picture(16, 16), steps=2)
         assert loaded == ["vae_encoder", "text_encoder", "unet", "vae_decoder"]
-        assert engine._networks["vae_encoder"]._network is None
+        assert engine.model.networks["vae_encoder"]._network is None
 
 
 def test_a_bundle_without_an_encoder_says_so() -> None:
     bundle = Bundle.open(check_hashes=False)
-    graphs = {name: graph for name, graph in bundle.spec.graphs.items() if name != "vae_encoder"}
-    object.__setattr__(bundle.spec, "graphs", graphs)
-    with Engine(bundle, FakeBackend()) as engine, pytest.raises(BundleError, match="no vae_encoder"):
+    networks = {name: network for name, network in bundle.spec.networks.items() if name != "vae_encoder"}
+    bundle = replace(bundle, spec=replace(bundle.spec, networks=networks))
+    with Engine(bundle, FakeBackend()) as engine, pytest.raises(BundleError, match="no VAE encoder"):
         engine("a", image=picture())
 
 
@@ -315,11 +316,11 @@ def test_a_solver_that_cannot_begin_midway_is_named(fake: Engine) -> None:
 
 
 def test_an_edit_serves_the_size_that_it_was_encoded_at(fake: Engine) -> None:
-    edit = fake.edit(picture(64, 48))
-    latents = fake.jobs(Request(prompt="a", height=48, width=64), edit=edit)[0].latents
+    given = fake.model.given({"image": picture(64, 48)}, None, None)
+    latents = fake.jobs(Request(prompt="a", height=48, width=64), given=given)[0].latents
     assert latents.shape == (fake.spec.latents.channels, 6, 8)
     with pytest.raises(RequestError, match="width is 128, and the picture was encoded at 64"):
-        fake.jobs(Request(prompt="a", width=128), edit=edit)
+        fake.jobs(Request(prompt="a", width=128), given=given)
 
 
 def test_what_is_transparent_is_white() -> None:

@@ -38,7 +38,7 @@ def make(seed: int, solver: str = "ddim", steps: int = 4, scale: float = 3.0, si
     latents = noise.normal((4, side, side)) * np.float32(table.start)
     states = np.random.default_rng(seed).standard_normal((2, 77, 8), np.float32)
     cond, uncond = ({"encoder_hidden_states": state} for state in states)
-    return Job(table, latents, cond, uncond, noise, Guidance(scale))
+    return Job(table, latents, uncond, cond, noise, Guidance(scale))
 
 
 def alone(job: Job) -> np.ndarray:

@@ -13,10 +13,10 @@ from latentrt import Engine
 from latentrt.command.bench import measure
 from latentrt.errors import DeviceMemoryError, NetworkError, RequestError
 from latentrt.request import Request
-from latentrt.run.program import GRAPHS_KEPT
+from latentrt.run.arena import GRAPHS_KEPT
 from latentrt.runtime.onnxruntime import OrtBackend
 from latentrt.sampling.noise import TorchCudaNoise
-from latentrt_export.verify.verify import psnr
+from latentrt_export.verify.checks import psnr
 from tests.support.gpu.host_gpu import HostGpu, Status
 
 SIZE = {"width": 32, "height": 40, "steps": 3}
@@ -156,12 +156,11 @@ def test_what_cannot_be_drawn_is_said(gpu: HostGpu) -> None:
 
 def test_numbers_that_are_not_finite_are_an_error(gpu: HostGpu) -> None:
     with Engine.load(backend=OrtBackend(threads=1, gpu=gpu), check_hashes=False) as engine:
-        request = Request(prompt="a", **SIZE)
-        jobs, text = engine._drafts(request, 0), engine._conditioner.text(request)
+        jobs = engine.jobs(Request(prompt="a", **SIZE), tokens=True)
         jobs[0].latents[0, 0, 0] = np.nan
-        assert engine._one_launch is not None
+        assert engine._program is not None
         with pytest.raises(NetworkError, match="after row 1 of 3"):
-            engine._one_launch.draw(jobs, [text])
+            engine._program.draw(jobs)
 
 
 def test_bench_measures_a_device(gpu: HostGpu) -> None:

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from latentrt.bundle.bundle import EMBEDDED, Bundle
-from latentrt.bundle.manifest import GraphSpec, TensorSpec
+from latentrt.bundle.spec import GraphSpec, TensorSpec
 from latentrt.errors import BackendError, NetworkError
 from latentrt.runtime import open_backend
-from latentrt.runtime.base import check_feeds
 from latentrt.runtime.fake import FakeNetwork, zeros
 from latentrt.runtime.lazy import LazyNetwork
 from latentrt.runtime.onnxruntime import OrtBackend
+from latentrt.runtime.signature import check_feeds
 
 GRAPH = GraphSpec(
     "vae/decoder.onnx",
@@ -73,7 +73,7 @@ def test_onnxruntime_results_do_not_depend_on_threads_or_spinning() -> None:
 
 def test_a_graph_cannot_read_weights_outside_its_folder(tmp_path: Path) -> None:
     """ONNX Runtime itself holds this; the test says so if that ever changes."""
-    graph = Bundle.open(check_hashes=False).spec.graphs["text_encoder"]
+    graph = Bundle.open(check_hashes=False).spec.graphs()["text_encoder"]
     weights = b"model.safetensors"
     data = (EMBEDDED / graph.path).read_bytes()
     assert data.count(weights) > 1

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from latentrt.bundle.manifest import EXPORT, SCHEMA, ModelSpec
+from latentrt.bundle.manifest import SCHEMA, SCHEMAS, model_from
+from latentrt.bundle.spec import EXPORT, ModelSpec
 from latentrt.errors import BundleError, HashMismatchError, UnsafePathError, UnsafeWeightsError
 
 MANIFEST = "manifest.json"
-EMBEDDED = Path(__file__).parent / "embedded" / "emoji"
+FOLDER = Path(__file__).parent / "embedded"
+EMBEDDED = FOLDER / "emoji"
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
 
 
@@ -42,7 +44,7 @@ class Bundle:
 
     @classmethod
     def open(cls, root: str | Path = EMBEDDED, *, check_hashes: bool = True) -> Bundle:
-        """Open and check the bundle at `root` (default: the embedded model).
+        """Open and check the bundle at `root`: a folder, or an embedded model's name.
 
         `check_hashes=False` still compares every file's size; it saves reading full-size weights twice.
 
@@ -53,9 +55,9 @@ class Bundle:
             UnsafeWeightsError: the manifest lists pickled weights.
             HashMismatchError: a file's size or SHA-256 is not the manifest's.
         """
-        root = Path(root)
+        root = located(root)
         manifest = read_manifest(root)
-        spec = ModelSpec.from_dict(manifest["model"])
+        spec = model_from(manifest["model"], manifest["schema"])
         files = _records(manifest["files"])
         bundle = cls(root, spec, files)
         for name in files:
@@ -92,9 +94,10 @@ class Bundle:
 
     def _check_listed(self) -> None:
         """What is read must be listed, and so hashed: graphs, the files that they name, tokenizers, the schedule."""
-        specs = (*self.spec.graphs.values(), *self.spec.half.values(), *self.spec.cuda.values())
-        graphs = [self.path(graph.path) for graph in specs]
-        whole = {self.path(name) for name in self.spec.tokenizers} | {self.path(self.spec.schedule).parent}
+        networks = self.spec.networks.values()
+        graphs = [self.path(variant.path) for network in networks for variant in network.variants.values()]
+        tokenizers = (network.tokenizer for network in networks if network.tokenizer is not None)
+        whole = {self.path(name) for name in tokenizers} | {self.path(self.spec.schedule).parent}
         listed = {self.path(name) for name in self.files} | {self.root / MANIFEST}
         for path in [*graphs, self.path(self.spec.schedule)]:
             if path not in listed:
@@ -123,6 +126,17 @@ class Bundle:
                     raise HashMismatchError(
                         f"{path} has SHA-256 {sha256}", needed=f"{record.sha256}, as in the manifest", fix=EXPORT
                     )
+
+
+def located(bundle: str | Path) -> Path:
+    """Return the folder of a bundle: a path, or the name of an embedded model where no such folder is there."""
+    path = Path(bundle)
+    return FOLDER / path if not path.exists() and str(bundle) in embedded() else path
+
+
+def embedded() -> tuple[str, ...]:
+    """Return the names of the embedded models."""
+    return tuple(sorted(folder.parent.name for folder in FOLDER.glob(f"*/{MANIFEST}")))
 
 
 def _unlisted(path: Path) -> BundleError:
@@ -169,15 +183,16 @@ def read_manifest(root: Path) -> dict[str, Any]:
             f"{root} has no {MANIFEST}: it is {kind}", needed="a bundle", fix=f"make one: latentrt export {root} BUNDLE"
         )
     manifest = read_json(root / MANIFEST)
-    if manifest.get("schema") != SCHEMA:
+    schema = manifest.get("schema")
+    if schema not in SCHEMAS:
         raise BundleError(
-            f"{root / MANIFEST} has schema {manifest.get('schema')!r}",
-            needed=f"schema {SCHEMA}",
+            f"{root / MANIFEST} has schema {schema!r}",
+            needed=f"schema {' or '.join(map(str, SCHEMAS))}",
             fix="update latentrt, or " + EXPORT,
         )
     for key in ("model", "files"):
         if not isinstance(manifest.get(key), dict):
-            raise BundleError(f"{root / MANIFEST} has no {key!r}", needed=f"the fields of schema {SCHEMA}", fix=EXPORT)
+            raise BundleError(f"{root / MANIFEST} has no {key!r}", needed=f"the fields of schema {schema}", fix=EXPORT)
     return manifest
 
 

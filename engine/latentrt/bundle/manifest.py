@@ -1,265 +1,164 @@
-"""What a bundle is: ModelSpec, read from `manifest.json`.
+"""`manifest.json`: a ModelSpec as JSON, and back, with every field checked.
 
-Plain frozen data, checked where it is made; nothing here opens a file.
+A manifest of schema 1 is brought to schema 2 by `manifest1.py` before it is read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from latentrt.errors import BundleError, RequestError
+from latentrt.bundle.manifest1 import upgraded
+from latentrt.bundle.spec import (
+    DECODER,
+    DENOISER,
+    ENCODER,
+    EXPORT,
+    FP32,
+    ROLES,
+    TEXT_ENCODER,
+    Defaults,
+    Golden,
+    Islands,
+    LatentSpec,
+    ModelSpec,
+    NetworkSpec,
+    TensorSpec,
+    Variant,
+    dimension,
+)
+from latentrt.errors import BundleError
 from latentrt.values import is_number, is_text, is_whole
 
-SCHEMA = 1
-FAMILIES = ("sd", "sdxl")
+SCHEMA = 2
+SCHEMAS = (1, SCHEMA)  # that can be read
 DTYPES = ("float16", "float32", "float64", "int32", "int64", "uint8", "bool")
-EXPORT = "export the checkpoint again: latentrt export CHECKPOINT BUNDLE"
 
 
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """One input or output of a graph; symbolic dimensions are names ("batch"), fixed ones are numbers."""
+def model_from(data: Mapping[str, Any], schema: int = SCHEMA) -> ModelSpec:
+    """Read the "model" part of a manifest of a schema of SCHEMAS.
 
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class GraphSpec:
-    """One ONNX file of a bundle with its typed signature."""
-
-    path: str
-    opset: int
-    nodes: int
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class LatentSpec:
-    """Shape and range of the latents. `scale` and `shift` are the VAE's: z = (encoded - shift) * scale."""
-
-    channels: int
-    factor: int
-    scale: float
-    shift: float
-    height: int
-    width: int
-
-    def shape_of(self, height: int | None, width: int | None) -> tuple[int, int, int]:
-        """The latents' (channels, height, width) of a picture's size in pixels; None is the model's own.
-
-        Raises:
-            RequestError: a side is not a multiple of the factor.
-        """
-        sides = []
-        for name, pixels, own in (("height", height, self.height), ("width", width, self.width)):
-            side, rest = (own, 0) if pixels is None else divmod(pixels, self.factor)
-            if rest:
-                lower = max(side, 1) * self.factor
-                fix = f"take {lower} or {lower + self.factor}"
-                raise RequestError(f"{name} is {pixels}", needed=f"a multiple of {self.factor}", fix=fix)
-            sides.append(side)
-        return self.channels, sides[0], sides[1]
-
-    def pixels_of(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """A picture's (height, width) in pixels; None is the model's own. Raises RequestError as `shape_of`."""
-        _, rows, columns = self.shape_of(height, width)
-        return rows * self.factor, columns * self.factor
-
-
-@dataclass(frozen=True, slots=True)
-class Golden:
-    """A run whose latents are known: the cheapest proof that a bundle still makes what it made when exported."""
-
-    prompt: str
-    negative_prompt: str
-    solver: str
-    steps: int
-    seed: int
-    guidance: float
-    mean: float
-    std: float
-    first: tuple[float, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Islands:
-    """The nodes that a network's half graph keeps in float32, and the largest number measured anywhere in the network.
-
-    float16 ends at 65504. What only holds the times (the sinusoidal embedding) is float32 always and not listed.
+    Raises:
+        BundleError: a field is missing, unknown or of the wrong kind or out of range; each by its name.
     """
-
-    largest: float
-    nodes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class ModelSpec:
-    """Everything the engine must know about a model before it loads a weight.
-
-    `text_encoders` and `tokenizers` are folder names of the bundle, in the order in which the UNet's text states
-    are concatenated (one for SD 1 and 2, two for SDXL). `graphs` maps a network's name ("text_encoder",
-    "text_encoder_2", "unet", "vae_decoder", "vae_encoder") to its graph. `half` has the same networks in float16 with
-    `islands` of float32, `cuda` the half graphs as ONNX Runtime's CUDA provider runs them; bundles of before have none
-    of the three.
-    """
-
-    id: str
-    revision: str | None
-    license: str | None
-    family: str
-    latents: LatentSpec
-    tokenizers: tuple[str, ...]
-    text_encoders: tuple[str, ...]
-    schedule: str
-    graphs: Mapping[str, GraphSpec]
-    zero_negative: bool = False
-    made: Mapping[str, Any] = field(default_factory=dict)
-    golden: tuple[Golden, ...] = ()
-    half: Mapping[str, GraphSpec] = field(default_factory=dict)
-    islands: Mapping[str, Islands] = field(default_factory=dict)
-    cuda: Mapping[str, GraphSpec] = field(default_factory=dict)
-
-    def graph(self, network: str, precision: str) -> GraphSpec:
-        """A network's graph in "fp32" or "fp16".
-
-        Raises:
-            BundleError: the bundle has none.
-        """
-        graphs = {"fp32": self.graphs, "fp16": self.half}.get(precision)
-        if graphs is None or network not in graphs:
-            raise BundleError(
-                f"{self.id} has no {network} in {precision}", needed="one of its own: fp32 or fp16", fix=EXPORT
-            )
-        return graphs[network]
-
-    def cuda_graph(self, network: str) -> GraphSpec:
-        """A network's float16 graph for ONNX Runtime's CUDA provider.
-
-        Raises:
-            BundleError: the bundle has none.
-        """
-        if network not in self.cuda:
-            raise BundleError(
-                f"{self.id} has no {network} for ONNX Runtime's CUDA provider",
-                needed="a graph of its own (model.cuda.onnx)",
-                fix=EXPORT,
-            )
-        return self.cuda[network]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The manifest's "model" part, ready for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> ModelSpec:
-        """Read the manifest's "model" part.
-
-        Raises:
-            BundleError: a field is missing, unknown or of the wrong kind or out of range; each by its name.
-        """
-        try:
-            fields = dict(data)
-            graphs, half, cuda = (
-                {name: _graph(graph) for name, graph in part.items()}
-                for part in (fields.pop("graphs"), fields.pop("half", {}), fields.pop("cuda", {}))
-            )
-            islands = {name: Islands(i["largest"], tuple(i["nodes"])) for name, i in fields.pop("islands", {}).items()}
-            latents = LatentSpec(**fields.pop("latents"))
-            golden = tuple(
-                Golden(**{**g, "first": tuple(float(v) for v in g["first"])}) for g in fields.pop("golden", ())
-            )
-            tokenizers, encoders = (_texts(name, fields.pop(name)) for name in ("tokenizers", "text_encoders"))
-            spec = cls(
-                **fields,
-                latents=latents,
-                tokenizers=tokenizers,
-                text_encoders=encoders,
-                graphs=graphs,
-                golden=golden,
-                half=half,
-                islands=islands,
-                cuda=cuda,
-            )
-        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
-            raise BundleError(
-                f"manifest.json has a model part that cannot be read ({error!r})",
-                needed=f"the fields of manifest schema {SCHEMA}",
-                fix=EXPORT,
-            ) from error
-        _check(spec)
-        return spec
+    try:
+        spec = _read(data if schema == SCHEMA else upgraded(data))
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+        raise BundleError(
+            f"manifest.json has a model part that cannot be read ({error!r})",
+            needed=f"the fields of manifest schema {schema}",
+            fix=EXPORT,
+        ) from error
+    check(spec)
+    return spec
 
 
-def _graph(data: Mapping[str, Any]) -> GraphSpec:
-    def tensors(key: str) -> tuple[TensorSpec, ...]:
-        return tuple(TensorSpec(t["name"], t["dtype"], tuple(t["shape"])) for t in data[key])
-
-    return GraphSpec(data["path"], data["opset"], data["nodes"], tensors("inputs"), tensors("outputs"))
-
-
-def _texts(name: str, value: object) -> tuple[str, ...]:
-    _need(isinstance(value, (list, tuple)) and value and all(map(is_text, value)), name, value, "a list of names")
-    return tuple(value)  # type: ignore[arg-type]
+def _read(data: Mapping[str, Any]) -> ModelSpec:
+    fields = dict(data)
+    networks = {name: _network(part) for name, part in fields.pop("networks").items()}
+    golden = (Golden(**{**g, "first": tuple(map(float, g["first"]))}) for g in fields.pop("golden", ()))
+    latents, defaults = LatentSpec(**fields.pop("latents")), Defaults(**fields.pop("defaults", {}))
+    return ModelSpec(**fields, latents=latents, networks=networks, defaults=defaults, golden=tuple(golden))
 
 
-def _check(spec: ModelSpec) -> None:
-    """Every field's kind and range, so that nothing that reads a manifest has to doubt it.
+def _network(data: Mapping[str, Any]) -> NetworkSpec:
+    fields = dict(data)
+    inputs, outputs = (
+        tuple(TensorSpec(t["name"], t["dtype"], tuple(t["shape"])) for t in fields.pop(key))
+        for key in ("inputs", "outputs")
+    )
+    variants = {name: _variant(part) for name, part in fields.pop("variants").items()}
+    return NetworkSpec(inputs=inputs, outputs=outputs, variants=variants, **fields)
+
+
+def _variant(data: Mapping[str, Any]) -> Variant:
+    fields = dict(data)
+    islands = fields.pop("islands", None)
+    kept = None if islands is None else Islands(islands["largest"], tuple(islands["nodes"]))
+    return Variant(islands=kept, **fields)
+
+
+def check(spec: ModelSpec) -> None:
+    """Check every field's kind and range, so that nothing that reads a manifest has to doubt it.
 
     Raises:
         BundleError: the first field that is wrong, by its name.
     """
-    _need(spec.family in FAMILIES, "family", spec.family, f"one of {', '.join(FAMILIES)}")
     for name in ("id", "schedule"):
         _need(is_text(getattr(spec, name)), name, getattr(spec, name), "text")
     for name in ("revision", "license"):
         value = getattr(spec, name)
         _need(value is None or isinstance(value, str), name, value, "text or null")
     _need(isinstance(spec.zero_negative, bool), "zero_negative", spec.zero_negative, "true or false")
+    _need(spec.classes is None or is_whole(spec.classes), "classes", spec.classes, "a whole number or null")
     _need(isinstance(spec.made, Mapping), "made", spec.made, "an object")
     _check_latents(spec.latents)
-    encoders, tokenizers = spec.text_encoders, spec.tokenizers
-    _need(len(encoders) == len(tokenizers), "tokenizers", tokenizers, f"as many as text_encoders: {len(encoders)}")
-    for name in (*encoders, "unet", "vae_decoder"):
-        _need(name in spec.graphs, "graphs", list(spec.graphs), f"a graph {name!r}")
-    for name, graph in spec.graphs.items():
-        _need(name.isidentifier(), "graphs", name, "networks' names, letters and underscores")
-        _check_graph(f"graphs.{name}", graph)
-    for part in ("half", "cuda"):
-        for name, graph in getattr(spec, part).items():
-            _need(name in spec.graphs, part, name, f"one of {', '.join(spec.graphs)}")
-            _check_graph(f"{part}.{name}", graph)
-    for name, islands in spec.islands.items():
-        _need(name in spec.half, "islands", name, f"one of {', '.join(spec.half) or 'no network'}")
-        _need(is_number(islands.largest), f"islands.{name}.largest", islands.largest, "a finite number")
-        _need(all(map(is_text, islands.nodes)), f"islands.{name}.nodes", islands.nodes, "names of nodes")
+    _check_defaults(spec.defaults)
+    for name, network in spec.networks.items():
+        _need(name.isidentifier(), "networks", name, "networks' names, letters and underscores")
+        _check_network(f"networks.{name}", network)
+    _need(len(spec.named(DENOISER)) == 1, "networks", list(spec.networks), f"one with the role {DENOISER!r}")
+    for role in (DECODER, ENCODER):
+        _need(len(spec.named(role)) <= 1, "networks", list(spec.networks), f"at most one with the role {role!r}")
     for golden in spec.golden:
         _check_golden(golden)
 
 
 def _check_latents(latents: LatentSpec) -> None:
-    for name in ("channels", "factor", "height", "width"):
+    for name in ("channels", "factor", "height", "width", "multiple"):
         value = getattr(latents, name)
         _need(is_whole(value) and 1 <= value <= 65_536, f"latents.{name}", value, "a whole number from 1 to 65536")
     _need(is_number(latents.scale) and latents.scale != 0, "latents.scale", latents.scale, "a finite number, not 0")
     _need(is_number(latents.shift), "latents.shift", latents.shift, "a finite number")
 
 
-def _check_graph(where: str, graph: GraphSpec) -> None:
-    _need(is_text(graph.path), f"{where}.path", graph.path, "text")
+def _check_defaults(defaults: Defaults) -> None:
+    _need(is_whole(defaults.steps) and defaults.steps >= 1, "defaults.steps", defaults.steps, "a whole number from 1")
+    _need(is_number(defaults.guidance), "defaults.guidance", defaults.guidance, "a finite number")
+    _need(defaults.solver is None or is_text(defaults.solver), "defaults.solver", defaults.solver, "text or null")
+
+
+def _check_network(where: str, network: NetworkSpec) -> None:
+    _need(network.role in ROLES, f"{where}.role", network.role, f"one of {', '.join(ROLES)}")
+    tokenizer = network.tokenizer
+    if network.role == TEXT_ENCODER:
+        _need(is_text(tokenizer), f"{where}.tokenizer", tokenizer, "the folder of its tokenizer")
+    else:
+        _need(tokenizer is None, f"{where}.tokenizer", tokenizer, "null: it reads no text")
+    _need(FP32 in network.variants, f"{where}.variants", list(network.variants), f"a graph {FP32!r}")
+    for tensor in (*network.inputs, *network.outputs):
+        _check_tensor(where, tensor)
+    names = {tensor.name for tensor in (*network.inputs, *network.outputs)}
+    for name, variant in network.variants.items():
+        _check_variant(f"{where}.variants.{name}", variant, names)
+
+
+def _check_tensor(where: str, tensor: TensorSpec) -> None:
+    _need(is_text(tensor.name), f"{where}: a tensor's name", tensor.name, "text")
+    where = f"{where}.{tensor.name}"
+    _need(tensor.dtype in DTYPES, f"{where}.dtype", tensor.dtype, f"one of {', '.join(DTYPES)}")
+    sides = all(_is_dimension(side) or (is_whole(side) and int(side) >= 0) for side in tensor.shape)
+    _need(sides, f"{where}.shape", tensor.shape, "whole numbers, and names or multiples of them")
+
+
+def _is_dimension(value: object) -> bool:
+    try:
+        return isinstance(value, str) and bool(dimension(value))
+    except KeyError:
+        return False
+
+
+def _check_variant(where: str, variant: Variant, names: Iterable[str]) -> None:
+    _need(is_text(variant.path), f"{where}.path", variant.path, "text")
     for name in ("opset", "nodes"):
-        value = getattr(graph, name)
+        value = getattr(variant, name)
         _need(is_whole(value) and value >= 0, f"{where}.{name}", value, "a whole number")
-    for tensor in (*graph.inputs, *graph.outputs):
-        _need(is_text(tensor.name), f"{where}: a tensor's name", tensor.name, "text")
-        where_tensor = f"{where}.{tensor.name}"
-        _need(tensor.dtype in DTYPES, f"{where_tensor}.dtype", tensor.dtype, f"one of {', '.join(DTYPES)}")
-        sides = all(is_text(side) or (is_whole(side) and int(side) >= 0) for side in tensor.shape)
-        _need(sides, f"{where_tensor}.shape", tensor.shape, "whole numbers and names")
+    good = all(name in names and dtype in DTYPES for name, dtype in variant.dtypes.items())
+    _need(good, f"{where}.dtypes", dict(variant.dtypes), f"dtypes by names of {', '.join(names)}")
+    islands = variant.islands
+    if islands is not None:
+        _need(is_number(islands.largest), f"{where}.islands.largest", islands.largest, "a finite number")
+        _need(all(map(is_text, islands.nodes)), f"{where}.islands.nodes", islands.nodes, "names of nodes")
 
 
 def _check_golden(golden: Golden) -> None:

@@ -12,6 +12,8 @@ from latentrt.errors import RequestError
 from latentrt.run.denoiser import Denoiser
 from latentrt.run.host import HostLanes
 
+LANES_EACH = 2  # of a picture with guidance
+
 
 class Stopwatch:
     """Wraps a function and adds up the seconds spent in it."""
@@ -52,26 +54,25 @@ def measure(engine: Engine, batches: Sequence[int], *, steps: int = 20, repeats:
 
 def _measure_batch(engine: Engine, size: int, steps: int, repeats: int) -> dict[str, Any]:
     runs = [_run(engine, size, steps) for _ in range(repeats + 1)][1:]  # the first one warms up
-    on_gpu = engine.backend.gpu is not None
     step_ms = sorted(run["denoise"] / steps * 1000 for run in runs)
+    seen = engine.backend.gpu is None
     return {
         "batch": size,
         "step_ms": (step_ms[0], median(step_ms), step_ms[-1]),
         "images_per_second": median(size / (run["denoise"] + run["decode"]) for run in runs),
-        "host_percent": None if on_gpu else median((1 - run["unet"] / run["denoise"]) * 100 for run in runs),
+        "host_percent": median((1 - run["unet"] / run["denoise"]) * 100 for run in runs) if seen else None,
         "decode_ms": median(run["decode"] / size * 1000 for run in runs),
     }
 
 
 def _run(engine: Engine, size: int, steps: int) -> Mapping[str, float]:
-    watch = Stopwatch(engine.unet)
-    denoiser = engine.denoiser if engine.backend.gpu else Denoiser(HostLanes(watch, 2 * size))
-    jobs = engine.requests([""], {"steps": steps, "count": size, "guidance": 3.0, "negative_prompt": "a"})
+    watch = Stopwatch(engine.model.predictor)
+    denoiser = engine.denoiser if engine.backend.gpu is not None else Denoiser(HostLanes(watch, LANES_EACH * size))
+    guided = {"guidance": 3.0, "negative_prompt": "a"} if engine.model.text is not None else {}
+    prompt = "" if engine.model.text is not None else None
+    jobs = engine.requests([prompt], {"steps": steps, "count": size, **guided})
     start = time.perf_counter()
-    for job in jobs:
-        denoiser.admit(job)
-    while denoiser.jobs:
-        denoiser.tick()
+    denoiser.run(jobs)
     denoised = time.perf_counter()
     for job in jobs:
         engine.decode(job.latents)

@@ -1,8 +1,8 @@
-"""What this machine can run, and what to install for the rest."""
+"""Finds out what this machine can run, and what to install for the rest."""
 
 from __future__ import annotations
 
-import ctypes.util
+import ctypes
 import os
 import platform
 import shutil
@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from latentrt.cuda.driver import DRIVERS
 from latentrt.errors import LatentrtError, MissingDependencyError
 from latentrt.runtime.onnxruntime import load_onnxruntime
 from latentrt.runtime.tensorrt.library import LIBRARIES, open_library
@@ -32,7 +33,7 @@ BUILD_PACKAGES = ("onnx", "onnx-ir")
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing looked at: whether it is there, and what to type if it is not."""
+    """One thing looked at: whether it works, and what to type if it does not."""
 
     what: str
     good: bool
@@ -41,12 +42,12 @@ class Finding:
     vital: bool = False  # nothing can be drawn without it
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return it for JSON."""
         return asdict(self)
 
 
 def examine() -> list[Finding]:
-    """Look at the machine, the libraries and the embedded bundle; nothing is changed."""
+    """Look at the machine, the libraries and the embedded bundle. Nothing is changed."""
     return [
         *(_machine(), _bundle(), _onnxruntime(), _export(), _gpu(), _cuda_provider(), _cuda()),
         *(_tensorrt(name) for name in LIBRARIES),
@@ -88,7 +89,7 @@ def _export() -> Finding:
 
 
 def _packages(what: str, packages: Sequence[str], fix: str) -> Finding:
-    """Whether all of some packages are installed."""
+    """Look for packages that are all needed."""
     found, missing = [], []
     for package in packages:
         try:
@@ -103,7 +104,7 @@ def _build() -> Finding:
 
 
 def _cuda() -> Finding:
-    """The device as the engine opens it, kernels and all; NVRTC may be a wheel's or a toolkit's."""
+    """Open the device as the engine does, kernels included; NVRTC may be a wheel's or a toolkit's."""
     what = "one launch an image (CUDA)"
     try:
         from latentrt.cuda.gpu import Cuda
@@ -117,10 +118,12 @@ def _cuda() -> Finding:
 
 
 def _tensorrt(name: str) -> Finding:
-    """Whether it can be imported, and finds a driver that it takes."""
+    """Import a TensorRT and start it, but only on a driver that works: without one, 8.6 ends the process."""
     what = f"pictures by plans ({name})"
     try:
         library = open_library(name)
+        if lacking := _driver():
+            return Finding(what, False, f"{name} {library.version}, but {lacking}", f"install {DRIVERS}")
         logger = library.logger()  # it must outlive the runtime
         library.runtime(logger)
     except LatentrtError as trouble:
@@ -128,10 +131,20 @@ def _tensorrt(name: str) -> Finding:
     return Finding(what, True, f"{name} {library.version}")
 
 
+def _driver() -> str:
+    """Say why CUDA's driver cannot be used; empty if it can. No Python package and no TensorRT is needed for that."""
+    try:
+        status = ctypes.CDLL("libcuda.so.1").cuInit(0)
+    except OSError as error:
+        return f"there is no CUDA driver ({error})"
+    return f"the CUDA driver finds no GPU (cuInit says {status})" if status else ""
+
+
 def _gpu() -> Finding:
     what, fix = "NVIDIA GPU", "a machine with an NVIDIA GPU and its driver"
-    if ctypes.util.find_library("cuda") is None or shutil.which("nvidia-smi") is None:
-        return Finding(what, False, "no CUDA driver", fix)
+    lacking = _driver() or ("" if shutil.which("nvidia-smi") else "there is no nvidia-smi")
+    if lacking:
+        return Finding(what, False, lacking, fix)
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
@@ -147,7 +160,7 @@ def _gpu() -> Finding:
 
 
 def _cuda_provider() -> Finding:
-    """A network that really runs there: what is compiled in need not find its libraries."""
+    """Draw with networks on CUDA: that the provider is compiled in does not mean that it finds its libraries."""
     what, fix = "pictures on CUDA (onnxruntime-gpu)", "pip uninstall onnxruntime && pip install onnxruntime-gpu"
     try:
         from latentrt.engine import Engine

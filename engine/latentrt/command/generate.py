@@ -4,37 +4,42 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from latentrt.bundle.bundle import EMBEDDED
-from latentrt.command.options import AT_LEAST_ONE, FOLDER, edits_pictures, option_json, runs_networks
-from latentrt.command.terminal import progress, with_previews
+from latentrt.bundle.bundle import EMBEDDED, embedded
+from latentrt.command.options import AT_LEAST_ONE, FOLDER, LOADING, edits_pictures, option_json, runs_networks
+from latentrt.command.terminal import progress
+from latentrt.command.watch import KINDS, Asked, Watch
 from latentrt.errors import RequestError
 from latentrt.values import parse_size
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from latentrt.engine import Engine
     from latentrt.run.job import Job
 
 
 @click.command()
-@click.argument("prompts", nargs=-1, required=True, metavar="PROMPT...")
-@click.option("--bundle", "-b", type=FOLDER, default=EMBEDDED, help="Bundle to run  [default: the embedded model]")
+@click.argument("prompts", nargs=-1, metavar="[PROMPT]...")
+@click.option("--bundle", "-b", type=FOLDER, default=EMBEDDED, help=f"Bundle, or one of {', '.join(embedded())}.")
 @click.option("--negative", "-n", help="What to keep out.")
-@click.option("--steps", "-s", type=int, default=20, show_default=True, help="Solver steps.")
+@click.option("--class-label", type=click.IntRange(min=0), help="Class, of models that were trained with classes.")
+@click.option("--steps", "-s", type=int, help="Solver steps  [default: the model's own]")
 @click.option("--solver", help="`latentrt solvers` lists them  [default: the bundle's own]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the first picture; the next count up.")
-@click.option("--guidance", "-g", type=float, default=3.0, show_default=True, help="Guidance scale; 1 for none.")
+@click.option("--guidance", "-g", type=float, help="Guidance scale; 1 for none  [default: the model's own]")
 @click.option("--size", help="WIDTHxHEIGHT in pixels  [default: the model's own, or that of --image]")
 @click.option("--count", "-c", type=int, default=1, show_default=True, help="Pictures for each prompt.")
 @click.option(
     "--output",
     "-o",
-    default="{prompt}-{seed}",
-    show_default=True,
-    help="File pattern; fields: {prompt} {seed} {index} {solver} {steps} and other settings.",
+    help="File pattern; fields: {prompt} {seed} {index} {solver} {steps} and other settings  "
+    "[default: {prompt}-{seed}; {model}-{seed} without a prompt]",
 )
 @click.option("--format", "-f", help="png, jpg or webp  [default: the pattern's suffix, or png]")
 @click.option("--grid", type=FOLDER, help="Also write all pictures as one contact sheet.")
@@ -42,95 +47,112 @@ if TYPE_CHECKING:
     "--preview-every",
     type=click.IntRange(min=0),
     default=0,
-    help="Every N rows write the current and the predicted picture.",
+    help="Every N rows write the current and the predicted picture; with --grid, of all pictures too.",
+)
+@click.option(
+    "--animate", type=FOLDER, help="Also write the denoising of all pictures as a GIF, WebP or PNG animation."
+)
+@click.option(
+    "--animate-of",
+    type=click.Choice([*KINDS, "both"]),
+    default="both",
+    show_default=True,
+    help="What it shows: the current picture, the predicted one, or both side by side.",
 )
 @click.option("--option", multiple=True, help="Any other setting, as eta=0.5 or use_karras_sigmas=true; repeatable.")
 @click.option(
     "--lanes",
     type=AT_LEAST_ONE,
-    help="Most lanes of a UNet call; guidance takes two a picture  [default: 16; on a GPU the plan's]",
+    help="Most lanes of a call; guidance takes two a picture  [default: 16; on a GPU the plan's]",
 )
 @edits_pictures
 @runs_networks
 @option_json
-def generate(
-    prompts: tuple[str, ...],
-    bundle: Path,
-    negative: str | None,
-    steps: int,
-    solver: str | None,
-    seed: int,
-    guidance: float,
-    size: str | None,
-    count: int,
-    output: str,
-    format: str | None,
-    grid: Path | None,
-    preview_every: int,
-    option: tuple[str, ...],
-    lanes: int | None,
-    image: Path | None,
-    strength: float | None,
-    mask: Path | None,
-    as_json: bool,
-    **loading: Any,
-) -> None:
+def generate(prompts: tuple[str, ...], bundle: Path, lanes: int | None, as_json: bool, **asked: Any) -> None:
     """Draw pictures from prompts, from noise or on a picture that is there already."""
-    from latentrt.command.output import (
-        check_distinct,
-        check_folder,
-        check_grid,
-        check_writable,
-        preview_paths,
-        with_suffix,
-    )
+    from latentrt.command.output import check_animation, check_folder, check_grid, with_suffix
     from latentrt.engine import Engine
-    from latentrt.images.image import grid as contact_sheet
-    from latentrt.images.image import output_path, save
-    from latentrt.model.edit import open_picture
+    from latentrt.images.given import open_picture
     from latentrt.runtime.onnxruntime import return_freed_pages
 
-    width, height = (None, None) if size is None else parse_size(size, "--size")
-    pattern = with_suffix(output, format)
+    loading = {name: asked.pop(name) for name in LOADING}
+    pattern = with_suffix(asked["output"] or ("{prompt}-{seed}" if prompts else "{model}-{seed}"), asked["format"])
     check_folder(pattern)
-    check_grid(grid)
-    settings = {"negative_prompt": negative, "steps": steps, "solver": solver, "seed": seed, "guidance": guidance}
-    settings |= {"width": width, "height": height, "count": count, "strength": strength, **options_of(option)}
-    given, repaint = (None if path is None else open_picture(path) for path in (image, mask))
-    if settings["negative_prompt"] and guidance <= 1:
-        print("note: --negative has no effect with a --guidance of 1 or less", file=sys.stderr)
-    images = []
+    check_grid(asked["grid"])
+    check_animation(asked["animate"])
+    settings = settings_of(asked)
+    pictures = {name: open_picture(asked[name]) for name in ("image", "mask") if asked[name] is not None}
     return_freed_pages()
     with Engine.load(bundle, lanes=lanes, resident=False, **loading) as engine:
-        jobs = engine.requests(prompts, settings, given, repaint)
-        paths = {job: output_path(pattern, job.tag) for job in jobs}
-        previews = [preview_paths(paths[job], len(job.table), preview_every) for job in jobs]
-        shown = [path for rows in previews for pair in rows.values() for path in pair]
-        check_distinct([*paths.values(), *shown, *([grid] if grid else [])])
-        for path in [*paths.values(), *shown]:
-            check_writable(path)
-        with progress(jobs, quiet=as_json) as on_tick:
-            tick = with_previews(engine, jobs, previews, on_tick)
+        jobs = engine.requests(prompts or (None,), settings, pictures)
+        if asked["negative"] and jobs[0].guidance.scale <= 1:
+            print("note: --negative has no effect with a --guidance of 1 or less", file=sys.stderr)
+        kinds = KINDS if asked["animate_of"] == "both" else (asked["animate_of"],)
+        paths, watch = _draw(
+            engine, jobs, pattern, asked["grid"], Asked(asked["preview_every"], asked["animate"], kinds), quiet=as_json
+        )
+    _tell(jobs, paths, asked["grid"], asked["animate"], watch.files, as_json=as_json)
 
-            def tick_and_save(job: Job) -> None:
-                """An interrupt must not lose what is done. The UNet stays loaded as long as a job waits for it."""
-                tick(job)
-                if job.done and job.error is None:
-                    image = engine.picture(job) if jobs[-1].done else engine.decode(job.latents)
-                    save(image, paths[job], settings=job.tag)
-                    if grid is not None:
-                        images.append(image)
 
-            engine.run(jobs, tick_and_save)
-    if grid is not None:
-        captions = [job.tag["prompt"] for job in jobs]
-        save(contact_sheet(images, captions=captions), grid, settings={"prompt": "; ".join(prompts), **settings})
+def settings_of(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a request, by the names that `Request` has for them."""
+    width, height = (None, None) if asked["size"] is None else parse_size(asked["size"], "--size")
+    own = {name: asked[name] for name in ("steps", "solver", "seed", "guidance", "count", "strength", "class_label")}
+    own |= {"negative_prompt": asked["negative"], "width": width, "height": height}
+    return own | options_of(asked["option"])
+
+
+def _draw(
+    engine: Engine, jobs: list[Job], pattern: str, sheet: Path | None, asked: Asked, *, quiet: bool
+) -> tuple[list[Path], Watch]:
+    """Run jobs and write each picture as soon as it is done: an interrupt must not lose it."""
+    from latentrt.command.output import check_distinct, check_writable
+    from latentrt.images.files import output_path, save
+
+    paths = [output_path(pattern, job.tag) for job in jobs]
+    watch = Watch(engine, jobs, paths, sheet, asked)
+    check_distinct([*paths, *watch.files, *([sheet] if sheet else [])])
+    for path in [*paths, *watch.files]:
+        check_writable(path)
+    where = dict(zip(jobs, paths, strict=True))
+    images: dict[Job, Image] = {}
+    with progress(jobs, quiet=quiet) as tick:
+
+        def on_tick(job: Job) -> None:
+            tick(job)
+            watch(job)
+            if job.done and job.error is None:  # the denoiser stays loaded as long as a job waits for it
+                images[job] = engine.picture(job) if jobs[-1].done else engine.decode(job.latents)
+                save(images[job], where[job], settings=job.tag)
+
+        engine.run(jobs, on_tick)
+    watch.finish()
+    if sheet is not None:
+        _save_sheet(jobs, [images[job] for job in jobs], sheet)
+    return paths, watch
+
+
+def _save_sheet(jobs: Sequence[Job], images: Sequence[Image], path: Path) -> None:
+    from latentrt.images.files import save
+    from latentrt.images.sheet import grid
+
+    captions = [job.tag["prompt"] for job in jobs if "prompt" in job.tag]
+    shared = {name: value for name, value in jobs[0].tag.items() if all(job.tag.get(name) == value for job in jobs)}
+    prompts = "; ".join(dict.fromkeys(captions))
+    save(grid(images, captions=captions), path, settings={**shared, **({"prompt": prompts} if captions else {})})
+
+
+def _tell(
+    jobs: list[Job], paths: list[Path], sheet: Path | None, animation: Path | None, shown: list[Path], *, as_json: bool
+) -> None:
+    """Print what was written."""
     if as_json:
-        pictures = [{**job.tag, "path": str(path)} for job, path in paths.items()]
-        made = {"pictures": pictures, "grid": grid and str(grid), "previews": [str(path) for path in shown]}
-        print(json.dumps(made, ensure_ascii=False))
+        pictures = [{**job.tag, "path": str(path)} for job, path in zip(jobs, paths, strict=True)]
+        previews = [str(path) for path in shown if path != animation]
+        made = {"pictures": pictures, "grid": sheet and str(sheet), "previews": previews}
+        print(json.dumps({**made, "animation": animation and str(animation)}, ensure_ascii=False))
     else:
-        for path in [*paths.values(), *([grid] if grid else [])]:
+        for path in [*paths, *(path for path in (sheet, animation) if path)]:
             print(path)
 
 

@@ -142,17 +142,18 @@ def inspect(bundle: Path, as_json: bool) -> None:
         print(json.dumps({"model": opened.spec.to_dict(), "files": files}))
         return
     spec = opened.spec
-    size = spec.latents.width * spec.latents.factor, spec.latents.height * spec.latents.factor
-    print(f"{spec.id}  ({spec.family}, {size[0]}x{size[1]}, licence {spec.license or 'unknown'})")
+    height, width = spec.latents.pixels_of(None, None)
+    print(f"{spec.id}  ({width}x{height}, licence {spec.license or 'unknown'})")
     total = sum(record.bytes for record in opened.files.values()) / 1e6
     print(f"{total:.1f} MB in {len(opened.files)} files, hashes match")
-    table = table_of("network", "nodes", "opset", "inputs", "outputs")
-    for name, graph in spec.graphs.items():
+    table = table_of("network", "role", "graphs (nodes)", "inputs", "outputs")
+    for name, network in spec.networks.items():
+        graphs = ", ".join(f"{variant} ({graph.nodes})" for variant, graph in network.variants.items())
         shapes = [
             ", ".join(f"{t.name} {t.dtype}[{', '.join(map(str, t.shape))}]" for t in ts)
-            for ts in (graph.inputs, graph.outputs)
+            for ts in (network.inputs, network.outputs)
         ]
-        table.add_row(name, str(graph.nodes), str(graph.opset), *shapes)
+        table.add_row(name, network.role, graphs, *shapes)
     show(table)
     schedule = opened.json(spec.schedule)
     print(f"schedule: {schedule['_class_name']}, {schedule.get('prediction_type', 'epsilon')}")

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from latentrt.errors import OutputError, RequestError
-from latentrt.images.image import FORMATS
+from latentrt.images.animation import FORMATS as ANIMATIONS
+from latentrt.images.files import FORMATS
 
 # Pictures that latentrt does not write; "x.gif" would else quietly become "x.gif.png".
 _FOREIGN = (
@@ -16,7 +17,6 @@ _FOREIGN = (
     *(".apng", ".ico", ".svg", ".pdf", ".psd", ".tga", ".ppm"),
 )
 _NAME_BYTES = 255  # of a file name, on every file system in common use
-Previews = dict[int, tuple[Path, Path]]
 
 
 def with_suffix(pattern: str, format: str | None) -> str:
@@ -51,6 +51,15 @@ def check_grid(grid: Path | None) -> None:
     check_writable(grid)
 
 
+def check_animation(path: Path | None) -> None:
+    """Refuse an animation that could not be written. Raise as `check_grid`."""
+    if path is None:
+        return
+    if path.suffix.lower() not in ANIMATIONS:
+        raise RequestError(f"--animate is {path}", needed=f"a suffix among {', '.join(ANIMATIONS)}")
+    check_writable(path)
+
+
 def check_folder(pattern: str) -> None:
     """Refuse a pattern whose folder, as far as it has no fields, could not be written to; see `check_writable`."""
     literal = pattern.partition("{")[0]
@@ -80,17 +89,6 @@ def check_writable(path: Path) -> None:
     except (OSError, ValueError) as error:
         problem = str(error)
     raise OutputError(f"{path} cannot be written: {problem}", needed="a file name in a folder that takes files")
-
-
-def preview_paths(path: Path, rows: int, every: int) -> Previews:
-    """For every `every`-th row of a picture, where its current and its predicted state go: beside it."""
-
-    def beside(row: int, kind: str) -> Path:
-        return path.with_stem(f"{path.stem}-{row:03d}-{kind}")
-
-    if every < 1:
-        return {}
-    return {row: (beside(row, "current"), beside(row, "predicted")) for row in range(every, rows + 1, every)}
 
 
 def check_distinct(paths: Iterable[Path]) -> None:

@@ -1,6 +1,6 @@
 // What the GPU does between two calls of the network, for all jobs in one launch: guidance, one row of every job's
-// table (the equations of engine/latentrt/sampling/table.py), and the next input. `engine/latentrt/cuda/kernels.py` launches these and has the
-// same structures.
+// table (the equations of sampling/table.py), and the next input. `cuda/kernels.py` launches these and has the same
+// structures.
 //
 // Arithmetic is float32, in the order of the numpy functions and without contraction (--fmad=false): a row has the
 // same bits on the GPU and on the CPU. Only what the network reads and writes may be half. A thread takes one number
@@ -9,7 +9,8 @@
 // Nothing here waits for the host. A job's row index lives in device memory; the last block to finish a row moves it
 // on, so a graph of (network, advance) pairs runs a whole picture.
 //
-// The tests compile this file as C++ for the CPU, after tests/support/gpu/host_cuda.h, which stands in for what is CUDA's own.
+// The tests compile this file as C++ for the CPU, after tests/support/gpu/host_cuda.h, which stands in for what is
+// CUDA's own.
 
 #ifdef __CUDACC__
 // NVRTC comes without cuda_fp16.h; two instructions are all that is needed of it.
@@ -33,7 +34,7 @@ __device__ inline float get(float value) { return value; }
 
 enum Flags : unsigned { PREVIEW = 1, BLEND = 2 };
 
-// One row of a table: engine.table.COLUMNS, then what inpainting blends in after the row.
+// One row of a table: COLUMNS of sampling/table.py, then what inpainting blends in after the row.
 struct Row {
     float timestep, c_in;
     float p, q, clip, slot;
@@ -51,7 +52,7 @@ struct Slot {
     int rows;                    // a job whose row index has reached it is idle, and its lanes are left alone
     int lane_cond, lane_uncond;  // lane_uncond is -1 where there is no guidance
     int guided_from, guided_to;  // rows in which guidance acts
-    float scale, rescale;        // engine/latentrt/sampling/guidance.py
+    float scale, rescale;        // sampling/guidance.py
     float start;                 // x is start * noise before the first row; 0: the host wrote x
 };
 
@@ -80,10 +81,12 @@ struct State {
     float* deviation;          // (slots, 2)             of the conditional and of the guided output
     const Slot* slots;         // (slots,)
     Progress* progress;        // (slots,)
-    int n, rows_max, noises_max;
+    float* scalars;            // (scalar_count, scalar_stride) the network's other inputs that are a number for each lane
+    const float* scalar_rows;  // (slots, rows_max, scalar_count) their values by row
+    int n, rows_max, noises_max, scalar_count, scalar_stride;
 };
 
-// ---- Noise: what torch.randn makes on CUDA (engine.noise.TorchCudaNoise) -------------------------------------------
+// ---- Noise: what torch.randn makes on CUDA (TorchCudaNoise of sampling/noise.py) ------------------------------------
 
 // Philox4x32 with ten rounds (Salmon et al. 2011).
 __device__ inline void philox(unsigned (&c)[4], unsigned long long key) {
@@ -146,7 +149,7 @@ __device__ float guided_at(const State<T>& s, const Slot& job, int i) {
     return uncond + job.scale * (cond - uncond);
 }
 
-// The network's output as the solver sees it (engine.guidance.Guidance.combine).
+// The network's output as the solver sees it (Guidance.combine of sampling/guidance.py).
 template <typename T>
 __device__ float out_at(const State<T>& s, int slot, int row, int i) {
     const Slot& job = s.slots[slot];
@@ -157,16 +160,28 @@ __device__ float out_at(const State<T>& s, int slot, int row, int i) {
     return job.rescale * matched + (1 - job.rescale) * guided;
 }
 
-// The input of the network for row `row` of a job whose latents are x at i.
+// Number i of the network's input for row `row` of a job whose latents are x there.
 template <typename T>
 __device__ void feed(const State<T>& s, int slot, int row, int i, float x) {
     const Slot& job = s.slots[slot];
     const Row& next = s.table[(size_t)slot * s.rows_max + row];
     const int lanes[2] = {job.lane_cond, job.lane_uncond};
+    for (int lane : lanes)
+        if (lane >= 0) put(s.sample[(size_t)lane * s.n + i], next.c_in * x);
+}
+
+// The network's inputs that are one number for each lane, for row `row`. One thread of a job writes them.
+template <typename T>
+__device__ void feed_numbers(const State<T>& s, int slot, int row) {
+    if (blockIdx.x != 0 || threadIdx.x != 0) return;
+    const Slot& job = s.slots[slot];
+    const size_t at = (size_t)slot * s.rows_max + row;
+    const int lanes[2] = {job.lane_cond, job.lane_uncond};
     for (int lane : lanes) {
         if (lane < 0) continue;
-        put(s.sample[(size_t)lane * s.n + i], next.c_in * x);
-        if (i == 0) s.timestep[lane] = next.timestep;
+        s.timestep[lane] = s.table[at].timestep;
+        for (int k = 0; k < s.scalar_count; ++k)
+            s.scalars[k * s.scalar_stride + lane] = s.scalar_rows[at * s.scalar_count + k];
     }
 }
 
@@ -227,6 +242,7 @@ __device__ void advance(const State<T>& s) {
     const int slot = blockIdx.y, k = s.progress[slot].row;
     if (k >= s.slots[slot].rows) return;
     const Row row = s.table[(size_t)slot * s.rows_max + k];
+    if (k + 1 < s.slots[slot].rows) feed_numbers(s, slot, k + 1);
     for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < s.n; i += gridDim.x * blockDim.x) {
         const float x = advance_at(s, slot, k, row, i);
         if (k + 1 < s.slots[slot].rows) feed(s, slot, k + 1, i, x);
@@ -241,6 +257,7 @@ __device__ void begin(const State<T>& s, int first) {
     const int slot = first + blockIdx.y, k = s.progress[slot].row;
     const Slot& job = s.slots[slot];
     if (k >= job.rows) return;
+    feed_numbers(s, slot, k);
     for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < s.n; i += gridDim.x * blockDim.x) {
         float& x = s.x[(size_t)slot * s.n + i];
         if (k == 0 && job.start != 0) x = job.start * job_noise(job, s.n, 0, i);
@@ -297,32 +314,32 @@ __device__ void to_latents(T* latents, const float* x, int count, float scale, f
         put(latents[i], x[i] / scale + shift);
 }
 
-// image (pictures, 3, area) in -1..1 to pixels (pictures, area, 3), as engine.image.to_uint8 rounds; bad[picture] = 1
-// where a number is not finite. grid.y pictures.
+// image (pictures, channels, area) in -1..1 to pixels (pictures, area, channels), as to_uint8 of images/pixels.py rounds;
+// bad[picture] = 1 where a number is not finite. grid.y pictures.
 template <typename T>
-__device__ void to_pixels(unsigned char* pixels, int* bad, const T* image, int area) {
-    const size_t picture = (size_t)blockIdx.y * area * 3;
+__device__ void to_pixels(unsigned char* pixels, int* bad, const T* image, int area, int channels) {
+    const size_t picture = (size_t)blockIdx.y * area * channels;
     for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < area; i += gridDim.x * blockDim.x) {
-        for (int channel = 0; channel < 3; ++channel) {
+        for (int channel = 0; channel < channels; ++channel) {
             const float value = get(image[picture + (size_t)channel * area + i]);
             if (!isfinite(value)) bad[blockIdx.y] = 1;
             const float unit = fminf(fmaxf(value * 0.5f + 0.5f, 0.0f), 1.0f);
-            pixels[picture + (size_t)i * 3 + channel] = (unsigned char)rintf(unit * 255.0f);
+            pixels[picture + (size_t)i * channels + channel] = (unsigned char)rintf(unit * 255.0f);
         }
     }
 }
 
 // ---- What the host launches ----------------------------------------------------------------------------------------
 
-#define KERNELS(T)                                                                                                  \
-    extern "C" __global__ void advance_##T(State<T> s) { advance(s); }                                              \
-    extern "C" __global__ void begin_##T(State<T> s, int first) { begin(s, first); }                                \
-    extern "C" __global__ void deviations_##T(State<T> s) { deviations(s); }                                        \
-    extern "C" __global__ void to_latents_##T(T* latents, const float* x, int count, float scale, float shift) {    \
-        to_latents(latents, x, count, scale, shift);                                                                \
-    }                                                                                                               \
-    extern "C" __global__ void to_pixels_##T(unsigned char* pixels, int* bad, const T* image, int area) {           \
-        to_pixels(pixels, bad, image, area);                                                                        \
+#define KERNELS(T)                                                                                                    \
+    extern "C" __global__ void advance_##T(State<T> s) { advance(s); }                                                \
+    extern "C" __global__ void begin_##T(State<T> s, int first) { begin(s, first); }                                  \
+    extern "C" __global__ void deviations_##T(State<T> s) { deviations(s); }                                          \
+    extern "C" __global__ void to_latents_##T(T* latents, const float* x, int count, float scale, float shift) {      \
+        to_latents(latents, x, count, scale, shift);                                                                  \
+    }                                                                                                                 \
+    extern "C" __global__ void to_pixels_##T(unsigned char* pixels, int* bad, const T* image, int area, int channels) {\
+        to_pixels(pixels, bad, image, area, channels);                                                                \
     }
 
 KERNELS(half)

@@ -14,6 +14,8 @@ A *slot* is a job's place in device memory, a *lane* one place of the network's 
 | deviation                | (slots, 2)         | float32     | scratch of guidance rescale                          |
 | slots                    | (slots,)           | SLOT        | written by the host, again where lanes move          |
 | progress                 | (slots,)           | PROGRESS    | counted by the device; zeros for a new job           |
+| scalars                  | (inputs, stride)   | float32     | other inputs of the network, a number for each lane  |
+| scalar_rows              | (slots, rows, inputs) | float32  | their values by row                                  |
 
 The host's noise is read in a circle: the k-th that a job adds is at k modulo `noises`.
 Any shape with as many numbers does: sample may be (lanes, 4, 64, 64).
@@ -73,6 +75,8 @@ class State:
     known: DeviceArray | None = None
     known_noise: DeviceArray | None = None
     deviation: DeviceArray | None = None
+    scalars: DeviceArray | None = None
+    scalar_rows: DeviceArray | None = None
 
     @property
     def n(self) -> int:
@@ -93,7 +97,7 @@ class State:
 
 _POINTERS = (
     *("sample", "timestep", "out", "x", "memory", "preview", "table", "noise", "mask", "known", "known_noise"),
-    *("deviation", "slots", "progress"),
+    *("deviation", "slots", "progress", "scalars", "scalar_rows"),
 )
 
 
@@ -102,7 +106,7 @@ class _State(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in _POINTERS),
-        *((name, ctypes.c_int) for name in ("n", "rows_max", "noises_max")),
+        *((name, ctypes.c_int) for name in ("n", "rows_max", "noises_max", "scalar_count", "scalar_stride")),
     )
 
 
@@ -134,12 +138,12 @@ def to_latents(gpu: Gpu, x: DeviceArray, latents: DeviceArray, scale: float, shi
 
 
 def to_pixels(gpu: Gpu, image: DeviceArray, pixels: DeviceArray, bad: DeviceArray) -> None:
-    """Decoded pictures (b, 3, height, width) to uint8 (b, height, width, 3), as `image.to_uint8` rounds.
+    """Turn pictures (b, channels, height, width) to uint8 (b, height, width, channels), as `to_uint8` rounds.
 
     `bad`, int32 (b,), becomes 1 for a picture with a number that is not finite, and is left alone for others.
     """
     area = math.prod(image.shape[2:])
-    arguments = (_pointer(pixels), _pointer(bad), _pointer(image), ctypes.c_int(area))
+    arguments = (_pointer(pixels), _pointer(bad), _pointer(image), ctypes.c_int(area), ctypes.c_int(image.shape[1]))
     _launch(gpu, "to_pixels", image, (_blocks(area), image.shape[0]), _THREADS, *arguments)
 
 
@@ -165,4 +169,5 @@ def _pointer(array: DeviceArray | None) -> ctypes.c_void_p:
 
 def _packed(state: State) -> _State:
     pointers = (_pointer(getattr(state, name)) for name in _POINTERS)
-    return _State(*pointers, state.n, state.table.shape[1], state.noise.shape[1] if state.noise else 0)
+    scalars = state.scalars.shape if state.scalars else (0, 0)
+    return _State(*pointers, state.n, state.table.shape[1], state.noise.shape[1] if state.noise else 0, *scalars)

@@ -1,32 +1,31 @@
-"""`advance.cu` to native code by NVRTC, and that code kept on the disk.
+"""Compiles `advance.cu` to native code by NVRTC, and keeps that code on the disk.
 
-NVRTC needs no GPU and no toolkit: half a second here for a GPU that is elsewhere.
+NVRTC needs no GPU and no toolkit. It takes half a second.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-import secrets
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from latentrt.errors import BackendError, MissingDependencyError
+from latentrt.errors import BackendError, MissingDependencyError, UntrustedFileError
+from latentrt.storage import cache_folder, read_trusted, write_atomic
 
 SOURCE = Path(__file__).with_name("advance.cu")
 OPTIONS = ("--std=c++17", "--fmad=false")  # without contraction a row has the same bits as in numpy
 
 
 def cubin(compute_capability: tuple[int, int], folder: Path | None = None) -> bytes:
-    """The kernels as native code, compiled on the first call and then read from the disk.
+    """Return the kernels as native code, compiled on the first call and then read from the disk.
 
     Args:
         compute_capability: of the device, as (9, 0).
-        folder: where they are kept, readable for the user alone: they are native code. Default: `latentrt/kernels` in
-            $XDG_CACHE_HOME or ~/.cache. One that cannot be written is done without.
+        folder: where they are kept; None is `kernels` in the user's cache. Where it cannot be written, or another user
+            may have written to it, the kernels are compiled at each call.
 
     Raises:
         MissingDependencyError: no NVRTC.
@@ -37,21 +36,24 @@ def cubin(compute_capability: tuple[int, int], folder: Path | None = None) -> by
     options = (f"--gpu-architecture=sm_{_architecture(nvrtc, version, compute_capability)}", *OPTIONS)
     source = SOURCE.read_bytes()
     key = hashlib.sha256(repr((source, options, version)).encode()).hexdigest()
-    path = (folder or _cache_folder()) / f"{key}.cubin"
-    code = _read(path)
-    if code is None:
-        code, _ = compiled(source, options)
-        with suppress(OSError):
-            _write(path, code)
+    path = (folder or cache_folder("kernels")) / f"{key}.cubin"
+    with suppress(OSError, UntrustedFileError):
+        data = read_trusted(path)
+        digest, code = data[:32], data[32:]
+        if digest == hashlib.sha256(code).digest():  # not damaged
+            return code
+    code, _ = compiled(source, options)
+    with suppress(OSError):
+        write_atomic(path, hashlib.sha256(code).digest() + code, 0o600)
     return code
 
 
 def compiled(source: bytes, options: Sequence[str]) -> tuple[bytes, str]:
-    """Compile by NVRTC: the cubin, and what the compiler said.
+    """Compile by NVRTC; return the cubin, and what the compiler said.
 
     Raises:
         MissingDependencyError: no NVRTC.
-        BackendError: it does not compile.
+        BackendError: the source does not compile.
     """
     nvrtc = _compiler()
     program = _checked(nvrtc, nvrtc.nvrtcCreateProgram(source, SOURCE.name.encode(), 0, [], []))
@@ -91,7 +93,7 @@ def _compiler() -> Any:
 
 
 def _checked(nvrtc: Any, answer: tuple[Any, ...]) -> Any:
-    """What an NVRTC function returned besides its status: nothing, one value or a tuple."""
+    """Return what an NVRTC function returned besides its status: nothing, one value or a tuple."""
     status, *values = answer
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         raise BackendError(f"NVRTC says {status}", needed="NVRTC 12 or 13", fix="pip install -U 'latentrt[cuda]'")
@@ -99,7 +101,7 @@ def _checked(nvrtc: Any, answer: tuple[Any, ...]) -> Any:
 
 
 def _architecture(nvrtc: Any, version: tuple[int, int], compute_capability: tuple[int, int]) -> int:
-    """The newest architecture that NVRTC knows and the device runs: its own, or an older one of the same family."""
+    """Return the newest architecture that NVRTC knows and the device runs: its own, or an older one of its family."""
     own = 10 * compute_capability[0] + compute_capability[1]
     known = _checked(nvrtc, nvrtc.nvrtcGetSupportedArchs())
     usable = [sm for sm in known if own // 10 == sm // 10 and sm <= own]
@@ -110,33 +112,3 @@ def _architecture(nvrtc: Any, version: tuple[int, int], compute_capability: tupl
             fix="pip install -U 'latentrt[cuda]', or for GPUs older than CUDA 13's: nvidia-cuda-nvrtc-cu12",
         )
     return int(max(usable))
-
-
-def _cache_folder() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME")
-    return Path(root if root and os.path.isabs(root) else Path.home() / ".cache") / "latentrt" / "kernels"
-
-
-def _read(path: Path) -> bytes | None:
-    """The code in a file of ours; None where there is none, it is damaged, or somebody else may have written it."""
-    try:
-        with path.open("rb") as file:
-            status = os.fstat(file.fileno())
-            data = file.read()
-    except OSError:
-        return None
-    digest, code = data[:32], data[32:]
-    ours = status.st_uid == os.getuid() and not status.st_mode & 0o022
-    return code if ours and digest == hashlib.sha256(code).digest() else None
-
-
-def _write(path: Path, code: bytes) -> None:
-    """Write beside, then rename: a reader sees the whole file or none."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    partial = path.with_name(f".{secrets.token_hex(8)}.part")
-    try:
-        with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(hashlib.sha256(code).digest() + code)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

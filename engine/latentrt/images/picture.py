@@ -10,7 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from latentrt.images.image import FORMATS, INFO_KEY, Settings, metadata
+from latentrt.images.files import FORMATS
+from latentrt.images.metadata import INFO_KEY, Settings, metadata
+from latentrt.images.pixels import to_pil
 
 Target = str | bytes | os.PathLike[str] | os.PathLike[bytes] | IO[bytes]
 
@@ -20,15 +22,15 @@ class Picture(Image.Image):
 
     @classmethod
     def of(cls, pixels: NDArray[np.uint8], settings: Settings) -> Picture:
-        """From pixels (H, W, 3)."""
-        image = Image.fromarray(pixels)
+        """Make one of pixels (H, W, channels)."""
+        image = to_pil(pixels)
         image.__class__ = cls  # PIL has no public way to make a subclass of pixels
         assert isinstance(image, Picture)
         image.info[INFO_KEY] = settings
         return image
 
     def save(self, fp: Target, format: str | None = None, **params: Any) -> None:
-        """PIL's `save`, with the metadata of `latentrt.images.image`; arguments given here have precedence."""
+        """PIL's `save`, with the metadata of `metadata.py`; arguments given here have precedence."""
         kind = format.upper() if format else FORMATS.get(_suffix(fp), "")
         own = metadata(kind, self.info[INFO_KEY], self.size) if kind in FORMATS.values() else {}
         super().save(fp, format, **{**own, **params})

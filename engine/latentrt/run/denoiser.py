@@ -6,13 +6,17 @@ what the lanes are made of differ.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 from latentrt.errors import RequestError
-from latentrt.run.host import Lanes
-from latentrt.run.job import Job
+from latentrt.run.job import Job, Shapes
+from latentrt.run.lanes import Lanes
+
+OnTick = Callable[[Job], None]
 
 
 class Denoiser:
-    """Owns the UNet's lanes and says who has them."""
+    """Owns the predictor's lanes and says who has them. One thread at a time may use it."""
 
     def __init__(self, lanes: Lanes) -> None:
         self._lanes = lanes
@@ -22,6 +26,11 @@ class Denoiser:
     def lanes(self) -> int:
         """The most lanes that one network call may have."""
         return self._lanes.count
+
+    @property
+    def resumable(self) -> bool:
+        """Whether a job that was retired before it was done can be admitted again and go on."""
+        return self._lanes.resumable
 
     @property
     def jobs(self) -> tuple[Job, ...]:
@@ -34,7 +43,7 @@ class Denoiser:
         return self.lanes - sum(job.most_lanes for job in self._jobs)
 
     def fits(self, job: Job) -> bool:
-        """Whether the job could be admitted now."""
+        """Return whether the job could be admitted now."""
         return job.most_lanes <= self.free
 
     def admit(self, job: Job) -> None:
@@ -48,9 +57,7 @@ class Denoiser:
             raise RequestError(f"{self.free} of {self.lanes} lanes are free", needed=f"{job.most_lanes}", fix=fix)
         if job.done or job in self._jobs:
             state = "no rows left" if job.done else "lanes already"
-            raise RequestError(
-                f"the job has {state}", needed="a job that waits for its first row", fix="make a new job"
-            )
+            raise RequestError(f"the job has {state}", needed="a job that waits for its first row")
         self._lanes.admit(job)
         self._jobs.append(job)
 
@@ -61,23 +68,45 @@ class Denoiser:
             self._lanes.retire(job)
 
     def tick(self) -> list[Job]:
-        """Run one row of every job: one network call for each latent shape.
+        """Run one row of every job: one network call for the jobs of the same shapes.
 
         Returns:
             The jobs that moved; those among them that are done have been retired.
         """
         moved = list(self._jobs)
-        for group in _groups(moved):
+        groups: dict[Shapes, list[Job]] = {}
+        for job in moved:
+            groups.setdefault(job.shapes, []).append(job)
+        for group in groups.values():
             self._lanes.advance(group)
         for job in moved:
             if job.done:
                 self.retire(job)
         return moved
 
+    def run(self, jobs: Iterable[Job], on_tick: OnTick | None = None) -> None:
+        """Denoise jobs to their end, as many at once as there are lanes; jobs of others move with them.
 
-def _groups(jobs: list[Job]) -> list[list[Job]]:
-    """Jobs that can share a network call: those with latents of one shape."""
-    groups: dict[tuple[int, ...], list[Job]] = {}
-    for job in jobs:
-        groups.setdefault(job.latents.shape, []).append(job)
-    return list(groups.values())
+        Args:
+            jobs: not admitted yet.
+            on_tick: called after every row of each of these jobs. It may cancel one by `retire`, or end the run by
+                raising.
+
+        Raises:
+            NetworkError: a job's latents are no longer finite; the others are given up too.
+        """
+        waiting = list(jobs)
+        mine = set(waiting)
+        try:
+            while waiting or any(job in mine for job in self._jobs):
+                while waiting and (self.fits(waiting[0]) or not self._jobs):
+                    self.admit(waiting.pop(0))
+                for job in self.tick():
+                    if job in mine:
+                        if on_tick is not None:
+                            on_tick(job)
+                        if job.error is not None:
+                            raise job.error
+        finally:
+            for job in mine:
+                self.retire(job)

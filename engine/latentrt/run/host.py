@@ -1,37 +1,19 @@
-"""Lanes: where jobs are moved by a row. Here they are numpy arrays; `latentrt.run.device` keeps them on a GPU."""
+"""Lanes on the host: numpy arrays."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from latentrt.model.networks import Conditioning
 from latentrt.run.job import Job
 from latentrt.sampling.table import Row, advance, blend, preview
 
 Float32 = NDArray[np.float32]
-Predict = Callable[[Float32, Float32, Conditioning], Float32]
-
-
-class Lanes(Protocol):
-    """The lanes of a UNet's batch, and the arithmetic between its calls.
-
-    A job's latents must not depend on who shares its batch.
-    """
-
-    count: int
-
-    def admit(self, job: Job) -> None:
-        """Make room for a job; there are lanes enough."""
-
-    def retire(self, job: Job) -> None:
-        """Give an admitted job's room back."""
-
-    def advance(self, jobs: list[Job]) -> None:
-        """Move each of these jobs by one row: admitted, not done, with latents of one shape."""
+Inputs = Mapping[str, NDArray[Any]]
+Predict = Callable[[Float32, Float32, Inputs], Float32]
 
 
 class HostLanes:
@@ -39,42 +21,44 @@ class HostLanes:
     on the other lanes' contents.
 
     Args:
-        predict: a UNet: (sample, timestep, conditioning) with a leading lane dimension to its output.
-        count: the most lanes that one network call may have.
+        predict: a `Predictor`: (sample, timestep, inputs) with a leading lane axis to its output.
+        count: the most lanes that one call may have.
     """
+
+    resumable = True
 
     def __init__(self, predict: Predict, count: int = 16) -> None:
         self.count = count
         self._predict = predict
-        self._stacked: tuple[list[Conditioning], dict[str, Float32]] = ([], {})
+        self._stacked: tuple[list[Inputs], dict[str, NDArray[Any]]] = ([], {})
 
     def admit(self, job: Job) -> None:
-        """Nothing to do: a job brings its arrays."""
+        """Do nothing: a job brings its arrays."""
 
     def retire(self, job: Job) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """Do nothing."""
 
     def advance(self, jobs: list[Job]) -> None:
-        """One network call over the lanes that these rows need, then each job's row."""
+        """Call the predictor once over the lanes that these rows need, then apply each job's row."""
         guided = [job.guided for job in jobs]
         rows = [job.table.rows[job.row] for job in jobs]
         counts = [2 if two else 1 for two in guided]
         scaled = np.stack([row.c_in * job.latents for job, row in zip(jobs, rows, strict=True)])
         sample = np.repeat(scaled, counts, axis=0)
         timestep = np.repeat(np.array([row.timestep for row in rows], np.float32), counts)
-        out = self._predict(sample, timestep, self._conditioning(jobs, guided))
+        out = self._predict(sample, timestep, {**self._inputs(jobs, guided), **_scalars(jobs, counts)})
         lane = 0
         for job, row, two in zip(jobs, rows, guided, strict=True):
             own = job.guidance.combine(out[lane], out[lane + 1]) if two else out[lane]
             lane += 2 if two else 1
             _advance(job, row, own)
 
-    def _conditioning(self, jobs: list[Job], guided: list[bool]) -> dict[str, Float32]:
-        """Every lane's conditioning, stacked; kept as long as the lanes stay the same."""
-        lanes: list[Conditioning] = []
+    def _inputs(self, jobs: list[Job], guided: list[bool]) -> dict[str, NDArray[Any]]:
+        """Every lane's inputs, stacked; kept as long as the lanes stay the same."""
+        lanes: list[Inputs] = []
         for job, two in zip(jobs, guided, strict=True):
             lanes += (job.uncond, job.cond) if two else (job.cond,)
         known, stacked = self._stacked
@@ -82,6 +66,13 @@ class HostLanes:
             stacked = {name: np.stack([lane[name] for lane in lanes]) for name in lanes[0]}
             self._stacked = (lanes, stacked)
         return stacked
+
+
+def _scalars(jobs: list[Job], counts: list[int]) -> dict[str, Float32]:
+    return {
+        name: np.repeat(np.array([job.table.scalars[name][job.row] for job in jobs], np.float32), counts)
+        for name in jobs[0].shapes.scalars
+    }
 
 
 def _advance(job: Job, row: Row, out: Float32) -> None:

@@ -3,55 +3,69 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from latentrt.errors import LatentrtError, NetworkError
-from latentrt.model.networks import Conditioning
 from latentrt.sampling.guidance import Guidance
 from latentrt.sampling.noise import NoiseSource
 from latentrt.sampling.table import SLOTS, Kept, Table
 
 Float32 = NDArray[np.float32]
+Shape = tuple[int, ...]
+
+
+class Shapes(NamedTuple):
+    """What jobs must have in common to share a call: shapes of latents and of inputs by name, and names of scalars."""
+
+    latents: Shape
+    inputs: tuple[tuple[str, Shape], ...]
+    scalars: tuple[str, ...]
 
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """One image being made.
+    """One image being made, complete when it is made: everything that its rows need.
 
     Attributes:
         table: the rows to run.
         latents: x, (channels, height, width) float32, as the table's solver scales it.
-        cond, uncond: conditionings of the prompt and of the negative prompt; without guidance uncond is not read.
+        uncond, cond: inputs of the predictor by name, without the lane axis, for the lane without the prompt and the
+            one with it; without guidance uncond is not read.
         noise: where rows that add noise draw it.
+        guidance: how the two lanes become one.
         kept: what is put back after every row, where a part of a picture is repainted.
         start: where it is not 0, a GPU makes x before the first row: `start` times the first noise of `noise`, which is
             then a `TorchCudaNoise`. Until it is done, `latents` only tell the shape.
+        tag: whatever the owner wants to find again.
         row: index of the next row.
         wants_preview: whether ticks leave the predicted clean latents in `preview`.
         error: why the job ended early, if it did.
-        tag: whatever the owner wants to find again.
+        shapes: see `Shapes`.
     """
 
     table: Table
     latents: Float32
-    cond: Conditioning
-    uncond: Conditioning
+    uncond: Any
+    cond: Any
     noise: NoiseSource
     guidance: Guidance = field(default_factory=Guidance)
     kept: Kept | None = None
     start: float = 0.0
+    tag: Any = None
     row: int = 0
     wants_preview: bool = False
     preview: Float32 | None = None
     error: LatentrtError | None = None
-    tag: Any = None
     memory: Float32 = field(init=False)
+    shapes: Shapes = field(init=False)
 
     def __post_init__(self) -> None:
         self.memory = np.zeros((SLOTS, *self.latents.shape), np.float32)
+        inputs = tuple(sorted((name, array.shape) for name, array in self.cond.items()))
+        self.shapes = Shapes(self.latents.shape, inputs, tuple(self.table.scalars))
 
     @property
     def done(self) -> bool:

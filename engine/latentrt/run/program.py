@@ -1,40 +1,54 @@
 """The whole picture in one launch: text encoders, every row, VAE and pixels as one CUDA graph of a fixed shape.
 
 What differs between pictures (token ids, tables, first latents, noise) is copied to the device before the launch, and
-the pixels are copied back after it; between them nothing waits for the host. A graph is captured once for each latent
-shape, number of rows and kind of guidance; any solver, prompt, seed and guidance scale runs in it.
+the pixels are copied back after it; between them nothing waits for the host. A graph is captured once for each kind of
+shapes, number of rows and kind of guidance; any solver, prompt, seed and guidance scale runs in it. Models without text
+encoders, or without a VAE, leave these out.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from latentrt.bundle.manifest import LatentSpec
+from latentrt.bundle.spec import DECODER, TEXT_ENCODER, LatentSpec
 from latentrt.cuda import kernels
-from latentrt.cuda.base import DeviceArray, Graph
+from latentrt.cuda.base import DeviceArray
 from latentrt.cuda.kernels import PROGRESS
-from latentrt.errors import DeviceMemoryError, NetworkError, RequestError
-from latentrt.model.conditioning import Text
-from latentrt.run.device import Arena, check_fresh
-from latentrt.run.job import Job
+from latentrt.errors import NetworkError, RequestError
+from latentrt.model.model import Model
+from latentrt.model.predictor import Predictor
+from latentrt.run.arena import Arena, check_fresh
+from latentrt.run.device import DeviceLanes
+from latentrt.run.job import Job, Shapes
+from latentrt.run.pool import Pool
 from latentrt.runtime.base import Bound, DeviceNetwork
+from latentrt.runtime.signature import shape_of, sizes_of
 from latentrt.sampling.noise import TorchCudaNoise
 
-Ids = NDArray[np.int64]
 Pixels = NDArray[np.uint8]
 KEPT = 4  # kinds of pictures whose memory and graphs are kept
-GRAPHS_KEPT = 8  # of each kind
+TEXT_INPUTS = ("encoder_hidden_states", "text_embeds")
+
+
+class Networks(NamedTuple):
+    """What a program runs: text encoders by name in the order in which their states are concatenated, the predictor,
+    and the VAE's decoder, None where pixels are denoised; all on one device.
+    """
+
+    encoders: Mapping[str, DeviceNetwork]
+    predictor: Predictor
+    decoder: DeviceNetwork | None
+    latents: LatentSpec
 
 
 class Kind(NamedTuple):
     """What pictures must share to be drawn on the same memory."""
 
-    shape: tuple[int, ...]
+    shapes: Shapes
     guided: bool
     noises: int
 
@@ -48,35 +62,23 @@ class Course(NamedTuple):
     zeros: bool
 
 
-class OneLaunch:
+class Program:
     """Draws pictures, as many at a time as there are lanes for.
 
     Args:
-        encoders: the text encoders, in the order in which their states are concatenated.
-        unet, decoder: the other networks, on the same device.
-        latents: scale and shift.
-        lanes: of every UNet call.
+        networks: what it runs.
+        lanes: of every call of the predictor.
         capture: False queues the same work call by call: for comparison, and where a library cannot be captured.
     """
 
-    def __init__(
-        self,
-        encoders: Sequence[DeviceNetwork],
-        unet: DeviceNetwork,
-        decoder: DeviceNetwork,
-        latents: LatentSpec,
-        lanes: int,
-        *,
-        capture: bool = True,
-    ) -> None:
-        self._networks = tuple(encoders), unet, decoder
-        self._latents, self._lanes, self._capture = latents, lanes, capture
-        self._canvases: OrderedDict[Kind, _Canvas] = OrderedDict()
+    def __init__(self, networks: Networks, lanes: int, *, capture: bool = True) -> None:
+        self._networks, self._lanes, self._capture = networks, lanes, capture
+        self._canvases: Pool[Kind, _Canvas] = Pool(KEPT)
 
-    def draw(self, jobs: Sequence[Job], texts: Sequence[Text]) -> list[Pixels]:
-        """Run jobs of one request to their end, each (height, width, 3).
+    def draw(self, jobs: Sequence[Job]) -> list[Pixels]:
+        """Run jobs of one request to their end, each (height, width, channels).
 
-        The jobs' tables, latents, noises and guidance are read, their conditionings are not: the texts are.
+        Instead of what text encoders give, the jobs' inputs have what these read: token ids by the encoders' names.
 
         Raises:
             NetworkError: latents or pixels are not finite.
@@ -87,154 +89,109 @@ class OneLaunch:
             check_fresh(job)
         noises = sum(row.c != 0 for row in jobs[0].table.rows)
         on_device = isinstance(jobs[0].noise, TorchCudaNoise)
-        kind = Kind(jobs[0].latents.shape, jobs[0].most_lanes == 2, 0 if on_device else noises)
-        canvas = self._canvas(kind)
+        kind = Kind(jobs[0].shapes, jobs[0].most_lanes == 2, 0 if on_device else noises)
+        canvas = self._canvases(kind, lambda: self._canvas(kind))
         pixels: list[Pixels] = []
         for first in range(0, len(jobs), canvas.count):
-            chosen = slice(first, first + canvas.count)
-            pixels += canvas.draw(jobs[chosen], texts[chosen])
+            pixels += canvas.draw(jobs[first : first + canvas.count])
         return pixels
 
     def _canvas(self, kind: Kind) -> _Canvas:
-        """The memory for a kind of pictures; the one that was used least recently makes place."""
-        if kind not in self._canvases:
-            while len(self._canvases) >= KEPT:
-                self._canvases.popitem(last=False)[1].close()
-            try:
-                self._canvases[kind] = self._new(kind)
-            except DeviceMemoryError:
-                if not self._canvases:
-                    raise
-                self.close()
-                self._canvases[kind] = self._new(kind)
-        self._canvases.move_to_end(kind)
-        return self._canvases[kind]
-
-    def _new(self, kind: Kind) -> _Canvas:
         needed = 2 if kind.guided else 1
         if self._lanes < needed:
             raise RequestError(
                 f"the engine has {self._lanes} lanes", needed=f"{needed}", fix=f"load it with lanes={needed}"
             )
-        return _Canvas(self._networks, self._latents, kind, self._lanes, self._capture)
+        return _Canvas(self._networks, kind, self._lanes, self._capture)
 
     def close(self) -> None:
         """Give the memory back."""
-        while self._canvases:
-            self._canvases.popitem()[1].close()
+        self._canvases.close()
 
 
 class _Canvas:
-    """Device memory for one kind of pictures, the networks bound to it, and its graphs by course."""
+    """An arena for one kind of pictures, with the other networks bound to it."""
 
-    def __init__(
-        self,
-        networks: tuple[tuple[DeviceNetwork, ...], DeviceNetwork, DeviceNetwork],
-        latents: LatentSpec,
-        kind: Kind,
-        lanes: int,
-        capture: bool,
-    ) -> None:
-        encoders, unet, decoder = networks
+    def __init__(self, networks: Networks, kind: Kind, lanes: int, capture: bool) -> None:
         self.count = lanes // (2 if kind.guided else 1)
-        self._latents, self._kind, self._capture = latents, kind, capture
-        self._gpu = unet.gpu
-        self._arena = Arena(unet, kind.shape, lanes, slots=self.count, noises=max(1, kind.noises))
-        self._bounds: list[Bound] = []
-        self._graphs: OrderedDict[Course, Graph] = OrderedDict()
+        self._latents, self._kind = networks.latents, kind
+        noises = max(1, kind.noises)
+        self._arena = Arena(networks.predictor, kind.shapes, lanes, slots=self.count, noises=noises, capture=capture)
+        self._gpu = self._arena.gpu
+        self._ids: dict[str, DeviceArray] = {}
+        self._states: list[DeviceArray] = []
+        self._encoders: list[Bound] = []
+        self._decoder: Bound | None = None
         try:
-            self._bind_text(encoders, lanes)
-            self._bind_decoder(decoder)
+            for name, encoder in networks.encoders.items():
+                self._bind_encoder(name, encoder, alone=len(networks.encoders) == 1)
+            self._bind_decoder(networks.decoder)
         except BaseException:
             self.close()
             raise
 
-    def _bind_text(self, encoders: Sequence[DeviceNetwork], lanes: int) -> None:
-        """Bind encoders to the UNet's own inputs; where there are two, their states are copied side by side."""
-        zeros, conditioning = self._arena.zeros, self._arena.conditioning
-        self._ids: list[DeviceArray] = []
-        self._states: list[DeviceArray] = []
-        for encoder in encoders:
-            (ids,) = encoder.graph.inputs
-            outputs = {tensor.name: tensor for tensor in encoder.graph.outputs}
-            self._ids.append(zeros((lanes, *ids.shape[1:]), ids.dtype))  # type: ignore[arg-type]
-            states = outputs["text_states"]
-            alone = conditioning["encoder_hidden_states"]
-            if len(encoders) > 1:
-                alone = zeros((lanes, *states.shape[1:]), states.dtype)  # type: ignore[arg-type]
-            self._states.append(alone)
-            arrays = {ids.name: self._ids[-1], "text_states": alone}
-            if "text_embeds" in outputs:
-                arrays["text_embeds"] = conditioning["text_embeds"]
-            self._bounds.append(encoder.bind(arrays))
+    def _bind_encoder(self, name: str, encoder: DeviceNetwork, *, alone: bool) -> None:
+        """Bind an encoder to the predictor's own inputs; states of several are copied side by side."""
+        zeros, inputs, lanes = self._arena.zeros, self._arena.inputs, self._arena.lanes
+        (ids,) = encoder.graph.inputs
+        outputs = {tensor.name: tensor for tensor in encoder.graph.outputs}
+        tokens = dict(self._kind.shapes.inputs)[name]
+        self._ids[name] = zeros((lanes, *tokens), ids.dtype)
+        states = inputs["encoder_hidden_states"]
+        if not alone:
+            own = outputs["text_states"]
+            states = zeros(shape_of(own, sizes_of(encoder.graph.inputs, {ids.name: (lanes, *tokens)})), own.dtype)
+        self._states.append(states)
+        arrays = {ids.name: self._ids[name], "text_states": states}
+        if "text_embeds" in outputs:
+            arrays["text_embeds"] = inputs["text_embeds"]
+        self._encoders.append(encoder.bind(arrays))
 
-    def _bind_decoder(self, decoder: DeviceNetwork) -> None:
-        channels, height, width = self._kind.shape
-        pixels = height * self._latents.factor, width * self._latents.factor
-        zeros = self._arena.zeros
-        self._vae_latents = zeros((1, channels, height, width), decoder.graph.inputs[0].dtype)
-        self._image = zeros((1, 3, *pixels), decoder.graph.outputs[0].dtype)
-        self._decoder = decoder.bind({"latents": self._vae_latents, "image": self._image})
-        self._bounds.append(self._decoder)
-        self._result = zeros((self.count * (PROGRESS.itemsize + 4 + pixels[0] * pixels[1] * 3),), np.uint8)
+    def _bind_decoder(self, decoder: DeviceNetwork | None) -> None:
+        """Bind the decoder; the latents of pixel models are pictures as they are."""
+        channels, height, width = self._kind.shapes.latents
+        size, zeros = (height * self._latents.factor, width * self._latents.factor), self._arena.zeros
+        if decoder is not None:
+            channels = 3
+            self._vae_latents = zeros((1, *self._kind.shapes.latents), decoder.graph.inputs[0].dtype)
+            self._image = zeros((1, channels, *size), decoder.graph.outputs[0].dtype)
+            self._decoder = decoder.bind({"latents": self._vae_latents, "image": self._image})
+        area = size[0] * size[1] * channels
+        self._result = zeros((self.count * (PROGRESS.itemsize + 4 + area),), np.uint8)
         base = self._result.pointer
         self._progress = DeviceArray(base, (self.count,), PROGRESS)
         self._bad = DeviceArray(base + self._progress.bytes, (self.count,), np.dtype(np.int32))
         start = base + self._progress.bytes + self._bad.bytes
-        self._pixels = DeviceArray(start, (self.count, *pixels, 3), np.dtype(np.uint8))
+        self._pixels = DeviceArray(start, (self.count, *size, channels), np.dtype(np.uint8))
 
-    def draw(self, jobs: Sequence[Job], texts: Sequence[Text]) -> list[Pixels]:
+    def draw(self, jobs: Sequence[Job]) -> list[Pixels]:
         """Run up to `count` jobs; slots beyond them stay idle."""
-        course = Course(len(jobs), len(jobs[0].table), jobs[0].guidance.rescale > 0, texts[0].uncond is None)
-        if self._arena.make_room_for(jobs):
-            self._close_graphs()
-        for slot, (job, text) in enumerate(zip(jobs, texts, strict=True)):
-            self._place(slot, job, text)
+        zeros = bool(self._ids) and not set(self._ids) & set(jobs[0].uncond)
+        course = Course(len(jobs), len(jobs[0].table), jobs[0].guidance.rescale > 0, zeros)
+        self._arena.make_room_for(jobs)
+        for slot, job in enumerate(jobs):
+            self._place(slot, job)
         for slot in range(len(jobs), self.count):
             self._arena.empty(slot)
-        if self._capture:
-            self._graph(course).launch()
-        else:
-            self._enqueue(course)
+        self._arena.launch(course, lambda: self._enqueue(course), self._warm_up)
         return self._fetch(jobs)
 
-    def _graph(self, course: Course) -> Graph:
-        """The graph of a course; the one that was launched least recently makes place, and all do for memory."""
-        if course not in self._graphs:
-            while len(self._graphs) >= GRAPHS_KEPT:
-                self._graphs.popitem(last=False)[1].close()
-            try:
-                self._graphs[course] = self._captured(course)
-            except DeviceMemoryError:  # a graph has device memory too, the more the longer it is
-                if not self._graphs:
-                    raise
-                self._close_graphs()
-                self._graphs[course] = self._captured(course)
-        self._graphs.move_to_end(course)
-        return self._graphs[course]
-
-    def _captured(self, course: Course) -> Graph:
-        """A new graph. Every network is called once outside it: what a library sets up for new shapes is then done."""
+    def _warm_up(self) -> None:
         self._arena.call_network()
         for bound in self._bounds:
             bound.enqueue()
-        with self._gpu.capture() as graph:
-            self._enqueue(course)
-        return graph
 
-    def _place(self, slot: int, job: Job, text: Text) -> None:
+    def _place(self, slot: int, job: Job) -> None:
         lanes = [slot, self.count + slot] if self._kind.guided else [slot]
-        sides = [text.uncond, text.cond] if self._kind.guided else [text.cond]
+        sides = [job.uncond, job.cond] if self._kind.guided else [job.cond]
         for lane, side in zip(lanes, sides, strict=True):
-            for array, ids in zip(self._ids, side or (), strict=side is not None):
-                self._gpu.upload(ids.astype(array.dtype)[None], array.part(lane))
-            if text.time_ids is not None:
-                target = self._arena.conditioning["time_ids"]
-                self._gpu.upload(text.time_ids.astype(target.dtype)[None], target.part(lane))
+            for name, array in self._ids.items():
+                if name in side:
+                    self._gpu.upload(side[name].astype(array.dtype)[None], array.part(lane))
+            self._arena.fill(lane, side)
         self._arena.place(slot, job, lanes)
-        if self._kind.noises:
-            for index in range(self._kind.noises):
-                self._arena.add_noise(slot, index, job.noise.normal(job.latents.shape))
+        for index in range(self._kind.noises):
+            self._arena.add_noise(slot, index, job.noise.normal(job.latents.shape))
 
     def _enqueue(self, course: Course) -> None:
         """The way of an image, on the device."""
@@ -246,26 +203,29 @@ class _Canvas:
         self._gpu.copy(self._arena.state.progress, self._progress)
 
     def _encode(self, *, zeros: bool) -> None:
-        for bound in self._bounds[: len(self._ids)]:
+        for bound in self._encoders:
             bound.enqueue()
-        conditioning = self._arena.conditioning
+        inputs = self._arena.inputs
         if len(self._states) > 1:
-            column, target = 0, _as_rows(conditioning["encoder_hidden_states"])
+            column, target = 0, _as_rows(inputs["encoder_hidden_states"])
             for states in map(_as_rows, self._states):
                 self._gpu.copy_columns(states, target, column)
                 column += states.shape[1]
         if zeros and self._kind.guided:
-            for name in ("encoder_hidden_states", "text_embeds"):
-                if name in conditioning:
-                    self._gpu.fill_zero(conditioning[name].part(0, self.count))
+            for name in TEXT_INPUTS:
+                if name in inputs:
+                    self._gpu.fill_zero(inputs[name].part(0, self.count))
 
     def _decode(self, pictures: int) -> None:
         gpu, latents = self._gpu, self._latents
         gpu.fill_zero(self._bad)
         for slot in range(pictures):
-            kernels.to_latents(gpu, self._arena.state.x.part(slot), self._vae_latents, latents.scale, latents.shift)
-            self._decoder.enqueue()
-            kernels.to_pixels(gpu, self._image, self._pixels.part(slot), self._bad.part(slot))
+            image = self._arena.state.x.part(slot)
+            if self._decoder is not None:
+                kernels.to_latents(gpu, image, self._vae_latents, latents.scale, latents.shift)
+                self._decoder.enqueue()
+                image = self._image
+            kernels.to_pixels(gpu, image, self._pixels.part(slot), self._bad.part(slot))
 
     def _fetch(self, jobs: Sequence[Job]) -> list[Pixels]:
         """One copy back: what became of the rows, of the pixels, and the pixels."""
@@ -288,13 +248,13 @@ class _Canvas:
                 )
         return [np.array(picture) for picture in pixels[: len(jobs)]]
 
-    def _close_graphs(self) -> None:
-        while self._graphs:
-            self._graphs.popitem()[1].close()
+    @property
+    def _bounds(self) -> list[Bound]:
+        return [*self._encoders, *([self._decoder] if self._decoder is not None else [])]
 
     def close(self) -> None:
         """Give the memory back."""
-        self._close_graphs()
+        self._arena.close_graphs()
         for bound in self._bounds:
             bound.close()
         self._arena.close()
@@ -303,3 +263,16 @@ class _Canvas:
 def _as_rows(array: DeviceArray) -> DeviceArray:
     """(lanes, tokens, dim) as (lanes * tokens, dim)."""
     return array.reshape(array.shape[0] * array.shape[1], array.shape[2])
+
+
+def on_device(model: Model, lanes: int | None, *, capture: bool) -> tuple[DeviceLanes, Program]:
+    """Return the lanes and the program of a model whose networks are on a GPU, on the same number of lanes."""
+    count = lanes or model.predictor.best_lanes
+    encoders = {name: _opened(model, name) for name in model.spec.named(TEXT_ENCODER)}
+    decoder = next((_opened(model, name) for name in model.spec.named(DECODER)), None)
+    networks = Networks(encoders, model.predictor, decoder, model.spec.latents)
+    return DeviceLanes(model.predictor, count, capture=capture), Program(networks, count, capture=capture)
+
+
+def _opened(model: Model, name: str) -> DeviceNetwork:
+    return cast(DeviceNetwork, model.networks[name].open())

@@ -27,7 +27,7 @@ def open_backend(
         device: "cpu", "cuda" or "cuda:1"; None is the CPU for onnxruntime and "cuda" for TensorRT.
         threads: of a call on the CPU.
         precision: "fp32" or "fp16"; None is fp32 on a CPU and fp16 on a GPU.
-        plans: where TensorRT's plans lie; None is the bundle's own folder.
+        plans: a folder of TensorRT's plans; None is the bundle's place in the user's cache.
 
     Raises:
         BackendError: unknown name, device or precision, or the device cannot be used; nothing else is tried instead.

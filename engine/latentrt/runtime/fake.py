@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentrt.bundle.bundle import Bundle
-from latentrt.bundle.manifest import GraphSpec
+from latentrt.bundle.spec import FP32, GraphSpec
 from latentrt.cuda.base import Gpu
-from latentrt.runtime.base import Arrays, check_feeds, size_of
+from latentrt.runtime.base import Facts
+from latentrt.runtime.signature import Arrays, check_feeds, shape_of
 
 Function = Callable[[Arrays], dict[str, NDArray[Any]]]
 
@@ -27,8 +28,9 @@ class FakeBackend:
 
     name = "fake"
     device = "cpu"
-    precision = "fp32"
-    captures = False
+    precision = FP32
+    variants: tuple[str, ...] = (FP32,)
+    facts = Facts()
     gpu: Gpu | None = None
 
     def __init__(self, functions: Mapping[str, Function] | None = None, seconds: float = 0.0) -> None:
@@ -37,7 +39,7 @@ class FakeBackend:
 
     def load(self, bundle: Bundle, network: str) -> FakeNetwork:
         """The network of a graph; its file is not read."""
-        graph = bundle.spec.graph(network, self.precision)
+        graph = bundle.spec.graph(network, *self.variants)
         return FakeNetwork(graph, self.functions.get(graph.path, zeros(graph)), self.seconds)
 
 
@@ -66,12 +68,7 @@ def zeros(graph: GraphSpec) -> Function:
     """A function that returns zeros; a symbolic dimension takes its size from the inputs, "8*height" eight times it."""
 
     def function(feeds: Arrays) -> dict[str, NDArray[Any]]:
-        sizes = {
-            name: size
-            for tensor in graph.inputs
-            for name, size in zip(tensor.shape, feeds[tensor.name].shape, strict=True)
-            if isinstance(name, str)
-        }
-        return {t.name: np.zeros([size_of(d, sizes) for d in t.shape], t.dtype) for t in graph.outputs}
+        sizes = check_feeds(graph, feeds)
+        return {tensor.name: np.zeros(shape_of(tensor, sizes), tensor.dtype) for tensor in graph.outputs}
 
     return function

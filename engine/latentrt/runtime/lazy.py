@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import RLock
 from typing import Any
 
 from numpy.typing import NDArray
 
-from latentrt.bundle.manifest import GraphSpec
+from latentrt.bundle.spec import GraphSpec
 from latentrt.errors import BackendError
-from latentrt.runtime.base import Arrays, Network
+from latentrt.runtime.base import Network
+from latentrt.runtime.signature import Arrays
 
 
 class LazyNetwork:
-    """Stands in for a network until it is needed.
+    """Stands in for a network until it is needed. Several threads may want it first; it is loaded once.
 
     Args:
         load: makes the network; called once, and once more after each `drop`.
@@ -23,6 +25,7 @@ class LazyNetwork:
         self._load = load
         self._network: Network | None = None
         self._closed = False
+        self._lock = RLock()
 
     def open(self) -> Network:
         """Load the network now.
@@ -30,13 +33,12 @@ class LazyNetwork:
         Raises:
             BackendError: it was closed.
         """
-        if self._closed:
-            raise BackendError(
-                "the network was closed", needed="an open engine", fix="load the engine again: Engine.load(...)"
-            )
-        if self._network is None:
-            self._network = self._load()
-        return self._network
+        with self._lock:
+            if self._closed:
+                raise BackendError("the network was closed", needed="an open engine", fix="Engine.load(...) again")
+            if self._network is None:
+                self._network = self._load()
+            return self._network
 
     @property
     def graph(self) -> GraphSpec:
@@ -49,9 +51,10 @@ class LazyNetwork:
 
     def drop(self) -> None:
         """Give the network's memory back; a later call loads it again."""
-        if self._network is not None:
-            self._network.close()
-            self._network = None
+        with self._lock:
+            if self._network is not None:
+                self._network.close()
+                self._network = None
 
     def close(self) -> None:
         """Give the network's memory back for good."""

@@ -13,10 +13,11 @@ from typing import Any
 from numpy.typing import NDArray
 
 from latentrt.bundle.bundle import Bundle
-from latentrt.bundle.manifest import GraphSpec
+from latentrt.bundle.spec import FP16_ORT_CUDA, FP32, GraphSpec
 from latentrt.cuda.base import DeviceArray, Gpu
 from latentrt.errors import BackendError, MissingDependencyError, NetworkError
-from latentrt.runtime.base import Arrays, check_arrays, check_feeds
+from latentrt.runtime.base import Facts
+from latentrt.runtime.signature import Arrays, check_arrays, check_feeds
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 # No TF32; convolutions are chosen by rule, since trying them out would pick others in every process, and may come
@@ -51,7 +52,6 @@ class OrtBackend:
     """
 
     name = "onnxruntime"
-    captures = False
 
     def __init__(
         self,
@@ -71,7 +71,10 @@ class OrtBackend:
             )
         self.device = device
         self.precision = precision
+        self.variants: tuple[str, ...] = (FP16_ORT_CUDA if device == "cuda" else precision,)
         self.gpu = gpu
+        on_gpu = gpu is not None
+        self.facts = Facts(fixed_lanes=on_gpu, one_stream=on_gpu, exact=not on_gpu and precision == FP32)
         self.threads = threads
         self.spin = spin
 
@@ -82,8 +85,7 @@ class OrtBackend:
             BackendError: ONNX Runtime cannot load the graph, or would not run it on the device.
             BundleError: the bundle has no graph for this precision and device.
         """
-        on_cuda = self.device == "cuda"
-        graph = bundle.spec.cuda_graph(network) if on_cuda else bundle.spec.graph(network, self.precision)
+        graph = bundle.spec.graph(network, *self.variants)
         session = self.session(bundle.path(graph.path), graph.opset)
         if self.gpu is None:
             return OrtNetwork(session, graph)

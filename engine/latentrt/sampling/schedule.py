@@ -82,6 +82,23 @@ class Schedule:
         """The settings that diffusers' `scheduler.from_config(config, **options)` would have."""
         return settings_of(scheduler, self.config, options)
 
+    def add_noise(self, clean: NDArray[np.float32], noise: NDArray[np.float32], timestep: int) -> NDArray[np.float32]:
+        """Return sqrt(ᾱ)·clean + sqrt(1 - ᾱ)·noise: the forward process at a training timestep (Ho et al. 2020, eq. 4).
+
+        Args:
+            clean: any shape, float32, in -1..1 for pixels.
+            noise: standard normal of the same shape.
+            timestep: from 0, the least noise, to num_train_timesteps - 1.
+
+        Raises:
+            ScheduleError: the schedule has no such timestep.
+        """
+        alphas_cumprod = self.alphas_cumprod(self.settings(self.scheduler))
+        if not 0 <= timestep < len(alphas_cumprod):
+            raise ScheduleError(f"timestep {timestep}", needed=f"one from 0 to {len(alphas_cumprod) - 1}")
+        signal = alphas_cumprod[timestep]
+        return np.float32(math.sqrt(signal)) * clean + np.float32(math.sqrt(1 - signal)) * noise
+
     @cached_property
     def _levels(self) -> dict[tuple[Any, ...], Float64]:
         return {}

@@ -137,7 +137,7 @@ _PER_CLASS: dict[str, dict[str, tuple[Any, ...]]] = {
     "EulerAncestralDiscreteScheduler": _NOISE_OR_V,
     "KDPM2DiscreteScheduler": _NOISE_OR_V,
     "KDPM2AncestralDiscreteScheduler": _NOISE_OR_V,
-    "DPMSolverMultistepScheduler": {"variance_type": (None,), "solver_type": ("midpoint", "heun")},
+    "DPMSolverMultistepScheduler": {"variance_type": (None, *_FIXED_VARIANCES), "solver_type": ("midpoint", "heun")},
     "UniPCMultistepScheduler": {"solver_type": ("bh1", "bh2")},
 }
 # What a value means to diffusers in each class's own terms when it comes from another class's config.
@@ -224,7 +224,8 @@ def _check(scheduler: str, settings: Mapping[str, Any]) -> None:
                 fix=f"set {key} to {needed!r}",
             )
     for key, default in DEFAULTS[scheduler].items():
-        _check_kind(scheduler, key, default, settings[key])
+        if key not in choices:
+            _check_kind(scheduler, key, default, settings[key])
     chosen = [key for key in _RESPACINGS if settings.get(key)]
     if len(chosen) > 1:
         raise ScheduleError(

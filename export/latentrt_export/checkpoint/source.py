@@ -16,22 +16,29 @@ from typing import Any
 
 from latentrt.bundle.bundle import PICKLES
 from latentrt.errors import ExportError, MissingDependencyError, UnsafeWeightsError
+from latentrt_export.checkpoint.served import check_networks, unsupported
 
-FAMILIES = {
-    "StableDiffusionPipeline": "sd",
-    "StableDiffusionImg2ImgPipeline": "sd",
-    "StableDiffusionInpaintPipeline": "sd",
-    "LatentConsistencyModelPipeline": "sd",
-    "StableDiffusionXLPipeline": "sdxl",
+TEXT, TEXT_2, UNET, VAE = "text_encoder", "text_encoder_2", "unet", "vae"
+SD, XL, PIXELS = (TEXT, UNET, VAE), (TEXT, TEXT_2, UNET, VAE), (UNET,)
+PIPELINES = {  # the networks that each is made of
+    "StableDiffusionPipeline": SD,
+    "StableDiffusionImg2ImgPipeline": SD,
+    "StableDiffusionInpaintPipeline": SD,
+    "LatentConsistencyModelPipeline": SD,
+    "StableDiffusionXLPipeline": XL,
+    "StableDiffusionXLImg2ImgPipeline": XL,
+    "StableDiffusionXLInpaintPipeline": XL,
+    "DDPMPipeline": PIXELS,
+    "DDIMPipeline": PIXELS,
 }
 CLASSES = {
-    "text_encoder": ("CLIPTextModel",),
-    "text_encoder_2": ("CLIPTextModelWithProjection",),
+    TEXT: ("CLIPTextModel",),
+    TEXT_2: ("CLIPTextModelWithProjection",),
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
     "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
-    "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL",),
+    VAE: ("AutoencoderKL",),
 }
+UNETS = {SD: "UNet2DConditionModel", XL: "UNet2DConditionModel", PIXELS: "UNet2DModel"}
 TOKENIZER_FILES = (
     "added_tokens.json",
     "merges.txt",
@@ -42,7 +49,7 @@ TOKENIZER_FILES = (
 )
 SCHEDULE = "scheduler/scheduler_config.json"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-HUB_WEIGHTS = ("text_encoder*/*.safetensors", "unet/*.safetensors", "vae/*.safetensors")
+HUB_WEIGHTS = ("text_encoder*/*.safetensors", "unet/*.safetensors", "vae/*.safetensors", "*.safetensors")
 HUB_PATTERNS = ("*.json", "*.txt", "README.md", "LICENSE*", *HUB_WEIGHTS)
 HUB_VARIANTS = ("*.fp16.*", "*.fp16-*", "*.bf16.*", "*.bf16-*", "*.non_ema.*", "*.non_ema-*")
 PRESET = "preset:"
@@ -53,20 +60,34 @@ FOLDER_OR_ID = "pass a folder that has a model_index.json, or the id of one on t
 class Checkpoint:
     """A checkpoint that can be exported.
 
-    `files` maps each file's place in a bundle to where it is now: configs, tokenizers and weights (safetensors, chosen
-    variants under their plain names). `configs` are the networks' config.json, `index` is model_index.json.
+    Attributes:
+        root: its folder.
+        id, revision, license: as far as they are known.
+        index: model_index.json, with the pipeline's class and a class for each part.
+        configs: config.json of each network: "text_encoder", "text_encoder_2", "unet", "vae", as far as it has them.
+        scheduler: scheduler_config.json.
+        files: where each file of a bundle is now: configs, tokenizers and weights (safetensors, chosen variants under
+            their plain names).
     """
 
     root: Path
     id: str
     revision: str | None
     license: str | None
-    family: str
     index: Mapping[str, Any]
     configs: Mapping[str, Mapping[str, Any]]
-    tokenizers: tuple[str, ...]
-    text_encoders: tuple[str, ...]
+    scheduler: Mapping[str, Any]
     files: Mapping[str, Path]
+
+    @property
+    def pipeline(self) -> str:
+        """The diffusers class that draws with it."""
+        return str(self.index["_class_name"])
+
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
+        """The text encoders, in the order in which their states are concatenated."""
+        return tuple(name for name in (TEXT, TEXT_2) if name in self.configs)
 
 
 @contextmanager
@@ -95,23 +116,47 @@ def open_checkpoint(source: str | Path, revision: str | None = None, variant: st
         UnsafeWeightsError: a network has pickled weights only.
     """
     root, name, commit = _locate(source, revision, variant)
-    index = read_json(root / "model_index.json")
-    family = _family(index)
-    suffixes = ("", "_2") if family == "sdxl" else ("",)
-    tokenizers = tuple(f"tokenizer{s}" for s in suffixes)
-    encoders = tuple(f"text_encoder{s}" for s in suffixes)
-    for part in (*tokenizers, *encoders, "unet", "vae"):
+    index = _index(root)
+    parts = _parts(index)
+    for part in (*parts, *map(tokenizer_of, parts)):
         _check_class(index, part)
-    configs = {part: read_json(root / part / "config.json") for part in (*encoders, "unet", "vae")}
-    _check_networks(configs, family)
-    files = _texts(root) | {SCHEDULE: root / SCHEDULE}
-    for part in tokenizers:
-        files |= {f"{part}/{f}": root / part / f for f in TOKENIZER_FILES if (root / part / f).is_file()}
-    for part in configs:
-        files |= {f"{part}/{f}": path for f, path in _weights(root / part, variant).items()}
-        files[f"{part}/config.json"] = root / part / "config.json"
-    read_json(root / SCHEDULE)
-    return Checkpoint(root, name, commit, _license(root), family, index, configs, tokenizers, encoders, files)
+    homes = {part: _home(root, part) for part in parts}
+    configs = {part: read_json(home / "config.json") for part, home in homes.items()}
+    check_networks(configs, UNETS[parts])
+    schedule = root / SCHEDULE if (root / SCHEDULE).is_file() else root / "scheduler_config.json"
+    files = {name: path for name, path in _texts(root).items() if path not in _flat(root, homes)}
+    files[SCHEDULE] = schedule
+    for part, home in homes.items():
+        files |= {f"{part}/{f}": path for f, path in _weights(home, part, variant).items()}
+        files[f"{part}/config.json"] = home / "config.json"
+        tokenizer = tokenizer_of(part)
+        here = {f: root / tokenizer / f for f in TOKENIZER_FILES} if tokenizer else {}
+        files |= {f"{tokenizer}/{f}": path for f, path in here.items() if path.is_file()}
+    return Checkpoint(root, name, commit, _license(root), index, configs, read_json(schedule), files)
+
+
+def tokenizer_of(part: str) -> str:
+    """Return the folder of a text encoder's tokenizer; empty for other networks."""
+    return part.replace("text_encoder", "tokenizer") if part.startswith("text_encoder") else ""
+
+
+def _index(root: Path) -> dict[str, Any]:
+    """model_index.json; where a UNet lies at the top by itself, as people save pixel models, what it would say."""
+    if (root / "model_index.json").is_file():
+        return read_json(root / "model_index.json")
+    scheduler = read_json(root / "scheduler_config.json").get("_class_name")
+    pipeline = "DDIMPipeline" if scheduler == "DDIMScheduler" else "DDPMPipeline"
+    return {"_class_name": pipeline, UNET: ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", scheduler]}
+
+
+def _home(root: Path, part: str) -> Path:
+    """Where a network lies: a folder of its name, or as diffusers has it the top, where there is none."""
+    return root / part if (root / part).is_dir() else root
+
+
+def _flat(root: Path, homes: Mapping[str, Path]) -> list[Path]:
+    """Files at the top that belong to a network or the scheduler."""
+    return [root / name for name in ("config.json", "scheduler_config.json")] if root in homes.values() else []
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -131,7 +176,8 @@ def _locate(source: str | Path, revision: str | None, variant: str | None) -> tu
     """The checkpoint's folder, its id, and its commit where it comes from the hub."""
     path = Path(source)
     if path.is_dir():
-        if not (path / "model_index.json").is_file():
+        flat = (path / "config.json").is_file() and (path / "scheduler_config.json").is_file()
+        if not flat and not (path / "model_index.json").is_file():
             raise ExportError(
                 f"{path} has no model_index.json", needed="a diffusers checkpoint folder", fix=FOLDER_OR_ID
             )
@@ -185,55 +231,20 @@ def _download(repository: str, revision: str | None, variant: str | None) -> Pat
     return root
 
 
-def _family(index: Mapping[str, Any]) -> str:
+def _parts(index: Mapping[str, Any]) -> tuple[str, ...]:
+    """The networks that the checkpoint's pipeline is made of."""
     kind = index.get("_class_name")
-    if kind not in FAMILIES:
-        raise ExportError(
-            f"model_index.json names the pipeline {kind!r}",
-            needed=f"one of {', '.join(FAMILIES)}",
-            fix="choose another checkpoint",
-        )
+    if kind not in PIPELINES:
+        raise ExportError(f"model_index.json names the pipeline {kind!r}", needed=f"one of {', '.join(PIPELINES)}")
     if index.get("requires_aesthetics_score"):
-        raise _unsupported("an SDXL refiner (requires_aesthetics_score)", "an SDXL base model")
-    return FAMILIES[kind]
+        raise unsupported("an SDXL refiner (requires_aesthetics_score)", "an SDXL base model")
+    return PIPELINES[kind]
 
 
 def _check_class(index: Mapping[str, Any], part: str) -> None:
     entry = index.get(part) or [None, None]
-    if entry[1] not in CLASSES[part]:
-        raise _unsupported(f"{part} {entry[1]!r} in model_index.json", " or ".join(CLASSES[part]))
-
-
-def _check_networks(configs: Mapping[str, Mapping[str, Any]], family: str) -> None:
-    """Refuse what would need inputs that the engine does not feed."""
-    unet, vae = configs["unet"], configs["vae"]
-    channels = vae.get("latent_channels", 4)
-    inputs, outputs = unet.get("in_channels", 4), unet.get("out_channels", 4)
-    if inputs != channels:
-        kind = "an inpainting UNet" if inputs == 9 else "a UNet"
-        raise _unsupported(f"{kind} with in_channels {inputs}", f"in_channels {channels}, the VAE's latent channels")
-    if outputs != channels:
-        raise _unsupported(f"a UNet with out_channels {outputs}", f"out_channels {channels} (no learned variance)")
-    for key in ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "time_cond_proj_dim"):
-        if unet.get(key) is not None:
-            raise _unsupported(f"a UNet with {key} {unet[key]!r}", f"{key} null")
-    expected = "text_time" if family == "sdxl" else None
-    if unet.get("addition_embed_type") != expected:
-        raise _unsupported(
-            f"a UNet with addition_embed_type {unet.get('addition_embed_type')!r}", f"{expected!r} in this pipeline"
-        )
-    if unet.get("attention_type", "default") != "default":
-        raise _unsupported(f"a UNet with attention_type {unet['attention_type']!r}", "'default'")
-    for key in ("latents_mean", "latents_std"):
-        if vae.get(key) is not None:
-            raise _unsupported(f"a VAE with {key}", f"{key} null (scaling_factor and shift_factor are served)")
-    for part, config in configs.items():
-        if config.get("use_attention_mask"):
-            raise _unsupported(f"a {part} with use_attention_mask", "use_attention_mask false")
-
-
-def _unsupported(found: str, needed: str) -> ExportError:
-    return ExportError(f"the checkpoint has {found}", needed=needed, fix="choose another checkpoint")
+    if part in CLASSES and entry[1] not in CLASSES[part]:
+        raise unsupported(f"{part} {entry[1]!r} in model_index.json", " or ".join(CLASSES[part]))
 
 
 def _texts(root: Path) -> dict[str, Path]:
@@ -247,9 +258,9 @@ def _is_text(path: Path) -> bool:
     return not generated and (path.suffix in (".md", ".txt", ".json") or path.name.startswith(("LICENSE", "NOTICE")))
 
 
-def _weights(folder: Path, variant: str | None) -> dict[str, Path]:
+def _weights(folder: Path, part: str, variant: str | None) -> dict[str, Path]:
     """The safetensors of one network to use, by their name in the bundle: one file, or an index and its shards."""
-    stem = "model" if folder.name.startswith("text_encoder") else "diffusion_pytorch_model"
+    stem = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
     found = _variants(folder, stem)
     if not found:
         raise _no_weights(folder, stem)

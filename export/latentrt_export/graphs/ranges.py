@@ -18,11 +18,13 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from latentrt.bundle.bundle import Bundle
-from latentrt.bundle.manifest import GraphSpec, ModelSpec
+from latentrt.bundle.spec import ENCODER, FP32, GraphSpec, ModelSpec
 from latentrt.cuda.base import Gpu
 from latentrt.engine import Engine
-from latentrt.runtime.base import Arrays
+from latentrt.golden import example
+from latentrt.runtime.base import Facts
 from latentrt.runtime.onnxruntime import load_onnxruntime
+from latentrt.runtime.signature import Arrays
 from latentrt_export.graphs.half import LARGEST, constants, timing
 from latentrt_export.graphs.lower import SCORES, lower
 
@@ -64,37 +66,39 @@ def overflowing(model: ir.Model, ranges: Ranges, margin: float = MARGIN) -> tupl
 def measure_networks(root: Path, spec: ModelSpec) -> dict[str, dict[str, float]]:
     """The ranges of each network of a bundle in one small run: real prompts, denoising from noise, decoding, encoding.
 
-    The denoiser is the bundle's own, so the UNet sees every noise level and the VAE sees true latents.
+    The denoiser is the bundle's own, so it sees every noise level and the VAE sees true latents.
     """
     gauges = Gauges()
-    latents = spec.latents
-    height, width = (min(side, SIDE) * latents.factor for side in (latents.height, latents.width))
-    settings = {"steps": STEPS, "guidance": 5.0, "negative_prompt": PROMPTS[2], "height": height, "width": width}
     bundle = Bundle(root, spec, {})
     with Engine(bundle, gauges, resident=False) as engine:
-        for prompt in PROMPTS:
-            engine.text_encoder.encode(prompt)
-        jobs = engine.requests(PROMPTS[:1], settings)
+        settings, pictures = example(engine.model, SIDE)
+        settings |= {"steps": STEPS}
+        if engine.model.text is not None:
+            settings |= {"guidance": 5.0, "negative_prompt": PROMPTS[2]}
+            for prompt in PROMPTS:
+                engine.model.text.encode(prompt)
+        jobs = engine.requests([PROMPTS[0] if engine.model.text is not None else None], settings, pictures)
         engine.run(jobs)
-        image = engine.vae.decode(jobs[0].latents[None])
-    if "vae_encoder" in spec.graphs:
-        gauges.load(bundle, "vae_encoder")({"image": image})
+        image = engine.model.codec.decode(jobs[0].latents[None])
+    for name in spec.named(ENCODER):
+        gauges.load(bundle, name)({"image": image})
     return gauges.ranges
 
 
 class Gauges:
     """A backend, ONNX Runtime on the CPU, whose networks also note their ranges."""
 
-    name, device, precision = "onnxruntime", "cpu", "fp32"
+    name, device, precision = "onnxruntime", "cpu", FP32
+    variants: tuple[str, ...] = (FP32,)
+    facts = Facts()
     gpu: Gpu | None = None
-    captures = False
 
     def __init__(self) -> None:
         self.ranges: dict[str, dict[str, float]] = {}
 
     def load(self, bundle: Bundle, network: str) -> NetworkGauge:
         """Load a network; what it measures goes on where an earlier load of it stopped."""
-        graph = bundle.spec.graph(network, self.precision)
+        graph = bundle.spec.graph(network, *self.variants)
         return NetworkGauge(bundle.path(graph.path), self.ranges.setdefault(network, {}), graph)
 
 

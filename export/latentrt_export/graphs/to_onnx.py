@@ -23,11 +23,11 @@ def trace(network: Network) -> ir.Model:
     The torch optimizer would transpose and merge weights; they could no longer be found in the safetensors. The passes
     of `latentrt_export.graphs.passes` clean up instead.
     """
-    axes = tuple(dict(i.axes) for i in network.inputs)
-    dynamic = tuple(dict.fromkeys(a, torch.export.Dim.DYNAMIC) for a in axes)
+    axes = {i.name: dict(i.axes) for i in network.inputs}
+    dynamic = {name: dict.fromkeys(own, torch.export.Dim.DYNAMIC) for name, own in axes.items()}
     with quiet(), torch.no_grad():
         exported = torch.export.export(
-            network.module, tuple(i.example for i in network.inputs), dynamic_shapes=dynamic, strict=False
+            network.module, (), {i.name: i.example for i in network.inputs}, dynamic_shapes=dynamic, strict=False
         )
         program = torch.onnx.export(
             exported,

@@ -1,6 +1,6 @@
 """The networks of a checkpoint as torch modules with flat tensor inputs and outputs.
 
-The names of inputs and outputs are the contract between a bundle's graphs and `latentrt.model.networks`.
+The names of inputs and outputs are the contract between a bundle's graphs and the engine's conditioners.
 Everything is computed in float32: weights that are stored in half precision are widened when they are loaded.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -80,7 +80,7 @@ class PenultimateTextEncoder(nn.Module):
 
 
 class UNet(nn.Module):
-    """UNet2DConditionModel; SDXL's text_embeds (batch, d) and time_ids (batch, 6) are two more inputs."""
+    """UNet2DConditionModel. What it reads beside the latents is an input of its own, concatenated here."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -96,10 +96,26 @@ class UNet(nn.Module):
         encoder_hidden_states: Tensor,
         text_embeds: Tensor | None = None,
         time_ids: Tensor | None = None,
+        beside: Tensor | None = None,
     ) -> Tensor:
         """One evaluation: sample (batch, channels, height, width) to out of the same shape."""
         added = None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
+        if beside is not None:
+            sample = torch.cat([sample, beside], dim=1)
         out: Tensor = self.model(sample, timestep, encoder_hidden_states, added_cond_kwargs=added).sample
+        return out
+
+
+class PixelUNet(nn.Module):
+    """UNet2DModel: no text; class labels where it was trained with them."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        """One evaluation: sample (batch, channels, height, width) to out of the same shape."""
+        out: Tensor = self.model(sample, timestep, class_labels).sample
         return out
 
 
@@ -127,57 +143,76 @@ class VaeEncoder(nn.Module):
         return moments
 
 
-def load_network(root: Path, name: str, *, family: str, tokens: int) -> Network:
+def load_network(root: Path, name: str, *, tokens: int = 77) -> Network:
     """Load one network of the checkpoint at `root` in float32, on the CPU, ready for tracing.
 
     Args:
-        root: a diffusers checkpoint whose weights are safetensors.
+        root: a diffusers checkpoint whose weights are safetensors, each network in a folder of its name.
         name: text_encoder, text_encoder_2, unet, vae_decoder or vae_encoder.
-        family: "sd" or "sdxl"; it decides which hidden states are the text states.
         tokens: length of a text chunk (77).
     """
-    network = _LOADERS[name](root, name, family, tokens)
+    network = _LOADERS[name](root, name, tokens)
     network.module.eval().requires_grad_(False)
     return network
 
 
-def _text_encoder(root: Path, name: str, family: str, tokens: int) -> Network:
-    pooled = family == "sdxl" and name == "text_encoder_2"
+def is_xl(root: Path) -> bool:
+    """Whether a checkpoint has two text encoders: their text states are then those before the last layer."""
+    return (root / "text_encoder_2").is_dir()
+
+
+def _text_encoder(root: Path, name: str, tokens: int) -> Network:
+    pooled = name == "text_encoder_2"
     kind = CLIPTextModelWithProjection if pooled else CLIPTextModel
     model = _load(kind, root / name)
-    module = PenultimateTextEncoder(model) if family == "sdxl" else TextEncoder(model)
+    module = PenultimateTextEncoder(model) if is_xl(root) else TextEncoder(model)
     ids = torch.arange(TRACE_BATCH * tokens).reshape(TRACE_BATCH, tokens) % model.config.vocab_size
     outputs = ("text_states", "text_embeds") if pooled else ("text_states",)
     return Network(module, (Input("input_ids", ids, BATCH),), outputs, name)
 
 
-def _unet(root: Path, name: str, family: str, tokens: int) -> Network:
+def _unet(root: Path, name: str, tokens: int) -> Network:
+    if not (root / "vae").is_dir():
+        return _pixel_unet(root)
     model = _load(UNet2DConditionModel, root / "unet")
     config = model.config
     sizes = {
-        "sample": ((config.in_channels, 16, 24), IMAGE_AXES),
+        "sample": ((config.out_channels, 16, 24), IMAGE_AXES),
         "timestep": ((), BATCH),
         "encoder_hidden_states": ((tokens, config.cross_attention_dim), BATCH),
     }
-    if family == "sdxl":
+    if is_xl(root):
         embeds = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         sizes |= {"text_embeds": ((embeds,), BATCH), "time_ids": ((6,), BATCH)}
+    if config.in_channels > config.out_channels:
+        sizes["beside"] = ((config.in_channels - config.out_channels, 16, 24), IMAGE_AXES)
     return Network(UNet(model), _examples(sizes), ("out",), "unet")
 
 
-def _vae_decoder(root: Path, name: str, family: str, tokens: int) -> Network:
+def _pixel_unet(root: Path) -> Network:
+    model = _load(UNet2DModel, root / "unet")
+    config, side = model.config, 4 * 2 ** (len(model.config.block_out_channels) - 1)
+    inputs = _examples({"sample": ((config.in_channels, side, side), IMAGE_AXES), "timestep": ((), BATCH)})
+    if config.class_embed_type == "timestep":
+        inputs = (*inputs, *_examples({"class_labels": ((), BATCH)}))
+    elif config.num_class_embeds is not None:
+        inputs = (*inputs, Input("class_labels", torch.zeros(TRACE_BATCH, dtype=torch.int64), BATCH))
+    return Network(PixelUNet(model), inputs, ("out",), "unet")
+
+
+def _vae_decoder(root: Path, name: str, tokens: int) -> Network:
     model = _load(AutoencoderKL, root / "vae")
     inputs = _examples({"latents": ((model.config.latent_channels, 16, 24), IMAGE_AXES)})
     return Network(VaeDecoder(model), inputs, ("image",), "vae")
 
 
-def _vae_encoder(root: Path, name: str, family: str, tokens: int) -> Network:
+def _vae_encoder(root: Path, name: str, tokens: int) -> Network:
     model = _load(AutoencoderKL, root / "vae")
     inputs = _examples({"image": ((model.config.in_channels, 128, 192), IMAGE_AXES)})
     return Network(VaeEncoder(model), inputs, ("moments",), "vae")
 
 
-_LOADERS: Mapping[str, Callable[[Path, str, str, int], Network]] = {
+_LOADERS: Mapping[str, Callable[[Path, str, int], Network]] = {
     "text_encoder": _text_encoder,
     "text_encoder_2": _text_encoder,
     "unet": _unet,

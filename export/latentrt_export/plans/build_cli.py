@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from latentrt.bundle.bundle import Bundle
 from latentrt.command.terminal import show, table_of
-from latentrt.errors import MissingDependencyError, UntrustedPlanError
+from latentrt.errors import MissingDependencyError
 from latentrt.runtime.tensorrt.plans import PlanStore
 from latentrt.runtime.tensorrt.record import REFITTABLE, STRIPPED, VERSION_COMPATIBLE, PlanRecord
 
@@ -41,11 +41,11 @@ def run_build(
     as_json: bool,
     **how: Any,
 ) -> int:
-    """Build plans, or say what there is to say of them; the exit code. See `latentrt build --help`."""
+    """Build, estimate, check, list or remove plans; return the exit code. See `latentrt build --help`."""
     opened = Bundle.open(bundle)
     store = PlanStore(opened, plans)
     if list_plans or remove:
-        return _keep_house(store, remove, as_json)
+        return _list(store, remove, as_json)
     _need_onnx()
     from latentrt_export.plans.plan_shapes import shapes_of
     from latentrt_export.plans.to_tensorrt import open_target
@@ -54,8 +54,6 @@ def run_build(
     shapes = shapes_of(opened.spec, {name: text for name, text in asked.items() if text is not None}, profiles)
     if check:
         return _check(opened, library, how["precision"], how["networks"], shapes, as_json)
-    if not how["dry_run"]:
-        _refuse_strangers(store)
     opened_library, gpu = open_target(library, device, compute_capability)
     try:
         return _build(opened, opened_library, gpu, shapes, plans, as_json=as_json, **how)
@@ -134,7 +132,7 @@ def _show_estimates(estimates: Sequence[Estimate], shapes: Sequence[str], free: 
 def _show_built(built: Sequence[Built]) -> None:
     table = table_of("network", "plan", "size", "seconds")
     for each in built:
-        seconds = f"{each.seconds:.1f}" if each.seconds else "there already"
+        seconds = f"{each.seconds:.1f}" if each.seconds else "built before"
         table.add_row(each.record.key.network, each.record.name, _megabytes(each.record.bytes), seconds)
     show(table)
     print(built[0].path.parent)
@@ -142,7 +140,7 @@ def _show_built(built: Sequence[Built]) -> None:
 
 @contextmanager
 def _bars(*, quiet: bool) -> Iterator[Progress]:
-    """A bar for each network, on standard error, with what TensorRT does and the time that is left."""
+    """Show a bar for each network, on standard error, with what TensorRT does and the time that is left."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -166,7 +164,7 @@ def _bars(*, quiet: bool) -> Iterator[Progress]:
 def _check(
     bundle: Bundle, name: str, precision: str, networks: Sequence[str], shapes: Sequence[Shapes], as_json: bool
 ) -> int:
-    """Show what the parser refuses; 1 if it refuses anything."""
+    """Show what the parser refuses; return 1 if it refuses anything, else 0."""
     from rich.markup import escape
 
     from latentrt.runtime.tensorrt.library import open_library
@@ -176,7 +174,7 @@ def _check(
     library = open_library(name)
     found = [
         capability(bundle, library, network, precision, profiles_of(bundle.spec, network, shapes))
-        for network in networks or bundle.spec.graphs
+        for network in networks or bundle.spec.networks
     ]
     if as_json:
         print(json.dumps({"library": name, "version": library.version, "networks": [each.to_dict() for each in found]}))
@@ -190,17 +188,20 @@ def _check(
     return int(any(each.refused for each in found))
 
 
-def _keep_house(store: PlanStore, remove: Sequence[str], as_json: bool) -> int:
-    """List the plans that are there, after those to be removed are gone."""
+def _list(store: PlanStore, remove: Sequence[str], as_json: bool) -> int:
+    """List the plans in the folder, after some were removed; return 0."""
     for name in remove:
         store.remove(name)
     records, refused = store.survey()
     if as_json:
         others = [{"name": name, "found": error.found} for name, error in refused.items()]
-        print(json.dumps({"plans": [_facts(record) for record in records], "refused": others}))
+        plans = [_facts(record) for record in records]
+        print(json.dumps({"folder": str(store.folder), "plans": plans, "refused": others}))
         return 0
+    from rich.markup import escape
+
     table = table_of("plan", "size", "precision", "built for", "shapes")
-    table.columns[0].overflow = "fold"  # --remove wants it whole
+    table.columns[0].overflow = table.columns[3].overflow = "fold"  # --remove wants the name whole
     for record in records:
         key = record.key
         device = " ".join(
@@ -209,23 +210,10 @@ def _keep_house(store: PlanStore, remove: Sequence[str], as_json: bool) -> int:
         shapes = "; or ".join(map(str, key.profiles))
         table.add_row(record.name, _megabytes(record.bytes), key.precision, device, shapes)
     for name, error in refused.items():
-        table.add_row(name, "", "", "not sealed here" if isinstance(error, UntrustedPlanError) else error.found, "")
+        table.add_row(name, "", "", escape(f"not loaded: {error.found}"), "")
     show(table)
+    print(store.folder)
     return 0
-
-
-def _refuse_strangers(store: PlanStore) -> None:
-    """Build beside no plan that may not be loaded: an engine would refuse the whole network for it.
-
-    Raises:
-        UntrustedPlanError: there are such plans; the command removes them all.
-    """
-    _, refused = store.survey()
-    if refused:
-        first, *others = refused.values()
-        more = f"; so with {len(others)} more" if others else ""
-        fix = f"{store.command} {' '.join(f'--remove {name}' for name in refused)}; then build again"
-        raise UntrustedPlanError(f"{first.found}{more}", needed=first.needed, fix=fix)
 
 
 def _facts(record: PlanRecord) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """A process for each plan: what the builder took is given back when it ends, and it can be stopped at any time.
 
-An 8 GiB board has no room for what TensorRT keeps after a build; TensorRT-RTX asks seldom whether to stop, and 8.6
-never; and a crash in native code, or the system's killing of who takes too much memory, is an error message here.
+An 8 GiB board has no room for what TensorRT keeps after a build; TensorRT-RTX rarely asks whether to stop; and where
+native code crashes, or the system kills the process that takes too much memory, an error message says so.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Protocol
 
 from latentrt.errors import LatentrtError, PlanError
 from latentrt.runtime.tensorrt.record import PlanRecord
+from latentrt.storage import remove_parts
 from latentrt_export.plans.plan_builder import Cancelled, Order, build
 
 GRACE = 5.0  # seconds that a build gets to stop by itself
@@ -28,13 +29,13 @@ OUTPUT = "output.txt"  # what the library prints in the child
 
 
 class Progress(Protocol):
-    """Told of a network that is being built: what TensorRT does, the share that is done, seconds that are left."""
+    """Is told of a network that is being built: what TensorRT does, the share that is done, seconds that are left."""
 
     def __call__(self, network: str, phase: str, share: float, left: float | None) -> None: ...
 
 
 def build_in_child(order: Order, known: float | None, progress: Progress) -> PlanRecord:
-    """Build in a process of its own; whatever ends this function ends that process."""
+    """Build in a process of its own, which ends with this function. No other may build in the order's folder."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     stop = context.Event()
@@ -47,8 +48,7 @@ def build_in_child(order: Order, known: float | None, progress: Progress) -> Pla
         finally:
             _end(child, stop)
             ours.close()
-            for part in order.plans.glob(f"*.{child.pid}.part"):  # a killed child cannot clean up
-                part.unlink(missing_ok=True)
+            remove_parts(order.plans)  # a child that was killed cannot clean up
 
 
 def _start(child: BaseProcess) -> None:
@@ -81,7 +81,7 @@ def _listen(
 
 
 def _left(elapsed: float, share: float, known: float | None) -> float | None:
-    """Seconds that are left: by what the last build took while that lasts, then by the share that is done."""
+    """Return the seconds left: by what the last build took while that lasts, then by the share that is done."""
     if known is not None and elapsed < known:
         return known - elapsed
     return elapsed / share - elapsed if share > 0.02 else None
@@ -99,7 +99,7 @@ def _crash(order: Order, code: int | None, folder: Path) -> PlanError:
 
 
 def _end(child: BaseProcess, stop: Event) -> None:
-    """Have the child stop at TensorRT's next step; TensorRT-RTX, whose steps are long, and 8.6 are stopped by force."""
+    """Have the child stop at TensorRT's next step, or by force where that takes long, as with TensorRT-RTX."""
     stop.set()
     child.join(GRACE)
     if child.is_alive():
@@ -108,7 +108,7 @@ def _end(child: BaseProcess, stop: Event) -> None:
 
 
 def _child(order: Order, folder: Path, theirs: Connection, stop: Event) -> None:
-    """The process in which a plan is built."""
+    """Run in the process in which a plan is built."""
     parent, lock, last = os.getppid(), threading.Lock(), 0.0
     with (folder / OUTPUT).open("wb") as output:  # the library's own prints would spoil the terminal, and JSON
         for stream in (1, 2):

@@ -13,7 +13,7 @@ import onnx
 from latentrt.bundle.bundle import Bundle
 from latentrt.runtime.tensorrt.library import Library
 from latentrt.runtime.tensorrt.record import Profile
-from latentrt_export.plans.plan_builder import new_builder
+from latentrt_export.plans import building
 from latentrt_export.plans.plan_graph import load_graph, serialized
 
 
@@ -28,7 +28,7 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Capability:
-    """A network's graph, in the opset that the parser got, and what it refuses of it (8.6: only the first)."""
+    """How many nodes a network's graph has in the opset that the parser got, and what it refuses of it."""
 
     network: str
     opset: int
@@ -36,37 +36,36 @@ class Capability:
     refused: tuple[Refused, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return it for JSON."""
         return asdict(self)
 
 
 def capability(
     bundle: Bundle, library: Library, network: str, precision: str, profiles: Sequence[Profile]
 ) -> Capability:
-    """Have the parser read a network's graph; nothing is built.
+    """Have the parser read a network's graph, and build nothing.
 
     Raises:
         PlanError: the graph is damaged.
-        BackendError: the library needs a GPU for it, and there is none.
+        BackendError: the library needs a GPU for it and finds none.
     """
-    graph = bundle.spec.graph(network, precision)
-    model = load_graph(bundle, graph, profiles, library.opset)
+    graph, opset = bundle.spec.graph(network, precision), building.opset(library)
+    model = load_graph(bundle, graph, profiles, opset)
     with tempfile.TemporaryDirectory(prefix="latentrt-") as folder:
         data, path = serialized(model, bundle.path(graph.path), Path(folder))
-        return Capability(network, library.opset, len(model.graph), refused(library, data, path))
+        return Capability(network, opset, len(model.graph), refused(library, data, path))
 
 
 def refused(library: Library, data: bytes, path: Path) -> tuple[Refused, ...]:
-    """What the parser refuses of a serialized model whose weights lie beside `path`.
+    """Return what the parser refuses of a serialized model whose weights lie beside `path`.
 
     Raises:
-        BackendError: the library needs a GPU for it, and there is none.
+        BackendError: the library needs a GPU for it and finds none.
     """
     logger = library.logger()
-    builder = new_builder(library, logger)
-    network = builder.create_network(library.network_flags())
-    parser = library.module.OnnxParser(network, logger)
-    parser.flags = library.parser_flags()
+    builder = library.builder(logger)
+    network = building.new_network(library, builder)
+    parser = building.new_parser(library, network, logger)
     if parser.parse(data, str(path)):
         return ()
     nodes = onnx.ModelProto.FromString(data).graph.node

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 import onnx_ir as ir
 
 from latentrt.bundle.bundle import Bundle
-from latentrt.bundle.manifest import GraphSpec
+from latentrt.bundle.spec import GraphSpec
 from latentrt.errors import LatentrtError, PlanError
 from latentrt.runtime.tensorrt.record import Profile, Weight
 from latentrt_export.graphs.lower import lower
@@ -22,10 +22,11 @@ WIDENED = "weights.bin"  # the weights whose type changed
 
 
 def load_graph(bundle: Bundle, graph: GraphSpec, profiles: Sequence[Profile], opset: int) -> ir.Model:
-    """One of the bundle's graphs, of an opset that the parser knows.
+    """Return one of the bundle's graphs, in an opset that the parser knows.
 
     Args:
-        graph: the graph.
+        bundle: the bundle.
+        graph: which of its graphs.
         profiles: the shapes to build for; a dimension that is the same in all of them is fixed.
         opset: the newest that the parser knows.
 
@@ -49,7 +50,7 @@ def load_graph(bundle: Bundle, graph: GraphSpec, profiles: Sequence[Profile], op
 
 
 def serialized(model: ir.Model, path: Path, folder: Path) -> tuple[bytes, Path]:
-    """The graph as a parser takes it, and a path that need not exist, but in whose folder its weights are found.
+    """Return the graph as a parser takes it, and a path in whose folder its weights are found; it need not exist.
 
     Args:
         model: from `load_graph`; it is changed.
@@ -73,7 +74,7 @@ def serialized(model: ir.Model, path: Path, folder: Path) -> tuple[bytes, Path]:
 
 
 def fix_shapes(model: ir.Model, profiles: Sequence[Profile]) -> None:
-    """Give inputs' dimensions that are the same in all profiles their size: the builder has less to allow for."""
+    """Fix the size of those dimensions of inputs that are the same in all profiles: the builder can rely on it."""
     ranges = [profile.ranges for profile in profiles]
     for value in model.graph.inputs:
         sides: list[int | ir.SymbolicDim] = []
@@ -84,7 +85,7 @@ def fix_shapes(model: ir.Model, profiles: Sequence[Profile]) -> None:
 
 
 def weights_of(model: ir.Model, graph: GraphSpec) -> dict[str, Weight]:
-    """Every initializer that lies in a safetensors of the bundle, and the type that the plan computes with."""
+    """Return where each initializer lies in a safetensors of the bundle, with the type that the plan computes with."""
     folder = PurePosixPath(graph.path).parent
     found = {}
     for name, value in model.graph.initializers.items():
@@ -97,7 +98,7 @@ def weights_of(model: ir.Model, graph: GraphSpec) -> dict[str, Weight]:
 
 
 def _cast_type(value: ir.Value) -> ir.DataType | None:
-    """The one type that a weight is cast to before anyone uses it; None where some use it as it is."""
+    """Return the one type that all of a weight's consumers cast it to; None where some use it as it is."""
     types = {
         ir.DataType(node.attributes["to"].as_int()) if node.op_type == "Cast" else None for node in value.consumers()
     }
@@ -107,8 +108,8 @@ def _cast_type(value: ir.Value) -> ir.DataType | None:
 def _retype_weights(model: ir.Model, folder: Path) -> bool:
     """Do the Casts behind weights now, so that a plan knows weights by their names, in the type that it computes with.
 
-    TensorRT would fold them too, but 8.6 knows no bfloat16, a refittable plan would fold at every refit, and the
-    builder would hold both forms.
+    TensorRT would fold them too, but a refittable plan would do so at every refit, and the builder would hold both
+    forms. Return whether there were any.
     """
     waiting = [(value, wanted) for value in model.graph.initializers.values() if (wanted := _cast_type(value))]
     external = [(value, wanted) for value, wanted in waiting if isinstance(value.const_value, ir.ExternalTensor)]

@@ -1,8 +1,8 @@
-"""What building and running a plan will take, told from its graph before anything is built.
+"""Estimates what building and running a plan will take, from its graph, before anything is built.
 
 Weights are counted exactly. Activations are the largest sum of tensors that are alive at once when the nodes run in
 the graph's order at the largest shapes; TensorRT fuses some away and keeps scratch for others. The host's peak is a
-line through what was measured: docs/tensorrt.md tells how far off all of it was.
+line through measurements. docs/tensorrt.md has estimates beside what was then found.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ VIEWS = ("Reshape", "Squeeze", "Unsqueeze", "Identity", "Shape", "Cast")  # no m
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Bytes that a network takes; `seconds` is what its last build here took, where there was one.
+    """Bytes that a network takes; `seconds` is what its last build took, where there was one.
 
     `device` is what the GPU must have free: weights, activations and the workspace in which tactics are tried.
     """
@@ -52,8 +52,8 @@ def estimate(key: PlanKey, model: onnx.ModelProto, weights: Iterable[Weight], se
 
     Args:
         model: the graph that the parser gets; its weights are not read.
-        weights: what they are.
-        seconds: what building it took before.
+        weights: the weights that lie in safetensors.
+        seconds: what building it took last time.
     """
     held = sum(weight.bytes * np.dtype(weight.dtype).itemsize // SIZES[weight.stored] for weight in weights)
     nodes = len(model.graph.node)
@@ -76,7 +76,7 @@ def check_room(
 
     Args:
         folder: where the plans will lie.
-        device_free: bytes of the GPU that are free; None where none is at hand.
+        device_free: bytes of the GPU that are free; None where no GPU is in this machine.
         compute_capability: of the GPU, as "8.7"; some share the host's memory.
 
     Raises:
@@ -103,12 +103,12 @@ def check_room(
 
 
 def host_free() -> int | None:
-    """Bytes of host memory that programs can still have (Linux's MemAvailable); None where the system does not tell."""
+    """Return the bytes of host memory that programs can still have (Linux's MemAvailable); None if unknown."""
     return _of_system("meminfo", "MemAvailable")
 
 
 def peak_here() -> int | None:
-    """Bytes of host memory that this process has had at most (Linux's VmHWM); None where the system does not tell."""
+    """Return the most bytes of host memory that this process has had (Linux's VmHWM); None if unknown."""
     return _of_system("self/status", "VmHWM")  # getrusage would count the process that started this one, too
 
 
@@ -133,7 +133,7 @@ class _Tensor:
 
 
 def peak_activations(model: onnx.ModelProto, profile: Profile) -> int:
-    """The largest sum of bytes of tensors that are alive at once, at a profile's largest shapes."""
+    """Return the largest sum of bytes of tensors that are alive at once, at a profile's largest shapes."""
     tensors = _tensors(model, profile)
     graph = model.graph
     sizes = _sizes(graph, tensors)
@@ -151,7 +151,9 @@ def peak_activations(model: onnx.ModelProto, profile: Profile) -> int:
 
 
 def _sizes(graph: onnx.GraphProto, tensors: Mapping[str, _Tensor]) -> dict[str, int]:
-    """Bytes of every input and node's output. One whose shape cannot be inferred is as large as what is made of it."""
+    """Return the bytes of every input and every node's output. One whose shape cannot be inferred counts as large as
+    what is computed from it.
+    """
     sizes = {name: tensor.bytes for name, tensor in tensors.items()}
     for node in reversed(graph.node):
         made = max((sizes.get(name, 0) for name in node.output), default=0)
@@ -164,7 +166,9 @@ def _sizes(graph: onnx.GraphProto, tensors: Mapping[str, _Tensor]) -> dict[str, 
 
 
 def _scores(node: onnx.NodeProto, tensors: Mapping[str, _Tensor]) -> int:
-    """Bytes of an attention's scores, before and after Softmax, where no fused kernel keeps them out of memory."""
+    """Return the bytes of an attention's scores, before and after Softmax; 0 where a fused kernel keeps them out of
+    memory.
+    """
     if node.op_type != "Attention" or not {node.input[0], node.input[1]} <= set(tensors):
         return 0
     query, key = tensors[node.input[0]], tensors[node.input[1]]
@@ -177,7 +181,7 @@ def _scores(node: onnx.NodeProto, tensors: Mapping[str, _Tensor]) -> int:
 
 
 def _tensors(model: onnx.ModelProto, profile: Profile) -> dict[str, _Tensor]:
-    """Every input and output of a node whose shape can be inferred, at the profile's largest sizes."""
+    """Return every input and output of a node whose shape can be inferred, at the profile's largest sizes."""
     sized = onnx.ModelProto()
     sized.CopyFrom(model)
     for value in sized.graph.input:

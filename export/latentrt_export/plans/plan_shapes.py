@@ -1,11 +1,11 @@
-"""Which shapes plans serve: from what a user asks for (lanes, pictures, pixels) to the profiles of every network."""
+"""Turns what a user asks for (lanes, pictures, pixels) into the profiles of every network's plan."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from latentrt.bundle.manifest import LatentSpec, ModelSpec
+from latentrt.bundle.spec import DENOISER, ENCODER, TEXT_ENCODER, LatentSpec, ModelSpec
 from latentrt.errors import PlanError, RequestError
 from latentrt.runtime.tensorrt.record import Profile, Range
 from latentrt.values import parse_size, parse_whole
@@ -13,7 +13,7 @@ from latentrt.values import parse_size, parse_whole
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
-    """What one profile is to serve, as (least, best, most): lanes of the UNet, pictures of the VAE, pixels."""
+    """The shapes that one profile serves, as (least, best, most): lanes of the UNet, pictures of the VAE, pixels."""
 
     lanes: Range
     pictures: Range
@@ -22,7 +22,7 @@ class Shapes:
 
 
 def shapes_of(spec: ModelSpec, settings: Mapping[str, str], profiles: Sequence[str] = ()) -> tuple[Shapes, ...]:
-    """The shapes that a user asked for.
+    """Return the shapes that a user asked for.
 
     Args:
         spec: the model; its own size is the default.
@@ -42,14 +42,14 @@ def shapes_of(spec: ModelSpec, settings: Mapping[str, str], profiles: Sequence[s
 
 
 def profiles_of(spec: ModelSpec, network: str, asked: Sequence[Shapes]) -> tuple[Profile, ...]:
-    """A network's profiles, each once: the ranges of its graph's symbolic dimensions.
+    """Return a network's profiles, each once: the ranges of its graph's symbolic dimensions.
 
     Text encoders have two for each of `asked`: one prompt, and as many as the lanes, for a picture in one launch.
 
     Raises:
         PlanError: its graph has a symbolic dimension that nothing is known of.
     """
-    names = [side for tensor in spec.graphs[network].inputs for side in tensor.shape if isinstance(side, str)]
+    names = [side for tensor in spec.networks[network].inputs for side in tensor.shape if isinstance(side, str)]
     found: list[Profile] = []
     for ranges in (ranges for shapes in asked for ranges in _ranges(spec, network, shapes)):
         if unknown := sorted(set(names) - set(ranges)):
@@ -65,11 +65,11 @@ def profiles_of(spec: ModelSpec, network: str, asked: Sequence[Shapes]) -> tuple
 
 
 def _ranges(spec: ModelSpec, network: str, shapes: Shapes) -> list[dict[str, Range]]:
-    if network in spec.text_encoders:
+    if spec.networks[network].role == TEXT_ENCODER:
         batches = [(1, 1, 1), shapes.lanes]
     else:
-        batches = [shapes.lanes if network == "unet" else shapes.pictures]
-    factor = 1 if network == "vae_encoder" else spec.latents.factor  # it reads pixels, the others latents
+        batches = [shapes.lanes if spec.networks[network].role == DENOISER else shapes.pictures]
+    factor = 1 if spec.networks[network].role == ENCODER else spec.latents.factor  # it reads pixels, the others latents
     height, width = (_divided(side, factor) for side in (shapes.height, shapes.width))
     return [{"batch": batch, "height": height, "width": width} for batch in batches]
 
@@ -112,7 +112,7 @@ def _range(name: str, values: Sequence[int]) -> Range:
 
 
 def _size(text: str, factor: int) -> tuple[int, int]:
-    """Width and height in pixels; one number is both."""
+    """Return width and height in pixels; one number is both."""
     sides = parse_size(text, "size")
     for pixels in sides:
         if pixels % factor:

@@ -3,8 +3,8 @@
 A plan is in its place as soon as it is built, so a build that was stopped or killed goes on where it ended.
 
 Polygraphy would do part of this. It is not used here: it chooses between TensorRT and TensorRT-RTX once for a process,
-finds weights beside a graph in a file alone, where ours is changed in memory, and always makes a timing cache, for
-which RTX wants a GPU. The tests ask it for a second opinion.
+finds weights only beside a graph that is a file, where ours is changed in memory, and always makes a timing cache, for
+which RTX wants a GPU. A test compares `--check` with it.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ import onnx_ir as ir
 
 from latentrt.bundle.bundle import Bundle
 from latentrt.cuda.base import Gpu
-from latentrt.errors import BackendError, PlanError, UntrustedPlanError
+from latentrt.errors import BackendError, PlanError, UntrustedFileError
 from latentrt.runtime.tensorrt.library import Library, open_library, wanted_key
 from latentrt.runtime.tensorrt.plans import PlanStore
 from latentrt.runtime.tensorrt.record import REFITTABLE, STRIPPED, PlanKey, PlanRecord
+from latentrt.storage import check_trusted, remove_parts
+from latentrt_export.plans import building
 from latentrt_export.plans.build_process import Progress, build_in_child
 from latentrt_export.plans.plan_builder import Order
 from latentrt_export.plans.plan_graph import load_graph, weights_of
@@ -34,7 +36,7 @@ from latentrt_export.plans.plan_shapes import Shapes, profiles_of
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """A plan that is in its place; `seconds` is what it took now, 0 where it was there already."""
+    """A plan that is in its place; `seconds` is what it took now, 0 if it was built before."""
 
     record: PlanRecord
     path: Path
@@ -50,16 +52,16 @@ class Absent:
     driver: str = ""
 
     def close(self) -> None:
-        """As of a `Gpu`."""
+        """Do nothing; see `Gpu.close`."""
 
 
 def open_target(name: str, device: str, compute_capability: str | None) -> tuple[Library, Gpu | Absent]:
-    """The library, and the GPU that plans are built for.
+    """Open the library, and the GPU that plans are built for.
 
     Args:
         name: "tensorrt" or "tensorrt-rtx".
         device: "cuda" or "cuda:1".
-        compute_capability: as "8.9", of GPUs that need not be here (TensorRT-RTX alone); None for the GPU at hand.
+        compute_capability: as "8.9", of GPUs that need not be in this machine (only TensorRT-RTX); None for `device`.
 
     Raises:
         MissingDependencyError: the library, or cuda-bindings, is not installed.
@@ -67,7 +69,7 @@ def open_target(name: str, device: str, compute_capability: str | None) -> tuple
     """
     library = open_library(name)
     if not library.builds:
-        raise BackendError(f"{name} only runs plans", needed="tensorrt or tensorrt-rtx", fix="pass another --library")
+        raise BackendError(f"{name} only runs plans", needed="--library tensorrt or tensorrt-rtx")
     if compute_capability is not None:
         return library, _absent(library, compute_capability)
     from latentrt.cuda.gpu import Cuda
@@ -109,19 +111,23 @@ def orders_of(
     workspace: int | None = None,
     plans: Path | None = None,
 ) -> list[Order]:
-    """What there is to build, in the order of an image's way.
+    """Return the plans to build, in the order in which a picture needs the networks.
 
     Args:
+        bundle: the bundle.
+        library: the library that builds.
+        gpu: the GPU that the plans are for.
         shapes: one optimization profile each.
-        networks: names; all of the bundle's by default.
+        precision: "fp16" or "fp32".
+        networks: names; none means all of the bundle's.
         options: of `PlanKey`.
         workspace: bytes.
-        plans: the folder for them; the bundle's own by default.
+        plans: the folder for them; None is the bundle's place in the user's cache.
 
     Raises:
         BundleError: the bundle has no such network, or none in that precision.
         BackendError: the library cannot build such plans without a GPU.
-        PlanError: it cannot build such plans at all.
+        PlanError: it cannot build such plans at all, or the folder lies in a bundle.
     """
     if isinstance(gpu, Absent) and {STRIPPED, REFITTABLE} & set(options):
         raise BackendError(
@@ -129,10 +135,10 @@ def orders_of(
             needed="a GPU: weights that are set later are laid out there",
             fix="build on the device, or leave --strip and --refittable out",
         )
-    library.option_flags(options)  # raises what this version cannot do
+    building.option_flags(library, options)  # refuses what this version cannot do
     folder = PlanStore(bundle, plans).folder
     orders = []
-    for name in dict.fromkeys(networks or bundle.spec.graphs):
+    for name in dict.fromkeys(networks or bundle.spec.networks):
         key = wanted_key(bundle, name, precision, library, gpu)
         key = replace(key, options=tuple(sorted(options)), profiles=profiles_of(bundle.spec, name, shapes))
         if library.rtx:  # it compiles kernels where the plan runs
@@ -143,31 +149,30 @@ def orders_of(
 
 
 def estimates_of(bundle: Bundle, library: Library, orders: Sequence[Order]) -> list[Estimate]:
-    """What each plan will take, told from its graph.
+    """Return what each plan will take, told from its graph.
 
     Raises:
         PlanError: a graph is damaged.
-        UntrustedPlanError: the secret that seals plans cannot be used.
+        UntrustedFileError: another user may have written to the folder of plans.
     """
-    found = []
+    found, opset = [], building.opset(library)
     for order in orders:
         graph = bundle.spec.graph(order.key.network, order.key.precision)
-        model = load_graph(bundle, graph, order.key.profiles, library.opset)
+        model = load_graph(bundle, graph, order.key.profiles, opset)
         weights = weights_of(model, graph).values()
         found.append(estimate(order.key, ir.to_proto(model), weights, _seconds_before(bundle, order)))
     return found
 
 
 def _seconds_before(bundle: Bundle, order: Order) -> float | None:
-    """What the last plan of this network took with this library."""
-    records, _ = PlanStore(bundle, order.plans).survey()  # an estimate needs no trust in what else lies there
-    wanted = order.key.network, order.key.library
-    times = [record.made.get("seconds") for record in records if (record.key.network, record.key.library) == wanted]
+    """Return how long the last plan of this network took with this library; None if there is none."""
+    records, _ = PlanStore(bundle, order.plans).survey(order.key.network)
+    times = [record.made.get("seconds") for record in records if record.key.library == order.key.library]
     return times[-1] if times else None
 
 
 def free_memory(gpu: Gpu | Absent) -> int | None:
-    """Bytes of the GPU that are free; None where it is not here."""
+    """Return the bytes of the GPU's memory that are free; None where it is not in this machine."""
     return None if isinstance(gpu, Absent) else gpu.memory()[0]
 
 
@@ -181,57 +186,62 @@ def build_plans(
     rebuild: bool = False,
     ignore_estimate: bool = False,
 ) -> list[Built]:
-    """Build what is not built yet. Whatever stops it, the plans that were built stay.
+    """Build the plans that do not exist yet. Whatever stops it, the plans that were built stay.
 
     Args:
+        bundle: the bundle.
+        orders: of one bundle, for one folder.
         estimates: of the orders; what was measured is recorded beside them.
-        free: free bytes of the GPU's memory, None where it is not here.
+        free: free bytes of the GPU's memory, None where it is not in this machine.
         progress: an exception that it raises ends the build.
-        rebuild: build what is there, too.
+        rebuild: build those that exist, too.
         ignore_estimate: build also where memory or disk seem too small.
 
     Raises:
         DeviceMemoryError: there is too little memory; nothing has been begun then.
         PlanError: a plan cannot be built or written, or another build is at work in that folder.
-        UntrustedPlanError: a record that lies there is not ours.
+        UntrustedFileError: another user may write to the folder.
     """
     if not orders:
         return []
     with _alone(orders[0].plans):
+        remove_parts(orders[0].plans)
         store = PlanStore(bundle, orders[0].plans)
-        store.sweep()
-        there = {order.key.digest: record for order in orders if not rebuild and (record := _built(store, order.key))}
-        waiting = [each for order, each in zip(orders, estimates, strict=True) if order.key.digest not in there]
+        found = [None if rebuild else _built(store, order.key) for order in orders]
         if not ignore_estimate:
+            waiting = [each for each, record in zip(estimates, found, strict=True) if record is None]
             check_room(waiting, store.folder, free, orders[0].key.compute_capability)
-        found = []
-        for order, each in zip(orders, estimates, strict=True):
-            start, record = time.monotonic(), there.get(order.key.digest)
+        built = []
+        for order, each, record in zip(orders, estimates, found, strict=True):
+            start, seconds = time.monotonic(), 0.0
             if record is None:
                 record = build_in_child(replace(order, made={"estimate": asdict(each)}), each.seconds, progress)
                 seconds = time.monotonic() - start
-            else:
-                seconds = 0.0
-            found.append(Built(record, store.path(record), seconds))
-        return found
+            built.append(Built(record, store.path(record), seconds))
+        return built
 
 
 def _built(store: PlanStore, key: PlanKey) -> PlanRecord | None:
-    """The record of exactly this plan, where it is there and whole."""
-    record = next((record for record in store.records(key.network) if record.key == key), None)
+    """Return the record of exactly this plan; None where it does not exist or would not be loaded."""
     try:
-        if record is not None:
-            store.read(record)
-    except UntrustedPlanError:  # its bytes are not those that were built: it is built again
+        record = store.record(key.name)
+        store.read(record)
+    except (PlanError, UntrustedFileError):
         return None
     return record
 
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Be the only build that works in a folder of plans."""
+    """Be the only build in a folder of plans, and refuse one whose plans nobody would load.
+
+    Raises:
+        PlanError: another build works there, or the folder cannot be made.
+        UntrustedFileError: another user may write to it.
+    """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+        check_trusted(folder)
         handle = os.open(folder, os.O_RDONLY)
     except OSError as error:
         raise PlanError(

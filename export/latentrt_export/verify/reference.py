@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from latentrt.engine import Engine
 from latentrt.errors import ExportError, LatentrtError
@@ -20,10 +22,18 @@ from latentrt.sampling.schedule import Schedule
 from latentrt.sampling.solvers import SOLVERS
 from latentrt_export.checkpoint.source import Checkpoint
 from latentrt_export.graphs.to_onnx import quiet
-from latentrt_export.to_bundle import NOT_EXPORTED
+from latentrt_export.to_bundle import plain_index
 
 Array = NDArray[Any]
-PIPELINES = {"sd": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
+PROMPTS = ("a red apple", "a cat face")
+
+
+class Run(NamedTuple):
+    """A request as both sides get it: prompts (None: the model reads none), settings by our names, given pictures."""
+
+    prompts: Sequence[str | None]
+    settings: Mapping[str, Any]
+    pictures: Mapping[str, Any]
 
 
 @contextmanager
@@ -34,10 +44,7 @@ def plain_folder(checkpoint: Checkpoint) -> Iterator[Path]:
         for name, path in checkpoint.files.items():
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             (root / name).symlink_to(path.resolve())
-        index = {key: [None, None] if key in NOT_EXPORTED else value for key, value in checkpoint.index.items()}
-        if checkpoint.family == "sd":
-            index["requires_safety_checker"] = False
-        (root / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+        (root / "model_index.json").write_text(json.dumps(plain_index(checkpoint)), encoding="utf-8")
         yield root
 
 
@@ -57,14 +64,25 @@ def incomparable(found: str) -> ExportError:
     return ExportError(found, needed="the checkpoint that the bundle was exported from")
 
 
-def open_pipeline(checkpoint: Path, family: str) -> Any:
-    """The diffusers pipeline of a plain folder, in float32 on the CPU."""
+def open_pipeline(checkpoint: Path, engine: Engine, solver: str | None) -> Any:
+    """Return the diffusers pipeline of a plain folder, in float32 on the CPU, with the scheduler of a solver's name."""
+    name = pipeline_of(engine, solver)
     with comparing("pipeline"):
-        pipe = getattr(diffusers, PIPELINES[family]).from_pretrained(
+        pipe = getattr(diffusers, name).from_pretrained(
             checkpoint, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True
         )
     pipe.set_progress_bar_config(disable=True)
+    if name != "DDIMPipeline":  # which makes its own
+        pipe.scheduler = diffusers_scheduler(solver, engine.schedule)
     return pipe
+
+
+def pipeline_of(engine: Engine, solver: str | None) -> str:
+    """Return the diffusers class that draws with such a model."""
+    if engine.model.text is None:
+        return "DDIMPipeline" if (solver or engine.spec.defaults.solver) == "ddim" else "DDPMPipeline"
+    xl = "XL" if len(engine.model.text.encoders) > 1 else ""
+    return f"StableDiffusion{xl}{'Inpaint' if engine.model.reads_masks else ''}Pipeline"
 
 
 def diffusers_scheduler(name: str | None, schedule: Schedule) -> Any:
@@ -93,27 +111,42 @@ def run_scheduler(scheduler: Any, steps: int, shape: Sequence[int] = (1, 4, 8, 8
         yield x.numpy()
 
 
-def run_pipeline(
-    pipe: Any, engine: Engine, prompts: Sequence[str], settings: dict[str, Any]
-) -> tuple[list[Array], Array]:
-    """The diffusers pipeline's latents after every step and its pixels, in the forms of `run_engine`."""
+def run_pipeline(pipe: Any, run: Run) -> tuple[list[Array], Array]:
+    """Return the diffusers pipeline's latents after every step and its pixels, in the forms of `run_engine`."""
     steps: list[Array] = []
+    step = pipe.scheduler.step
 
-    def keep(pipe: Any, index: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        steps.append(tensors["latents"].numpy().copy())
-        return tensors
+    def keep(*arguments: Any, **named: Any) -> Any:
+        answer = step(*arguments, **named)
+        steps.append(answer[0].numpy().copy())
+        return answer
 
-    latents = engine.spec.latents
-    generators = [torch.Generator().manual_seed(settings["seed"] + i) for i in range(len(prompts))]
-    with quiet():
-        result = pipe(
-            list(prompts),
-            negative_prompt=[settings["negative_prompt"]] * len(prompts) if settings["guidance"] > 1 else None,
-            num_inference_steps=settings["steps"],
-            guidance_scale=settings["guidance"],
-            height=latents.height * latents.factor,
-            width=latents.width * latents.factor,
-            generator=generators,
-            callback_on_step_end=keep,
-        )
+    pipe.scheduler.step = functools.update_wrapper(keep, step)  # pipelines look at its signature
+    count, settings = len(run.prompts), run.settings
+    generators = [torch.Generator().manual_seed(settings["seed"] + i) for i in range(count)]
+    own = {"batch_size": count} if run.prompts[0] is None else _prompted(run)
+    if "class_label" in settings:  # no pipeline passes one: people call the UNet themselves
+        labels = torch.full((count,), settings["class_label"])
+        pipe.unet.forward = functools.partial(pipe.unet.forward, class_labels=labels)
+    try:
+        with quiet():
+            result = pipe(generator=generators, num_inference_steps=settings["steps"], **own)
+    finally:
+        pipe.scheduler.step = step
     return steps, np.stack([np.asarray(image) for image in result.images])
+
+
+def _prompted(run: Run) -> dict[str, Any]:
+    """What pipelines with a prompt are called with."""
+    settings, count = run.settings, len(run.prompts)
+    own = {
+        "prompt": list(run.prompts),
+        "negative_prompt": [settings["negative_prompt"]] * count if settings["guidance"] > 1 else None,
+        "guidance_scale": settings["guidance"],
+        "height": settings["height"],
+        "width": settings["width"],
+    }
+    if "mask" in run.pictures:
+        image, mask = (Image.fromarray(run.pictures[name]) for name in ("image", "mask"))
+        own |= {"image": [image] * count, "mask_image": [mask] * count, "strength": settings.get("strength", 1.0)}
+    return own

@@ -32,9 +32,9 @@ def test_every_node_has_a_kernel(exported: Exported, name: str) -> None:
     """As ONNX Runtime 1.31.1 looks for one. The half graphs, of opset 23, are the defect that this would have shown."""
     _, root = exported(name)
     spec = Bundle.open(root).spec
-    for network, graph in spec.cuda.items():
+    for network, graph in spec.graphs("fp16-ort-cuda").items():
         assert without_kernel(ir.load(root / graph.path)) == set(), network
-        missing = without_kernel(ir.load(root / spec.half[network].path))
+        missing = without_kernel(ir.load(root / spec.graphs("fp16")[network].path))
         if network == "text_encoder_2":
             assert missing == {"ArgMax 13 int32"}
         else:
@@ -46,11 +46,11 @@ def test_cuda_graphs_of_a_bundle(exported: Exported, name: str) -> None:
     """Each network has one, valid, with the half graph's signature and weights; what is not masked stays fused."""
     _, root = exported(name)
     spec = Bundle.open(root).spec
-    assert spec.cuda.keys() == spec.graphs.keys()
-    for network, graph in spec.cuda.items():
-        half = spec.half[network]
+    assert spec.graphs("fp16-ort-cuda").keys() == spec.graphs().keys()
+    for network, graph in spec.graphs("fp16-ort-cuda").items():
+        half = spec.graphs("fp16")[network]
         assert spec.cuda_graph(network) == graph
-        assert (graph.path, graph.opset) == (cuda_path(spec.graphs[network].path), 21)
+        assert (graph.path, graph.opset) == (cuda_path(spec.graphs()[network].path), 21)
         assert (graph.inputs, graph.outputs) == (half.inputs, half.outputs)
         onnx.checker.check_model(root / graph.path, full_check=True)
         ours, theirs = (ir.load(root / path) for path in (graph.path, half.path))
@@ -70,14 +70,16 @@ def test_numbers_stay(exported: Exported, name: str) -> None:
     """In float32 to the last bits; in float16, rounded after every node, within what its roundings differ."""
     _, root = exported(name)
     spec = Bundle.open(root).spec
-    for network, graph in spec.graphs.items():
+    for network, graph in spec.graphs().items():
         single, exact = ir.load(root / graph.path), ir.load(root / graph.path)
         for_cuda(exact)
         assert _difference(exact, single, root / graph.path, _feeds(graph)) < 2e-6, network
-        half, ours = (ir.load(root / part[network].path) for part in (spec.half, spec.cuda))
+        half, ours = (
+            ir.load(root / part[network].path) for part in (spec.graphs("fp16"), spec.graphs("fp16-ort-cuda"))
+        )
         for model in (half, ours):
             emulate(model)
-        assert _difference(ours, half, root / graph.path, _feeds(spec.half[network])) < 1.5e-3, network
+        assert _difference(ours, half, root / graph.path, _feeds(spec.graphs("fp16")[network])) < 1.5e-3, network
 
 
 def _difference(ours: ir.Model, theirs: ir.Model, path: Path, feeds: Arrays) -> float:

@@ -32,12 +32,12 @@ def test_half_graphs_of_a_bundle(exported: Exported, name: str) -> None:
     """Each network has one, valid, with the engine's names, all float16 but for what holds the times."""
     _, root = exported(name)
     spec = Bundle.open(root).spec
-    assert spec.half.keys() == spec.graphs.keys() == spec.islands.keys()
-    for network, graph in spec.half.items():
-        assert graph.path == half_path(spec.graphs[network].path)
+    assert spec.graphs("fp16").keys() == spec.graphs().keys() == spec.islands.keys()
+    for network, graph in spec.graphs("fp16").items():
+        assert graph.path == half_path(spec.graphs()[network].path)
         onnx.checker.check_model(root / graph.path, full_check=True)
         tensors = (*graph.inputs, *graph.outputs)
-        plain = (*spec.graphs[network].inputs, *spec.graphs[network].outputs)
+        plain = (*spec.graphs()[network].inputs, *spec.graphs()[network].outputs)
         assert [(t.name, t.shape) for t in tensors] == [(t.name, t.shape) for t in plain]
         for half, single in zip(tensors, plain, strict=True):
             kept = single.dtype == "int64" or half.name in TIME_INPUTS
@@ -55,8 +55,8 @@ def test_weights_stay_where_they_are(exported: Exported, name: str) -> None:
     """The same bytes as the float32 graph reads: without a Cast where they are float16, through one where not."""
     _, root = exported(name)
     spec = Bundle.open(root).spec
-    for network, graph in spec.half.items():
-        model, single = ir.load(root / graph.path), ir.load(root / spec.graphs[network].path)
+    for network, graph in spec.graphs("fp16").items():
+        model, single = ir.load(root / graph.path), ir.load(root / spec.graphs()[network].path)
         pointers = _pointers(model)
         assert pointers == _pointers(single)
         casts = {node.inputs[0].name for node in model.graph if node.op_type == "Cast" and node.inputs[0] is not None}

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from latentrt.bundle.bundle import Bundle
-from latentrt.bundle.manifest import GraphSpec
+from latentrt.bundle.spec import GraphSpec
 from latentrt.errors import ExportError
 from latentrt_export.graphs.lower import lower
 from latentrt_export.graphs.ranges import open_session
@@ -47,7 +47,9 @@ def test_graphs_of_a_bundle(exported: Callable[[str], tuple[Path, Path]], tmp_pa
     """float32 graphs give the same to the last bits, half graphs within what float16 rounds."""
     _, root = exported(name)
     spec = Bundle.open(root).spec
-    for graph, bound in [(g, 1e-6) for g in spec.graphs.values()] + [(g, 1.5e-3) for g in spec.half.values()]:
+    for graph, bound in [(g, 1e-6) for g in spec.graphs().values()] + [
+        (g, 1.5e-3) for g in spec.graphs("fp16").values()
+    ]:
         path = root / graph.path
         model = ir.load(path)
         lower(model)

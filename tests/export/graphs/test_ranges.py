@@ -13,7 +13,7 @@ import onnx_ir as ir
 import pytest
 
 from latentrt.bundle.bundle import Bundle
-from latentrt.bundle.manifest import Islands
+from latentrt.bundle.spec import Islands
 from latentrt.errors import ExportError
 from latentrt_export import to_bundle
 from latentrt_export.graphs import ranges
@@ -66,7 +66,7 @@ def test_the_bundle_says_so(loud: Path) -> None:
     """Export writes the measured islands into the half graph and the manifest's part, and into no other network."""
     spec = Bundle.open(loud, check_hashes=False).spec
     again = to_bundle._add_half(loud, replace(spec, half={}, islands={}))
-    assert again.half.keys() == spec.half.keys()
+    assert again.half.keys() == spec.graphs("fp16").keys()
     assert again.islands["vae_decoder"].largest > LARGEST
     assert [name for name, islands in again.islands.items() if islands.nodes] == ["vae_decoder"]
     model = ir.load(loud / again.half["vae_decoder"].path)
@@ -119,7 +119,7 @@ def test_every_network_is_measured(exported: Exported) -> None:
     root = exported("sdxl")[1]
     spec = Bundle.open(root).spec
     found = measure_networks(root, spec)
-    assert found.keys() == spec.graphs.keys()
+    assert found.keys() == spec.graphs().keys()
     assert {name: Islands(float(f"{max(r.values()):.3g}")) for name, r in found.items()} == spec.islands
 
 

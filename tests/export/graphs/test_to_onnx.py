@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from latentrt.bundle.bundle import Bundle
-from latentrt.bundle.manifest import GraphSpec
+from latentrt.bundle.spec import GraphSpec
 from latentrt.model.tokenizer import Tokenizer
 from latentrt_export.graphs import passes
 from latentrt_export.graphs.to_onnx import quiet, trace
@@ -37,7 +37,7 @@ BOUND = 2e-5
 def test_graphs_give_what_torch_gives(exported: Callable[[str], tuple[Path, Path]], name: str) -> None:
     _, root = exported(name)
     spec = Bundle.open(root).spec
-    for network, graph in spec.graphs.items():
+    for network, graph in spec.graphs().items():
         session = _session(root / graph.path)
         torch_network = _torch_network(root, network, spec.family)
         for size in SIZES:
@@ -109,7 +109,7 @@ def _feeds(root: Path, graph: GraphSpec, network: str, size: tuple[int, int, int
 
 def test_names_and_free_axes_are_the_engines_contract(exported: Callable[[str], tuple[Path, Path]]) -> None:
     spec = Bundle.open(exported("sdxl")[1]).spec
-    inputs = {name: {t.name: t.shape for t in graph.inputs} for name, graph in spec.graphs.items()}
+    inputs = {name: {t.name: t.shape for t in graph.inputs} for name, graph in spec.graphs().items()}
     image = ("batch", 4, "height", "width")
     assert inputs == {
         "text_encoder": {"input_ids": ("batch", 77)},
@@ -124,7 +124,7 @@ def test_names_and_free_axes_are_the_engines_contract(exported: Callable[[str], 
         "vae_decoder": {"latents": image},
         "vae_encoder": {"image": ("batch", 3, "height", "width")},
     }
-    outputs = {name: [t.name for t in graph.outputs] for name, graph in spec.graphs.items()}
+    outputs = {name: [t.name for t in graph.outputs] for name, graph in spec.graphs().items()}
     assert outputs == {
         "text_encoder": ["text_states"],
         "text_encoder_2": ["text_states", "text_embeds"],
@@ -132,7 +132,7 @@ def test_names_and_free_axes_are_the_engines_contract(exported: Callable[[str], 
         "vae_decoder": ["image"],
         "vae_encoder": ["moments"],
     }
-    assert spec.graphs["unet"].outputs[0].shape == image
+    assert spec.graphs()["unet"].outputs[0].shape == image
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ def test_every_weight_is_read_from_the_safetensors(exported: Callable[[str], tup
     _, root = exported(name)
     assert not list(root.rglob("*.extra.safetensors"))
     half = name in ("sd2", "emoji")
-    for graph in Bundle.open(root).spec.graphs.values():
+    for graph in Bundle.open(root).spec.graphs().values():
         model = onnx.load(root / graph.path, load_external_data=False)
         pointers = [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
         inside = [t for t in model.graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL]
@@ -166,7 +166,7 @@ def test_a_weight_that_matches_nothing_goes_to_a_sidecar(
     changed = "text_model.embeddings.token_embedding.weight"
     save_file(tensors | {changed: tensors[changed] + 1}, weights)
     with quiet():
-        model = trace(load_network(source, "text_encoder", family="sd", tokens=77))
+        model = trace(load_network(source, "text_encoder"))
         passes.clean(model)
     shared = share_weights(model, [weights], tmp_path / "model.extra.safetensors")
     ir.save(model, tmp_path / "model.onnx")

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from latentrt.bundle.bundle import EMBEDDED
 from latentrt.command import main as cli
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has wheels for Linux on x86-64, and Windows")
@@ -24,7 +25,7 @@ AHEAD = ("build", "--library", "tensorrt-rtx", "--compute-capability", "8.9", "-
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
     """Run `latentrt ...` in this process, in an empty folder; gives (exit code, standard output, standard error)."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LATENTRT_SEAL", str(tmp_path / "seal.key"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "200")
 
     def run(*arguments: str) -> tuple[int, str, str]:
@@ -50,7 +51,7 @@ def refused(run: Run, *arguments: str) -> str:
     code, out, err = run(*arguments)
     assert (code, out) == (2, "")
     assert not list(Path().iterdir())
-    for part in ("error: ", "needed: ", "to fix it: "):
+    for part in ("error: ", "needed: "):
         assert part in err
     return err
 
@@ -72,7 +73,7 @@ def test_build_list_and_remove(run: Run) -> None:
     assert "text_encoder" in err  # its bar
     assert "Internal" not in out + err
     code, out, _ = run(*AHEAD, "--network", "text_encoder")
-    assert "there already" in out
+    assert "built before" in out
     listed = told(run, "build", "--plans", "plans", "--list")["plans"]
     assert [plan["key"]["network"] for plan in listed] == ["text_encoder", "vae_encoder"]
     code, out, _ = run("build", "--plans", "plans", "--list")
@@ -86,26 +87,46 @@ def test_build_list_and_remove(run: Run) -> None:
     assert "--plans plans --list" in err
 
 
-def test_plans_from_elsewhere_are_listed_and_removed_but_never_built_beside(run: Run) -> None:
-    Path("plans").mkdir()
-    foreign, junk = f"unet-{'0' * 16}", f"vae_decoder-{'1' * 16}"
-    Path(f"plans/{foreign}.json").write_text('{"seal": "00", "sha256": "../x"}')
-    Path(f"plans/{foreign}-{'a' * 16}.plan").write_bytes(b"native code")
-    Path(f"plans/{junk}.json").write_text("junk")
+def test_plans_that_would_not_be_loaded_are_listed_and_removed(run: Run) -> None:
+    Path("plans").mkdir(mode=0o755)
+    damaged, foreign = f"unet-{'0' * 16}", f"vae_decoder-{'1' * 16}"
+    Path(f"plans/{damaged}.json").write_text("junk")
+    Path(f"plans/{damaged}-{'a' * 16}.plan").write_bytes(b"native code")
+    Path(f"plans/{foreign}.json").write_text("{}")
+    Path(f"plans/{foreign}.json").chmod(0o666)
     code, out, _ = run("build", "--plans", "plans", "--list")
     assert code == 0
-    assert out.count("not sealed here") == 2
-    assert [each["name"] for each in told(run, "build", "--plans", "plans", "--list")["refused"]] == [foreign, junk]
+    assert out.count("not loaded: ") == 2
+    assert "has mode 666" in out
+    assert [each["name"] for each in told(run, "build", "--plans", "plans", "--list")["refused"]] == [damaged, foreign]
     assert len(told(run, *AHEAD, "--dry-run")["estimates"]) == 4
-    code, _, err = run(*AHEAD, "--network", "text_encoder")
-    assert code == 2
-    assert "so with 1 more" in err
-    command = err.rpartition("to fix it: latentrt ")[2].partition(";")[0].split()
-    assert command[-4:] == ["--remove", foreign, "--remove", junk]
-    assert told(run, *command) == {"plans": [], "refused": []}
-    assert not list(Path("plans").iterdir())
     code, _, _ = run(*AHEAD, "--network", "text_encoder")
     assert code == 0
+    answer = told(run, "build", "--plans", "plans", "--remove", damaged, "--remove", foreign)
+    assert ([plan["key"]["network"] for plan in answer["plans"]], answer["refused"]) == (["text_encoder"], [])
+
+
+def test_no_plan_is_built_into_a_bundle_or_an_open_folder(run: Run) -> None:
+    code, _, err = run(*AHEAD[:-1], str(EMBEDDED / "plans"), "--network", "text_encoder")
+    assert code == 2
+    assert "lies in the bundle" in err
+    assert f"to fix it: latentrt build {EMBEDDED}, without --plans" in err
+    Path("plans").mkdir()
+    Path("plans").chmod(0o777)
+    for arguments in (("--network", "text_encoder"), ("--list",)):
+        code, _, err = run(*AHEAD, *arguments)
+        assert code == 2
+        assert "to fix it: chmod go-w plans, if you trust" in err
+
+
+def test_plans_are_built_into_the_users_cache(run: Run, tmp_path: Path) -> None:
+    answer = told(run, *AHEAD[:-2], "--network", "text_encoder")
+    (path,) = (Path(plan["path"]) for plan in answer["plans"])
+    assert path.is_relative_to(tmp_path / "cache" / "latentrt" / "plans")
+    listed = told(run, "build", "--list")
+    assert listed["folder"] == str(path.parent)
+    assert [plan["name"] for plan in listed["plans"]] == [plan["name"] for plan in answer["plans"]]
+    assert str(path.parent.parent) in run("build", "--list")[1]
 
 
 def test_check_lists_what_the_parser_refuses(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

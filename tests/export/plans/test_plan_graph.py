@@ -20,7 +20,7 @@ FIXED = shapes_of(EMOJI.spec, {})
 
 def test_weights_are_retyped_and_keep_their_names(tmp_path: Path) -> None:
     """Stored in float16, wanted in float32: the Casts are gone, the numbers and names are the same."""
-    graph = EMOJI.spec.graphs["text_encoder"]
+    graph = EMOJI.spec.graphs()["text_encoder"]
     model = load_graph(EMOJI, graph, profiles_of(EMOJI.spec, "text_encoder", FIXED), 23)
     table = weights_of(model, graph)
     assert {(weight.stored, weight.dtype) for weight in table.values()} == {("F16", "float32")}
@@ -40,7 +40,7 @@ def test_weights_are_retyped_and_keep_their_names(tmp_path: Path) -> None:
 
 
 def test_half_graphs_are_read_where_they_lie(tmp_path: Path) -> None:
-    graph = EMOJI.spec.half["unet"]
+    graph = EMOJI.spec.graphs("fp16")["unet"]
     model = load_graph(EMOJI, graph, profiles_of(EMOJI.spec, "unet", FIXED), 23)
     wanted = {name: weight.dtype for name, weight in weights_of(model, graph).items()}
     assert set(wanted.values()) <= {"float16", "float32"}
@@ -51,7 +51,7 @@ def test_half_graphs_are_read_where_they_lie(tmp_path: Path) -> None:
 
 def test_only_dimensions_with_one_size_are_fixed() -> None:
     asked, channels = shapes_of(EMOJI.spec, {}, ["lanes=2", "lanes=4"]), str(EMOJI.spec.latents.channels)
-    graph = EMOJI.spec.graphs["unet"]
+    graph = EMOJI.spec.graphs()["unet"]
     model = load_graph(EMOJI, graph, profiles_of(EMOJI.spec, "unet", asked), 18)
     sample, timestep, states = (list(map(str, value.shape or ())) for value in model.graph.inputs)
     assert (sample, timestep, states) == (["batch", channels, "16", "16"], ["batch"], ["batch", "77", "192"])
@@ -61,14 +61,14 @@ def test_only_dimensions_with_one_size_are_fixed() -> None:
 def test_a_damaged_graph_is_named(tmp_path: Path) -> None:
     root = shutil.copytree(EMOJI.root, tmp_path / "bundle", ignore=shutil.ignore_patterns("plans"))
     bundle = Bundle.open(root, check_hashes=False)
-    graph = bundle.spec.graphs["vae_decoder"]
+    graph = bundle.spec.graphs()["vae_decoder"]
     bundle.path(graph.path).write_bytes(b"\xff" * 100)
     with pytest.raises(PlanError, match=r"decoder\.onnx cannot be read"):
         load_graph(bundle, graph, profiles_of(bundle.spec, "vae_decoder", FIXED), 23)
 
 
 def test_no_room_for_retyped_weights(tmp_path: Path) -> None:
-    graph = EMOJI.spec.graphs["vae_decoder"]
+    graph = EMOJI.spec.graphs()["vae_decoder"]
     model = load_graph(EMOJI, graph, profiles_of(EMOJI.spec, "vae_decoder", FIXED), 23)
     with pytest.raises(PlanError, match="cannot be written"):
         serialized(model, EMOJI.path(graph.path), tmp_path / "missing")

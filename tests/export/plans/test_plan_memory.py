@@ -51,7 +51,7 @@ def test_peak_of_activations_is_what_is_alive_at_once() -> None:
     assert peak_activations(chain(3), profile) == 4 * 3 * 10 * 4
 
 
-@pytest.mark.parametrize("network", EMOJI.spec.graphs)
+@pytest.mark.parametrize("network", EMOJI.spec.graphs())
 def test_estimates_count_weights_exactly(network: str) -> None:
     key, graph = key_of(network), EMOJI.spec.graph(network, "fp32")
     each = estimate_of(key)

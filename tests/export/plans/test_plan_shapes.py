@@ -18,7 +18,7 @@ FIXED = shapes_of(EMOJI.spec, {})
 
 
 def test_the_models_own_size_is_what_plans_serve_unasked() -> None:
-    found = {name: "; ".join(map(str, profiles_of(EMOJI.spec, name, FIXED))) for name in EMOJI.spec.graphs}
+    found = {name: "; ".join(map(str, profiles_of(EMOJI.spec, name, FIXED))) for name in EMOJI.spec.graphs()}
     assert found == {
         "text_encoder": "batch 1; batch 2",  # a prompt, and a picture in one launch
         "unet": "batch 2, height 16, width 16",
@@ -94,7 +94,7 @@ def test_profiles_cover_exactly_what_was_asked(lanes: list[int], eighths: list[i
 
 
 def test_a_dimension_nobody_knows_is_refused() -> None:
-    unet = EMOJI.spec.graphs["unet"]
+    unet = EMOJI.spec.networks["unet"]
     odd = replace(unet, inputs=(replace(unet.inputs[0], shape=("frames", 4, "height", "width")), *unet.inputs[1:]))
     with pytest.raises(PlanError, match="dimensions frames"):
-        profiles_of(replace(EMOJI.spec, graphs={**EMOJI.spec.graphs, "unet": odd}), "unet", FIXED)
+        profiles_of(replace(EMOJI.spec, networks={**EMOJI.spec.networks, "unet": odd}), "unet", FIXED)

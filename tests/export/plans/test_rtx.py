@@ -19,6 +19,7 @@ from latentrt.errors import BackendError, DeviceMemoryError, PlanError
 from latentrt.runtime.tensorrt.library import Library, open_library
 from latentrt.runtime.tensorrt.plans import PlanStore
 from latentrt.runtime.tensorrt.record import REFITTABLE, STRIPPED
+from latentrt_export.plans import building
 from latentrt_export.plans.capability import capability, refused
 from latentrt_export.plans.plan_graph import load_graph, serialized, weights_of
 from latentrt_export.plans.plan_shapes import profiles_of, shapes_of
@@ -34,14 +35,6 @@ NETWORKS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
 BUNDLES = ("emoji", "sd15-small")
 CAPABILITIES = ("8.0", "8.9", "12.0")
 Build = Callable[..., list[Built]]
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _sealed(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A secret for this session's plans."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LATENTRT_SEAL", str(tmp_path_factory.mktemp("seal") / "seal.key"))
-        yield
 
 
 @pytest.fixture(scope="session")
@@ -137,30 +130,31 @@ def test_what_is_built_is_found_and_not_built_again(build: Build, bundles: Calla
     assert [each.seconds for each in build("emoji", "8.9", STATIC)] == [0.0] * 4
     store = PlanStore(bundles("emoji"), first[0].path.parent)
     (record,) = (each.record for each in first if each.record.key.network == "unet")
-    assert store.find(record.key, {"batch": 2, "height": 16, "width": 16}).sha256 == record.sha256
+    fitting = store.fitting(record.key)
+    assert store.choose(fitting, {"batch": 2, "height": 16, "width": 16}).sha256 == record.sha256
     with pytest.raises(PlanError, match="batch 2, height 16, width 16"):
-        store.find(record.key, {"batch": 16, "height": 16, "width": 16})
+        store.choose(fitting, {"batch": 16, "height": 16, "width": 16})
 
 
 def test_weights_are_known_to_the_network_by_their_names(rtx: Library, tmp_path: Path) -> None:
     """What a stripped plan will be refitted with: RTX itself strips only where there is a GPU."""
-    bundle = Bundle.open(EMBEDDED)
+    bundle, opset = Bundle.open(EMBEDDED), building.opset(rtx)
     for name in NETWORKS:
         graph = bundle.spec.graph(name, "fp16")
-        model = load_graph(bundle, graph, profiles_of(bundle.spec, name, shapes_of(bundle.spec, {})), rtx.opset)
+        model = load_graph(bundle, graph, profiles_of(bundle.spec, name, shapes_of(bundle.spec, {})), opset)
         weights = weights_of(model, graph)
         folder = tmp_path / name
         folder.mkdir()
         data, path = serialized(model, bundle.path(graph.path), folder)
         logger = rtx.logger()
-        builder = rtx.module.Builder(logger)
-        network = builder.create_network(rtx.network_flags())
-        parser = rtx.module.OnnxParser(network, logger)
+        builder = rtx.builder(logger)
+        network = building.new_network(rtx, builder)
+        parser = building.new_parser(rtx, network, logger)
         assert parser.parse(data, str(path))
-        rtx.mark_refittable(network, weights)
+        building.mark_refittable(network, weights)
         assert len(weights) > 30
         with pytest.raises(PlanError, match="no weight nonsense"):
-            rtx.mark_refittable(network, ["nonsense"])
+            building.mark_refittable(network, ["nonsense"])
 
 
 @pytest.mark.parametrize("options", [[STRIPPED], [REFITTABLE]])

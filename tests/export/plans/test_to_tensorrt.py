@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from latentrt.bundle.bundle import Bundle, write_manifest
-from latentrt.errors import BackendError, BundleError, DeviceMemoryError, PlanError
+from latentrt.errors import BackendError, BundleError, DeviceMemoryError, PlanError, UntrustedFileError
 from latentrt.runtime.tensorrt.library import Library, open_library
 from latentrt.runtime.tensorrt.plans import PlanStore
 from latentrt.runtime.tensorrt.record import REFITTABLE, STRIPPED, VERSION_COMPATIBLE
@@ -35,7 +35,6 @@ GPU: Any = SimpleNamespace(
 
 @pytest.fixture(autouse=True)
 def _private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LATENTRT_SEAL", str(tmp_path / "seal.key"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
@@ -97,10 +96,10 @@ def test_a_build_puts_every_plan_in_its_place(fake: Fake, tmp_path: Path) -> Non
     estimates = estimates_of(EMOJI, library, orders)
     built = build_plans(EMOJI, orders, estimates, progress=lambda n, phase, share, left: told.append((n, share)))
     store = PlanStore(EMOJI, tmp_path / "plans")
-    assert [each.record.key.network for each in built] == list(EMOJI.spec.graphs)
-    assert {name for name, _ in told} == set(EMOJI.spec.graphs)
+    assert [each.record.key.network for each in built] == list(EMOJI.spec.graphs())
+    assert {name for name, _ in told} == set(EMOJI.spec.graphs())
     for order, each in zip(orders, built, strict=True):
-        assert store.find(replace(order.key, profiles=()), {"batch": 1}) if "text" in order.key.network else True
+        assert store.fitting(replace(order.key, profiles=())) == [each.record]
         assert each.record.key == order.key
         assert each.seconds > 0
         assert each.record.made["activations"] == 4096
@@ -138,14 +137,14 @@ def test_stripped_plans_know_where_their_weights_lie(fake: Fake, tmp_path: Path)
     library = fake()
     (told,) = built_plans(library, tmp_path / "plans", networks=["vae_decoder"], options=[STRIPPED])
     assert told["flags"] == ["STRIP_PLAN", "REFIT_INDIVIDUAL"]
-    (record,) = PlanStore(EMOJI, tmp_path / "plans").records("vae_decoder")
+    (record,), _ = PlanStore(EMOJI, tmp_path / "plans").survey("vae_decoder")
     assert set(told["marked"]) == set(record.refit)
     assert {weight.dtype for weight in record.refit.values()} == {"float32"}
     (told,) = built_plans(library, tmp_path / "plans", networks=["vae_decoder"], options=[REFITTABLE])
     assert told["flags"] == ["REFIT_INDIVIDUAL"]
     (told,) = built_plans(library, tmp_path / "plans", networks=["vae_decoder"], options=[VERSION_COMPATIBLE])
     assert told["flags"] == ["VERSION_COMPATIBLE", "EXCLUDE_LEAN_RUNTIME"]
-    assert len(list(PlanStore(EMOJI, tmp_path / "plans").records("vae_decoder"))) == 3
+    assert len(PlanStore(EMOJI, tmp_path / "plans").survey("vae_decoder")[0]) == 3
 
 
 @pytest.mark.parametrize(
@@ -215,24 +214,45 @@ def test_two_builds_in_one_folder(fake: Fake, tmp_path: Path) -> None:
         built_plans(library, tmp_path / "plans", networks=["vae_decoder"])
 
 
-def test_a_damaged_plan_is_built_again(fake: Fake, tmp_path: Path) -> None:
+@pytest.mark.parametrize("harm", ["plan", "record", "mode"])
+def test_a_plan_that_would_not_be_loaded_is_built_again(fake: Fake, tmp_path: Path, harm: str) -> None:
     library, plans = fake(), tmp_path / "plans"
     built_plans(library, plans, networks=["vae_decoder"])
-    (path,) = plans.glob("*.plan")
-    path.write_bytes(path.read_bytes()[:-1])
+    (path,) = plans.glob("*.json" if harm == "record" else "*.plan")
+    if harm == "mode":
+        path.chmod(0o666)
+    else:
+        path.write_bytes(path.read_bytes()[:-1])
     assert built_plans(library, plans, networks=["vae_decoder"])
-    assert len(list(plans.glob("*.plan"))) == 1
+    assert sorted(path.suffix for path in plans.iterdir()) == [".json", ".plan"]
 
 
-# --- the timing cache -------------------------------------------------------------------------------------------------
+def test_nothing_is_built_for_a_folder_that_others_can_write_to(fake: Fake, tmp_path: Path) -> None:
+    (tmp_path / "plans").mkdir()
+    (tmp_path / "plans").chmod(0o777)
+    orders = plain_orders(fake(), tmp_path / "plans", networks=["text_encoder"])
+    with pytest.raises(UntrustedFileError, match=r"has mode 777.*chmod go-w"):
+        build_plans(EMOJI, orders, [])
+    assert not list((tmp_path / "plans").iterdir())
+
+
+def test_plans_lie_in_the_users_cache(fake: Fake, tmp_path: Path) -> None:
+    library = fake()
+    orders = plain_orders(library, networks=["text_encoder"])
+    (built,) = build_plans(EMOJI, orders, estimates_of(EMOJI, library, orders))
+    assert built.path.parent == PlanStore(EMOJI).folder
+    assert built.path.is_relative_to(tmp_path / "cache" / "latentrt" / "plans")
 
 
 def test_a_build_sweeps_what_a_killed_one_left(fake: Fake, tmp_path: Path) -> None:
     (tmp_path / "plans").mkdir()
-    left = tmp_path / "plans" / "unet-0-0.plan.123.part"
+    left = tmp_path / "plans" / ".unet-0-0.plan.0123456789abcdef.part"
     left.write_bytes(b"half")
     built_plans(fake(), tmp_path / "plans", networks=["text_encoder"])
     assert not left.exists()
+
+
+# --- the timing cache -------------------------------------------------------------------------------------------------
 
 
 def test_measurements_are_kept_for_the_next_build(fake: Fake, tmp_path: Path) -> None:
@@ -246,7 +266,8 @@ def test_measurements_are_kept_for_the_next_build(fake: Fake, tmp_path: Path) ->
     (third,) = built_plans(library, tmp_path / "other", networks=["vae_decoder"])
     assert third["cache"] == ""
     path.chmod(0o666)  # anybody could have written it
-    assert timing_cache._read(path) == b""
+    (fourth,) = built_plans(library, tmp_path / "third", networks=["vae_decoder"])
+    assert fourth["cache"] == ""
 
 
 def test_each_device_and_version_has_its_own_cache() -> None:
@@ -288,4 +309,4 @@ def test_an_order_changes_with_everything_it_depends_on(tmp_path: Path) -> None:
     write_manifest(bundle.root, changed, bundle.files)
     assert orders_of(Bundle.open(bundle.root), FAKE, GPU, FIXED, precision="fp32")[2].key != order.key
     wide = orders_of(EMOJI, FAKE, GPU, shapes_of(EMOJI.spec, {"pictures": "2"}), precision="fp32")[2].key
-    assert wide.digest != order.key.digest
+    assert wide.name != order.key.name

@@ -20,7 +20,11 @@ from latentrt.errors import ExportError, UnsafeWeightsError
 from latentrt.sampling.schedule import Schedule
 from latentrt_export.cli import run_verify
 from latentrt_export.verify import verify as module
-from latentrt_export.verify.verify import Check, batch_check, image_checks, network_checks, psnr, step_checks, verify
+from latentrt_export.verify.checks import Check, psnr
+from latentrt_export.verify.images import batch_check, image_checks
+from latentrt_export.verify.networks import network_checks
+from latentrt_export.verify.steps import step_checks
+from latentrt_export.verify.verify import verify
 
 PROMPTS = (
     *("a red apple", "a cat face", "an emoji of a robot", "owl", "a pizza", "a dragon", "a butterfly"),
@@ -37,8 +41,8 @@ def engine() -> Iterator[Engine]:
 def test_networks(engine: Engine) -> None:
     every = list(network_checks(engine, EMBEDDED))
     checks, half = ([c for c in every if ("in float16" in c.what) == narrow] for narrow in (False, True))
-    assert [check.what for check in half] == [f"{name} in float16" for name in engine.spec.half]
-    assert {check.what.split(":")[0] for check in checks} == set(engine.spec.graphs)
+    assert [check.what for check in half] == [f"{name} in float16" for name in engine.spec.graphs("fp16")]
+    assert {check.what.split(":")[0] for check in checks} == set(engine.spec.graphs())
     assert {check.measure.split(",")[0] for check in checks} == {"relative L2", "max abs"}
     assert [check for check in checks if check.value is None or not check.value < 1e-5] == []
     assert [check for check in half if check.value is None or not check.value < 1.5e-3] == []

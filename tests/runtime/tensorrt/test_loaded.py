@@ -9,18 +9,19 @@ import numpy as np
 import pytest
 
 from latentrt.bundle.bundle import Bundle, FileRecord
-from latentrt.bundle.manifest import TensorSpec
+from latentrt.bundle.spec import TensorSpec
 from latentrt.cuda.base import DeviceArray
 from latentrt.errors import BackendError, DeviceMemoryError, NetworkError, PlanError
 from latentrt.runtime.tensorrt.backend import TensorRtBackend, TensorRtNetwork
 from latentrt.runtime.tensorrt.plans import PlanStore
 from latentrt.runtime.tensorrt.record import Profile
-from tests.support.gpu.fake_tensorrt import FakeTensorRt, fake_plan, put_bytes, put_plan
+from tests.support.gpu.fake_plans import fake_plan, put_bytes, put_plan
+from tests.support.gpu.fake_tensorrt import FakeTensorRt
 from tests.support.gpu.host_gpu import HostGpu, host_gpu, view
 from tests.support.models import small_bundle
 from tests.support.models.small_bundle import BIG, SHAPE, SQUARE, WIDE, Arrays, expected, feeds, load
 
-secret, bundle, gpu, fake = small_bundle.secret, small_bundle.bundle, small_bundle.gpu, small_bundle.fake
+bundle, gpu, fake = small_bundle.bundle, small_bundle.gpu, small_bundle.fake
 network, arrays = small_bundle.network, small_bundle.arrays
 
 
@@ -135,14 +136,14 @@ def test_of_several_plans_only_those_in_use_are_loaded(bundle: Bundle, fake: Fak
 
 
 def test_plans_that_are_built_again_meanwhile_are_taken(bundle: Bundle, fake: FakeTensorRt, gpu: HostGpu) -> None:
-    """Of a server that runs: what it has loaded stays, and what it loads later is there."""
+    """A running server keeps the plans that it has loaded, and finds those that it loads later."""
     put_plan(bundle, "unet", fake, gpu, SQUARE)
     put_plan(bundle, "unet", fake, gpu, BIG)
     network = load(bundle, fake, gpu)
     network(feeds(2, 4))
     for ranges in (SQUARE, BIG):
         put_plan(bundle, "unet", fake, gpu, ranges, memory=128)
-    assert len(list((bundle.root / "plans").glob("*.plan"))) == 2
+    assert len(list(PlanStore(bundle).folder.glob("*.plan"))) == 2
     for batch, side in ((1, 16), (2, 4)):
         np.testing.assert_array_equal(network(feeds(batch, side))["out"], expected(feeds(batch, side)))
     assert fake.deserialized == 2
@@ -235,7 +236,7 @@ def test_another_versions_plan_is_not_tried(bundle: Bundle, fake: FakeTensorRt, 
 
 
 def test_what_tensorrt_says_of_a_plan_is_quoted(bundle: Bundle, fake: FakeTensorRt, gpu: HostGpu) -> None:
-    graph = bundle.spec.graphs["unet"]
+    graph = bundle.spec.graphs()["unet"]
     older = fake_plan(FakeTensorRt(version="11.3.0.99"), bundle.path(graph.path), graph, [Profile(WIDE)])
     put_bytes(bundle, "unet", fake, gpu, older, [Profile(WIDE)])
     with pytest.raises(PlanError, match=r"tensorrt 11\.4\.0\.106 cannot load .*Version tag does not match.*11\.3"):
@@ -280,7 +281,7 @@ RENAMED = TensorSpec("image", "float32", SHAPE)
 def test_a_plan_of_another_signature_is_refused(
     bundle: Bundle, fake: FakeTensorRt, gpu: HostGpu, change: dict[str, Any], words: str
 ) -> None:
-    graph = replace(bundle.spec.graphs["unet"], **change)
+    graph = replace(bundle.spec.graphs()["unet"], **change)
     plan = fake_plan(fake, bundle.path("unet/model.onnx"), graph, [Profile(WIDE)])
     put_bytes(bundle, "unet", fake, gpu, plan, [Profile(WIDE)])
     with pytest.raises(PlanError, match=words):
@@ -290,7 +291,7 @@ def test_a_plan_of_another_signature_is_refused(
 def test_a_plan_of_fixed_shapes_fits(bundle: Bundle, fake: FakeTensorRt, gpu: HostGpu) -> None:
     fixed = (2, 4, 4, 4)
     graph = replace(
-        bundle.spec.graphs["unet"],
+        bundle.spec.graphs()["unet"],
         inputs=(TensorSpec("sample", "float32", fixed), TensorSpec("timestep", "float32", (2,))),
         outputs=(TensorSpec("out", "float32", fixed),),
     )
@@ -302,7 +303,7 @@ def test_a_plan_of_fixed_shapes_fits(bundle: Bundle, fake: FakeTensorRt, gpu: Ho
 
 
 def test_a_plan_of_other_profiles_is_refused(bundle: Bundle, fake: FakeTensorRt, gpu: HostGpu) -> None:
-    graph = bundle.spec.graphs["unet"]
+    graph = bundle.spec.graphs()["unet"]
     plan = fake_plan(fake, bundle.path(graph.path), graph, [Profile(WIDE)])
     put_bytes(bundle, "unet", fake, gpu, plan, [Profile(WIDE), Profile(BIG)])
     with pytest.raises(PlanError, match=r"has 1 profiles\. Needed: 2 profiles"):
@@ -310,7 +311,7 @@ def test_a_plan_of_other_profiles_is_refused(bundle: Bundle, fake: FakeTensorRt,
 
 
 def test_profiles_that_the_plan_does_not_have_are_noticed(bundle: Bundle, fake: FakeTensorRt, gpu: HostGpu) -> None:
-    graph = bundle.spec.graphs["unet"]
+    graph = bundle.spec.graphs()["unet"]
     plan = fake_plan(fake, bundle.path(graph.path), graph, [Profile(SQUARE)])
     put_bytes(bundle, "unet", fake, gpu, plan, [Profile(WIDE)])
     network = load(bundle, fake, gpu)
@@ -320,8 +321,11 @@ def test_profiles_that_the_plan_does_not_have_are_noticed(bundle: Bundle, fake: 
 
 
 def test_plans_of_another_bundle_are_another_bundles(bundle: Bundle, fake: FakeTensorRt, gpu: HostGpu) -> None:
+    folder = PlanStore(bundle).folder
     put_plan(bundle, "unet", fake, gpu, WIDE)
     graph = {"unet/model.onnx": FileRecord("0" * 64, 1)}
+    other = replace(bundle, files={**bundle.files, **graph})
+    with pytest.raises(PlanError, match="holds no plan of the unet"):
+        load(other, fake, gpu)
     with pytest.raises(PlanError, match="built for graph"):
-        load(replace(bundle, files={**bundle.files, **graph}), fake, gpu)
-    assert len(list(PlanStore(bundle).records("unet"))) == 1
+        TensorRtBackend(gpu, fake.library, precision="fp32", plans=folder).load(other, "unet")

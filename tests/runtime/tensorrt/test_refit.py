@@ -21,7 +21,8 @@ from latentrt.bundle.bundle import Bundle
 from latentrt.errors import BackendError, LatentrtError, PlanError, UnsafePathError
 from latentrt.runtime.tensorrt.record import REFITTABLE, STRIPPED, Weight
 from latentrt.runtime.tensorrt.refit import STORED, StoredWeights, as_wanted
-from tests.support.gpu.fake_tensorrt import FakeTensorRt, put_plan
+from tests.support.gpu.fake_plans import put_plan
+from tests.support.gpu.fake_tensorrt import FakeTensorRt
 from tests.support.gpu.host_gpu import HostGpu
 from tests.support.models import small_bundle
 from tests.support.models.small_bundle import (
@@ -40,7 +41,7 @@ from tests.support.models.small_bundle import (
     rounded_once,
 )
 
-secret, bundle, gpu, fake = small_bundle.secret, small_bundle.bundle, small_bundle.gpu, small_bundle.fake
+bundle, gpu, fake = small_bundle.bundle, small_bundle.gpu, small_bundle.fake
 network, arrays = small_bundle.network, small_bundle.arrays
 
 

@@ -10,18 +10,20 @@ import pytest
 
 from latentrt import Engine
 from latentrt.bundle.bundle import Bundle
-from latentrt.errors import BundleError, NetworkError, PlanError, UntrustedPlanError
+from latentrt.errors import BundleError, NetworkError, PlanError, UntrustedFileError
 from latentrt.runtime.base import DeviceNetwork
 from latentrt.runtime.onnxruntime import OrtBackend
 from latentrt.runtime.tensorrt.backend import SHAPES_KEPT, TensorRtBackend, TensorRtNetwork
+from latentrt.runtime.tensorrt.plans import PlanStore
 from latentrt.runtime.tensorrt.record import VERSION_COMPATIBLE, Profile, Range
 from latentrt_export.plans.plan_shapes import profiles_of, shapes_of
-from tests.support.gpu.fake_tensorrt import FakeTensorRt, put_plan
+from tests.support.gpu.fake_plans import put_plan
+from tests.support.gpu.fake_tensorrt import FakeTensorRt
 from tests.support.gpu.host_gpu import HostGpu
 from tests.support.models import small_bundle
 from tests.support.models.small_bundle import BIG, SQUARE, WIDE, expected, feeds, load, rounded_once
 
-secret, bundle, gpu, fake = small_bundle.secret, small_bundle.bundle, small_bundle.gpu, small_bundle.fake
+bundle, gpu, fake = small_bundle.bundle, small_bundle.gpu, small_bundle.fake
 network, arrays = small_bundle.network, small_bundle.arrays
 
 
@@ -63,7 +65,7 @@ def test_half_precision_uses_the_half_graph(bundle: Bundle, fake: FakeTensorRt, 
 
 
 def test_a_network_that_the_bundle_lacks_is_named(bundle: Bundle, fake: FakeTensorRt, gpu: HostGpu) -> None:
-    with pytest.raises(BundleError, match="no text_encoder in fp16"):
+    with pytest.raises(BundleError, match=r"has the text_encoder in fp32\. Needed: it in fp16"):
         load(bundle, fake, gpu, "text_encoder", "fp16")
 
 
@@ -109,7 +111,7 @@ def test_it_is_a_device_network(network: TensorRtNetwork, gpu: HostGpu, bundle: 
     assert isinstance(network, DeviceNetwork)
     assert network.best_lanes == 2
     assert network.gpu is gpu
-    assert network.graph == bundle.spec.graphs["unet"]
+    assert network.graph == bundle.spec.graphs()["unet"]
 
 
 @pytest.mark.parametrize(("precision", "levels"), [("fp32", 0), ("fp16", 1)])
@@ -129,7 +131,7 @@ def test_the_whole_engine_draws_with_plans(gpu: HostGpu, tmp_path: Path, precisi
     pictures = []
     for options in ({"backend": backend}, {"threads": 1}):
         with Engine.load(check_hashes=False, **options) as engine:
-            assert engine.profiles == ((Profile(latent),) if "backend" in options else None)
+            assert engine.model.profiles(2) == ((Profile(latent),) if "backend" in options else None)
             launched = [engine("a red apple", steps=4, seed=seed)[0] for seed in (1, 2)]
             ticked = engine(["a red apple", "an owl"], steps=4, seed=1, on_tick=lambda job: None)  # a prompt at a time
             pictures.append([np.asarray(picture).astype(int) for picture in (*launched, *ticked)])
@@ -143,39 +145,49 @@ def test_the_whole_engine_draws_with_plans(gpu: HostGpu, tmp_path: Path, precisi
 
 
 @pytest.mark.parametrize("victim", ["*.plan", "*.json"])
-def test_nothing_unverified_is_deserialized(bundle: Bundle, fake: FakeTensorRt, gpu: HostGpu, victim: str) -> None:
-    put_plan(bundle, "unet", fake, gpu, WIDE)
-    (path,) = (bundle.root / "plans").glob(victim)
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(UntrustedPlanError, match=r"latentrt build \S+ --remove unet-\w{16}; then build"):
-        load(bundle, fake, gpu)
-    assert fake.deserialized == 0
-
-
-def test_a_plan_that_came_with_the_bundle_is_not_deserialized(
-    bundle: Bundle, fake: FakeTensorRt, gpu: HostGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("mode", [0o664, 0o646])
+def test_nothing_that_others_may_have_written_is_deserialized(
+    bundle: Bundle, fake: FakeTensorRt, gpu: HostGpu, victim: str, mode: int
 ) -> None:
     put_plan(bundle, "unet", fake, gpu, WIDE)
-    monkeypatch.setenv("LATENTRT_SEAL", str(tmp_path / "mine.key"))
-    with pytest.raises(UntrustedPlanError):
+    (path,) = PlanStore(bundle).folder.glob(victim)
+    path.chmod(mode)
+    with pytest.raises(UntrustedFileError, match=rf"{path.name} has mode {mode:o}.*chmod go-w {path}"):
         load(bundle, fake, gpu)
-    put_plan(bundle, "text_encoder", fake, gpu, {"batch": (1, 1, 2)})  # a secret is made
-    with pytest.raises(UntrustedPlanError, match="built elsewhere"):
+    assert fake.deserialized == 0
+    path.chmod(0o644)
+    load(bundle, fake, gpu).close()
+
+
+@pytest.mark.parametrize("victim", ["*.plan", "*.json"])
+def test_nothing_damaged_is_deserialized(bundle: Bundle, fake: FakeTensorRt, gpu: HostGpu, victim: str) -> None:
+    put_plan(bundle, "unet", fake, gpu, WIDE)
+    (path,) = PlanStore(bundle).folder.glob(victim)
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(PlanError, match=r"latentrt build \S+, which builds it again"):
         load(bundle, fake, gpu)
     assert fake.deserialized == 0
 
 
-def test_a_plan_that_changes_after_loading_its_record_is_noticed(
+def test_a_plan_in_the_bundle_is_not_used(bundle: Bundle, fake: FakeTensorRt, gpu: HostGpu) -> None:
+    put_plan(bundle, "unet", fake, gpu, WIDE)
+    PlanStore(bundle).folder.rename(bundle.root / "plans")
+    with pytest.raises(PlanError, match=rf"those in {bundle.root}/plans are not used, .*latentrt build {bundle.root}"):
+        load(bundle, fake, gpu)
+    with pytest.raises(PlanError, match=rf"lies in the bundle {bundle.root}.*another folder"):
+        TensorRtBackend(gpu, fake.library, precision="fp32", plans=bundle.root / "plans").load(bundle, "unet")
+    assert fake.deserialized == 0
+
+
+def test_a_plan_that_is_damaged_after_its_record_was_read_is_noticed(
     bundle: Bundle, fake: FakeTensorRt, gpu: HostGpu
 ) -> None:
     for ranges in (SQUARE, BIG):
         put_plan(bundle, "unet", fake, gpu, ranges)
     network = load(bundle, fake, gpu)
-    for path in (bundle.root / "plans").glob("*.plan"):
-        path.write_bytes(b"evil")
-    with pytest.raises(UntrustedPlanError):
+    for path in PlanStore(bundle).folder.glob("*.plan"):
+        path.write_bytes(b"damaged")
+    with pytest.raises(PlanError, match="7 bytes that are not the ones that were built"):
         network(feeds(2, 4))
     assert fake.deserialized == 0
     network.close()
@@ -221,7 +233,7 @@ def test_8_6_reads_narrow_ids(bundle: Bundle, gpu: HostGpu) -> None:
 
 
 @pytest.mark.parametrize("first", [(2, 4), (1, 2)])
-def test_which_plan_serves_does_not_depend_on_what_came_before(
+def test_which_plan_serves_does_not_depend_on_earlier_calls(
     bundle: Bundle, fake: FakeTensorRt, gpu: HostGpu, first: tuple[int, int]
 ) -> None:
     """Plans differ in their last bits; a picture may not."""

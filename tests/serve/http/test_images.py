@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from latentrt.bundle.manifest import LatentSpec
+from latentrt.bundle.spec import LatentSpec
 from latentrt.images.picture import Picture
 from latentrt.serve.http.errors import Problem
 from latentrt.serve.http.images import File, Files, alpha_mask, decode, encode, from_base64, shape_of, white_mask

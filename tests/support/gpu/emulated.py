@@ -17,7 +17,8 @@ from latentrt.runtime.base import Backend
 from latentrt.runtime.onnxruntime import OrtBackend
 from latentrt.runtime.tensorrt.backend import TensorRtBackend
 from latentrt_export.plans.plan_graph import weights_of
-from tests.support.gpu.fake_tensorrt import FakeTensorRt, put_plan
+from tests.support.gpu.fake_plans import put_plan
+from tests.support.gpu.fake_tensorrt import FakeTensorRt
 from tests.support.gpu.host_gpu import HostGpu
 
 DEVICE = "cpu"
@@ -60,8 +61,10 @@ def build_plans(
     fake, factor = FakeTensorRt(library, submit=gpu.call), opened.spec.latents.factor
     built = []
     for network in networks:
-        graph, divisor = opened.spec.half[network], 1 if network == "vae_encoder" else factor
-        batch = (1, 1, lanes) if network in opened.spec.text_encoders else (lanes if network == "unet" else 1,) * 3
+        graph, divisor = opened.spec.graphs("fp16")[network], 1 if network == "vae_encoder" else factor
+        batch = (
+            (1, 1, lanes) if network in opened.spec.named("text_encoder") else (lanes if network == "unet" else 1,) * 3
+        )
         ranges = {"batch": batch, "height": (size[1] // divisor,) * 3, "width": (size[0] // divisor,) * 3}
         names = {side for tensor in graph.inputs for side in tensor.shape if isinstance(side, str)}
         refit = weights_of(ir.load(opened.path(graph.path)), graph) if options else {}

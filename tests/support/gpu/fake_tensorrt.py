@@ -2,20 +2,15 @@
 
 A "plan" is JSON that names an ONNX graph and its signature; a context runs that graph at the addresses that it was
 given, so on a `HostGpu` the whole TensorRT path computes. Names, parameters and enumerations are the real ones
-(test_library.py compares them with tensorrt_rtx), and so is what misuse leads to: None or False, and a logged error.
+(test_fakes.py compares them with tensorrt_rtx), and so is what misuse leads to: None or False, and a logged error.
 """
 
 from __future__ import annotations
 
-import ctypes
-import enum
-import hashlib
 import json
 import math
 import weakref
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, replace
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,73 +19,29 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from latentrt.bundle.bundle import Bundle
-from latentrt.bundle.manifest import GraphSpec
-from latentrt.cuda.base import Gpu
-from latentrt.runtime.base import size_of
-from latentrt.runtime.tensorrt.library import Library, wanted_key
-from latentrt.runtime.tensorrt.plans import PlanStore
-from latentrt.runtime.tensorrt.record import STRIPPED, PlanRecord, Profile, Range, Weight
+from latentrt.runtime.tensorrt.library import Library
+from tests.support.gpu.fake_contexts import IExecutionContext, OldContext
+from tests.support.gpu.fake_types import (
+    TYPES,
+    DataType,
+    DynamicShapesKernelSpecializationStrategy,
+    ExecutionContextAllocationStrategy,
+    ILogger,
+    Severity,
+    TensorIOMode,
+    TensorLocation,
+    Weights,
+)
 
 MAGIC = "a plan of fake_tensorrt"
 VERSIONS = {"tensorrt": "11.4.0.106", "tensorrt-rtx": "1.7.1.116", "tensorrt-lean": "11.4.0.106"}
-
-
-class Severity(enum.IntEnum):
-    INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
-
-
-class DataType(enum.IntEnum):
-    FLOAT, HALF, INT8, INT32, BOOL, UINT8, FP8, BF16, INT64 = range(9)
-
-
-class TensorIOMode(enum.IntEnum):
-    NONE, INPUT, OUTPUT = range(3)
-
-
-class TensorLocation(enum.IntEnum):
-    DEVICE, HOST = range(2)
-
-
-class ExecutionContextAllocationStrategy(enum.IntEnum):
-    STATIC, ON_PROFILE_CHANGE, USER_MANAGED = range(3)
-
-
-class DynamicShapesKernelSpecializationStrategy(enum.IntEnum):
-    LAZY, EAGER, NONE = range(3)
-
-
-TYPES = {
-    "float32": DataType.FLOAT,
-    "float16": DataType.HALF,
-    "int8": DataType.INT8,
-    "int32": DataType.INT32,
-    "int64": DataType.INT64,
-    "bool": DataType.BOOL,
-    "uint8": DataType.UINT8,
-}
-
-
-class ILogger:
-    Severity = Severity
-
-    def log(self, severity: Severity, msg: str) -> None:
-        raise NotImplementedError
-
-
-class Weights:
-    """An array, not copied."""
-
-    def __init__(self, a: NDArray[Any]) -> None:
-        self.a = a
-        self.dtype, self.size = TYPES[a.dtype.name], a.size
 
 
 class Runtime:
     def __init__(self, logger: ILogger) -> None:
         assert isinstance(logger, ILogger)
         self.logger = logger
-        self.engine_host_code_allowed = True  # not the real default: whoever needs it off turns it off
+        self.engine_host_code_allowed = True  # not the real default: so a caller that needs it off must turn it off
         self.tempfile_control_flags = 3
         self._fake: FakeTensorRt  # set by FakeTensorRt.Runtime
 
@@ -204,108 +155,6 @@ class RuntimeConfig:
         return True
 
 
-class _Context:
-    """What contexts of every version have."""
-
-    def __init__(self, engine: ICudaEngine) -> None:
-        self._engine, self._fake = engine, engine._fake
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._addresses: dict[str, int] = {}
-        self._profile = -1
-        self._memory = (0, 0)
-        self._fake.contexts.append(self)
-        self.calls = 0
-
-    def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
-        if not 0 <= profile_index < self._engine.num_optimization_profiles or not stream_handle:
-            return self._refuse(f"profile index {profile_index}")
-        self._profile = profile_index
-        return True
-
-    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        tensor = self._engine._tensors[name]
-        ranges = self._engine._plan["profiles"][self._profile]
-        for side, size in zip(tensor["shape"], shape, strict=True):
-            low, _, high = ranges[side] if isinstance(side, str) else (side,) * 3
-            if not low <= size <= high:
-                return self._refuse(f"Set dimension {size} of {name} does not satisfy [{low}, {high}]")
-        self._shapes[name] = tuple(shape)
-        return True
-
-    def infer_shapes(self) -> list[str]:
-        return [t["name"] for t in self._engine._plan["inputs"] if t["name"] not in self._shapes]
-
-    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        sizes = {}
-        for tensor in self._engine._plan["inputs"]:
-            pairs = zip(tensor["shape"], self._shapes[tensor["name"]], strict=True)
-            sizes |= {side: size for side, size in pairs if isinstance(side, str)}
-        return tuple(size_of(side, sizes) for side in self._engine._tensors[name]["shape"])
-
-    def set_tensor_address(self, name: str, memory: int) -> bool:
-        if name not in self._engine._tensors or memory % 256:
-            return self._refuse(f"address {memory} of {name}")
-        self._addresses[name] = memory
-        return True
-
-    def execute_async_v3(self, stream_handle: int) -> bool:
-        if self._fake.enqueue_fails:
-            return self._refuse("enqueue failed on request")
-        lacking = [name for name in self._engine._tensors if name not in self._addresses]
-        if self._profile < 0 or self.infer_shapes() or lacking or not stream_handle:
-            return self._refuse(f"Address is not set for {lacking}")
-        pointer, size = self._memory
-        if not pointer or size < self._needed():
-            return self._refuse(f"{size} bytes of device memory, {self._needed()} needed")
-        self.calls += 1
-        self._fake.submit(self._run)
-        return True
-
-    def _run(self) -> None:
-        engine = self._engine
-        ctypes.memset(self._memory[0], 0xA5, self._needed())  # what was there is lost
-        inputs = [t["name"] for t in engine._plan["inputs"]]
-        results = engine._run({name: self._view(name).copy() for name in inputs})
-        for name, value in results.items():
-            self._view(name)[...] = value
-
-    def _view(self, name: str) -> NDArray[Any]:
-        shape, dtype = self.get_tensor_shape(name), np.dtype(self._engine._tensors[name]["dtype"])
-        count = math.prod(shape)
-        buffer = (ctypes.c_char * (count * dtype.itemsize)).from_address(self._addresses[name])
-        return np.frombuffer(buffer, dtype, count).reshape(shape)
-
-    def _needed(self) -> int:
-        raise NotImplementedError
-
-    def _refuse(self, words: str) -> bool:
-        self._engine._logger.log(Severity.ERROR, f"IExecutionContext: Error Code 3: API Usage Error ({words})")
-        return False
-
-
-class IExecutionContext(_Context):
-    def update_device_memory_size_for_shapes(self) -> int:
-        assert not self.infer_shapes()
-        return self._needed()
-
-    def set_device_memory(self, memory: int, size: int) -> None:
-        assert memory % 256 == 0
-        self._memory = (memory, size)
-
-    def _needed(self) -> int:
-        """By the shapes: as much as the plan says for each number of the inputs."""
-        return self._engine.device_memory_size_v2 * sum(map(math.prod, self._shapes.values()))
-
-
-class OldContext(_Context):
-    """IExecutionContext of 8.6."""
-
-    device_memory = property(None, lambda self, memory: setattr(self, "_memory", (memory, self._needed())))
-
-    def _needed(self) -> int:
-        return self._engine.device_memory_size  # type: ignore[attr-defined]
-
-
 class OldEngine(ICudaEngine):
     """ICudaEngine of 8.6."""
 
@@ -321,7 +170,7 @@ class Refitter:
     def __init__(self, engine: ICudaEngine, logger: ILogger) -> None:
         assert engine.refittable  # the real one would be a null pointer
         self._engine, self._logger = engine, logger
-        self._set: dict[str, weakref.ref[NDArray[Any]]] = {}  # a pointer: whoever sets weights has to keep them
+        self._set: dict[str, weakref.ref[NDArray[Any]]] = {}  # a pointer: the caller has to keep the weights
 
     def get_all_weights(self) -> list[str]:
         return list(self._engine._initializers)
@@ -409,82 +258,3 @@ class FakeTensorRt:
     def library(self) -> Library:
         version = self.__version__
         return Library(self.name, self, version, tuple(map(int, version.split("."))))
-
-
-def fake_plan(
-    fake: FakeTensorRt,
-    onnx_path: Path,
-    graph: GraphSpec,
-    profiles: Sequence[Profile],
-    *,
-    stripped: bool = False,
-    refittable: bool = False,
-    merged: Sequence[Sequence[str]] = (),
-    memory: int = 64,
-) -> bytes:
-    """A plan that runs an ONNX graph.
-
-    Args:
-        merged: groups of weights that can only be refitted together.
-        memory: bytes of working memory for each number of the inputs.
-    """
-    signature = asdict(graph)
-    if fake.library.narrows_int64:
-        for tensor in signature["inputs"]:
-            tensor["dtype"] = tensor["dtype"].replace("int64", "int32")
-    plan = {
-        "magic": MAGIC,
-        "version": fake.__version__,
-        "onnx": str(onnx_path),
-        "inputs": signature["inputs"],
-        "outputs": signature["outputs"],
-        "profiles": [dict(profile.ranges) for profile in profiles],
-        "stripped": stripped,
-        "refittable": refittable or stripped,
-        "merged": merged,
-        "memory": memory,
-    }
-    return json.dumps(plan).encode()
-
-
-def put_plan(
-    bundle: Bundle,
-    network: str,
-    fake: FakeTensorRt,
-    gpu: Gpu,
-    *ranges: Mapping[str, Range],
-    precision: str = "fp32",
-    folder: Path | None = None,
-    options: Collection[str] = (),
-    refit: Mapping[str, Weight] | None = None,
-    **more: Any,
-) -> PlanRecord:
-    """Put a fake plan of a bundle's network into its store, as `latentrt build` would put a real one.
-
-    `ranges` are the profiles' (least, best, most) of the graph's symbolic dimensions.
-    """
-    graph = bundle.spec.graph(network, precision)
-    profiles = tuple(map(Profile, ranges))
-    more = {"stripped": STRIPPED in options, "refittable": "refittable" in options, **more}
-    plan = fake_plan(fake, bundle.path(graph.path), graph, profiles, **more)
-    return put_bytes(bundle, network, fake, gpu, plan, profiles, precision, folder, options, refit)
-
-
-def put_bytes(
-    bundle: Bundle,
-    network: str,
-    fake: FakeTensorRt,
-    gpu: Gpu,
-    plan: bytes,
-    profiles: Sequence[Profile],
-    precision: str = "fp32",
-    folder: Path | None = None,
-    options: Collection[str] = (),
-    refit: Mapping[str, Weight] | None = None,
-) -> PlanRecord:
-    """Put any bytes as a network's plan."""
-    key = wanted_key(bundle, network, precision, fake.library, gpu)
-    key = replace(key, options=tuple(options), profiles=tuple(profiles))
-    record = PlanRecord(key, hashlib.sha256(plan).hexdigest(), len(plan), dict(refit or {}))
-    PlanStore(bundle, folder).put(record, plan)
-    return record

@@ -1,22 +1,15 @@
 """A GPU for machines without one: the real `Cuda` and the real `advance.cu`, over a driver made of host memory.
 
-The kernels are compiled as C++ once a session (host_cuda.h says how blocks and barriers are run). Pointers are
-real addresses, so numpy can look into "device" memory. What is queued runs at once; what is captured is recorded and
-replayed, with the arguments of its capture.
+The kernels run on the CPU (host_kernels.py). Pointers are real addresses, so numpy can look into "device" memory. What
+is queued runs at once; what is captured is recorded and replayed, with the arguments of its capture.
 """
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import enum
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,15 +18,7 @@ from numpy.typing import NDArray
 
 from latentrt.cuda.base import DeviceArray
 from latentrt.cuda.gpu import Cuda
-from latentrt.cuda.kernels import KERNELS
-from latentrt.cuda.nvrtc import SOURCE
-
-ENTRY = (
-    'extern "C" host::Launch* bind_{name}(void** parameters, unsigned x, unsigned y, unsigned threads)'
-    " {{ return host::bind({name}, parameters, x, y, threads); }}\n"
-)
-# -ffp-contract=off is NVRTC's --fmad=false.
-OPTIONS = ("-std=c++20", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC")
+from tests.support.gpu.host_kernels import Launch, host_library
 
 
 class Status(enum.IntEnum):
@@ -56,44 +41,6 @@ MEMCPY2D = (
     *("srcMemoryType", "srcDevice", "srcPitch", "dstMemoryType", "dstDevice", "dstPitch", "dstXInBytes"),
     *("WidthInBytes", "Height"),
 )
-
-
-def compile_host(extra: str = "") -> ctypes.CDLL:
-    """advance.cu for this CPU, with an entry for each kernel and some more C++."""
-    folder = Path(tempfile.mkdtemp(prefix="latentrt-host-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    shim = Path(__file__).with_name("host_cuda.h")
-    entries = "".join(ENTRY.format(name=name) for name in KERNELS)
-    (folder / "host.cpp").write_text(f'#include "{shim}"\n#include "{SOURCE}"\n{entries}{extra}')
-    subprocess.run(["g++", *OPTIONS, "-o", str(folder / "host.so"), str(folder / "host.cpp")], check=True)
-    return ctypes.CDLL(str(folder / "host.so"))
-
-
-@cache
-def host_library() -> ctypes.CDLL:
-    """The kernels, with the types of their entries."""
-    library = compile_host()
-    for name in KERNELS:
-        entry = getattr(library, f"bind_{name}")
-        entry.restype = ctypes.c_void_p
-        entry.argtypes = [ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_uint]
-    library.run_launch.restype = ctypes.c_bool
-    library.run_launch.argtypes = library.free_launch.argtypes = [ctypes.c_void_p]
-    return library
-
-
-class _Launch:
-    """A kernel with a copy of its arguments, to be run once or again and again."""
-
-    def __init__(self, bind: Any, parameters: int, x: int, y: int, threads: int) -> None:
-        self._name, self._library = bind.__name__, host_library()
-        self._launch = bind(parameters, x, y, threads)
-
-    def __call__(self) -> None:
-        assert self._library.run_launch(self._launch), f"{self._name}: a barrier that not all threads reach"
-
-    def __del__(self) -> None:
-        self._library.free_launch(self._launch)
 
 
 class HostDriver:
@@ -252,7 +199,7 @@ class HostDriver:
         x, y, _, threads, _, _, _, _, parameters, _ = rest
         if min(x, y, threads) < 1 or threads > 1024 or y > 65535:
             return (Status.CUDA_ERROR_INVALID_VALUE,)
-        return self._queue(_Launch(self._handles[function], parameters, x, y, threads))
+        return self._queue(Launch(self._handles[function], parameters, x, y, threads))
 
     def cuStreamBeginCapture(self, stream: int, mode: int) -> tuple[Any, ...]:  # noqa: N802
         self._recorded, self._invalid = [], False
@@ -358,3 +305,9 @@ def view(array: DeviceArray) -> NDArray[Any]:
     """The memory of a HostGpu's array as a numpy array, not a copy."""
     buffer = (ctypes.c_char * max(1, array.bytes)).from_address(array.pointer)
     return np.frombuffer(buffer, array.dtype, count=array.bytes // array.dtype.itemsize).reshape(array.shape)
+
+
+def normal_arguments(array: Any, seed: int = 1) -> tuple[Any, ...]:
+    """Return arguments for the kernel that fills an array with noise."""
+    counts = ctypes.c_int(array.bytes // 4), ctypes.c_uint(256), ctypes.c_ulonglong(seed), ctypes.c_ulonglong(0)
+    return ctypes.c_void_p(array.pointer), *counts

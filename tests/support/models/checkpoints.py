@@ -19,6 +19,7 @@ MERGES = ("a n", "o n", "c a", "ca t</w>", "d o", "do g</w>")
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 Options = Mapping[str, Any]
 AS_IT_IS: Options = {}
+VERSION: Options = {"_diffusers_version": "0.42.1"}
 
 
 def tiny_sd(
@@ -61,18 +62,19 @@ def tiny_sd(
         "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
         "feature_extractor": ["transformers", "CLIPImageProcessor"],
     }
-    _json(folder / "model_index.json", {"_class_name": "StableDiffusionPipeline"} | parts | index)
+    _json(folder / "model_index.json", {"_class_name": "StableDiffusionPipeline"} | VERSION | parts | index)
     return folder
 
 
-def tiny_sd2(folder: Path, **save: Any) -> Path:
+def tiny_sd2(folder: Path, *, unet: Options = AS_IT_IS, index: Options = AS_IT_IS, **save: Any) -> Path:
     """Like SD 2: float16 on disk, v-prediction, gelu text encoder, linear projections, head counts per block.
 
     `save` goes to the networks' save_pretrained (variant, max_shard_size).
     """
     return tiny_sd(
         folder,
-        unet={"use_linear_projection": True, "attention_head_dim": [2, 4]},
+        unet={"use_linear_projection": True, "attention_head_dim": [2, 4], **unet},
+        index=index,
         text={"hidden_act": "gelu"},
         scheduler={"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"},
         dtype=torch.float16,
@@ -81,7 +83,7 @@ def tiny_sd2(folder: Path, **save: Any) -> Path:
     )
 
 
-def tiny_sdxl(folder: Path) -> Path:
+def tiny_sdxl(folder: Path, *, unet: Options = AS_IT_IS, index: Options = AS_IT_IS) -> Path:
     """Like SDXL: two text encoders, the second with a projection; sizes and pooled text as added conditions."""
     size = write_tokenizer(folder / "tokenizer", END)
     write_tokenizer(folder / "tokenizer_2", "!")
@@ -98,7 +100,7 @@ def tiny_sdxl(folder: Path) -> Path:
     networks: dict[str, nn.Module] = {
         "text_encoder": CLIPTextModel(text_config(size)),
         "text_encoder_2": CLIPTextModelWithProjection(second),
-        "unet": UNet2DConditionModel(**(UNET | added)),
+        "unet": UNet2DConditionModel(**(UNET | added | unet)),
         "vae": AutoencoderKL(**(VAE | {"scaling_factor": 0.13025})),
     }
     _save(folder, networks, torch.float32, {})
@@ -114,7 +116,7 @@ def tiny_sdxl(folder: Path) -> Path:
         "vae": ["diffusers", "AutoencoderKL"],
         "force_zeros_for_empty_prompt": True,
     }
-    _json(folder / "model_index.json", {"_class_name": "StableDiffusionXLPipeline"} | parts)
+    _json(folder / "model_index.json", {"_class_name": "StableDiffusionXLPipeline"} | VERSION | parts | index)
     return folder
 
 

@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import save_file
 
-from latentrt.bundle.bundle import Bundle, FileRecord
-from latentrt.bundle.manifest import GraphSpec, TensorSpec
+from latentrt.bundle.bundle import Bundle, FileRecord, write_manifest
+from latentrt.bundle.spec import DENOISER, FP16, FP32, TEXT_ENCODER, NetworkSpec, TensorSpec, Variant
 from latentrt.cuda.base import DeviceArray
 from latentrt.runtime.tensorrt.backend import TensorRtBackend, TensorRtNetwork
 from latentrt.runtime.tensorrt.record import Range
-from tests.support.gpu.fake_tensorrt import FakeTensorRt, put_plan
+from tests.support.gpu.fake_plans import put_plan
+from tests.support.gpu.fake_tensorrt import FakeTensorRt
 from tests.support.gpu.host_gpu import HostGpu, host_gpu
 
 WIDE: dict[str, Range] = {"batch": (1, 2, 4), "height": (2, 4, 8), "width": (2, 4, 8)}
@@ -33,7 +34,7 @@ PLANES = torch.tensor([1.0, -2.0, 0.5, 3.0]).reshape(1, 4, 1, 1)
 SHIFT = torch.tensor([0.25, 1.0, -1.0, 8.0]).reshape(1, 4, 1, 1)
 
 
-def write_unet(path: Path, dtype: str, planes: torch.Tensor, shift: torch.Tensor) -> GraphSpec:
+def write_unet(path: Path, dtype: str, planes: torch.Tensor, shift: torch.Tensor) -> Variant:
     """out = planes * sample + shift * timestep."""
     kind = {"float16": TensorProto.FLOAT16, "float32": TensorProto.FLOAT}[dtype]
     nodes = [
@@ -58,11 +59,10 @@ def write_unet(path: Path, dtype: str, planes: torch.Tensor, shift: torch.Tensor
         ],
     )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)
-    inputs = (TensorSpec("sample", dtype, SHAPE), TensorSpec("timestep", "float32", ("batch",)))
-    return GraphSpec(f"unet/{path.name}", 18, len(nodes), inputs, (TensorSpec("out", dtype, SHAPE),))
+    return Variant(f"unet/{path.name}", 18, len(nodes), {"sample": dtype, "out": dtype})
 
 
-def write_text_encoder(path: Path) -> GraphSpec:
+def write_text_encoder(path: Path) -> NetworkSpec:
     """text_states = a table's rows at input_ids."""
     rows = numpy_helper.from_array(np.arange(40, dtype=np.float32).reshape(8, 5), "rows")
     graph = helper.make_graph(
@@ -74,7 +74,8 @@ def write_text_encoder(path: Path) -> GraphSpec:
     )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)
     ids, states = TensorSpec("input_ids", "int64", ("batch", 3)), TensorSpec("text_states", "float32", ("batch", 3, 5))
-    return GraphSpec(f"text_encoder/{path.name}", 18, 1, (ids,), (states,))
+    variant = Variant(f"text_encoder/{path.name}", 18, 1)
+    return NetworkSpec(TEXT_ENCODER, (ids,), (states,), {FP32: variant}, "tokenizer")
 
 
 def record(path: Path) -> FileRecord:
@@ -87,19 +88,19 @@ def make_bundle(root: Path, planes: torch.Tensor = PLANES, shift: torch.Tensor =
     for folder in ("unet", "text_encoder"):
         (root / folder).mkdir(parents=True)
     save_file({"planes": planes, "shift": shift}, root / WEIGHTS)
-    graphs = {
-        "unet": write_unet(root / "unet" / "model.onnx", "float32", PLANES, SHIFT),
+    variants = {
+        FP32: write_unet(root / "unet" / "model.onnx", "float32", PLANES, SHIFT),
+        FP16: write_unet(root / "unet" / "model.fp16.onnx", "float16", PLANES, SHIFT),
+    }
+    inputs = (TensorSpec("sample", "float32", SHAPE), TensorSpec("timestep", "float32", ("batch",)))
+    networks = {
+        "unet": NetworkSpec(DENOISER, inputs, (TensorSpec("out", "float32", SHAPE),), variants),
         "text_encoder": write_text_encoder(root / "text_encoder" / "model.onnx"),
     }
-    half = {"unet": write_unet(root / "unet" / "model.fp16.onnx", "float16", PLANES, SHIFT)}
-    spec = replace(Bundle.open(check_hashes=False).spec, graphs=graphs, half=half)
+    spec = replace(Bundle.open(check_hashes=False).spec, networks=networks)
     names = [path.relative_to(root).as_posix() for path in sorted(root.rglob("*")) if path.is_file()]
+    write_manifest(root, spec, names)  # it would not open: this spec's tokenizer is not in the folder
     return Bundle(root, spec, {name: record(root / name) for name in names})
-
-
-@pytest.fixture(autouse=True)
-def secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LATENTRT_SEAL", str(tmp_path / "secret" / "seal.key"))
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentrt.bundle.bundle import EMBEDDED, Bundle
-from latentrt.model.networks import call
+from latentrt.runtime.base import call
 from latentrt.model.tokenizer import Tokenizer
 from latentrt.runtime.onnxruntime import OrtBackend
 
@@ -20,7 +20,7 @@ PROMPTS = ("a red apple", "", "a cat face", "an owl", "three rockets", "a house"
 def known() -> NDArray[np.float32]:
     """What the embedded model's text encoder makes of `PROMPTS`, (6, 77, 192)."""
     bundle = Bundle.open(EMBEDDED, check_hashes=False)
-    tokenizer = Tokenizer.open(bundle.path(bundle.spec.tokenizers[0]))
+    tokenizer = Tokenizer.open(bundle.path(str(bundle.spec.networks["text_encoder"].tokenizer)))
     ids = np.stack([tokenizer.encode(prompt).ids for prompt in PROMPTS])
     (states,) = call(OrtBackend(threads=1).load(bundle, "text_encoder"), {"input_ids": ids}).values()
     return np.asarray(states)

@@ -1,22 +1,22 @@
-"""TensorRT and TensorRT-RTX: verified plans, bound to device memory and queued on the device's one stream.
+"""TensorRT and TensorRT-RTX: plans, bound to device memory and queued on the device's one stream.
 
-Nothing is built here, and nothing else is tried where a plan does not fit: an error says what was found and needed.
+Nothing is built here, and nothing else is tried where no plan fits: an error says what was found and needed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
 from latentrt.bundle.bundle import Bundle
-from latentrt.bundle.manifest import GraphSpec
+from latentrt.bundle.spec import GraphSpec
 from latentrt.cuda.base import DeviceArray, Gpu
 from latentrt.errors import BackendError, LatentrtError, NetworkError, PlanError
-from latentrt.runtime.base import Arrays, check_arrays, check_feeds, size_of
+from latentrt.runtime.base import Facts
+from latentrt.runtime.signature import Arrays, check_arrays, check_feeds, shape_of
 from latentrt.runtime.tensorrt.library import Library, wanted_key
 from latentrt.runtime.tensorrt.loaded import Host, LoadedPlan, TensorRtBound
 from latentrt.runtime.tensorrt.plans import PlanStore
@@ -34,17 +34,18 @@ class TensorRtBackend:
         gpu: the opened device.
         library: the flavour of TensorRT.
         precision: "fp16" or "fp32".
-        plans: the folder of plans; the bundle's own by default.
+        plans: the folder of plans; None is the bundle's place in the user's cache.
 
     Raises:
         BackendError: TensorRT finds no driver or device.
     """
 
-    captures = True
+    facts = Facts(fixed_lanes=True, one_stream=True, exact=False, captures=True)
 
     def __init__(self, gpu: Gpu, library: Library, *, precision: str = "fp16", plans: Path | None = None) -> None:
         self.name, self.device = library.name, "cuda"
         self.gpu, self.library, self.precision, self.plans = gpu, library, precision, plans
+        self.variants: tuple[str, ...] = (precision,)
         self._host = Host(gpu, library)
 
     def load(self, bundle: Bundle, network: str) -> TensorRtNetwork:
@@ -52,11 +53,11 @@ class TensorRtBackend:
 
         Raises:
             BundleError: the bundle has no such network in this precision.
-            PlanError: there is no plan for this device and version, or TensorRT does not take it.
-            UntrustedPlanError: a plan is damaged or was not built here; it is then not deserialized.
+            PlanError: no plan is for this device and version, or it is damaged, or TensorRT does not take it.
+            UntrustedFileError: another user may have written to a plan or its folder; it is then not deserialized.
             DeviceMemoryError: the device has too little memory.
         """
-        graph = bundle.spec.graph(network, self.precision)
+        graph = bundle.spec.graph(network, *self.variants)
         wanted = wanted_key(bundle, network, self.precision, self.library, self.gpu)
         return TensorRtNetwork(self._host, PlanStore(bundle, self.plans), graph, wanted)
 
@@ -65,11 +66,11 @@ class TensorRtNetwork:
     """A network of a bundle through its plans.
 
     `bind` ties it to arrays on the device; calling it copies host arrays there and back. `graph` is the signature that
-    its plans have: for TensorRT 8.6, which has no int64, token ids are int32.
+    its plans have.
     """
 
     def __init__(self, host: Host, store: PlanStore, graph: GraphSpec, wanted: PlanKey) -> None:
-        self.graph, self.gpu = _as_served(graph, host.library), host.gpu
+        self.graph, self.gpu = host.library.signature(graph), host.gpu
         self._host, self._store, self._wanted = host, store, wanted
         self._loaded: dict[str, LoadedPlan] = {}
         self._bounds: dict[int, TensorRtBound] = {}
@@ -92,13 +93,13 @@ class TensorRtNetwork:
         return tuple(profile for record in self._fitting for profile in record.key.profiles)
 
     def bind(self, arrays: Mapping[str, DeviceArray]) -> TensorRtBound:
-        """See `DeviceNetwork.bind`. One call is made with zeros, since TensorRT allocates in its first: after it, the
+        """See `DeviceNetwork.bind`. A first call is made with zeros, since TensorRT allocates in it. After that the
         inputs are as they were, and the outputs are lost.
 
         Raises:
             NetworkError: names, dtypes, shapes or alignment do not fit, or TensorRT fails.
             PlanError: no plan serves these shapes; those that are served are named.
-            UntrustedPlanError, DeviceMemoryError: see `TensorRtBackend.load`.
+            UntrustedFileError, DeviceMemoryError: see `TensorRtBackend.load`.
         """
         if self._closed:
             raise BackendError(
@@ -117,11 +118,9 @@ class TensorRtNetwork:
 
         Raises:
             NetworkError: the feeds do not fit the signature, or TensorRT fails.
-            PlanError, UntrustedPlanError, DeviceMemoryError: see `bind`.
+            PlanError, UntrustedFileError, DeviceMemoryError: see `bind`.
         """
-        check_feeds(self.graph, feeds)
-        pairs = [pair for t in self.graph.inputs for pair in zip(t.shape, feeds[t.name].shape, strict=True)]
-        sizes = {side: size for side, size in pairs if isinstance(side, str)}
+        sizes = check_feeds(self.graph, feeds)
         call = self._calls.pop(tuple(sizes.items()), None) or _HostCall(self, self.graph, sizes)
         self._calls[tuple(sizes.items())] = call
         if len(self._calls) > SHAPES_KEPT:
@@ -129,15 +128,15 @@ class TensorRtNetwork:
         return call(feeds)
 
     def refit(self, weights: Mapping[str, NDArray[Any]]) -> None:
-        """Use these weights, and the bundle's for all others; none at all brings the bundle's back.
+        """Use these weights, and the bundle's for all others; with no weights, the bundle's come back.
 
         Every weight of a plan is sent: where only changes were, traces of the last ones were seen
         (https://github.com/NVIDIA/TensorRT/issues/3628). What is bound stays bound. A CUDA graph must be captured
         again: nothing promises that it sees new weights.
 
         Raises:
-            PlanError: a plan was not built to be refitted, a name or size is not one of its, or TensorRT refuses. After
-                a refusal the network is closed, since some weights may be new.
+            PlanError: a plan was not built to be refitted, it has no such name or size, or TensorRT refuses. After
+                TensorRT's refusal the network is closed, since some weights may be new.
         """
         for record in self._fitting:
             _check_refittable(record, weights)
@@ -161,12 +160,12 @@ class TensorRtNetwork:
         self._loaded.clear()
 
     def _plan(self, sizes: Mapping[str, int]) -> LoadedPlan:
-        """The plan that serves these sizes best, which does not depend on what was asked for before."""
+        """Return the plan that serves these sizes best, whatever was asked for before."""
         record = self._store.choose(self._fitting, sizes)
         return self._loaded.get(record.name) or self._load(record)
 
     def _load(self, record: PlanRecord) -> LoadedPlan:
-        record = self._store.current(record)  # it may have been built again since it was found
+        record = self._store.record(record.name)  # it may have been built again since it was found
         stale = record.key.weights != self._wanted.weights
         plan = LoadedPlan(self._host, self._store, record, self.graph, stale=stale)
         if self._replaced:
@@ -186,8 +185,7 @@ class _HostCall:
         self._arrays: dict[str, DeviceArray] = {}
         try:
             for tensor in (*graph.inputs, *graph.outputs):
-                shape = tuple(size_of(side, sizes) for side in tensor.shape)
-                self._arrays[tensor.name] = self._gpu.empty(shape, tensor.dtype)
+                self._arrays[tensor.name] = self._gpu.empty(shape_of(tensor, sizes), tensor.dtype)
             self._bound = network.bind(self._arrays)
         except BaseException:
             self._free()
@@ -209,14 +207,6 @@ class _HostCall:
             self._gpu.free(self._arrays.popitem()[1])
 
 
-def _as_served(graph: GraphSpec, library: Library) -> GraphSpec:
-    """A graph's signature as its plan has it."""
-    if not library.narrows_int64:
-        return graph
-    inputs = tuple(replace(t, dtype="int32") if t.dtype == "int64" else t for t in graph.inputs)
-    return replace(graph, inputs=inputs)
-
-
 def _check_alignment(graph: GraphSpec, arrays: Mapping[str, DeviceArray]) -> None:
     for name, array in arrays.items():
         if array.pointer % ALIGNMENT:
@@ -228,7 +218,7 @@ def _check_alignment(graph: GraphSpec, arrays: Mapping[str, DeviceArray]) -> Non
 
 
 def _check_refittable(record: PlanRecord, weights: Mapping[str, NDArray[Any]]) -> None:
-    build = "build it with --refittable"
+    build = "latentrt build BUNDLE --refittable"
     if REFITTABLE not in record.key.options:
         raise PlanError(f"the plan {record.name} takes no weights but its own", needed="a refittable plan", fix=build)
     if unknown := sorted(set(weights) - set(record.refit)):

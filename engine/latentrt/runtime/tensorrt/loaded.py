@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from latentrt.bundle.manifest import GraphSpec, TensorSpec
+from latentrt.bundle.spec import GraphSpec, TensorSpec
 from latentrt.cuda.base import DeviceArray, Gpu
 from latentrt.errors import DeviceMemoryError, LatentrtError, NetworkError, PlanError
 from latentrt.runtime.tensorrt.library import Library
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class Host:
-    """What all plans of a backend need: the device, the library, its runtime and its words, shared working memory.
+    """What all plans of a backend share: the device, the library, its runtime and logger, and working memory.
 
     Raises:
         BackendError: TensorRT finds no driver or device.
@@ -34,14 +34,14 @@ class Host:
         self.scratch = Scratch(gpu)
 
     def on_device(self, work: Callable[[], T]) -> T:
-        """Call TensorRT with the device's context current; what it said before is no longer of interest."""
+        """Call TensorRT with the device's context current, and forget the errors that it logged before."""
         self.logger.take_errors()
         results: list[T] = []
         self.gpu.call(lambda: results.append(work()))
         return results[0]
 
     def failure(self, found: str, needed: str, fix: str, kind: type[LatentrtError] = PlanError) -> LatentrtError:
-        """An error with TensorRT's own words; of another kind where these tell of memory."""
+        """Return an error with TensorRT's own words: a DeviceMemoryError where these tell of memory."""
         words = self.logger.take_errors() or "TensorRT says nothing more"
         if re.search(r"out ?of ?memory", words, re.IGNORECASE):
             free, total = self.gpu.memory()
@@ -57,7 +57,7 @@ class Scratch:
     """Working memory that all contexts on one stream share, since only one of them runs at a time.
 
     It only grows: a captured CUDA graph holds the address of the piece that was the current one, so a piece stays until
-    the last one who took it has given it back.
+    all who took it have given it back.
     """
 
     def __init__(self, gpu: Gpu) -> None:
@@ -65,7 +65,7 @@ class Scratch:
         self._users: dict[DeviceArray, int] = {}
 
     def take(self, size: int) -> DeviceArray:
-        """A piece of at least that many bytes.
+        """Return a piece of at least that many bytes.
 
         Raises:
             DeviceMemoryError: there is not enough memory.
@@ -77,7 +77,7 @@ class Scratch:
         return piece
 
     def give_back(self, piece: DeviceArray) -> None:
-        """One user less."""
+        """Give back a piece that was taken."""
         self._users[piece] -= 1
         if not self._users[piece]:
             del self._users[piece]
@@ -88,15 +88,15 @@ class LoadedPlan:
     """A deserialized plan with its weights.
 
     Args:
-        host: whose runtime deserializes it.
-        store: where it lies.
-        record: which one it is.
+        host: its runtime deserializes the plan.
+        store: the folder that the plan is in.
+        record: the plan's record.
         graph: the signature that it must have.
-        stale: whether its weights are others than the bundle's, which it then takes.
+        stale: whether its weights differ from the bundle's, which it then takes.
 
     Raises:
-        UntrustedPlanError: its bytes are not those that were built; TensorRT does not get to see them.
-        PlanError: TensorRT does not take it, or it has other inputs and outputs.
+        UntrustedFileError: another user may have written it; TensorRT then does not see it.
+        PlanError: it is damaged, TensorRT does not take it, or it has other inputs and outputs.
         DeviceMemoryError: the device has too little memory.
     """
 
@@ -111,14 +111,14 @@ class LoadedPlan:
         self.new_context = host.library.contexts(self.engine)
 
     def _deserialize(self, store: PlanStore) -> Any:
-        """The engine; the verified bytes themselves are handed over, and dropped with this call."""
+        """Return the engine. TensorRT gets the very bytes that were checked; they are dropped with this call."""
         host, plan = self._host, store.read(self.record)
         engine = host.on_device(lambda: host.runtime.deserialize_cuda_engine(plan))
         if engine is None:
             raise host.failure(
                 f"{host.library.name} {host.library.version} cannot load {store.path(self.record)}",
                 f"a plan for it and for {host.gpu.name}",
-                f"latentrt build {store.bundle.root}",
+                f"{store.command} --rebuild",
             )
         return engine
 
@@ -130,7 +130,7 @@ class LoadedPlan:
 
 
 class TensorRtBound:
-    """An execution context with its arrays; see `Bound`. A graph that captured it ends with it."""
+    """An execution context with its arrays; see `Bound`. A CUDA graph that captured it is of no use after `close`."""
 
     def __init__(
         self,
@@ -177,7 +177,7 @@ class TensorRtBound:
             raise self._failure("was not run")
 
     def _set(self, plan: LoadedPlan, arrays: Mapping[str, DeviceArray], profile: int) -> None:
-        """Profile, shapes, working memory and addresses, in this order."""
+        """Set profile, shapes, working memory and addresses, in this order."""
         context, library = self._context, self._host.library
         self._need(context.set_optimization_profile_async(profile, self._host.gpu.stream), f"profile {profile}")
         self._host.gpu.wait()
@@ -196,7 +196,7 @@ class TensorRtBound:
             self._need(context.set_tensor_address(name, array.pointer), f"{name} at address {array.pointer:#x}")
 
     def _warm_up(self, inputs: list[DeviceArray]) -> None:
-        """A first call at the very addresses, with zeros, which are in range for token ids too."""
+        """Make a first call at these addresses, with zeros, which are in range for token ids too."""
         gpu = self._host.gpu
         kept: list[DeviceArray] = []
         try:
@@ -215,7 +215,7 @@ class TensorRtBound:
             raise self._failure(f"does not take {what}")
 
     def _failure(self, what: str) -> LatentrtError:
-        fix = "latentrt doctor; then build the plan again"
+        fix = "latentrt doctor; then latentrt build BUNDLE --rebuild"
         return self._host.failure(f"{self._graph.path} {what}", "a run without errors", fix, NetworkError)
 
 
@@ -245,13 +245,11 @@ def _io(engine: Any, name: str, library: Library) -> tuple[str, str, str, str]:
 
 
 def _may_have(tensor: TensorSpec, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor may have this shape: -1 is any size, and a dimension with a name may be of one size only."""
+    """Return whether a tensor may have this shape: -1 is any size, and a dimension with a name may be fixed."""
     return len(shape) == len(tensor.shape) and all(
         side == size or size == -1 or isinstance(side, str) for side, size in zip(tensor.shape, shape, strict=True)
     )
 
 
 def _misfit(graph: GraphSpec, found: str, needed: str) -> PlanError:
-    return PlanError(
-        f"the plan of {graph.path} has {found}", needed=needed, fix="build the plan again: latentrt build BUNDLE"
-    )
+    return PlanError(f"the plan of {graph.path} has {found}", needed=needed, fix="latentrt build BUNDLE --rebuild")

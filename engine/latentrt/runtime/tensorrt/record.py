@@ -1,37 +1,39 @@
-"""What a plan is: the shapes that it serves, the key of all that it depends on, and its record."""
+"""What a plan is: the shapes that it serves, the key of everything it depends on, and its record."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import reduce
 from itertools import product
 from typing import Any
 
-from latentrt.bundle.manifest import TensorSpec
-from latentrt.runtime.tensorrt.seal import canonical
+from latentrt.bundle.spec import TensorSpec
 
+SCHEMA = 1
 STRIPPED, REFITTABLE, VERSION_COMPATIBLE = "stripped", "refittable", "version-compatible"
 Range = tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """Ranges (least, best, most) of a graph's symbolic dimensions: what one optimization profile covers."""
+    """What one optimization profile covers: ranges (least, best, most) of a graph's symbolic dimensions."""
 
     ranges: Mapping[str, Range]
 
     def covers(self, sizes: Mapping[str, int]) -> bool:
-        """Whether every size lies in its range."""
+        """Return whether every size lies in its range."""
         return all(self.ranges[name][0] <= size <= self.ranges[name][2] for name, size in sizes.items())
 
     def slack(self, sizes: Mapping[str, int]) -> int:
-        """How far sizes are from the best ones, and how wide the ranges are: a plan is fastest where this is 0."""
+        """Return how far sizes are from the best ones plus how wide the ranges are; at 0 a plan is fastest."""
         ranges = [(self.ranges[name], size) for name, size in sizes.items()]
         return sum(abs(size - best) + most - least for (least, best, most), size in ranges)
 
     def shapes(self, tensor: TensorSpec) -> tuple[tuple[int, ...], ...]:
-        """A tensor's (least, best, most) shapes."""
+        """Return a tensor's (least, best, most) shapes."""
         return tuple(
             tuple(self.ranges[side][which] if isinstance(side, str) else side for side in tensor.shape)
             for which in range(3)
@@ -44,14 +46,14 @@ class Profile:
         )
 
 
-def drawn_by(unet: Iterable[Profile], decoder: Iterable[Profile], lanes: int) -> tuple[Profile, ...]:
-    """The latents' sizes ("height", "width") that both networks serve: the UNet with so many lanes, the VAE's decoder
-    with one picture. Each once, in the order of the UNet's profiles.
+def drawn_by(networks: Sequence[Iterable[Profile]], lanes: int) -> tuple[Profile, ...]:
+    """Return the latents' sizes ("height", "width") that all networks serve, each once: the denoiser with so many lanes
+    and, where there is one, the VAE's decoder with one picture.
     """
     found: list[Profile] = []
-    for mine, theirs in product(unet, decoder):
-        if mine.covers({"batch": lanes}) and theirs.covers({"batch": 1}):
-            shared = {side: _shared(mine.ranges[side], theirs.ranges[side]) for side in ("height", "width")}
+    for profiles in product(*networks):
+        if all(one.covers({"batch": count}) for one, count in zip(profiles, (lanes, 1), strict=False)):
+            shared = {side: reduce(_shared, [one.ranges[side] for one in profiles]) for side in ("height", "width")}
             profile = Profile(shared)
             if all(low <= high for low, _, high in shared.values()) and profile not in found:
                 found.append(profile)
@@ -67,11 +69,14 @@ def _shared(one: Range, other: Range) -> Range:
 class PlanKey:
     """Everything a plan depends on.
 
-    `graph` and `weights` are SHA-256; `library` is the wheel ("tensorrt", "tensorrt-rtx"), `version` its version; `gpu`
-    and `driver` are empty in a plan that was built ahead of time, without a GPU. `options`: STRIPPED, its weights were
-    left out and are read from the bundle; REFITTABLE, it takes any weights, where a plan that is stripped alone takes
-    none but those it was built with; VERSION_COMPATIBLE, the lean runtime can run it. `profiles` are the shapes that
-    it serves; what is looked for has none.
+    Attributes:
+        graph, weights: SHA-256.
+        precision: "fp16" or "fp32".
+        library: "tensorrt", "tensorrt-rtx" or "tensorrt-lean"; `version` is its version.
+        gpu, driver: empty in a plan that TensorRT-RTX built, which compiles kernels where the plan runs.
+        options: STRIPPED: its weights were left out and are read from the bundle. REFITTABLE: it takes any weights; one
+            that is only stripped takes those that it was built with. VERSION_COMPATIBLE: the lean runtime runs it.
+        profiles: the shapes that it serves; empty in the key of a plan that is looked for.
     """
 
     network: str
@@ -87,15 +92,16 @@ class PlanKey:
     profiles: tuple[Profile, ...] = ()
 
     @property
-    def digest(self) -> str:
-        """SHA-256 of the key, in hexadecimal: the name under which a plan lies."""
-        return hashlib.sha256(canonical(asdict(self))).hexdigest()
+    def name(self) -> str:
+        """The name of its plan's record, without suffix: the network and a hash of the whole key."""
+        key = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        return f"{self.network}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
     def mismatches(self, wanted: PlanKey) -> list[tuple[str, str, str]]:
-        """What keeps a plan of this key from serving `wanted`: (what, found, needed) each.
+        """Return what keeps a plan of this key from serving `wanted`, as (what, found, needed).
 
-        A refittable plan takes its weights from the bundle, so those need not match; a version-compatible one serves
-        the lean runtime too, of the version that built it (other versions would need host code in the plan).
+        A refittable plan takes its weights from the bundle, so those need not match. A version-compatible one also
+        serves the lean runtime of the version that built it; other versions would need host code in the plan.
         """
         found = []
         for what in ("network", "graph", "weights", "precision", "library", "version", "compute_capability"):
@@ -142,11 +148,37 @@ class PlanRecord:
 
     @property
     def name(self) -> str:
-        """Its file's name without suffix."""
-        return f"{self.key.network}-{self.key.digest[:16]}"
+        """See `PlanKey.name`."""
+        return self.key.name
 
     def profile(self, sizes: Mapping[str, int]) -> int:
-        """The index of the profile that serves these sizes of the symbolic dimensions best; -1 if none does."""
+        """Return the index of the profile that serves these sizes of the symbolic dimensions best; -1 if none does."""
         profiles = self.key.profiles
         covering = [index for index, profile in enumerate(profiles) if profile.covers(sizes)]
         return min(covering, key=lambda index: profiles[index].slack(sizes), default=-1)
+
+    def to_json(self) -> str:
+        """Return the text of its file."""
+        return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> PlanRecord:
+        """Read the text of a record's file.
+
+        Raises:
+            ValueError: it is not a record, or of another schema.
+        """
+        try:
+            data = json.loads(text)
+            if data["schema"] != SCHEMA:
+                raise ValueError(f"schema {data['schema']!r}, not {SCHEMA}")
+            key = {f.name: data["key"][f.name] for f in fields(PlanKey)}
+            key["options"] = tuple(key["options"])
+            key["profiles"] = tuple(
+                Profile({name: (low, best, high) for name, (low, best, high) in profile["ranges"].items()})
+                for profile in key["profiles"]
+            )
+            refit = {name: Weight(**weight) for name, weight in data["refit"].items()}
+            return cls(PlanKey(**key), data["sha256"], data["bytes"], refit, data["made"])
+        except (KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"not the record of a plan: {error!r}") from error

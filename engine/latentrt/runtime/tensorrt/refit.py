@@ -1,4 +1,4 @@
-"""The weights of a plan: read from the bundle's safetensors, and set in a deserialized engine."""
+"""Reads a plan's weights from the bundle's safetensors, and sets them in a deserialized engine."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STORED = {
 
 
 class StoredWeights:
-    """A plan's weights by name, as it wants them; those that are stored so are the mapped file itself, not copies.
+    """Gives a plan's weights by name, in the dtype that it wants; where the file has that dtype, mapped and not copied.
 
     Args:
         bundle: whose safetensors hold them.
@@ -38,7 +38,7 @@ class StoredWeights:
         self._files: dict[str, NDArray[np.uint8]] = {}
 
     def __call__(self, name: str) -> NDArray[Any]:
-        """A weight, flat.
+        """Return a weight, flat.
 
         Raises:
             PlanError: the bundle does not have it, or it is too large for the dtype that the plan wants.
@@ -61,7 +61,7 @@ class StoredWeights:
 
 
 def refit(library: Library, logger: Any, engine: Any, names: Iterable[str], value: Values) -> None:
-    """Set weights of an engine, with those that TensorRT merged them with; nothing may be queued that uses it.
+    """Set weights of an engine, with those that TensorRT merged them with. Nothing that uses it may be queued.
 
     Raises:
         PlanError: a weight is missing or refused. The engine may then have some of the new weights: drop it.
@@ -83,7 +83,7 @@ def refit(library: Library, logger: Any, engine: Any, names: Iterable[str], valu
 
 
 def as_wanted(name: str, values: NDArray[Any], weight: Weight) -> NDArray[Any]:
-    """Values for a weight, flat and in its dtype.
+    """Return values for a weight, flat and in its dtype.
 
     Raises:
         PlanError: there are too many or too few, or they are too large for the dtype.
@@ -91,7 +91,7 @@ def as_wanted(name: str, values: NDArray[Any], weight: Weight) -> NDArray[Any]:
     count = weight.bytes // (2 if weight.stored == "BF16" else np.dtype(STORED[weight.stored]).itemsize)
     if values.size != count:
         raise _error(f"{values.size} values are given for the weight {name}", f"{count} values")
-    return _cast(name, values.flatten(), weight.dtype)  # a copy: the caller may go on with his own
+    return _cast(name, values.flatten(), weight.dtype)  # a copy: the caller may change theirs
 
 
 def _as_stored(name: str, raw: NDArray[np.uint8], stored: str) -> NDArray[Any]:
@@ -103,7 +103,7 @@ def _as_stored(name: str, raw: NDArray[np.uint8], stored: str) -> NDArray[Any]:
 
 
 def _cast(name: str, values: NDArray[Any], dtype: str) -> NDArray[Any]:
-    """Dense and aligned as well, since TensorRT reads the memory itself."""
+    """Return values in a dtype, dense and aligned, since TensorRT reads the memory itself."""
     try:
         with np.errstate(over="raise"):
             cast = values.astype(dtype, copy=False)
@@ -114,4 +114,4 @@ def _cast(name: str, values: NDArray[Any], dtype: str) -> NDArray[Any]:
 
 
 def _error(found: str, needed: str) -> PlanError:
-    return PlanError(found, needed=needed, fix="build the plan again: latentrt build BUNDLE")
+    return PlanError(found, needed=needed, fix="latentrt build BUNDLE --rebuild")

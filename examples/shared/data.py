@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import tarfile
@@ -16,6 +17,7 @@ from PIL import Image
 
 PICTURES, NAMES = "@lobehub/fluent-emoji-3d@1.1.0", "emojibase-data@17.0.0"
 SIDE = 128
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "latentrt"  # work folders, one a recipe
 COMPONENTS, FLAGS = 2, 9  # groups that are left out
 
 

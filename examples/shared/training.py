@@ -1,4 +1,4 @@
-"""What every stage shares: a run bounded by minutes that can be stopped and taken up again."""
+"""What every stage of training shares: a run bounded by minutes that can be stopped and taken up again."""
 
 from __future__ import annotations
 
@@ -34,6 +34,12 @@ def half() -> torch.autocast:
 def batch_of(count: int) -> int:
     """So many on a CPU, where steps are dear; more on a GPU, where the networks are too small to fill it."""
     return 4 * count if device().type == "cuda" else count
+
+
+def timesteps(count: int) -> Tensor:
+    """One from each part of a schedule of 1,000, so that every batch has noise of all levels."""
+    parts = (torch.arange(count) + torch.rand(count)) / count
+    return (parts[torch.randperm(count)] * 1000).long()
 
 
 class Run:

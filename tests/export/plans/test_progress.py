@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentrt_export.plans.plan_builder import Phases
+from latentrt_export.plans.progress import Phases
 
 
 def test_phases_within_phases() -> None:

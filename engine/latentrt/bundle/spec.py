@@ -1,0 +1,247 @@
+"""What a bundle is, as plain frozen data: networks with their signatures and graphs, latents, defaults, known runs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from typing import Any, NamedTuple
+
+from latentrt.errors import BundleError, RequestError
+
+TEXT_ENCODER, DENOISER, DECODER, ENCODER = ROLES = ("text_encoder", "denoiser", "decoder", "encoder")
+EXPORT = "export the checkpoint again: latentrt export CHECKPOINT BUNDLE"
+FP32, FP16, FP16_ORT_CUDA = "fp32", "fp16", "fp16-ort-cuda"  # variants that export writes
+
+
+class Dimension(NamedTuple):
+    """factor * name // divisor."""
+
+    name: str
+    factor: int = 1
+    divisor: int = 1
+
+    def of(self, size: int) -> int:
+        """Return the dimension where the name has this size."""
+        return self.factor * size // self.divisor
+
+
+@cache
+def dimension(side: str) -> Dimension:
+    """Read a symbolic dimension. Raise KeyError where it is of another form."""
+    parts = re.fullmatch(r"(?:(\d+)\*)?\(?(\w+?)(?://(\d+))?\)?", side)
+    if parts is None:
+        raise KeyError(side)
+    factor, name, divisor = parts.groups()
+    return Dimension(name, int(factor or 1), int(divisor or 1))
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One input or output of a graph. A dimension is a number, a name ("batch") or a product of one ("8*height")."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GraphSpec:
+    """One ONNX file of a bundle with its typed signature."""
+
+    path: str
+    opset: int
+    nodes: int
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Islands:
+    """The nodes that a float16 graph keeps in float32, and the largest number measured anywhere in the network.
+
+    float16 ends at 65504. What only holds the times (the sinusoidal embedding) is float32 always and not listed.
+    """
+
+    largest: float
+    nodes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One graph of a network.
+
+    Attributes:
+        path: the ONNX file in the bundle.
+        opset, nodes: of the file.
+        dtypes: of the inputs and outputs whose dtype is not the network's own.
+        islands: of a float16 graph: what it keeps in float32.
+    """
+
+    path: str
+    opset: int
+    nodes: int
+    dtypes: Mapping[str, str] = field(default_factory=dict)
+    islands: Islands | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkSpec:
+    """What a network does, what it reads and gives, and the graphs that there are of it.
+
+    Attributes:
+        role: one of ROLES.
+        inputs, outputs: the signature of its float32 graph.
+        variants: graphs by name: "fp32", "fp16", "fp16-ort-cuda". A runtime says which it takes.
+        tokenizer: the folder of a text encoder's tokenizer.
+    """
+
+    role: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    variants: Mapping[str, Variant]
+    tokenizer: str | None = None
+
+    def graph(self, name: str) -> GraphSpec:
+        """A variant with its whole signature. Raise KeyError where there is none of that name."""
+        variant = self.variants[name]
+        inputs, outputs = (
+            tuple(TensorSpec(t.name, variant.dtypes.get(t.name, t.dtype), t.shape) for t in tensors)
+            for tensors in (self.inputs, self.outputs)
+        )
+        return GraphSpec(variant.path, variant.opset, variant.nodes, inputs, outputs)
+
+
+@dataclass(frozen=True, slots=True)
+class LatentSpec:
+    """Shape and range of what is denoised: a VAE's latents, or pixels.
+
+    Attributes:
+        channels: of the latents.
+        factor: pixels a side of each latent; 1 for pixel models.
+        scale, shift: z = (encoded - shift) * scale.
+        height, width: of the latents of the size that the model was trained at.
+        multiple: sides of latents are multiples of it.
+    """
+
+    channels: int
+    factor: int
+    scale: float
+    shift: float
+    height: int
+    width: int
+    multiple: int = 1
+
+    @property
+    def step(self) -> int:
+        """Sides in pixels are multiples of it."""
+        return self.factor * self.multiple
+
+    def shape_of(self, height: int | None, width: int | None) -> tuple[int, int, int]:
+        """Return the latents' (channels, height, width) of a picture's size in pixels; None is the model's own.
+
+        Raises:
+            RequestError: a side is not a multiple of `step`.
+        """
+        sides = []
+        for name, pixels, own in (("height", height, self.height), ("width", width, self.width)):
+            if pixels is not None and pixels % self.step:
+                lower = max(pixels // self.step, 1) * self.step
+                fix = f"take {lower} or {lower + self.step}"
+                raise RequestError(f"{name} is {pixels}", needed=f"a multiple of {self.step}", fix=fix)
+            sides.append(own if pixels is None else pixels // self.factor)
+        return self.channels, sides[0], sides[1]
+
+    def pixels_of(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """Return a picture's (height, width) in pixels; None is the model's own. Raise RequestError as `shape_of`."""
+        _, rows, columns = self.shape_of(height, width)
+        return rows * self.factor, columns * self.factor
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """What a request gets that does not say: steps, guidance scale, and the solver (None: the schedule's own class)."""
+
+    steps: int = 20
+    guidance: float = 3.0
+    solver: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Golden:
+    """A run whose latents are known: the cheapest proof that a bundle still makes what it made when exported."""
+
+    prompt: str
+    negative_prompt: str
+    solver: str
+    steps: int
+    seed: int
+    guidance: float
+    mean: float
+    std: float
+    first: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """Everything the engine must know about a model before it loads a weight.
+
+    Attributes:
+        id, revision, license: of the checkpoint.
+        latents: what is denoised.
+        schedule: the path of scheduler_config.json.
+        networks: by name ("text_encoder", "unet", "vae_decoder", ...). One is the denoiser. Text encoders are in the
+            order in which their states are concatenated. A model without a decoder denoises pixels.
+        zero_negative: whether zeros stand for no negative prompt.
+        classes: how many classes a class-conditional model was trained with.
+        defaults: for requests that do not say.
+        made: how the bundle was made.
+        golden: runs whose latents are known.
+    """
+
+    id: str
+    revision: str | None
+    license: str | None
+    latents: LatentSpec
+    schedule: str
+    networks: Mapping[str, NetworkSpec]
+    zero_negative: bool = False
+    classes: int | None = None
+    defaults: Defaults = Defaults()
+    made: Mapping[str, Any] = field(default_factory=dict)
+    golden: tuple[Golden, ...] = ()
+
+    def named(self, role: str) -> tuple[str, ...]:
+        """Return the names of the networks of a role, in their order."""
+        return tuple(name for name, network in self.networks.items() if network.role == role)
+
+    @property
+    def denoiser(self) -> str:
+        """The name of the network that every row calls."""
+        return self.named(DENOISER)[0]
+
+    def graph(self, network: str, *variants: str) -> GraphSpec:
+        """Return the first of these variants of a network that there is.
+
+        Raises:
+            BundleError: the bundle has none of them.
+        """
+        if network not in self.networks:
+            raise BundleError(f"{self.id} has no {network}", needed=f"one of {', '.join(self.networks)}", fix=EXPORT)
+        known = self.networks[network]
+        chosen = next((variant for variant in variants if variant in known.variants), None)
+        if chosen is None:
+            wanted = " or ".join(variants)
+            raise BundleError(
+                f"{self.id} has the {network} in {', '.join(known.variants)}", needed=f"it in {wanted}", fix=EXPORT
+            )
+        return known.graph(chosen)
+
+    def graphs(self, variant: str = FP32) -> dict[str, GraphSpec]:
+        """Return the graphs of a variant by their networks' names, as far as there are any."""
+        return {name: one.graph(variant) for name, one in self.networks.items() if variant in one.variants}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the manifest's "model" part, ready for JSON."""
+        return asdict(self)

@@ -1,0 +1,113 @@
+"""Pictures that a request brings: read, checked, and brought to the run's size as diffusers brings them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from latentrt.bundle.spec import LatentSpec
+from latentrt.errors import RequestError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    Source = Image | NDArray[np.uint8]
+
+Pixels = NDArray[np.uint8]
+WHITE = 128  # of 255, from where on a mask repaints
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB")  # 8 bits a channel
+
+
+def prepared(
+    image: Source, mask: Source | None, height: int | None, width: int | None, latents: LatentSpec
+) -> tuple[Pixels, NDArray[np.bool_] | None]:
+    """Bring a picture and its mask to the run's size.
+
+    Args:
+        image: a PIL image or uint8 (height, width, 3). What is transparent becomes white.
+        mask: of the picture's own size, white where to repaint; a PIL image, or bool or uint8 (height, width).
+        height, width: of the run in pixels; None is the picture's own, rounded down to what the model takes.
+        latents: which sizes the model takes, and whether it draws in colour.
+
+    Returns:
+        Pixels (height, width, channels), and which of them to repaint, (height, width); None: no mask was given.
+
+    Raises:
+        RequestError: a kind, mode or size that cannot be used; a mask of another size than the picture.
+    """
+    picture = _opaque(_picture(image, "image"))
+    own, step = (picture.width, picture.height), latents.step
+    size = tuple(wanted or side // step * step or side for wanted, side in zip((width, height), own, strict=True))
+    latents.shape_of(size[1], size[0])  # complains about what is no multiple
+    grey = latents.factor == 1 and latents.channels == 1
+    pixels = np.asarray(_resized(picture.convert("L") if grey else picture, size))
+    repaint = None if mask is None else _repaint(_picture(mask, "mask"), own, size)
+    return (pixels[..., None] if grey else pixels), repaint
+
+
+def open_picture(path: str | Path) -> Image:
+    """A picture from a file, the way up that its EXIF orientation says.
+
+    Raises:
+        RequestError: there is none that PIL can read.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise RequestError(f"{path} cannot be read ({error})", needed="a picture, such as PNG or JPEG") from error
+
+
+def _picture(source: Any, name: str) -> Image:
+    from PIL import Image
+
+    if isinstance(source, Image.Image):
+        if source.mode in MODES:
+            return source
+        found = f"the {name} has the mode {source.mode}"
+        raise RequestError(found, needed=f"one of {', '.join(MODES)}", fix='convert it: image.convert("RGB")')
+    if name == "mask" and isinstance(source, np.ndarray) and source.ndim == 2 and source.dtype in (np.bool_, np.uint8):
+        return Image.fromarray(source if source.dtype == np.uint8 else source.astype(np.uint8) * np.uint8(255))
+    if isinstance(source, np.ndarray) and source.dtype == np.uint8 and source.ndim == 3 and source.shape[2] == 3:
+        return Image.fromarray(source)
+    kind = f"{source.dtype} {source.shape}" if isinstance(source, np.ndarray) else type(source).__name__
+    shapes = "(height, width) of uint8 or bool" if name == "mask" else "(height, width, 3) of uint8"
+    raise RequestError(f"the {name} is {kind}", needed=f"a PIL image or an array {shapes}")
+
+
+def _opaque(picture: Image) -> Image:
+    """RGB, on white."""
+    from PIL import Image
+
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    ground = Image.new("RGBA", picture.size, "white")
+    ground.alpha_composite(picture.convert("RGBA"))
+    return ground.convert("RGB")
+
+
+def _repaint(mask: Image, own: tuple[int, int], size: tuple[int, ...]) -> NDArray[np.bool_]:
+    if mask.size != own:
+        raise RequestError(
+            f"the mask is {mask.width}x{mask.height} and the image {own[0]}x{own[1]}",
+            needed="a mask of the image's size",
+            fix="resize or crop the mask",
+        )
+    if mask.has_transparency_data and np.asarray(mask.convert("RGBA"))[..., 3].min() < 255:
+        raise RequestError(
+            "the mask has transparent pixels",
+            needed="white where to repaint and black elsewhere",
+            fix="flatten the mask",
+        )
+    return np.asarray(_resized(mask, size).convert("L")) >= WHITE
+
+
+def _resized(picture: Image, size: tuple[int, ...]) -> Image:
+    from PIL import Image
+
+    return picture.resize((size[0], size[1]), Image.Resampling.LANCZOS)

@@ -1,0 +1,123 @@
+"""What a picture's file says of how it was made.
+
+A picture says three things about itself: all its settings as JSON, so that `read_settings` gives back exactly
+what made it; the same in the prose that other tools read; and IPTC's digital source type, which tells
+machines that a model made it.
+
+| format    | settings (JSON, ASCII) | prose              | digital source type |
+| --------- | ---------------------- | ------------------ | ------------------- |
+| PNG       | text chunk "latentrt"  | chunk "parameters" | XMP                 |
+| JPEG, WebP| EXIF ImageDescription  | EXIF UserComment   | XMP                 |
+
+PIL writes none of this by itself. The engine's pictures do (`picture.Picture`); `files.save` does it for any PIL image.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from latentrt.errors import RequestError
+
+if TYPE_CHECKING:
+    from PIL.Image import Exif, Image
+
+Settings = Mapping[str, object]
+
+INFO_KEY = "latentrt"  # where a PIL image carries its settings: image.info[INFO_KEY]
+
+_LOSSY = {"quality": 95, "subsampling": 0}  # 4:4:4, since saturated edges show chroma subsampling first
+_EXIF_IFD, _USER_COMMENT, _IMAGE_DESCRIPTION, _SOFTWARE = 0x8769, 0x9286, 0x010E, 0x0131
+_XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
+<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
+<rdf:Description rdf:about="" xmlns:xmp="http://ns.adobe.com/xap/1.0/"
+ xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/" xmp:CreatorTool="latentrt"
+ Iptc4xmpExt:DigitalSourceType="http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"/>
+</rdf:RDF></x:xmpmeta>
+<?xpacket end="w"?>"""
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """The settings that `save` wrote into a picture.
+
+    Raises:
+        RequestError: not a picture, or not one of ours.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            text = image.info.get(INFO_KEY) or image.getexif().get(_IMAGE_DESCRIPTION)
+        settings = json.loads(text or "")
+        if not isinstance(settings, dict):
+            raise TypeError("the settings are no JSON object")
+    except (OSError, TypeError, ValueError) as error:
+        raise RequestError(
+            f"{path} has no settings to read ({error})",
+            needed="a picture saved by latentrt, with its metadata",
+            fix="use the original file: editors and chat services strip metadata",
+        ) from error
+    return settings
+
+
+def settings_of(image: Image) -> Settings:
+    """What the picture carries: a dict from the engine, or text if PIL read it from a PNG of ours."""
+    carried: str | Settings = image.info.get(INFO_KEY, {})
+    own: Settings = json.loads(carried) if isinstance(carried, str) else carried
+    return own
+
+
+def metadata(kind: str, settings: Settings, size: tuple[int, int]) -> dict[str, Any]:
+    """Keyword arguments for PIL's `save` in a format of FORMATS; without settings only the digital source type."""
+    from PIL.PngImagePlugin import PngInfo
+
+    # ASCII with escapes: PNG text and EXIF each have their own idea of Unicode, JSON needs neither.
+    texts = (json.dumps(dict(settings), allow_nan=False), prose(settings, size)) if settings else None
+    if kind == "PNG":
+        info = PngInfo()
+        if texts:
+            info.add_text("parameters", texts[1])
+            info.add_text(INFO_KEY, texts[0])
+        info.add_itxt("XML:com.adobe.xmp", _XMP)
+        return {"pnginfo": info}
+    return {**_LOSSY, "xmp": _XMP.encode(), "exif": _exif(*texts) if texts else b""}
+
+
+def _exif(description: str, comment: str) -> Exif:
+    from PIL import Image
+
+    exif = Image.Exif()
+    exif[_IMAGE_DESCRIPTION] = description
+    exif[_SOFTWARE] = "latentrt"
+    exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = b"UNICODE\0" + comment.encode("utf-16-be")
+    return exif
+
+
+def prose(settings: Settings, size: tuple[int, int]) -> str:
+    """The text that AUTOMATIC1111's web UI writes and that galleries read: prompt, negative prompt, facts.
+
+    The format cannot tell a prompt's own line "Negative prompt: ..." from the real one; the JSON can.
+    """
+    noise = str(settings.get("noise", "")).partition(":")[0]
+    facts = {
+        "Steps": settings.get("steps"),
+        "Sampler": settings.get("solver"),
+        "CFG scale": settings.get("guidance"),
+        "Seed": settings.get("seed"),
+        "Size": f"{size[0]}x{size[1]}",
+        "Model": settings.get("model"),
+        "Denoising strength": settings.get("strength"),
+        "RNG": {"torch-cpu": "CPU", "torch-cuda": "NV"}.get(noise),
+    }
+    lines = [str(settings.get("prompt", ""))]
+    if settings.get("negative_prompt"):
+        lines.append(f"Negative prompt: {settings['negative_prompt']}")
+    lines.append(", ".join(f"{name}: {_quoted(fact)}" for name, fact in facts.items() if fact is not None))
+    return "\n".join(lines)
+
+
+def _quoted(fact: object) -> str:
+    text = str(fact)
+    return json.dumps(text, ensure_ascii=False) if set(text) & set(',:\n"') else text

@@ -1,0 +1,87 @@
+"""Pixels to what is denoised, and back: a VAE's latents, or pixels as they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from latentrt.bundle.spec import EXPORT, LatentSpec
+from latentrt.errors import BundleError, NetworkError
+from latentrt.runtime.base import Network, call
+from latentrt.sampling.noise import NoiseSource
+
+Float32 = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """The latents of a picture, (channels, height, width): mean and standard deviation, or the one that there is."""
+
+    mean: Float32
+    std: Float32 | None = None
+
+    def draw(self, noise: NoiseSource) -> Float32:
+        """Return one of the latents that the picture may have; where there is one only, no noise is drawn."""
+        return self.mean if self.std is None else self.mean + self.std * noise.normal(self.mean.shape)
+
+
+class Codec(Protocol):
+    """Encodes and decodes pictures; scale and shift of the latents are applied here."""
+
+    def encode(self, image: Float32) -> Encoded:
+        """Return the latents of one picture (channels, height, width) in -1..1, sides multiples of the factor.
+
+        Raises:
+            NetworkError: the numbers are not finite.
+            BundleError, PlanError: there is no encoder that can be used here.
+        """
+
+    def decode(self, latents: Float32) -> Float32:
+        """Return (count, channels, height, width) latents as pictures (count, channels, H, W) in about -1..1."""
+
+
+class AutoencoderKL:
+    """A VAE by two networks.
+
+    Args:
+        decoder: from "latents" to "image".
+        encoder: from "image" to "moments": mean, then log variance; None where the bundle has none.
+        latents: scale and shift.
+    """
+
+    def __init__(self, decoder: Network, encoder: Network | None, latents: LatentSpec) -> None:
+        self._decoder, self._encoder = decoder, encoder
+        self._spec = latents
+
+    def encode(self, image: Float32) -> Encoded:
+        """See `Codec.encode`."""
+        if self._encoder is None:
+            raise BundleError("the bundle has no VAE encoder", needed="one, to begin on a picture", fix=EXPORT)
+        moments: Float32 = call(self._encoder, {"image": image[None]})["moments"][0]
+        if not np.isfinite(moments).all():
+            raise NetworkError(
+                "the VAE encoder's numbers are not finite", needed="finite numbers", fix="take --precision fp32"
+            )
+        mean, log_variance = np.split(moments, 2)
+        std: Float32 = np.exp(log_variance.clip(-30, 20) / 2)  # diffusers' DiagonalGaussianDistribution
+        scale, shift = np.float32(self._spec.scale), np.float32(self._spec.shift)
+        return Encoded((mean - shift) * scale, std * scale)
+
+    def decode(self, latents: Float32) -> Float32:
+        """See `Codec.decode`."""
+        return call(self._decoder, {"latents": latents / self._spec.scale + self._spec.shift})["image"]
+
+
+class Identity:
+    """Of pixel models: what is denoised are the pixels themselves."""
+
+    def encode(self, image: Float32) -> Encoded:
+        """Return the picture."""
+        return Encoded(image)
+
+    def decode(self, latents: Float32) -> Float32:
+        """Return the pictures."""
+        return latents

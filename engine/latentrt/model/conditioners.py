@@ -1,0 +1,95 @@
+"""Who fills the denoiser's inputs: read off its signature, never off a family's name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from latentrt.bundle.bundle import Bundle
+from latentrt.bundle.spec import TEXT_ENCODER, TensorSpec
+from latentrt.errors import BundleError
+from latentrt.model.beside import Repainted
+from latentrt.model.class_label import ClassLabel
+from latentrt.model.codec import Codec
+from latentrt.model.inputs import Conditioner
+from latentrt.model.predictor import OWN
+from latentrt.model.sizes import Sizes
+from latentrt.model.text import Encoder, Text
+from latentrt.model.tokenizer import Tokenizer
+from latentrt.runtime.base import Network
+
+
+class Parts(NamedTuple):
+    """What conditioners are made of: the bundle, its networks by name, the codec, and the denoiser's inputs."""
+
+    bundle: Bundle
+    networks: Mapping[str, Network]
+    codec: Codec
+    inputs: Mapping[str, TensorSpec]
+
+
+def conditioners_of(parts: Parts) -> tuple[Conditioner, ...]:
+    """Return the conditioners that fill the denoiser's inputs but "sample" and "timestep".
+
+    Raises:
+        BundleError: nothing here fills one of them.
+    """
+    made: dict[Callable[[Parts], Conditioner], Conditioner] = {}
+    for name in parts.inputs:
+        if name in OWN:
+            continue
+        if name not in MAKERS:
+            raise BundleError(
+                f"the denoiser of {parts.bundle.spec.id} has the input {name!r}",
+                needed=f"inputs among {', '.join((*OWN, *MAKERS))}",
+                fix="update latentrt",
+            )
+        if MAKERS[name] not in made:
+            made[MAKERS[name]] = MAKERS[name](parts)
+    return tuple(made.values())
+
+
+def _text(parts: Parts) -> Conditioner:
+    spec = parts.bundle.spec
+    encoders = [
+        Encoder(name, Tokenizer.open(parts.bundle.path(str(spec.networks[name].tokenizer))), parts.networks[name])
+        for name in spec.named(TEXT_ENCODER)
+    ]
+    if not encoders:
+        raise BundleError(f"{spec.id} has no text encoder", needed="one: its denoiser reads texts", fix="export again")
+    return Text(encoders, zero_negative=spec.zero_negative)
+
+
+def _sizes(parts: Parts) -> Conditioner:
+    count = parts.inputs["time_ids"].shape[1]
+    if count != len(Sizes.NUMBERS):
+        raise BundleError(
+            f"the denoiser of {parts.bundle.spec.id} reads {count} sizes",
+            needed=f"{len(Sizes.NUMBERS)}: {', '.join(Sizes.NUMBERS)}",
+            fix="update latentrt",
+        )
+    return Sizes(parts.bundle.spec.latents)
+
+
+def _class_label(parts: Parts) -> Conditioner:
+    return ClassLabel(parts.inputs["class_labels"].dtype, parts.bundle.spec.classes)
+
+
+def _beside(parts: Parts) -> Conditioner:
+    channels, own = parts.inputs["beside"].shape[1], parts.bundle.spec.latents.channels
+    if channels != 1 + own:
+        raise BundleError(
+            f"the denoiser of {parts.bundle.spec.id} reads {channels} channels beside the latents",
+            needed=f"{1 + own}: a mask and a picture's latents",
+            fix="update latentrt",
+        )
+    return Repainted(parts.codec)
+
+
+MAKERS: Mapping[str, Callable[[Parts], Conditioner]] = {
+    "encoder_hidden_states": _text,
+    "text_embeds": _text,
+    "time_ids": _sizes,
+    "class_labels": _class_label,
+    "beside": _beside,
+}

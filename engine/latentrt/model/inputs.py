@@ -1,0 +1,65 @@
+"""What a denoiser is told besides latents and timestep. One small conditioner fills each of its inputs.
+
+A denoiser declares its inputs by name in its signature; `conditioners.py` finds who fills which. A conditioner turns a
+request into arrays for the lane without the prompt (uncond) and the lane with it (cond).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from latentrt.model.given import Given
+from latentrt.request import Request
+from latentrt.sampling.noise import NoiseSource
+
+Inputs = Mapping[str, NDArray[Any]]
+
+
+class Sides(NamedTuple):
+    """Inputs of the denoiser by name, without the lane axis, for the two lanes of a guided picture."""
+
+    uncond: Inputs
+    cond: Inputs
+
+    @classmethod
+    def same(cls, inputs: Inputs) -> Sides:
+        """Return the same inputs for both lanes."""
+        return cls(inputs, inputs)
+
+    def and_(self, other: Sides) -> Sides:
+        """Return both sides with the inputs of another conditioner added."""
+        return Sides({**self.uncond, **other.uncond}, {**self.cond, **other.cond})
+
+
+class Conditioner:
+    """Fills some of the denoiser's inputs.
+
+    Attributes:
+        inputs: names of the inputs that it fills.
+        fields: of a request that mean nothing to models without it.
+    """
+
+    inputs: tuple[str, ...] = ()
+    fields: tuple[str, ...] = ()
+
+    def __call__(self, request: Request, given: Given | None, noise: NoiseSource) -> Sides:
+        """Return the inputs of one picture.
+
+        Args:
+            request: with the model's defaults filled in.
+            given: the picture that it begins on, if any.
+            noise: the picture's own, after the draws of its first latents. A conditioner draws what its diffusers
+                pipeline draws.
+
+        Raises:
+            RequestError: the request lacks what the denoiser needs.
+        """
+        raise NotImplementedError
+
+    def scalars(self, request: Request, rows: int) -> Mapping[str, NDArray[np.float64]]:
+        """Return inputs that are one number for each lane and change from row to row, (rows,) each: table columns."""
+        return {}

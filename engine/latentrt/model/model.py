@@ -1,0 +1,169 @@
+"""A bundle's networks over a backend, put together by what they declare."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from latentrt.bundle.bundle import Bundle
+from latentrt.bundle.spec import DECODER, DENOISER, ENCODER, ROLES
+from latentrt.errors import RequestError
+from latentrt.images.given import prepared
+from latentrt.model.beside import Repainted
+from latentrt.model.codec import AutoencoderKL, Codec, Identity
+from latentrt.model.conditioners import Parts, conditioners_of
+from latentrt.model.given import Given
+from latentrt.model.inputs import Sides
+from latentrt.model.predictor import Predictor
+from latentrt.model.text import Text
+from latentrt.request import Request
+from latentrt.runtime.base import Backend
+from latentrt.runtime.lazy import LazyNetwork
+from latentrt.runtime.tensorrt.record import Profile, drawn_by
+from latentrt.sampling.noise import NoiseSource
+from latentrt.sampling.schedule import Schedule
+
+if TYPE_CHECKING:
+    from latentrt.images.given import Source
+
+CONDITIONED = ("prompt", "negative_prompt", "class_label")  # fields of a request that some models do not read
+
+
+class Model:
+    """What draws: text encoders, denoiser, codec, each where the bundle has it.
+
+    Attributes:
+        spec: what the bundle says.
+        schedule: the noise that it was trained with.
+        networks: by name, each loaded when it is needed.
+        codec: pixels to what is denoised, and back.
+        predictor: what a row calls.
+        conditioners: fill the predictor's inputs.
+
+    Args:
+        bundle: opened.
+        backend: runs the networks.
+        resident: keep networks loaded; False drops each when its turn is over (`end_of`).
+    """
+
+    def __init__(self, bundle: Bundle, backend: Backend, *, resident: bool = True) -> None:
+        self.spec, self.resident = bundle.spec, resident
+        self.schedule = Schedule.from_config(bundle.json(self.spec.schedule))
+        self.networks = {name: _lazy(bundle, backend, name) for name in self.spec.networks}
+        if resident:
+            self._load()
+        self.codec = self._codec()
+        denoiser = self.networks[self.spec.denoiser]
+        self.predictor = Predictor([denoiser if backend.gpu is None else denoiser.open()])
+        inputs = {tensor.name: tensor for tensor in self.spec.networks[self.spec.denoiser].inputs}
+        self.conditioners = conditioners_of(Parts(bundle, self.networks, self.codec, inputs))
+
+    def _load(self) -> None:
+        """Load what every picture needs; the encoder is loaded when a picture is given."""
+        for role in ROLES:
+            for name in self.spec.named(role) if role != ENCODER else ():
+                self.networks[name].open()
+
+    def _codec(self) -> Codec:
+        decoder, encoder = (next(iter(self.spec.named(role)), None) for role in (DECODER, ENCODER))
+        if decoder is None:
+            return Identity()
+        return AutoencoderKL(self.networks[decoder], self.networks[encoder] if encoder else None, self.spec.latents)
+
+    @property
+    def text(self) -> Text | None:
+        """The conditioner that reads prompts; None where the model reads none."""
+        return next((one for one in self.conditioners if isinstance(one, Text)), None)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields of CONDITIONED that the model reads."""
+        return tuple(field for one in self.conditioners for field in one.fields)
+
+    @property
+    def reads_masks(self) -> bool:
+        """Whether the denoiser itself is told what to repaint; otherwise what is kept is put back after every row."""
+        return any(isinstance(one, Repainted) for one in self.conditioners)
+
+    @property
+    def edits(self) -> bool:
+        """Whether runs may begin on a given picture: there is an encoder, or none is needed."""
+        return bool(self.spec.named(ENCODER)) or not self.spec.named(DECODER)
+
+    def filled(self, request: Request) -> Request:
+        """Return the request with the model's own defaults where it says nothing.
+
+        Raises:
+            RequestError: it says what the model does not read.
+        """
+        for field in CONDITIONED:
+            if getattr(request, field) is not None and field not in self.fields:
+                raise RequestError(f"{self.spec.id} reads no {field}", needed="a request without one")
+        guidance = self.spec.defaults.guidance if request.guidance is None else request.guidance
+        if self.text is None:
+            if request.guidance is not None and request.guidance > 1:
+                raise RequestError(
+                    f"guidance is {request.guidance:g}, and {self.spec.id} reads no prompt", needed="guidance 1 or none"
+                )
+            guidance = 1.0
+        steps = self.spec.defaults.steps if request.steps is None else request.steps
+        solver = self.spec.defaults.solver if request.solver is None else request.solver
+        return replace(request, steps=steps, solver=solver, guidance=guidance)
+
+    def given(self, pictures: Mapping[str, Source], height: int | None, width: int | None) -> Given | None:
+        """Encode the pictures of a request; None where it brings none.
+
+        Raises:
+            RequestError: a kind, size or mask that cannot be used; a mask without its picture.
+            BundleError, PlanError: there is no encoder that can be used here.
+        """
+        if "image" in pictures:
+            pixels, repaint = prepared(pictures["image"], pictures.get("mask"), height, width, self.spec.latents)
+            return Given.of(pixels, repaint, self.codec)
+        if pictures:
+            raise RequestError(
+                "there is a mask and no picture", needed="the one it belongs to", fix="pass it: image=, --image"
+            )
+        return None
+
+    def inputs(self, request: Request, given: Given | None, noise: NoiseSource, *, tokens: bool = False) -> Sides:
+        """Return everything that the predictor is told of one picture; see `Conditioner`.
+
+        With `tokens`, texts are left as what the text encoders read: see `Text.tokens`.
+        """
+        sides = Sides.same({})
+        for one in self.conditioners:
+            if tokens and isinstance(one, Text):
+                sides = sides.and_(one.tokens(request))
+            else:
+                sides = sides.and_(one(request, given, noise))
+        return sides
+
+    def scalars(self, request: Request, rows: int) -> dict[str, NDArray[np.float64]]:
+        """Return the columns that conditioners add to a table of so many rows."""
+        return {name: column for one in self.conditioners for name, column in one.scalars(request, rows).items()}
+
+    def profiles(self, lanes: int) -> tuple[Profile, ...] | None:
+        """Return the latents' sizes ("height", "width") that TensorRT's plans draw; None without plans: all sizes."""
+        names = [*self.spec.named(DENOISER), *self.spec.named(DECODER)]
+        served = [getattr(self.networks[name].open(), "profiles", None) for name in names]
+        return drawn_by([each for each in served if each is not None], lanes) if all(served) else None
+
+    def end_of(self, *roles: str) -> None:
+        """Drop the networks of roles whose turn is over, unless they stay."""
+        if not self.resident:
+            for name in (name for role in roles for name in self.spec.named(role)):
+                self.networks[name].drop()
+
+    def close(self) -> None:
+        """Give the networks' memory back."""
+        for network in self.networks.values():
+            network.close()
+
+
+def _lazy(bundle: Bundle, backend: Backend, name: str) -> LazyNetwork:
+    return LazyNetwork(lambda: backend.load(bundle, name))

@@ -1,0 +1,105 @@
+"""From a request to jobs, complete when they are made."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from latentrt.errors import RequestError
+from latentrt.model.given import Given
+from latentrt.model.model import Model
+from latentrt.request import Request, facts_of
+from latentrt.run.job import Job
+from latentrt.sampling.guidance import Guidance
+from latentrt.sampling.noise import NoiseSource, TorchCudaNoise, noise_source
+from latentrt.sampling.table import Kept, Table, tabulate
+
+
+def make_jobs(
+    model: Model,
+    request: Request,
+    given: Given | None = None,
+    *,
+    first: int = 0,
+    draws_on_device: bool = False,
+    tokens: bool = False,
+) -> list[Job]:
+    """Return the jobs of a request, not yet admitted; picture i has seed `request.seed + first + i`.
+
+    Args:
+        model: what draws.
+        request: what is asked.
+        given: the picture that it begins on, where that is encoded already; None encodes what the request brings.
+        first: how many pictures went before.
+        draws_on_device: leave first latents to the device where it can make their noise itself.
+        tokens: leave texts to text encoders on the device; see `Model.inputs`.
+
+    Raises:
+        RequestError: a setting is out of range, or the model cannot do it.
+        UnknownSolverError, ScheduleError: the solver or one of its options is unknown or does not fit.
+    """
+    request = model.filled(request)
+    if given is None:
+        given = model.given(request.pictures, request.height, request.width)
+    request = _placed(request, given)
+    table = table_of(model, request)
+    guidance = Guidance(request.guidance or 1.0, request.guidance_rescale, request.guidance_interval)
+    size = model.spec.latents.pixels_of(request.height, request.width)
+    jobs = []
+    for index in range(first, first + request.count):
+        seed = request.seed + index
+        noise = noise_source(request.noise, seed)
+        on_device = draws_on_device and given is None and isinstance(noise, TorchCudaNoise)
+        latents, kept = _begin(model, request, table, given, noise, on_device=on_device)
+        uncond, cond = model.inputs(request, given, noise, tokens=tokens)
+        tag = facts_of(request, table.solver, seed, index, size, model.spec.id)
+        start = table.start if on_device else 0.0
+        jobs.append(
+            Job(
+                table,
+                latents,
+                uncond,
+                cond,
+                noise,
+                guidance,
+                kept=kept,
+                start=start,
+                tag={**tag, **(given.facts if given else {})},
+            )
+        )
+    return jobs
+
+
+def table_of(model: Model, request: Request) -> Table:
+    """Return the table of a request whose defaults are filled in. Raise as `tabulate`."""
+    strength = 1.0 if request.strength is None else request.strength
+    table = tabulate(request.solver, model.schedule, request.steps or 1, strength=strength, **request.options)
+    scalars = model.scalars(request, len(table))
+    return replace(table, scalars=scalars) if scalars else table
+
+
+def _placed(request: Request, given: Given | None) -> Request:
+    """The request with the size and the strength that a given picture brings."""
+    if given is not None:
+        return given.on(request)
+    if request.strength is not None:
+        raise RequestError(
+            f"strength is {request.strength:g} and there is no picture",
+            needed="a picture to start from",
+            fix="pass one: image=, --image",
+        )
+    return request
+
+
+def _begin(
+    model: Model, request: Request, table: Table, given: Given | None, noise: NoiseSource, *, on_device: bool
+) -> tuple[NDArray[np.float32], Kept | None]:
+    """A job's first latents, and what it keeps of a given picture."""
+    if given is not None:
+        return given.begin(table, noise, request.strength or 1.0, blends=not model.reads_masks)
+    shape = model.spec.latents.shape_of(request.height, request.width)
+    if on_device:
+        return np.zeros(shape, np.float32), None
+    return noise.normal(shape) * np.float32(table.start), None

@@ -1,0 +1,78 @@
+"""Which networks the engine can serve: what a config says that would need inputs or arithmetic it has not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from latentrt.errors import ExportError
+
+Config = Mapping[str, Any]
+# Settings of a UNet2DConditionModel that must have these values.
+CONDITIONAL = {
+    "class_embed_type": None,
+    "num_class_embeds": None,
+    "encoder_hid_dim_type": None,
+    "time_cond_proj_dim": None,
+    "attention_type": "default",
+}
+
+
+def unsupported(found: str, needed: str) -> ExportError:
+    """Return the error of a checkpoint that cannot be served."""
+    return ExportError(f"the checkpoint has {found}", needed=needed)
+
+
+def check_networks(configs: Mapping[str, Config], kind: str) -> None:
+    """Refuse networks that the engine cannot serve.
+
+    Args:
+        configs: by the networks' names.
+        kind: the diffusers class that the UNet has to be of.
+
+    Raises:
+        ExportError: one of them cannot be served; it is named.
+    """
+    unet = configs["unet"]
+    if unet.get("_class_name", kind) != kind:
+        raise unsupported(f"a UNet of the class {unet['_class_name']!r}", kind)
+    if kind == "UNet2DModel":
+        _check_pixels(unet)
+    else:
+        _check_latents(unet, configs["vae"], xl="text_encoder_2" in configs)
+    for part, config in configs.items():
+        if config.get("use_attention_mask"):
+            raise unsupported(f"a {part} with use_attention_mask", "use_attention_mask false")
+
+
+def beside(configs: Mapping[str, Config]) -> int:
+    """Return how many channels the UNet reads beside what is denoised."""
+    unet, vae = configs["unet"], configs.get("vae")
+    return 0 if vae is None else int(unet.get("in_channels", 4) - vae.get("latent_channels", 4))
+
+
+def _check_pixels(unet: Config) -> None:
+    """UNet2DModel: it denoises pixels, grey or RGB, with or without class labels."""
+    inputs, outputs = unet.get("in_channels", 3), unet.get("out_channels", 3)
+    if inputs != outputs or inputs not in (1, 3):
+        raise unsupported(f"a UNet2DModel from {inputs} to {outputs} channels", "1 or 3 channels, as many as it reads")
+    if unet.get("class_embed_type") not in (None, "timestep"):
+        raise unsupported(f"a UNet with class_embed_type {unet['class_embed_type']!r}", "null or 'timestep'")
+    if unet.get("time_embedding_type", "positional") != "positional":
+        raise unsupported(f"a UNet with time_embedding_type {unet['time_embedding_type']!r}", "'positional'")
+
+
+def _check_latents(unet: Config, vae: Config, *, xl: bool) -> None:
+    channels = vae.get("latent_channels", 4)
+    inputs, outputs = unet.get("in_channels", 4), unet.get("out_channels", 4)
+    if inputs not in (channels, 2 * channels + 1):
+        needed = f"in_channels {channels}, the VAE's latent channels, or {2 * channels + 1} for inpainting"
+        raise unsupported(f"a UNet with in_channels {inputs}", needed)
+    if outputs != channels:
+        raise unsupported(f"a UNet with out_channels {outputs}", f"out_channels {channels} (no learned variance)")
+    for key, value in {**CONDITIONAL, "addition_embed_type": "text_time" if xl else None}.items():
+        if unet.get(key, value if key == "attention_type" else None) != value:
+            raise unsupported(f"a UNet with {key} {unet.get(key)!r}", f"{key} {value!r} in this pipeline")
+    for key in ("latents_mean", "latents_std"):
+        if vae.get(key) is not None:
+            raise unsupported(f"a VAE with {key}", f"{key} null (scaling_factor and shift_factor are served)")

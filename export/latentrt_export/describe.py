@@ -1,0 +1,86 @@
+"""What a manifest says of a checkpoint: latents, schedule, defaults, how the bundle was made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import onnx_ir as ir
+
+from latentrt.bundle.spec import Defaults, LatentSpec, ModelSpec, NetworkSpec, TensorSpec
+from latentrt_export.checkpoint.source import SCHEDULE, Checkpoint
+
+LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript")
+
+
+def model_spec(checkpoint: Checkpoint, networks: Mapping[str, NetworkSpec], how: Mapping[str, Any]) -> ModelSpec:
+    """Return the manifest's model part."""
+    configs = checkpoint.configs
+    xl = "text_encoder_2" in configs
+    return ModelSpec(
+        id=checkpoint.id,
+        revision=checkpoint.revision,
+        license=checkpoint.license,
+        latents=_latents(configs["unet"], configs["vae"]) if "vae" in configs else _pixels(configs["unet"]),
+        schedule=SCHEDULE,
+        networks=networks,
+        zero_negative=bool(checkpoint.index.get("force_zeros_for_empty_prompt", xl)),
+        classes=configs["unet"].get("num_class_embeds"),
+        defaults=_defaults(checkpoint),
+        made=how,
+    )
+
+
+def made(checkpoint: Checkpoint, variant: str | None) -> dict[str, Any]:
+    """Return how the bundle was made, without dates and paths: exporting twice gives the same bytes."""
+    options = {"revision": checkpoint.revision, "variant": variant}
+    command = ["latentrt", "export", checkpoint.id, *(f"--{k}={v}" for k, v in options.items() if v)]
+    return {"command": " ".join(command), "versions": {name: version(name) for name in LIBRARIES}}
+
+
+def signature(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:
+    """Return the inputs or outputs of a graph."""
+    return tuple(
+        TensorSpec(
+            str(value.name),
+            value.dtype.numpy().name if value.dtype else "",
+            tuple(size if isinstance(size, int) else str(size) for size in value.shape or ()),
+        )
+        for value in values
+    )
+
+
+def _latents(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> LatentSpec:
+    height, width = _size(unet)
+    return LatentSpec(
+        channels=vae.get("latent_channels", 4),
+        factor=2 ** (len(vae.get("block_out_channels", (64,))) - 1),
+        scale=float(vae.get("scaling_factor", 0.18215)),
+        shift=float(vae.get("shift_factor") or 0.0),
+        height=height,
+        width=width,
+    )
+
+
+def _pixels(unet: Mapping[str, Any]) -> LatentSpec:
+    """UNet2DModel gives its upsamplers no sizes: sides must halve evenly as often as it has blocks to go down."""
+    height, width = _size(unet)
+    multiple = 2 ** (len(unet.get("block_out_channels", (224, 448, 672, 896))) - 1)
+    return LatentSpec(unet.get("in_channels", 3), 1, 1.0, 0.0, height, width, multiple)
+
+
+def _size(unet: Mapping[str, Any]) -> tuple[int, int]:
+    size = unet.get("sample_size") or 64
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    return height, width
+
+
+def _defaults(checkpoint: Checkpoint) -> Defaults:
+    """DDPMPipeline makes 1000 steps and DDIMPipeline 50, the latter by DDIM whatever the scheduler's config names."""
+    trained = int(checkpoint.scheduler.get("num_train_timesteps", 1000))
+    if checkpoint.pipeline == "DDPMPipeline":
+        return Defaults(min(1000, trained), 1.0)
+    if checkpoint.pipeline == "DDIMPipeline":
+        return Defaults(min(50, trained), 1.0, "ddim")
+    return Defaults()

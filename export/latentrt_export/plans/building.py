@@ -1,0 +1,142 @@
+"""What differs between TensorRT's versions, and RTX, when a plan is built; see latentrt/runtime/tensorrt/library.py."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+from latentrt.errors import PlanError
+from latentrt.runtime.tensorrt.library import Library
+from latentrt.runtime.tensorrt.record import REFITTABLE, STRIPPED, VERSION_COMPATIBLE
+
+BROKEN_REFIT = (11, 3)  # its own documentation says so: the bias of a product can get lost
+UNTYPED_LAYERS = ("CAST", "CONSTANT", "SHAPE")  # 8.6 takes no precision for them
+
+
+def opset(library: Library) -> int:
+    """Return the newest opset to hand to the parser. Before 11 it takes no `Attention`, or only one of four axes."""
+    newest = hasattr(library.module, "IAttention") if library.rtx else library.numbers >= (11,)
+    return 23 if newest else 18
+
+
+def new_network(library: Library, builder: Any) -> Any:
+    """Return an empty network whose own types decide where it computes in half; 8.6 is told by `configure`."""
+    flags = library.module.NetworkDefinitionCreationFlag
+    return builder.create_network(1 << int(flags.EXPLICIT_BATCH if library.old else flags.STRONGLY_TYPED))
+
+
+def new_parser(library: Library, network: Any, logger: Any) -> Any:
+    """Return a parser that reads InstanceNormalization without a plugin, as is the default since 10."""
+    parser = library.module.OnnxParser(network, logger)
+    parser.flags = 1 << int(library.module.OnnxParserFlag.NATIVE_INSTANCENORM)
+    return parser
+
+
+def configure(library: Library, config: Any, network: Any, precision: str, options: Collection[str] = ()) -> None:
+    """Set the flags of an IBuilderConfig for a network in a precision ("fp16", "fp32") and a key's options.
+
+    Products of float32 are kept in float32 (no TF32), as on every other backend.
+
+    Raises:
+        PlanError: this version cannot build such a plan.
+    """
+    flag = library.module.BuilderFlag
+    config.clear_flag(flag.TF32)
+    if library.rtx:
+        config.set_flag(flag.REQUIRE_USER_ALLOCATION)  # enqueueing allocates nothing, so that it can be captured
+    for name in option_flags(library, options):
+        config.set_flag(getattr(flag, name))
+    if library.old:
+        _configure_old(library.module, config, network, precision)
+
+
+def option_flags(library: Library, options: Collection[str]) -> list[str]:
+    """Return the names of the builder flags of a key's options.
+
+    Weights that are set later are marked one by one (`mark_refittable`): all others, which no safetensors of a bundle
+    holds, stay in the plan.
+
+    Raises:
+        PlanError: this version cannot build such a plan.
+    """
+    flags = []
+    if STRIPPED in options:
+        flags += ["STRIP_PLAN"]
+    if {STRIPPED, REFITTABLE} & set(options):
+        flags += ["REFIT_INDIVIDUAL"]
+    if VERSION_COMPATIBLE in options:  # without the lean runtime a plan carries no host code
+        flags += ["VERSION_COMPATIBLE", "EXCLUDE_LEAN_RUNTIME"]
+    _check_options(library, options, flags)
+    return flags
+
+
+def aim(library: Library, config: Any, compute_capability: str) -> None:
+    """Have RTX build for a compute capability; TensorRT builds for the GPU at hand."""
+    if library.rtx:
+        capability = getattr(library.module.ComputeCapability, f"SM{compute_capability.replace('.', '')}")
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(capability, 0)
+
+
+def limit(library: Library, config: Any, workspace: int | None) -> None:
+    """Bound the memory of a tactic, and where the version has it, of trying tactics too."""
+    pools = library.module.MemoryPoolType
+    for pool in ("WORKSPACE", "TACTIC_DRAM"):
+        if workspace is not None and hasattr(pools, pool):
+            config.set_memory_pool_limit(getattr(pools, pool), workspace)
+
+
+def mark_refittable(network: Any, names: Iterable[str]) -> None:
+    """Let weights of a parsed network be set in its plan, by the names that they have in the graph.
+
+    Raises:
+        PlanError: the network has no such weight.
+    """
+    for name in names:
+        if not network.mark_weights_refittable(name):
+            raise PlanError(
+                f"the network has no weight {name}", needed="every weight of the graph", fix="export it again"
+            )
+
+
+def let_attention_decompose(library: Library, network: Any) -> None:
+    """Let every attention be built from several kernels where no fused one exists; else the build fails there."""
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type.name == "ATTENTION_INPUT":
+            layer.__class__ = library.module.IAttentionInputLayer
+            layer.attention.decomposable = True
+
+
+def reports_progress(library: Library) -> bool:
+    """Return whether the builder tells how far it is, and asks whether to stop; since 10."""
+    return hasattr(library.module, "IProgressMonitor")
+
+
+def _configure_old(module: Any, config: Any, network: Any, precision: str) -> None:
+    """Give 8.6 leave to compute in half, but hold it to float32 in those layers where the graph's types say so."""
+    if precision == "fp16":
+        config.set_flag(module.BuilderFlag.FP16)
+    sources = module.TacticSource  # neither cuBLAS nor cuDNN has to be installed
+    config.set_tactic_sources(1 << int(sources.EDGE_MASK_CONVOLUTIONS) | 1 << int(sources.JIT_CONVOLUTIONS))
+    config.set_preview_feature(module.PreviewFeature.PROFILE_SHARING_0806, True)  # several contexts of a profile
+    config.set_flag(module.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        outputs = [layer.get_output(i) for i in range(layer.num_outputs)]
+        if layer.type.name not in UNTYPED_LAYERS and any(out.dtype == module.float32 for out in outputs):
+            layer.precision = module.float32
+            for i, output in enumerate(outputs):
+                layer.set_output_type(i, output.dtype)
+
+
+def _check_options(library: Library, options: Collection[str], flags: list[str]) -> None:
+    asked = f"{library.name} {library.version} was asked for a plan that is {' and '.join(options)}"
+    if lacking := [name for name in flags if not hasattr(library.module.BuilderFlag, name)]:
+        raise PlanError(asked, needed=f"a version that has {lacking[0]}", fix="update it, or leave that option out")
+    if VERSION_COMPATIBLE in options and library.rtx:
+        raise PlanError(asked, needed="a plan for this very version", fix="build without --version-compatible")
+    if VERSION_COMPATIBLE in options and {STRIPPED, REFITTABLE} & set(options):
+        raise PlanError(asked, needed="one of the two, since the lean runtime cannot refit")
+    if {STRIPPED, REFITTABLE} & set(options) and library.numbers[:2] == BROKEN_REFIT:
+        raise PlanError(asked, needed="a version whose refittable plans compute right: not 11.3", fix="update it")

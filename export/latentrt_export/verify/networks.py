@@ -1,0 +1,120 @@
+"""The first depth: every graph against its torch module, and half graphs against float32 ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from latentrt.bundle.spec import ENCODER, FP16, FP32, TEXT_ENCODER, GraphSpec
+from latentrt.engine import Engine
+from latentrt.model.text import Text
+from latentrt.runtime.signature import shape_of
+from latentrt_export.graphs.half import emulate
+from latentrt_export.graphs.ranges import open_session
+from latentrt_export.graphs.wrap import load_network
+from latentrt_export.verify.checks import Array, Check, difference, relative_l2, worst
+from latentrt_export.verify.reference import PROMPTS, comparing
+
+Arrays = Mapping[str, Array]
+NETWORK_BOUND = 2e-5  # relative L2 of a graph's outputs
+LARGEST_BOUND = 4e-5  # the largest difference of one number, relative to the largest output
+HALF_BOUND = 5e-3  # relative L2 of a float16 graph to the float32 one
+ODD_SIDE = 16  # of the second, odd size's latents at most, so that full-size models take seconds
+
+
+def network_checks(engine: Engine, checkpoint: Path) -> Iterator[Check]:
+    """Measure every graph against its torch module in float32, at the model's own size and at an odd one."""
+    spec = engine.spec
+    tokens = max((int(spec.networks[name].inputs[0].shape[1]) for name in spec.named(TEXT_ENCODER)), default=0)
+    for name, own in spec.networks.items():
+        runs: list[tuple[Arrays, Arrays]] = []
+        with comparing(name):
+            module = load_network(checkpoint, name, tokens=tokens).module
+        graph = own.graph(FP32)
+        network = engine.backend.load(engine.bundle, name)
+        pairs: dict[str, list[tuple[Array, Array]]] = {tensor.name: [] for tensor in graph.outputs}
+        for prompts, size in zip((PROMPTS, PROMPTS[:1]), _sizes(engine), strict=True):
+            feeds = make_feeds(engine, name, prompts, size)
+            ours = network(feeds)
+            runs.append((feeds, ours))
+            with torch.no_grad(), comparing(name):
+                theirs = module(**{tensor.name: torch.from_numpy(feeds[tensor.name]) for tensor in graph.inputs})
+            theirs = theirs if isinstance(theirs, tuple) else (theirs,)
+            for tensor, expected in zip(graph.outputs, theirs, strict=True):
+                pairs[tensor.name].append((ours[tensor.name], expected.numpy()))
+        for output, values in pairs.items():
+            with comparing(name):  # outputs of other shapes
+                l2 = worst([relative_l2(a, b) for a, b in values])
+                largest = worst([difference(a, b) for a, b in values])
+            yield Check("network", f"{name}: {output}", "relative L2, worst of 2 sizes", l2, NETWORK_BOUND)
+            yield Check("network", f"{name}: {output}", "max abs, relative to the largest", largest, LARGEST_BOUND)
+        network.close()
+        if FP16 in own.variants:
+            half = own.graph(FP16)
+            yield half_check(engine.bundle.path(half.path), half, name, runs)
+
+
+def half_check(path: Path, graph: GraphSpec, name: str, runs: Sequence[tuple[Arrays, Arrays]]) -> Check:
+    """Measure a half graph against its float32 one, on the same feeds, rounding as a GPU would."""
+    model = ir.load(path)
+    emulate(model)
+    session = open_session(model, path.parent)
+    names = [tensor.name for tensor in graph.outputs]
+    errors = []
+    for feeds, expected in runs:
+        narrow = {tensor.name: feeds[tensor.name].astype(tensor.dtype) for tensor in graph.inputs}
+        for output, array in zip(names, session.run(names, narrow), strict=True):
+            errors.append(relative_l2(array.astype(np.float32), expected[output]))
+    return Check("network", f"{name} in float16", "relative L2 to float32, worst of 2 sizes", worst(errors), HALF_BOUND)
+
+
+def make_feeds(engine: Engine, name: str, prompts: Sequence[str], size: tuple[int, int]) -> dict[str, Array]:
+    """Return inputs of a graph: the prompts' tokens and text states, timesteps, and normal numbers for all others.
+
+    `size` is the latents' (height, width).
+    """
+    spec, text, draw = engine.spec, engine.model.text, np.random.default_rng(0)
+    network = spec.networks[name]
+    if network.role == TEXT_ENCODER:
+        assert text is not None
+        (own,) = (encoder for encoder in text.encoders if encoder.name == name)
+        return {"input_ids": np.stack([own.tokenizer.encode(prompt).ids for prompt in prompts])}
+    texts = _texts(text, prompts)
+    scale = spec.latents.factor if network.role == ENCODER else 1
+    height, width = (side * scale for side in size)
+    sizes = {"batch": len(prompts), "height": height, "width": width}
+    pixels = [side * spec.latents.factor for side in size]
+    feeds: dict[str, Array] = {}
+    for tensor in network.inputs:
+        shape = shape_of(tensor, sizes)
+        if tensor.name in texts:
+            feeds[tensor.name] = texts[tensor.name]
+        elif tensor.name == "time_ids":
+            feeds[tensor.name] = np.array([[*pixels, 0, 0, *pixels]] * len(prompts), np.float32)
+        elif tensor.name == "timestep":
+            feeds[tensor.name] = draw.uniform(0, 1000, shape).astype(np.float32)
+        elif tensor.name == "class_labels":
+            feeds[tensor.name] = draw.integers(0, spec.classes or 1000, shape).astype(tensor.dtype)
+        else:
+            feeds[tensor.name] = draw.standard_normal(shape, np.float32)
+    return feeds
+
+
+def _sizes(engine: Engine) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The latents' (height, width): the model's own, and one with sides as odd as the model takes them."""
+    latents = engine.spec.latents
+    own, step = (latents.height, latents.width), latents.multiple
+    if step == 1:
+        return own, (min(own[0], ODD_SIDE) - 3, min(own[1], ODD_SIDE) + 2)
+    side = max(step, min(own[0], ODD_SIDE) // step * step)
+    return own, (side + step, side)
+
+
+def _texts(text: Text | None, prompts: Sequence[str]) -> dict[str, Array]:
+    """What the denoiser is told of prompts, by the names of its inputs."""
+    told = text.encode_all(prompts) if text is not None else [{}]
+    return {name: np.stack([each[name] for each in told]) for name in told[0]}

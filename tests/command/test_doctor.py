@@ -1,0 +1,123 @@
+"""`latentrt doctor`: what it finds here, and what it says of GPUs, drivers and TensorRTs that do not work."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from latentrt.command import doctor
+from latentrt.command import main as cli
+from latentrt.cuda.driver import Driver
+from tests.support.gpu import fake_tensorrt
+from tests.support.gpu.fake_tensorrt import FakeTensorRt
+from tests.support.gpu.host_gpu import HostDriver, HostGpu
+
+Run = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run `latentrt doctor ...` in this process; gives (exit code, standard output)."""
+
+    def run(*arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["latentrt", "doctor", *arguments])
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        return int(exit.value.code or 0), capsys.readouterr().out
+
+    return run
+
+
+def driver(status: int) -> Callable[[str], Any]:
+    """What `ctypes.CDLL` gives where there is a driver: its cuInit returns a status."""
+    return lambda name: SimpleNamespace(cuInit=lambda flags: status)
+
+
+def test_doctor_finds_what_is_here(run: Run) -> None:
+    code, out = run("--json")
+    findings: dict[str, dict[str, Any]] = {finding["what"]: finding for finding in json.loads(out)}
+    assert code == 0
+    assert findings["the embedded model"]["good"]
+    assert all(finding["good"] or finding["fix"] for finding in findings.values())
+    code, out = run()
+    assert "the embedded model" in out
+
+
+def test_doctor_fails_where_nothing_can_be_drawn(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    code, out = run("--json")
+    findings = {finding["what"]: finding for finding in json.loads(out)}
+    assert code == 1
+    assert not findings["pictures on the CPU (onnxruntime)"]["good"]
+
+
+def test_doctor_opens_the_gpu_and_says_what_its_driver_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("latentrt.cuda.gpu.Cuda", HostGpu)
+    assert doctor._cuda().found == "Host GPU, compute capability 9.0, CUDA 13.0; the kernels are loaded"
+    monkeypatch.setattr("latentrt.cuda.gpu.Cuda", lambda: Driver(HostDriver(version=11080)))
+    finding = doctor._cuda()
+    assert not finding.good
+    assert "CUDA 11.8" in finding.found
+    assert "580" in finding.fix
+
+
+def test_doctor_starts_tensorrt_and_says_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeTensorRt()
+    monkeypatch.setattr(doctor, "open_library", lambda name: fake.library)
+    monkeypatch.setattr("ctypes.CDLL", driver(0))
+    assert doctor._tensorrt("tensorrt").good
+
+    def failing(logger: Any) -> Any:
+        logger.log(fake_tensorrt.Severity.ERROR, "CUDA initialization failure with error: 35")
+
+    fake.Runtime = failing  # type: ignore[method-assign]
+    finding = doctor._tensorrt("tensorrt")
+    assert not finding.good
+    assert "error: 35" in finding.found
+    assert "tensorrt-cu12" in finding.fix
+
+
+def no_driver(name: str) -> Any:
+    raise OSError(f"{name}: cannot open shared object file")
+
+
+@pytest.mark.parametrize(
+    ("cdll", "words"), [(no_driver, "no CUDA driver (libcuda.so.1: cannot"), (driver(100), "no GPU (cuInit says 100)")]
+)
+def test_doctor_starts_no_tensorrt_without_a_driver(
+    monkeypatch: pytest.MonkeyPatch, cdll: Callable[[str], Any], words: str
+) -> None:
+    """8.6 would end the process."""
+
+    def started(logger: Any) -> None:
+        raise AssertionError("TensorRT was started")
+
+    fake = FakeTensorRt(version="8.6.1")
+    fake.Runtime = started  # type: ignore[method-assign]
+    monkeypatch.setattr(doctor, "open_library", lambda name: fake.library)
+    monkeypatch.setattr("ctypes.CDLL", cdll)
+    finding = doctor._tensorrt("tensorrt")
+    assert not finding.good
+    assert finding.found.startswith("tensorrt 8.6.1, but ")
+    assert words in finding.found
+    assert "580" in finding.fix
+    assert words in doctor._gpu().found
+
+
+@pytest.mark.parametrize("trouble", [OSError("no such program"), subprocess.TimeoutExpired("nvidia-smi", 30)])
+def test_doctor_outlives_a_driver_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, trouble: Exception) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise trouble
+
+    monkeypatch.setattr("ctypes.CDLL", driver(0))
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    monkeypatch.setattr("subprocess.run", fail)
+    finding = doctor._gpu()
+    assert not finding.good
+    assert "does not answer" in finding.found

@@ -1,0 +1,16 @@
+"""The emulated GPU of these tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.gpu.host_gpu import HostGpu, host_gpu
+
+
+@pytest.fixture
+def gpu() -> Iterator[HostGpu]:
+    """Fails where memory was not given back."""
+    with host_gpu() as gpu:
+        yield gpu
