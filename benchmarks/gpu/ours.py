@@ -104,7 +104,7 @@ class EngineSide:
         sizes = {"batch": batch, "height": height // latents.factor, "width": width // latents.factor}
         arrays = {}
         for tensor in (*network.graph.inputs, *network.graph.outputs):
-            shape = tuple(size_of(side, sizes) for side in tensor.shape)
+            shape = shape_of(tensor, sizes)
             arrays[tensor.name] = network.gpu.zeros(shape, tensor.dtype)
             if tensor in network.graph.inputs:
                 values = random.standard_normal(shape)

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from latentrt.bundle.bundle import EMBEDDED, Bundle
 from latentrt.command.serve import serve
 from latentrt.engine import Engine
-from latentrt.runtime.signature import Arrays
 from latentrt.runtime.fake import FakeBackend, zeros
+from latentrt.runtime.signature import Arrays
 from latentrt.serve import server
 from latentrt.serve.process.config import Settings
 

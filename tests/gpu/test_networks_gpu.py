@@ -12,8 +12,8 @@ import pytest
 from numpy.typing import NDArray
 
 from latentrt.bundle.bundle import Bundle
-from latentrt.runtime.base import call
 from latentrt.model.tokenizer import Tokenizer
+from latentrt.runtime.base import call
 from latentrt.runtime.onnxruntime import OrtBackend
 from tests.gpu.gpu_rig import LANES, SCALE, GpuRig
 from tests.support.models import texts

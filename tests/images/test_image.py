@@ -21,9 +21,9 @@ from PIL import Image
 
 from latentrt.errors import NetworkError, OutputError, RequestError
 from latentrt.images.files import encode, output_path, save
+from latentrt.images.metadata import read_settings
 from latentrt.images.pixels import from_uint8, to_pil, to_uint8
 from latentrt.images.sheet import grid
-from latentrt.images.metadata import read_settings
 
 SUFFIXES = [".png", ".jpg", ".jpeg", ".webp"]
 SETTINGS = {

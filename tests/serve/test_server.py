@@ -140,14 +140,18 @@ def test_whatever_will_be_used_is_loaded_at_the_start(edits: bool, monkeypatch: 
     monkeypatch.setattr(OrtBackend, "load", recording)
     with server.loaded(Settings(threads=1, edits=edits)) as engine:
         assert sorted(opened) == ["text_encoder", "unet", "vae_decoder", *(["vae_encoder"] if edits else [])]
-        engine.edit(np.zeros((64, 64, 3), np.uint8))
+        engine.model.given({"image": np.zeros((64, 64, 3), np.uint8)}, None, None)
         assert opened.count("vae_encoder") == 1
 
 
 def test_edits_without_a_plan_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(engine: Engine, name: str) -> Any:
-        raise PlanError("there is no plan", needed="one", fix="latentrt build BUNDLE")
+    load = OrtBackend.load
 
-    monkeypatch.setattr(Engine, "network", missing)
+    def missing(backend: OrtBackend, bundle: Bundle, network: str) -> Any:
+        if network == "vae_encoder":
+            raise PlanError("there is no plan", needed="one", fix="latentrt build BUNDLE")
+        return load(backend, bundle, network)
+
+    monkeypatch.setattr(OrtBackend, "load", missing)
     with pytest.raises(PlanError, match="--no-edits"), server.loaded(Settings(threads=1)):
         pass

@@ -22,8 +22,8 @@ from ray import serve as ray_serve
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from latentrt.engine import LANES
 from latentrt.errors import BackendError
+from latentrt.run.lanes import ON_A_CPU
 from latentrt.serve.core.scheduler import Scheduler
 from latentrt.serve.process.config import Settings, load_settings
 from latentrt.serve.process.logs import configure, logger
@@ -134,7 +134,7 @@ def application(settings: Settings) -> ray_serve.Application:
 
 
 def _options(settings: Settings) -> dict[str, Any]:
-    at_once = settings.lanes or LANES
+    at_once = settings.lanes or ON_A_CPU
     return {
         "ray_actor_options": _needs(settings),
         "autoscaling_config": {

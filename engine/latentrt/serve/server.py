@@ -65,7 +65,7 @@ def assembled(settings: Settings, kind: type[Metrics] = Metrics, lifespan: Lifes
     configure(settings)
     warnings.simplefilter("ignore", PromptTruncatedWarning)  # its text is what a client wrote
     with loaded(settings) as engine:
-        catalog = Catalog(pipeline.model(engine), settings)
+        catalog = Catalog(engine.model, pipeline.profiles(engine), settings)
         metrics, measured = kind(catalog.name), curve.load(engine)
         if measured is None:
             logger().info("no curve was measured: every step may have all lanes", fix="latentrt bench BUNDLE --save")
@@ -92,7 +92,7 @@ def loaded(settings: Settings) -> Iterator[Engine]:
         threads=settings.threads,
         lanes=settings.lanes,
     ) as engine:
-        if settings.edits and pipeline.model(engine).edits:
+        if settings.edits:
             pipeline.load_encoder(engine)
         yield engine
 

@@ -86,7 +86,7 @@ async def _made(handle: Handle) -> list[Any]:
 def run_schedule(engine: Engine, dice: random.Random, requests: int, most_steps: int, on_step: Any) -> int:
     """Run one; every picture, and the latents of every job that came to its end, are those of the same made alone."""
     lanes = dice.randint(2, 8)
-    engine.denoiser = Denoiser(HostLanes(engine.unet, lanes))
+    engine.denoiser = Denoiser(HostLanes(engine.model.predictor, lanes))
     curve = Curve({SHAPE: {1: 1.0, dice.randint(2, 8): 1.01}})
     with Service(engine, curve=curve) as service:
         eventually(lambda: service.scheduler.ready)
@@ -121,7 +121,7 @@ def _alone(engine: Engine, tag: dict[str, Any]) -> tuple[Any, Any]:
     """The latents and the picture that settings stand for, made without company."""
     own = {name: tag[name] for name in ("prompt", "steps", "solver", "seed", "guidance", "height", "width")}
     (job,) = engine.jobs(Request(**own, guidance_interval=tuple(tag["guidance_interval"])))
-    denoiser = Denoiser(HostLanes(engine.unet, 2))
+    denoiser = Denoiser(HostLanes(engine.model.predictor, 2))
     denoiser.admit(job)
     while denoiser.jobs:
         denoiser.tick()
@@ -142,7 +142,7 @@ def test_joining_and_leaving_changes_no_bit(engine: Engine, fakes: Fakes, tens: 
 
 def test_joining_and_leaving_changes_no_bit_of_real_networks(embedded: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same with the embedded model: ONNX Runtime treats lanes and pictures of a batch alone."""
-    network, turns = embedded.unet, [lambda step: None]
+    network, turns = embedded.model.predictor, [lambda step: None]
     steps = 0
 
     def unet(*arguments: Any) -> Any:
@@ -156,5 +156,5 @@ def test_joining_and_leaving_changes_no_bit_of_real_networks(embedded: Engine, m
         steps = 0
         turns.append(turn)
 
-    monkeypatch.setattr(embedded, "unet", unet)
+    monkeypatch.setattr(embedded.model, "predictor", unet)
     assert sum(run_schedule(embedded, random.Random(seed), 3, 3, on_step) for seed in range(3)) > 5

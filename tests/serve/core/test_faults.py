@@ -103,7 +103,7 @@ def test_a_step_that_raises_fails_the_one_that_raises_alone(serve: Serve, fakes:
 def _alone(engine: Engine, tag: dict[str, Any]) -> Any:
     settings = {name: tag[name] for name in ("steps", "solver", "seed", "guidance")}
     (job,) = engine.requests([tag["prompt"]], settings)
-    denoiser = Denoiser(HostLanes(engine.unet, 2))
+    denoiser = Denoiser(HostLanes(engine.model.predictor, 2))
     denoiser.admit(job)
     while denoiser.jobs:
         denoiser.tick()

@@ -20,7 +20,7 @@ from tests.support.serve.fakes import catalog_of
 
 CATALOG = catalog_of()
 PLAIN: dict[str, Any] = {
-    **dict.fromkeys(("negative_prompt", "n", "steps", "guidance", "scheduler", "seed")),
+    **dict.fromkeys(("negative_prompt", "n", "steps", "guidance", "scheduler", "seed", "class_label")),
     "size": (128, 128),
 }
 
@@ -157,7 +157,7 @@ def test_what_a_solver_cannot_do_is_said_before_it_runs() -> None:
         CATALOG.work(Request(prompt="", steps=1001))
     assert caught.value.param == "num_inference_steps"
     with pytest.raises(ScheduleError):
-        CATALOG.work(Request(prompt="", options={"nothing": 1}))
+        CATALOG.work(Request(prompt="", steps=5, options={"nothing": 1}))
 
 
 def test_names() -> None:

@@ -142,7 +142,7 @@ def test_the_bundles_own_scheduler_class_is_the_bundles_own_solver(
     client: openai.OpenAI, scheduler: FakeScheduler
 ) -> None:
     client.images.generate(prompt="a", extra_body={"scheduler": "DDIMScheduler"})
-    assert scheduler.submitted[0].request.solver is None
+    assert scheduler.submitted[0].request.solver == "DDIMScheduler"
 
 
 def test_without_a_seed_every_picture_is_another(client: openai.OpenAI, scheduler: FakeScheduler) -> None:

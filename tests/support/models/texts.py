@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentrt.bundle.bundle import EMBEDDED, Bundle
-from latentrt.runtime.base import call
 from latentrt.model.tokenizer import Tokenizer
+from latentrt.runtime.base import call
 from latentrt.runtime.onnxruntime import OrtBackend
 
 PROMPTS = ("a red apple", "", "a cat face", "an owl", "three rockets", "a house")

@@ -129,12 +129,10 @@ def fake_engine(fakes: Fakes, *, lanes: int = 8, seconds: float = 0.0) -> Engine
     """An engine over the embedded model's files, but none of its graphs."""
     bundle = Bundle.open(EMBEDDED, check_hashes=False)
     bundle = replace(bundle, spec=replace(bundle.spec, golden=()))
-    functions = {
-        bundle.spec.graphs["text_encoder"].path: fakes.text,
-        bundle.spec.graphs["unet"].path: fakes.unet,
-        bundle.spec.graphs["vae_decoder"].path: fakes.vae,
-    }
-    return Engine(bundle, FakeBackend(functions, seconds), lanes=lanes)
+    graphs = bundle.spec.graphs()
+    functions = {"text_encoder": fakes.text, "unet": fakes.unet, "vae_decoder": fakes.vae}
+    backend = FakeBackend({graphs[name].path: function for name, function in functions.items()}, seconds)
+    return Engine(bundle, backend, lanes=lanes)
 
 
 def recorded(engine: Engine) -> list[Job]:
@@ -155,7 +153,8 @@ def handle_of(
     prompt: str = "an owl", *, previews: int = 0, deadline: float | None = None, id: str = "", **settings: Any
 ) -> Handle:
     """A request with these settings."""
-    request = Request(prompt=prompt, **{"steps": 4, **settings})
+    defaults = {"steps": 4, "guidance": SPEC.defaults.guidance}
+    request = Request(prompt=prompt, **{**defaults, **settings})
     shape = SPEC.latents.shape_of(request.height, request.width)
     return Handle(request, shape, request.steps, previews, deadline, id)
 

@@ -22,13 +22,14 @@ from PIL import Image
 from latentrt.bundle.bundle import Bundle
 from latentrt.errors import LatentrtError
 from latentrt.images.picture import Picture
+from latentrt.model.model import Model
 from latentrt.request import Request
+from latentrt.runtime.base import Facts
+from latentrt.runtime.fake import FakeBackend
 from latentrt.runtime.tensorrt.record import Profile
-from latentrt.sampling.schedule import Schedule
 from latentrt.serve.core.curve import Curve
 from latentrt.serve.core.handle import Handle, Stage
 from latentrt.serve.core.observer import Observer
-from latentrt.serve.core.pipeline import Facts, Model
 from latentrt.serve.core.queue import Limits
 from latentrt.serve.core.scheduler import Scheduler
 from latentrt.serve.http.app import create_app
@@ -38,6 +39,7 @@ from latentrt.serve.process.metrics import Metrics
 from tests.support.serve.fake_engine import PATIENCE, SHAPE
 
 ROWS = 4
+EMOJI = Model(Bundle.open(check_hashes=False), FakeBackend())
 
 
 def _drop(*_: Any) -> dict[str, Any]:
@@ -69,8 +71,7 @@ class FakeScheduler(Scheduler):
         refuses: Exception | None = None,
         observer: Observer | None = None,
     ) -> None:
-        facts = Facts(one_stream=False, fixed_lanes=False, exact=False, resumable=True)
-        super().__init__(16, SHAPE, facts, Limits(queue), Curve(), observer or Observer(), on_hang=lambda: None)
+        super().__init__(16, SHAPE, Facts(), Limits(queue), Curve(), observer or Observer(), on_hang=lambda: None)
         self.places, self.delay, self.hold, self.refuses = queue, delay, hold, refuses
         self.fails: LatentrtError | None = None
         self.cut: dict[str, str] = {}
@@ -145,10 +146,7 @@ def picture(handle: Handle, index: int) -> Picture:
 
 def catalog_of(*, profiles: Sequence[Profile] | None = None, **settings: Any) -> Catalog:
     """The embedded model's, under these settings, with plans for these sizes."""
-    bundle = Bundle.open(check_hashes=False)
-    schedule = Schedule.from_config(bundle.json(bundle.spec.schedule))
-    model = Model(bundle.spec.id, bundle.spec.latents, schedule, edits=True, profiles=profiles)
-    return Catalog(model, Settings(**{"log_format": "json", **settings}))
+    return Catalog(EMOJI, profiles, Settings(**{"log_format": "json", **settings}))
 
 
 def app_of(scheduler: FakeScheduler, /, **settings: Any) -> Any:

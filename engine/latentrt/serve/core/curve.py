@@ -102,12 +102,14 @@ def _interpolate(points: list[tuple[int, float]], lanes: int) -> float:
 
 
 def of_bench(engine: Engine, results: Mapping[str, Any]) -> Curve:
-    """Return the curve in what `command.bench.measure` returned: of guided pictures of the model's own size.
+    """Return the curve in what `command.bench.measure` returned: of pictures of the model's own size, with guidance
+    where there is any.
 
     Where every call has all lanes there is one point.
     """
     shape = pipeline.own_shape(engine)
-    ticks = {GUIDED * row["batch"]: row["step_ms"][1] / 1000 for row in results["batches"]}
+    each = pipeline.most_lanes(engine)
+    ticks = {each * row["batch"]: row["step_ms"][1] / 1000 for row in results["batches"]}
     if pipeline.facts(engine).fixed_lanes:
         ticks = {engine.denoiser.lanes: min(ticks.values())}
     return Curve({shape: ticks}, {shape: min(row["decode_ms"] for row in results["batches"]) / 1000})

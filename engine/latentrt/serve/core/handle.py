@@ -80,7 +80,7 @@ class Handle:
     """Stands for one request in the server: the scheduler changes it, its client reads it and iterates over its events.
 
     Attributes:
-        request: what is asked for; `count` is the number of pictures.
+        request: what is asked for, the defaults filled in; `count` is the number of pictures.
         shape: of each picture's latents.
         rows: network calls of each picture; a good guess until its job is there.
         previews: to deliver of each picture, spread over its rows; fewer come where decoding, or the client, lags.

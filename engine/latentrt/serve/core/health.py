@@ -32,8 +32,8 @@ class Health:
         return "ready" if self._check_at is None else "starting"
 
     def until_check(self) -> float | None:
-        """Return the seconds until the next self-check; None where none is due. While a call hangs, none can be."""
-        return None if self._check_at is None or self._hung else max(0.0, self._check_at - time.monotonic())
+        """Return the seconds until the next self-check; None where none is due. During another call none can be."""
+        return None if self._check_at is None or self._calls else max(0.0, self._check_at - time.monotonic())
 
     def refusal(self) -> NotReady:
         """Return what clients are told until a self-check has passed."""
@@ -57,11 +57,10 @@ class Health:
         self._calls[call] = time.monotonic()
 
     def end(self, call: str) -> bool:
-        """A call has returned; return whether it hung."""
+        """A call has returned; return whether a self-check waited for that."""
         del self._calls[call]
-        hung = call in self._hung
         self._hung.discard(call)
-        return hung
+        return self._check_at is not None
 
     def found_hung(self, now: float) -> list[EngineFault]:
         """Return a fault for each call that hangs since this was last asked."""

@@ -7,21 +7,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from latentrt.bundle.bundle import MANIFEST, sha256_of
-from latentrt.bundle.manifest import LatentSpec
+from latentrt.bundle.spec import ENCODER, LatentSpec
 from latentrt.engine import Engine
 from latentrt.errors import BackendError, BundleError, DeviceMemoryError, PlanError, RequestError, ScheduleError
-from latentrt.golden import SIDE, TOLERANCE, worst_error
-from latentrt.model.edit import MASKED_STRENGTH, MODES, STRENGTH, prepared
+from latentrt.golden import SIDE, TOLERANCE, example, worst_error
+from latentrt.images.given import MODES, prepared
+from latentrt.model.given import MASKED_STRENGTH, STRENGTH
 from latentrt.request import Request
 from latentrt.run.job import Job
+from latentrt.runtime.base import Facts
 from latentrt.runtime.tensorrt.record import Profile
-from latentrt.sampling.schedule import Schedule
 from latentrt.serve.core.errors import EngineFault
 
 if TYPE_CHECKING:
@@ -33,54 +34,19 @@ Shape = tuple[int, int, int]  # of a picture's latents: channels, height, width
 
 GUIDED = 2  # lanes of a picture with guidance
 IMAGE_MODES = MODES  # of PIL images that can be edited
-ENCODER = "vae_encoder"  # the network that edits need
 
 
 # ---- What the model is
 
 
-class Model(NamedTuple):
-    """What requests are checked against.
-
-    Attributes:
-        edits: whether pictures can begin on a given one.
-        profiles: the sizes of latents ("height", "width") that plans draw; None: all.
-    """
-
-    name: str
-    latents: LatentSpec
-    schedule: Schedule
-    edits: bool
-    profiles: Sequence[Profile] | None
-
-
-class Facts(NamedTuple):
-    """How the engine's device works.
-
-    Attributes:
-        one_stream: encoding and decoding happen between two ticks, by the same thread.
-        fixed_lanes: every call computes all lanes, idle ones too.
-        exact: golden runs can be compared.
-        resumable: jobs may leave the denoiser and go on later.
-    """
-
-    one_stream: bool
-    fixed_lanes: bool
-    exact: bool
-    resumable: bool
-
-
-def model(engine: Engine) -> Model:
-    """Return what the engine draws with."""
-    spec = engine.spec
-    return Model(spec.id, spec.latents, engine.schedule, ENCODER in spec.graphs, engine.profiles)
-
-
 def facts(engine: Engine) -> Facts:
-    """Return how the engine's device works."""
-    on_gpu = engine.backend.gpu is not None
-    exact = not on_gpu and engine.backend.precision == "fp32"
-    return Facts(one_stream=on_gpu, fixed_lanes=on_gpu, exact=exact, resumable=not on_gpu)
+    """Return how the engine's backend runs networks."""
+    return engine.backend.facts
+
+
+def profiles(engine: Engine) -> Sequence[Profile] | None:
+    """Return the sizes of latents ("height", "width") that plans draw; None: all."""
+    return engine.model.profiles(engine.denoiser.lanes)
 
 
 def check_resident(engine: Engine) -> None:
@@ -89,7 +55,7 @@ def check_resident(engine: Engine) -> None:
     Raises:
         BackendError: it drops its networks after use.
     """
-    if not engine.resident:
+    if not engine.model.resident:
         fix = "load it with resident=True"
         raise BackendError("the engine drops its networks", needed="a resident one", fix=fix)
 
@@ -116,19 +82,25 @@ def own_shape(engine: Engine) -> Shape:
     return engine.spec.latents.shape_of(None, None)
 
 
+def most_lanes(engine: Engine) -> int:
+    """Return the lanes that a picture of this model may take: without prompts there is no guidance."""
+    return 1 if engine.model.text is None else GUIDED
+
+
 def lanes_of(request: Request) -> int:
-    """Return the lanes that each picture of a request takes."""
-    return GUIDED if request.guidance > 1 else 1
+    """Return the lanes that each picture of a request takes, its defaults filled in."""
+    return GUIDED if (request.guidance or 0) > 1 else 1
 
 
 def load_encoder(engine: Engine) -> None:
-    """Load the network that edits need: what is loaded later stalls others.
+    """Load the network that edits need, if the model has one: what is loaded later stalls others.
 
     Raises:
         PlanError: there is no plan for it.
     """
     try:
-        engine.network(ENCODER)
+        for name in engine.spec.named(ENCODER):
+            engine.model.networks[name].open()
     except PlanError as error:
         raise PlanError(error.found, needed=error.needed, fix=f"{error.fix}; or serve with --no-edits") from error
 
@@ -149,6 +121,7 @@ def fit(pictures: Mapping[str, Image], size: tuple[int, int], latents: LatentSpe
     """
     width, height = size
     pixels, repaint = prepared(pictures["image"], pictures.get("mask"), height, width, latents)
+    pixels = pixels.repeat(3 // pixels.shape[2], axis=2)  # grey ones too come to the engine in colour
     return {"image": pixels} if repaint is None else {"image": pixels, "mask": repaint.astype(np.uint8) * np.uint8(255)}
 
 
@@ -158,12 +131,11 @@ def prepare(engine: Engine, request: Request) -> tuple[list[Job], dict[str, str]
     Raises:
         LatentrtError: what was wrong with the request.
     """
-    jobs = engine.jobs(request)
-    texts = {"prompt": request.prompt, "negative_prompt": request.negative_prompt or ""}
-    if lanes_of(request) < GUIDED:
-        del texts["negative_prompt"]
-    dropped = {name: engine.text_encoder.dropped(text) for name, text in texts.items()}
-    return jobs, {name: text for name, text in dropped.items() if text}
+    jobs, text = engine.jobs(request), engine.model.text
+    if text is None:
+        return jobs, {}
+    dropped = {name: text.dropped(one) for name, one in text.texts(request).items()}
+    return jobs, {name: end for name, end in dropped.items() if end}
 
 
 # ---- After the ticks
@@ -197,8 +169,7 @@ def check(engine: Engine) -> None:
         EngineFault: other numbers came out.
         LatentrtError: whatever the engine raises.
     """
-    known = facts(engine)
-    if engine.spec.golden and known.exact and engine.denoiser.lanes >= GUIDED:
+    if engine.spec.golden and facts(engine).exact and engine.denoiser.lanes >= most_lanes(engine):
         error = worst_error(engine)
         if math.isnan(error) or error > TOLERANCE:
             raise EngineFault(
@@ -206,11 +177,12 @@ def check(engine: Engine) -> None:
                 needed=f"at most {TOLERANCE:g}",
                 fix="latentrt verify BUNDLE",
             )
-    latents = engine.spec.latents
-    sides = {name: min(getattr(latents, name), SIDE) * latents.factor for name in ("height", "width")}
-    jobs = engine.jobs(Request(prompt="", steps=1, guidance=1.0, **({} if known.fixed_lanes else sides)))
-    engine.run(jobs)
-    engine.picture(jobs[0])
+    side = max(engine.spec.latents.height, engine.spec.latents.width) if facts(engine).fixed_lanes else SIDE
+    settings, pictures = example(engine.model, side)
+    prompt = None if engine.model.text is None else ""
+    (job,) = engine.requests([prompt], {"steps": 1, "guidance": 1.0, **settings}, pictures)
+    engine.run([job])
+    engine.picture(job)
 
 
 def is_fault(error: Exception) -> bool:

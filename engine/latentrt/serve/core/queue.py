@@ -11,7 +11,7 @@ from typing import NamedTuple
 from latentrt.serve.core.curve import Curve
 from latentrt.serve.core.errors import SOON, DeadlineUnreachable, QueueFull, QueueTimeout, RunTimeout
 from latentrt.serve.core.handle import Handle, Slot, Stage
-from latentrt.serve.core.pipeline import GUIDED, Shape
+from latentrt.serve.core.pipeline import Shape
 
 
 def next_to_prepare(slots: Iterable[Slot], ahead: int) -> Handle | None:
@@ -77,8 +77,8 @@ class Limits(NamedTuple):
 class Forecast:
     """When pictures would be done and places would be free, by what was measured; it learns from every tick.
 
-    Seats are counted in pictures with guidance, and rows of other shapes in rows of this one by their pixels: a
-    forecast is right to tens of percent.
+    Seats are counted in pictures of as many lanes as any of them takes, and rows of other shapes in rows of this one by
+    their pixels: a forecast is right to tens of percent.
 
     Args:
         places: pictures that may wait.
@@ -108,7 +108,7 @@ class Forecast:
             return QueueFull(f"{pictures} pictures", needed, fix="ask for fewer pictures")
         if pictures <= free:
             return None
-        tick, starts = self._begins(slots, self._shape)
+        tick, starts = self._begins(slots, self._shape, max(slot.handle.lanes for slot in slots))
         seconds = 0.0 if tick is None else starts[min(pictures - free, waiting) - 1] * tick
         found = f"{free} of {self._places} places in the queue are free"
         return QueueFull(found, needed=f"{pictures}", fix="try again later", retry_after=max(SOON, seconds))
@@ -139,16 +139,20 @@ class Forecast:
     def _seconds(self, handle: Handle, ahead: Sequence[Slot]) -> float:
         """Until a request is done that comes behind these; 0 where nothing was measured."""
         pictures, rows = handle.request.count, float(handle.rows)
-        tick, starts = self._begins(ahead, handle.shape, *[rows] * pictures)
+        each = max([handle.lanes, *(slot.handle.lanes for slot in ahead)])
+        tick, starts = self._begins(ahead, handle.shape, each, *[rows] * pictures)
         return 0.0 if tick is None else (starts[-1] + rows) * tick + pictures * self._curve.decoding(handle.shape)
 
-    def _begins(self, slots: Sequence[Slot], shape: Shape, *more: float) -> tuple[float | None, list[float]]:
-        """The seconds of a tick; after how many ticks each picture that waits begins, and then those of `more` rows."""
+    def _begins(self, slots: Sequence[Slot], shape: Shape, each: int, *more: float) -> tuple[float | None, list[float]]:
+        """The seconds of a tick; after how many ticks each picture that waits begins, and then those of `more` rows.
+
+        Each picture counts as so many lanes.
+        """
         cap = self.cap(shape)
-        used = min(cap, sum(slot.handle.lanes for slot in slots) + GUIDED)
+        used = min(cap, sum(slot.handle.lanes for slot in slots) + each)
         running = [_rows(slot, shape) for slot in slots if slot.stage > Stage.WAITING]
         waiting = [_rows(slot, shape) for slot in slots if slot.stage is Stage.WAITING]
-        return self._curve.seconds(shape, used), begins(running, [*waiting, *more], max(1, cap // GUIDED))
+        return self._curve.seconds(shape, used), begins(running, [*waiting, *more], max(1, cap // each))
 
 
 def _rows(slot: Slot, shape: Shape) -> float:

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 
 from latentrt.errors import LatentrtError, RequestError
 from latentrt.run.job import Float32, Job
+from latentrt.runtime.base import Facts
 from latentrt.serve.core.curve import Curve
 from latentrt.serve.core.errors import Cancelled, Draining, QueueFull, as_fault, code_of
 from latentrt.serve.core.handle import Finished, Handle, Preview, Slot, Stage
 from latentrt.serve.core.health import Health
 from latentrt.serve.core.observer import Observer
-from latentrt.serve.core.pipeline import Facts, Shape
+from latentrt.serve.core.pipeline import Shape
 from latentrt.serve.core.queue import Forecast, Limits, next_to_prepare, next_to_run, sooner, too_late
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class Scheduler:
     Args:
         lanes: of the network.
         shape: of the model's own latents.
-        facts: how the engine's device works.
+        facts: how the engine's backend works.
         curve: what was measured; an empty one lets every tick have all lanes, and times are learnt.
         observer: hears of everything.
         on_hang: called where a call that hangs has not returned after as long again; a thread cannot be ended.
@@ -198,6 +199,8 @@ class Scheduler:
     def next_side_work(self, *, wait: bool) -> Handle | tuple[Slot, tuple[int, Float32] | None] | None:
         """Return a request to prepare or a picture to decode, by turns; where neither waits, a picture with a preview.
 
+        It counts as a call of the engine, a "stage", from now until `returned("stage")`.
+
         Args:
             wait: until there is one; then None says that the scheduler was closed.
         """
@@ -206,6 +209,8 @@ class Scheduler:
                 self._changed.wait_for(lambda: self._closed or self._side_work() is not None)
             work = None if self._closed else self._side_work()
             self._decodes_next = isinstance(work, Handle)
+            if work is not None:
+                self._health.begin("stage")
             if not isinstance(work, Slot):
                 return work
             if work.stage is Stage.DENOISED:
@@ -215,6 +220,9 @@ class Scheduler:
             return work, preview
 
     def _side_work(self) -> Handle | Slot | None:
+        """None while the engine is not trusted: nothing else may use it during a self-check."""
+        if self._health.state != "ready":
+            return None
         request = next_to_prepare(self._slots, BATCHES * self.lanes)
         picture = next(iter(self._at(Stage.DENOISED)), None)
         first, second = (picture, request) if self._decodes_next else (request, picture)
@@ -272,15 +280,19 @@ class Scheduler:
 
     @contextmanager
     def watched(self, call: str) -> Iterator[None]:
-        """Around everything that may hang: a "step", a "stage" or a "self-check"."""
+        """Around what may hang: a "step" or a "self-check"."""
         with self._changed:
             self._health.begin(call)
         try:
             yield
         finally:
-            with self._changed:
-                if self._health.end(call):
-                    self._changed.notify_all()
+            self.returned(call)
+
+    def returned(self, call: str) -> None:
+        """Say that a call of the engine has returned or raised."""
+        with self._changed:
+            if self._health.end(call):
+                self._changed.notify_all()
 
     def run_clock(self) -> None:
         """Fail what is over time and notice what hangs, until the scheduler is closed."""

@@ -38,13 +38,15 @@ class SideWorker:
         work = self._scheduler.next_side_work(wait=wait)
         if work is None:
             return False
-        with self._scheduler.watched("stage"):
+        try:
             if isinstance(work, Handle):
                 self._prepare(work)
             elif (preview := work[1]) is not None:
                 self._preview(work[0], *preview)
             else:
                 self._decode(work[0])
+        finally:
+            self._scheduler.returned("stage")
         return True
 
     def _prepare(self, handle: Handle) -> None:
@@ -103,7 +105,7 @@ class Worker:
         """Take turns until the scheduler is closed."""
         while (joining := self._scheduler.next_turn(busy=bool(self._slots))) is not None:
             self._retire([job for job, slot in self._slots.items() if slot.stage is Stage.OVER])
-            if self._scheduler.check_due and (not self._slots or self._scheduler.facts.resumable):
+            if self._scheduler.check_due and (not self._slots or self._denoiser.resumable):
                 self._check()
             for slot in joining:
                 self._admit(slot)
@@ -171,7 +173,7 @@ class Worker:
         for job in [job for job in rows if job.done]:
             self._denoiser.retire(job)
         failed = dict.fromkeys(self._slots, error)
-        if self._scheduler.facts.resumable:
+        if self._denoiser.resumable:
             failed = self._one_by_one([job for job, row in rows.items() if job.row == row])
         for job, raised in failed.items():
             self._scheduler.fail(self._slots[job].handle, as_error(raised))

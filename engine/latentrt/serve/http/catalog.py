@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
 from latentrt.errors import PlanError, RequestError
+from latentrt.model.model import Model
 from latentrt.request import MAX_SEED, Request
 from latentrt.runtime.tensorrt.record import Profile
 from latentrt.sampling.schedule import Schedule
 from latentrt.sampling.solvers import ALIASES, SOLVERS
 from latentrt.sampling.table import tabulate
-from latentrt.serve.core.pipeline import Model, Shape
+from latentrt.serve.core.pipeline import Shape
 from latentrt.serve.http.errors import Problem
 from latentrt.serve.process.config import Settings
 from latentrt.values import did_you_mean, parse_size
 
+MOST_STEPS = 150  # where neither the settings nor the model's default say more
 LEAST_LATENTS = 8  # a side; below it a UNet's deepest level would have less than one
 SUGGESTED = ((256, 256), (512, 512), (768, 768), (1024, 1024), (1024, 1536), (1536, 1024))
 Size = tuple[int, int]  # width and height in pixels
@@ -29,25 +31,31 @@ class Catalog:
 
     Args:
         model: what the engine draws with.
+        profiles: the sizes of latents ("height", "width") that plans draw; None: all.
         settings: what this server allows.
 
     Raises:
-        RequestError: the settings list a size, or name a solver, that cannot be.
+        RequestError: the settings list a size, name a solver or have a default that cannot be.
         PlanError: no plans draw any size.
     """
 
-    def __init__(self, model: Model, settings: Settings) -> None:
-        self.model = model
+    def __init__(self, model: Model, profiles: Sequence[Profile] | None, settings: Settings) -> None:
+        self._model, self._profiles = model, profiles
         self.settings = settings
-        self.name = settings.model_name or model.name
+        self.name = settings.model_name or model.spec.id
         self.names = (self.name, *(alias for alias in settings.aliases if alias != self.name))
+        self.prompted = model.text is not None
+        self.class_labels, self.classes = "class_label" in model.fields, model.spec.classes
         self.edits = settings.edits and model.edits
-        self.factor = model.latents.factor
+        self.latents = model.spec.latents
+        self.step = self.latents.step
+        self._least = -(-LEAST_LATENTS // self.latents.multiple) * self.step
         self.own = self._own()
         self.sizes = tuple(map(self._listed, settings.sizes)) or self._planned()
         self._solvers = _solver_names(model.schedule)
-        self._default: str | None = None
-        self._default = self.solver(settings.scheduler)
+        solver = self.solver(settings.scheduler) if settings.scheduler else None
+        self.defaults = model.filled(Request(steps=settings.steps, guidance=settings.guidance, solver=solver))
+        self.max_steps = self._max_steps(self.defaults.steps or 1)
         self._work = lru_cache(maxsize=4096)(partial(_work, model.schedule))
 
     # ---- Names
@@ -69,13 +77,13 @@ class Catalog:
             )
 
     def solver(self, name: str | None) -> str | None:
-        """Return the engine's name of a solver or diffusers class; None is the default one.
+        """Return the engine's name of a solver or diffusers class; None is the default one, or the model's own.
 
         Raises:
             Problem: 400 invalid_value.
         """
         if not name:
-            return self._default
+            return self.defaults.solver
         if name not in self._solvers:
             raise Problem(
                 f"there is no scheduler {name[:100]!r}",
@@ -94,7 +102,7 @@ class Catalog:
 
     def request(
         self,
-        prompt: str,
+        prompt: str | None,
         *,
         negative_prompt: str | None,
         n: int | None,
@@ -103,35 +111,59 @@ class Catalog:
         guidance: float | None,
         scheduler: str | None,
         seed: int | None,
+        class_label: int | None,
         strength: float | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> Request:
         """Return what the engine is asked, with the defaults of this server and within its limits.
 
         Raises:
-            Problem: a value is beyond a limit; `param` is its name in the OpenAI API.
+            Problem: a value is missing or beyond a limit; `param` is its name in the OpenAI API.
+            RequestError: the model does not read a value.
         """
         limits = self.settings
         count = n or 1
-        steps = steps or limits.steps
+        steps = steps or self.defaults.steps or 1
+        if not self.prompted:  # clients send empty ones
+            prompt, negative_prompt = prompt or None, negative_prompt or None
+        elif prompt is None:
+            raise Problem("prompt is missing", needed="what to draw", param="prompt")
+        self._check_class(class_label)
         _at_most("n", count, limits.most_pictures)
-        _at_most("num_inference_steps", steps, limits.max_steps)
-        for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt or "")):
-            _at_most(name, len(text), limits.max_prompt, " characters")
+        _at_most("num_inference_steps", steps, self.max_steps)
+        for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+            _at_most(name, len(text or ""), limits.max_prompt, " characters")
         _at_most("seed", 0 if seed is None else seed, MAX_SEED - count + 1)
-        return Request(
+        request = Request(
             prompt=prompt,
             negative_prompt=negative_prompt,
             steps=steps,
             solver=self.solver(scheduler),
             seed=random.randrange(2**32 - count) if seed is None else seed,
-            guidance=limits.guidance if guidance is None else guidance,
+            guidance=self.defaults.guidance if guidance is None else guidance,
             width=size[0],
             height=size[1],
             count=count,
+            class_label=class_label,
             strength=strength,
             options=options or {},
         )
+        return self._model.filled(request)
+
+    def _check_class(self, label: int | None) -> None:
+        """Refuse a missing or too large one here: the engine would only do so once the request's turn has come."""
+        if self.class_labels and label is None:
+            needed = "the number of a class" if self.classes is None else f"a class from 0 to {self.classes - 1}"
+            raise Problem("class_label is missing", needed=needed, param="class_label")
+        if self.class_labels and self.classes is not None:
+            _at_most("class_label", label or 0, self.classes - 1)
+
+    def _max_steps(self, default: int) -> int:
+        most = self.settings.max_steps or max(MOST_STEPS, default)
+        if default > most:
+            found, fix = f"a picture takes {default} steps where nobody says how many", "set steps, or max_steps"
+            raise RequestError(found, needed=f"at most max_steps: {most}", fix=fix)
+        return most
 
     def work(self, request: Request) -> tuple[int, str]:
         """Return how many network calls each of a request's pictures takes, and the solver that makes them.
@@ -141,7 +173,7 @@ class Catalog:
         """
         strength = 1.0 if request.strength is None else request.strength
         try:
-            return self._work(request.solver, request.steps, strength, tuple(sorted(request.options.items())))
+            return self._work(request.solver, request.steps or 1, strength, tuple(sorted(request.options.items())))
         except RequestError as error:
             param = "num_inference_steps" if strength == 1 else "strength"
             raise Problem(error.found, needed=error.needed, fix=error.fix, param=param) from error
@@ -153,7 +185,7 @@ class Catalog:
     def shape_of(self, request: Request) -> Shape:
         """Return the shape of their latents."""
         width, height = self.size_of(request)
-        return self.model.latents.channels, height // self.factor, width // self.factor
+        return self.latents.channels, height // self.latents.factor, width // self.latents.factor
 
     # ---- Sizes
 
@@ -182,7 +214,7 @@ class Catalog:
         if self.sizes:
             return min(self.sizes, key=partial(_unlike, (width, height)))
         scale = math.sqrt(self.own[0] * self.own[1] / (width * height))
-        least, step = LEAST_LATENTS * self.factor, self.factor
+        least, step = self._least, self.step
         most = self.settings.max_side // step * step
         fitted = [min(most, max(least, round(side * scale / step) * step)) for side in (width, height)]
         sides = fitted[0], fitted[1]
@@ -195,18 +227,18 @@ class Catalog:
 
     def _allowed(self, width: int, height: int) -> bool:
         """By the settings."""
-        least, step = LEAST_LATENTS * self.factor, self.factor
+        least, step = self._least, self.step
         sides = all(least <= side <= self.settings.max_side and side % step == 0 for side in (width, height))
         return sides and width * height <= self.settings.max_pixels
 
     def _served(self, width: int, height: int) -> bool:
         """By the plans."""
-        latents = {"height": height // self.factor, "width": width // self.factor}
-        return self.model.profiles is None or any(profile.covers(latents) for profile in self.model.profiles)
+        latents = {"height": height // self.latents.factor, "width": width // self.latents.factor}
+        return self._profiles is None or any(profile.covers(latents) for profile in self._profiles)
 
     def _nearest(self, size: Size) -> Size:
         """Of the sizes that plans draw and the settings allow, one that is much like this in shape."""
-        clipped = [self._clipped(size, profile) for profile in self.model.profiles or ()]
+        clipped = [self._clipped(size, profile) for profile in self._profiles or ()]
         return min((one for one in clipped if self._allowed(*one)), key=partial(_unlike, size), default=self.own)
 
     def _clipped(self, size: Size, profile: Profile) -> Size:
@@ -215,18 +247,18 @@ class Catalog:
 
     def _own(self) -> Size:
         """The model's own size; where no plan draws it, the one that the first plan draws best."""
-        latents = self.model.latents
-        own = latents.width * self.factor, latents.height * self.factor
+        height, width = self.latents.pixels_of(None, None)
+        own = width, height
         if self._served(*own):
             return own
-        if not self.model.profiles:
+        if not self._profiles:
             fix = "build them: latentrt build BUNDLE"
             raise PlanError("no size is served by the plans of both UNet and VAE", needed="one", fix=fix)
-        return self._end(self.model.profiles[0], 1)
+        return self._end(self._profiles[0], 1)
 
     def _planned(self) -> tuple[Size, ...]:
         """The sizes there are, where every plan is for one size alone; none where some are for ranges."""
-        profiles = self.model.profiles or ()
+        profiles = self._profiles or ()
         if any(low != high for profile in profiles for low, _, high in profile.ranges.values()):
             return ()
         sizes = dict.fromkeys([self.own, *(self._end(profile, 1) for profile in profiles)] if profiles else [])
@@ -234,18 +266,19 @@ class Catalog:
 
     def _end(self, profile: Profile, which: int) -> Size:
         """The least, the best or the largest picture of a profile."""
-        return profile.ranges["width"][which] * self.factor, profile.ranges["height"][which] * self.factor
+        factor = self.latents.factor
+        return profile.ranges["width"][which] * factor, profile.ranges["height"][which] * factor
 
     def _ranges(self) -> str:
         """The pictures that plans draw: "256x256 to 512x768; or ..."."""
-        ends = [(self._end(profile, 0), self._end(profile, 2)) for profile in self.model.profiles or ()]
+        ends = [(self._end(profile, 0), self._end(profile, 2)) for profile in self._profiles or ()]
         return "; or ".join(f"{_text(least)} to {_text(most)}" for least, most in ends)
 
     def _listed(self, text: str) -> Size:
         """A size of the settings."""
         width, height = parse_size(text, "sizes")
-        if width % self.factor or height % self.factor:
-            needed = f"WIDTHxHEIGHT in multiples of {self.factor}"
+        if width % self.step or height % self.step:
+            needed = f"WIDTHxHEIGHT in multiples of {self.step}"
             raise RequestError(f"sizes has {text!r}", needed, fix="change sizes in the settings")
         if not self._served(width, height):
             fix = f"latentrt build BUNDLE --size {text}, or change sizes in the settings"
@@ -260,10 +293,10 @@ class Catalog:
         if self.sizes:
             return ", ".join(map(_text, self.sizes))
         good = [self.own, *(size for size in SUGGESTED if self._drawn(*size) and size != self.own)]
-        planned = "" if self.model.profiles is None else f" within {self._ranges()},"
+        planned = "" if self._profiles is None else f" within {self._ranges()},"
         return (
-            f"{', '.join(map(_text, good))}, or any sides{planned} that are multiples of {self.factor} from"
-            f" {LEAST_LATENTS * self.factor} to {self.settings.max_side} with at most"
+            f"{', '.join(map(_text, good))}, or any sides{planned} that are multiples of {self.step} from"
+            f" {self._least} to {self.settings.max_side} with at most"
             f" {self.settings.max_pixels} pixels in all"
         )
 
@@ -284,13 +317,15 @@ def _work(
     return len(table), table.solver
 
 
-def _solver_names(schedule: Schedule) -> dict[str, str | None]:
-    """Every name that a client may give a solver; a class has the first solver that is of it, the bundle's own None."""
-    names: dict[str, str | None] = {name: name for name in SOLVERS}
+def _solver_names(schedule: Schedule) -> dict[str, str]:
+    """Every name that a client may give a solver; a class has the first solver that is of it, the bundle's own itself,
+    which is the solver that its settings choose.
+    """
+    names = {name: name for name in SOLVERS}
     names |= ALIASES
     for name, solver in SOLVERS.items():
         names.setdefault(solver.scheduler, name)
-    names[schedule.scheduler] = None
+    names[schedule.scheduler] = schedule.scheduler
     return names
 
 

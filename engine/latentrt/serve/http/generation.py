@@ -77,7 +77,7 @@ async def generating(
     """
     catalog, facts = context.catalog, facts_of(http)
     if files and not catalog.edits:
-        needed = "a prompt alone: this server edits none"
+        needed = "none: this server edits no pictures"
         raise Problem("there is a picture", needed, fix="leave it out", param="image")
     rows, solver = catalog.work(request)
     size = catalog.size_of(request)
@@ -91,7 +91,7 @@ async def generating(
     context.scheduler.reserve(handle)
     try:
         if files:
-            latents, most = catalog.model.latents, context.settings.max_image_pixels
+            latents, most = catalog.latents, context.settings.max_image_pixels
             pictures = await in_thread(partial(decode, files, size, latents, most))
             handle.request = replace(request, pictures=pictures)
         context.scheduler.submit(handle)

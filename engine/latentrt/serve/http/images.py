@@ -12,7 +12,7 @@ import anyio.to_thread
 import numpy as np
 from numpy.typing import NDArray
 
-from latentrt.bundle.manifest import LatentSpec
+from latentrt.bundle.spec import LatentSpec
 from latentrt.serve.core import pipeline
 from latentrt.serve.http.errors import Problem
 

@@ -94,7 +94,7 @@ def _request(context: Context, wanted: Wanted, size: tuple[int, int], strength: 
         )
     context.catalog.check_model(wanted.model)
     return context.catalog.request(
-        wanted.prompt,
+        wanted.prompt or None,
         negative_prompt=wanted.negative_prompt,
         n=wanted.n,
         size=size,
@@ -102,6 +102,7 @@ def _request(context: Context, wanted: Wanted, size: tuple[int, int], strength: 
         guidance=wanted.guidance_scale,
         scheduler=wanted.scheduler,
         seed=wanted.seed,
+        class_label=wanted.class_label,
         strength=strength,
     )
 

@@ -1,8 +1,8 @@
 """The OpenAI Images API as the newest client speaks it: every field it may send, and the answers.
 
 A field whose type is None alone is one that the client knows and that is not supported: null passes, anything else is
-refused by name. `seed`, `negative_prompt`, `num_inference_steps`, `guidance_scale`, `scheduler`, `strength` and
-`timeout` are latentrt's own (`extra_body` in the client).
+refused by name. `seed`, `negative_prompt`, `num_inference_steps`, `guidance_scale`, `scheduler`, `class_label`,
+`strength` and `timeout` are latentrt's own (`extra_body` in the client).
 
 Source: openai.types.image_generate_params, image_edit_params, images_response and the stream events, openai 3.54.
 """
@@ -36,8 +36,10 @@ def _without_null(schema: dict[str, Any]) -> None:
 
 
 WHOLE = BeforeValidator(_whole)  # last in its type: bounds must stand next to int to be in the schema
+Text = Annotated[str, Field(min_length=0)]  # with any bound, half a surrogate pair is refused
 Count = Annotated[int, Field(ge=1), WHOLE]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED), WHOLE]
+Label = Annotated[int, Field(ge=0, lt=2**31), WHOLE]
 Guidance = Annotated[float, Field(ge=0, le=100)]
 Percent = Annotated[int, Field(ge=0, le=100), WHOLE]
 Part = Annotated[float, Field(gt=0, le=1)]
@@ -49,7 +51,7 @@ class Wanted(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    prompt: Annotated[str, Field(min_length=1, description="What to draw.")]
+    prompt: Annotated[Text | None, Field(description="What to draw; needed, except by models that read none.")] = None
     model: Annotated[str | None, Field(description="A name that /v1/models lists.")] = None
     n: Annotated[Count | None, Field(description="How many pictures.")] = None
     size: Annotated[str | None, Field(description="WIDTHxHEIGHT, or auto for the model's own.")] = None
@@ -78,10 +80,11 @@ class Wanted(BaseModel):
     svg: None = None
     # latentrt's own.
     seed: Annotated[Seed | None, Field(description="Of the first picture; the others count up. None: any.")] = None
-    negative_prompt: str | None = None
+    negative_prompt: Text | None = None
     num_inference_steps: Count | None = None
     guidance_scale: Guidance | None = None
     scheduler: Annotated[str | None, Field(description="A name of `latentrt solvers`, or a diffusers class.")] = None
+    class_label: Annotated[Label | None, Field(description="Number of a class, for models that have classes.")] = None
     timeout: Annotated[
         Annotated[float, Field(gt=0, le=86_400)] | None, Field(description="Seconds: refuse what would take longer.")
     ] = None

@@ -99,21 +99,25 @@ def _job(handle: Handle) -> Job:
 
 @router.get("/latentrt/model", responses=documented(401))
 async def model(context: Served) -> dict[str, Any]:
-    """What a page or a client may offer: names, the model's own size, limits, defaults, solvers, edits."""
-    catalog, settings = context.catalog, context.settings
+    """What a page or a client may offer: names, sizes, limits, defaults, solvers, and what the model reads: prompts,
+    class labels (below `classes`, where that is known), pictures to edit.
+    """
+    catalog, settings, defaults = context.catalog, context.settings, context.catalog.defaults
     return {
         "model": catalog.name,
         "names": catalog.names,
         "size": "{}x{}".format(*catalog.own),
         "sizes": [f"{width}x{height}" for width, height in catalog.sizes],
-        "step": catalog.factor,
+        "step": catalog.step,
         "limits": {
-            name: getattr(settings, name)
-            for name in ("max_side", "max_pixels", "max_steps", "max_prompt", "max_image_bytes")
+            name: getattr(settings, name) for name in ("max_side", "max_pixels", "max_prompt", "max_image_bytes")
         }
-        | {"max_n": settings.most_pictures},
-        "defaults": {"steps": settings.steps, "guidance": settings.guidance, "scheduler": settings.scheduler},
+        | {"max_n": settings.most_pictures, "max_steps": catalog.max_steps},
+        "defaults": {"steps": defaults.steps, "guidance": defaults.guidance, "scheduler": defaults.solver},
         "schedulers": catalog.solver_names,
+        "prompted": catalog.prompted,
+        "class_labels": catalog.class_labels,
+        "classes": catalog.classes,
         "edits": catalog.edits,
     }
 

@@ -14,7 +14,7 @@ from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse
 
-from latentrt.images.image import prose
+from latentrt.images.metadata import prose
 from latentrt.images.picture import Picture
 from latentrt.request import Request
 from latentrt.sampling.solvers import SOLVERS
@@ -199,6 +199,7 @@ def _request(
         guidance=wanted.cfg_scale,
         scheduler=solver,
         seed=None if wanted.seed in (None, -1) else wanted.seed,
+        class_label=wanted.class_label,
         strength=strength,
         options=options,
     )
@@ -235,10 +236,10 @@ def _info(request: Request, drawn: list[Picture]) -> dict[str, Any]:
     """What A1111's clients parse: how each picture was made."""
     facts = [picture.info["latentrt"] for picture in drawn]
     seeds = [one["seed"] for one in facts]
-    negative = request.negative_prompt or ""
+    prompt, negative = request.prompt or "", request.negative_prompt or ""
     return {
-        "prompt": request.prompt,
-        "all_prompts": [request.prompt] * len(drawn),
+        "prompt": prompt,
+        "all_prompts": [prompt] * len(drawn),
         "negative_prompt": negative,
         "all_negative_prompts": [negative] * len(drawn),
         "seed": request.seed,

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from latentrt.request import MAX_SEED
-from latentrt.serve.http.openai_schema import WHOLE, Count, Guidance, Part
+from latentrt.serve.http.openai_schema import WHOLE, Count, Guidance, Label, Part, Text
 
 # A1111's names with our solvers and the spacing that its "Automatic" means.
 SAMPLERS: dict[str, tuple[str, str]] = {
@@ -68,8 +68,8 @@ class TextToImage(BaseModel):
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False, strict=True)
 
-    prompt: str = ""
-    negative_prompt: str = ""
+    prompt: Text = ""
+    negative_prompt: Text = ""
     seed: Annotated[Annotated[int, Field(ge=-1, le=MAX_SEED), WHOLE] | None, Field(description="-1 is any.")] = -1
     sampler_name: Annotated[str | None, Field(description="As /sdapi/v1/samplers lists, or a solver's name.")] = None
     sampler_index: str | None = None
@@ -80,6 +80,7 @@ class TextToImage(BaseModel):
     cfg_scale: Guidance | None = None
     width: Count | None = None
     height: Count | None = None
+    class_label: Annotated[Label | None, Field(description="latentrt's own: for models that have classes.")] = None
     eta: Annotated[float, Field(ge=0, le=1)] | None = None
     override_settings: Annotated[
         dict[str, Any] | None, Field(description="sd_model_checkpoint; what would change the picture is refused.")

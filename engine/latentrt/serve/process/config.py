@@ -12,7 +12,6 @@ from pydantic_settings import TomlConfigSettingsSource as Toml
 
 from latentrt.bundle.bundle import EMBEDDED
 from latentrt.errors import RequestError
-from latentrt.request import Request
 
 PREFIX = "LATENTRT_"
 # Model names that clients send by default: LibreChat's tool gpt-image-1, Open WebUI dall-e-2.
@@ -81,7 +80,9 @@ class Settings(BaseSettings):
     hang_timeout: Seconds = _field(60.0, "Load", "Seconds after which a step counts as hung.")
 
     max_n: Count = _field(10, "Limits", "Most pictures of one request.")
-    max_steps: Count = _field(150, "Limits", "Most steps of a picture.")
+    max_steps: Count | None = _field(
+        None, "Limits", "Most steps of a picture; 150 if not given, or the default where that is more."
+    )
     max_side: Count = _field(2048, "Limits", "Longest side of a picture, in pixels.")
     max_pixels: Count = _field(1536 * 1024, "Limits", "Most pixels of a picture.")
     sizes: Texts = _field((), "Limits", "The only sizes drawn, as 512x512,768x512; any within the limits if none.")
@@ -90,14 +91,12 @@ class Settings(BaseSettings):
     max_image_bytes: Count = _field(32 * MIB, "Limits", "Most bytes of a picture that is sent here.")
     max_image_pixels: Count = _field(4096 * 4096, "Limits", "Most pixels of a picture that is sent here.")
 
-    steps: Count = _field(
-        Request.__dataclass_fields__["steps"].default, "Defaults", "Steps, for clients that name none."
-    )
-    guidance: Annotated[float, Field(ge=0, le=100)] = _field(
-        Request.__dataclass_fields__["guidance"].default, "Defaults", "Guidance scale, for clients that name none."
+    steps: Count | None = _field(None, "Defaults", "Steps, for clients that name none; the model's own if not given.")
+    guidance: Annotated[float, Field(ge=0, le=100)] | None = _field(
+        None, "Defaults", "Guidance scale, for clients that name none; the model's own if not given."
     )
     scheduler: str | None = _field(
-        None, "Defaults", "Solver, for clients that name none; the bundle's own if not given."
+        None, "Defaults", "Solver, for clients that name none; the model's own if not given."
     )
 
     log_format: Literal["auto", "console", "json"] = _field("auto", "Logs", "auto: console on a terminal, else json.")
@@ -106,8 +105,6 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _fits(self) -> Settings:
-        if self.steps > self.max_steps:
-            raise ValueError(f"steps ({self.steps}) is more than max_steps ({self.max_steps})")
         if self.fewest_replicas > self.most_replicas:
             raise ValueError(f"replicas ({self.replicas}) is from more to fewer")
         if self.most_replicas > 1 and not self.ray:
