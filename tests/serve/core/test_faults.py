@@ -13,12 +13,12 @@ from latentrt import Engine
 from latentrt.errors import LatentrtError, NetworkError
 from latentrt.run.denoiser import Denoiser
 from latentrt.run.host import HostLanes
-from latentrt.serve.core import health
+from latentrt.serve.core import health, pipeline
 from latentrt.serve.core.errors import EngineFault, NotReady
-from latentrt.serve.core.handle import Handle
+from latentrt.serve.core.handle import Handle, Stage
 from latentrt.serve.core.observer import Observer
 from latentrt.serve.core.service import Service
-from tests.serve.conftest import Serve, all_prepared, eventually
+from tests.serve.conftest import Serve, all_prepared, at_stage, eventually
 from tests.support.serve.fake_engine import (
     HANGS,
     NAN,
@@ -195,6 +195,31 @@ def test_a_client_that_hears_of_a_fault_finds_the_server_unready(
     fakes.broken.add(network)
     failure(submit(service, handle_of("a prompt never seen before")))
     assert states == ["failed"]
+
+
+def test_nothing_else_uses_the_engine_during_a_self_check(
+    serve: Serve, fakes: Fakes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service, check, seen = serve(hang=PATIENCE), pipeline.check, list[Any]()
+    scheduler = service.scheduler
+
+    def seeing(engine: Engine) -> None:
+        seen.append((set(scheduler._health._calls), scheduler._side_work()))
+        check(engine)
+
+    monkeypatch.setattr(pipeline, "check", seeing)
+    for time in range(TIMES):
+        fakes.decoding.clear()
+        slow = submit(service, handle_of(steps=1))
+        eventually(lambda: at_stage(service, Stage.DECODING))
+        waits = submit(service, handle_of(f"a prompt never seen before, number {time}", count=8))
+        scheduler.suspect(EngineFault("a mistake", needed="none"))
+        assert not scheduler.check_due
+        assert len(seen) == time
+        fakes.decoding.set()
+        assert [len(wait(one.pictures())) for one in (slow, waits)] == [1, 8]
+        is_well(service)
+    assert seen == [({"self-check"}, None)] * TIMES
 
 
 @pytest.mark.parametrize("where", ["step", "stage"])

@@ -148,6 +148,15 @@ def test_defaults_and_limits_of_a_request() -> None:
         catalog.request("abcdef", **PLAIN)
 
 
+def test_the_models_own_defaults_hold_where_the_settings_say_nothing() -> None:
+    own = CATALOG.defaults
+    assert (own.steps, own.guidance, own.solver, CATALOG.max_steps) == (20, 3.0, None, 150)
+    assert catalog_of(steps=200).max_steps == 200
+    with pytest.raises(RequestError, match="20 steps where nobody says how many") as caught:
+        catalog_of(max_steps=10)
+    assert "max_steps: 10" in caught.value.needed
+
+
 def test_a_zero_guidance_is_not_a_missing_one() -> None:
     assert CATALOG.request("a", **{**PLAIN, "guidance": 0.0, "seed": 0}).guidance == 0.0
 

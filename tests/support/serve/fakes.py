@@ -144,14 +144,14 @@ def picture(handle: Handle, index: int) -> Picture:
     return Picture.of(np.ascontiguousarray(pixels), {**settings, "guidance": request.guidance})
 
 
-def catalog_of(*, profiles: Sequence[Profile] | None = None, **settings: Any) -> Catalog:
-    """The embedded model's, under these settings, with plans for these sizes."""
-    return Catalog(EMOJI, profiles, Settings(**{"log_format": "json", **settings}))
+def catalog_of(model: Model = EMOJI, *, profiles: Sequence[Profile] | None = None, **settings: Any) -> Catalog:
+    """A model's, under these settings, with plans for these sizes."""
+    return Catalog(model, profiles, Settings(**{"log_format": "json", **settings}))
 
 
-def app_of(scheduler: FakeScheduler, /, **settings: Any) -> Any:
+def app_of(scheduler: FakeScheduler, /, model: Model = EMOJI, **settings: Any) -> Any:
     """The application around a fake scheduler; its metrics hear of it."""
-    catalog = catalog_of(**settings)
+    catalog = catalog_of(model, **settings)
     metrics = scheduler.observer if isinstance(scheduler.observer, Metrics) else Metrics(catalog.name)
     scheduler.observer = metrics
     return create_app(scheduler, catalog, metrics=metrics)
