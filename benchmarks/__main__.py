@@ -49,7 +49,7 @@ def answer(name: str, config: Config, results: Path) -> None:
     """Measure one question and put its samples in the place of its older ones in `results`/cpu.json."""
     about = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "machine": machine(), "config": config.to_dict()}
     print(f"{name} ...", flush=True)
-    result = import_module(f"benchmarks.{name}").measure(config)
+    result = import_module(f"benchmarks.cpu.{name}").measure(config)
     store(results / "cpu.json", name, {**about, **result.to_dict()})
 
 

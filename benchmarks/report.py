@@ -1,6 +1,6 @@
 """From cpu.json to README.md and its plots: tables, goals reached or not, and what was tried where one was missed.
 
-GPU.md is made by `benchmarks.gpu.page`.
+GPU.md is made by `benchmarks.gpu.report.page`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Answer:
     @cached_property
     def question(self) -> ModuleType:
         """The module that asks."""
-        return import_module(f"benchmarks.{self.name}")
+        return import_module(f"benchmarks.cpu.{self.name}")
 
     @cached_property
     def result(self) -> Result:
@@ -68,7 +68,7 @@ class Answer:
 
 def write(folder: Path) -> None:
     """From `folder`/cpu.json README.md and a plot for each question; from its gpu-*.json GPU.md and plots."""
-    from benchmarks.gpu import page
+    from benchmarks.gpu.report import page
     from benchmarks.plots import draw
 
     page.write(folder)

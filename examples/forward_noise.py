@@ -1,8 +1,9 @@
 """The forward process: a picture under more and more noise, for each schedule of betas.
 
-    python examples/forward_noise.py PICTURE [SHEET]
+    python examples/forward_noise.py [PICTURE]
 
-Rows are the linear, scaled-linear and squared-cosine schedules over 100 training timesteps, columns t = 0, 50 and 99.
+It writes forward-noise.png: in rows the linear, scaled-linear and squared-cosine schedules over 100 training timesteps,
+in columns t = 0, 50 and 99. Without a picture it draws one.
 """
 
 import sys
@@ -10,7 +11,7 @@ import sys
 import numpy as np
 from PIL import Image
 
-from latentrt import Schedule, grid, noise_source, save
+from latentrt import Engine, Schedule, grid, noise_source, save
 from latentrt.images.pixels import from_uint8, to_pil, to_uint8
 
 KINDS, TIMESTEPS = ("linear", "scaled_linear", "squaredcos_cap_v2"), (0, 50, 99)
@@ -31,4 +32,9 @@ def noised(picture: Image.Image) -> Image.Image:
 
 
 if __name__ == "__main__":
-    save(noised(Image.open(sys.argv[1])), sys.argv[2] if len(sys.argv) > 2 else "forward-noise.png", settings={})
+    if len(sys.argv) > 1:
+        picture = Image.open(sys.argv[1])
+    else:
+        with Engine.load() as engine:
+            picture = engine("an owl", seed=1)[0]
+    save(noised(picture), "forward-noise.png", settings={})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,24 +17,12 @@ ENGINE, EXPORT = ROOT / "engine" / "latentrt", ROOT / "export" / "latentrt_expor
 FORBIDDEN = {"torch", "diffusers", "transformers", "onnx", "latentrt_export"}
 # From the bottom to the top; a module imports only from its own room and from rooms before it.
 ROOMS = (
-    *(
-        "errors",
-        "values",
-        "storage",
-        "bundle",
-        "sampling",
-        "request",
-        "cuda",
-        "runtime",
-        "images",
-        "model",
-        "run",
-        "engine",
-        "golden",
-    ),
+    *("errors", "values", "storage"),
+    *("bundle", "sampling", "request", "cuda", "runtime", "images", "model", "run", "engine", "golden"),
     *("serve.core", "serve.process", "serve.http", "serve", "command", "__main__"),
 )
-EXPORT_ROOMS = ("checkpoint", "graphs", "place", "to_bundle", "plans", "verify", "cli")
+EXPORT_ROOMS = ("checkpoint", "graphs", "place", "describe", "to_bundle", "plans", "verify", "cli")
+MOST_FILES, MOST_LINES = 13, 350
 
 
 def module_of(path: Path, root: Path = ENGINE) -> str:
@@ -92,6 +81,15 @@ def test_nothing_imports_a_private_name_of_another_module() -> None:
     for path in (*modules(ENGINE), *modules(EXPORT)):
         private = {name for name in imports(path) if "latentrt" in name and name.rpartition(".")[2].startswith("_")}
         assert private <= {"latentrt.__version__"}, path
+
+
+@pytest.mark.parametrize("folder", ["engine", "export", "tests", "benchmarks", "examples", "docs"])
+def test_folders_and_files_are_small_enough_to_read(folder: str) -> None:
+    paths = [path for kind in ("*.py", "*.cu", "*.js") for path in (ROOT / folder).rglob(kind)]
+    files = Counter(path.parent for path in paths if path.name != "__init__.py")
+    assert {folder: count for folder, count in files.items() if count > MOST_FILES} == {}
+    lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in paths}
+    assert {path: count for path, count in lines.items() if count > MOST_LINES} == {}
 
 
 @pytest.mark.parametrize(

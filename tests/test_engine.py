@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,33 @@ def latents(engine: Engine, prompts: list[str], **settings: Any) -> list[np.ndar
     jobs = engine.requests(prompts, settings)
     engine.run(jobs)
     return [job.latents for job in jobs]
+
+
+def test_a_second_thread_may_make_jobs_and_decode_while_one_denoises(sd: Engine) -> None:
+    """What `Engine` promises: the first thread's ticks and the second's calls take turns at random."""
+    asked = [f"a thing {number}" for number in range(6)]
+    settings = {"steps": 8, "solver": "dpmpp-2m", "guidance": 3.0}
+    alone = latents(sd, ["an owl"], **settings)[0]
+    wanted = [np.asarray(image) for image in sd(asked, **{**settings, "steps": 1})]
+    jobs, done = sd.requests(asked, {**settings, "steps": 1}), threading.Event()
+    sd.run(jobs)
+
+    def beside() -> list[tuple[np.ndarray, np.ndarray]]:
+        found = []
+        while not (done.is_set() and found):
+            (made,) = sd.requests([f"a new thing {len(found)}"], settings)
+            job = jobs[len(found) % len(jobs)]
+            found.append((made.latents, np.asarray(sd.picture(job)) - wanted[len(found) % len(jobs)]))
+        return found
+
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(beside)
+        try:
+            denoised = latents(sd, ["an owl"], **settings)[0]
+        finally:
+            done.set()
+    np.testing.assert_array_equal(denoised, alone)
+    assert all((start == other.result()[0][0]).all() and not difference.any() for start, difference in other.result())
 
 
 def test_a_call_gives_pictures_that_know_how_they_were_made(sd: Engine) -> None:

@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 
 from benchmarks.gpu.config import SIDES, Config
 from latentrt import Engine
+from latentrt.bundle.spec import DECODER, DENOISER, TEXT_ENCODER
 from latentrt.cuda.base import DeviceArray
 from latentrt.runtime.base import Bound, DeviceNetwork
 from latentrt.runtime.signature import shape_of
 
-PARTS = ("text", "unet", "vae")
+PARTS = {"text": TEXT_ENCODER, "unet": DENOISER, "vae": DECODER}
 
 
 class EngineSide:
@@ -55,21 +56,21 @@ class EngineSide:
 
     def alone(self) -> dict[str, list[float]]:
         """Milliseconds of each network for the batch: all lanes' texts, one UNet call, all pictures' decoding."""
-        spec = self.engine.spec
-        parts = {"text": spec.named("text_encoder"), "unet": ("unet",), "vae": ("vae_decoder",)}
         found = {}
-        for part, names in parts.items():
-            times = [self._time(name) for name in names]
-            calls = self._batch if part == "vae" else 1  # pictures are decoded one by one
+        for part, role in PARTS.items():
+            times = [
+                self._time(name, 1 if role == DECODER else 2 * self._batch) for name in self.engine.spec.named(role)
+            ]
+            calls = self._batch if role == DECODER else 1  # pictures are decoded one by one
             found[part] = [calls * sum(each) for each in zip(*times, strict=True)]
         return found
 
-    def _time(self, name: str) -> list[float]:
+    def _time(self, name: str, batch: int) -> list[float]:
         """Milliseconds of one call of a network, `repeats` times over the mean of `calls`, by the device's clock."""
         gpu, calls = self._backend.gpu, self._config.calls
-        network: Any = self.engine.network(name)
+        network: Any = self.engine.model.networks[name].open()
         samples = []
-        with self._call(network, 1 if name == "vae_decoder" else 2 * self._batch) as call:
+        with self._call(network, batch) as call:
             for _ in range(self._config.repeats + 1):
                 first = gpu.mark()
                 for _ in range(calls):

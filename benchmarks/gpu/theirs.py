@@ -16,8 +16,6 @@ from benchmarks.gpu.config import FOLDER, SIDES, Config
 from latentrt.bundle.bundle import Bundle
 from latentrt.sampling.solvers import SOLVERS
 
-PIPELINES = {"sd": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
-
 
 class Clock:
     """Times what is queued on torch's device: CUDA events, or the wall clock where it is a CPU."""
@@ -167,8 +165,9 @@ def open_pipeline(config: Config, device: str, dtype: str) -> Any:
 
     disable_progress_bar()
     assert config.bundle is not None
-    kind = getattr(diffusers, PIPELINES[Bundle.open(config.bundle, check_hashes=False).spec.family])
-    pipe = kind.from_pretrained(Path(config.bundle), torch_dtype=getattr(torch, dtype), local_files_only=True)
+    pipe: Any = diffusers.DiffusionPipeline.from_pretrained(
+        Path(config.bundle), torch_dtype=getattr(torch, dtype), local_files_only=True
+    )
     pipe.set_progress_bar_config(disable=True)
     solver = SOLVERS[config.solver]
     scheduler: Any = getattr(diffusers, solver.scheduler)

@@ -34,7 +34,8 @@ class Engine:
     """A loaded model that makes pictures. Make one with `Engine.load`; use it in a `with` block or close it.
 
     One thread at a time may use an engine, but for this: while one denoises (`run`, or the `denoiser` itself), another
-    may make `jobs` and decode (`picture`, `decode`), unless the networks share a stream: `backend.facts.one_stream`.
+    may make `jobs` and decode (`picture`, `decode`). Not where networks share a stream (`backend.facts.one_stream`) or
+    are dropped when their turn is over (`resident=False`).
 
     >>> with Engine.load() as sd:
     ...     images = sd("a red apple", steps=20, solver="dpmpp-2m", seed=7, guidance=3.0)
@@ -77,14 +78,12 @@ class Engine:
             bundle: a folder made by `latentrt export`, or the name of an embedded model ("emoji", "pixels").
             backend: "onnxruntime"; "tensorrt", "tensorrt-rtx" or "tensorrt-lean" with the plans of `latentrt build`; or
                 a Backend of your own.
-            device: "cpu", "cuda", or "cuda:1" for the second GPU; None is the CPU for onnxruntime and "cuda" for the
-                others. Nothing else is tried.
+            device: "cpu", "cuda" or "cuda:1"; None is "cpu" for onnxruntime and "cuda" for the others.
             threads: CPU threads of one network call; None for all physical cores.
             precision: "fp32" or "fp16" graphs; None is fp32 on a CPU and fp16 on a GPU.
             lanes: the most lanes of one call of the denoiser; a picture with guidance takes two. On a GPU every call
                 has exactly so many. None is 16 on a CPU; on a GPU what the plan was built for, or 2.
-            resident: keep all networks loaded. False loads each when it is needed and drops it when the next one is:
-                the least memory, for a process that makes one batch on a CPU.
+            resident: keep all networks loaded; False drops each when its turn is over: the least memory, on a CPU.
             capture: on a GPU, launch ticks and whole pictures as CUDA graphs; False queues their calls one by one. None
                 is True for TensorRT and False for onnxruntime.
             plans: a folder of TensorRT plans that you trust; None is the bundle's place in your cache.

@@ -55,7 +55,7 @@ def test_every_question_is_answered(name: str, tmp_path: Path) -> None:
     part = json.loads((tmp_path / "cpu.json").read_text())[name]
     result = Result.from_dict(part)
     assert all(sample > 0 for measure in result.measures for samples in measure.samples.values() for sample in samples)
-    goals = import_module(f"benchmarks.{name}").goals(result)
+    goals = import_module(f"benchmarks.cpu.{name}").goals(result)
     assert all("nan" not in goal.measured for goal in goals)
     assert str(tmp_path) not in json.dumps(part)
     page = (tmp_path / "README.md").read_text()
@@ -72,7 +72,7 @@ def test_a_missed_goal_is_said_and_explained(monkeypatch: pytest.MonkeyPatch) ->
         "facts": {"psnr_db": 90.0},
     }
     goals = [at_least("2 times", Result.from_dict(part)["one image"], 2)]
-    monkeypatch.setattr("benchmarks.one_image.goals", lambda result: goals)
+    monkeypatch.setattr("benchmarks.cpu.one_image.goals", lambda result: goals)
     section = report._section(report.Answer("one_image", part, "This was tried."))
     assert "Not reached: 2 times." in section
     assert "This was tried." in section

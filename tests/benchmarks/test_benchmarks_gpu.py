@@ -5,31 +5,23 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-import torch
-from diffusers import UNet2DConditionModel
-from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.gpu import command, figures, page
+from benchmarks.gpu import command
 from benchmarks.gpu import run as benchmark
-from benchmarks.gpu.child import Child, Deadline, Meter, NotMeasuredError
+from benchmarks.gpu.child import Deadline, NotMeasuredError
 from benchmarks.gpu.config import SIDES, Config
-from benchmarks.gpu.macs import macs
+from benchmarks.gpu.report import figures, page
 from benchmarks.gpu.results import Results
 from benchmarks.report import write
 from latentrt.bundle.bundle import EMBEDDED
 from latentrt.errors import BackendError, RequestError
 
-SD15 = {  # stable-diffusion-v1-5's UNet
-    **{"block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 768, "attention_head_dim": 8},
-    **{"sample_size": 64, "layers_per_block": 2},
-}
 CHEAP = ("diffusers", "ort-ticks", "ort", "trt-loop", "compile")  # all code of all sides
 
 
@@ -158,41 +150,6 @@ def test_the_share_of_the_peak_is_of_two_lanes() -> None:
     assert found.iterations.median == 250
 
 
-def flops(network: Any, *shapes: tuple[int, ...]) -> int:
-    """What torch counts for one call of a network without weights."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        sample, states = (torch.empty(shape) for shape in shapes)
-        network(sample, torch.empty(shapes[0][0]), states)
-    return counter.get_total_flops()
-
-
-def test_macs_are_those_that_torch_counts() -> None:
-    config = json.loads((EMBEDDED / "unet" / "config.json").read_text())
-    with torch.device("meta"):
-        emoji, sd15 = UNet2DConditionModel.from_config(config), UNet2DConditionModel(**SD15)
-    path = EMBEDDED / "unet" / "model.onnx"
-    for batch, height, width in ((1, 16, 16), (3, 8, 12)):
-        theirs = flops(emoji, (batch, config["in_channels"], height, width), (batch, 77, config["cross_attention_dim"]))
-        assert 2 * macs(path, {"batch": batch, "height": height, "width": width}) == theirs
-    assert flops(sd15, (1, 4, 64, 64), (1, 77, 768)) == 2 * 401_636_720_640
-
-
-@pytest.mark.parametrize(
-    ("method", "arguments", "limit", "reason"),
-    [
-        ("add", ("text",), 60, "TypeError: unsupported operand"),
-        ("die", (), 60, "exit code 3: CUDA error: an illegal memory access"),
-        ("sleep", (), 0.5, "longer than"),
-    ],
-)
-def test_a_child_that_fails_says_why(method: str, arguments: tuple[Any, ...], limit: float, reason: str) -> None:
-    child = Child("tests.support.gpu.child_worker:Worker", 2)
-    assert child.ask(60, "add", 3) == 5
-    with pytest.raises(NotMeasuredError, match=reason):
-        child.ask(limit, method, *arguments)
-    child.close()
-
-
 class Fragile:
     """A child of each side: the second round of `ort` fails, `trt` never opens; what is asked is kept."""
 
@@ -286,30 +243,6 @@ def test_what_there_was_no_time_for_is_recorded_and_replaces_nothing(
     assert results.data["drift"]["2"]["diffusers"]["missing"] == "Out of time (--minutes 1)"
     assert figures.figures_of(results.data, "diffusers", 1) is not None
     assert "Stopped after fewer rounds: diffusers, eager (1), " in page._batch(results.data, 1)
-
-
-def test_the_limit_of_one_request_ends_with_the_run() -> None:
-    assert Deadline(None).left(7) == 7
-    assert Deadline(60).left(7) == 7
-    assert Deadline(0.1).left(7) <= 6
-    with pytest.raises(NotMeasuredError, match=r"Out of time \(--minutes 0\)"):
-        Deadline(0).left(7)
-
-
-def test_memory_is_what_a_process_took_while_others_slept() -> None:
-    free = 1000
-    meter = Meter(lambda: free)
-    with meter.watch("a") as first:
-        free = 600
-        time.sleep(0.05)
-        free = 700  # 300 stay
-    with meter.watch("b") as second:
-        free = 650
-    with meter.watch("a") as again:
-        free = 450
-        time.sleep(0.05)
-        free = 600
-    assert (first, second, again) == ([400], [50], [500])
 
 
 def test_what_is_typed() -> None:

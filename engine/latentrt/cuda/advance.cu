@@ -1,22 +1,17 @@
 // What the GPU does between two calls of the network, for all jobs in one launch: guidance, one row of every job's
-// table (the equations of sampling/table.py), and the next input. `cuda/kernels.py` launches these and has the same
-// structures.
+// table (the equations of sampling/table.py), and the next input. `cuda/kernels.py` has the same structures.
 //
 // Arithmetic is float32, in the order of the numpy functions and without contraction (--fmad=false): a row has the
 // same bits on the GPU and on the CPU. Only what the network reads and writes may be half. A thread takes one number
 // at a time: latents are small (16 thousand numbers at 512²), so a launch costs its latency, not its loads.
 //
 // Nothing here waits for the host. A job's row index lives in device memory; the last block to finish a row moves it
-// on, so a graph of (network, advance) pairs runs a whole picture.
-//
-// The tests compile this file as C++ for the CPU, after tests/support/gpu/host_cuda.h, which stands in for what is
-// CUDA's own.
+// on, so a graph of (network, advance) pairs runs a whole picture. The tests compile this file as C++ for the CPU,
+// after tests/support/gpu/host_cuda.h, which stands in for what is CUDA's own.
 
 #ifdef __CUDACC__
 // NVRTC comes without cuda_fp16.h; two instructions are all that is needed of it.
-struct half {
-    unsigned short bits;
-};
+struct half { unsigned short bits; };
 
 __device__ inline void put(half& target, float value) {
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(target.bits) : "f"(value));

@@ -19,7 +19,6 @@ from latentrt.errors import ScheduleError
 from latentrt.sampling.settings import class_of, settings_of
 
 Float64 = NDArray[np.float64]
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
 TINY_ALPHA_CUMPROD = 2.0**-24  # diffusers' stand-in for zero where a solver divides by alpha
 
 

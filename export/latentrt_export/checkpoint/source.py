@@ -220,7 +220,7 @@ def _download(repository: str, revision: str | None, variant: str | None) -> Pat
 
     try:
         root = download(() if variant else HUB_VARIANTS)
-        if not all(any(root.glob(pattern)) for pattern in HUB_WEIGHTS):
+        if not _has_weights(root):
             root = download(())  # it has variants only
     except (OSError, ValueError) as error:  # every error of huggingface_hub is one or the other
         raise ExportError(
@@ -229,6 +229,11 @@ def _download(repository: str, revision: str | None, variant: str | None) -> Pat
             fix="check the id, the revision and the network; for a gated model: hf auth login",
         ) from error
     return root
+
+
+def _has_weights(root: Path) -> bool:
+    """Whether every network of a checkpoint has safetensors of some kind."""
+    return all(any(_home(root, part).glob("*.safetensors")) for part in _parts(_index(root)))
 
 
 def _parts(index: Mapping[str, Any]) -> tuple[str, ...]:

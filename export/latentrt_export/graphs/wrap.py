@@ -80,7 +80,7 @@ class PenultimateTextEncoder(nn.Module):
 
 
 class UNet(nn.Module):
-    """UNet2DConditionModel. What it reads beside the latents is an input of its own, concatenated here."""
+    """UNet2DConditionModel. Channels that it reads beside the latents are an input of their own."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()

@@ -48,7 +48,7 @@ def test_presets_have_the_published_models_shapes(preset: str, network: str) -> 
 
 def test_a_checkpoint_is_one_that_can_be_exported(small: Path) -> None:
     opened = open_checkpoint(small)
-    assert (opened.family, opened.license) == ("sd", "none (random weights)")
+    assert (opened.pipeline, opened.license) == ("StableDiffusionPipeline", "none (random weights)")
     assert {name for name in opened.files if name.endswith(".safetensors")} == {
         "text_encoder/model.safetensors",
         "unet/diffusion_pytorch_model.safetensors",

@@ -49,7 +49,6 @@ def test_cuda_graphs_of_a_bundle(exported: Exported, name: str) -> None:
     assert spec.graphs("fp16-ort-cuda").keys() == spec.graphs().keys()
     for network, graph in spec.graphs("fp16-ort-cuda").items():
         half = spec.graphs("fp16")[network]
-        assert spec.cuda_graph(network) == graph
         assert (graph.path, graph.opset) == (cuda_path(spec.graphs()[network].path), 21)
         assert (graph.inputs, graph.outputs) == (half.inputs, half.outputs)
         onnx.checker.check_model(root / graph.path, full_check=True)

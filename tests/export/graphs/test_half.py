@@ -32,7 +32,7 @@ def test_half_graphs_of_a_bundle(exported: Exported, name: str) -> None:
     """Each network has one, valid, with the engine's names, all float16 but for what holds the times."""
     _, root = exported(name)
     spec = Bundle.open(root).spec
-    assert spec.graphs("fp16").keys() == spec.graphs().keys() == spec.islands.keys()
+    assert spec.graphs("fp16").keys() == spec.graphs().keys()
     for network, graph in spec.graphs("fp16").items():
         assert graph.path == half_path(spec.graphs()[network].path)
         onnx.checker.check_model(root / graph.path, full_check=True)
@@ -45,9 +45,11 @@ def test_half_graphs_of_a_bundle(exported: Exported, name: str) -> None:
         model = ir.load(root / graph.path)
         exact = {node for node in model.graph if any(value.dtype == SINGLE for value in node.outputs)}
         assert exact == {node for node in timing(model.graph) if node.op_type != "Cast"}
-        assert len(exact) == {"unet": 18 if spec.family == "sdxl" else 8}.get(network, 0)
-        assert spec.islands[network].nodes == ()
-        assert 1 < spec.islands[network].largest < LARGEST / MARGIN
+        assert len(exact) == {"unet": 18 if name == "sdxl" else 8}.get(network, 0)
+        islands = spec.networks[network].variants["fp16"].islands
+        assert islands is not None
+        assert islands.nodes == ()
+        assert 1 < islands.largest < LARGEST / MARGIN
 
 
 @pytest.mark.parametrize("name", BUNDLES)

@@ -39,7 +39,7 @@ def test_graphs_give_what_torch_gives(exported: Callable[[str], tuple[Path, Path
     spec = Bundle.open(root).spec
     for network, graph in spec.graphs().items():
         session = _session(root / graph.path)
-        torch_network = _torch_network(root, network, spec.family)
+        torch_network = _torch_network(root, network)
         for size in SIZES:
             feeds = _feeds(root, graph, network, size, spec.latents.factor)
             with torch.no_grad():
@@ -57,14 +57,15 @@ def _session(path: Path) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def _torch_network(root: Path, name: str, family: str) -> Callable[[Mapping[str, torch.Tensor]], dict[str, Any]]:
+def _torch_network(root: Path, name: str) -> Callable[[Mapping[str, torch.Tensor]], dict[str, Any]]:
     """The network as its own library loads and calls it; `latentrt_export.graphs.wrap` has no part in it."""
     load = {"dtype": torch.float32, "use_safetensors": True}
     with quiet():
         if name.startswith("text_encoder"):
             kind = CLIPTextModelWithProjection if name.endswith("_2") else CLIPTextModel
             text = kind.from_pretrained(root / name, **load).eval()
-            return lambda x: _text_states(text, x["input_ids"], family)
+            penultimate = (root / "text_encoder_2").is_dir()
+            return lambda x: _text_states(text, x["input_ids"], penultimate=penultimate)
         if name == "unet":
             unet = UNet2DConditionModel.from_pretrained(root / "unet", torch_dtype=torch.float32).eval()
             return lambda x: {"out": _noise(unet, x)}
@@ -74,9 +75,9 @@ def _torch_network(root: Path, name: str, family: str) -> Callable[[Mapping[str,
     return lambda x: {"moments": vae.encode(x["image"]).latent_dist.parameters}
 
 
-def _text_states(model: Any, ids: torch.Tensor, family: str) -> dict[str, torch.Tensor]:
+def _text_states(model: Any, ids: torch.Tensor, *, penultimate: bool) -> dict[str, torch.Tensor]:
     out = model(ids, output_hidden_states=True)
-    if family == "sd":
+    if not penultimate:
         return {"text_states": out.last_hidden_state}
     states = {"text_states": out.hidden_states[-2]}
     return states | {"text_embeds": out.text_embeds} if hasattr(out, "text_embeds") else states

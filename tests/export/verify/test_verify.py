@@ -160,7 +160,7 @@ def test_what_is_no_checkpoint_is_no_failed_measurement(
         next(verify(EMBEDDED, tmp_path / "nothing"))
     with pytest.raises(ExportError, match=r"no model_index\.json"):
         next(verify(EMBEDDED, tmp_path))
-    with pytest.raises(ExportError, match="family sdxl"):
+    with pytest.raises(ExportError, match="sdxl has the networks"):
         next(verify(EMBEDDED, exported("sdxl")[0]))
     with pytest.raises(ExportError, match="exported from"):
         list(verify(EMBEDDED, exported("sd")[0], steps=2))

@@ -103,11 +103,8 @@ def arrivals(config: Config, interval: float) -> list[Arrival]:
 
 def by_step(ours: Ours, traffic: Sequence[Arrival]) -> Served:
     """Join and leave between any two network calls."""
-    denoiser, waiting, served = (
-        Denoiser(HostLanes(ours.engine.model.predictor, 2 * PICTURES)),
-        list(traffic),
-        Served({}, {}),
-    )
+    denoiser = Denoiser(HostLanes(ours.engine.model.predictor, 2 * PICTURES))
+    waiting, served = list(traffic), Served({}, {})
     owner: dict[Job, Arrival] = {}
     start = time.perf_counter()
     while waiting or denoiser.jobs:

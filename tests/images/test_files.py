@@ -1,4 +1,4 @@
-"""Pixels against diffusers' image processor; files against what other readers find in them."""
+"""Files: settings that come back, what a format cannot hold, names."""
 
 from __future__ import annotations
 
@@ -12,18 +12,15 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-import torch
-from diffusers.image_processor import VaeImageProcessor
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from latentrt.errors import NetworkError, OutputError, RequestError
+from latentrt.errors import OutputError, RequestError
 from latentrt.images.files import encode, output_path, save
 from latentrt.images.metadata import read_settings
-from latentrt.images.pixels import from_uint8, to_pil, to_uint8
-from latentrt.images.sheet import grid
+from latentrt.images.pixels import to_pil
 
 SUFFIXES = [".png", ".jpg", ".jpeg", ".webp"]
 SETTINGS = {
@@ -42,51 +39,6 @@ SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmic
 
 def picture(size: tuple[int, int] = (16, 8), color: str = "red") -> Image.Image:
     return Image.new("RGB", size, color)
-
-
-# Pixels
-
-
-def test_every_pixel_value_survives_the_way_to_the_latents_range_and_back() -> None:
-    pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
-    np.testing.assert_array_equal(to_uint8(from_uint8(pixels)), pixels)
-
-
-def test_to_uint8_is_diffusers_bit_for_bit() -> None:
-    rng = np.random.default_rng(0)
-    x = rng.normal(0, 0.7, (2, 3, 32, 48)).astype(np.float32)
-    x[0, 0].flat[:512] = (np.arange(512, dtype=np.float32) + 0.5) / 255 - 1  # near the roundings' edges
-    wanted = VaeImageProcessor().postprocess(torch.from_numpy(x), output_type="pil")
-    for found, image in zip(to_pil(to_uint8(x)), wanted, strict=True):
-        np.testing.assert_array_equal(np.asarray(found), np.asarray(image))
-
-
-def test_from_uint8_is_diffusers_bit_for_bit() -> None:
-    pixels = np.random.default_rng(1).integers(0, 256, (2, 16, 24, 3), dtype=np.uint8)
-    wanted = VaeImageProcessor().preprocess(to_pil(pixels)).numpy()
-    found = from_uint8(pixels)
-    assert found.dtype == np.float32
-    np.testing.assert_array_equal(found, wanted)
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_broken_decoder_output_is_never_a_black_picture(value: float) -> None:
-    x = np.zeros((1, 3, 4, 4), np.float32)
-    x[0, 1, 2, 3] = value
-    with pytest.raises(NetworkError, match="1 of 48"):
-        to_uint8(x)
-
-
-@pytest.mark.parametrize("shape", [(3, 4, 4), (1, 4, 4, 3), (1, 1, 4, 4)])
-def test_to_uint8_refuses_other_shapes(shape: tuple[int, ...]) -> None:
-    with pytest.raises(NetworkError, match="shape"):
-        to_uint8(np.zeros(shape, np.float32))
-
-
-@pytest.mark.parametrize("pixels", [np.zeros((4, 4, 3), np.uint8), np.zeros((1, 4, 4, 3), np.float32)])
-def test_from_uint8_refuses_other_pixels(pixels: np.ndarray) -> None:
-    with pytest.raises(RequestError, match="pixels of shape"):
-        from_uint8(pixels)
 
 
 # Files and their metadata
@@ -134,12 +86,12 @@ def test_plain_pil_save_works_and_keeps_pixels_only(tmp_path: Path) -> None:
 
 
 def test_png_is_lossless_and_jpeg_close(tmp_path: Path) -> None:
-    pixels = np.random.default_rng(2).integers(0, 256, (1, 32, 32, 3), dtype=np.uint8)
-    [image] = to_pil(pixels)
+    pixels = np.random.default_rng(2).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    image = to_pil(pixels)
     with Image.open(save(image, tmp_path / "x.png")) as read:
-        np.testing.assert_array_equal(np.asarray(read), pixels[0])
+        np.testing.assert_array_equal(np.asarray(read), pixels)
     with Image.open(save(image, tmp_path / "x.jpg")) as read:
-        assert np.abs(np.asarray(read).astype(int) - pixels[0]).mean() < 4  # measured: 3.2
+        assert np.abs(np.asarray(read).astype(int) - pixels).mean() < 4  # measured: 3.2
 
 
 def prose_of(path: Path) -> str:
@@ -242,54 +194,6 @@ def test_reading_what_is_not_ours(tmp_path: Path) -> None:
     for name in ("missing.png", "text.png", "list.jpg"):
         with pytest.raises(RequestError, match=name):
             read_settings(tmp_path / name)
-
-
-# Contact sheets
-
-
-def test_grid_places_tiles_row_by_row_with_white_gaps() -> None:
-    colors = ["red", "lime", "blue"]
-    sheet = grid([picture((10, 6), color) for color in colors], columns=2)
-    assert sheet.size == (24, 16)
-    corners = [sheet.getpixel(place) for place in ((0, 0), (14, 0), (0, 10))]
-    assert corners == [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
-    assert {sheet.getpixel((x, 3)) for x in range(10, 14)} == {(255, 255, 255)}
-    assert sheet.getpixel((14, 10)) == (255, 255, 255)
-
-
-@pytest.mark.parametrize(("count", "columns"), [(1, 1), (4, 2), (5, 3), (9, 3), (10, 4)])
-def test_grid_is_nearly_square_by_itself(count: int, columns: int) -> None:
-    assert grid([picture((10, 10))] * count).width == columns * 14 - 4
-
-
-def test_captions_stand_under_their_own_tiles() -> None:
-    tiles = [picture((64, 64), "red")] * 2
-    sheet = np.asarray(grid(tiles, 2, ["a caption much longer than its tile is wide", ""])).astype(int)
-    strip = sheet[64:]
-    assert strip.shape[0] > 8
-    assert strip[:, :64].min() < 64, "black letters under the first tile"
-    assert (strip[:, 64:] == 255).all(), "nothing under the gap and the second tile"
-    assert (sheet[:64, :64] == [255, 0, 0]).all(), "no letter over the tile"
-
-
-def test_caption_letters_do_not_reach_into_the_next_row() -> None:
-    sheet = np.asarray(grid([picture((48, 48), "white")] * 2, 1, ["(gjpqy|)"] * 2))
-    strip = (sheet.shape[0] - 4 - 2 * 48) // 2
-    assert (sheet[48 + strip : 48 + strip + 4] == 255).all()
-
-
-@pytest.mark.parametrize(
-    ("images", "columns", "captions"),
-    [
-        ([], None, []),
-        ([picture((8, 8)), picture((8, 9))], None, []),
-        ([picture()], 0, []),
-        ([picture()], None, ["one", "two"]),
-    ],
-)
-def test_impossible_grids(images: list[Image.Image], columns: int | None, captions: list[str]) -> None:
-    with pytest.raises(RequestError):
-        grid(images, columns, captions)
 
 
 # File names

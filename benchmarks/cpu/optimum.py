@@ -4,7 +4,7 @@ optimum-onnx needs older libraries than diffusers 0.42 does (docs/export.md tell
 environment of its own:
 
     optimum-cli export onnx --model engine/latentrt/bundle/embedded/emoji --task text-to-image FOLDER
-    python -m benchmarks.optimum --optimum-folder FOLDER
+    python -m benchmarks.cpu.optimum --optimum-folder FOLDER
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from benchmarks.timing import paired
 from latentrt.bundle.bundle import EMBEDDED, Bundle
 from latentrt.model.tokenizer import Tokenizer
+from latentrt.runtime.signature import shape_of
 from latentrt_export.graphs.to_onnx import quiet
 from latentrt_export.graphs.wrap import load_network
 
@@ -89,7 +90,7 @@ def examples(bundle: Path, name: str) -> dict[str, np.ndarray]:
         return {"input_ids": np.stack([tokenizer.encode(prompt).ids for prompt in PROMPTS])}
     scale = spec.latents.factor if name == "vae_encoder" else 1
     sizes = {"batch": 2, "height": spec.latents.height * scale, "width": spec.latents.width * scale}
-    shapes = {t.name: [sizes[d] if isinstance(d, str) else d for d in t.shape] for t in spec.graphs()[name].inputs}
+    shapes = {tensor.name: shape_of(tensor, sizes) for tensor in spec.graphs()[name].inputs}
     values = {k: rng.standard_normal(shape, np.float32) for k, shape in shapes.items()}
     return values | ({"timestep": np.full(2, 500, np.float32)} if name == "unet" else {})
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.config import SIDES
-from benchmarks.gpu.figures import NOT_MEASURED, Figures, Goal, batches_of, figures_of, goals, why_missing
+from benchmarks.gpu.report.figures import NOT_MEASURED, Figures, Goal, batches_of, figures_of, goals, why_missing
 from benchmarks.markdown import number, spread, table
 from benchmarks.measures import Spread
 
@@ -54,7 +54,7 @@ def write(folder: Path) -> None:
     files = sorted(folder.glob("gpu-*.json"))
     presets = [json.loads(path.read_text(encoding="utf-8")) for path in files]
     for data in presets:
-        from benchmarks.gpu.plots import draw
+        from benchmarks.gpu.report.plots import draw
 
         draw(data, folder)
     (folder / PAGE).write_text(render(presets), encoding="utf-8")

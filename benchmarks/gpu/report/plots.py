@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib as mpl
 
 from benchmarks.gpu.config import SIDES
-from benchmarks.gpu.figures import batches_of, figures_of
+from benchmarks.gpu.report.figures import batches_of, figures_of
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt

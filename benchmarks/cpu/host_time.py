@@ -42,12 +42,9 @@ def goals(result: Result) -> list[Goal]:
 
 def _our_steps(ours: Ours, task: Task) -> tuple[float, float]:
     watch = Stopwatch(ours.engine.model.predictor)
-    denoiser = Denoiser(HostLanes(watch, 2 * len(task.prompts)))
-    for job in ours.jobs(task):
-        denoiser.admit(job)
+    denoiser, jobs = Denoiser(HostLanes(watch, 2 * len(task.prompts))), ours.jobs(task)
     start = time.perf_counter()
-    while denoiser.jobs:
-        denoiser.tick()
+    denoiser.run(jobs)
     return _host(time.perf_counter() - start, watch.seconds, task.steps)
 
 

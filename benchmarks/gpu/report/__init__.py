@@ -1,0 +1,1 @@
+"""Reports of what was measured on GPUs: figures, plots and the page."""
