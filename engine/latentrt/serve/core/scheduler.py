@@ -8,9 +8,11 @@ import time
 from bisect import insort
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+
+from PIL.Image import Image
 
 from latentrt.errors import LatentrtError, RequestError
+from latentrt.images.picture import Picture
 from latentrt.run.job import Float32, Job
 from latentrt.runtime.base import Facts
 from latentrt.serve.core.curve import Curve
@@ -20,11 +22,6 @@ from latentrt.serve.core.health import Health
 from latentrt.serve.core.observer import Observer
 from latentrt.serve.core.pipeline import Shape
 from latentrt.serve.core.queue import Forecast, Limits, next_to_prepare, next_to_run, sooner, too_late
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from latentrt.images.picture import Picture
 
 PATIENCE = 0.5  # the part of queue_timeout after which a request without a deadline ranks before all newcomers
 BATCHES = 2  # that wait prepared, at most: the next one, and the one after it
@@ -199,10 +196,8 @@ class Scheduler:
     def next_side_work(self, *, wait: bool) -> Handle | tuple[Slot, tuple[int, Float32] | None] | None:
         """Return a request to prepare or a picture to decode, by turns; where neither waits, a picture with a preview.
 
-        It counts as a call of the engine, a "stage", from now until `returned("stage")`.
-
-        Args:
-            wait: until there is one; then None says that the scheduler was closed.
+        It is to be done within `watched("stage")`, and counts as begun from now on: no self-check comes between. With
+        `wait` there always is some, unless the scheduler was closed.
         """
         with self._changed:
             if wait:
@@ -280,19 +275,15 @@ class Scheduler:
 
     @contextmanager
     def watched(self, call: str) -> Iterator[None]:
-        """Around what may hang: a "step" or a "self-check"."""
+        """Around everything that may hang: a "step", a "stage" or a "self-check"."""
         with self._changed:
             self._health.begin(call)
         try:
             yield
         finally:
-            self.returned(call)
-
-    def returned(self, call: str) -> None:
-        """Say that a call of the engine has returned or raised."""
-        with self._changed:
-            if self._health.end(call):
-                self._changed.notify_all()
+            with self._changed:
+                if self._health.end(call):
+                    self._changed.notify_all()
 
     def run_clock(self) -> None:
         """Fail what is over time and notice what hangs, until the scheduler is closed."""

@@ -38,15 +38,13 @@ class SideWorker:
         work = self._scheduler.next_side_work(wait=wait)
         if work is None:
             return False
-        try:
+        with self._scheduler.watched("stage"):
             if isinstance(work, Handle):
                 self._prepare(work)
             elif (preview := work[1]) is not None:
                 self._preview(work[0], *preview)
             else:
                 self._decode(work[0])
-        finally:
-            self._scheduler.returned("stage")
         return True
 
     def _prepare(self, handle: Handle) -> None:
