@@ -27,7 +27,7 @@ MORE_MIB, MORE_FILES = 24, 4
 @pytest.mark.slow
 def test_memory_and_descriptors_are_stable() -> None:
     with running("--lanes", "16", command=fake()) as one:
-        seen, samples = within(60 * MINUTES + 120, lambda: _soak(one, 60 * MINUTES))
+        seen, samples = within(60 * MINUTES + PATIENCE, lambda: _soak(one, 60 * MINUTES))
         within(PATIENCE, lambda: until_idle(one.url))
         after = (one.memory, one.descriptors)
         assert one.stop() == 0
