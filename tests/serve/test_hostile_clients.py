@@ -176,7 +176,7 @@ def test_uploads_that_wait_are_not_in_memory(monkeypatch: pytest.MonkeyPatch) ->
         assert within(PATIENCE, lambda: ask(one.url, EDIT, upload, FORM)).status == 200
         files = one.descriptors
         more = within(PATIENCE, lambda: go(one))
-        assert more < crowd * len(upload) / 2**20 / 3
+        assert more < crowd * len(upload) / 2**20 / 2
         while one.descriptors > files:
             time.sleep(0.01)
         assert one.stop() == 0
