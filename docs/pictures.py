@@ -12,6 +12,7 @@ from latentrt import Engine, Job, grid, save
 from latentrt.bundle.bundle import EMBEDDED
 
 IMAGES = Path(__file__).parent / "images"
+EXAMPLES = Path(__file__).parents[1] / "examples"
 SETTINGS = {"steps": 20, "solver": "dpmpp-2m", "guidance": 2.5, "seed": 0}
 COLUMNS = 8
 THINGS = ("camel", "whale", "lobster", "hedgehog", "dog", "squid")
@@ -41,12 +42,17 @@ def combinations() -> list[str]:
     ]
 
 
-def by_command(captions: list[str], name: str) -> None:
-    """A sheet made by the command itself."""
-    settings = ("--solver", "dpmpp-2m", "--guidance", "2.5", "--seed", "0")
+def by_command(name: str, *words: str, shown: str = "--grid") -> None:
+    """A sheet or animation made by the command itself."""
+    settings = ("--solver", "dpmpp-2m", "--seed", "0")
     with TemporaryDirectory() as folder:
-        words = ("generate", *captions, *settings, "--output", f"{folder}/{{index}}", "--grid", str(IMAGES / name))
-        subprocess.run((sys.executable, "-m", "latentrt", *words), check=True)
+        words = (*words, *settings, "--output", f"{folder}/{{index}}", shown, str(IMAGES / name))
+        subprocess.run((sys.executable, "-m", "latentrt", "generate", *words), check=True)
+
+
+def forward_noise() -> None:
+    """The sheet of `examples/forward_noise.py`."""
+    subprocess.run((sys.executable, EXAMPLES / "forward_noise.py"), check=True, cwd=IMAGES)
 
 
 def previews(engine: Engine) -> None:
@@ -70,5 +76,8 @@ if __name__ == "__main__":
     with Engine.load() as engine:
         sheet(engine)
         previews(engine)
-    by_command(spread(64), "captions.png")
-    by_command(combinations(), "combined.png")
+    by_command("captions.png", *spread(64), "--guidance", "2.5")
+    by_command("combined.png", *combinations(), "--guidance", "2.5")
+    by_command("pixels.png", "--bundle", "pixels", "--count", "64", "--steps", "50")
+    by_command("denoising.webp", *spread(8), "--guidance", "2.5", shown="--animate")
+    forward_noise()

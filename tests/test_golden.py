@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from latentrt import Engine
-from latentrt.bundle.bundle import Bundle
+from latentrt.bundle.bundle import Bundle, embedded
 from latentrt.bundle.spec import Golden
-from latentrt.golden import measure, worst_error
+from latentrt.golden import TOLERANCE, measure, worst_error
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +24,13 @@ def engine() -> Iterator[Engine]:
 def with_runs(engine: Engine, *runs: Golden) -> Engine:
     spec = replace(engine.spec, golden=runs)
     return Engine(Bundle(engine.bundle.root, spec, {}), engine.backend)
+
+
+@pytest.mark.parametrize("name", embedded())
+def test_embedded_models_draw_what_they_drew_when_exported(name: str) -> None:
+    with Engine.load(name) as engine:
+        assert worst_error(engine) < TOLERANCE
+        assert {run.prompt for run in engine.spec.golden} == ({""} if name == "pixels" else {"a red apple", "a"})
 
 
 def test_runs_of_this_machine_are_repeated_to_the_bit(engine: Engine) -> None:

@@ -58,6 +58,8 @@ def _run(engine: Engine, solver: str, prompt: str, negative: str, steps: int, se
     prompted = engine.model.text is not None
     if prompted:
         settings |= {"negative_prompt": negative, "guidance": guidance}
+    else:
+        prompt, negative, guidance = "", "", 1.0
     (job,) = engine.requests([prompt if prompted else None], settings, pictures)
     engine.run([job])
     x = job.latents.astype(np.float64)

@@ -62,13 +62,15 @@ def run_verify(bundle: Path, against: str | Path, *, steps: int, as_json: bool) 
         return int(failed > 0)
     table = table_of("depth", "what", "measured", "value", "bound", "")
     for check in checks:
-        bound = f"{'>=' if check.at_least else '<='} {check.bound:g}"
         if check.value is None:
-            table.add_row(check.depth, check.what, check.note, "", "", "[yellow]not measured[/]")
+            table.add_row(check.depth, check.what, check.measure, "", "", "[yellow]not measured[/]")
         else:
+            bound = f"{'>=' if check.at_least else '<='} {check.bound:.3g}"
             mark = "[green]ok[/]" if check.passed else "[red]beyond[/]"
             table.add_row(check.depth, check.what, check.measure, f"{check.value:.3g}", bound, mark)
     show(table)
+    for note in dict.fromkeys(check.note for check in checks if check.note):
+        print(f"{', '.join(check.what for check in checks if check.note == note)}: {note}")
     measured = sum(check.value is not None for check in checks)
     unserved = f", {len(checks) - measured} not measured" if measured < len(checks) else ""
     print(f"{measured - failed} of {measured} within their bounds{unserved}")

@@ -38,7 +38,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def small(bundle: Path, **options: Any) -> Config:
-    chosen = {"batches": (1,), "steps": 2, "size": (32, 32), "repeats": 1, "calls": 1, "drift": (2,), "limit": 300.0}
+    chosen = {"batches": (1,), "steps": 2, "size": (32, 32), "repeats": 1, "calls": 1, "drift": (2,), "limit": 3600.0}
     return Config(bundle=bundle, **{**chosen, "hardware": "tests.support.gpu.emulated", **options})
 
 

@@ -43,14 +43,14 @@ def test_macs_are_those_that_torch_counts() -> None:
 @pytest.mark.parametrize(
     ("method", "arguments", "limit", "reason"),
     [
-        ("add", ("text",), 60, "TypeError: unsupported operand"),
-        ("die", (), 60, "exit code 3: CUDA error: an illegal memory access"),
+        ("add", ("text",), 3600, "TypeError: unsupported operand"),
+        ("die", (), 3600, "exit code 3: CUDA error: an illegal memory access"),
         ("sleep", (), 0.5, "longer than"),
     ],
 )
 def test_a_child_that_fails_says_why(method: str, arguments: tuple[Any, ...], limit: float, reason: str) -> None:
     child = Child("tests.support.gpu.child_worker:Worker", 2)
-    assert child.ask(60, "add", 3) == 5
+    assert child.ask(3600, "add", 3) == 5
     with pytest.raises(NotMeasuredError, match=reason):
         child.ask(limit, method, *arguments)
     child.close()

@@ -288,7 +288,7 @@ def test_recorded_steps_are_those_of_plain_ones(tmp_path: Path, monkeypatch: pyt
 def test_every_stage_runs_and_the_bundle_draws(work: Path) -> None:
     stages = ["combine", "tokenizer", "vae", "text", "unet", "pack", "check", "card"]
     command = [sys.executable, str(RECIPE), *stages, "--minutes", "0.05", "--work", str(work)]
-    subprocess.run(command, check=True, timeout=900)
+    subprocess.run(command, check=True)
     found = json.loads((work / "found.json").read_text())
     assert found["captions"] == len(NAMES)
     assert (work / "sheet.png").is_file()

@@ -45,11 +45,11 @@ def check(solver: str, steps: int, strength: float, *, masked: bool, base: Optio
     table = tabulate(solver, Schedule.from_config(base), steps, strength=strength, **options)
     walked: Options = {"given": strength, "masked": masked, **options}
     run = walk(solver, base, steps, exact=True, outputs="random", **walked)
-    exact = follow(table, run, dtype=np.float64, exact=True)
+    exact = follow(table, run, dtype=np.float64)
     coarse = "use_lu_lambdas" in options or options.get("interpolation_type") == "log_linear"
     assert exact.worst <= (COARSE_GRID if coarse else EXACT), f"exact: {exact}, {where}"
     run = walk(solver, base, steps, exact=False, outputs="network", **walked)
-    shipped = follow(table, run, dtype=np.float32, exact=False)
+    shipped = follow(table, run, dtype=np.float32)
     assert shipped.worst <= SHIPPED, f"as shipped: {shipped}, {where}"
     assert shipped.timesteps <= (TIMESTEP if run.timesteps.is_floating_point() else 0), f"{shipped}, {where}"
 
@@ -105,7 +105,7 @@ def test_every_first_row(solver: str) -> None:
         strength = min(1 - (first - 0.5) / 6, 1.0)
         table = tabulate(solver, SCHEDULE, 6, strength=strength)
         run = walk(solver, SD15, 6, exact=True, outputs="random", given=strength, masked=True)
-        assert follow(table, run, dtype=np.float64, exact=True).worst <= EXACT
+        assert follow(table, run, dtype=np.float64).worst <= EXACT
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

@@ -159,7 +159,7 @@ def test_equal_timesteps_are_no_hindrance(solver: str) -> None:
     table = tabulate(solver, SCHEDULE, 50, use_beta_sigmas=True)
     assert table.timesteps[0] == table.timesteps[1] == 998
     run = walk(solver, SD15, 50, exact=False, outputs="network", use_beta_sigmas=True)
-    assert follow(table, run, dtype=np.float32, exact=False).worst < 1e-5
+    assert follow(table, run, dtype=np.float32).worst < 1e-5
     theirs = scheduler(solver, SD15, use_beta_sigmas=True)
     theirs.set_timesteps(50)
     assert theirs.index_for_timestep(theirs.timesteps[0]) == 1

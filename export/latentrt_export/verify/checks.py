@@ -22,9 +22,10 @@ class Check:
     Attributes:
         depth: "golden", "network", "step", "image" or "batch".
         what, measure: what was measured, and how.
-        value: the figure; None is what latentrt does not serve, and `note` says why.
+        value: the figure; None is what cannot be measured, and `note` says why.
         bound: of the value.
         at_least: whether the value should be large (dB).
+        note: what else a reader has to know, if anything.
     """
 
     depth: str

@@ -85,30 +85,11 @@ def pipeline_of(engine: Engine, solver: str | None) -> str:
     return f"StableDiffusion{xl}{'Inpaint' if engine.model.reads_masks else ''}Pipeline"
 
 
-def diffusers_scheduler(name: str | None, schedule: Schedule) -> Any:
-    """The diffusers scheduler that a solver name stands for, made from the same config."""
-    scheduler, settings = (SOLVERS[name].scheduler, SOLVERS[name].settings) if name else (schedule.scheduler, {})
+def diffusers_scheduler(name: str | None, schedule: Schedule, **settings: Any) -> Any:
+    """Return the diffusers scheduler that a solver name stands for, made from the same config as a user would."""
+    scheduler, own = (SOLVERS[name].scheduler, SOLVERS[name].settings) if name else (schedule.scheduler, {})
     with quiet():
-        return getattr(diffusers, scheduler).from_config(dict(schedule.config), **settings)
-
-
-def stand_in(sample: Array) -> Array:
-    """A network for the step depth: smooth, like a trained one, so that rounding is not blown up by its jumps."""
-    return np.float32(0.8) * np.tanh(sample) + np.float32(0.1)
-
-
-def run_scheduler(scheduler: Any, steps: int, shape: Sequence[int] = (1, 4, 8, 8)) -> Iterator[Array]:
-    """A diffusers scheduler's latents after every step, with `stand_in` for a network."""
-    with quiet():
-        scheduler.set_timesteps(steps)
-    noises = torch.Generator().manual_seed(2)
-    x = torch.from_numpy(np.random.default_rng(0).standard_normal(shape, np.float32)) * scheduler.init_noise_sigma
-    takes_generator = "generator" in scheduler.step.__code__.co_varnames
-    extra = {"generator": noises} if takes_generator else {}
-    for timestep in scheduler.timesteps:
-        output = torch.from_numpy(stand_in(scheduler.scale_model_input(x, timestep).numpy()))
-        x = scheduler.step(output, timestep, x, **extra).prev_sample
-        yield x.numpy()
+        return getattr(diffusers, scheduler).from_config(dict(schedule.config), **{**own, **settings})
 
 
 def run_pipeline(pipe: Any, run: Run) -> tuple[list[Array], Array]:

@@ -32,7 +32,7 @@ def verify(
     Args:
         bundle: the bundle to measure; its hashes are checked.
         checkpoint: the diffusers folder, hub id or preset:NAME that it must equal (a bundle is such a folder too).
-        steps: solver steps of the step depth (100 at most) and of the image depth.
+        steps: solver steps of the step depth and of the image depth.
         revision, variant: of the checkpoint, as in `open_checkpoint`.
 
     Raises:
