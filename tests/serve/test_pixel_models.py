@@ -69,7 +69,7 @@ class Server:
         return dict(answer.json()["error"])
 
 
-def serving(bundle: Path) -> Iterator[Server]:
+def serving(bundle: str | Path) -> Iterator[Server]:
     with (
         Engine.load(bundle, threads=1, check_hashes=False) as served,
         Engine.load(bundle, threads=1, check_hashes=False) as alone,
@@ -80,8 +80,8 @@ def serving(bundle: Path) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def pixels(exported: Exported) -> Iterator[Server]:
-    yield from serving(exported("pixels")[1])
+def pixels() -> Iterator[Server]:
+    yield from serving("pixels")
 
 
 @pytest.fixture(scope="module")
@@ -100,15 +100,15 @@ def test_the_webui_api_draws_without_a_prompt(pixels: Server, texts: dict[str, s
     np.testing.assert_array_equal([decoded(file) for file in answer["images"]], [*map(np.asarray, expected)])
     info = json.loads(answer["info"])
     assert (info["prompt"], info["all_prompts"], info["sampler_name"]) == ("", ["", ""], "ddpm")
-    assert (info["width"], info["height"], info["cfg_scale"]) == (16, 16, 1.0)
-    assert info["infotexts"][0].endswith("Seed: 5, Size: 16x16, Model: pixels, RNG: CPU")
+    assert (info["width"], info["height"], info["cfg_scale"]) == (32, 32, 1.0)
+    assert info["infotexts"][0].endswith("Seed: 5, Size: 32x32, Model: pixels, RNG: CPU")
 
 
 @pytest.mark.parametrize("texts", [{}, {"prompt": ""}, {"prompt": None}])
 def test_the_images_api_draws_without_a_prompt(pixels: Server, texts: dict[str, Any]) -> None:
-    body = {**texts, "num_inference_steps": STEPS, "seed": 7, "scheduler": "dpmpp-2m", "size": "24x16"}
+    body = {**texts, "num_inference_steps": STEPS, "seed": 7, "scheduler": "dpmpp-2m", "size": "40x32"}
     (drawn,) = pixels.post(DRAW, body)["data"]
-    (expected,) = pixels.alone(steps=STEPS, seed=7, solver="dpmpp-2m", width=24, height=16)
+    (expected,) = pixels.alone(steps=STEPS, seed=7, solver="dpmpp-2m", width=40, height=32)
     np.testing.assert_array_equal(decoded(drawn["b64_json"]), np.asarray(expected))
 
 
@@ -145,7 +145,7 @@ def test_previews_are_the_predicted_pixels(pixels: Server, monkeypatch: pytest.M
         (SD, {"negative_prompt": "blurry"}, "reads no negative_prompt"),
         (DRAW, {"class_label": 1}, "reads no class_label"),
         (DRAW, {"guidance_scale": 3}, "guidance is 3, and .* reads no prompt"),
-        (DRAW, {"size": "18x16"}, "multiples of 4 from 8 to"),
+        (DRAW, {"size": "36x32"}, "multiples of 8 from 8 to"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
@@ -171,8 +171,8 @@ def test_classes_are_asked_for_by_number(classes: Server) -> None:
 
 def test_pictures_are_edited(pixels: Server) -> None:
     fields = {"strength": "0.5", "num_inference_steps": "6", "seed": "2"}
-    answer = pixels.ask("POST", EDIT, data=fields, files={"image": ("a.png", png(16, 16, colour="red"), "image/png")})
-    (expected,) = pixels.alone(image=Image.new("RGB", (16, 16), "red"), strength=0.5, steps=6, seed=2)
+    answer = pixels.ask("POST", EDIT, data=fields, files={"image": ("a.png", png(32, 32, colour="red"), "image/png")})
+    (expected,) = pixels.alone(image=Image.new("RGB", (32, 32), "red"), strength=0.5, steps=6, seed=2)
     np.testing.assert_array_equal(decoded(answer.json()["data"][0]["b64_json"]), np.asarray(expected))
 
 
@@ -187,7 +187,7 @@ def test_grey_models_take_the_pictures_that_wait_in_the_queue() -> None:
 def test_what_may_be_offered(pixels: Server, classes: Server) -> None:
     known = pixels.ask("GET", "/latentrt/model").json()
     assert known["defaults"] == {"steps": 1000, "guidance": 1.0, "scheduler": None}
-    assert (known["limits"]["max_steps"], known["size"], known["step"]) == (1000, "16x16", 4)
+    assert (known["limits"]["max_steps"], known["size"], known["step"]) == (1000, "32x32", 8)
     names = ("prompted", "class_labels", "classes", "edits")
     assert [known[name] for name in names] == [False, False, None, True]
     known = classes.ask("GET", "/latentrt/model").json()
