@@ -29,6 +29,8 @@ from benchmarks.serving.traffic import Outcome, arrivals, crowd
 from latentrt import Engine
 from latentrt.command.bench import measure as measure_engine
 from latentrt.serve.core import curve
+from latentrt.serve.core.pipeline import GUIDED, Shape
+from latentrt.serve.core.queue import Limits
 from latentrt.serve.core.service import Service
 
 Say = Callable[[str], None]
@@ -109,28 +111,29 @@ def _part(engine: Engine, part: Part, config: Config, say: Say) -> dict[str, Any
     (shape,) = measured.ticks
     cap, ticks = measured.cap(shape, part.lanes), Ticks()
     with ExitStack() as stack:
-        service = stack.enter_context(Service(engine, queue=QUEUE, curve=measured, observer=ticks))
-        service.self_check()
+        service = stack.enter_context(Service(engine, Limits(QUEUE), curve=measured, observer=ticks))
+        while not service.scheduler.ready:
+            time.sleep(0.01)
         url = None
         if part.http_load is not None:  # a server without a curve fills its lanes: it gets as many as the curve allows
             url = stack.enter_context(running("--lanes", str(cap), "--queue", str(QUEUE))).url
-        found = asyncio.run(_served(service, cap // curve.GUIDED, ticks, part, config, say, url))
+        found = asyncio.run(_served(service, shape, cap // GUIDED, ticks, part, config, say, url))
     return {"curve": measured.ticks[shape], "decode": measured.decode[shape], "cap": cap, **found}
 
 
 def _curve(engine: Engine, lanes: int) -> curve.Curve:
     """Of the fastest runs: the curve says how many lanes pay, and whatever else a machine does only slows a run."""
-    batches = [2**power for power in range((lanes // curve.GUIDED).bit_length())]
+    batches = [2**power for power in range((lanes // GUIDED).bit_length())]
     found = measure_engine(engine, batches, steps=10, repeats=5)
     fastest = [{**row, "step_ms": (row["step_ms"][0],) * 3} for row in found["batches"]]
     return curve.of_bench(engine, {**found, "batches": fastest})
 
 
 async def _served(
-    service: Service, batch: int, ticks: Ticks, part: Part, config: Config, say: Say, url: str | None
+    service: Service, shape: Shape, batch: int, ticks: Ticks, part: Part, config: Config, say: Say, url: str | None
 ) -> dict[str, Any]:
     def draw(arrival: Any) -> Any:
-        return submitted(service, arrival)
+        return submitted(service.scheduler, shape, arrival)
 
     sides: dict[str, Serve] = {BY_STEP: draw, BY_REQUEST: InBatches(draw, batch), ALONE: InBatches(draw, 1)}
     if url is not None:

@@ -1,6 +1,6 @@
-"""Three ways to serve the same arrivals by the same Service, and a fourth: over HTTP.
+"""Three ways to serve the same arrivals by the same scheduler, and a fourth: over HTTP.
 
-Who batches by request keeps a line of its own before the Service, as long as the Service's queue, and submits whole
+Batching by request keeps a line of its own before the scheduler, as long as the scheduler's queue, and submits whole
 requests, as many as a batch has room for, when all pictures of the last batch are done. It may mix steps, solvers and
 guidance in a batch, which only an engine that batches by step can do: batches of one kind alone, as pipelines make
 them, would be smaller still. One at a time is a batch of one request; pictures of one request always share calls.
@@ -19,9 +19,11 @@ from pathlib import Path
 from benchmarks.serving.clients import DRAW, Client
 from benchmarks.serving.traffic import Arrival, Outcome
 from latentrt.request import Request
-from latentrt.serve.core.observer import Silent
-from latentrt.serve.core.service import Service
-from latentrt.serve.core.ticket import Order, QueueFull
+from latentrt.serve.core.errors import QueueFull
+from latentrt.serve.core.handle import Handle
+from latentrt.serve.core.observer import Observer
+from latentrt.serve.core.pipeline import Shape
+from latentrt.serve.core.scheduler import Scheduler
 
 QUEUE = 32
 BY_STEP, BY_REQUEST, ALONE, HTTP = "by step", "by request", "one at a time", "by step, over HTTP"
@@ -29,7 +31,7 @@ BY_STEP, BY_REQUEST, ALONE, HTTP = "by step", "by request", "one at a time", "by
 Serve = Callable[[Arrival], Awaitable[bool]]
 
 
-class Ticks(Silent):
+class Ticks(Observer):
     """Counts network calls, their lanes and their seconds."""
 
     def __init__(self) -> None:
@@ -83,8 +85,8 @@ def _used() -> float:
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
-async def submitted(service: Service, arrival: Arrival) -> bool:
-    """The pictures of a request, as soon as the Service has lanes for each."""
+async def submitted(scheduler: Scheduler, shape: Shape, arrival: Arrival) -> bool:
+    """The pictures of a request, each as soon as there are lanes for it; `shape` is of their latents."""
     request = Request(
         prompt=arrival.prompt,
         seed=arrival.seed,
@@ -93,11 +95,16 @@ async def submitted(service: Service, arrival: Arrival) -> bool:
         solver=arrival.solver,
         guidance=arrival.guidance,
     )
+    handle = Handle(request, shape, arrival.steps)
     try:
-        ticket = service.reserve(arrival.pictures, rows=arrival.steps, deadline=None).submit(Order(request))
+        scheduler.reserve(handle)
     except QueueFull:
         return False
-    await ticket.pictures()
+    try:
+        scheduler.submit(handle)
+        await handle.pictures()
+    finally:
+        scheduler.release(handle)
     return True
 
 

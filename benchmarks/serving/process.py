@@ -55,6 +55,7 @@ class Process:
 
     def wait_ready(self) -> None:
         while not self.answers("/health/ready"):
+            assert self.process.poll() is None, (self.log, self.unreadable)
             time.sleep(0.02)
 
     def answers(self, path: str) -> bool:

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from latentrt.engine import Engine
+from latentrt.serve.core.handle import Handle, Slot, Stage
+from latentrt.serve.core.queue import Limits
 from latentrt.serve.core.service import Service
 from tests.support.serve.fake_engine import PATIENCE, Fakes, fake_engine
 
@@ -40,9 +42,10 @@ def serve(fakes: Fakes, engine: Engine) -> Iterator[Serve]:
     services: list[Service] = []
 
     def start(own: Engine = engine, **settings: Any) -> Service:
-        service = Service(own, **settings)
+        limits = {name: settings.pop(name) for name in Limits._fields if name in settings}
+        service = Service(own, Limits(**limits), **settings)
         services.append(service)
-        service.self_check()
+        eventually(lambda: service.scheduler.state != "starting")
         fakes.lanes.clear()
         fakes.texts.clear()
         fakes.decoded.clear()
@@ -69,3 +72,14 @@ def eventually(condition: Callable[[], object]) -> None:
     while not condition():
         assert time.monotonic() < end, "it never came"
         time.sleep(0.001)
+
+
+def at_stage(service: Service, *stages: Stage) -> list[Slot]:
+    """The pictures that are so far."""
+    return [slot for handle in service.scheduler.handles for slot in handle.slots if slot.stage in stages]
+
+
+def all_prepared(service: Service) -> None:
+    """Wait until there is nothing to prepare now."""
+    scheduler = service.scheduler
+    eventually(lambda: not isinstance(scheduler._side_work(), Handle))

@@ -8,54 +8,20 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AsyncExitStack, suppress
-from typing import Any
 
 import numpy as np
 import pytest
 
 from benchmarks.serving.clients import DRAW, Answer, Client, ask, metrics
 from benchmarks.serving.process import Process, running
-from latentrt import Engine
 from tests.support.serve.fake_engine import PATIENCE, Fakes, fake_engine
 from tests.support.serve.fake_server import fake
+from tests.support.serve.traffic import Body, counted, drawn, until_idle, wanted, within
 
-Body = dict[str, Any]
-SIZES = ("64x64", "64x96", "128x128")
-SOLVERS = ("ddim", "euler", "euler-ancestral", "dpmpp-2m", "unipc", "heun")
-GAUGES = ("num_requests_running", "num_requests_waiting", "num_images_running", "num_images_waiting")
 LANES = ("--lanes", "16", "--queue", "128")
 full = pytest.mark.slow
-
-
-def wanted(number: int, most: int = 3) -> Body:
-    """The request of that number: mixed in everything that may differ within a batch."""
-    dice = random.Random(number)
-    return {
-        "prompt": dice.choice(("an owl", "a red apple", "a blue car on a road")),
-        "seed": number,
-        "n": dice.randint(1, most),
-        "size": dice.choice(SIZES),
-        "num_inference_steps": dice.randint(2, 8),
-        "scheduler": dice.choice(SOLVERS),
-        "guidance_scale": dice.choice((1.0, 5.0)),
-    }
-
-
-def drawn(engine: Engine, body: Body) -> list[Any]:
-    """What the engine draws alone."""
-    width, height = map(int, body["size"].split("x"))
-    return engine(
-        body["prompt"],
-        seed=body["seed"],
-        count=body["n"],
-        steps=body["num_inference_steps"],
-        solver=body["scheduler"],
-        guidance=body["guidance_scale"],
-        width=width,
-        height=height,
-    )
 
 
 async def crowd(url: str, bodies: Iterable[Body], clients: int) -> list[tuple[Body, Answer]]:
@@ -71,40 +37,12 @@ async def crowd(url: str, bodies: Iterable[Body], clients: int) -> list[tuple[Bo
     return answers
 
 
-async def until_idle(url: str) -> dict[str, float]:
-    """The metrics, as soon as every gauge is at zero."""
-    while True:
-        now = await metrics(url)
-        if not any(now[f"latentrt:{gauge}"] for gauge in GAUGES):
-            return now
-        await asyncio.sleep(0.02)
-
-
-def counted(found: dict[str, float], name: str, label: str) -> dict[str, int]:
-    """A counter's values that are not zero, by a label."""
-    return {
-        key.partition(f'{label}="')[2].partition('"')[0]: int(value)
-        for key, value in found.items()
-        if key.startswith(f"latentrt:{name}_total{{") and value and ("route" not in key or DRAW in key)
-    }
-
-
 def one_story(one: Process, found: dict[str, float], outcomes: dict[str, int], done: int) -> None:
     """The log and the metrics count these requests by outcome, and so many finished pictures."""
     lines = [line for line in one.requests() if line["route"] == DRAW]
     assert Counter(line["outcome"] for line in lines) == outcomes
     assert counted(found, "requests", "outcome") == outcomes
     assert counted(found, "images", "outcome").get("done", 0) == done
-
-
-def within(seconds: float, work: Callable[[], Awaitable[Any]]) -> Any:
-    """Run it; what takes longer has failed."""
-
-    async def bounded() -> Any:
-        async with asyncio.timeout(seconds):
-            return await work()
-
-    return asyncio.run(bounded())
 
 
 @pytest.mark.parametrize("requests", [60, pytest.param(2000, marks=full)])
@@ -170,7 +108,7 @@ def test_clients_that_leave_early_cost_nobody_else_anything(requests: int) -> No
         assert within(PATIENCE, lambda: ask(one.url, DRAW, bodies[1])).status == 200
         assert one.stop() == 0
     assert Counter(answer.status for _, answer in answers) == {200: len(stayers)}
-    lines = one.requests()[:-1]  # the last is the one that came after all; who left at the door has no "n"
+    lines = one.requests()[:-1]  # without the one that came after all; where no body came there is no "n"
     gone = [line for line in lines if line["outcome"] == "client_gone"]
     assert len(gone) == len(leavers)
     assert len(lines) == requests

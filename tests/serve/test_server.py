@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
-import inspect
 import json
-import os
 import signal
 import socket
 import threading
@@ -26,10 +23,9 @@ from latentrt.bundle.bundle import Bundle
 from latentrt.errors import BackendError, PlanError
 from latentrt.runtime.onnxruntime import OrtBackend
 from latentrt.serve import server
-from latentrt.serve.core.service import Service
 from latentrt.serve.process.config import Settings
 from tests.support.serve.fake_engine import PATIENCE
-from tests.support.serve.fakes import FakeService
+from tests.support.serve.fakes import get, post
 
 
 def test_it_draws_what_the_engine_draws_and_drains() -> None:
@@ -50,12 +46,12 @@ def test_it_draws_what_the_engine_draws_and_drains() -> None:
             events = list(client.images.generate(prompt="a red apple", stream=True, partial_images=1, extra_body=body))
         drawing = threading.Thread(target=draw, args=(one, {"prompt": "a", "num_inference_steps": 60}, codes := []))
         drawing.start()
-        while 'latentrt:num_requests_running{model_name="emoji"} 1.0' not in httpx.get(f"{one.url}/metrics").text:
+        while 'latentrt:num_requests_running{model_name="emoji"} 1.0' not in get(f"{one.url}/metrics").text:
             time.sleep(0.005)
         one.process.send_signal(signal.SIGTERM)
         while one.answers("/health/ready"):
             time.sleep(0.005)
-        late = httpx.post(f"{one.url}/v1/images/generations", json={"prompt": "b"})
+        late = post(f"{one.url}/v1/images/generations", json={"prompt": "b"})
         assert (late.status_code, late.json()["error"]["code"]) == (503, "draining")
         assert one.answers("/health/live")
         drawing.join()
@@ -120,16 +116,6 @@ def test_what_is_not_finished_in_time_is_said() -> None:
     assert "not everything was finished in time" in [line["event"] for line in one.log]
 
 
-def test_the_fake_service_is_asked_as_the_real_one_is() -> None:
-    for name in ("reserve", "full", "drain", "wait_drained"):
-        fake, real = (inspect.signature(getattr(kind, name)).parameters for kind in (FakeService, Service))
-        assert [(p.name, p.kind, p.default) for p in fake.values()] == [
-            (p.name, p.kind, p.default) for p in real.values()
-        ]
-    for name in ("ready", "waiting", "running", "state", "close"):
-        assert hasattr(Service, name)
-
-
 def test_a_port_that_is_taken_is_known_before_anything_is_loaded() -> None:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
@@ -154,31 +140,18 @@ def test_whatever_will_be_used_is_loaded_at_the_start(edits: bool, monkeypatch: 
     monkeypatch.setattr(OrtBackend, "load", recording)
     with server.loaded(Settings(threads=1, edits=edits)) as engine:
         assert sorted(opened) == ["text_encoder", "unet", "vae_decoder", *(["vae_encoder"] if edits else [])]
-        engine.edit(np.zeros((64, 64, 3), np.uint8))
+        engine.model.given({"image": np.zeros((64, 64, 3), np.uint8)}, None, None)
         assert opened.count("vae_encoder") == 1
 
 
 def test_edits_without_a_plan_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(engine: Engine, name: str) -> Any:
-        raise PlanError("there is no plan", needed="one", fix="latentrt build BUNDLE")
+    load = OrtBackend.load
 
-    monkeypatch.setattr(Engine, "network", missing)
+    def missing(backend: OrtBackend, bundle: Bundle, network: str) -> Any:
+        if network == "vae_encoder":
+            raise PlanError("there is no plan", needed="one", fix="latentrt build BUNDLE")
+        return load(backend, bundle, network)
+
+    monkeypatch.setattr(OrtBackend, "load", missing)
     with pytest.raises(PlanError, match="--no-edits"), server.loaded(Settings(threads=1)):
         pass
-
-
-def test_a_step_that_hangs_ends_the_process_unless_it_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    ended: list[int] = []
-    monkeypatch.setattr(os, "_exit", ended.append)
-
-    async def go(still: bool) -> None:
-        hangs = server.Hangs(0.001)
-        hangs()  # before anything runs there is nothing to end
-        hangs.watch(lambda: still)
-        await asyncio.to_thread(hangs)
-        await asyncio.sleep(0.02)
-
-    asyncio.run(go(False))
-    assert ended == []
-    asyncio.run(go(True))
-    assert ended == [server.HUNG]

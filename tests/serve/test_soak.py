@@ -14,11 +14,10 @@ import pytest
 
 from benchmarks.serving.clients import DRAW, EDIT, Client
 from benchmarks.serving.process import Process, running
-from tests.serve.test_load import until_idle, wanted, within
-from tests.serve.test_process_faults import FORM, form
 from tests.support.serve.fake_engine import PATIENCE
 from tests.support.serve.fake_server import fake
 from tests.support.serve.fakes import png
+from tests.support.serve.traffic import FORM, form, until_idle, wanted, within
 
 MINUTES = float(os.environ.get("SOAK_MINUTES", "5"))
 WARM = 0.2  # the part of it after which nothing may grow any more
@@ -28,7 +27,7 @@ MORE_MIB, MORE_FILES = 24, 4
 @pytest.mark.slow
 def test_memory_and_descriptors_are_stable() -> None:
     with running("--lanes", "16", command=fake()) as one:
-        seen, samples = within(60 * MINUTES + 120, lambda: _soak(one, 60 * MINUTES))
+        seen, samples = within(60 * MINUTES + PATIENCE, lambda: _soak(one, 60 * MINUTES))
         within(PATIENCE, lambda: until_idle(one.url))
         after = (one.memory, one.descriptors)
         assert one.stop() == 0

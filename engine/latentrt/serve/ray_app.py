@@ -10,7 +10,6 @@ import asyncio
 import os
 import signal
 import time
-import warnings
 from collections.abc import AsyncIterator, Iterable
 from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
@@ -23,15 +22,13 @@ from ray import serve as ray_serve
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from latentrt.engine import LANES
-from latentrt.errors import BackendError, PromptTruncatedWarning
-from latentrt.serve.core.service import Service
-from latentrt.serve.http.app import create_app
-from latentrt.serve.http.catalog import Catalog
+from latentrt.errors import BackendError
+from latentrt.run.lanes import ON_A_CPU
+from latentrt.serve.core.scheduler import Scheduler
 from latentrt.serve.process.config import Settings, load_settings
 from latentrt.serve.process.logs import configure, logger
 from latentrt.serve.process.metrics import Metrics
-from latentrt.serve.server import UNDRAINED, Hangs, announce, listening, loaded, started
+from latentrt.serve.server import UNDRAINED, announce, assembled, listening
 
 NAME = "latentrt"  # of Ray's application and of its one deployment
 BESIDE = 32  # requests at a replica beside those for pictures with a place: refusals, uploads, health
@@ -46,31 +43,31 @@ class Replica:
     app: FastAPI
 
     @property
-    def service(self) -> Service:
+    def scheduler(self) -> Scheduler:
         """The replica's own."""
-        service = self.app.state.context.service
-        assert isinstance(service, Service)
-        return service
+        scheduler = self.app.state.context.scheduler
+        assert isinstance(scheduler, Scheduler)
+        return scheduler
 
     async def check_health(self) -> None:
-        """Ray replaces a replica whose engine stays faulty; a drained one is well.
+        """Fail where the engine stays faulty, so that Ray replaces the replica; a drained one is well.
 
         Raises:
             BackendError: the engine failed, and no self-check has passed since.
         """
-        if self.service.state == "failed":
+        if self.scheduler.state == "failed":
             raise BackendError("the engine failed", needed="a self-check that passes", fix="wait for the next replica")
 
     async def drain(self, timeout: float) -> bool:
-        """Refuse what is new and finish what is there; whether that was done in time (seconds)."""
-        self.service.drain()
-        good = await self.service.wait_drained(timeout)
-        if not good:  # whoever still waits is told so
-            await asyncio.to_thread(self.service.close, 0.0)
+        """Refuse what is new and finish what has a place; return whether that was done in time (seconds)."""
+        self.scheduler.drain()
+        good = await self.scheduler.drained(timeout)
+        if not good:
+            self.scheduler.close()  # clients that still wait are told so
         return good
 
     async def metrics(self) -> tuple[str, list[Metric]]:
-        """The replica's name and what it has measured."""
+        """Return the replica's name and what it has measured."""
         metrics = self.app.state.context.metrics
         return ray_serve.get_replica_context().replica_tag, list(metrics.registry.collect())
 
@@ -79,7 +76,7 @@ class ReplicaMetrics(Metrics):
     """Metrics whose text is of all replicas, because a scrape reaches any one of them."""
 
     async def whole_text(self) -> bytes:
-        """Every replica's, each with its name as the label `replica`; one that does not answer is left out."""
+        """Return every replica's, with its name as the label `replica`; one that does not answer is left out."""
         context = ray_serve.get_replica_context()
         handle = ray_serve.get_deployment_handle(context.deployment, app_name=context.app_name)
         answers = await handle.broadcast("metrics").results_async(timeout_s=_SCRAPE, return_exceptions=True)
@@ -101,12 +98,12 @@ class Merged:
                 ]
 
     def collect(self) -> Iterable[Metric]:
-        """Of prometheus_client's collectors."""
+        """Return the families, as prometheus_client asks for them."""
         return self._families.values()
 
 
 def app(args: dict[str, Any]) -> ray_serve.Application:
-    """For `serve run latentrt.serve.ray_app:app max_steps=50` and `args` in Ray's configuration file.
+    """Return it for `serve run latentrt.serve.ray_app:app max_steps=50` and `args` in Ray's configuration file.
 
     Args:
         args: settings by name, and `config`, a TOML file; they precede LATENTRT_* variables, those the file.
@@ -120,7 +117,7 @@ def app(args: dict[str, Any]) -> ray_serve.Application:
 
 
 def application(settings: Settings) -> ray_serve.Application:
-    """The application that Ray runs.
+    """Return the application that Ray runs.
 
     Args:
         settings: of every replica; paths in it are those of the replicas' machines.
@@ -137,7 +134,7 @@ def application(settings: Settings) -> ray_serve.Application:
 
 
 def _options(settings: Settings) -> dict[str, Any]:
-    at_once = settings.lanes or LANES
+    at_once = settings.lanes or ON_A_CPU
     return {
         "ray_actor_options": _needs(settings),
         "autoscaling_config": {
@@ -170,28 +167,19 @@ def _threads(settings: Settings) -> int:
 
 
 def _build(settings: Settings) -> FastAPI:
-    """The application of one replica, its engine loaded; the lifespan closes it."""
-    configure(settings)
-    warnings.simplefilter("ignore", PromptTruncatedWarning)
-    with ExitStack() as stack:
-        engine = stack.enter_context(loaded(settings))
-        catalog = Catalog(engine.spec, engine.schedule, settings, engine.profiles)
-        hangs = Hangs(settings.hang_timeout)
-        metrics = ReplicaMetrics(catalog.name, hangs)
-        service = stack.enter_context(started(engine, settings, metrics))
-        owned = stack.pop_all()
+    """Return the application of one replica, its engine loaded; the lifespan closes it."""
+    owned = ExitStack()
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         with owned:
-            hangs.watch(lambda: service.state == "failed")
-            while service.state == "starting":
+            while app.state.context.scheduler.state == "starting":
                 await asyncio.sleep(_LOOK)
             yield
 
-    served = create_app(service, catalog, metrics=metrics, lifespan=lifespan)
-    served.add_middleware(_IdOnce)
-    return served
+    app = owned.enter_context(assembled(settings, ReplicaMetrics, lifespan))
+    app.add_middleware(_IdOnce)
+    return app
 
 
 class _IdOnce:
@@ -262,7 +250,7 @@ def _refuse_if_too_small(settings: Settings) -> None:
 
 
 def _wait_for_signal(settings: Settings) -> None:
-    """Until the first one; a second ends the process at once."""
+    """Wait for the first one; a second one ends the process at once."""
     seen: list[int] = []
 
     def on_signal(number: int, _: object) -> None:
@@ -278,7 +266,7 @@ def _wait_for_signal(settings: Settings) -> None:
 
 
 def _drained(handle: Any, seconds: float) -> bool:
-    """Have every replica refuse and finish; whether all did in time."""
+    """Have every replica refuse and finish; return whether all did in time."""
     good = False
     with suppress(TimeoutError):
         answers = handle.broadcast("drain", seconds).results(timeout_s=seconds + _SCRAPE, return_exceptions=True)

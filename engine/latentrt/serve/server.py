@@ -9,23 +9,25 @@ import signal
 import socket
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 
 import uvicorn
 from fastapi import FastAPI
 
 from latentrt.engine import Engine
-from latentrt.errors import BackendError, PlanError, PromptTruncatedWarning
-from latentrt.serve.core import curve
+from latentrt.errors import BackendError, PromptTruncatedWarning
+from latentrt.serve.core import curve, pipeline
+from latentrt.serve.core.queue import Limits
+from latentrt.serve.core.scheduler import Scheduler
 from latentrt.serve.core.service import Service
-from latentrt.serve.http.app import create_app
-from latentrt.serve.http.catalog import ENCODER, Catalog
-from latentrt.serve.http.connection import patient
+from latentrt.serve.http.app import Lifespan, create_app
+from latentrt.serve.http.catalog import Catalog
 from latentrt.serve.process.config import Settings
-from latentrt.serve.process.logs import LATER, configure, logger
+from latentrt.serve.process.logs import configure, logger
 from latentrt.serve.process.metrics import Metrics
 
 UNDRAINED, HUNG = 1, 70  # exit codes; 0 is a drain that lost nothing
+_MOST_HEAD = 2**16  # bytes of a request's line and headers
 _LAST_ANSWERS = 5  # seconds for the last bytes of answers, after their pictures are done
 _IDLE = 75  # seconds that a connection is kept for a next request; longer than clients and proxies keep theirs
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -40,35 +42,47 @@ def serve(settings: Settings) -> int:
     Raises:
         LatentrtError: the port is taken, or the bundle or backend cannot be used.
     """
-    configure(settings)
-    warnings.simplefilter("ignore", PromptTruncatedWarning)  # its text is what somebody wrote
-    with listening(settings) as sock, loaded(settings) as engine:
-        catalog = Catalog(engine.spec, engine.schedule, settings, engine.profiles)
-        hangs = Hangs(settings.hang_timeout)
-        metrics = Metrics(catalog.name, hangs)
-        with started(engine, settings, metrics) as service:
-            app = create_app(service, catalog, metrics=metrics)
-            _quieten_gc()
-            return asyncio.run(run(app, service, settings, sock, hangs))
+    with listening(settings) as sock, assembled(settings) as app:
+        # Otherwise each full collection looks at all that was imported, a tenth of a second for every client, and a
+        # crowd of requests makes for dozens of small ones. What survives a few of those is looked at soon.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(50_000, 2, 2)
+        return asyncio.run(run(app, settings, sock))
 
 
-def _quieten_gc() -> None:
-    """Otherwise each full collection looks at all that was imported, a tenth of a second for everybody, and a crowd of
-    requests makes for dozens of small ones. What survives a few of those is looked at soon, or it would be held for
-    hours.
+@contextmanager
+def assembled(settings: Settings, kind: type[Metrics] = Metrics, lifespan: Lifespan | None = None) -> Iterator[FastAPI]:
+    """Load the engine that the settings name and start its threads; yield the application around them.
+
+    Args:
+        kind: of the metrics.
+        lifespan: as of `create_app`.
+
+    Raises:
+        LatentrtError: the bundle, its curve or the backend cannot be used.
     """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 2, 2)
+    configure(settings)
+    warnings.simplefilter("ignore", PromptTruncatedWarning)  # its text is what a client wrote
+    with loaded(settings) as engine:
+        catalog = Catalog(engine.model, pipeline.profiles(engine), settings)
+        metrics, measured = kind(catalog.name), curve.load(engine)
+        if measured is None:
+            logger().info("no curve was measured: every step may have all lanes", fix="latentrt bench BUNDLE --save")
+        limits = Limits(settings.queue, settings.queue_timeout, settings.run_timeout, settings.hang_timeout)
+        with Service(engine, limits, curve=measured, observer=metrics, on_hang=_end) as service:
+            yield create_app(service.scheduler, catalog, metrics=metrics, lifespan=lifespan)
+
+
+def _end() -> None:
+    """A thread that hangs cannot be ended, so the process is."""
+    logger().critical("a step hangs; the process ends, so that another can take its place", exit_code=HUNG)
+    os._exit(HUNG)
 
 
 @contextmanager
 def loaded(settings: Settings) -> Iterator[Engine]:
-    """The engine that the settings name, with every network that will be used: what is loaded later stalls others.
-
-    Raises:
-        LatentrtError: as of `Engine.load`.
-    """
+    """Load an engine with every network that will be used: what is loaded later stalls other requests."""
     with Engine.load(
         settings.bundle,
         backend=settings.backend,
@@ -78,37 +92,14 @@ def loaded(settings: Settings) -> Iterator[Engine]:
         threads=settings.threads,
         lanes=settings.lanes,
     ) as engine:
-        if settings.edits and ENCODER in engine.spec.graphs:
-            _load_encoder(engine)
+        if settings.edits:
+            pipeline.load_encoder(engine)
         yield engine
-
-
-def _load_encoder(engine: Engine) -> None:
-    try:
-        engine.network(ENCODER)
-    except PlanError as error:
-        raise PlanError(error.found, needed=error.needed, fix=f"{error.fix}; or serve with --no-edits") from error
-
-
-def started(engine: Engine, settings: Settings, metrics: Metrics) -> Service:
-    """The service of an engine, as the settings want it; a context manager that closes it."""
-    measured = curve.load(engine)
-    if measured is None:
-        logger().info("no curve was measured: every step may have all lanes", fix="latentrt bench BUNDLE --save")
-    return Service(
-        engine,
-        queue=settings.queue,
-        queue_timeout=settings.queue_timeout,
-        run_timeout=settings.run_timeout,
-        hang=settings.hang_timeout,
-        observer=metrics,
-        curve=measured,
-    )
 
 
 @contextmanager
 def listening(settings: Settings) -> Iterator[socket.socket]:
-    """A socket that is bound before anything is loaded, so that a port that is taken is known at once."""
+    """Bind a socket before anything is loaded, so that a port that is taken is known at once."""
     with ExitStack() as stack:
         try:
             found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -127,36 +118,8 @@ def listening(settings: Settings) -> Iterator[socket.socket]:
         yield sock
 
 
-class Hangs:
-    """What happens when a step hangs: a thread cannot be ended, so if it does not come back the process is.
-
-    Args:
-        patience: seconds more that it gets.
-    """
-
-    def __init__(self, patience: float) -> None:
-        self._patience = patience
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._still: Callable[[], bool] = lambda: False
-
-    def watch(self, still: Callable[[], bool]) -> None:
-        """Begin, in the running event loop; `still` says whether it hangs."""
-        self._loop, self._still = asyncio.get_running_loop(), still
-
-    def __call__(self) -> None:
-        """It hangs; from any thread."""
-        if self._loop is not None:
-            with suppress(RuntimeError):  # the loop is closed: the process ends anyway
-                self._loop.call_soon_threadsafe(self._loop.call_later, self._patience, self._end)
-
-    def _end(self) -> None:
-        if self._still():
-            logger().critical("a step hangs; the process ends, so that another can take its place", exit_code=HUNG)
-            os._exit(HUNG)
-
-
 class _Server(uvicorn.Server):
-    """uvicorn, but signals are ours: its own way is to stop listening at once and to die of the signal in the end."""
+    """uvicorn without its signal handlers, which stop listening at once; it says when it listens."""
 
     def __init__(self, config: uvicorn.Config, started: Callable[[], None]) -> None:
         super().__init__(config)
@@ -171,16 +134,18 @@ class _Server(uvicorn.Server):
         self._tell()
 
 
-async def run(app: FastAPI, service: Service, settings: Settings, sock: socket.socket, hangs: Hangs) -> int:
-    """Serve the application on a bound socket until it is drained; the exit code."""
+async def run(app: FastAPI, settings: Settings, sock: socket.socket) -> int:
+    """Serve the application on a bound socket until it is drained; return the exit code."""
+    scheduler: Scheduler = app.state.context.scheduler
     server = _Server(
         uvicorn.Config(
             app,
-            http=patient(settings.body_timeout, settings.stall_timeout, app.state.door.at_once),
+            http="h11",
+            h11_max_incomplete_event_size=_MOST_HEAD,
             log_config=None,
             access_log=False,
             server_header=False,
-            proxy_headers=False,  # nothing asks who the client is
+            proxy_headers=False,  # the client's address is never asked for
             ws="none",
             lifespan="on",
             timeout_graceful_shutdown=_LAST_ANSWERS,
@@ -188,18 +153,17 @@ async def run(app: FastAPI, service: Service, settings: Settings, sock: socket.s
         ),
         lambda: announce(settings, *sock.getsockname()[:2]),
     )
-    hangs.watch(lambda: service.state == "failed")
-    drained = asyncio.get_running_loop().create_future()
+    drained = True
     loop, signals = asyncio.get_running_loop(), (signal.SIGTERM, signal.SIGINT)
     tasks: set[asyncio.Task[None]] = set()
 
     async def drain() -> None:
-        service.drain()
-        good = await service.wait_drained(settings.drain_timeout)
-        if not good:
+        nonlocal drained
+        scheduler.drain()
+        drained = await scheduler.drained(settings.drain_timeout)
+        if not drained:
             logger().error("not everything was finished in time", seconds=settings.drain_timeout)
-            loop.run_in_executor(None, service.close, 0.0)  # whoever still waits is told so
-        drained.set_result(good)
+            scheduler.close()  # clients that still wait are told so
         server.should_exit = True
 
     def on_signal(number: signal.Signals) -> None:
@@ -216,14 +180,13 @@ async def run(app: FastAPI, service: Service, settings: Settings, sock: socket.s
     finally:
         for number in signals:
             loop.remove_signal_handler(number)
-    await asyncio.sleep(2 * LATER)  # the log's last lines
-    return 0 if not drained.done() or drained.result() else UNDRAINED
+    return 0 if drained else UNDRAINED
 
 
 def announce(settings: Settings, host: str, port: int) -> None:
-    """Say in the log where clients find the server, and whether everybody may use it."""
+    """Write into the log where clients find the server, and whether it is open to all."""
     shown = f"[{host}]" if ":" in host else host
     url = f"http://{shown}:{port}"
     logger().info("serving", url=url, openai=f"{url}/v1", openapi=f"{url}/openapi.json", bundle=str(settings.bundle))
     if settings.host not in _LOOPBACK and not settings.secrets():
-        logger().warning("anybody who reaches this address may draw: no keys are set", host=settings.host)
+        logger().warning("no keys are set: every client that reaches this address may draw", host=settings.host)

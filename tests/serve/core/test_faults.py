@@ -13,56 +13,70 @@ from latentrt import Engine
 from latentrt.errors import LatentrtError, NetworkError
 from latentrt.run.denoiser import Denoiser
 from latentrt.run.host import HostLanes
-from latentrt.serve.core import stages
-from latentrt.serve.core.observer import Silent
+from latentrt.serve.core import health, pipeline
+from latentrt.serve.core.errors import EngineFault, NotReady
+from latentrt.serve.core.handle import Handle, Stage
+from latentrt.serve.core.observer import Observer
 from latentrt.serve.core.service import Service
-from latentrt.serve.core.ticket import EngineFault, Event, Failed, NotReady, Order, Picture, Ticket
-from tests.serve.conftest import Serve, eventually
-from tests.support.serve.fake_engine import HANGS, NAN, RAISES, Fakes, fake_engine, order, recorded, wait
+from tests.serve.conftest import Serve, all_prepared, at_stage, eventually
+from tests.support.serve.fake_engine import (
+    HANGS,
+    NAN,
+    PATIENCE,
+    RAISES,
+    Fakes,
+    fake_engine,
+    handle_of,
+    recorded,
+    submit,
+    wait,
+)
 
 TIMES = 5
 
 
-def submit(service: Service, wanted: Order) -> Ticket:
-    request = wanted.request
-    return service.reserve(request.count, rows=request.steps, deadline=wanted.deadline).submit(wanted)
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A self-check that failed is soon repeated."""
+    monkeypatch.setattr(health, "CHECK_AGAIN", 0.01)
 
 
-def together(service: Service, fakes: Fakes, *orders: Order) -> list[Ticket]:
-    """Orders whose pictures all have lanes in the same step."""
+def together(service: Service, fakes: Fakes, *handles: Handle) -> None:
+    """Have all pictures of these requests share a step."""
     fakes.hold()
-    first = submit(service, order(steps=1, guidance=1.0))
+    first = submit(service, handle_of(steps=1, guidance=1.0))
     fakes.wait_for(fakes.steps + (0 if fakes.lanes else 1))
-    tickets = [submit(service, one) for one in orders]
-    eventually(lambda: not service._desk.queue.unprepared(1, 8))
+    for handle in handles:
+        submit(service, handle)
+    all_prepared(service)
     fakes.allow(None)
     wait(first.pictures())
-    return tickets
 
 
-class Faults(Silent):
-    """Remembers faults."""
+class Faults(Observer):
+    """Remembers whether each fault was a hang."""
 
     def __init__(self) -> None:
-        self.heard: list[tuple[LatentrtError, bool]] = []
+        self.heard: list[bool] = []
 
-    def faulted(self, error: LatentrtError, hung: bool) -> None:
-        self.heard.append((error, hung))
+    def faulted(self, hung: bool) -> None:
+        self.heard.append(hung)
 
 
-def failure(ticket: Ticket) -> LatentrtError:
-    """What an order failed with."""
+def failure(handle: Handle) -> LatentrtError:
+    """What a request failed with."""
     with pytest.raises(LatentrtError) as raised:
-        wait(ticket.pictures())
+        wait(handle.pictures())
     return raised.value
 
 
 def is_well(service: Service) -> None:
     """It heals by itself, and makes pictures."""
-    eventually(lambda: service.ready)
-    assert len(wait(submit(service, order(steps=1)).pictures())) == 1
-    eventually(lambda: service._desk.idle and not service._engine.denoiser.jobs)
-    assert (service.waiting, service.running) == (0, 0)
+    scheduler = service.scheduler
+    eventually(lambda: scheduler.ready)
+    assert len(wait(submit(service, handle_of(steps=1)).pictures())) == 1
+    eventually(lambda: not scheduler._slots)
+    assert (scheduler.waiting, scheduler.running) == (0, 0)
 
 
 def test_a_step_that_raises_fails_the_one_that_raises_alone(serve: Serve, fakes: Fakes, engine: Engine) -> None:
@@ -72,8 +86,9 @@ def test_a_step_that_raises_fails_the_one_that_raises_alone(serve: Serve, fakes:
     for time in range(TIMES):
         made.clear()
         fakes.lanes.clear()
-        orders = [order(seed=1, steps=3, solver="euler-ancestral"), order(RAISES), order(seed=2, steps=5)]
-        good, bad, other = together(service, fakes, *orders)
+        good, bad = handle_of(seed=1, steps=3, solver="euler-ancestral"), handle_of(RAISES)
+        other = handle_of(seed=2, steps=5)
+        together(service, fakes, good, bad, other)
         error = failure(bad)
         assert isinstance(error, EngineFault)
         assert (error.code, str(error.__cause__)) == ("engine_error", "boom")
@@ -88,7 +103,7 @@ def test_a_step_that_raises_fails_the_one_that_raises_alone(serve: Serve, fakes:
 def _alone(engine: Engine, tag: dict[str, Any]) -> Any:
     settings = {name: tag[name] for name in ("steps", "solver", "seed", "guidance")}
     (job,) = engine.requests([tag["prompt"]], settings)
-    denoiser = Denoiser(HostLanes(engine.unet, 2))
+    denoiser = Denoiser(HostLanes(engine.model.predictor, 2))
     denoiser.admit(job)
     while denoiser.jobs:
         denoiser.tick()
@@ -100,119 +115,137 @@ def test_the_engine_is_not_trusted_until_a_self_check_passes(serve: Serve, fakes
     for _ in range(TIMES):
         fakes.broken.add("unet")
         fakes.hold()
-        tickets = [submit(service, order()), submit(service, order(count=2))]
+        handles = [submit(service, handle_of()), submit(service, handle_of(count=2))]
         fakes.allow(None)
-        for ticket in tickets:
-            assert isinstance(failure(ticket), EngineFault)
-        eventually(lambda: service.state == "failed")
+        for handle in handles:
+            assert isinstance(failure(handle), EngineFault)
+        eventually(lambda: service.scheduler.state == "failed")
         with pytest.raises(NotReady, match="the UNet is broken"):
-            service.reserve(1, rows=1, deadline=None)
-        with pytest.raises(LatentrtError, match="the UNet is broken"):
-            service.self_check()
+            submit(service, handle_of())
         fakes.broken.clear()
-        service.self_check()
         is_well(service)
 
 
-def test_a_service_whose_engine_is_broken_from_the_start_is_never_ready(fakes: Fakes, serve: Serve) -> None:
+def test_a_service_whose_engine_is_broken_from_the_start_is_not_ready(fakes: Fakes) -> None:
     fakes.broken.add("vae")
     with fake_engine(fakes) as engine, Service(engine) as service:
-        with pytest.raises(LatentrtError, match="the VAE is broken"):
-            service.self_check()
-        assert service.state == "failed"
+        eventually(lambda: service.scheduler.state == "failed")
+        with pytest.raises(NotReady, match="the VAE is broken"):
+            submit(service, handle_of())
         fakes.broken.clear()
-        service.self_check()
         is_well(service)
 
 
-def test_orders_that_wait_when_a_step_raises_are_made_afterwards(serve: Serve, fakes: Fakes) -> None:
+def test_requests_that_wait_when_a_step_raises_are_made_afterwards(serve: Serve, fakes: Fakes) -> None:
     for _ in range(TIMES):
         service = serve()
         fakes.hold()
-        tickets = [submit(service, order(RAISES)), *[submit(service, order(count=4)) for _ in range(3)]]
+        sick, *others = [submit(service, one) for one in (handle_of(RAISES), *(handle_of(count=4) for _ in range(3)))]
         fakes.allow(None)
-        assert isinstance(failure(tickets[0]), EngineFault)
-        assert [len(wait(ticket.pictures())) for ticket in tickets[1:]] == [4, 4, 4]
+        assert isinstance(failure(sick), EngineFault)
+        assert [len(wait(handle.pictures())) for handle in others] == [4, 4, 4]
 
 
 def test_latents_that_turn_nan_fail_alone_and_are_no_fault(serve: Serve, fakes: Fakes) -> None:
     service = serve()
     for _ in range(TIMES):
         fakes.lanes.clear()
-        sick, healthy = together(service, fakes, order(NAN), order(count=2))
+        sick, healthy = handle_of(NAN), handle_of(count=2)
+        together(service, fakes, sick, healthy)
         assert isinstance(failure(sick), NetworkError)
         assert len(wait(healthy.pictures())) == 2
-        assert service.ready
+        assert service.scheduler.ready
         is_well(service)
 
 
-def test_a_picture_that_decodes_to_nan_fails_alone(serve: Serve, fakes: Fakes) -> None:
+def test_a_picture_that_decodes_to_nan_fails_its_request_and_is_no_fault(serve: Serve, fakes: Fakes) -> None:
     service = serve()
     for _ in range(TIMES):
         fakes.nan_pictures = 1
-        told = [event for event in _story(submit(service, order(count=3, steps=1))) if hasattr(event, "index")]
-        assert len([event for event in told if isinstance(event, Failed)]) == 1
-        assert len([event for event in told if isinstance(event, Picture)]) == 2
+        sick, healthy = submit(service, handle_of(count=2, steps=1)), submit(service, handle_of())
+        assert isinstance(failure(sick), NetworkError)
+        assert len(wait(healthy.pictures())) == 1
+        assert service.scheduler.ready
         is_well(service)
 
 
-def _story(ticket: Ticket) -> list[Any]:
-    async def events() -> list[Any]:
-        return [event async for event in ticket]
-
-    return wait(events())
-
-
 @pytest.mark.parametrize("network", ["text", "vae"])
-def test_a_stage_that_raises_fails_its_orders(serve: Serve, fakes: Fakes, network: str) -> None:
+def test_a_stage_that_raises_fails_its_request(serve: Serve, fakes: Fakes, network: str) -> None:
     service = serve()
     for time in range(TIMES):
         fakes.broken.add(network)
-        ticket = submit(service, order(f"a prompt never seen before, number {time}"))
-        assert isinstance(failure(ticket), EngineFault)
+        handle = submit(service, handle_of(f"a prompt never seen before, number {time}"))
+        assert isinstance(failure(handle), EngineFault)
         fakes.broken.clear()
-        service.self_check()
         is_well(service)
 
 
 @pytest.mark.parametrize("network", ["text", "unet", "vae"])
-def test_who_hears_of_a_fault_finds_the_service_unready(
+def test_a_client_that_hears_of_a_fault_finds_the_server_unready(
     serve: Serve, fakes: Fakes, network: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And not about to be: what is ordered next would be taken by an engine that nobody trusts."""
-    service, states, tell = serve(), list[str](), Ticket.tell
+    """And not about to be: the next request would be taken by an engine that is not trusted."""
+    service, states, fail = serve(), list[str](), Handle.fail
 
-    def seen(ticket: Ticket, event: Event, *, last: bool = False) -> None:
-        if isinstance(event, Failed):
-            states.append(service.state)
-        tell(ticket, event, last=last)
+    def seen(handle: Handle, error: LatentrtError) -> None:
+        states.append(service.scheduler.state)
+        fail(handle, error)
 
-    monkeypatch.setattr(Ticket, "tell", seen)
+    monkeypatch.setattr(Handle, "fail", seen)
     fakes.broken.add(network)
-    failure(submit(service, order("a prompt never seen before")))
+    failure(submit(service, handle_of("a prompt never seen before")))
     assert states == ["failed"]
+
+
+def test_nothing_else_uses_the_engine_during_a_self_check(
+    serve: Serve, fakes: Fakes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service, check, seen = serve(hang=PATIENCE), pipeline.check, list[Any]()
+    scheduler = service.scheduler
+
+    def seeing(engine: Engine) -> None:
+        seen.append((set(scheduler._health._calls), scheduler._side_work()))
+        check(engine)
+
+    monkeypatch.setattr(pipeline, "check", seeing)
+    for time in range(TIMES):
+        fakes.decoding.clear()
+        slow = submit(service, handle_of(steps=1))
+        eventually(lambda: at_stage(service, Stage.DECODING))
+        waits = submit(service, handle_of(f"a prompt never seen before, number {time}", count=8))
+        scheduler.suspect(EngineFault("a mistake", needed="none"))
+        assert not scheduler.check_due
+        assert len(seen) == time
+        fakes.decoding.set()
+        assert [len(wait(one.pictures())) for one in (slow, waits)] == [1, 8]
+        is_well(service)
+    assert seen == [({"self-check"}, None)] * TIMES
 
 
 @pytest.mark.parametrize("where", ["step", "stage"])
 def test_what_hangs_is_noticed_and_heals_when_it_returns(fakes: Fakes, serve: Serve, where: str) -> None:
-    """The thread cannot be ended; everybody is told, nothing new is taken, and the observer may end the process."""
+    """The thread cannot be ended: all requests are told, and nothing new is taken."""
     faults = Faults()
-    service = serve(observer=faults, hang=0.6)
+    service = serve(observer=faults)
+    health, patience = service.scheduler._health, service.scheduler._health.hang
     for time in range(2):
         if where == "step":
-            hanging = submit(service, order(HANGS))
+            hanging = submit(service, handle_of(HANGS))
         else:
             fakes.decoding.clear()
-            hanging = submit(service, order(steps=1))
+            hanging = submit(service, handle_of(steps=1))
         eventually(lambda: fakes.steps)
-        company = submit(service, order(steps=50))
-        for ticket in (hanging, company):
-            assert "has not returned" in str(failure(ticket))
-        assert service.state == "failed"
+        company = submit(service, handle_of(steps=50))
+        health.hang = 0.0  # now the call hangs
+        service.scheduler.submit(company)  # wakes the clock
+        for handle in (hanging, company):
+            assert "has not returned" in str(failure(handle))
+        assert service.scheduler.state == "failed"
+        health.hang = patience
         assert len(faults.heard) > time
-        assert all(hung for _, hung in faults.heard)
+        assert all(faults.heard)
         with pytest.raises(NotReady):
-            service.reserve(1, rows=1, deadline=None)
+            submit(service, handle_of())
         fakes.wakes.set()
         fakes.decoding.set()
         is_well(service)
@@ -220,13 +253,20 @@ def test_what_hangs_is_noticed_and_heals_when_it_returns(fakes: Fakes, serve: Se
         fakes.lanes.clear()
 
 
+def test_what_hangs_twice_as_long_is_said_so_that_the_process_can_end(fakes: Fakes, serve: Serve) -> None:
+    lost = threading.Event()
+    service = serve(hang=0.2, on_hang=lost.set)
+    submit(service, handle_of(HANGS))
+    assert lost.wait(PATIENCE)
+
+
 def test_a_thread_survives_our_own_mistakes(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whatever raises where nothing should: the orders there are fail, and the next ones are made."""
+    """Where something raises that should not, the requests there are fail, and the next ones are made."""
     service = serve()
-    for name in ("prepare", "draw"):
-        function: Callable[..., Any] = getattr(stages, name)
+    for name in ("prepared", "finish", "ticked"):
+        function: Callable[..., Any] = getattr(service.scheduler, name)
         raised = threading.Event()
 
         def mistaken(*arguments: Any, own: Any = function, once: threading.Event = raised) -> Any:
@@ -235,10 +275,11 @@ def test_a_thread_survives_our_own_mistakes(
                 raise ZeroDivisionError("a mistake")
             return own(*arguments)
 
-        monkeypatch.setattr(stages, name, mistaken)
-        assert isinstance(failure(submit(service, order())), EngineFault)
+        monkeypatch.setattr(service.scheduler, name, mistaken)
+        assert isinstance(failure(submit(service, handle_of())), EngineFault)
         is_well(service)
-    assert "latentrt-studio raised" in caplog.text
+    assert "latentrt-side raised" in caplog.text
+    assert "latentrt-engine raised" in caplog.text
 
 
 def test_an_engine_that_cannot_admit_fails_the_picture(
@@ -247,8 +288,7 @@ def test_an_engine_that_cannot_admit_fails_the_picture(
     service = serve()
     with monkeypatch.context() as patch:
         patch.setattr(engine.denoiser._lanes, "admit", _no_memory)
-        assert isinstance(failure(submit(service, order())), EngineFault)
-    service.self_check()
+        assert isinstance(failure(submit(service, handle_of())), EngineFault)
     is_well(service)
 
 

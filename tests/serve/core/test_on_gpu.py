@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pytest
 
 from latentrt import Engine
 from latentrt.runtime.onnxruntime import OrtBackend
+from latentrt.serve.core.errors import Cancelled, EngineFault
+from latentrt.serve.core.handle import Finished, Preview
 from latentrt.serve.core.service import Service
-from latentrt.serve.core.ticket import Cancelled, Failed, Order, Picture, Preview, Ticket
 from tests.serve.conftest import eventually
 from tests.support.gpu.host_gpu import HostGpu
-from tests.support.serve.fake_engine import PATIENCE, order, recorded, wait
+from tests.support.serve.fake_engine import events, handle_of, recorded, submit, wait
 
 SIZE = {"width": 32, "height": 40}
 
@@ -31,29 +31,32 @@ def on_gpu() -> Iterator[Engine]:
 @pytest.fixture
 def service(on_gpu: Engine) -> Iterator[Service]:
     with Service(on_gpu) as service:
-        service.self_check(PATIENCE)
+        eventually(lambda: service.scheduler.ready)
         yield service
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("latentrt-")]
     assert not on_gpu.denoiser.jobs
 
 
-def submit(service: Service, wanted: Order) -> Ticket:
-    return service.reserve(wanted.request.count, rows=wanted.request.steps, deadline=None).submit(wanted)
-
-
-async def story(ticket: Ticket) -> list[Any]:
-    return [event async for event in ticket]
-
-
 def test_company_changes_no_bit(service: Service, on_gpu: Engine) -> None:
     made = recorded(on_gpu)
-    wanted = [order("a cat", seed=3, **SIZE), order("an owl", guidance=1.0, solver="euler-ancestral", **SIZE)]
-    for ticket in [submit(service, one) for one in wanted]:
-        wait(ticket.pictures())
+
+    def draw(*, together: bool) -> None:
+        wanted = [
+            handle_of("a cat", seed=3, **SIZE),
+            handle_of("an owl", guidance=1.0, solver="euler-ancestral", **SIZE),
+        ]
+        if together:
+            for one in wanted:
+                submit(service, one)
+        for one in wanted:
+            if not together:
+                submit(service, one)
+            wait(one.pictures())
+
+    draw(together=True)
     shared = {job.tag["prompt"]: job.latents for job in made}
     made.clear()
-    for one in wanted:
-        wait(submit(service, one).pictures())
+    draw(together=False)
     del on_gpu.jobs  # the recording one
     for job in made:
         np.testing.assert_array_equal(job.latents, shared[job.tag["prompt"]])
@@ -62,17 +65,17 @@ def test_company_changes_no_bit(service: Service, on_gpu: Engine) -> None:
 def test_there_is_no_second_thread_for_the_device(service: Service) -> None:
     names = {thread.name for thread in threading.enumerate() if thread.name.startswith("latentrt-")}
     assert names == {"latentrt-engine", "latentrt-clock"}
-    told = wait(story(submit(service, order(steps=6, previews=2, **SIZE))))
+    told = wait(events(submit(service, handle_of(steps=6, previews=2, **SIZE))))
     numbers = [event.number for event in told if isinstance(event, Preview)]
-    assert numbers in ([0, 1], [1])  # who listens late hears of the newest alone
-    assert isinstance(told[-1], Picture)
+    assert numbers in ([0, 1], [1])  # a client that listens late hears of the newest alone
+    assert isinstance(told[-1], Finished)
 
 
 def test_cancelled_lanes_are_free_again(service: Service) -> None:
-    leaving = submit(service, order(count=2, steps=500, **SIZE))
-    eventually(lambda: leaving.begun)
-    staying = submit(service, order(steps=2, **SIZE))
-    leaving.cancel()
+    leaving = submit(service, handle_of(count=2, steps=500, **SIZE))
+    eventually(lambda: leaving.started)
+    staying = submit(service, handle_of(steps=2, **SIZE))
+    service.scheduler.cancel(leaving)
     with pytest.raises(Cancelled):
         wait(leaving.pictures())
     assert len(wait(staying.pictures())) == 1
@@ -81,7 +84,7 @@ def test_cancelled_lanes_are_free_again(service: Service) -> None:
 def test_a_step_that_raises_fails_all_that_run_and_those_that_wait_go_on(
     service: Service, on_gpu: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody knows what the device's memory holds then."""
+    """The device's memory may hold anything then."""
     lanes, raised = on_gpu.denoiser._lanes, threading.Event()
     advance = lanes.advance
 
@@ -92,8 +95,9 @@ def test_a_step_that_raises_fails_all_that_run_and_those_that_wait_go_on(
         advance(jobs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(lanes, "advance", failing)
-    told = wait(story(submit(service, order(steps=20, count=3, **SIZE))))
-    causes = [str(event.error.__cause__) for event in told if isinstance(event, Failed)]
-    assert causes == ["the device is lost"] * 2
-    assert isinstance(told[-1], Picture)
-    eventually(lambda: service.ready)
+    handles = [submit(service, handle_of(steps=20, **SIZE)) for _ in range(3)]
+    for handle in handles[:2]:
+        with pytest.raises(EngineFault, match="the device is lost"):
+            wait(handle.pictures())
+    assert len(wait(handles[2].pictures())) == 1
+    eventually(lambda: service.scheduler.ready)

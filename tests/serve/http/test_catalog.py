@@ -14,12 +14,13 @@ from latentrt.request import Request
 from latentrt.runtime.tensorrt.record import Profile
 from latentrt.sampling.solvers import SOLVERS
 from latentrt.serve.http.catalog import LEAST_LATENTS, Catalog
-from latentrt.serve.http.problems import Problem
+from latentrt.serve.http.errors import Problem
+from tests.support.serve.fake_engine import SPEC
 from tests.support.serve.fakes import catalog_of
 
 CATALOG = catalog_of()
 PLAIN: dict[str, Any] = {
-    **dict.fromkeys(("negative_prompt", "n", "steps", "guidance", "scheduler", "seed")),
+    **dict.fromkeys(("negative_prompt", "n", "steps", "guidance", "scheduler", "seed", "class_label")),
     "size": (128, 128),
 }
 
@@ -28,7 +29,9 @@ def test_sizes() -> None:
     for own in (None, "", "auto", "128x128"):
         assert CATALOG.size(own) == (128, 128)
     assert CATALOG.size("1536x1024") == (1536, 1024)
-    assert CATALOG.latent_shape((192, 64)) == (CATALOG.spec.latents.channels, 8, 24)
+    assert CATALOG.size("96") == (96, 96)
+    request = Request(prompt="", width=192, height=64)
+    assert (CATALOG.size_of(request), CATALOG.shape_of(request)) == ((192, 64), SPEC.latents.shape_of(64, 192))
 
 
 @given(st.integers(0, 5000), st.integers(0, 5000))
@@ -65,7 +68,7 @@ def test_sizes_may_be_listed() -> None:
     with pytest.raises(Problem, match="256x128, 128x256") as caught:
         catalog.size("512x512")
     assert "multiples" not in str(caught.value)
-    for bad in ("100x128", "128", "0x128", "axb"):
+    for bad in ("100x128", "100", "0x128", "axb"):
         with pytest.raises(RequestError, match="sizes"):
             catalog_of(sizes=(bad,))
 
@@ -145,6 +148,15 @@ def test_defaults_and_limits_of_a_request() -> None:
         catalog.request("abcdef", **PLAIN)
 
 
+def test_the_models_own_defaults_hold_where_the_settings_say_nothing() -> None:
+    own = CATALOG.defaults
+    assert (own.steps, own.guidance, own.solver, CATALOG.max_steps) == (20, 3.0, None, 150)
+    assert catalog_of(steps=200).max_steps == 200
+    with pytest.raises(RequestError, match="20 steps where nobody says how many") as caught:
+        catalog_of(max_steps=10)
+    assert "max_steps: 10" in caught.value.needed
+
+
 def test_a_zero_guidance_is_not_a_missing_one() -> None:
     assert CATALOG.request("a", **{**PLAIN, "guidance": 0.0, "seed": 0}).guidance == 0.0
 
@@ -154,10 +166,14 @@ def test_what_a_solver_cannot_do_is_said_before_it_runs() -> None:
         CATALOG.work(Request(prompt="", steps=1001))
     assert caught.value.param == "num_inference_steps"
     with pytest.raises(ScheduleError):
-        CATALOG.work(Request(prompt="", options={"nothing": 1}))
+        CATALOG.work(Request(prompt="", steps=5, options={"nothing": 1}))
 
 
 def test_names() -> None:
     catalog: Catalog = catalog_of(model_name="mine", aliases=("other", "mine"))
     assert catalog.names == ("mine", "other")
-    assert [catalog.model(name) for name in (None, "", "mine", "other")] == ["mine"] * 4
+    for name in (None, "", "mine", "other"):
+        catalog.check_model(name)
+    with pytest.raises(Problem, match="did you mean other") as caught:
+        catalog.check_model("othre")
+    assert (caught.value.status, caught.value.code) == (404, "model_not_found")

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.serving.clients import DRAW, EDIT
-from tests.support.serve.fakes import FakeService, app_of, png
+from tests.support.serve.fakes import FakeScheduler, app_of, png
 
-APP = app_of(FakeService(), max_pixels=128 * 128, max_side=128, max_body=200_000)
+APP = app_of(FakeScheduler(), max_pixels=128 * 128, max_side=128, max_body=200_000)
 SD = ("/sdapi/v1/txt2img", "/sdapi/v1/img2img")
 few = settings(max_examples=60, deadline=None)
 

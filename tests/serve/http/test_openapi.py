@@ -14,9 +14,9 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from tests.support.serve.fakes import FakeService, app_of
+from tests.support.serve.fakes import FakeScheduler, app_of
 
-APP = app_of(FakeService(), max_pixels=128 * 128, max_side=128)
+APP = app_of(FakeScheduler(), max_pixels=128 * 128, max_side=128)
 CHECKS = [not_a_server_error, content_type_conformance, response_schema_conformance, status_code_conformance]
 schema = schemathesis.openapi.from_asgi("/openapi.json", APP)
 
@@ -37,6 +37,6 @@ def test_no_422_is_promised_and_every_request_may_be_refused() -> None:
 
 @pytest.mark.parametrize("keys", [(), ("secret",)])
 def test_keys_are_described_if_there_are_any(keys: tuple[str, ...]) -> None:
-    description: dict[str, Any] = app_of(FakeService(), keys=keys).openapi()
+    description: dict[str, Any] = app_of(FakeScheduler(), keys=keys).openapi()
     secured = "security" in description["paths"]["/v1/images/generations"]["post"]
     assert secured == bool(keys)

@@ -33,7 +33,7 @@ def test_flags_before_variables_before_the_file(toml: Path, monkeypatch: pytest.
     monkeypatch.setenv("LATENTRT_PORT", "10")
     monkeypatch.setenv("LATENTRT_QUEUE", "20")
     settings = load_settings({"port": "100"}, toml)
-    assert (settings.port, settings.queue, settings.max_n, settings.max_steps) == (100, 20, 3, 150)
+    assert (settings.port, settings.queue, settings.max_n, settings.max_side) == (100, 20, 3, 2048)
     assert settings.aliases == ("a", "b")
 
 
@@ -77,7 +77,7 @@ def test_keys_come_from_a_file_too(tmp_path: Path) -> None:
         ({"queue": "0"}, "queue"),
         ({"drain_timeout": "nan"}, "drain_timeout"),
         ({"log_format": "xml"}, "log_format"),
-        ({"steps": "200"}, "steps"),
+        ({"steps": "0"}, "steps"),
         ({"nothing": "1"}, "nothing"),
         ({"cors_origin": "a.example"}, "cors_origin"),
         ({"cors_origin": "https://a.example/page"}, "cors_origin"),

@@ -11,10 +11,11 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from structlog.testing import capture_logs
 
-from latentrt.errors import BackendError, NetworkError
+from latentrt.errors import NetworkError
 from latentrt.serve.core.observer import Observer
 from latentrt.serve.process.metrics import Metrics
-from tests.support.serve.fakes import ROWS, FakeService, app_of, live, until
+from tests.support.serve.fake_engine import PATIENCE
+from tests.support.serve.fakes import ROWS, FakeScheduler, app_of, get, live, post, until
 
 DRAW = "/v1/images/generations"
 
@@ -31,27 +32,28 @@ def values(text: str) -> dict[str, float]:
 
 
 @pytest.fixture
-def service() -> FakeService:
-    return FakeService()
+def scheduler() -> FakeScheduler:
+    return FakeScheduler()
 
 
 @pytest.fixture
-def url(service: FakeService) -> Iterator[str]:
-    with live(app_of(service)) as url:
+def url(scheduler: FakeScheduler) -> Iterator[str]:
+    with live(app_of(scheduler)) as url:
         yield url
 
 
-def test_requests_are_counted_as_they_ended(url: str, service: FakeService) -> None:
+def test_requests_are_counted_as_they_ended(url: str, scheduler: FakeScheduler) -> None:
     with capture_logs() as log:
         for body in ({"n": 2}, {}, {"size": "7x7"}, {"model": "x"}, {"stream": True}):
-            httpx.post(f"{url}{DRAW}", json={"prompt": "a", **body})
-        service.queue = 0
-        httpx.post(f"{url}{DRAW}", json={"prompt": "a"})
-        service.queue, service.fail = 64, NetworkError("a", needed="b", fix="c")
+            post(f"{url}{DRAW}", json={"prompt": "a", **body})
+        scheduler.fill()
+        post(f"{url}{DRAW}", json={"prompt": "a"})
+        scheduler.empty()
+        scheduler.fails = NetworkError("a", needed="b", fix="c")
         for stream in (False, True):
-            httpx.post(f"{url}{DRAW}", json={"prompt": "a", "stream": stream})
+            post(f"{url}{DRAW}", json={"prompt": "a", "stream": stream})
         asyncio.run(until(lambda: len(log) >= 10))  # a request's line comes after its answer; two have a traceback too
-    told = values(httpx.get(f"{url}/metrics").text)
+    told = values(get(f"{url}/metrics").text)
     outcomes = {"ok": 3, "unsupported_size": 1, "model_not_found": 1, "queue_full": 1, "engine_error": 2}
     for outcome, count in outcomes.items():
         assert told[f"latentrt:requests_total[outcome={outcome},route={DRAW}]"] == count
@@ -63,40 +65,38 @@ def test_requests_are_counted_as_they_ended(url: str, service: FakeService) -> N
     assert told["latentrt:request_queue_time_seconds_count"] == 5
 
 
-def test_gauges_follow_and_come_back_to_zero(url: str, service: FakeService) -> None:
+def test_gauges_follow_and_come_back_to_zero(url: str, scheduler: FakeScheduler) -> None:
     gauges = ("num_requests_running", "num_requests_waiting", "num_images_running")
 
     async def work() -> None:
-        async with httpx.AsyncClient(base_url=url) as client:
+        async with httpx.AsyncClient(base_url=url, timeout=PATIENCE) as client:
 
             async def read() -> dict[str, float]:
                 told = values((await client.get("/metrics")).text)
                 return {name: told[f"latentrt:{name}"] for name in gauges}
 
-            service.delay = 0.005
+            scheduler.delay = 0.005
             drawing = asyncio.create_task(client.post(DRAW, json={"prompt": "a", "n": 3}))
-            await until(lambda: service.running == 3)
+            await until(lambda: scheduler.running == 3)
             seen = await read()
             assert seen in ({gauges[0]: 1, gauges[1]: 0, gauges[2]: 3}, {gauges[0]: 1, gauges[1]: 0, gauges[2]: 0})
             queue = (await client.get("/latentrt/queue")).json()
-            assert {job["rows"] for job in queue["jobs"]} <= {20}
+            assert {job["rows"] for job in queue["jobs"]} <= {ROWS, 20}
             await drawing
             assert await read() == dict.fromkeys(gauges, 0.0)
 
     asyncio.run(work())
 
 
-def test_what_the_service_tells_is_measured() -> None:
+def test_what_the_scheduler_tells_is_measured() -> None:
     metrics = Metrics("m")
     observer: Observer = metrics
-    observer.accepted(2)
-    observer.refused("queue_full", 1)
-    observer.admitted(0.1)
     observer.ticked(0.02, 4, 2)
-    observer.staged("decode", 0.5, 2)
+    observer.staged("decode", 0.5)
     observer.ended("done", 1.5)
     observer.ended("run_timeout", 9.0)
-    observer.faulted(BackendError("a", needed="b", fix="c"), False)
+    observer.faulted(False)
+    observer.faulted(True)
     told = values(metrics.text().decode())
     assert told["latentrt:step_seconds_sum"] == 0.02
     assert told["latentrt:batch_size_bucket[le=4.0]"] == 1
@@ -104,44 +104,35 @@ def test_what_the_service_tells_is_measured() -> None:
     assert told["latentrt:stage_seconds_sum[stage=decode]"] == 0.5
     assert told["latentrt:images_total[outcome=done]"] == 1
     assert told["latentrt:images_total[outcome=run_timeout]"] == 1
-    assert told["latentrt:engine_faults_total[kind=raised]"] == 1
+    assert told["latentrt:engine_faults_total[kind=raised]"] == told["latentrt:engine_faults_total[kind=hung]"] == 1
     lines = [line for line in metrics.text().decode().splitlines() if line.startswith("latentrt")]
     assert all('model_name="m"' in line for line in lines)
 
 
-def test_a_hang_is_passed_on() -> None:
-    hung: list[bool] = []
-    metrics = Metrics("m", lambda: hung.append(True))
-    metrics.faulted(BackendError("a", needed="b", fix="c"), False)
-    assert hung == []
-    metrics.faulted(BackendError("a", needed="b", fix="c"), True)
-    assert hung == [True]
-
-
 @pytest.mark.parametrize("state", ["starting", "ready", "draining", "failed"])
-def test_health(url: str, service: FakeService, state: str) -> None:
-    service.state = state
-    assert httpx.get(f"{url}/health/live").json() == {"status": "ok"}
-    answer = httpx.get(f"{url}/health/ready")
+def test_health(url: str, scheduler: FakeScheduler, state: str) -> None:
+    scheduler.forced = state
+    assert get(f"{url}/health/live").json() == {"status": "ok"}
+    answer = get(f"{url}/health/ready")
     assert (answer.status_code, answer.json()["status"]) == ((200, "ok") if state == "ready" else (503, state))
-    assert values(httpx.get(f"{url}/metrics").text)["latentrt:ready"] == (state == "ready")
+    assert values(get(f"{url}/metrics").text)["latentrt:ready"] == (state == "ready")
     if state != "ready":
-        refused = httpx.post(f"{url}{DRAW}", json={"prompt": "a"})
+        refused = post(f"{url}{DRAW}", json={"prompt": "a"})
         code = "draining" if state == "draining" else "not_ready"
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, code)
 
 
-def test_the_queue_shows_progress_and_ones_own_job_can_be_cancelled(service: FakeService) -> None:
-    app: Any = app_of(service, keys=("one", "two"))
+def test_the_queue_shows_progress_and_ones_own_job_can_be_cancelled(scheduler: FakeScheduler) -> None:
+    app: Any = app_of(scheduler, keys=("one", "two"))
 
     async def work() -> None:
-        service.hold = asyncio.Event()
+        scheduler.hold = asyncio.Event()
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
             client.headers["authorization"] = "Bearer one"
             headers = {"x-request-id": "mine"}
             body = {"prompt": "a secret", "n": 2, "num_inference_steps": ROWS}
             drawing = asyncio.create_task(client.post(DRAW, json=body, headers=headers))
-            await until(lambda: any(entry.started for entry in app.state.context.board))
+            await until(lambda: any(handle.started for handle in scheduler.handles))
             queue = await client.get("/latentrt/queue")
             assert "secret" not in queue.text
             (job,) = queue.json()["jobs"]
@@ -161,6 +152,6 @@ def test_the_queue_shows_progress_and_ones_own_job_can_be_cancelled(service: Fak
 
 
 def test_what_a_page_may_offer(url: str) -> None:
-    model = httpx.get(f"{url}/latentrt/model").json()
+    model = get(f"{url}/latentrt/model").json()
     assert (model["model"], model["size"], model["step"], model["limits"]["max_n"]) == ("emoji", "128x128", 8, 10)
     assert "euler-a" in model["schedulers"]

@@ -17,8 +17,8 @@ from latentrt.model.tokenizer import Tokenizer
 from latentrt.request import Request
 from latentrt.run.job import Job
 from latentrt.runtime.fake import FakeBackend
+from latentrt.serve.core.handle import Event, Handle
 from latentrt.serve.core.service import Service
-from latentrt.serve.core.ticket import Event, Order, Ticket
 
 Arrays = Mapping[str, NDArray[Any]]
 T = TypeVar("T")
@@ -129,12 +129,10 @@ def fake_engine(fakes: Fakes, *, lanes: int = 8, seconds: float = 0.0) -> Engine
     """An engine over the embedded model's files, but none of its graphs."""
     bundle = Bundle.open(EMBEDDED, check_hashes=False)
     bundle = replace(bundle, spec=replace(bundle.spec, golden=()))
-    functions = {
-        bundle.spec.graphs["text_encoder"].path: fakes.text,
-        bundle.spec.graphs["unet"].path: fakes.unet,
-        bundle.spec.graphs["vae_decoder"].path: fakes.vae,
-    }
-    return Engine(bundle, FakeBackend(functions, seconds), lanes=lanes)
+    graphs = bundle.spec.graphs()
+    functions = {"text_encoder": fakes.text, "unet": fakes.unet, "vae_decoder": fakes.vae}
+    backend = FakeBackend({graphs[name].path: function for name, function in functions.items()}, seconds)
+    return Engine(bundle, backend, lanes=lanes)
 
 
 def recorded(engine: Engine) -> list[Job]:
@@ -151,9 +149,21 @@ def recorded(engine: Engine) -> list[Job]:
     return made
 
 
-def order(prompt: str = "an owl", *, previews: int = 0, deadline: float | None = None, **settings: Any) -> Order:
-    """An order with a request of these settings."""
-    return Order(Request(prompt=prompt, **{"steps": 4, **settings}), previews=previews, deadline=deadline)
+def handle_of(
+    prompt: str = "an owl", *, previews: int = 0, deadline: float | None = None, id: str = "", **settings: Any
+) -> Handle:
+    """A request with these settings."""
+    defaults = {"steps": 4, "guidance": SPEC.defaults.guidance}
+    request = Request(prompt=prompt, **{**defaults, **settings})
+    shape = SPEC.latents.shape_of(request.height, request.width)
+    return Handle(request, shape, request.steps, previews, deadline, id)
+
+
+def submit(service: Service, wanted: Handle) -> Handle:
+    """Have its pictures made, without end: nothing has to be released."""
+    service.scheduler.reserve(wanted)
+    service.scheduler.submit(wanted)
+    return wanted
 
 
 def wait(coroutine: Coroutine[Any, Any, T]) -> T:
@@ -166,16 +176,6 @@ def wait(coroutine: Coroutine[Any, Any, T]) -> T:
     return asyncio.run(bounded())
 
 
-def submit(service: Service, wanted: Order) -> Ticket:
-    request = wanted.request
-    return service.reserve(request.count, rows=request.steps, deadline=wanted.deadline).submit(wanted)
-
-
-def submit_and_cancel(service: Service) -> Ticket:
-    ticket = submit(service, order())
-    ticket.cancel()
-    return ticket
-
-
-async def events(ticket: Ticket) -> list[Event]:
-    return [event async for event in ticket]
+async def events(wanted: Handle) -> list[Event]:
+    """All that its client hears until it is over."""
+    return [event async for event in wanted]

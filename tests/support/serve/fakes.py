@@ -1,4 +1,4 @@
-"""A service without an engine: it draws flat pictures, as fast and as badly as it is told."""
+"""A scheduler without an engine: flat pictures, as fast and as badly as it is told; and servers around it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from functools import partial
 from io import BytesIO
+from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import numpy as np
 import structlog
 import uvicorn
@@ -19,28 +21,25 @@ from PIL import Image
 
 from latentrt.bundle.bundle import Bundle
 from latentrt.errors import LatentrtError
-from latentrt.images.picture import Picture as Drawn
+from latentrt.images.picture import Picture
+from latentrt.model.model import Model
+from latentrt.request import Request
+from latentrt.runtime.base import Facts
+from latentrt.runtime.fake import FakeBackend
 from latentrt.runtime.tensorrt.record import Profile
-from latentrt.sampling.schedule import Schedule
-from latentrt.serve.core.ticket import (
-    Cancelled,
-    Cut,
-    Draining,
-    Failed,
-    NotReady,
-    Order,
-    Picture,
-    Preview,
-    Progress,
-    QueueFull,
-    Started,
-    Ticket,
-)
+from latentrt.serve.core.curve import Curve
+from latentrt.serve.core.handle import Handle, Stage
+from latentrt.serve.core.observer import Observer
+from latentrt.serve.core.queue import Limits
+from latentrt.serve.core.scheduler import Scheduler
 from latentrt.serve.http.app import create_app
 from latentrt.serve.http.catalog import Catalog
 from latentrt.serve.process.config import Settings
+from latentrt.serve.process.metrics import Metrics
+from tests.support.serve.fake_engine import PATIENCE, SHAPE
 
 ROWS = 4
+EMOJI = Model(Bundle.open(check_hashes=False), FakeBackend())
 
 
 def _drop(*_: Any) -> dict[str, Any]:
@@ -50,152 +49,112 @@ def _drop(*_: Any) -> dict[str, Any]:
 structlog.configure(processors=[_drop])  # structlog.testing.capture_logs still hears everything
 
 
-class FakePlace:
-    """A promise of places."""
-
-    def __init__(self, service: FakeService, pictures: int) -> None:
-        self._service, self.pictures, self.open = service, pictures, True
-
-    def submit(self, order: Order) -> Ticket:
-        self.open = False
-        return self._service.submit(order, self.pictures)
-
-    def release(self) -> None:
-        if self.open:
-            self.open = False
-            self._service.reserved -= self.pictures
-
-    def __enter__(self) -> FakePlace:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-
-@dataclass
-class FakeService:
-    """What HTTP sees of a service.
+class FakeScheduler(Scheduler):
+    """The real one, but a task of the event loop makes the pictures of a request.
 
     Attributes:
         delay: seconds a row takes.
-        hold: rows wait for it, if it is given.
-        fail: what the pictures end in, instead.
-        refuse: what `reserve` raises.
-        cut: what is told of a prompt.
+        hold: rows after the first wait for it, if it is given.
+        fails: what requests end in, instead of pictures.
+        refuses: what `reserve` raises.
+        cut: what the model does not read of a prompt.
+        forced: the state, whatever it is.
+        seen, submitted, cancelled: requests that were reserved, submitted, cancelled before they were over.
     """
 
-    queue: int = 64
-    delay: float = 0.0
-    hold: asyncio.Event | None = None
-    fail: LatentrtError | None = None
-    refuse: LatentrtError | None = None
-    cut: Cut | None = None
-    state: str = "ready"
-    reserved: int = 0
-    waiting: int = 0
-    running: int = 0
-    orders: list[Order] = field(default_factory=list)
-    cancelled: list[str] = field(default_factory=list)
-    reservations: list[dict[str, Any]] = field(default_factory=list)
-    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    def __init__(
+        self,
+        *,
+        queue: int = 64,
+        delay: float = 0.0,
+        hold: asyncio.Event | None = None,
+        refuses: Exception | None = None,
+        observer: Observer | None = None,
+    ) -> None:
+        super().__init__(16, SHAPE, Facts(), Limits(queue), Curve(), observer or Observer(), on_hang=lambda: None)
+        self.places, self.delay, self.hold, self.refuses = queue, delay, hold, refuses
+        self.fails: LatentrtError | None = None
+        self.cut: dict[str, str] = {}
+        self.forced = ""
+        self.seen: list[Handle] = []
+        self.submitted: list[Handle] = []
+        self.cancelled: list[Handle] = []
+        self.tasks: dict[Handle, asyncio.Task[None]] = {}
+        self.checked(None)
 
     @property
-    def ready(self) -> bool:
-        return self.state == "ready"
+    def state(self) -> str:
+        return self.forced or super().state
 
-    def reserve(
-        self, pictures: int, *, rows: int, deadline: float | None, shape: tuple[int, int, int] | None = None
-    ) -> FakePlace:
-        self.reservations.append({"pictures": pictures, "rows": rows, "deadline": deadline, "shape": shape})
-        if self.refuse is not None:
-            raise self.refuse
-        if self.state == "draining":
-            raise Draining("the service is ending", needed="one that runs", fix="send the request to another")
-        if self.state != "ready":
-            raise NotReady("the service starts", needed="a self-check", fix="try again soon", retry_after=1.0)
-        if self.reserved + pictures > self.queue:
-            raise QueueFull("no place is free", needed="some", fix="try again later", retry_after=2.5)
-        self.reserved += pictures
-        return FakePlace(self, pictures)
+    def fill(self) -> FakeScheduler:
+        """Take all places of the queue, until `empty`."""
+        self.filling = Handle(Request(prompt="", count=self.places), SHAPE, 1)
+        super().reserve(self.filling)
+        return self
 
-    def full(self, ahead: int = 0) -> QueueFull | None:
-        if self.reserved + ahead < self.queue or not self.ready:
-            return None
-        return QueueFull("no place is free", needed="some", fix="try again later", retry_after=2.5)
+    def empty(self) -> None:
+        super().release(self.filling)
 
-    def submit(self, order: Order, places: int) -> Ticket:
-        self.orders.append(order)
-        ticket = Ticket(order, self._cancel)
-        task = asyncio.get_running_loop().create_task(self._draw(ticket, places))
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
-        ticket.task = task
-        return ticket
+    def reserve(self, handle: Handle) -> None:
+        self.seen.append(handle)
+        if self.refuses is not None:
+            raise self.refuses
+        super().reserve(handle)
 
-    def drain(self) -> None:
-        self.state = "draining"
+    def submit(self, handle: Handle) -> None:
+        super().submit(handle)
+        self.submitted.append(handle)
+        self.tasks[handle] = asyncio.get_running_loop().create_task(self._draw(handle))
 
-    async def wait_drained(self, timeout: float | None = None) -> bool:
-        if self.tasks:
-            _, left = await asyncio.wait(self.tasks, timeout=timeout)
-            return not left
-        return True
+    def fail(self, handle: Handle, error: LatentrtError) -> None:
+        if not handle.over and handle in self.tasks:
+            self.cancelled.append(handle)
+            self.tasks[handle].cancel()
+        super().fail(handle, error)
 
-    def _cancel(self, ticket: Ticket) -> None:
-        if not ticket.task.done():
-            self.cancelled.append(ticket.id)
-            ticket.tell(Failed(None, Cancelled("the order was cancelled", needed="none", fix="order again")), last=True)
-            ticket.task.cancel()
-
-    async def _draw(self, ticket: Ticket, places: int) -> None:
-        order, request = ticket.order, ticket.order.request
-        try:
-            for row in range(1, ROWS + 1):
-                await asyncio.sleep(self.delay)
-                if self.hold is not None and row > 1:
-                    await self.hold.wait()
-                if row == 1 and self.cut is not None:
-                    ticket.tell(self.cut)
-                if row == 1:
-                    self.running += request.count
-                    ticket.tell(Started())
-                for index in range(request.count):
-                    ticket.tell(Progress(index, row, ROWS))
-                    if row <= order.previews:
-                        ticket.tell(Preview(index, row - 1, picture(order, index)))
-            if self.fail is not None:
-                ticket.tell(Failed(None, self.fail), last=True)
-                return
-            for index in range(request.count):
-                ticket.tell(Picture(index, picture(order, index)), last=index == request.count - 1)
-        finally:
-            self.running = 0
-            self.reserved -= places
+    async def _draw(self, handle: Handle) -> None:
+        job: Any = SimpleNamespace(row=0)
+        handle.rows, handle.cut = ROWS, self.cut
+        for row in range(1, ROWS + 1):
+            await asyncio.sleep(self.delay)
+            if self.hold is not None and row > 1:
+                await self.hold.wait()
+            job.row = row
+            for slot in handle.slots:
+                slot.job, slot.stage = job, Stage.RUNNING
+                if row <= handle.previews:
+                    self.show(slot, row - 1, picture(handle, slot.index))
+            self.ticked(handle.slots, handle.lanes, self.delay)
+        if self.fails is not None:
+            del self.tasks[handle]
+            return self.fail(handle, self.fails)
+        for slot in handle.slots:
+            self.finish(slot, picture(handle, slot.index))
 
 
-def picture(order: Order, index: int) -> Drawn:
+def picture(handle: Handle, index: int) -> Picture:
     """Flat, in a colour that its seed chooses; on a given picture, that picture."""
-    request = order.request
+    request = handle.request
     assert request.width is not None
     assert request.height is not None
     seed = request.seed + index
     pixels = np.full((request.height, request.width, 3), seed % 256, np.uint8)
-    if order.image is not None:
-        pixels = order.image
+    pixels = request.pictures.get("image", pixels)
     settings = {"prompt": request.prompt, "seed": seed, "solver": request.solver or "ddim", "steps": request.steps}
-    return Drawn.of(np.ascontiguousarray(pixels), {**settings, "guidance": request.guidance})
+    return Picture.of(np.ascontiguousarray(pixels), {**settings, "guidance": request.guidance})
 
 
-def catalog_of(*, profiles: Sequence[Profile] | None = None, **settings: Any) -> Catalog:
-    """The embedded model's, under these settings, with plans for these sizes."""
-    bundle = Bundle.open(check_hashes=False)
-    schedule = Schedule.from_config(bundle.json(bundle.spec.schedule))
-    return Catalog(bundle.spec, schedule, Settings(**{"log_format": "json", **settings}), profiles)
+def catalog_of(model: Model = EMOJI, *, profiles: Sequence[Profile] | None = None, **settings: Any) -> Catalog:
+    """A model's, under these settings, with plans for these sizes."""
+    return Catalog(model, profiles, Settings(**{"log_format": "json", **settings}))
 
 
-def app_of(service: FakeService, **settings: Any) -> Any:
-    """The application around a fake service."""
-    return create_app(service, catalog_of(**settings))  # type: ignore[arg-type]
+def app_of(scheduler: FakeScheduler, /, model: Model = EMOJI, **settings: Any) -> Any:
+    """The application around a fake scheduler; its metrics hear of it."""
+    catalog = catalog_of(model, **settings)
+    metrics = scheduler.observer if isinstance(scheduler.observer, Metrics) else Metrics(catalog.name)
+    scheduler.observer = metrics
+    return create_app(scheduler, catalog, metrics=metrics)
 
 
 def png(width: int = 64, height: int = 64, mode: str = "RGB", colour: Any = None, kind: str = "PNG") -> bytes:
@@ -205,13 +164,15 @@ def png(width: int = 64, height: int = 64, mode: str = "RGB", colour: Any = None
     return buffer.getvalue()
 
 
-Check = Callable[[], bool]
+# httpx gives up after five seconds, which is not long on a machine that is busy.
+get, post = (partial(ask, timeout=PATIENCE) for ask in (httpx.get, httpx.post))
 
 
-async def until(check: Check) -> None:
-    """Let the event loop turn until something is so; the tests' own time limit ends what never is."""
-    while not check():
-        await asyncio.sleep(0.001)
+async def until(check: Callable[[], object]) -> None:
+    """Let the event loop turn until something is so."""
+    async with asyncio.timeout(PATIENCE):
+        while not check():
+            await asyncio.sleep(0.001)
 
 
 @contextmanager

@@ -13,18 +13,19 @@ import math
 import os
 import platform
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from latentrt.bundle.bundle import MANIFEST, sha256_of
 from latentrt.engine import Engine
 from latentrt.errors import BundleError, OutputError
-
-Shape = tuple[int, int, int]
+from latentrt.serve.core import pipeline
+from latentrt.serve.core.pipeline import GUIDED, Shape
+from latentrt.storage import cache_folder, write_atomic
+from latentrt.values import is_number, is_whole
 
 SCHEMA = 1
-GUIDED = 2  # lanes of a picture with guidance
 PAYS = 0.9  # the part of the best throughput that is enough
 NEWS = 0.1  # the weight of a server's newest tick
 FIX = "measure again: latentrt bench BUNDLE --save"
@@ -43,9 +44,9 @@ class Curve:
     decode: dict[Shape, float] = field(default_factory=dict)
 
     def seconds(self, shape: Shape, lanes: int) -> float | None:
-        """Of a tick: interpolated between what was measured, and in proportion to the lanes beyond it.
+        """Return the seconds of a tick: interpolated between measured points, in proportion to the lanes beyond them.
 
-        A shape that was never measured counts by its pixels beside the nearest one; None where nothing was.
+        A shape that was never measured counts by its pixels beside the nearest one; None where nothing was measured.
         """
         known = _nearest(self.ticks, shape)
         if known is None:
@@ -54,16 +55,16 @@ class Curve:
         return _interpolate(points, lanes) * math.prod(shape) / math.prod(known)
 
     def decoding(self, shape: Shape) -> float:
-        """Seconds of a picture's decoding; 0 where none was measured."""
+        """Return the seconds of a picture's decoding; 0 where none was measured."""
         known = _nearest(self.decode, shape)
         return 0.0 if known is None else self.decode[known] * math.prod(shape) / math.prod(known)
 
     def cap(self, shape: Shape, most: int) -> int:
-        """The most lanes of this shape that a tick should have, from 2 to `most`.
+        """Return the most lanes of this shape that a tick should have, from 2 to `most`.
 
-        They are the fewest that give nine tenths of the most lanes a second that were measured: with more everybody in
-        the batch would wait longer for little. A shape that was never measured fills the device earlier or later, by
-        its pixels. Where nothing was measured, all lanes are used.
+        They are the fewest that give nine tenths of the best measured throughput: with more, all pictures in the batch
+        would take longer for little. A shape that was never measured fills the device earlier or later, by its pixels.
+        Where nothing was measured, all lanes are used.
         """
         known = _nearest(self.ticks, shape)
         if known is None:
@@ -74,12 +75,12 @@ class Curve:
         return max(min(GUIDED, most), min(most, scaled))
 
     def learn(self, shape: Shape, lanes: int, seconds: float) -> None:
-        """Take a tick of a running server into account."""
+        """Take a tick of a running server into account, by a tenth."""
         points = self.ticks.setdefault(shape, {})
         points[lanes] = points.get(lanes, seconds) * (1 - NEWS) + seconds * NEWS
 
     def copy(self) -> Curve:
-        """One that learns apart from this."""
+        """Return one that learns apart from this."""
         return Curve({shape: dict(points) for shape, points in self.ticks.items()}, dict(self.decode))
 
 
@@ -101,16 +102,17 @@ def _interpolate(points: list[tuple[int, float]], lanes: int) -> float:
 
 
 def of_bench(engine: Engine, results: Mapping[str, Any]) -> Curve:
-    """The curve in what `command.bench.measure` returned of this engine: guided pictures of the model's own size.
+    """Return the curve in what `command.bench.measure` returned: of pictures of the model's own size, with guidance
+    where there is any.
 
-    On a GPU every call has all lanes, so there is one point.
+    Where every call has all lanes there is one point.
     """
-    spec = engine.spec.latents
-    shape = (spec.channels, spec.height, spec.width)
-    middles = {GUIDED * row["batch"]: row["step_ms"][1] / 1000 for row in results["batches"]}
-    if engine.backend.gpu is not None:
-        middles = {engine.denoiser.lanes: min(middles.values())}
-    return Curve({shape: middles}, {shape: min(row["decode_ms"] for row in results["batches"]) / 1000})
+    shape = pipeline.own_shape(engine)
+    each = pipeline.most_lanes(engine)
+    ticks = {each * row["batch"]: row["step_ms"][1] / 1000 for row in results["batches"]}
+    if pipeline.facts(engine).fixed_lanes:
+        ticks = {engine.denoiser.lanes: min(ticks.values())}
+    return Curve({shape: ticks}, {shape: min(row["decode_ms"] for row in results["batches"]) / 1000})
 
 
 def save(curve: Curve, engine: Engine) -> Path:
@@ -120,24 +122,23 @@ def save(curve: Curve, engine: Engine) -> Path:
         OutputError: neither can be written.
     """
     text = json.dumps({"schema": SCHEMA, **_about(engine), **_to_dict(curve)}, indent=1) + "\n"
-    *others, last = paths(engine)
-    for path in others:
-        try:
-            return _write(path, text)
-        except OSError:
-            continue
+    first, last = paths(engine)
+    with suppress(OSError):
+        write_atomic(first, text.encode())
+        return first
     try:
-        return _write(last, text)
+        write_atomic(last, text.encode())
     except OSError as error:
         raise OutputError(
             f"{last} cannot be written ({error.strerror or error})",
             needed="a bundle or a cache folder that can be written to",
             fix="make room, or point XDG_CACHE_HOME elsewhere",
         ) from error
+    return last
 
 
 def load(engine: Engine) -> Curve | None:
-    """The curve that was saved for this bundle, machine and backend; None where there is none.
+    """Return the curve that was saved for this bundle, machine and backend; None where there is none.
 
     Raises:
         BundleError: there is one and it cannot be read.
@@ -155,19 +156,16 @@ def load(engine: Engine) -> Curve | None:
 
 
 def paths(engine: Engine) -> tuple[Path, Path]:
-    """Where the curve of an engine may lie: with the bundle, and in the user's cache."""
-    about = json.dumps(_about(engine), sort_keys=True) + sha256_of(engine.bundle.root / MANIFEST)
-    name = f"{engine.backend.name}-{hashlib.sha256(about.encode()).hexdigest()[:16]}.json"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return engine.bundle.root / "curves" / name, cache / "latentrt" / "curves" / name
+    """Return where the curve of an engine may lie: with the bundle, and in the user's cache."""
+    about = _about(engine)
+    key = json.dumps(about, sort_keys=True) + pipeline.manifest_hash(engine)
+    name = f"{about['backend']}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    return pipeline.folder(engine) / "curves" / name, cache_folder("curves") / name
 
 
 def _about(engine: Engine) -> dict[str, Any]:
     """What a curve holds for."""
-    backend = engine.backend
-    device = backend.device if backend.gpu is None else backend.gpu.name
-    parts = {"backend": backend.name, "device": device, "precision": backend.precision}
-    return {"model": engine.spec.id, **parts, "machine": _machine()}
+    return {**pipeline.identity(engine), "machine": _machine()}
 
 
 def _machine() -> str:
@@ -206,24 +204,12 @@ def _shape(value: Any) -> Shape:
 
 
 def _whole(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not is_whole(value) or value < 1:
         raise ValueError(f"{value!r} where a whole number from 1 should be")
-    return value
+    return int(value)
 
 
 def _positive(value: Any) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+    if not is_number(value) or value <= 0:
         raise ValueError(f"{value!r} where a number above 0 should be")
     return float(value)
-
-
-def _write(path: Path, text: str) -> Path:
-    """Beside, then renamed: a reader sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-    return path

@@ -1,129 +1,180 @@
-"""Who is next: the queue and its rules, without threads or clocks."""
+"""The rules of the queue and its forecast: which pictures are next, and when; without threads or clocks."""
 
 from __future__ import annotations
 
 import heapq
-from bisect import insort
+import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
-from latentrt.run.job import Job
-from latentrt.serve.core.curve import Shape
-from latentrt.serve.core.ticket import Ticket
-
-
-@dataclass(slots=True, eq=False)
-class Part:
-    """One picture of an order on its way through the service.
-
-    Attributes:
-        shape, lanes, rows: of its job; by the order's own words until there is a job.
-        accepted: when the order came; all times are `time.monotonic()`.
-        due: its rank in the queue; the smaller, the sooner.
-        limit: when it fails if it has not come further.
-        job: once prompts are encoded and noise is drawn.
-        admitted: when it was given lanes.
-        previews: the number of the preview that is wanted after so many rows.
-        ended: whether its last event was told.
-    """
-
-    ticket: Ticket
-    index: int
-    shape: Shape
-    lanes: int
-    rows: int
-    accepted: float
-    due: float
-    limit: float
-    job: Job | None = None
-    admitted: float | None = None
-    previews: dict[int, int] = field(default_factory=dict)
-    ended: bool = False
-
-    @property
-    def rows_left(self) -> int:
-        """Rows that have not run yet."""
-        return self.rows - (self.job.row if self.job is not None else 0)
+from latentrt.serve.core.curve import Curve
+from latentrt.serve.core.errors import SOON, DeadlineUnreachable, QueueFull, QueueTimeout, RunTimeout
+from latentrt.serve.core.handle import Handle, Slot, Stage
+from latentrt.serve.core.pipeline import Shape
 
 
-class Queue:
-    """Pictures that wait, sooner ones first, and places that are promised to pictures to come.
-
-    Nobody waits for ever: whoever grants `due` times bounds them by the time of arrival, so that newcomers rank behind
-    in the end; and who is first is never passed by one that takes the lanes it waits for.
+def next_to_prepare(slots: Iterable[Slot], ahead: int) -> Handle | None:
+    """Return the first request that has no jobs yet and could soon need some.
 
     Args:
-        places: the most pictures that may wait.
+        slots: pictures in the order of the queue.
+        ahead: those of each shape that may wait prepared. The turn of all others is far: what comes in a crowd does not
+            wait until all of the crowd is prepared.
+    """
+    seen = Counter[Shape]()
+    for slot in (slot for slot in slots if slot.stage is Stage.WAITING):
+        seen[slot.handle.shape] += 1
+        if slot.job is None and slot.handle.submitted and seen[slot.handle.shape] <= ahead:
+            return slot.handle
+    return None
+
+
+def next_to_run(slots: Sequence[Slot], lanes: int, cap: Callable[[Shape], int]) -> list[Slot]:
+    """Return the pictures that may have lanes now, in the order of the queue.
+
+    Those of a shape that is at its cap wait, and other shapes pass them. But where the lanes of the network themselves
+    run out, no picture passes: otherwise those with one lane would keep one that needs two waiting without end.
+
+    Args:
+        slots: pictures in the order of the queue; those without jobs are passed.
+        lanes: of the network, in all.
+        cap: the most lanes that a shape should have; one picture of a shape may always run.
+    """
+    taken, closed, chosen = Counter[Shape](), set[Shape](), list[Slot]()
+    for slot in (slot for slot in slots if slot.stage is Stage.RUNNING):
+        taken[slot.handle.shape] += slot.handle.lanes
+    for slot in (slot for slot in slots if slot.stage is Stage.WAITING):
+        shape, needed = slot.handle.shape, slot.handle.lanes
+        if slot.job is None or shape in closed:
+            continue
+        if taken[shape] and taken[shape] + needed > cap(shape):
+            closed.add(shape)
+        elif taken.total() + needed > lanes:
+            break
+        else:
+            taken[shape] += needed
+            chosen.append(slot)
+    return chosen
+
+
+class Limits(NamedTuple):
+    """What pictures may take.
+
+    Attributes:
+        queue: pictures that may wait.
+        queue_timeout: seconds that one may wait for lanes.
+        run_timeout: seconds that one may take once it has them.
+        hang: seconds after which a step, a stage or a self-check that has not returned counts as hung.
     """
 
-    def __init__(self, places: int) -> None:
-        self.places = places
-        self.reserved = 0
-        self.waiting: list[Part] = []
+    queue: int = 64
+    queue_timeout: float = 120
+    run_timeout: float = 300
+    hang: float = 60
 
-    @property
-    def free(self) -> int:
-        """Places that are neither taken nor promised."""
-        return self.places - self.reserved - len(self.waiting)
 
-    def add(self, parts: Sequence[Part]) -> None:
-        """Let pictures wait: by their due time, in order of arrival where it is the same."""
-        for part in parts:
-            insort(self.waiting, part, key=lambda one: one.due)
+class Forecast:
+    """When pictures would be done and places would be free, by what was measured; it learns from every tick.
 
-    def discard(self, part: Part) -> None:
-        """Let a picture wait no more; one that does not is left alone."""
-        if part in self.waiting:
-            self.waiting.remove(part)
+    Seats are counted in pictures of as many lanes as any of them takes, and rows of other shapes in rows of this one by
+    their pixels: a forecast is right to tens of percent.
 
-    def unprepared(self, most: int, ahead: int) -> list[Ticket]:
-        """The first orders, at most so many, that have no jobs yet and could soon need some.
+    Args:
+        places: pictures that may wait.
+        lanes: of the network.
+        shape: of the model's own latents.
+        measured: says how many lanes run at once, and at first how long a tick takes.
+    """
 
-        Args:
-            ahead: pictures of each shape that may wait prepared. The others' turn is far: whoever comes in a crowd does
-                not wait until all of it is prepared.
+    def __init__(self, places: int, lanes: int, shape: Shape, measured: Curve) -> None:
+        self._places, self._lanes, self._shape = places, lanes, shape
+        self._caps, self._curve = measured, measured.copy()
+
+    def cap(self, shape: Shape) -> int:
+        """Return the most lanes of this shape that a tick should have."""
+        return self._caps.cap(shape, self._lanes)
+
+    def learn(self, shape: Shape, lanes: int, seconds: float) -> None:
+        """Take a tick into account."""
+        self._curve.learn(shape, lanes, seconds)
+
+    def full(self, pictures: int, slots: Sequence[Slot]) -> QueueFull | None:
+        """Return why so many pictures have no place beside these, and when they may have one; None where they have."""
+        waiting = sum(slot.stage is Stage.WAITING for slot in slots)
+        free = self._places - waiting
+        if pictures > self._places:
+            needed = f"at most {self._places} at once"
+            return QueueFull(f"{pictures} pictures", needed, fix="ask for fewer pictures")
+        if pictures <= free:
+            return None
+        tick, starts = self._begins(slots, self._shape, max(slot.handle.lanes for slot in slots))
+        seconds = 0.0 if tick is None else starts[min(pictures - free, waiting) - 1] * tick
+        found = f"{free} of {self._places} places in the queue are free"
+        return QueueFull(found, needed=f"{pictures}", fix="try again later", retry_after=max(SOON, seconds))
+
+    def refuse(self, handle: Handle, slots: Sequence[Slot]) -> None:
+        """Refuse a request if these pictures leave it no place or no time.
+
+        Raises:
+            QueueFull, DeadlineUnreachable: as they say.
         """
-        tickets, seen = dict[Ticket, None](), Counter[Shape]()
-        for part in self.waiting:
-            seen[part.shape] += 1
-            if part.job is None and seen[part.shape] <= ahead:
-                tickets[part.ticket] = None
-        return list(tickets)[:most]
+        full = self.full(handle.request.count, slots)
+        if full is not None:
+            raise full
+        if handle.deadline is None:
+            return
+        left = handle.deadline - handle.came
+        ahead = [slot for slot in slots if slot.stage > Stage.WAITING or slot.handle.due <= handle.due]
+        needed, alone = self._seconds(handle, ahead), self._seconds(handle, [])
+        if needed > left:
+            helps = alone <= left
+            raise DeadlineUnreachable(
+                f"the pictures would be done in {needed:.1f} s",
+                needed=f"in {max(0.0, left):.1f} s",
+                fix="try again later" if helps else "allow more time, or take fewer steps",
+                retry_after=max(SOON, needed - left) if helps else None,
+            )
 
-    def next(self, lanes: int, busy: Mapping[Shape, int], cap: Callable[[Shape], int]) -> list[Part]:
-        """The pictures that may have lanes now, in their order.
+    def _seconds(self, handle: Handle, ahead: Sequence[Slot]) -> float:
+        """Until a request is done that comes behind these; 0 where nothing was measured."""
+        pictures, rows = handle.request.count, float(handle.rows)
+        each = max([handle.lanes, *(slot.handle.lanes for slot in ahead)])
+        tick, starts = self._begins(ahead, handle.shape, each, *[rows] * pictures)
+        return 0.0 if tick is None else (starts[-1] + rows) * tick + pictures * self._curve.decoding(handle.shape)
 
-        Those of a shape that is at its cap wait, and other shapes pass them. But where the lanes of the network
-        themselves run out, nobody passes: otherwise pictures with one lane would keep one that needs two for ever.
+    def _begins(self, slots: Sequence[Slot], shape: Shape, each: int, *more: float) -> tuple[float | None, list[float]]:
+        """The seconds of a tick; after how many ticks each picture that waits begins, and then those of `more` rows.
 
-        Args:
-            lanes: of the network, in all.
-            busy: lanes that are taken, by shape.
-            cap: the most lanes that a shape should have; one picture of a shape may always run.
+        Each picture counts as so many lanes.
         """
-        taken, closed, chosen = dict(busy), set[Shape](), list[Part]()
-        for part in self.waiting:
-            if part.job is None or part.shape in closed:
-                continue
-            own = taken.get(part.shape, 0)
-            if own and own + part.lanes > cap(part.shape):
-                closed.add(part.shape)
-            elif sum(taken.values()) + part.lanes > lanes:
-                break
-            else:
-                taken[part.shape] = own + part.lanes
-                chosen.append(part)
-        return chosen
+        cap = self.cap(shape)
+        used = min(cap, sum(slot.handle.lanes for slot in slots) + each)
+        running = [_rows(slot, shape) for slot in slots if slot.stage > Stage.WAITING]
+        waiting = [_rows(slot, shape) for slot in slots if slot.stage is Stage.WAITING]
+        return self._curve.seconds(shape, used), begins(running, [*waiting, *more], max(1, cap // each))
+
+
+def _rows(slot: Slot, shape: Shape) -> float:
+    """Rows that a picture still has to run, as rows of this shape."""
+    return (slot.handle.rows - slot.row) * math.prod(slot.handle.shape) / math.prod(shape)
+
+
+def too_late(slot: Slot, now: float) -> QueueTimeout | RunTimeout:
+    """Return what a picture fails with whose time is over."""
+    seconds = f"{now - slot.handle.came:.1f} s after the request came"
+    if slot.stage is Stage.WAITING:
+        return QueueTimeout(f"the picture has not begun {seconds}", needed="a shorter queue", fix="ask again later")
+    return RunTimeout(f"the picture is not done {seconds}", needed="a smaller or shorter one", fix="take fewer steps")
 
 
 def sooner(moment: float, deadline: float | None) -> float:
-    """The earlier of the two."""
+    """Return the earlier of the two."""
     return moment if deadline is None else min(moment, deadline)
 
 
 def begins(running: Sequence[float], waiting: Sequence[float], seats: int) -> list[float]:
-    """When each waiting picture begins, in ticks from now, where `seats` run at once.
+    """Return when each waiting picture begins, in ticks from now, where `seats` run at once.
 
     Args:
         running, waiting: the rows that each still has; the waiting in their order.

@@ -1,187 +1,184 @@
-"""The engine's thread: pictures join and leave between ticks, and nothing else ever calls the denoiser."""
+"""The two threads that use the engine: one ticks, the other encodes and decodes beside the ticks.
+
+On a device with one stream of work the second one is not started: the first does one piece of its work between two
+ticks.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 from latentrt.engine import Engine
-from latentrt.errors import LatentrtError
-from latentrt.run.job import Job
-from latentrt.serve.core import stages
-from latentrt.serve.core.curve import Curve, Shape
-from latentrt.serve.core.desk import Desk, as_error
-from latentrt.serve.core.queue import Part, sooner
-from latentrt.serve.core.studio import Studio
-from latentrt.serve.core.ticket import Failed, Progress, Started
+from latentrt.errors import LatentrtError, NetworkError
+from latentrt.run.job import Float32, Job
+from latentrt.serve.core import pipeline
+from latentrt.serve.core.errors import as_error
+from latentrt.serve.core.handle import Handle, Slot, Stage
+from latentrt.serve.core.scheduler import Scheduler
 
 LOG = logging.getLogger(__name__)
 
 
-class Worker:
-    """One turn after the other: who left gives lanes back, who waits takes them, all move by a row.
+class SideWorker:
+    """Makes jobs of requests, pictures of latents, and previews."""
 
-    Args:
-        caps: the measured curve that says how many lanes pay; it does not change.
-        curve: what learns from every tick.
-        run_timeout: seconds that a picture may take once it has lanes.
-        studio: whose pieces are done between ticks; None where another thread does them.
-    """
-
-    def __init__(
-        self, desk: Desk, engine: Engine, caps: Curve, curve: Curve, run_timeout: float, studio: Studio | None
-    ) -> None:
-        self._desk, self._engine, self._denoiser = desk, engine, engine.denoiser
-        self._caps, self._curve = caps, curve
-        self._run_timeout, self._studio = run_timeout, studio
-        self._seated: dict[Job, Part] = {}
+    def __init__(self, scheduler: Scheduler, engine: Engine) -> None:
+        self._scheduler, self._engine = scheduler, engine
 
     def run(self) -> None:
-        """Turn until the desk is closed."""
-        while self._turn():
+        """Work until the scheduler is closed."""
+        while self.work(wait=True):
             pass
 
-    def _turn(self) -> bool:
-        """One turn, as soon as there is something to do; False where the desk is closed."""
-        with self._desk.changed:
-            while not (chosen := self._choose()) and not self._must_go_on():
-                self._desk.changed.wait(self._desk.until_check())
-            for part in chosen:
-                self._desk.queue.discard(part)
-                self._desk.running[part] = None
-        self._leave()
-        if self._desk.closed:
+    def work(self, *, wait: bool = False) -> bool:
+        """Do one piece of work; return whether there was one."""
+        work = self._scheduler.next_side_work(wait=wait)
+        if work is None:
             return False
-        if self._check_due() and self._may_check():
-            self._check()
-        for part in chosen:
-            self._admit(part)
-        if self._seated:
-            self._tick()
-        if self._studio is not None:
-            self._studio.work()
+        with self._scheduler.watched("stage"):
+            if isinstance(work, Handle):
+                self._prepare(work)
+            elif (preview := work[1]) is not None:
+                self._preview(work[0], *preview)
+            else:
+                self._decode(work[0])
         return True
 
-    def _must_go_on(self) -> bool:
-        desk, between = self._desk, self._studio
-        return bool(desk.closed or self._seated or self._check_due() or (between is not None and between.waits))
-
-    def _check_due(self) -> bool:
-        return self._desk.until_check() == 0
-
-    # ---- Joining and leaving
-
-    def _choose(self) -> list[Part]:
-        """Who joins now. Nobody while the engine is not trusted, or while the VAE lags by as much as all lanes make."""
-        desk, lanes = self._desk, self._denoiser.lanes
-        if not desk.trusted or desk.closed or len(desk.denoised) >= lanes:
-            return []
-        busy: Counter[Shape] = Counter()
-        for part in self._seated.values():
-            if not part.ended:
-                busy[part.shape] += part.lanes
-        return desk.queue.next(lanes, busy, lambda shape: self._caps.cap(shape, lanes))
-
-    def _leave(self) -> None:
-        """Take the lanes of pictures that are over for some other reason than their last row."""
-        for job, part in list(self._seated.items()):
-            if part.ended:
-                del self._seated[job]
-                self._denoiser.retire(job)
-
-    def _admit(self, part: Part) -> None:
-        now = time.monotonic()
-        with self._desk.changed:
-            if part.ended or part.job is None:
-                return
-            part.admitted = now
-            part.limit = sooner(now + self._run_timeout, part.ticket.order.deadline)
-            self._desk.changed.notify_all()  # the clock looks at limits
+    def _prepare(self, handle: Handle) -> None:
         try:
-            self._denoiser.admit(part.job)
+            with self._timed("prepare"):
+                jobs, cut = pipeline.prepare(self._engine, handle.request)
         except Exception as error:
-            if stages.is_fault(error):
-                self._desk.suspect(as_error(error))
-            self._desk.end(part, Failed(part.index, as_error(error)))
-            return
-        self._seated[part.job] = part
-        self._desk.observer.admitted(now - part.accepted)
+            if pipeline.is_fault(error):
+                self._scheduler.suspect(as_error(error))
+            self._scheduler.fail(handle, as_error(error))
+        else:
+            self._scheduler.prepared(handle, jobs, cut)
 
-    # ---- A tick
+    def _decode(self, slot: Slot) -> None:
+        """Numbers that are not finite are no fault: any client could make the server unready with them."""
+        job = slot.job
+        if job is None:  # over by now
+            return
+        try:
+            with self._timed("decode"):
+                picture = pipeline.decode(self._engine, job)
+        except Exception as error:
+            if not isinstance(error, NetworkError):
+                self._scheduler.suspect(as_error(error))
+            self._scheduler.fail(slot.handle, as_error(error))
+        else:
+            self._scheduler.finish(slot, picture)
+
+    def _preview(self, slot: Slot, number: int, latents: Float32) -> None:
+        """One that cannot be decoded is left out: the picture may still come out."""
+        with suppress(LatentrtError):
+            with self._timed("preview"):
+                image = pipeline.preview(self._engine, latents)
+            self._scheduler.show(slot, number, image)
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self._scheduler.observer.staged(stage, time.monotonic() - start)
+
+
+class Worker:
+    """The engine's thread: pictures join and leave between two ticks, and no other thread calls the denoiser.
+
+    Args:
+        side: whose work is done between two ticks; None where another thread does it.
+    """
+
+    def __init__(self, scheduler: Scheduler, engine: Engine, side: SideWorker | None) -> None:
+        self._scheduler, self._engine, self._denoiser = scheduler, engine, engine.denoiser
+        self._side = side
+        self._slots: dict[Job, Slot] = {}  # of the jobs that have lanes
+
+    def run(self) -> None:
+        """Take turns until the scheduler is closed."""
+        while (joining := self._scheduler.next_turn(busy=bool(self._slots))) is not None:
+            self._retire([job for job, slot in self._slots.items() if slot.stage is Stage.OVER])
+            if self._scheduler.check_due and (not self._slots or self._denoiser.resumable):
+                self._check()
+            for slot in joining:
+                self._admit(slot)
+            if self._slots:
+                self._tick()
+            if self._side is not None:
+                self._side.work()
+        self._retire(list(self._slots))
+
+    def _retire(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            del self._slots[job]
+            self._denoiser.retire(job)
+
+    def _admit(self, slot: Slot) -> None:
+        job = slot.job
+        if job is None:  # over by now
+            return
+        try:
+            self._denoiser.admit(job)
+        except Exception as error:
+            if pipeline.is_fault(error):
+                self._scheduler.suspect(as_error(error))
+            self._scheduler.fail(slot.handle, as_error(error))
+        else:
+            self._slots[job] = slot
 
     def _tick(self) -> None:
-        jobs = list(self._seated)
-        for job, part in self._seated.items():
-            job.wants_preview = job.row + 1 in part.previews
-        lanes = {job: 2 if job.guided else 1 for job in jobs}
-        rows = {job: job.row for job in jobs}
+        slots, rows = dict(self._slots), {job: job.row for job in self._slots}
+        for job, slot in slots.items():
+            job.wants_preview = slot.handle.preview_at(job.row + 1) is not None
+        lanes = sum(2 if job.guided else 1 for job in slots)
         start = time.monotonic()
-        with self._desk.doing("step"):
+        with self._scheduler.watched("step"):
             try:
                 self._denoiser.tick()
             except Exception as error:
                 self._rescue(rows, error)
-        seconds = time.monotonic() - start
-        self._desk.observer.ticked(seconds, sum(lanes.values()), len(jobs))
-        self._learn({self._seated[job].shape for job in jobs if job in self._seated}, sum(lanes.values()), seconds)
-        for job in jobs:
-            if job in self._seated and (job.row > rows[job] or job.done):
-                self._moved(job, self._seated[job])
+        self._scheduler.ticked(list(slots.values()), lanes, time.monotonic() - start)
+        for job, slot in slots.items():
+            if job in self._slots and (job.row > rows[job] or job.done):
+                self._hand_over(job, slot)
 
-    def _learn(self, shapes: set[Shape], lanes: int, seconds: float) -> None:
-        """A good tick of one shape is a point of the curve. On a GPU idle lanes are computed too."""
-        if len(shapes) == 1 and self._desk.fault is None:
-            with self._desk.changed:
-                own = lanes if self._engine.backend.gpu is None else self._denoiser.lanes
-                self._curve.learn(shapes.pop(), own, seconds)
-
-    def _moved(self, job: Job, part: Part) -> None:
-        if not part.ticket.begun:
-            part.ticket.begun = True
-            self._desk.tell(part, Started())
-        self._desk.tell(part, Progress(part.index, job.row, part.rows))
+    def _hand_over(self, job: Job, slot: Slot) -> None:
+        """A job that has moved: done or failed, it leaves; a preview of it is decoded beside the ticks."""
         if job.done:
-            del self._seated[job]
+            del self._slots[job]
         if job.error is not None:
-            self._desk.end(part, Failed(part.index, job.error))
+            self._scheduler.fail(slot.handle, job.error)
         elif job.done:
-            self._hand_over(part)
-        elif job.wants_preview and job.preview is not None:
-            with self._desk.changed:
-                if not part.ended:
-                    self._desk.sketches[part] = (part.previews[job.row], job.preview)
-                    self._desk.changed.notify_all()
-
-    def _hand_over(self, part: Part) -> None:
-        with self._desk.changed:
-            self._desk.sketches.pop(part, None)  # the picture itself is next
-            if not part.ended:
-                self._desk.denoised.append(part)
-                self._desk.changed.notify_all()
+            self._scheduler.hand_over(slot)
+        elif job.preview is not None and (number := slot.handle.preview_at(job.row)) is not None:
+            self._scheduler.hand_over(slot, (number, job.preview))
 
     # ---- Faults
 
     def _rescue(self, rows: dict[Job, int], error: Exception) -> None:
-        """A step raised, and nobody knows over which job.
+        """A step raised, and nothing says over which job.
 
-        On a CPU those that did not move are run once more, each alone: who raises again fails, the others go on as if
-        nothing had been. On a GPU what raised may have left anything in the device's memory, so all fail.
+        Those that did not move are run once more, each alone: where one raises again, its request fails; the others go
+        on as if nothing had been. Where jobs are not resumable the device's memory may hold anything, so all fail.
         """
         LOG.error("a step raised", exc_info=error)
-        self._desk.suspect(as_error(error))
+        self._scheduler.suspect(as_error(error))
         for job in [job for job in rows if job.done]:
             self._denoiser.retire(job)
-        stuck = [job for job, row in rows.items() if job.row == row]
-        lost = self._engine.backend.gpu is not None
-        failed = dict.fromkeys(self._seated, error) if lost else self._one_by_one(stuck)
+        failed = dict.fromkeys(self._slots, error)
+        if self._denoiser.resumable:
+            failed = self._one_by_one([job for job, row in rows.items() if job.row == row])
         for job, raised in failed.items():
-            part = self._seated.pop(job)
-            self._desk.end(part, Failed(part.index, as_error(raised)))
-            self._denoiser.retire(job)
+            self._scheduler.fail(self._slots[job].handle, as_error(raised))
+        self._retire(list(failed))
 
-    def _one_by_one(self, stuck: list[Job]) -> dict[Job, Exception]:
-        """Move each of these jobs by a row without the others; who raised, and what."""
+    def _one_by_one(self, stuck: Sequence[Job]) -> dict[Job, Exception]:
+        """Move each of these jobs by a row without the others; return those that raised, and what."""
         seated, failed = self._denoiser.jobs, dict[Job, Exception]()
         for job in seated:
             self._denoiser.retire(job)
@@ -197,25 +194,17 @@ class Worker:
                 self._denoiser.admit(job)
         return failed
 
-    # ---- Self-checks
-
-    def _may_check(self) -> bool:
-        """On a CPU running jobs can stand aside for a check; on a GPU they would lose what the device has of them."""
-        return not self._seated or self._engine.backend.gpu is None
-
     def _check(self) -> None:
-        for job in self._denoiser.jobs:
+        """Have the engine prove itself; jobs that run stand aside."""
+        for job in self._slots:
             self._denoiser.retire(job)
-        with self._desk.changed:
-            asked, self._desk.asked = self._desk.asked, []
-        error: LatentrtError | None = None
+        failed: LatentrtError | None = None
         try:
-            with self._desk.doing("self-check"):
-                stages.check(self._engine)
-        except Exception as raised:
+            with self._scheduler.watched("self-check"):
+                pipeline.check(self._engine)
+        except Exception as error:
             LOG.exception("the self-check failed")
-            error = as_error(raised)
-        self._desk.was_checked(error, asked)
-        self._leave()
-        for job in self._seated:
+            failed = as_error(error)
+        self._scheduler.checked(failed)
+        for job in self._slots:
             self._denoiser.admit(job)

@@ -1,4 +1,4 @@
-"""What is served: the model's names, the sizes it draws, its solvers; from what a client wrote to a Request."""
+"""The model as clients see it: its names, sizes and solvers; from a client's values to a Request."""
 
 from __future__ import annotations
 
@@ -8,60 +8,60 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
-from latentrt.bundle.spec import ModelSpec
 from latentrt.errors import PlanError, RequestError
+from latentrt.model.model import Model
 from latentrt.request import MAX_SEED, Request
 from latentrt.runtime.tensorrt.record import Profile
 from latentrt.sampling.schedule import Schedule
 from latentrt.sampling.solvers import ALIASES, SOLVERS
 from latentrt.sampling.table import tabulate
-from latentrt.serve.http.problems import Problem
+from latentrt.serve.core.pipeline import Shape
+from latentrt.serve.http.errors import Problem
 from latentrt.serve.process.config import Settings
+from latentrt.values import did_you_mean, parse_size
 
-ENCODER = "vae_encoder"  # the network that edits need
+MOST_STEPS = 150  # where neither the settings nor the model's default say more
 LEAST_LATENTS = 8  # a side; below it a UNet's deepest level would have less than one
-SUGGESTED = ("256x256", "512x512", "768x768", "1024x1024", "1024x1536", "1536x1024")
+SUGGESTED = ((256, 256), (512, 512), (768, 768), (1024, 1024), (1024, 1536), (1536, 1024))
+Size = tuple[int, int]  # width and height in pixels
 
 
 class Catalog:
     """The model as clients see it.
 
     Args:
-        spec, schedule: of the bundle.
+        model: what the engine draws with.
+        profiles: the sizes of latents ("height", "width") that plans draw; None: all.
         settings: what this server allows.
-        profiles: the latents' sizes that can be drawn (`Engine.profiles`); None: all.
 
     Raises:
-        RequestError: the settings list a size, or name a solver, that cannot be.
+        RequestError: the settings list a size, name a solver or have a default that cannot be.
+        PlanError: no plans draw any size.
     """
 
-    def __init__(
-        self, spec: ModelSpec, schedule: Schedule, settings: Settings, profiles: Sequence[Profile] | None = None
-    ) -> None:
-        self.spec = spec
+    def __init__(self, model: Model, profiles: Sequence[Profile] | None, settings: Settings) -> None:
+        self._model, self._profiles = model, profiles
         self.settings = settings
-        self.name = settings.model_name or spec.id
+        self.name = settings.model_name or model.spec.id
         self.names = (self.name, *(alias for alias in settings.aliases if alias != self.name))
-        self.edits = settings.edits and ENCODER in spec.graphs
-        self.factor = spec.latents.factor
-        self._profiles = profiles
+        self.prompted = model.text is not None
+        self.class_labels, self.classes = "class_label" in model.fields, model.spec.classes
+        self.edits = settings.edits and model.edits
+        self.latents = model.spec.latents
+        self.step = self.latents.step
+        self._least = -(-LEAST_LATENTS // self.latents.multiple) * self.step
         self.own = self._own()
-        self.sizes = tuple(self._listed(size) for size in settings.sizes) or self._planned()
-        self._solvers = _solver_names(schedule)
-        self._default: str | None = None
-        self._default = self.solver(settings.scheduler)
+        self.sizes = tuple(map(self._listed, settings.sizes)) or self._planned()
+        self._solvers = _solver_names(model.schedule)
+        solver = self.solver(settings.scheduler) if settings.scheduler else None
+        self.defaults = model.filled(Request(steps=settings.steps, guidance=settings.guidance, solver=solver))
+        self.max_steps = self._max_steps(self.defaults.steps or 1)
+        self._work = lru_cache(maxsize=4096)(partial(_work, model.schedule))
 
-        @lru_cache(maxsize=4096)
-        def work(
-            solver: str | None, steps: int, strength: float, options: tuple[tuple[str, Any], ...]
-        ) -> tuple[int, str]:
-            table = tabulate(solver, schedule, steps, strength=strength, **dict(options))
-            return len(table), table.solver
+    # ---- Names
 
-        self._work = work
-
-    def model(self, name: str | None) -> str:
-        """The model's own name for one of its names; none stands for it too.
+    def check_model(self, name: str | None) -> None:
+        """Refuse what is none of the model's names; no name at all stands for it too.
 
         Raises:
             Problem: 404 model_not_found.
@@ -70,60 +70,25 @@ class Catalog:
             raise Problem(
                 f"there is no model {name[:100]!r}",
                 needed=f"one of {', '.join(self.names)}",
-                fix="take one of these, or leave model out",
+                fix=did_you_mean(name[:100], self.names, "take one of these, or leave model out"),
                 param="model",
                 status=404,
                 code="model_not_found",
             )
-        return self.name
-
-    def size(self, text: str | None) -> tuple[int, int]:
-        """Width and height of "512x512"; None, "" and "auto" are the model's own.
-
-        Raises:
-            Problem: 400 unsupported_size, with those that are there.
-        """
-        if text in (None, "", "auto"):
-            return self.own
-        width, _, height = str(text).partition("x")
-        if not all(side.isascii() and side.isdecimal() and len(side) < 6 for side in (width, height)):
-            raise self._unsupported(str(text)[:40], "size")
-        return self.sides(int(width), int(height))
-
-    def sides(self, width: int, height: int, *, param: str = "size") -> tuple[int, int]:
-        """The same, for two numbers."""
-        if not self._drawn(width, height):
-            raise self._unsupported(f"{width}x{height}", param)
-        return width, height
-
-    def fitting(self, width: int, height: int) -> tuple[int, int]:
-        """The size in which a client's own picture is edited: its shape, with the model's own number of pixels."""
-        if self.sizes:
-            return min(self.sizes, key=partial(_unlike, (width, height)))
-        scale = math.sqrt(self.own[0] * self.own[1] / (width * height))
-        least, step = LEAST_LATENTS * self.factor, self.factor
-        most = self.settings.max_side // step * step
-        fitted = [min(most, max(least, round(side * scale / step) * step)) for side in (width, height)]
-        sides = fitted[0], fitted[1]
-        return sides if self._served(*sides) else self._nearest(sides)
-
-    def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
-        """(channels, height, width) of the latents of a picture of this width and height."""
-        return self.spec.latents.channels, size[1] // self.factor, size[0] // self.factor
 
     def solver(self, name: str | None) -> str | None:
-        """The engine's name of a solver or diffusers class; None is the default one.
+        """Return the engine's name of a solver or diffusers class; None is the default one, or the model's own.
 
         Raises:
             Problem: 400 invalid_value.
         """
         if not name:
-            return self._default
+            return self.defaults.solver
         if name not in self._solvers:
             raise Problem(
                 f"there is no scheduler {name[:100]!r}",
                 needed=f"one of {', '.join(self._solvers)}",
-                fix="take one of these, or leave scheduler out",
+                fix=did_you_mean(name[:100], self._solvers, "take one of these, or leave scheduler out"),
                 param="scheduler",
             )
         return self._solvers[name]
@@ -133,172 +98,237 @@ class Catalog:
         """Every name that `solver` takes."""
         return tuple(self._solvers)
 
+    # ---- Requests
+
+    def request(
+        self,
+        prompt: str | None,
+        *,
+        negative_prompt: str | None,
+        n: int | None,
+        size: Size,
+        steps: int | None,
+        guidance: float | None,
+        scheduler: str | None,
+        seed: int | None,
+        class_label: int | None,
+        strength: float | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> Request:
+        """Return what the engine is asked, with the defaults of this server and within its limits.
+
+        Raises:
+            Problem: a value is missing or beyond a limit; `param` is its name in the OpenAI API.
+            RequestError: the model does not read a value.
+        """
+        limits = self.settings
+        count = n or 1
+        steps = steps or self.defaults.steps or 1
+        if not self.prompted:  # clients send empty ones
+            prompt, negative_prompt = prompt or None, negative_prompt or None
+        elif prompt is None:
+            raise Problem("prompt is missing", needed="what to draw", param="prompt")
+        self._check_class(class_label)
+        _at_most("n", count, limits.most_pictures)
+        _at_most("num_inference_steps", steps, self.max_steps)
+        for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+            _at_most(name, len(text or ""), limits.max_prompt, " characters")
+        _at_most("seed", 0 if seed is None else seed, MAX_SEED - count + 1)
+        request = Request(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            steps=steps,
+            solver=self.solver(scheduler),
+            seed=random.randrange(2**32 - count) if seed is None else seed,
+            guidance=self.defaults.guidance if guidance is None else guidance,
+            width=size[0],
+            height=size[1],
+            count=count,
+            class_label=class_label,
+            strength=strength,
+            options=options or {},
+        )
+        return self._model.filled(request)
+
+    def _check_class(self, label: int | None) -> None:
+        """Refuse a missing or too large one here: the engine would only do so once the request's turn has come."""
+        if self.class_labels and label is None:
+            needed = "the number of a class" if self.classes is None else f"a class from 0 to {self.classes - 1}"
+            raise Problem("class_label is missing", needed=needed, param="class_label")
+        if self.class_labels and self.classes is not None:
+            _at_most("class_label", label or 0, self.classes - 1)
+
+    def _max_steps(self, default: int) -> int:
+        most = self.settings.max_steps or max(MOST_STEPS, default)
+        if default > most:
+            found, fix = f"a picture takes {default} steps where nobody says how many", "set steps, or max_steps"
+            raise RequestError(found, needed=f"at most max_steps: {most}", fix=fix)
+        return most
+
     def work(self, request: Request) -> tuple[int, str]:
-        """How many network calls each of its pictures takes, and the name of the solver that makes them.
+        """Return how many network calls each of a request's pictures takes, and the solver that makes them.
 
         Raises:
             Problem: the solver does not take so many steps, or not these options.
         """
         strength = 1.0 if request.strength is None else request.strength
         try:
-            return self._work(request.solver, request.steps, strength, tuple(sorted(request.options.items())))
+            return self._work(request.solver, request.steps or 1, strength, tuple(sorted(request.options.items())))
         except RequestError as error:
             param = "num_inference_steps" if strength == 1 else "strength"
             raise Problem(error.found, needed=error.needed, fix=error.fix, param=param) from error
 
-    def request(
-        self,
-        prompt: str,
-        *,
-        negative_prompt: str | None,
-        n: int | None,
-        size: tuple[int, int],
-        steps: int | None,
-        guidance: float | None,
-        scheduler: str | None,
-        seed: int | None,
-        strength: float | None = None,
-        options: Mapping[str, Any] | None = None,
-    ) -> Request:
-        """What the engine is asked, with the defaults of this server and within its limits.
+    def size_of(self, request: Request) -> Size:
+        """Return the size of a request's pictures."""
+        return request.width or self.own[0], request.height or self.own[1]
+
+    def shape_of(self, request: Request) -> Shape:
+        """Return the shape of their latents."""
+        width, height = self.size_of(request)
+        return self.latents.channels, height // self.latents.factor, width // self.latents.factor
+
+    # ---- Sizes
+
+    def size(self, text: str | None) -> Size:
+        """Return width and height of "512x512"; None, "" and "auto" are the model's own.
 
         Raises:
-            Problem: what goes beyond a limit, by the name it has in the OpenAI API.
+            Problem: 400 unsupported_size, with those that are supported.
         """
-        limits = self.settings
-        count = n or 1
-        steps = steps or limits.steps
-        _at_most("n", count, limits.most_pictures)
-        _at_most("num_inference_steps", steps, limits.max_steps)
-        for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt or "")):
-            _at_most(name, len(text), limits.max_prompt, "characters")
-        _at_most("seed", 0 if seed is None else seed, MAX_SEED - count + 1)
-        return Request(
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            steps=steps,
-            solver=self.solver(scheduler),
-            seed=random.randrange(2**32 - count) if seed is None else seed,
-            guidance=limits.guidance if guidance is None else guidance,
-            width=size[0],
-            height=size[1],
-            count=count,
-            strength=strength,
-            options=options or {},
-        )
+        if text in (None, "", "auto"):
+            return self.own
+        try:
+            width, height = parse_size(str(text), "size")
+        except RequestError as error:
+            raise self._unsupported(str(text)[:40]) from error
+        return self.sides(width, height)
+
+    def sides(self, width: int, height: int) -> Size:
+        """Return the same for two numbers."""
+        if not self._drawn(width, height):
+            raise self._unsupported(f"{width}x{height}")
+        return width, height
+
+    def fitting(self, width: int, height: int) -> Size:
+        """Return the size in which a client's own picture is edited: its shape, with the model's number of pixels."""
+        if self.sizes:
+            return min(self.sizes, key=partial(_unlike, (width, height)))
+        scale = math.sqrt(self.own[0] * self.own[1] / (width * height))
+        least, step = self._least, self.step
+        most = self.settings.max_side // step * step
+        fitted = [min(most, max(least, round(side * scale / step) * step)) for side in (width, height)]
+        sides = fitted[0], fitted[1]
+        return sides if self._served(*sides) else self._nearest(sides)
 
     def _drawn(self, width: int, height: int) -> bool:
         if self.sizes:
             return (width, height) in self.sizes
         return (width, height) == self.own or (self._allowed(width, height) and self._served(width, height))
 
-    def _nearest(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Of the sizes that plans draw and the settings allow, one that is much like this in shape."""
-        clipped = [self._clipped(size, profile) for profile in self._profiles or ()]
-        return min((one for one in clipped if self._allowed(*one)), key=partial(_unlike, size), default=self.own)
-
-    def _clipped(self, size: tuple[int, int], profile: Profile) -> tuple[int, int]:
-        ranges = (profile.ranges[side] for side in ("width", "height"))
-        sides = [
-            min(max(s, low * self.factor), high * self.factor) for s, (low, _, high) in zip(size, ranges, strict=True)
-        ]
-        return sides[0], sides[1]
-
     def _allowed(self, width: int, height: int) -> bool:
         """By the settings."""
-        least, step = LEAST_LATENTS * self.factor, self.factor
+        least, step = self._least, self.step
         sides = all(least <= side <= self.settings.max_side and side % step == 0 for side in (width, height))
         return sides and width * height <= self.settings.max_pixels
 
     def _served(self, width: int, height: int) -> bool:
         """By the plans."""
-        latents = {"height": height // self.factor, "width": width // self.factor}
+        latents = {"height": height // self.latents.factor, "width": width // self.latents.factor}
         return self._profiles is None or any(profile.covers(latents) for profile in self._profiles)
 
-    def _own(self) -> tuple[int, int]:
+    def _nearest(self, size: Size) -> Size:
+        """Of the sizes that plans draw and the settings allow, one that is much like this in shape."""
+        clipped = [self._clipped(size, profile) for profile in self._profiles or ()]
+        return min((one for one in clipped if self._allowed(*one)), key=partial(_unlike, size), default=self.own)
+
+    def _clipped(self, size: Size, profile: Profile) -> Size:
+        least, most = self._end(profile, 0), self._end(profile, 2)
+        return min(max(size[0], least[0]), most[0]), min(max(size[1], least[1]), most[1])
+
+    def _own(self) -> Size:
         """The model's own size; where no plan draws it, the one that the first plan draws best."""
-        latents = self.spec.latents
-        own = latents.width * self.factor, latents.height * self.factor
+        height, width = self.latents.pixels_of(None, None)
+        own = width, height
         if self._served(*own):
             return own
         if not self._profiles:
-            raise PlanError(
-                "no size is served by the plans of both UNet and VAE",
-                needed="one",
-                fix="build them: latentrt build BUNDLE",
-            )
-        return self._best(self._profiles[0])
+            fix = "build them: latentrt build BUNDLE"
+            raise PlanError("no size is served by the plans of both UNet and VAE", needed="one", fix=fix)
+        return self._end(self._profiles[0], 1)
 
-    def _planned(self) -> tuple[tuple[int, int], ...]:
+    def _planned(self) -> tuple[Size, ...]:
         """The sizes there are, where every plan is for one size alone; none where some are for ranges."""
         profiles = self._profiles or ()
         if any(low != high for profile in profiles for low, _, high in profile.ranges.values()):
             return ()
-        sizes = dict.fromkeys([self.own, *map(self._best, profiles)] if profiles else [])
+        sizes = dict.fromkeys([self.own, *(self._end(profile, 1) for profile in profiles)] if profiles else [])
         return tuple(size for size in sizes if size == self.own or self._allowed(*size))
 
-    def _best(self, profile: Profile) -> tuple[int, int]:
-        return profile.ranges["width"][1] * self.factor, profile.ranges["height"][1] * self.factor
+    def _end(self, profile: Profile, which: int) -> Size:
+        """The least, the best or the largest picture of a profile."""
+        factor = self.latents.factor
+        return profile.ranges["width"][which] * factor, profile.ranges["height"][which] * factor
 
-    def _unsupported(self, found: str, param: str) -> Problem:
-        fix = "take one of these, or auto" if param == "size" else "take one of these"
-        return Problem(
-            f"size {found!r} is not supported", needed=self._needed(), fix=fix, param=param, code="unsupported_size"
-        )
+    def _ranges(self) -> str:
+        """The pictures that plans draw: "256x256 to 512x768; or ..."."""
+        ends = [(self._end(profile, 0), self._end(profile, 2)) for profile in self._profiles or ()]
+        return "; or ".join(f"{_text(least)} to {_text(most)}" for least, most in ends)
+
+    def _listed(self, text: str) -> Size:
+        """A size of the settings."""
+        width, height = parse_size(text, "sizes")
+        if width % self.step or height % self.step:
+            needed = f"WIDTHxHEIGHT in multiples of {self.step}"
+            raise RequestError(f"sizes has {text!r}", needed, fix="change sizes in the settings")
+        if not self._served(width, height):
+            fix = f"latentrt build BUNDLE --size {text}, or change sizes in the settings"
+            raise RequestError(f"sizes has {text}", needed=f"one that a plan serves: {self._ranges()}", fix=fix)
+        return width, height
+
+    def _unsupported(self, found: str) -> Problem:
+        fix = "take one of these, or auto"
+        return Problem(f"size {found!r} is not supported", self._needed(), fix, param="size", code="unsupported_size")
 
     def _needed(self) -> str:
         if self.sizes:
-            return ", ".join(f"{width}x{height}" for width, height in self.sizes)
-        own = f"{self.own[0]}x{self.own[1]}"
-        good = [size for size in SUGGESTED if self._drawn(*map(int, size.split("x"))) and size != own]
-        planned = "" if self._profiles is None else f" within {'; or '.join(map(self._range, self._profiles))},"
+            return ", ".join(map(_text, self.sizes))
+        good = [self.own, *(size for size in SUGGESTED if self._drawn(*size) and size != self.own)]
+        planned = "" if self._profiles is None else f" within {self._ranges()},"
         return (
-            f"{', '.join((own, *good))}, or any sides{planned} that are multiples of {self.factor} from"
-            f" {LEAST_LATENTS * self.factor} to {self.settings.max_side} with at most"
+            f"{', '.join(map(_text, good))}, or any sides{planned} that are multiples of {self.step} from"
+            f" {self._least} to {self.settings.max_side} with at most"
             f" {self.settings.max_pixels} pixels in all"
         )
 
-    def _range(self, profile: Profile) -> str:
-        """The pictures of a profile: "256x256 to 512x768"."""
-        least, most = (
-            "x".join(str(profile.ranges[side][which] * self.factor) for side in ("width", "height")) for which in (0, 2)
-        )
-        return f"{least} to {most}"
 
-    def _listed(self, text: str) -> tuple[int, int]:
-        width, _, height = text.partition("x")
-        good = all(side.isascii() and side.isdecimal() and len(side) < 6 for side in (width, height))
-        if not good or any(int(side) < 1 or int(side) % self.factor for side in (width, height)):
-            raise RequestError(
-                f"sizes has {text!r}",
-                needed=f"WIDTHxHEIGHT in multiples of {self.factor}",
-                fix="change sizes in the settings",
-            )
-        if not self._served(int(width), int(height)):
-            raise RequestError(
-                f"sizes has {text}",
-                needed=f"one that a plan serves: {'; or '.join(map(self._range, self._profiles or ()))}",
-                fix=f"latentrt build BUNDLE --size {text}, or change sizes in the settings",
-            )
-        return int(width), int(height)
+def _text(size: Size) -> str:
+    return f"{size[0]}x{size[1]}"
 
 
-def _unlike(one: tuple[int, int], other: tuple[int, int]) -> float:
+def _unlike(one: Size, other: Size) -> float:
     """How much the shapes of two sizes differ; 0 where they are the same."""
     return abs(math.log(one[0] / one[1] * other[1] / other[0]))
 
 
-def _solver_names(schedule: Schedule) -> dict[str, str | None]:
-    """Every name that a client may give a solver; a class has the first solver that is of it, the bundle's own None."""
-    names: dict[str, str | None] = {name: name for name in SOLVERS}
+def _work(
+    schedule: Schedule, solver: str | None, steps: int, strength: float, options: tuple[tuple[str, Any], ...]
+) -> tuple[int, str]:
+    table = tabulate(solver, schedule, steps, strength=strength, **dict(options))
+    return len(table), table.solver
+
+
+def _solver_names(schedule: Schedule) -> dict[str, str]:
+    """Every name that a client may give a solver; a class has the first solver that is of it, the bundle's own itself,
+    which is the solver that its settings choose.
+    """
+    names = {name: name for name in SOLVERS}
     names |= ALIASES
     for name, solver in SOLVERS.items():
         names.setdefault(solver.scheduler, name)
-    names[schedule.scheduler] = None
+    names[schedule.scheduler] = schedule.scheduler
     return names
 
 
 def _at_most(name: str, value: int, most: int, unit: str = "") -> None:
     if value > most:
-        what = f"{value} {unit}".strip()
-        raise Problem(f"{name} is {what}", needed=f"at most {most}", fix=f"take a smaller {name}", param=name)
+        raise Problem(f"{name} is {value}{unit}", needed=f"at most {most}", fix=f"take a smaller {name}", param=name)

@@ -1,7 +1,7 @@
 // The page: its parts are put together here.
 
 import { ask, key, setKey } from "./api.js";
-import { find, say, short } from "./dom.js";
+import { find, say, short, titleOf, toForm } from "./dom.js";
 import * as form from "./form.js";
 import * as gallery from "./gallery.js";
 import * as jobs from "./jobs.js";
@@ -16,7 +16,7 @@ async function draw() {
   const { strength, ...wanted } = form.values();
   if (given && strength !== undefined) wanted.strength = strength;
   const job = jobs.start(wanted, given);
-  say(`Drawing ${short(wanted.prompt)}`);
+  say(`Drawing ${short(titleOf(wanted))}`);
   if (matchMedia("(max-width: 50rem)").matches) job.card.scrollIntoView({ block: "nearest" });
 }
 
@@ -54,14 +54,14 @@ function reuse({ wanted }) {
   form.reset();
   form.fill({ negative_prompt: "", ...wanted, n: 1 });
   form.keep();
-  find("form").elements.prompt.focus();
+  toForm();
   say("The settings stand in the form");
 }
 
 function edit({ blob, wanted }) {
   source.use(blob);
-  form.fill({ prompt: wanted.prompt });
-  find("form").elements.prompt.focus();
+  form.fill({ prompt: wanted.prompt, class_label: wanted.class_label });
+  toForm();
   say("The picture is the one to start from");
 }
 

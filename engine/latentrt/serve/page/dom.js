@@ -16,6 +16,9 @@ export function make(tag, attributes = {}, ...children) {
 
 export const button = (text, onclick, attributes = {}) => make("button", { type: "button", ...attributes, onclick }, text);
 
+/** Put the cursor into the first field of the form. */
+export const toForm = () => [...find("form").elements].find((element) => element.offsetParent && !element.disabled)?.focus();
+
 /** Tell those who listen to the page instead of looking at it. */
 export function say(text) {
   find("say").textContent = text;
@@ -23,6 +26,9 @@ export function say(text) {
 
 /** "1 picture", "2 pictures". */
 export const count = (number, noun) => `${number} ${noun}${number === 1 ? "" : "s"}`;
+
+/** What a picture is called: its prompt, or its class, or neither where the model reads neither. */
+export const titleOf = ({ prompt, class_label }) => prompt ?? (class_label === undefined ? "Picture" : `Class ${class_label}`);
 
 /** Text without its middle, so that a long prompt remains a name. */
 export const short = (text, most = 80) => (text.length > most ? `${text.slice(0, most - 1).trimEnd()}…` : text);

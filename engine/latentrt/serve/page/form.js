@@ -3,7 +3,7 @@
 import { find, make } from "./dom.js";
 
 const DRAFT = "latentrt.draft";
-const NUMBERS = ["n", "num_inference_steps", "guidance_scale", "seed", "strength", "partial_images"];
+const NUMBERS = ["n", "num_inference_steps", "guidance_scale", "seed", "class_label", "strength", "partial_images"];
 const TEXTS = ["prompt", "negative_prompt", "scheduler", "model"];
 const SHAPES = [[1, 1], [3, 2], [2, 3], [16, 9], [9, 16]];
 const OTHER = "other";
@@ -19,11 +19,14 @@ export function offered(model) {
   const first = offer === null;
   const typed = first ? draft() : values();
   offer = model;
-  const { limits, step } = model;
+  const { limits, step, prompted } = model;
+  for (const name of ["prompt", "negative_prompt", "guidance_scale"]) show(name, prompted);
+  show("class_label", model.class_labels);
   const bounds = {
     n: { max: limits.max_n },
     num_inference_steps: { max: limits.max_steps },
     seed: { max: Number.MAX_SAFE_INTEGER },
+    class_label: { max: model.classes === null ? "" : model.classes - 1 },
     width: { min: step, max: limits.max_side, step },
     height: { min: step, max: limits.max_side, step },
     prompt: { maxLength: limits.max_prompt },
@@ -35,6 +38,12 @@ export function offered(model) {
   sizes();
   if (first) reset();
   fill(typed);
+}
+
+/** Show a field, or take it out of the form where the model does not read it. */
+function show(name, wanted) {
+  field(name).disabled = !wanted;
+  field(name).closest("label").hidden = !wanted;
 }
 
 /** The solvers by name, and once more as diffusers calls them. */
@@ -88,8 +97,9 @@ function choose(name, value) {
 /** What stands in the form, by the API's names; what is left to the server is left out. */
 export function values() {
   const wanted = {};
-  for (const name of TEXTS) if (field(name).value.trim()) wanted[name] = field(name).value.trim();
-  for (const name of NUMBERS) if (field(name).value !== "") wanted[name] = Number(field(name).value);
+  const filled = (name) => !field(name).disabled && field(name).value.trim() !== "";
+  for (const name of TEXTS.filter(filled)) wanted[name] = field(name).value.trim();
+  for (const name of NUMBERS.filter(filled)) wanted[name] = Number(field(name).value);
   const size = field("size").value;
   if (size === OTHER) wanted.size = `${field("width").value}x${field("height").value}`;
   else if (size) wanted.size = size;
@@ -99,7 +109,7 @@ export function values() {
 /** Write settings into the form; those that are not named are left as they are. */
 export function fill(wanted) {
   for (const name of [...TEXTS, ...NUMBERS]) {
-    if (!(name in wanted)) continue;
+    if (wanted[name] === undefined) continue;
     if (field(name).options) choose(name, String(wanted[name]));
     else field(name).value = wanted[name];
   }
@@ -123,6 +133,7 @@ export function reset() {
   field("n").value = 1;
   field("num_inference_steps").value = offer?.defaults.steps ?? "";
   field("guidance_scale").value = offer?.defaults.guidance ?? "";
+  field("class_label").value = 0;
   choose("partial_images", "3");
   showSides();
 }

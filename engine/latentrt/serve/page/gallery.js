@@ -1,6 +1,6 @@
 // The history as a grid, and one picture with its settings.
 
-import { button, count, find, make, say, short } from "./dom.js";
+import { button, count, find, make, say, short, titleOf, toForm } from "./dom.js";
 import { History } from "./history.js";
 
 const MOST = 200; // pictures
@@ -55,9 +55,9 @@ export async function add(record) {
 }
 
 function place(record) {
-  const name = `${short(record.wanted.prompt)}, seed ${record.wanted.seed}`;
+  const name = `${short(titleOf(record.wanted))}, seed ${record.wanted.seed}`;
   const image = make("img", { alt: "", loading: "lazy", src: URL.createObjectURL(record.blob) });
-  const caption = make("span", { className: "caption" }, record.wanted.prompt);
+  const caption = make("span", { className: "caption" }, titleOf(record.wanted));
   const tile = button("", () => open(record), { className: "tile", "aria-label": name, "aria-haspopup": "dialog" });
   tile.append(image, caption);
   const item = make("li", {}, tile);
@@ -78,7 +78,7 @@ async function clear() {
   for (const record of [...tiles.keys()]) await drop(record);
   tally();
   say("All pictures deleted");
-  find("form").elements.prompt.focus();
+  toForm();
 }
 
 function tally() {
@@ -91,8 +91,8 @@ function tally() {
 function open(record) {
   shown = record;
   const address = tiles.get(record).querySelector("img").src;
-  find("detail-title").textContent = record.wanted.prompt;
-  Object.assign(find("detail-image"), { src: address, alt: record.wanted.prompt });
+  find("detail-title").textContent = titleOf(record.wanted);
+  Object.assign(find("detail-image"), { src: address, alt: titleOf(record.wanted) });
   find("detail-facts").replaceChildren(...facts(record).flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, String(value))]));
   Object.assign(find("detail-download"), { href: address, download: `${slug(record)}.png` });
   find("detail-say").textContent = "";
@@ -103,6 +103,7 @@ function open(record) {
 function facts({ wanted, facts: own, size, made, edited, warnings }) {
   const rows = [
     ["Negative prompt", wanted.negative_prompt],
+    ["Class", wanted.class_label],
     ["Size", size.replace("x", " × ")],
     ["Steps", own.steps ?? wanted.num_inference_steps],
     ["Solver", own.solver ?? wanted.scheduler],
@@ -117,7 +118,7 @@ function facts({ wanted, facts: own, size, made, edited, warnings }) {
 }
 
 const slug = ({ wanted }) => {
-  const words = wanted.prompt.toLowerCase().normalize("NFKD").replace(/[^\p{Letter}\p{Number}]+/gu, "-");
+  const words = titleOf(wanted).toLowerCase().normalize("NFKD").replace(/[^\p{Letter}\p{Number}]+/gu, "-");
   return `${words.replace(/^-|-$/g, "").slice(0, 60) || "picture"}-${wanted.seed}`;
 };
 
@@ -145,7 +146,7 @@ async function remove(record) {
   const dropped = drop(record);
   tally();
   if (next) open(next); // at once: who closes it meanwhile does not see it open again
-  else leave(() => find("form").elements.prompt.focus());
+  else leave(toForm);
   await dropped;
   say("Picture deleted");
 }

@@ -1,7 +1,7 @@
 // Jobs: each is one request, a card with its previews and progress, and an end.
 
 import { Refusal, ask, broken, events } from "./api.js";
-import { button, count, find, make, say, short } from "./dom.js";
+import { button, count, find, make, say, short, titleOf, toForm } from "./dom.js";
 import { settingsOf } from "./png.js";
 
 const MOST_AT_ONCE = 4; // a browser has six connections to a server, and cancelling needs one
@@ -54,7 +54,7 @@ class Job {
     this.id = `page_${[...random].map((word) => word.toString(16).padStart(8, "0")).join("")}`;
     this.wanted = wanted;
     this.source = source;
-    this.name = short(wanted.prompt);
+    this.name = short(titleOf(wanted));
     this.open = true;
     this.sent = false;
     this.left = wanted.n ?? 1;
@@ -184,7 +184,7 @@ class Job {
       this.dismiss();
       start(this.wanted, this.source).card.querySelector("button").focus();
     });
-    this.actions.replaceChildren(again, button("Dismiss", () => (this.dismiss(), find("form").elements.prompt.focus())));
+    this.actions.replaceChildren(again, button("Dismiss", () => (this.dismiss(), toForm())));
     const setting = error?.param && hooks.field(error.param);
     if (setting && !this.cancelled) this.actions.append(button("Go to the setting", () => goTo(setting)));
     if (focused) again.focus();

@@ -1,4 +1,4 @@
-"""What a server can be told: by flags, by LATENTRT_* variables, by a TOML file, in this order of precedence."""
+"""Settings of a server: from flags, LATENTRT_* variables or a TOML file, in this order of precedence."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from pydantic_settings import TomlConfigSettingsSource as Toml
 
 from latentrt.bundle.bundle import EMBEDDED
 from latentrt.errors import RequestError
-from latentrt.request import Request
 
 PREFIX = "LATENTRT_"
-# What clients write for want of another name: LibreChat's tool says gpt-image-1 and Open WebUI starts with dall-e-2.
+# Model names that clients send by default: LibreChat's tool gpt-image-1, Open WebUI dall-e-2.
 OTHER_NAMES = ("gpt-image-1", "gpt-image-1-mini", "gpt-image-1.5", "gpt-image-2", "dall-e-2", "dall-e-3")
 MIB = 2**20
 
 
 def _split(value: object) -> object:
-    """Text with commas is a list: that is how lists stand in an environment variable, and in an option given twice."""
+    """Split text with commas into a list: environment variables have lists so, and options that are given twice."""
     texts = value if isinstance(value, list | tuple) else [value]
     parts = [part.strip() for text in texts if isinstance(text, str) for part in text.split(",")]
     return [part for part in parts if part] if all(isinstance(text, str) for text in texts) else value
@@ -41,23 +40,21 @@ def _field(default: Any, section: str, description: str) -> Any:
 
 
 class Settings(BaseSettings):
-    """Everything that `latentrt serve` reads: `max_steps` is --max-steps, LATENTRT_MAX_STEPS, and max_steps in TOML."""
+    """All settings of `latentrt serve`: `max_steps` is --max-steps, LATENTRT_MAX_STEPS, and max_steps in TOML."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True, validate_default=False)
 
     host: str = _field("127.0.0.1", "Network", "Address to listen on; 0.0.0.0 for all.")
     port: Annotated[int, Field(ge=0, le=65_535)] = _field(8000, "Network", "Port; 0 for any that is free.")
-    keys: Secrets = _field((), "Network", "Keys that clients may use; not a flag. None: everybody may.")
+    keys: Secrets = _field((), "Network", "Keys that clients need one of; not a flag. None: all may draw.")
     keys_file: Path | None = _field(None, "Network", "File with one key a line, # for comments.")
     cors_origin: Origins = _field(
         (), "Network", "Origins whose pages may use this server from a browser, as https://example.org; * for all."
     )
     drain_timeout: Seconds = _field(60.0, "Network", "Seconds that running requests get after SIGTERM.")
-    body_timeout: Seconds = _field(
-        60.0, "Network", "Seconds in which a request's head must have come, and then its body."
-    )
+    body_timeout: Seconds = _field(60.0, "Network", "Seconds in which a request's body must have come.")
     stall_timeout: Seconds = _field(
-        60.0, "Network", "Seconds in which a client must take its answer, or a MiB of it, or is hung up on."
+        60.0, "Network", "Seconds in which a client must take its answer, or a MiB of it, or it is given up."
     )
     heartbeat: Seconds = _field(10.0, "Network", "Seconds between comments that keep a stream alive.")
 
@@ -83,23 +80,23 @@ class Settings(BaseSettings):
     hang_timeout: Seconds = _field(60.0, "Load", "Seconds after which a step counts as hung.")
 
     max_n: Count = _field(10, "Limits", "Most pictures of one request.")
-    max_steps: Count = _field(150, "Limits", "Most steps of a picture.")
+    max_steps: Count | None = _field(
+        None, "Limits", "Most steps of a picture; 150 if not given, or the default where that is more."
+    )
     max_side: Count = _field(2048, "Limits", "Longest side of a picture, in pixels.")
     max_pixels: Count = _field(1536 * 1024, "Limits", "Most pixels of a picture.")
-    sizes: Texts = _field((), "Limits", "The only sizes there are, as 512x512,768x512; any within the limits if none.")
+    sizes: Texts = _field((), "Limits", "The only sizes drawn, as 512x512,768x512; any within the limits if none.")
     max_prompt: Count = _field(32_000, "Limits", "Most characters of a prompt.")
     max_body: Count = _field(64 * MIB, "Limits", "Most bytes of a request with a picture to edit.")
     max_image_bytes: Count = _field(32 * MIB, "Limits", "Most bytes of a picture that is sent here.")
     max_image_pixels: Count = _field(4096 * 4096, "Limits", "Most pixels of a picture that is sent here.")
 
-    steps: Count = _field(
-        Request.__dataclass_fields__["steps"].default, "Defaults", "Steps, for clients that name none."
-    )
-    guidance: Annotated[float, Field(ge=0, le=100)] = _field(
-        Request.__dataclass_fields__["guidance"].default, "Defaults", "Guidance scale, for clients that name none."
+    steps: Count | None = _field(None, "Defaults", "Steps, for clients that name none; the model's own if not given.")
+    guidance: Annotated[float, Field(ge=0, le=100)] | None = _field(
+        None, "Defaults", "Guidance scale, for clients that name none; the model's own if not given."
     )
     scheduler: str | None = _field(
-        None, "Defaults", "Solver, for clients that name none; the bundle's own if not given."
+        None, "Defaults", "Solver, for clients that name none; the model's own if not given."
     )
 
     log_format: Literal["auto", "console", "json"] = _field("auto", "Logs", "auto: console on a terminal, else json.")
@@ -108,8 +105,6 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _fits(self) -> Settings:
-        if self.steps > self.max_steps:
-            raise ValueError(f"steps ({self.steps}) is more than max_steps ({self.max_steps})")
         if self.fewest_replicas > self.most_replicas:
             raise ValueError(f"replicas ({self.replicas}) is from more to fewer")
         if self.most_replicas > 1 and not self.ray:
@@ -128,7 +123,7 @@ class Settings(BaseSettings):
 
     @property
     def most_pictures(self) -> int:
-        """The largest n there is: what does not fit into an empty queue never will."""
+        """The largest n: what does not fit into an empty queue never will."""
         return min(self.max_n, self.queue)
 
     @property
@@ -137,7 +132,7 @@ class Settings(BaseSettings):
         return min(self.max_body, 2 * 12 * self.max_prompt + MIB // 16)
 
     def secrets(self) -> tuple[bytes, ...]:
-        """All keys, those of the file too.
+        """Return all keys, those of the file too.
 
         Raises:
             RequestError: the file cannot be read or has no key.
@@ -162,10 +157,10 @@ def _keys_of(path: Path) -> list[str]:
 
 
 def load_settings(flags: dict[str, Any], config: Path | None = None) -> Settings:
-    """The settings of a server.
+    """Return the settings of a server.
 
     Args:
-        flags: what stands on the command line, by field; it has precedence over the environment, that over the file.
+        flags: what the command line says, by field.
         config: a TOML file; None is what LATENTRT_CONFIG names, if anything.
 
     Raises:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import sys
-import time
-from collections import deque
-from collections.abc import Callable
 from typing import Any, TextIO
 
 import structlog
 
 from latentrt.serve.process.config import Settings
 
-# What the libraries beneath have to say of every request is said once, by our own line.
-_QUIET = ("uvicorn", "sse_starlette", "python_multipart", "asyncio", "PIL")
-LATER, FEW = 0.2, 32  # seconds that a line may wait, and how many of that time do not
+# What the libraries beneath have to say of every request is said once, by our own line. uvicorn calls it an error where
+# an answer is given up, and python_multipart warns of every malformed body.
+_LEVELS = {"uvicorn": "CRITICAL", "python_multipart": "CRITICAL"} | dict.fromkeys(
+    ("sse_starlette", "asyncio", "PIL"), "WARNING"
+)
 
 
 # Tracebacks are plain: pretty ones show the values of variables, and prompts are among them.
@@ -50,42 +48,10 @@ def configure(settings: Settings, stream: TextIO | None = None) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(settings.log_level.upper())
-    for name in _QUIET:
-        logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # it warns of every malformed body
-
-
-class Lines:
-    """Writes lines about requests: a few at once, those of a crowd a moment later, for others wait for their answers
-    and a line costs as much as an answer. To be used in one event loop.
-    """
-
-    def __init__(self) -> None:
-        self._since = 0.0
-        self._count = 0
-        self._late: deque[Callable[[], None]] = deque()
-
-    def add(self, write: Callable[[], None]) -> None:
-        """Call it now, or LATER seconds from now."""
-        now = time.monotonic()
-        if now - self._since > LATER:
-            self._since, self._count = now, 0
-        self._count += 1
-        if self._count <= FEW and not self._late:
-            write()
-            return
-        if not self._late:
-            asyncio.get_running_loop().call_later(LATER, self._write_some)
-        self._late.append(write)
-
-    def _write_some(self) -> None:
-        """A few in each turn of the loop."""
-        for _ in range(min(FEW, len(self._late))):
-            self._late.popleft()()
-        if self._late:
-            asyncio.get_running_loop().call_soon(self._write_some)
+    for name, level in _LEVELS.items():
+        logging.getLogger(name).setLevel(level)
 
 
 def logger() -> Any:
-    """The server's own logger."""
+    """Return the server's own logger."""
     return structlog.stdlib.get_logger("latentrt.serve")

@@ -1,0 +1,97 @@
+"""The ways in which the server says no; each has a code, which clients and metrics see."""
+
+# ruff: noqa: N818 - they are named as clients know them
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from latentrt.errors import LatentrtError
+
+SOON = 1.0  # seconds; the least `retry_after`
+
+
+class ServiceError(LatentrtError):
+    """Base of the server's own refusals and failures.
+
+    Attributes:
+        code: the name that clients see.
+        retry_after: seconds after which the same request is likely to be taken; None where waiting does not help.
+    """
+
+    code: ClassVar[str] = "engine_error"
+
+    def __init__(self, found: str, needed: str, fix: str = "", *, retry_after: float | None = None) -> None:
+        super().__init__(found, needed, fix)
+        self.retry_after = retry_after
+
+
+class QueueFull(ServiceError):
+    """The queue has fewer free places than the request has pictures."""
+
+    code = "queue_full"
+
+
+class DeadlineUnreachable(ServiceError):
+    """By what was measured, the pictures cannot be done in time."""
+
+    code = "deadline_unreachable"
+
+
+class NotReady(ServiceError):
+    """The server starts, or an engine fault has not been cleared by a self-check."""
+
+    code = "not_ready"
+
+
+class Draining(ServiceError):
+    """The server is ending and takes nothing new."""
+
+    code = "draining"
+
+
+class QueueTimeout(ServiceError):
+    """A picture waited too long for its lanes."""
+
+    code = "queue_timeout"
+
+
+class RunTimeout(ServiceError):
+    """A picture took too long once it had lanes."""
+
+    code = "run_timeout"
+
+
+class Cancelled(ServiceError):
+    """The client does not want the pictures any more."""
+
+    code = "cancelled"
+
+
+class EngineFault(ServiceError):
+    """The engine raised what it should not, or hung; `__cause__` has what it raised."""
+
+    code = "engine_error"
+
+
+def code_of(error: LatentrtError) -> str:
+    """Return how an error is counted in the metrics."""
+    return str(getattr(error, "code", type(error).__name__))
+
+
+def as_error(error: Exception) -> LatentrtError:
+    """Return what clients are told of something that was raised."""
+    return error if isinstance(error, LatentrtError) else as_fault(error)
+
+
+def as_fault(error: Exception) -> EngineFault:
+    """Return it as a fault of the engine."""
+    if isinstance(error, EngineFault):
+        return error
+    if isinstance(error, LatentrtError):
+        fault = EngineFault(error.found, needed=error.needed, fix=error.fix)
+    else:
+        found = f"the engine raised {error!r}"
+        fault = EngineFault(found, needed="none of its errors", fix="report it with the server's log")
+    fault.__cause__ = error
+    return fault

@@ -1,0 +1,221 @@
+"""Handle: one request in the server, from its place in the queue to its last picture."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+from latentrt.errors import LatentrtError
+from latentrt.request import Request
+from latentrt.run.job import Float32, Job
+from latentrt.serve.core.pipeline import Shape, lanes_of
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from latentrt.images.picture import Picture
+
+SHOWN = 200  # characters of a text in a warning
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """What a picture would be if it ended now; `number` counts from 0 and skips previews that were dropped."""
+
+    index: int
+    number: int
+    image: Image
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A picture is done."""
+
+    index: int
+    image: Picture
+
+
+Event = Preview | Finished
+
+
+class Stage(IntEnum):
+    """How far a picture is: in the queue, in the network's lanes, before the VAE, in it, and done or failed."""
+
+    WAITING, RUNNING, DENOISED, DECODING, OVER = range(5)
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """One picture of a request: its place in the queue, then its lanes.
+
+    Attributes:
+        limit: the `time.monotonic()` at which it fails if it has not come further.
+        job: from when it is prepared until it is over.
+        preview: the number and the latents of the newest preview that waits for the VAE.
+    """
+
+    handle: Handle
+    index: int
+    limit: float
+    stage: Stage = Stage.WAITING
+    job: Job | None = None
+    preview: tuple[int, Float32] | None = None
+
+    @property
+    def row(self) -> int:
+        """Rows that have run."""
+        job = self.job
+        return self.handle.rows if self.stage is Stage.OVER else 0 if job is None else job.row
+
+
+@dataclass(slots=True, eq=False)
+class Handle:
+    """Stands for one request in the server: the scheduler changes it, its client reads it and iterates over its events.
+
+    Attributes:
+        request: what is asked for, the defaults filled in; `count` is the number of pictures.
+        shape: of each picture's latents.
+        rows: network calls of each picture; a good guess until its job is there.
+        previews: to deliver of each picture, spread over its rows; fewer come where decoding, or the client, lags.
+        deadline: the `time.monotonic()` by which all pictures must be done.
+        id, owner, api, task: the request's id, its key's name, the API it came by, the client's own name for it.
+        lanes: of the network that each picture takes.
+        slots: one for each picture, from the reservation on.
+        submitted: whether everything has come that its pictures need.
+        came, started: when it was reserved, and when its first row had run.
+        due: its rank in the queue; the smaller, the sooner.
+        done: pictures that are finished.
+        cut: the end of each text that the model does not read, by the text's field.
+        shown: the newest preview or picture.
+    """
+
+    request: Request
+    shape: Shape
+    rows: int
+    previews: int = 0
+    deadline: float | None = None
+    id: str = ""
+    owner: str = ""
+    api: str = ""
+    task: str | None = None
+    lanes: int = field(init=False)
+    slots: list[Slot] = field(init=False, default_factory=list)
+    submitted: bool = field(init=False, default=False)
+    came: float = field(init=False, default_factory=time.monotonic)
+    started: float | None = field(init=False, default=None)
+    due: float = field(init=False, default=0.0)
+    done: int = field(init=False, default=0)
+    cut: Mapping[str, str] = field(init=False, default_factory=dict)
+    shown: Image | None = field(init=False, default=None)
+    _lock: threading.Lock = field(init=False, default_factory=threading.Lock)
+    _events: deque[Event] = field(init=False, default_factory=deque)
+    _news: Future[None] = field(init=False)
+    _error: LatentrtError | None = field(init=False, default=None)
+    _ended: bool = field(init=False, default=False)  # no event follows
+
+    def __post_init__(self) -> None:
+        self.lanes = lanes_of(self.request)
+        self._news = _signal()
+
+    # ---- What the scheduler does
+
+    def tell(self, event: Event) -> None:
+        """Add an event. A preview that the client has not heard yet makes way for the next one of its picture."""
+        with self._lock:
+            if isinstance(event, Preview):
+                kept = (one for one in self._events if not (isinstance(one, Preview) and one.index == event.index))
+                self._events = deque(kept)
+            self._events.append(event)
+            self._ended = self.over
+            self.shown = event.image
+            self._wake()
+
+    def fail(self, error: LatentrtError) -> None:
+        """Say that no event follows, and why."""
+        with self._lock:
+            self._error = error
+            self._wake()
+
+    def _wake(self) -> None:
+        news, self._news = self._news, _signal()
+        news.set_result(None)
+
+    # ---- What its client does
+
+    def __aiter__(self) -> Handle:
+        return self
+
+    async def __anext__(self) -> Event:
+        """Return the next event as soon as there is one; each is heard once, and the last picture is the last event.
+
+        Raises:
+            LatentrtError: the request failed.
+        """
+        while True:
+            with self._lock:
+                if self._events:
+                    return self._events.popleft()
+                if self._error is not None:
+                    raise self._error
+                if self._ended:
+                    raise StopAsyncIteration
+                news = self._news
+            await asyncio.wrap_future(news)
+
+    async def pictures(self) -> list[Picture]:
+        """Wait for all pictures; return them in their order.
+
+        Raises:
+            LatentrtError: the request failed.
+        """
+        made = {event.index: event.image async for event in self if isinstance(event, Finished)}
+        return [made[index] for index in sorted(made)]
+
+    # ---- How far it is
+
+    @property
+    def over(self) -> bool:
+        """Whether all its pictures are done, or it failed."""
+        return all(slot.stage is Stage.OVER for slot in self.slots)
+
+    @property
+    def row(self) -> int:
+        """Rows that have run of the picture that is furthest."""
+        return max((slot.row for slot in self.slots), default=0)
+
+    @property
+    def progress(self) -> float:
+        """The part of its network calls that were made, 0 to 1."""
+        return sum(slot.row for slot in self.slots) / (self.rows * self.request.count)
+
+    @property
+    def queue_seconds(self) -> float:
+        """How long it waited for its first row, or waits."""
+        return (self.started or time.monotonic()) - self.came
+
+    def preview_at(self, row: int) -> int | None:
+        """Return the number of the preview that is wanted after so many rows: evenly spread, none after the last."""
+        for number in range(self.previews):
+            if row == round((number + 1) * self.rows / (self.previews + 1)) and 0 < row < self.rows:
+                return number
+        return None
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the client should know of its pictures."""
+        texts = {name: text if len(text) <= SHOWN else f"{text[:SHOWN]}..." for name, text in self.cut.items()}
+        return [f"{name} is longer than the model reads; it did not read: {text}" for name, text in texts.items()]
+
+
+def _signal() -> Future[None]:
+    """Return a future that tasks of any event loop can wait for; none of them can cancel it for the others."""
+    future = Future[None]()
+    future.set_running_or_notify_cancel()
+    return future

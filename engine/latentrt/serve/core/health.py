@@ -1,0 +1,75 @@
+"""Whether the engine can be trusted. The scheduler owns this and guards it: nothing here takes a lock."""
+
+from __future__ import annotations
+
+import time
+
+from latentrt.errors import LatentrtError
+from latentrt.serve.core.errors import SOON, EngineFault, NotReady, as_fault
+
+CHECK_AGAIN = 10.0  # seconds after a self-check that failed
+
+
+class Health:
+    """Faults, self-checks, and calls that hang.
+
+    Args:
+        hang: seconds after which a call that has not returned counts as hung.
+    """
+
+    def __init__(self, hang: float) -> None:
+        self.hang = hang
+        self.fault: EngineFault | None = None
+        self._check_at: float | None = 0.0  # when the next self-check is due; None where the last one passed
+        self._calls: dict[str, float] = {}  # what the engine does now, and since when
+        self._hung: set[str] = set()
+
+    @property
+    def state(self) -> str:
+        """Return "starting", "ready" or "failed"."""
+        if self.fault is not None:
+            return "failed"
+        return "ready" if self._check_at is None else "starting"
+
+    def until_check(self) -> float | None:
+        """Return the seconds until the next self-check; None where none is due. During another call none can be."""
+        return None if self._check_at is None or self._calls else max(0.0, self._check_at - time.monotonic())
+
+    def refusal(self) -> NotReady:
+        """Return what clients are told until a self-check has passed."""
+        found = "the server starts" if self.fault is None else f"the engine failed ({self.fault.found})"
+        return NotReady(found, needed="a self-check that passes", fix="try again soon", retry_after=SOON)
+
+    def suspect(self, error: LatentrtError) -> None:
+        """Trust the engine no more, until a self-check has passed."""
+        self.fault = self.fault or as_fault(error)
+        self._check_at = 0.0
+
+    def checked(self, error: LatentrtError | None) -> None:
+        """Take the outcome of a self-check into account."""
+        if error is None:
+            self.fault, self._check_at = None, None
+        else:
+            self.fault, self._check_at = as_fault(error), time.monotonic() + CHECK_AGAIN
+
+    def begin(self, call: str) -> None:
+        """A call of the engine begins."""
+        self._calls[call] = time.monotonic()
+
+    def end(self, call: str) -> bool:
+        """A call has returned; return whether a self-check waited for that."""
+        del self._calls[call]
+        self._hung.discard(call)
+        return self._check_at is not None
+
+    def found_hung(self, now: float) -> list[EngineFault]:
+        """Return a fault for each call that hangs since this was last asked."""
+        found = {call: now - since for call, since in self._calls.items() if now - since > self.hang}
+        new = found.keys() - self._hung
+        self._hung |= new
+        texts = [f"the engine's {call} has not returned for {found[call]:.1f} s" for call in sorted(new)]
+        return [EngineFault(text, needed=f"{self.hang:g} s", fix="ask again") for text in texts]
+
+    def is_lost(self, now: float) -> bool:
+        """Return whether a call that hangs has not returned after as long again."""
+        return any(now - since > 2 * self.hang for since in self._calls.values())

@@ -1,0 +1,350 @@
+"""The scheduler: which requests wait, which run, and what each thread does next."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from bisect import insort
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from PIL.Image import Image
+
+from latentrt.errors import LatentrtError, RequestError
+from latentrt.images.picture import Picture
+from latentrt.run.job import Float32, Job
+from latentrt.runtime.base import Facts
+from latentrt.serve.core.curve import Curve
+from latentrt.serve.core.errors import Cancelled, Draining, QueueFull, as_fault, code_of
+from latentrt.serve.core.handle import Finished, Handle, Preview, Slot, Stage
+from latentrt.serve.core.health import Health
+from latentrt.serve.core.observer import Observer
+from latentrt.serve.core.pipeline import Shape
+from latentrt.serve.core.queue import Forecast, Limits, next_to_prepare, next_to_run, sooner, too_late
+
+PATIENCE = 0.5  # the part of queue_timeout after which a request without a deadline ranks before all newcomers
+BATCHES = 2  # that wait prepared, at most: the next one, and the one after it
+NEWS = 0.1  # seconds for which one look at a full queue is good: a crowd asks hundreds of times
+LOOK = 0.02  # seconds between looks at whether a drain is over
+
+
+class Scheduler:
+    """A monitor: any thread may call any method, and no code but its own takes its lock or changes its state.
+
+    Args:
+        lanes: of the network.
+        shape: of the model's own latents.
+        facts: how the engine's backend works.
+        curve: what was measured; an empty one lets every tick have all lanes, and times are learnt.
+        observer: hears of everything.
+        on_hang: called where a call that hangs has not returned after as long again; a thread cannot be ended.
+    """
+
+    def __init__(
+        self,
+        lanes: int,
+        shape: Shape,
+        facts: Facts,
+        limits: Limits,
+        curve: Curve,
+        observer: Observer,
+        on_hang: Callable[[], None],
+    ) -> None:
+        self.lanes, self.facts, self.observer = lanes, facts, observer
+        self._limits, self._on_hang = limits, on_hang
+        self._changed = threading.Condition()  # guards all that follows; notified when a thread may have work
+        self._handles: dict[Handle, None] = {}  # from their reservation until their clients let go of them
+        self._slots: list[Slot] = []  # those that are not over: by due time, and in order of arrival where it is equal
+        self._decodes_next = False  # requests are prepared and pictures decoded by turns
+        self._forecast = Forecast(limits.queue, lanes, shape, curve)
+        self._health = Health(limits.hang)
+        self._full: QueueFull | None = None  # as it was found when it was last looked at
+        self._full_since = 0.0
+        self._draining = self._closed = False
+
+    # ---- Requests
+
+    def reserve(self, handle: Handle) -> None:
+        """Give a request its places in the queue, before anything of it is decoded. `submit` and `release` follow.
+
+        Raises:
+            Draining, NotReady: nothing is taken now.
+            QueueFull: there are not as many places.
+            DeadlineUnreachable: by what was measured, the pictures would be late.
+            RequestError: the network has too few lanes.
+        """
+        with self._changed:
+            if self.state == "draining":
+                raise Draining("the server is ending", needed="one that runs", fix="send the request to another")
+            if not self.ready:
+                raise self._health.refusal()
+            if handle.lanes > self.lanes:
+                found, needed = f"the picture takes {handle.lanes} lanes", f"at most {self.lanes}"
+                raise RequestError(found, needed, fix="set guidance_scale to 1")
+            handle.came = now = time.monotonic()
+            handle.due = sooner(now + PATIENCE * self._limits.queue_timeout, handle.deadline)
+            self._forecast.refuse(handle, self._slots)
+            limit = sooner(now + self._limits.queue_timeout, handle.deadline)
+            handle.slots = [Slot(handle, index, limit) for index in range(handle.request.count)]
+            for slot in handle.slots:
+                insort(self._slots, slot, key=lambda one: one.handle.due)
+            self._handles[handle] = None
+            self._changed.notify_all()
+
+    def submit(self, handle: Handle) -> None:
+        """Say that everything has come that the request's pictures need."""
+        with self._changed:
+            handle.submitted = True
+            self._changed.notify_all()
+
+    def cancel(self, handle: Handle) -> None:
+        """Give a request up; its lanes are free within two ticks. What has come may still be heard."""
+        self.fail(handle, Cancelled("the request was cancelled", needed="a client that waits", fix="ask again"))
+
+    def release(self, handle: Handle) -> None:
+        """Forget a request that no client waits for any more; what is not done of it is given up."""
+        with self._changed:
+            self.cancel(handle)
+            self._handles.pop(handle, None)
+
+    def fail(self, handle: Handle, error: LatentrtError) -> None:
+        """End a request, unless it is over: all its pictures that are not done fail."""
+        with self._changed:
+            if not handle.over:
+                for slot in handle.slots:
+                    self._end(slot, code_of(error))
+                handle.fail(error)
+
+    def fail_all(self, error: LatentrtError) -> None:
+        """End all requests with an error."""
+        with self._changed:
+            for handle in self._handles:
+                self.fail(handle, error)
+
+    def _end(self, slot: Slot, outcome: str) -> None:
+        if slot.stage < Stage.OVER:
+            slot.stage, slot.job, slot.preview = Stage.OVER, None, None
+            self._slots.remove(slot)
+            self.observer.ended(outcome, time.monotonic() - slot.handle.came)
+            self._changed.notify_all()
+
+    def full(self) -> QueueFull | None:
+        """Return why there is no place for any picture; None where there is one, or where nothing is taken at all."""
+        with self._changed:
+            now = time.monotonic()
+            if not self.ready or len(self._at(Stage.WAITING)) < self._limits.queue:
+                return None
+            if self._full is None or now - self._full_since > NEWS:
+                self._full, self._full_since = self._forecast.full(1, self._slots), now
+            return self._full
+
+    def _at(self, stage: Stage) -> list[Slot]:
+        return [slot for slot in self._slots if slot.stage is stage]
+
+    # ---- What the engine's thread does
+
+    def next_turn(self, *, busy: bool) -> list[Slot] | None:
+        """Wait until the engine's thread has something to do; return the pictures that get lanes now, None to end it.
+
+        Args:
+            busy: it has jobs to move anyway.
+        """
+        with self._changed:
+            while not self._closed:
+                joining = self._joining()
+                between = self.facts.one_stream and self._side_work() is not None
+                if busy or joining or between or self.check_due:
+                    limit = time.monotonic() + self._limits.run_timeout
+                    for slot in joining:
+                        slot.stage, slot.limit = Stage.RUNNING, sooner(limit, slot.handle.deadline)
+                    if joining:
+                        self._changed.notify_all()  # the clock looks at limits
+                    return joining
+                self._changed.wait(self._health.until_check())
+            return None
+
+    def _joining(self) -> list[Slot]:
+        """None while the engine is not trusted, or while the VAE lags by as many pictures as there are lanes."""
+        if self._health.state != "ready" or len(self._at(Stage.DENOISED)) >= self.lanes:
+            return []
+        return next_to_run(self._slots, self.lanes, self._forecast.cap)
+
+    def ticked(self, slots: Sequence[Slot], lanes: int, seconds: float) -> None:
+        """Learn from a tick of these pictures: a good one of one shape is a point of the curve."""
+        with self._changed:
+            shapes = {slot.handle.shape for slot in slots}
+            if len(shapes) == 1 and self._health.fault is None:
+                self._forecast.learn(shapes.pop(), self.lanes if self.facts.fixed_lanes else lanes, seconds)
+            moved = {slot.handle for slot in slots if slot.stage < Stage.OVER}
+            for handle in (handle for handle in moved if handle.started is None):
+                handle.started = time.monotonic()
+                self.observer.begun(handle.queue_seconds)
+        self.observer.ticked(seconds, lanes, len(slots))
+
+    def hand_over(self, slot: Slot, preview: tuple[int, Float32] | None = None) -> None:
+        """Let a preview's number and latents wait for the VAE, or the picture itself where there is no preview."""
+        with self._changed:
+            if slot.stage is Stage.RUNNING:
+                slot.preview = preview
+                if preview is None:
+                    slot.stage = Stage.DENOISED
+                self._changed.notify_all()
+
+    # ---- What is done beside the ticks
+
+    def next_side_work(self, *, wait: bool) -> Handle | tuple[Slot, tuple[int, Float32] | None] | None:
+        """Return a request to prepare or a picture to decode, by turns; where neither waits, a picture with a preview.
+
+        It is to be done within `watched("stage")`, and counts as begun from now on: no self-check comes between. With
+        `wait` there always is some, unless the scheduler was closed.
+        """
+        with self._changed:
+            if wait:
+                self._changed.wait_for(lambda: self._closed or self._side_work() is not None)
+            work = None if self._closed else self._side_work()
+            self._decodes_next = isinstance(work, Handle)
+            if work is not None:
+                self._health.begin("stage")
+            if not isinstance(work, Slot):
+                return work
+            if work.stage is Stage.DENOISED:
+                work.stage = Stage.DECODING
+                self._changed.notify_all()  # lanes may have waited for this
+            preview, work.preview = work.preview, None
+            return work, preview
+
+    def _side_work(self) -> Handle | Slot | None:
+        """None while the engine is not trusted: nothing else may use it during a self-check."""
+        if self._health.state != "ready":
+            return None
+        request = next_to_prepare(self._slots, BATCHES * self.lanes)
+        picture = next(iter(self._at(Stage.DENOISED)), None)
+        first, second = (picture, request) if self._decodes_next else (request, picture)
+        return first or second or next((slot for slot in self._slots if slot.preview is not None), None)
+
+    def prepared(self, handle: Handle, jobs: Sequence[Job], cut: dict[str, str]) -> None:
+        """Take the jobs of a request, and what the model does not read of its texts."""
+        with self._changed:
+            if not handle.over:
+                channels, height, width = jobs[0].latents.shape
+                handle.shape, handle.lanes = (channels, height, width), jobs[0].most_lanes
+                handle.rows, handle.cut = len(jobs[0].table), cut
+                for slot, job in zip(handle.slots, jobs, strict=True):
+                    slot.job = job
+                self._changed.notify_all()
+
+    def show(self, slot: Slot, number: int, image: Image) -> None:
+        """Tell a client of a preview."""
+        with self._changed:
+            if slot.stage < Stage.OVER:
+                slot.handle.tell(Preview(slot.index, number, image))
+
+    def finish(self, slot: Slot, picture: Picture) -> None:
+        """Tell a client of a picture that is done."""
+        with self._changed:
+            if slot.stage < Stage.OVER:
+                self._end(slot, "done")
+                slot.handle.done += 1
+                slot.handle.tell(Finished(slot.index, picture))
+
+    # ---- Whether the engine is well
+
+    @property
+    def check_due(self) -> bool:
+        """Whether the engine must prove itself before anything begins."""
+        return self._health.until_check() == 0
+
+    def suspect(self, error: LatentrtError, *, hung: bool = False) -> None:
+        """Let nothing begin until a self-check has passed.
+
+        Call it before the request at fault fails: a client that hears of the fault finds the server unready.
+        """
+        with self._changed:
+            self._health.suspect(error)
+            self.observer.faulted(hung)
+            self._changed.notify_all()
+
+    def checked(self, error: LatentrtError | None) -> None:
+        """Take the outcome of a self-check; one that failed fails all requests."""
+        with self._changed:
+            self._health.checked(error)
+            if error is not None:
+                self.fail_all(as_fault(error))
+            self._changed.notify_all()
+
+    @contextmanager
+    def watched(self, call: str) -> Iterator[None]:
+        """Around everything that may hang: a "step", a "stage" or a "self-check"."""
+        with self._changed:
+            self._health.begin(call)
+        try:
+            yield
+        finally:
+            with self._changed:
+                if self._health.end(call):
+                    self._changed.notify_all()
+
+    def run_clock(self) -> None:
+        """Fail what is over time and notice what hangs, until the scheduler is closed."""
+        with self._changed:
+            while not self._closed:
+                now = time.monotonic()
+                for slot in [slot for slot in self._slots if slot.limit <= now]:
+                    self.fail(slot.handle, too_late(slot, now))
+                for fault in self._health.found_hung(now):
+                    self.suspect(fault, hung=True)
+                    self.fail_all(fault)
+                if self._health.is_lost(now):
+                    self._on_hang()
+                limits = [slot.limit - now for slot in self._slots]
+                self._changed.wait(max(0.0, min([self._health.hang / 4, *limits])))
+
+    # ---- What others see, and the end
+
+    @property
+    def state(self) -> str:
+        """Return "starting", "ready", "draining" or "failed"."""
+        return "draining" if self._draining or self._closed else self._health.state
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are taken."""
+        return self.state == "ready"
+
+    @property
+    def waiting(self) -> int:
+        """Pictures without lanes."""
+        with self._changed:
+            return len(self._at(Stage.WAITING))
+
+    @property
+    def running(self) -> int:
+        """Pictures that have lanes, or had them and are being decoded."""
+        with self._changed:
+            return len(self._slots) - len(self._at(Stage.WAITING))
+
+    @property
+    def handles(self) -> tuple[Handle, ...]:
+        """All requests that clients wait for, oldest first."""
+        with self._changed:
+            return tuple(self._handles)
+
+    def drain(self) -> None:
+        """Take nothing new; what has a place is finished."""
+        with self._changed:
+            self._draining = True
+
+    async def drained(self, timeout: float) -> bool:
+        """Wait until no picture waits or runs; return whether that was so in time (seconds)."""
+        end = time.monotonic() + timeout
+        while self._slots and time.monotonic() < end:
+            await asyncio.sleep(LOOK)
+        return not self._slots
+
+    def close(self) -> None:
+        """End the threads; what is left fails."""
+        with self._changed:
+            self._closed = True
+            self.fail_all(Draining("the server was stopped", needed="a server that runs", fix="ask again"))
+            self._changed.notify_all()

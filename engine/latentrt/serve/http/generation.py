@@ -1,0 +1,139 @@
+"""What the routes of both APIs share: the server's parts, and the way from a request to its pictures."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any
+
+from fastapi import Depends
+from fastapi import Request as HttpRequest
+from starlette.requests import ClientDisconnect
+
+from latentrt.images.picture import Picture
+from latentrt.request import Request
+from latentrt.serve.core.handle import Finished, Handle
+from latentrt.serve.http.catalog import Catalog
+from latentrt.serve.http.errors import Problem
+from latentrt.serve.http.images import File, decode, in_thread
+from latentrt.serve.process.config import Settings
+from latentrt.serve.process.metrics import Metrics
+
+if TYPE_CHECKING:
+    from latentrt.serve.core.scheduler import Scheduler
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """A server's parts."""
+
+    scheduler: Scheduler
+    settings: Settings
+    catalog: Catalog
+    metrics: Metrics
+    created: int = field(default_factory=lambda: int(time.time()))
+
+
+async def _context(http: HttpRequest) -> Context:
+    context = http.app.state.context
+    assert isinstance(context, Context)
+    return context
+
+
+Served = Annotated[Context, Depends(_context)]
+
+
+def facts_of(http: HttpRequest) -> dict[str, Any]:
+    """Return what the log's line of a request says so far; "id" and "owner" are there from the start."""
+    facts: dict[str, Any] = http.scope["state"]["facts"]
+    return facts
+
+
+@asynccontextmanager
+async def generating(
+    context: Context,
+    http: HttpRequest,
+    request: Request,
+    files: Mapping[str, File],
+    *,
+    api: str,
+    previews: int = 0,
+    timeout: float | None = None,
+    task: str | None = None,
+) -> AsyncIterator[Handle]:
+    """Have a request's pictures made; leaving the block gives up those that are not done.
+
+    Args:
+        files: the pictures that it brings; they are decoded once it has its places.
+        previews, api, task: as of `Handle`.
+        timeout: seconds in which all pictures must be done.
+
+    Raises:
+        LatentrtError: it is refused, or a picture that came with it cannot be read.
+    """
+    catalog, facts = context.catalog, facts_of(http)
+    if files and not catalog.edits:
+        needed = "none: this server edits no pictures"
+        raise Problem("there is a picture", needed, fix="leave it out", param="image")
+    rows, solver = catalog.work(request)
+    size = catalog.size_of(request)
+    facts.update(n=request.count, steps=request.steps, solver=solver, rows=rows, size="{}x{}".format(*size))
+    if context.settings.log_prompts:
+        facts["prompt"] = request.prompt
+    deadline = None if timeout is None else time.monotonic() + timeout
+    handle = Handle(
+        request, catalog.shape_of(request), rows, previews, deadline, facts["id"], facts["owner"], api, task
+    )
+    context.scheduler.reserve(handle)
+    try:
+        if files:
+            latents, most = catalog.latents, context.settings.max_image_pixels
+            pictures = await in_thread(partial(decode, files, size, latents, most))
+            handle.request = replace(request, pictures=pictures)
+        context.scheduler.submit(handle)
+        yield handle
+    finally:
+        context.scheduler.release(handle)
+        facts.update(queue_seconds=round(handle.queue_seconds, 4), done=handle.done)
+        if handle.cut:
+            facts["cut"] = list(handle.cut)
+
+
+async def all_pictures(
+    http: HttpRequest, handle: Handle, encode: Callable[[Picture], str]
+) -> list[tuple[Picture, str]]:
+    """Wait for a request's pictures; return each with its file in base64, in order.
+
+    Raises:
+        LatentrtError: the request failed.
+        ClientDisconnect: the client has left.
+    """
+    work = asyncio.ensure_future(_collect(handle, encode))
+    gone = asyncio.ensure_future(_gone(http))
+    try:
+        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise ClientDisconnect
+        return work.result()
+    finally:
+        for task in (work, gone):
+            task.cancel()
+        await asyncio.gather(work, gone, return_exceptions=True)
+
+
+async def _collect(handle: Handle, encode: Callable[[Picture], str]) -> list[tuple[Picture, str]]:
+    made: dict[int, tuple[Picture, str]] = {}
+    async for event in handle:
+        if isinstance(event, Finished):
+            made[event.index] = event.image, await in_thread(partial(encode, event.image))
+    return [made[index] for index in sorted(made)]
+
+
+async def _gone(http: HttpRequest) -> None:
+    """Return when the client has hung up; the body has been read before, so nothing else can come."""
+    while (await http.receive())["type"] != "http.disconnect":
+        pass

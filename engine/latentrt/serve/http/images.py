@@ -1,0 +1,171 @@
+"""Files that clients send → arrays; pictures → files in base64. All of it runs in threads, off the event loop."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from io import BytesIO
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
+
+import anyio.to_thread
+import numpy as np
+from numpy.typing import NDArray
+
+from latentrt.bundle.spec import LatentSpec
+from latentrt.serve.core import pipeline
+from latentrt.serve.http.errors import Problem
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+T = TypeVar("T")
+FORMATS = ("PNG", "JPEG", "WEBP")
+_ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)  # of EXIF: those that swap width and height
+_THREADS = anyio.CapacityLimiter(2)  # enough to keep up with any engine, too few to take the CPU from it
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A picture as it came: read once its request has a place in the queue, so that those of a crowd wait on disk.
+
+    Attributes:
+        name: of the field, for the client.
+        open: opens it at its first byte.
+        to_mask: makes levels of grey of a mask, white where to repaint; None: it is no mask.
+    """
+
+    name: str
+    open: Callable[[], BinaryIO]
+    to_mask: Callable[[Image, str], Image] | None = None
+
+
+Files = Mapping[str, File]  # by what they are for, as `Request.pictures`
+
+
+async def in_thread(work: Callable[[], T]) -> T:
+    """Run something that takes milliseconds of CPU where the event loop does not wait for it."""
+    return await anyio.to_thread.run_sync(work, limiter=_THREADS)
+
+
+def decode(files: Files, size: tuple[int, int], latents: LatentSpec, most_pixels: int) -> dict[str, NDArray[np.uint8]]:
+    """Return the pictures of files, all of this width and height: pixels, and a mask that is 255 where to repaint.
+
+    Raises:
+        Problem: 400 image_decode_failed, or a mask that does not fit the picture.
+    """
+    images = {purpose: _load(file, most_pixels) for purpose, file in files.items()}
+    for purpose, file in files.items():
+        if file.to_mask is not None:
+            sides, needed = (f"{one.width}x{one.height}" for one in (images[purpose], images["image"]))
+            if sides != needed:
+                raise Problem(
+                    f"{file.name} is {sides}", needed=f"the picture's {needed}", fix="resize it", param=file.name
+                )
+            images[purpose] = file.to_mask(images[purpose], file.name)
+    return pipeline.fit(images, size, latents)
+
+
+def shape_of(file: File, most_pixels: int) -> tuple[int, int]:
+    """Return width and height as seen (EXIF's rotation counts); read the header alone.
+
+    Raises:
+        Problem: 400 image_decode_failed.
+    """
+    with _opened(file.open(), file.name, most_pixels) as image:
+        try:
+            # Without the first condition a PNG is decoded to look for it behind the pixels.
+            turned = "exif" in image.info and image.getexif().get(_ORIENTATION) in _TURNED
+        except Exception as error:  # it may be broken as well
+            raise _undecodable(file.name, "damaged") from error
+        return (image.height, image.width) if turned else image.size
+
+
+def alpha_mask(mask: Image, name: str) -> Image:
+    """Return OpenAI's kind of mask, which repaints where its alpha is 0.
+
+    Raises:
+        Problem: it has no alpha.
+    """
+    from PIL import ImageChops
+
+    if "A" not in mask.getbands():
+        needed = "a PNG whose alpha is 0 where to edit"
+        raise Problem(f"{name} has no alpha", needed, fix="save it so", param=name)
+    return ImageChops.invert(mask.getchannel("A"))
+
+
+def white_mask(mask: Image, name: str, *, inverted: bool = False) -> Image:
+    """Return A1111's kind of mask, which repaints where it is white: its alpha if it has some, or its brightness."""
+    from PIL import ImageChops
+
+    alpha = mask.getchannel("A") if "A" in mask.getbands() else None
+    grey = mask.convert("L") if alpha is None or alpha.getextrema() == (255, 255) else alpha
+    return ImageChops.invert(grey) if inverted else grey
+
+
+def encode(image: Image, kind: str = "png", quality: int | None = None) -> str:
+    """Return the base64 of a file: png, jpeg or webp; a picture of the engine takes its settings along."""
+    buffer = BytesIO()
+    image.save(buffer, kind, **({} if quality is None or kind == "png" else {"quality": quality}))
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def from_base64(text: str, name: str, most_bytes: int) -> bytes:
+    """Return the bytes of base64 text or of a data: URL; no other URL is ever read.
+
+    Raises:
+        Problem: a URL, or no base64, or too much of it.
+    """
+    if text.startswith(("http:", "https:", "file:", "ftp:")):
+        raise Problem(f"{name} is a URL", needed="the picture itself, as base64", fix="send its bytes", param=name)
+    if text.startswith("data:"):
+        text = text.partition(",")[2]
+    if len(text) > most_bytes * 4 // 3 + 4:
+        raise too_many_bytes(name, most_bytes)
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise _undecodable(name, "no base64") from error
+
+
+def too_many_bytes(name: str, most: int) -> Problem:
+    """Return the refusal of a file that is too large."""
+    needed, fix = f"at most {most} bytes", "send a smaller picture"
+    return Problem(f"{name} is too large", needed, fix, param=name, status=413, code="image_too_large")
+
+
+def _load(file: File, most_pixels: int) -> Image:
+    """Upright, with palettes and their transparency resolved. The file is closed: it is not needed any more."""
+    from PIL import ImageOps
+
+    with file.open() as data:
+        image = _opened(data, file.name, most_pixels)
+        try:
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+            if "transparency" in upright.info:
+                return upright.convert("RGBA")
+            return upright if upright.mode in pipeline.IMAGE_MODES else upright.convert("RGB")
+        except Exception as error:  # what a decoder raises on broken input is not specified
+            raise _undecodable(file.name, "damaged") from error
+
+
+def _opened(data: BinaryIO, name: str, most_pixels: int) -> Image:
+    """A file whose header was read; its size is checked before anything is decoded."""
+    from PIL import Image
+
+    try:
+        image = Image.open(data, formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _undecodable(name, "too many pixels") from error
+    except Exception as error:
+        raise _undecodable(name, f"no {', '.join(FORMATS)}, or damaged") from error
+    if image.width * image.height > most_pixels:
+        raise _undecodable(name, f"{image.width}x{image.height} pixels, more than {most_pixels} in all")
+    return image
+
+
+def _undecodable(name: str, why: str) -> Problem:
+    needed, fix = f"a whole picture: {', '.join(FORMATS)}", "send another file"
+    return Problem(f"{name} cannot be decoded: {why}", needed, fix, param=name, code="image_decode_failed")

@@ -1,0 +1,235 @@
+"""What every request passes before a route sees it: keys, limits, a full queue; timeouts of slow clients; its log line.
+
+ASGI, not Starlette's BaseHTTPMiddleware: streams pass through untouched, and a refusal comes before the body is read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hmac
+import random
+import re
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from latentrt.serve.http.errors import Answer, Problem, answer_to, too_large
+from latentrt.serve.process.config import Settings
+from latentrt.serve.process.logs import logger
+from latentrt.serve.process.metrics import Metrics
+
+if TYPE_CHECKING:
+    from latentrt.serve.core.scheduler import Scheduler
+
+OPEN = ("/", "/health/live", "/health/ready", "/metrics", "/openapi.json", "/favicon.ico")  # and all below /static/
+# Every request to these takes places in the queue.
+DRAWING = ("/v1/images/generations", "/v1/images/edits", "/sdapi/v1/txt2img", "/sdapi/v1/img2img")
+EDITING = ("/v1/images/edits", "/sdapi/v1/img2img")
+QUIET = ("/health/live", "/health/ready", "/metrics")  # not counted, and logged at the level debug
+CLIENT_GONE = 499  # nginx' number for it; it is seen in the log alone
+PIECE = 2**20  # bytes of an answer
+_ID = re.compile(r"[!-~]{1,128}")
+
+
+def cross_origin(origins: Sequence[str]) -> list[Middleware]:
+    """Return the middleware that lets pages of these origins use the server from a browser; none without origins.
+
+    It stands around the guard: a browser's preflight request has no key, and refusals must be readable too.
+    """
+    told = ("x-request-id", "retry-after", "x-should-retry")
+    options: dict[str, Any] = {"allow_methods": ("GET", "POST"), "allow_headers": ("*",), "expose_headers": told}
+    return [Middleware(CORSMiddleware, allow_origins=origins, **options)] if origins else []
+
+
+def most_bytes(settings: Settings, path: str) -> int:
+    """Return the most bytes of a body: many only where pictures are sent, so that a crowd of them fills no memory."""
+    return settings.max_body if path in EDITING else settings.max_text
+
+
+class Guard:
+    """Around the application; only `cross_origin` is further out."""
+
+    def __init__(
+        self, app: ASGIApp, *, keys: Sequence[bytes], settings: Settings, scheduler: Scheduler, metrics: Metrics
+    ) -> None:
+        self._app = app
+        self._keys, self._settings = keys, settings
+        self._scheduler, self._metrics = scheduler, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        most = most_bytes(self._settings, scope["path"])
+        exchange = _Exchange(scope, receive, send, self._settings)
+        try:
+            refusal = self._refusal(scope, exchange, most)
+            if refusal is not None:
+                await exchange.answer(refusal)
+            else:
+                await RequestBodyLimitMiddleware(self._app, most)(scope, exchange.receive, exchange.send)
+        except (ClientDisconnect, asyncio.CancelledError) as error:
+            exchange.gone = True
+            if isinstance(error, asyncio.CancelledError):
+                raise
+        except Exception as error:
+            exchange.facts["outcome"] = "engine_error"
+            logger().exception("the server failed", id=exchange.facts["id"])
+            if exchange.status is None:
+                await exchange.answer(answer_to(error))
+        finally:
+            self._report(scope, exchange)
+
+    def _refusal(self, scope: Scope, exchange: _Exchange, most: int) -> Answer | None:
+        """Why the body need not be read: no key that fits, too many bytes, a full queue."""
+        path, headers = scope["path"], exchange.headers
+        if self._keys and path not in OPEN and not path.startswith("/static/"):
+            owner = _owner(self._keys, headers.get("authorization", ""))
+            if owner is None:
+                message = "a key is needed: send it as `Authorization: Bearer KEY`"
+                return Answer(401, "invalid_api_key", message, None, {"www-authenticate": "Bearer"})
+            exchange.facts["owner"] = owner
+        length = headers.get("content-length", "")
+        if length.isdecimal() and int(length[:20]) > most:
+            return too_large(most)
+        full = self._scheduler.full() if path in DRAWING and scope["method"] == "POST" else None
+        return None if full is None else answer_to(full)
+
+    def _report(self, scope: Scope, exchange: _Exchange) -> None:
+        """Count the request and write its line, so that metrics and log tell the same."""
+        status, outcome = exchange.end()
+        path, facts = scope["path"], exchange.facts
+        route = getattr(scope.get("route"), "path", None) or (path if path in DRAWING else "unknown")
+        seconds = time.monotonic() - exchange.began
+        if route not in QUIET:
+            self._metrics.ended_request(route, outcome, status, seconds if "n" in facts and outcome == "ok" else None)
+        told = {key: value for key, value in facts.items() if key not in ("owner", "outcome")}
+        write = logger().debug if route in QUIET else logger().info
+        line = {"method": scope["method"], "route": route, "status": status, "outcome": outcome}
+        write("request", **line, seconds=round(seconds, 4), **told)
+
+
+class _Exchange:
+    """One request on its way in and its answer on the way out.
+
+    Attributes:
+        facts: what the log's line says of it; routes add to them.
+        status: of the answer, once it has begun.
+        gone: whether the client has left.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, settings: Settings) -> None:
+        self._scope, self._receive, self._send = scope, receive, send
+        self._body_timeout, self._stall_timeout = settings.body_timeout, settings.stall_timeout
+        self.began = time.monotonic()
+        self.headers = Headers(scope=scope)
+        given = self.headers.get("x-request-id", "")
+        id = given if _ID.fullmatch(given) else f"req_{random.getrandbits(96):024x}"
+        self.facts: dict[str, Any] = {"id": id, "owner": ""}
+        self.status: int | None = None
+        self.gone = self._closed = self._body_read = self._left_unread = False
+        scope.setdefault("state", {})["facts"] = self.facts
+
+    async def receive(self) -> Message:
+        """Return the next message. The body has a time in which to come; after it, only a disconnect can."""
+        if not self._body_read:
+            try:
+                async with asyncio.timeout(self.began + self._body_timeout - time.monotonic()):
+                    message = await self._receive()
+            except TimeoutError:
+                late = f"the request's body did not come within {self._body_timeout:g} seconds"
+                raise HTTPException(408, late, {"Connection": "close"}) from None
+            self._body_read = not message.get("more_body", False)
+            self._left_unread = message["type"] == "http.disconnect"  # frameworks take it for a malformed body
+        else:
+            message = await self._receive()
+        if message["type"] == "http.disconnect" and not self._closed:
+            self.gone = True
+        return message
+
+    async def send(self, message: Message) -> None:
+        """Pass on an answer, with the request's id. The client has a time in which to take each piece.
+
+        A piece is sent once the one before was taken; so that the last one is waited for too, an empty one follows.
+        """
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            own = {"x-request-id": self.facts["id"], "x-content-type-options": "nosniff"}
+            MutableHeaders(scope=message).update(own)
+        body = message.get("body", b"")
+        for start in range(0, len(body), PIECE) if len(body) > PIECE // 16 else ():
+            await self._pass_on({**message, "body": body[start : start + PIECE], "more_body": True})
+            message = {**message, "body": b""}
+        await self._pass_on(message)
+        self._closed = message["type"] == "http.response.body" and not message.get("more_body", False)
+
+    async def _pass_on(self, message: Message) -> None:
+        try:
+            async with asyncio.timeout(self._stall_timeout):
+                await self._send(message)
+        except TimeoutError:
+            raise ClientDisconnect from None
+
+    async def answer(self, answer: Answer) -> None:
+        """Refuse."""
+        self.facts["outcome"] = answer.code
+        await answer.response(self._scope, self._receive, self.send)
+
+    def end(self) -> tuple[int, str]:
+        """Return status and outcome, as the log and the metrics tell them."""
+        outcome = self.facts.get("outcome")
+        if self._left_unread or (outcome is None and self.gone and not self._closed):
+            return CLIENT_GONE, "client_gone"
+        status = self.status or CLIENT_GONE
+        return status, outcome or ("ok" if status < 400 else "refused")
+
+
+def _owner(keys: Sequence[bytes], authorization: str) -> str | None:
+    """A stable name of the key that was sent, or None; how long it takes does not tell which key came close.
+
+    A1111's clients send Basic: the key may stand there alone, as the password, or with its user as "user:password".
+    """
+    scheme, _, text = authorization.partition(" ")
+    sent = {"bearer": [text.strip().encode()], "basic": _of_basic(text.strip())}.get(scheme.lower(), [])
+    matches = [[hmac.compare_digest(key, one) for one in sent] for key in keys]
+    return next((f"key-{index}" for index, found in enumerate(matches) if any(found)), None)
+
+
+def _of_basic(credentials: str) -> list[bytes]:
+    try:
+        pair = base64.b64decode(credentials, validate=True)
+    except ValueError:
+        return []
+    return [pair, pair.partition(b":")[2]]
+
+
+class MediaRoute(APIRoute):
+    """A route that refuses a body of another media type than the one it documents, before it is read."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+        needed = getattr(self.body_field.field_info, "media_type", "application/json") if self.body_field else None
+
+        async def checked(request: Request) -> Response:
+            kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+            if needed is not None and kind != needed:
+                raise Problem(
+                    f"the body's Content-Type is {kind[:100]!r}" if kind else "the body has no Content-Type",
+                    needed=needed,
+                    fix=f"send it with Content-Type: {needed}",
+                    status=415,
+                    code="unsupported_media_type",
+                )
+            return await handle(request)
+
+        return checked

@@ -1,0 +1,207 @@
+"""/v1: the OpenAI Images API."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from functools import partial
+from typing import Annotated, Any, BinaryIO
+
+from fastapi import APIRouter, Form, UploadFile
+from fastapi import Request as HttpRequest
+from fastapi.responses import JSONResponse
+from sse_starlette import EventSourceResponse, ServerSentEvent
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from latentrt.request import Request
+from latentrt.serve.core.handle import Handle, Preview
+from latentrt.serve.core.pipeline import usual_strength
+from latentrt.serve.http.errors import Problem, answer_to, documented
+from latentrt.serve.http.generation import Context, Served, all_pictures, facts_of, generating
+from latentrt.serve.http.images import File, Files, alpha_mask, encode, in_thread, shape_of, too_many_bytes
+from latentrt.serve.http.middleware import MediaRoute
+from latentrt.serve.http.openai_schema import (
+    USAGE,
+    EditRequest,
+    GenerateRequest,
+    ImagesResponse,
+    Model,
+    ModelList,
+    Wanted,
+)
+from latentrt.serve.process.logs import logger
+
+router = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=MediaRoute, responses=documented(400, 401, 404))
+_DRAWN = {
+    200: {
+        "model": ImagesResponse,
+        "description": "The pictures; with `stream`, events.",
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    },
+    **documented(400, 401, 404, 408, 409, 413, 415, 429, 500, 503, 504),
+}
+
+
+@router.get("/models")
+async def list_models(context: Served) -> ModelList:
+    """The model under all its names."""
+    return ModelList(data=[_model(context, name) for name in context.catalog.names])
+
+
+@router.get("/models/{model:path}", responses=documented(404))
+async def retrieve_model(model: str, context: Served) -> Model:
+    """One of its names."""
+    context.catalog.check_model(model)
+    return _model(context, model)
+
+
+@router.post("/images/generations", responses=_DRAWN, response_class=JSONResponse)
+async def generate(wanted: GenerateRequest, http: HttpRequest, context: Served) -> Response:
+    """Draw pictures from a prompt."""
+    request = _request(context, wanted, context.catalog.size(wanted.size))
+    return await _answer(context, http, wanted, request, {}, "generation")
+
+
+@router.post("/images/edits", responses=_DRAWN, response_class=JSONResponse)
+async def edit(
+    wanted: Annotated[EditRequest, Form(media_type="multipart/form-data")], http: HttpRequest, context: Served
+) -> Response:
+    """Draw pictures from a prompt and a picture; with a mask only where its alpha is 0."""
+    files = _files(context, wanted)
+    if wanted.size in (None, "", "auto"):
+        shape = await in_thread(partial(shape_of, files["image"], context.settings.max_image_pixels))
+        size = context.catalog.fitting(*shape)
+    else:
+        size = context.catalog.size(wanted.size)
+    strength = usual_strength(files) if wanted.strength is None else wanted.strength
+    return await _answer(context, http, wanted, _request(context, wanted, size, strength), files, "edit")
+
+
+def _model(context: Context, name: str) -> Model:
+    return Model(id=name, created=context.created, owned_by="latentrt", root=context.catalog.name)
+
+
+def _request(context: Context, wanted: Wanted, size: tuple[int, int], strength: float | None = None) -> Request:
+    if wanted.kind == "png" and wanted.output_compression not in (None, 100):
+        raise Problem(
+            f"output_compression is {wanted.output_compression} with png",
+            needed="jpeg or webp",
+            fix="set output_format, or leave output_compression out",
+            param="output_compression",
+        )
+    context.catalog.check_model(wanted.model)
+    return context.catalog.request(
+        wanted.prompt or None,
+        negative_prompt=wanted.negative_prompt,
+        n=wanted.n,
+        size=size,
+        steps=wanted.num_inference_steps,
+        guidance=wanted.guidance_scale,
+        scheduler=wanted.scheduler,
+        seed=wanted.seed,
+        class_label=wanted.class_label,
+        strength=strength,
+    )
+
+
+def _files(context: Context, wanted: EditRequest) -> Files:
+    """The files of an edit, by what they are for."""
+    images = [*wanted.image, *wanted.images]
+    if len(images) != 1:
+        found = f"{len(images)} pictures to edit" if images else "image is missing"
+        raise Problem(found, needed="one", fix="send one file as image", param="image")
+    most = context.settings.max_image_bytes
+    for name, upload in (("image", images[0]), ("mask", wanted.mask)):
+        if upload is not None and (upload.size or 0) > most:
+            raise too_many_bytes(name, most)
+    files = {"image": File("image", partial(_rewound, images[0]))}
+    return files | ({"mask": File("mask", partial(_rewound, wanted.mask), alpha_mask)} if wanted.mask else {})
+
+
+def _rewound(upload: UploadFile) -> BinaryIO:
+    upload.file.seek(0)
+    return upload.file
+
+
+async def _answer(
+    context: Context, http: HttpRequest, wanted: Wanted, request: Request, files: Files, verb: str
+) -> Response:
+    own = {"background": "opaque", "output_format": wanted.kind, "size": f"{request.width}x{request.height}"}
+    if safety := wanted.safety_identifier or wanted.user:
+        own["safety_identifier"] = safety
+    begun = generating(
+        context,
+        http,
+        request,
+        files,
+        api=f"{verb}s",
+        previews=wanted.partial_images or 0 if wanted.stream else 0,
+        timeout=wanted.timeout,
+    )
+    encoding = partial(encode, kind=wanted.kind, quality=wanted.output_compression)
+    if wanted.stream:
+        # Entered here and left by the stream: a refusal must still be a status, not an event.
+        stack = AsyncExitStack()
+        handle = await stack.enter_async_context(begun)
+        return _Stream(_events(http, handle, encoding, f"image_{verb}", own), stack, context.settings.heartbeat)
+    async with begun as handle:
+        drawn = await all_pictures(http, handle, encoding)
+    # OpenAI answered its first models with URLs by default, and clients of these still look there.
+    urls = (wanted.response_format or ("url" if (wanted.model or "").startswith("dall-e") else "")) == "url"
+    data = [
+        {"b64_json": file, "seed": picture.info["latentrt"]["seed"]}
+        | ({"url": f"data:image/{wanted.kind};base64,{file}"} if urls else {})
+        for picture, file in drawn
+    ]
+    warnings = {"warnings": handle.warnings} if handle.warnings else {}
+    return JSONResponse({"created": int(time.time()), "data": data, **own, **warnings})
+
+
+class _Stream(EventSourceResponse):
+    """Events with heartbeats; whatever ends the stream, even before its first event, gives up its pictures."""
+
+    def __init__(self, events: AsyncIterator[ServerSentEvent], begun: AsyncExitStack, heartbeat: float) -> None:
+        super().__init__(events, ping=heartbeat, ping_message_factory=_heartbeat, sep="\n")
+        self._begun = begun
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._begun:
+            await super().__call__(scope, receive, send)
+
+
+def _heartbeat() -> ServerSentEvent:
+    return ServerSentEvent(comment="still drawing", sep="\n")
+
+
+async def _events(
+    http: HttpRequest, handle: Handle, encoding: partial[str], kind: str, own: dict[str, Any]
+) -> AsyncIterator[ServerSentEvent]:
+    """partial_image and completed, or error and nothing after it."""
+    try:
+        async for event in handle:
+            data = {
+                "b64_json": await in_thread(partial(encoding, event.image)),
+                "index": event.index,
+                "quality": "auto",
+                **own,
+            }
+            if isinstance(event, Preview):
+                yield _event(f"{kind}.partial_image", {**data, "partial_image_index": event.number})
+            else:
+                seed = event.image.info["latentrt"]["seed"]
+                warnings = {"warnings": handle.warnings} if handle.warnings else {}
+                yield _event(f"{kind}.completed", {**data, "usage": USAGE, "seed": seed, **warnings})
+    except Exception as error:
+        answer = answer_to(error)
+        if answer.status == 500:
+            logger().error("a request failed", id=handle.id, exc_info=error)
+        facts_of(http)["outcome"] = answer.code
+        yield _event("error", answer.body)
+
+
+def _event(kind: str, data: dict[str, Any]) -> ServerSentEvent:
+    stamped = {"type": kind, "created_at": int(time.time()), **data}
+    return ServerSentEvent(json.dumps(stamped), event=kind, sep="\n")

@@ -1,0 +1,164 @@
+"""The OpenAI Images API as the newest client speaks it: every field it may send, and the answers.
+
+A field whose type is None alone is one that the client knows and that is not supported: null passes, anything else is
+refused by name. `seed`, `negative_prompt`, `num_inference_steps`, `guidance_scale`, `scheduler`, `class_label`,
+`strength` and `timeout` are latentrt's own (`extra_body` in the client).
+
+Source: openai.types.image_generate_params, image_edit_params, images_response and the stream events, openai 3.54.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from fastapi import UploadFile
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from latentrt.request import MAX_SEED
+
+
+def _whole(value: object) -> object:
+    """Take JSON's 2.0 for a whole number too."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _without_null(schema: dict[str, Any]) -> None:
+    """Describe a form, which cannot say null: optional fields are left out, and fields that are always null vanish."""
+    fields = schema["properties"]
+    for name, field in list(fields.items()):
+        if field.get("type") == "null":
+            del fields[name]
+        kinds = [kind for kind in field.get("anyOf", ()) if kind != {"type": "null"}]
+        if kinds:
+            del field["anyOf"]
+            field.update(kinds[0])
+            field.pop("default", None)
+
+
+WHOLE = BeforeValidator(_whole)  # last in its type: bounds must stand next to int to be in the schema
+Text = Annotated[str, Field(min_length=0)]  # with any bound, half a surrogate pair is refused
+Count = Annotated[int, Field(ge=1), WHOLE]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED), WHOLE]
+Label = Annotated[int, Field(ge=0, lt=2**31), WHOLE]
+Guidance = Annotated[float, Field(ge=0, le=100)]
+Percent = Annotated[int, Field(ge=0, le=100), WHOLE]
+Part = Annotated[float, Field(gt=0, le=1)]
+OutputFormat = Literal["png", "jpeg", "webp"]
+
+
+class Wanted(BaseModel):
+    """What both kinds of requests for pictures have in common."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    prompt: Annotated[Text | None, Field(description="What to draw; needed, except by models that read none.")] = None
+    model: Annotated[str | None, Field(description="A name that /v1/models lists.")] = None
+    n: Annotated[Count | None, Field(description="How many pictures.")] = None
+    size: Annotated[str | None, Field(description="WIDTHxHEIGHT, or auto for the model's own.")] = None
+    response_format: Annotated[
+        Literal["b64_json", "url"] | None,
+        Field(description="Pictures always come as base64; with url also as data: URLs."),
+    ] = None
+    output_format: OutputFormat | None = None
+    output_compression: Annotated[
+        Percent | None, Field(description="Quality of jpeg and webp; 100 is all that png takes.")
+    ] = None
+    background: Literal["opaque", "auto"] | None = None
+    stream: Annotated[bool | None, Field(description="Answer with server-sent events.")] = None
+    partial_images: Annotated[
+        Annotated[int, Field(ge=0, le=3), WHOLE] | None, Field(description="Previews of each picture in a stream.")
+    ] = None
+    # Accepted, and without effect here.
+    moderation: Literal["low", "auto"] | None = None
+    quality: Literal["low", "medium", "high", "xhigh", "max", "auto", "standard", "hd"] | None = None
+    complexity: Literal["low", "medium", "high"] | None = None
+    user: str | None = None
+    safety_identifier: str | None = None
+    # Known to the client, not supported.
+    frame_count: None = None
+    frame_duration_ms: None = None
+    svg: None = None
+    # latentrt's own.
+    seed: Annotated[Seed | None, Field(description="Of the first picture; the others count up. None: any.")] = None
+    negative_prompt: Text | None = None
+    num_inference_steps: Count | None = None
+    guidance_scale: Guidance | None = None
+    scheduler: Annotated[str | None, Field(description="A name of `latentrt solvers`, or a diffusers class.")] = None
+    class_label: Annotated[Label | None, Field(description="Number of a class, for models that have classes.")] = None
+    timeout: Annotated[
+        Annotated[float, Field(gt=0, le=86_400)] | None, Field(description="Seconds: refuse what would take longer.")
+    ] = None
+
+    @property
+    def kind(self) -> OutputFormat:
+        """The format of the pictures' files."""
+        return self.output_format or "png"
+
+
+class GenerateRequest(Wanted):
+    """Body of POST /v1/images/generations."""
+
+    model_config = ConfigDict(strict=True)
+
+    style: Annotated[Literal["vivid", "natural"] | None, Field(description="Without effect here.")] = None
+
+
+class EditRequest(Wanted):
+    """Form of POST /v1/images/edits. Files only: nothing is ever fetched from a URL."""
+
+    model_config = ConfigDict(json_schema_extra=_without_null)
+
+    image: Annotated[list[UploadFile], Field(description="The picture to edit: PNG, JPEG or WebP.")] = []
+    images: Annotated[list[UploadFile], Field(alias="image[]", description="The same, as arrays are sent.")] = []
+    mask: Annotated[
+        UploadFile | None, Field(description="PNG or WebP of the picture's size; where its alpha is 0 is edited.")
+    ] = None
+    strength: Annotated[Part | None, Field(description="How far to leave the picture: 1 keeps nothing.")] = None
+    input_fidelity: Annotated[Literal["low", "high"] | None, Field(description="Without effect here.")] = None
+    markup: None = None
+
+
+class ImageData(BaseModel):
+    """One picture."""
+
+    b64_json: str
+    url: Annotated[str | None, Field(description="The same as a data: URL, if url was asked for.")] = None
+    seed: Annotated[int, Field(description="What makes this picture again, alone.")]
+
+
+class ImagesResponse(BaseModel):
+    """The answer to a request without `stream`."""
+
+    created: int
+    data: list[ImageData]
+    background: Literal["opaque"] = "opaque"
+    output_format: OutputFormat
+    size: str
+    safety_identifier: str | None = None
+    warnings: Annotated[list[str], Field(description="What the model did not read of a prompt, if anything.")] = []
+
+
+class Model(BaseModel):
+    """One name of the model."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+    root: Annotated[str, Field(description="The name that this one stands for.")]
+
+
+class ModelList(BaseModel):
+    """The model under all its names."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+# No tokens are counted here, but the client's type wants a number of them.
+USAGE: dict[str, Any] = {
+    "input_tokens": 0,
+    "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
+    "output_tokens": 0,
+    "total_tokens": 0,
+}

@@ -1,0 +1,140 @@
+"""For operators and the page: health, metrics, the queue, and what clients may choose from."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Literal
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, PlainTextResponse
+from pydantic import BaseModel, Field
+from starlette.responses import Response
+
+from latentrt.serve.core.handle import Handle
+from latentrt.serve.http.errors import Problem, documented
+from latentrt.serve.http.generation import Served, facts_of
+from latentrt.serve.process.metrics import CONTENT_TYPE
+
+router = APIRouter(tags=["operations"])
+
+
+class Health(BaseModel):
+    """Of the server."""
+
+    status: str = Field(description="ok, starting, draining or failed")
+
+
+class Job(BaseModel):
+    """A request for pictures that waits or runs."""
+
+    id: str
+    api: str
+    state: Literal["waiting", "running"]
+    pictures: int
+    done: int
+    rows: int
+    row: int
+    progress: float
+    queue_seconds: float
+    seconds: float
+
+
+class Queue(BaseModel):
+    """What the server is doing. Pictures are counted, not requests; prompts are not shown."""
+
+    state: str = Field(description="starting, ready, draining or failed")
+    waiting: int
+    running: int
+    capacity: int
+    jobs: list[Job]
+
+
+@router.get("/health/live")
+async def live() -> Health:
+    """200 as long as the process can answer."""
+    return Health(status="ok")
+
+
+@router.get("/health/ready", responses={503: {"model": Health, "description": "It takes no requests now."}})
+async def ready(context: Served) -> JSONResponse:
+    """200 if requests are taken, 503 if not: starting, draining, or failed until a self-check passes."""
+    state = context.scheduler.state
+    return JSONResponse({"status": "ok" if state == "ready" else state}, 200 if state == "ready" else 503)
+
+
+@router.get("/metrics", response_class=PlainTextResponse)
+async def metrics(context: Served) -> Response:
+    """For Prometheus."""
+    return Response(await context.metrics.whole_text(), media_type=CONTENT_TYPE)
+
+
+@router.get("/latentrt/queue", responses=documented(401))
+async def queue(context: Served) -> Queue:
+    """Every request that waits or runs, oldest first, and how far it is."""
+    scheduler = context.scheduler
+    return Queue(
+        state=scheduler.state,
+        waiting=scheduler.waiting,
+        running=scheduler.running,
+        capacity=context.settings.queue,
+        jobs=[_job(handle) for handle in scheduler.handles],
+    )
+
+
+def _job(handle: Handle) -> Job:
+    """What all clients may know of a request: no prompt, no picture."""
+    return Job(
+        id=handle.id,
+        api=handle.api,
+        state="waiting" if handle.started is None else "running",
+        pictures=handle.request.count,
+        done=handle.done,
+        rows=handle.rows,
+        row=handle.row,
+        progress=round(handle.progress, 4),
+        queue_seconds=round(handle.queue_seconds, 3),
+        seconds=round(time.monotonic() - handle.came, 3),
+    )
+
+
+@router.get("/latentrt/model", responses=documented(401))
+async def model(context: Served) -> dict[str, Any]:
+    """What a page or a client may offer: names, sizes, limits, defaults, solvers, and what the model reads: prompts,
+    class labels (below `classes`, where that is known), pictures to edit.
+    """
+    catalog, settings, defaults = context.catalog, context.settings, context.catalog.defaults
+    return {
+        "model": catalog.name,
+        "names": catalog.names,
+        "size": "{}x{}".format(*catalog.own),
+        "sizes": [f"{width}x{height}" for width, height in catalog.sizes],
+        "step": catalog.step,
+        "limits": {
+            name: getattr(settings, name) for name in ("max_side", "max_pixels", "max_prompt", "max_image_bytes")
+        }
+        | {"max_n": settings.most_pictures, "max_steps": catalog.max_steps},
+        "defaults": {"steps": defaults.steps, "guidance": defaults.guidance, "scheduler": defaults.solver},
+        "schedulers": catalog.solver_names,
+        "prompted": catalog.prompted,
+        "class_labels": catalog.class_labels,
+        "classes": catalog.classes,
+        "edits": catalog.edits,
+    }
+
+
+@router.post("/latentrt/jobs/{job}/cancel", responses=documented(401, 404))
+async def cancel(job: str, http: Request, context: Served) -> JSONResponse:
+    """Give up every request of this key with this x-request-id; its client gets 409 cancelled."""
+    owner = facts_of(http)["owner"]
+    handles = [handle for handle in context.scheduler.handles if (handle.id, handle.owner) == (job, owner)]
+    for handle in handles:
+        context.scheduler.cancel(handle)
+    if not handles:
+        raise Problem(
+            f"no request {job[:128]!r} waits or runs",
+            needed="one that /latentrt/queue lists",
+            fix="ask there",
+            status=404,
+            code="not_found",
+        )
+    return JSONResponse({"cancelled": len(handles)})

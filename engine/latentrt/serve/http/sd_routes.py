@@ -1,0 +1,260 @@
+"""/sdapi/v1: enough of A1111's API for its clients."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from io import BytesIO
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi import Request as HttpRequest
+from fastapi.responses import JSONResponse
+
+from latentrt.images.metadata import prose
+from latentrt.images.picture import Picture
+from latentrt.request import Request
+from latentrt.sampling.solvers import SOLVERS
+from latentrt.serve.core.handle import Handle
+from latentrt.serve.core.pipeline import usual_strength
+from latentrt.serve.http.errors import Problem, documented
+from latentrt.serve.http.generation import Context, Served, all_pictures, facts_of, generating
+from latentrt.serve.http.images import File, Files, encode, from_base64, in_thread, white_mask
+from latentrt.serve.http.middleware import MediaRoute
+from latentrt.serve.http.sd_schema import (
+    IDLE,
+    SAMPLERS,
+    SCHEDULERS,
+    Checkpoint,
+    Images,
+    ImageToImage,
+    ProgressReport,
+    Sampler,
+    Scheduler,
+    State,
+    TextToImage,
+)
+
+router = APIRouter(prefix="/sdapi/v1", tags=["A1111"], route_class=MediaRoute, responses=documented(401))
+_DRAWN = {200: {"model": Images}, **documented(400, 401, 404, 408, 409, 413, 415, 429, 500, 503, 504)}
+API = "sdapi"
+PREVIEWS = 3  # of a picture whose client can ask after it by its task
+# What the catalogue calls by OpenAI's names.
+_NAMES = {
+    "n": "batch_size",
+    "num_inference_steps": "steps",
+    "guidance_scale": "cfg_scale",
+    "size": "width",
+    "scheduler": "sampler_name",
+    "strength": "denoising_strength",
+    "model": "sd_model_checkpoint",
+    "image": "init_images",
+}
+
+
+@router.get("/options")
+async def options(context: Served) -> dict[str, Any]:
+    """The few that clients read."""
+    return {"sd_model_checkpoint": context.catalog.name, "sd_checkpoint_hash": "", "samples_format": "png"}
+
+
+@router.post("/options", responses=documented(400, 404, 415))
+async def set_options(values: dict[str, Any], context: Served) -> None:
+    """Clients write all options back to choose a checkpoint; there is one, and nothing else to set."""
+    _check_model(context, values.get("sd_model_checkpoint"))
+
+
+@router.get("/sd-models")
+async def sd_models(context: Served) -> list[Checkpoint]:
+    """The model under its own name."""
+    name = context.catalog.name
+    return [Checkpoint(title=name, model_name=name, filename=name)]
+
+
+@router.get("/samplers")
+async def samplers() -> list[Sampler]:
+    """By A1111's names, then by ours."""
+    known = [Sampler(name=name, aliases=[ours], options={}) for name, (ours, _) in SAMPLERS.items()]
+    taken = {ours for ours, _ in SAMPLERS.values()}
+    return known + [Sampler(name=name, aliases=[], options={}) for name in SOLVERS if name not in taken]
+
+
+@router.get("/schedulers")
+async def schedulers() -> list[Scheduler]:
+    """How noise levels may be spaced."""
+    return [Scheduler(name=name.lower(), label=name) for name in SCHEDULERS]
+
+
+@router.post("/txt2img", responses=_DRAWN, response_class=JSONResponse)
+async def txt2img(wanted: TextToImage, http: HttpRequest, context: Served) -> JSONResponse:
+    """Draw pictures from a prompt."""
+    return await _answer(context, http, wanted, {})
+
+
+@router.post("/img2img", responses=_DRAWN, response_class=JSONResponse)
+async def img2img(wanted: ImageToImage, http: HttpRequest, context: Served) -> JSONResponse:
+    """Draw pictures from a prompt and a picture; with a mask only where it is white."""
+    files = {"image": _file(context, "init_images", wanted.init_images[0])}
+    if wanted.mask:
+        to_mask = partial(white_mask, inverted=bool(wanted.inpainting_mask_invert))
+        files["mask"] = _file(context, "mask", wanted.mask, to_mask)
+    strength = usual_strength({}) if wanted.denoising_strength is None else wanted.denoising_strength
+    return await _answer(context, http, wanted, files, strength)
+
+
+@router.get("/progress")
+async def progress(
+    context: Served, http: HttpRequest, id_task: str | None = None, skip_current_image: bool = False
+) -> ProgressReport:
+    """Of one task, or of the oldest that runs."""
+    handles = _own(context, http, id_task)
+    if not handles:
+        return ProgressReport(progress=0.0, eta_relative=0.0, state=State())
+    handle = next((handle for handle in handles if handle.started is not None), handles[0])
+    image = None
+    if handle.shown is not None and not skip_current_image:
+        image = await in_thread(partial(encode, handle.shown))
+    part, taken = handle.progress, time.monotonic() - handle.came - handle.queue_seconds
+    state = State(
+        job=handle.task or handle.id,
+        job_count=handle.request.count,
+        job_no=handle.done,
+        sampling_step=handle.row,
+        sampling_steps=handle.rows,
+    )
+    eta = taken / part * (1 - part) if part else 0.0
+    return ProgressReport(progress=part, eta_relative=eta, state=state, current_image=image)
+
+
+@router.post("/interrupt")
+async def interrupt(context: Served, http: HttpRequest, id_task: str | None = None) -> dict[str, Any]:
+    """Give up one task, or all that this key's A1111 clients have; never those of another key."""
+    for handle in _own(context, http, id_task):
+        context.scheduler.cancel(handle)
+    return {}
+
+
+def _own(context: Context, http: HttpRequest, task: str | None) -> list[Handle]:
+    """This key's requests by this API, oldest first; of one task, where there is one."""
+    owner = facts_of(http)["owner"]
+    own = [handle for handle in context.scheduler.handles if (handle.api, handle.owner) == (API, owner)]
+    return [handle for handle in own if task in (None, handle.task)]
+
+
+def _file(context: Context, name: str, text: str, to_mask: Any = None) -> File:
+    most = context.settings.max_image_bytes
+    return File(name, lambda: BytesIO(from_base64(text, name, most)), to_mask)
+
+
+def _check_model(context: Context, name: object) -> None:
+    if name is not None:
+        context.catalog.check_model(str(name))
+
+
+async def _answer(
+    context: Context, http: HttpRequest, wanted: TextToImage, files: Files, strength: float | None = None
+) -> JSONResponse:
+    _check_idle(wanted)
+    solver, options = _solver(wanted)
+    previews = PREVIEWS if wanted.force_task_id else 0
+    with _renamed():
+        request = _request(context, wanted, solver, strength, options)
+        async with generating(
+            context, http, request, files, api=API, previews=previews, task=wanted.force_task_id
+        ) as handle:
+            drawn = await all_pictures(http, handle, encode)
+    parameters = wanted.model_dump(mode="json", include=set(TextToImage.model_fields))
+    images = [file for _, file in drawn] if wanted.send_images is not False else []
+    info = _info(request, [picture for picture, _ in drawn])
+    info |= {"sd_model_name": context.catalog.name}
+    info |= {"sampler_name": wanted.sampler_name} if wanted.sampler_name else {}
+    info |= {"warnings": handle.warnings} if handle.warnings else {}
+    return JSONResponse({"images": images, "parameters": parameters, "info": json.dumps(info)})
+
+
+@contextmanager
+def _renamed() -> Iterator[None]:
+    """Refusals name fields as they are called here."""
+    try:
+        yield
+    except Problem as problem:
+        problem.param = _NAMES.get(problem.param or "", problem.param)
+        raise
+
+
+def _request(
+    context: Context, wanted: TextToImage, solver: str | None, strength: float | None, options: dict[str, Any]
+) -> Request:
+    _check_model(context, (wanted.override_settings or {}).get("sd_model_checkpoint"))
+    catalog = context.catalog
+    return catalog.request(
+        wanted.prompt,
+        negative_prompt=wanted.negative_prompt,
+        n=(wanted.batch_size or 1) * (wanted.n_iter or 1),
+        size=catalog.sides(wanted.width or catalog.own[0], wanted.height or catalog.own[1]),
+        steps=wanted.steps,
+        guidance=wanted.cfg_scale,
+        scheduler=solver,
+        seed=None if wanted.seed in (None, -1) else wanted.seed,
+        class_label=wanted.class_label,
+        strength=strength,
+        options=options,
+    )
+
+
+def _check_idle(wanted: TextToImage) -> None:
+    """Refuse what would make another picture than the one that is drawn here."""
+    for name, value in {**(wanted.override_settings or {}), **(wanted.model_extra or {})}.items():
+        if value is not None and value not in IDLE.get(name, (value,)):
+            raise Problem(f"{name} is set", needed="what is supported here", fix=f"leave {name} out", param=name)
+
+
+def _solver(wanted: TextToImage) -> tuple[str | None, dict[str, Any]]:
+    """Our solver and its settings for A1111's sampler and scheduler."""
+    name = wanted.sampler_name or wanted.sampler_index
+    spacing = wanted.scheduler or "Automatic"
+    labels = {label.lower(): label for label in SCHEDULERS}
+    if spacing.lower() not in labels:
+        found, fix = f"there is no scheduler {spacing[:100]!r}", "take one of these, or leave it out"
+        raise Problem(found, needed=f"one of {', '.join(SCHEDULERS)}", fix=fix, param="scheduler")
+    spacing = labels[spacing.lower()]
+    if name and name.endswith(" Karras"):  # as it was written before A1111 1.9
+        name, spacing = name.removesuffix(" Karras"), "Karras"
+    usual = ""
+    if name in SAMPLERS:
+        name, usual = SAMPLERS[name]
+    settings = dict(SCHEDULERS[usual if spacing == "Automatic" and usual else spacing])
+    if wanted.eta is not None and name in SOLVERS and "eta" in SOLVERS[name].arguments:
+        settings["eta"] = wanted.eta
+    return name, settings
+
+
+def _info(request: Request, drawn: list[Picture]) -> dict[str, Any]:
+    """What A1111's clients parse: how each picture was made."""
+    facts = [picture.info["latentrt"] for picture in drawn]
+    seeds = [one["seed"] for one in facts]
+    prompt, negative = request.prompt or "", request.negative_prompt or ""
+    return {
+        "prompt": prompt,
+        "all_prompts": [prompt] * len(drawn),
+        "negative_prompt": negative,
+        "all_negative_prompts": [negative] * len(drawn),
+        "seed": request.seed,
+        "all_seeds": seeds,
+        "subseed": request.seed,
+        "all_subseeds": seeds,
+        "subseed_strength": 0,
+        "width": request.width,
+        "height": request.height,
+        "sampler_name": facts[0]["solver"],
+        "cfg_scale": request.guidance,
+        "steps": request.steps,
+        "batch_size": request.count,
+        "denoising_strength": request.strength,
+        "infotexts": [prose(one, picture.size) for one, picture in zip(facts, drawn, strict=True)],
+        "index_of_first_image": 0,
+        "extra_generation_params": {},
+    }
