@@ -1,4 +1,4 @@
-"""`latentrt build`: what it is asked; `build_cli` of the export side does it. Needs the extra `build`, and no torch."""
+"""`latentrt build`: its options; `build_cli` of the export side does the work. Needs the extra `build` and no torch."""
 
 from __future__ import annotations
 

@@ -157,7 +157,7 @@ def _tell(
 
 
 def options_of(pairs: tuple[str, ...]) -> dict[str, Any]:
-    """KEY=VALUE pairs; a value is JSON where it can be, else text."""
+    """Return KEY=VALUE pairs as a dict; a value is JSON where it can be, else text."""
     options = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
