@@ -18,7 +18,7 @@ Float32 = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """The latents of a picture, (channels, height, width): mean and standard deviation, None where the mean is exact."""
+    """The latents of a picture, (channels, height, width): mean and standard deviation, None if the mean is exact."""
 
     mean: Float32
     std: Float32 | None = None

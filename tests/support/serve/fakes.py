@@ -1,4 +1,4 @@
-"""A service without an engine: it draws flat pictures, as fast and as badly as it is told."""
+"""A service without an engine: it draws flat pictures, with the delays and faults of its settings."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ def _drop(*_: Any) -> dict[str, Any]:
     raise structlog.DropEvent
 
 
-structlog.configure(processors=[_drop])  # structlog.testing.capture_logs still hears everything
+structlog.configure(processors=[_drop])  # structlog.testing.capture_logs still captures everything
 
 
 class FakePlace:
-    """A promise of places."""
+    """A reservation of places."""
 
     def __init__(self, service: FakeService, pictures: int) -> None:
         self._service, self.pictures, self.open = service, pictures, True
@@ -74,14 +74,14 @@ class FakePlace:
 
 @dataclass
 class FakeService:
-    """What HTTP sees of a service.
+    """A service as HTTP sees it.
 
     Attributes:
         delay: seconds a row takes.
-        hold: rows wait for it, if it is given.
-        fail: what the pictures end in, instead.
-        refuse: what `reserve` raises.
-        cut: what is told of a prompt.
+        hold: an event that rows wait for, if given.
+        fail: the error that the pictures end in, instead.
+        refuse: the error that `reserve` raises.
+        cut: the dropped end of a prompt.
     """
 
     queue: int = 64
@@ -174,7 +174,7 @@ class FakeService:
 
 
 def picture(order: Order, index: int) -> Drawn:
-    """Flat, in a colour that its seed chooses; on a given picture, that picture."""
+    """Return a flat picture, in a colour that its seed chooses; on a given picture, that picture."""
     request = order.request
     assert request.width is not None
     assert request.height is not None
@@ -187,19 +187,19 @@ def picture(order: Order, index: int) -> Drawn:
 
 
 def catalog_of(*, profiles: Sequence[Profile] | None = None, **settings: Any) -> Catalog:
-    """The embedded model's, under these settings, with plans for these sizes."""
+    """Return the embedded model's catalog, under these settings, with plans for these sizes."""
     bundle = Bundle.open(check_hashes=False)
     schedule = Schedule.from_config(bundle.json(bundle.spec.schedule))
     return Catalog(bundle.spec, schedule, Settings(**{"log_format": "json", **settings}), profiles)
 
 
 def app_of(service: FakeService, **settings: Any) -> Any:
-    """The application around a fake service."""
+    """Return the application around a fake service."""
     return create_app(service, catalog_of(**settings))  # type: ignore[arg-type]
 
 
 def png(width: int = 64, height: int = 64, mode: str = "RGB", colour: Any = None, kind: str = "PNG") -> bytes:
-    """The bytes of a flat picture."""
+    """Return the bytes of a flat picture."""
     buffer = BytesIO()
     Image.new(mode, (width, height), colour or 0).save(buffer, kind)
     return buffer.getvalue()
@@ -209,14 +209,14 @@ Check = Callable[[], bool]
 
 
 async def until(check: Check) -> None:
-    """Let the event loop turn until something is so; the tests' own time limit ends what never is."""
+    """Run the event loop until the check holds; the tests' own time limit ends a check that never does."""
     while not check():
         await asyncio.sleep(0.001)
 
 
 @contextmanager
 def live(app: Any, **config: Any) -> Iterator[str]:
-    """The application behind a real server on a free port; its URL."""
+    """Serve the application on a free port; yield its URL."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         server = uvicorn.Server(
