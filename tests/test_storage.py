@@ -1,4 +1,4 @@
-"""Files of our own: where caches lie, whole files or none, and which files are trusted."""
+"""latentrt's own files: where caches lie, whole files or none, and which files are trusted."""
 
 from __future__ import annotations
 

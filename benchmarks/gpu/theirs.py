@@ -176,7 +176,7 @@ def open_pipeline(config: Config, device: str, dtype: str) -> Any:
 
 
 def draw(pipe: Any, config: Config, prompts: Any, seeds: Any, steps: int | None = None, **more: Any) -> Any:
-    """Return the pipeline's answer. Noise is made on the CPU in float32, as by latentrt's default: by itself the pipeline
+    """Return the pipeline's answer. Noise is made on the CPU in float32, latentrt's default: by itself the pipeline
     would draw it in its own precision, which gives other numbers, and so another picture.
     """
     assert config.size is not None

@@ -1,4 +1,4 @@
-"""CUDA graphs: what is captured runs at each launch, and what cannot be captured is refused."""
+"""CUDA graphs: captured work runs at each launch, and work that cannot be captured is refused."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def give_up_and_fail(gpu: HostGpu) -> None:
 
 
 def test_an_error_within_a_capture_is_the_one_that_is_seen(gpu: HostGpu) -> None:
-    """Also where the driver has given the capture up by then."""
+    """Also where the driver has ended the capture by then."""
     with pytest.raises(ZeroDivisionError), gpu.capture():
         give_up_and_fail(gpu)
     gpu.wait()

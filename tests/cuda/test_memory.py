@@ -1,4 +1,4 @@
-"""Device memory: counted, copied, given back."""
+"""Device memory: counted, copied, freed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bundle as a folder, and how it gets into its place."""
+"""The bundle as a folder, and how it is put in its place."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def test_a_lock_is_its_holders_not_its_files(checkpoint: Path, tmp_path: Path, f
         with pytest.raises(OutputError, match="another export"):
             export_bundle(checkpoint, tmp_path / "bundle")
         assert lock.exists()
-    export_bundle(checkpoint, tmp_path / "bundle")  # the file was left by one who was killed
+    export_bundle(checkpoint, tmp_path / "bundle")  # the file was left by a killed process
     assert not lock.exists()
 
 

@@ -1,4 +1,4 @@
-"""Pixels against diffusers' image processor; files against what other readers find in them."""
+"""Pixels against diffusers' image processor; files as other readers read them."""
 
 from __future__ import annotations
 

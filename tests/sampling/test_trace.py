@@ -1,4 +1,4 @@
-"""Tracing: what a new solver is, and which functions are no solvers."""
+"""Tracing: how a new solver is written, and which functions are no solvers."""
 
 from __future__ import annotations
 

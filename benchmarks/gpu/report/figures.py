@@ -94,7 +94,7 @@ def figures_of(data: Mapping[str, Any], side: str, batch: int) -> Figures | None
 def why_missing(data: Mapping[str, Any], side: str, batch: int) -> str:
     """Return the reason, in one line."""
     record = data["sides"].get(side, {}).get(str(batch))
-    return "Nobody asked for it." if record is None else str(record["missing"])
+    return "It was not requested." if record is None else str(record["missing"])
 
 
 def batches_of(data: Mapping[str, Any]) -> list[int]:

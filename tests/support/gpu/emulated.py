@@ -84,7 +84,7 @@ def compile_options(mode: str) -> dict[str, Any]:
 
 
 def free_memory() -> Callable[[], int]:
-    """Return a function that returns a constant."""
+    """Return a function that reports 1 GiB."""
     return lambda: 2**30
 
 

@@ -169,7 +169,7 @@ def _ahead(job: Job) -> Float32:
 
 
 def run(rig: Rig, rtol: float = 0, begins: int = 1) -> None:
-    """Run all rows of all jobs, on the device and in numpy, and compare after every row; the first rows after `begin`."""
+    """Run all rows of all jobs, on the device and in numpy, and compare after each; the first rows after `begin`."""
     while not all(job.done for job in rig.jobs.values()):
         if begins > 0:
             kernels.begin(rig.gpu, rig.state)

@@ -84,7 +84,7 @@ def tiny_sd2(folder: Path, *, unet: Options = AS_IT_IS, index: Options = AS_IT_I
 
 
 def tiny_sdxl(folder: Path, *, unet: Options = AS_IT_IS, index: Options = AS_IT_IS) -> Path:
-    """Write one like SDXL: two text encoders, the second with a projection; sizes and pooled text as added conditions."""
+    """Write one like SDXL: two text encoders, the second with a projection; sizes and pooled text as conditions."""
     size = write_tokenizer(folder / "tokenizer", END)
     write_tokenizer(folder / "tokenizer_2", "!")
     torch.manual_seed(0)

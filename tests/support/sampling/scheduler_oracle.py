@@ -1,4 +1,4 @@
-"""diffusers' schedulers, walked as its pipelines walk them: what tables are compared with.
+"""diffusers' schedulers, run as its pipelines run them: the reference for tables.
 
 A scheduler runs in one of two ways. As shipped, its numbers are float32. Exact, its float32 settings are cast to
 float64 and its own casts down are undone: then only its mathematics is left, and a table agrees to 1e-9 or better.
@@ -32,7 +32,7 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Run:
-    """One walk of a diffusers scheduler: `latents` has one entry more than the calls.
+    """One run of a diffusers scheduler: `latents` has one entry more than the calls.
 
     `clean` and `noise` are those of a given picture; `mask` is what was repainted of it, None if all.
     """
@@ -69,13 +69,13 @@ class _Float64(torch.Tensor):
 
 
 def scheduler(name: str, base: Mapping[str, Any], **options: Any) -> Any:
-    """The diffusers scheduler that a solver of ours stands for, made from the config as a user would make it."""
+    """Return the diffusers scheduler of a solver of ours, made from the config as a user would make it."""
     solver = SOLVERS[name]
     settings = {key: value for key, value in options.items() if key not in solver.arguments}
     return copy.deepcopy(_made(solver.scheduler, json.dumps(base), json.dumps({**solver.settings, **settings})))
 
 
-@lru_cache(maxsize=4)  # some of them need 50 ms to be made
+@lru_cache(maxsize=4)  # some of them take 50 ms to make
 def _made(class_name: str, base: str, settings: str) -> Any:
     return getattr(diffusers, class_name).from_config(json.loads(base), **json.loads(settings))
 
@@ -95,8 +95,8 @@ def walk(
     """Run diffusers' scheduler for a solver.
 
     Args:
-        outputs: "network" for a smooth function of what the network is shown, as a network gives; "random" for noise
-            that knows nothing of it, which brings out every wrong coefficient but also every rounding error.
+        outputs: "network" for a smooth function of the network's inputs, as a network gives; "random" for noise
+            independent of them, which brings out every wrong coefficient but also every rounding error.
         given: the strength of a run that begins on a given picture, as in the image-to-image pipelines.
         masked: a part of that picture is kept, as in the inpainting pipelines.
     """
@@ -158,7 +158,7 @@ def follow(table: Table, run: Run, *, dtype: type[np.floating[Any]], exact: bool
 
 
 def relative(ours: Array, theirs: Array) -> float:
-    """The largest difference, relative to the largest number; infinite where either is not finite."""
+    """Return the largest difference, relative to the largest number; infinite where either is not finite."""
     error = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
     return error if np.isfinite(error) else np.inf
 
@@ -180,7 +180,7 @@ def _arguments(name: str, theirs: Any, seed: int, options: Mapping[str, Any]) ->
 
 
 def _drawer(seed: int, exact: bool) -> Any:
-    """What stands in for diffusers' `randn_tensor`; as shipped it draws from the generator that `step` was given."""
+    """Return a stand-in for diffusers' `randn_tensor`; as shipped it draws from the generator that `step` was given."""
     if not exact:
         return lambda shape, generator, device, dtype: torch.randn(shape, generator=generator, dtype=dtype)
     draws = _draws(seed, exact)
@@ -188,14 +188,14 @@ def _drawer(seed: int, exact: bool) -> Any:
 
 
 def _draws(seed: int, exact: bool) -> Iterator[Array]:
-    """Our noise: float32 from torch's generator; float64 has no counterpart there, so any will do."""
+    """Yield latentrt's noise: float32 from torch's generator; float64 has no counterpart there, so any will do."""
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     while True:
         yield rng.standard_normal(SHAPE) if exact else torch.randn(SHAPE, generator=generator).numpy()
 
 
 def _alphas_cumprod(theirs: Any, name: str, base: Mapping[str, Any], options: Mapping[str, Any]) -> torch.Tensor:
-    """Theirs in float64. Rescaled betas are ours: torch's float32 square root is not rounded as numpy's is."""
+    """Return theirs in float64. Rescaled betas are ours: torch's float32 square root is not rounded as numpy's is."""
     if not getattr(theirs.config, "rescale_betas_zero_snr", False) or "beta_start" not in base:
         return theirs.alphas_cumprod.double()
     settings = {key: value for key, value in options.items() if key not in SOLVERS[name].arguments}
@@ -219,13 +219,13 @@ def _cast_up(theirs: Any) -> None:
 
 
 def _dpm2_sigmas(theirs: Any) -> None:
-    """What KDPM2DiscreteScheduler.set_timesteps derives from its sigmas, again in float64."""
+    """Derive again, in float64, what KDPM2DiscreteScheduler.set_timesteps derives from its sigmas."""
     sigmas = torch.cat([theirs.sigmas[:1], theirs.sigmas[1:-1:2]])
     theirs.sigmas_interpol = _twice(sigmas.log().lerp(sigmas.roll(1).log(), 0.5).exp())
 
 
 def _dpm2_ancestral_sigmas(theirs: Any) -> None:
-    """What KDPM2AncestralDiscreteScheduler.set_timesteps derives from its sigmas, again in float64."""
+    """Derive again, in float64, what KDPM2AncestralDiscreteScheduler.set_timesteps derives from its sigmas."""
     here = torch.cat([theirs.sigmas[:1], theirs.sigmas[1:-1:2]])
     there = torch.cat([here[1:], torch.zeros(1)])
     up = (there**2 * (here**2 - there**2) / here**2).sqrt()
