@@ -89,7 +89,7 @@ def check_trusted(path: Path, status: os.stat_result | None = None) -> None:
     owners = " or ".join(dict.fromkeys((_name(os.getuid()), "root")))
     raise UntrustedFileError(
         f"{path} {found}",
-        needed=f"{owners} as its owner, and nobody else who may write to it: it holds native code",
+        needed=f"{owners} as its owner, and no other user who may write to it: it holds native code",
         fix=f"{command}, if you trust all who could write to it; else remove it and build again",
     )
 

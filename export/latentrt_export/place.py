@@ -94,7 +94,7 @@ def _check(target: Path, source: Path, size: int, overwrite: bool) -> None:
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         bundle = _is_bundle(target)
         if target != source and not bundle:
-            raise OutputError(f"{target} is there and is no bundle", needed="a new place, or a bundle")
+            raise OutputError(f"{target} exists and is not a bundle", needed="a new place, or a bundle")
         if not bundle and (target / MANIFEST).exists():
             raise OutputError(f"{target / MANIFEST} is not latentrt's", needed="a checkpoint without one")
         what = "the checkpoint itself" if target == source else "a bundle"

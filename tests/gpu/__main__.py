@@ -113,7 +113,7 @@ def main(words: Sequence[str] | None = None, all_steps: Sequence[Step] | None = 
     names = [step.name for step in chosen]
     parser = argparse.ArgumentParser(prog="python -m tests.gpu", description=__doc__)
     parser.add_argument("steps", nargs="*", metavar="STEP", help=f"of {'; '.join(names)} [all]")
-    parser.add_argument("--minutes", type=float, help="for everything; what is left out then is told")
+    parser.add_argument("--minutes", type=float, help="for everything; tests left out then are reported")
     parser.add_argument("--results", type=Path, help="folder of the JUnit reports [none is kept]")
     arguments = parser.parse_args(words)
     unknown = sorted(set(arguments.steps) - set(names))

@@ -156,7 +156,7 @@ def test_previews_end_in_the_picture() -> None:
 
 
 def test_a_new_conditioning_is_never_taken_for_a_dead_one() -> None:
-    """Python reuses addresses: lanes are told apart by the objects, not by their ids."""
+    """Python reuses addresses: lanes are distinguished by the objects, not by their ids."""
     denoiser = Denoiser(HostLanes(network))
     for seed in range(20):
         job = make(seed, steps=1)

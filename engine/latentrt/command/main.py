@@ -98,7 +98,7 @@ def solvers(as_json: bool) -> None:
 @click.argument("target", type=FOLDER)
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @click.option("--variant", help="Weights variant, such as fp16.")
-@click.option("--overwrite", is_flag=True, help="Replace the bundle that is there.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing bundle.")
 @option_json
 def export(
     source: str, target: Path, revision: str | None, variant: str | None, overwrite: bool, as_json: bool

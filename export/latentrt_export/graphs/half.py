@@ -122,7 +122,7 @@ def timing(graph: ir.Graph) -> set[ir.Node]:
 def _not_for_half(graph: ir.Graph, constant: Collection[ir.Value]) -> set[ir.Node]:
     """Return nodes that read a number that float16 cannot hold, or cast whole numbers, inexact above 2048, to floats.
 
-    A tiny number is there to be added before a root and a division: these are float32 with it.
+    A tiny number is added before a root and a division: these are float32 with it.
     """
     unsafe = {value for value in graph.initializers.values() if not _fits(value)}
     nodes = set()

@@ -176,7 +176,7 @@ def check_attention(node: ir.Node) -> None:
 def _need(node: ir.Node, good: bool) -> None:
     if not good:
         raise ExportError(
-            f"{node.op_type} {node.name!r} has what opset 18 has not",
+            f"{node.op_type} {node.name!r} uses features that opset 18 lacks",
             needed="a graph that latentrt exported",
             fix="export the checkpoint again: latentrt export CHECKPOINT BUNDLE",
         )
