@@ -100,7 +100,9 @@ def _check(target: Path, source: Path, size: int, overwrite: bool) -> None:
         what = "the checkpoint itself" if target == source else "a bundle"
         if not overwrite:
             raise OutputError(
-                f"{target} is {what}", needed="leave to replace it", fix="add --overwrite, or choose another target"
+                f"{target} is {what}",
+                needed="permission to replace it",
+                fix="add --overwrite, or choose another target",
             )
         if target in source.parents:
             raise OutputError(f"{target} holds the checkpoint {source}", needed="a place beside it")

@@ -155,7 +155,7 @@ def test_noise_that_fills_every_draw(gpu: HostGpu) -> None:
 
 
 def test_the_start_is_made_on_the_device(rig: Rig) -> None:
-    """And not once more where lanes move."""
+    """And not again where lanes move."""
     table, source = table_of("euler-ancestral"), TorchCudaNoise(3, 1, 256)
     job = Job(table, noise=TorchCudaNoise(3, 1, 256))
     rig.admit(0, job, (0,))

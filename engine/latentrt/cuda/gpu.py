@@ -128,7 +128,7 @@ class Cuda:
         self._refuse_in_capture("memory is given back")
         if array.pointer not in self._held:
             raise BackendError(
-                "memory that is not held was to be freed", needed="what `empty` gave", fix="free it once"
+                "memory that is not held cannot be freed", needed="an array from `empty`", fix="free it once"
             )
         self._drive("cuMemFree", array.pointer)
         self._held.remove(array.pointer)
@@ -304,7 +304,9 @@ class CudaGraph:
     def launch(self) -> None:
         """Queue all of it. Raise BackendError before its capture has ended, and after `close`."""
         if self.executable is None:
-            raise BackendError("the graph is not there", needed="one whose capture has ended", fix="capture it again")
+            raise BackendError(
+                "the graph is not captured, or was closed", needed="one whose capture has ended", fix="capture it again"
+            )
         self._drive("cuGraphLaunch", self.executable, self._stream)
 
     def close(self) -> None:
@@ -316,7 +318,7 @@ class CudaGraph:
 
 def _misfit(found: str, needed: str) -> BackendError:
     return BackendError(
-        f"{found} was to be copied", needed=needed, fix="pass arrays of one dtype and of sizes that fit"
+        f"{found} cannot be copied", needed=needed, fix="pass arrays of one dtype and of sizes that fit"
     )
 
 

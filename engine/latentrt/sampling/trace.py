@@ -108,7 +108,7 @@ class Recorder:
         """Record the last call's step."""
         if not self.calls:
             raise TraceError(
-                "the solver called the network not once", needed="one call or more", fix="call model.x0 in the solver"
+                "the solver never called the network", needed="one call or more", fix="call model.x0 in the solver"
             )
         self.calls[-1].leaves = self._reduce(x, len(self.calls) - 1)
 

@@ -209,7 +209,7 @@ def _download(repository: str, revision: str | None, variant: str | None) -> Pat
     except ImportError as error:
         raise MissingDependencyError(
             f"huggingface_hub cannot be imported ({error})",
-            needed="it, to download",
+            needed="this package, to download",
             fix="pip install 'latentrt[export]'",
         ) from error
 

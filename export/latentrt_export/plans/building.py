@@ -135,7 +135,7 @@ def _check_options(library: Library, options: Collection[str], flags: list[str])
     if lacking := [name for name in flags if not hasattr(library.module.BuilderFlag, name)]:
         raise PlanError(asked, needed=f"a version that has {lacking[0]}", fix="update it, or leave that option out")
     if VERSION_COMPATIBLE in options and library.rtx:
-        raise PlanError(asked, needed="a plan for this very version", fix="build without --version-compatible")
+        raise PlanError(asked, needed="a plan for exactly this version", fix="build without --version-compatible")
     if VERSION_COMPATIBLE in options and {STRIPPED, REFITTABLE} & set(options):
         raise PlanError(asked, needed="one of the two, since the lean runtime cannot refit")
     if {STRIPPED, REFITTABLE} & set(options) and library.numbers[:2] == BROKEN_REFIT:

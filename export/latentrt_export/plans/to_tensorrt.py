@@ -259,7 +259,7 @@ def _lock(handle: int, folder: Path) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise PlanError(
-            f"another build is at work in {folder}",
+            f"another build is working in {folder}",
             needed="one build at a time",
             fix="wait for it, or pass another --plans",
         ) from error

@@ -210,7 +210,7 @@ def test_what_goes_wrong_in_the_builder_is_told(
 
 def test_two_builds_in_one_folder(fake: Fake, tmp_path: Path) -> None:
     library = fake()
-    with to_tensorrt._alone(tmp_path / "plans"), pytest.raises(PlanError, match="another build is at work"):
+    with to_tensorrt._alone(tmp_path / "plans"), pytest.raises(PlanError, match="another build is working"):
         built_plans(library, tmp_path / "plans", networks=["vae_decoder"])
 
 
