@@ -26,7 +26,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
-    """Several names run one after the other, each in a process of its own: none warms up or grows for another."""
+    """Run several questions one after the other, each in a process of its own: none warms up or grows for another."""
     if sys.argv[1:2] == [GPU]:
         from benchmarks.gpu.command import main as measure_on_gpu
 
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def answer(name: str, config: Config, results: Path) -> None:
-    """Measure one question and put its samples in the place of its older ones in `results`/cpu.json."""
+    """Measure one question and replace its samples in `results`/cpu.json."""
     about = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "machine": machine(), "config": config.to_dict()}
     print(f"{name} ...", flush=True)
     result = import_module(f"benchmarks.cpu.{name}").measure(config)

@@ -1,4 +1,4 @@
-"""The two sides and what they are asked: the same model, pictures, threads, steps, solver and seeds."""
+"""The two sides and their common task: the same model, pictures, threads, steps, solver and seeds."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PROMPTS = tuple(f"a {colour} {thing}" for thing in THINGS for colour in COLOURS)
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """How much is measured. `threads` holds for both sides; `repeats` rounds are kept, `warmup` rounds are not."""
+    """Settings of a measurement. `threads` holds for both sides; `repeats` rounds are kept, `warmup` rounds are not."""
 
     steps: int = 20
     repeats: int = 5
@@ -42,7 +42,7 @@ class Config:
     bundle: Path = EMBEDDED
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; the bundle's path stays here."""
+        """Return it for JSON, without the bundle's path."""
         return {key: value for key, value in asdict(self).items() if key != "bundle"}
 
 
@@ -61,7 +61,7 @@ class Task:
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        """What tasks must share to be made in one diffusers call."""
+        """What tasks must have in common to be made in one diffusers call."""
         return self.steps, self.solver, self.guidance
 
 
@@ -69,7 +69,7 @@ Run = Callable[[Task], Any]
 
 
 def task(config: Config, round_: int = 0, size: int = 1) -> Task:
-    """`size` pictures of prompts that no other round or size has, so that no side gains from remembering them."""
+    """Return `size` pictures of prompts that no other round or size has, so that no side gains from its cache."""
     numbers = range(round_ * size, (round_ + 1) * size)
     prompts = tuple(f"{PROMPTS[number % len(PROMPTS)]} {size} {number}" for number in numbers)
     seeds = tuple(config.seed + number for number in numbers)
@@ -77,7 +77,7 @@ def task(config: Config, round_: int = 0, size: int = 1) -> Task:
 
 
 def together(tasks: Sequence[Task]) -> Task:
-    """One task of several of one kind."""
+    """Return one task of several of one kind."""
     prompts = tuple(prompt for each in tasks for prompt in each.prompts)
     seeds = tuple(seed for each in tasks for seed in each.seeds)
     return Task(prompts, seeds, *tasks[0].kind)
@@ -92,14 +92,14 @@ class Ours:
         self.engine = Engine.load(config.bundle, threads=config.threads, lanes=2 * pictures)
 
     def jobs(self, task: Task) -> list[Job]:
-        """One for each picture, not yet admitted."""
+        """Return a job for each picture, not yet admitted."""
         common: dict[str, Any] = {"steps": task.steps, "solver": task.solver, "guidance": task.guidance}
         pairs = zip(task.prompts, task.seeds, strict=True)
         requests = [Request(prompt=prompt, seed=seed, **common) for prompt, seed in pairs]
         return [job for request in requests for job in self.engine.jobs(request)]
 
     def draw(self, task: Task) -> list[Image]:
-        """Prompts to pictures."""
+        """Draw pictures from prompts."""
         jobs = self.jobs(task)
         self.engine.run(jobs)
         return [self.engine.picture(job) for job in jobs]
@@ -124,7 +124,7 @@ class Theirs:
         self._schedulers: dict[str, Any] = {}
 
     def draw(self, task: Task, **more: Any) -> Any:
-        """Prompts to pictures; `more` goes to the pipeline's call."""
+        """Draw pictures from prompts; `more` goes to the pipeline's call."""
         import torch
 
         self.pipe.scheduler = self._scheduler(task.solver)
@@ -156,12 +156,12 @@ def race(ours: Run, theirs: Run, config: Config, size: int = 1) -> dict[str, lis
 
 
 def agreement(runs: Mapping[str, Sequence[Sample]]) -> float:
-    """The least PSNR of a race whose results are pictures, in dB."""
+    """Return the least PSNR of a race whose results are pictures, in dB."""
     return min(psnr(a.result, b.result) for a, b in zip(*runs.values(), strict=True))
 
 
 def psnr(a: Sequence[Image], b: Sequence[Image]) -> float:
-    """The least peak signal-to-noise ratio over pairs of pictures, in dB; 99 for pictures that are the same."""
+    """Return the least peak signal-to-noise ratio over pairs of pictures, in dB; 99 for pictures that are the same."""
     pairs = [(np.asarray(x, np.float64), np.asarray(y, np.float64)) for x, y in zip(a, b, strict=True)]
     errors = [np.square(x - y).mean() for x, y in pairs]
     return min(10 * float(np.log10(255**2 / error)) if error else 99.0 for error in errors)

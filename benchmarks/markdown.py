@@ -1,4 +1,4 @@
-"""Tables and numbers as the reports write them."""
+"""Tables and numbers in the reports' format."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from benchmarks.measures import Spread
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def spread(found: Spread) -> str:
-    """The median, with the ends in brackets."""
+    """Return the median, with the ends in brackets."""
     return f"{number(found.median)} ({number(found.low)} to {number(found.high)})"
 
 
 def number(value: float) -> str:
-    """Three significant digits, never in powers of ten."""
+    """Return three significant digits, never in powers of ten."""
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"

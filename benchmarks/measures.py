@@ -1,4 +1,4 @@
-"""What a question answers with: raw samples by side, and the goals they are held against."""
+"""A question's results: raw samples by side, and the goals they are compared with."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ THEIRS = "diffusers"
 
 
 class Spread(NamedTuple):
-    """The middle and the ends of some samples."""
+    """The median and the ends of some samples."""
 
     median: float
     low: float
@@ -20,7 +20,7 @@ class Spread(NamedTuple):
 
     @classmethod
     def of(cls, samples: Sequence[float]) -> Spread:
-        """Of one sample or more."""
+        """Return the spread of one sample or more."""
         return cls(median(samples), min(samples), max(samples))
 
 
@@ -28,8 +28,8 @@ class Spread(NamedTuple):
 class Measure:
     """One quantity: for each side its samples, in the order in which they were taken.
 
-    Sample i of every side belongs to round i, so that ratios can be taken round by round: what slows the machine
-    down for a while slows both sides. The first side is the one that the others are compared with.
+    Sample i of every side belongs to round i, so that ratios can be taken round by round: a slow phase of the machine
+    slows both sides. The first side is the one that the others are compared with.
     """
 
     name: str
@@ -38,11 +38,11 @@ class Measure:
     better: str = "less"
 
     def spread(self, side: str) -> Spread:
-        """Of one side's samples."""
+        """Return the spread of one side's samples."""
         return Spread.of(self.samples[side])
 
     def ratio(self, other: str = THEIRS) -> Spread:
-        """How many times better the first side is than another one, round by round; below 1 it is worse."""
+        """Return how many times better the first side is than another one, round by round; below 1 it is worse."""
         first = next(iter(self.samples.values()))
         pairs = list(zip(first, self.samples[other], strict=True))
         return Spread.of([b / a if self.better == "less" else a / b for a, b in pairs])
@@ -59,17 +59,17 @@ class Result:
         return next(measure for measure in self.measures if measure.name == name)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return it for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Result:
-        """What `to_dict` made; other keys are left alone."""
+        """Return what `to_dict` wrote; other keys are ignored."""
         return cls([Measure(**measure) for measure in data["measures"]], data["facts"])
 
 
 class Goal(NamedTuple):
-    """Something to reach, and what was measured."""
+    """A goal, and the measured value."""
 
     text: str
     measured: str
@@ -77,19 +77,19 @@ class Goal(NamedTuple):
 
 
 def at_least(text: str, measure: Measure, bound: float) -> Goal:
-    """A goal for the median ratio to diffusers."""
+    """Return a goal for the median ratio to diffusers."""
     ratio = measure.ratio()
     return Goal(text, f"{ratio.median:.1f} times ({ratio.low:.1f} to {ratio.high:.1f})", ratio.median >= bound)
 
 
 def at_most(text: str, measure: Measure, bound: float) -> Goal:
-    """A goal for the first side's own median."""
+    """Return a goal for the first side's own median."""
     ours = Spread.of(next(iter(measure.samples.values())))
     return Goal(text, f"{ours.median:.3g} {measure.unit} ({ours.low:.3g} to {ours.high:.3g})", ours.median < bound)
 
 
 def rounded(value: Any) -> Any:
-    """The same data with six significant digits, which is more than any clock here can tell."""
+    """Return the same data with six significant digits, more than any clock here can resolve."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):

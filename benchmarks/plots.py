@@ -37,7 +37,7 @@ def draw(result: Result, path: Path) -> None:
 
 
 def colours_of(sides: Sequence[str]) -> dict[str, str]:
-    """The same colours everywhere: ours blue, diffusers orange."""
+    """Return the same colours everywhere: ours blue, diffusers orange."""
     blues, oranges = iter(BLUES), iter(ORANGES)
     return {side: next(blues if side.startswith(OURS) else oranges) for side in sides}
 

@@ -1,4 +1,4 @@
-"""From cpu.json to README.md and its plots: tables, goals reached or not, and what was tried where one was missed.
+"""From cpu.json to README.md and its plots: tables, goals reached or missed, and attempts at the missed ones.
 
 GPU.md is made by `benchmarks.gpu.report.page`.
 """
@@ -38,7 +38,7 @@ NOT_MEASURED = """## Not measured
 
 @dataclass(frozen=True)
 class Answer:
-    """One question with what was measured, and the note on what was tried, if there is one."""
+    """One question with its measurements, and the note on attempts, if there is one."""
 
     name: str
     part: Mapping[str, Any]
@@ -46,7 +46,7 @@ class Answer:
 
     @cached_property
     def question(self) -> ModuleType:
-        """The module that asks."""
+        """The module of the question."""
         return import_module(f"benchmarks.cpu.{self.name}")
 
     @cached_property
@@ -56,7 +56,7 @@ class Answer:
 
     @cached_property
     def goals(self) -> Sequence[Goal]:
-        """What was to be reached."""
+        """The goals."""
         goals: Sequence[Goal] = self.question.goals(self.result)
         return goals
 
@@ -67,7 +67,7 @@ class Answer:
 
 
 def write(folder: Path) -> None:
-    """From `folder`/cpu.json README.md and a plot for each question; from its gpu-*.json GPU.md and plots."""
+    """Write README.md and a plot for each question from `folder`/cpu.json; GPU.md and plots from its gpu-*.json."""
     from benchmarks.gpu.report import page
     from benchmarks.plots import draw
 
@@ -83,7 +83,7 @@ def write(folder: Path) -> None:
 
 
 def render(answers: Sequence[Answer]) -> str:
-    """The page as Markdown."""
+    """Return the page as Markdown."""
     sections = [_section(answer) for answer in answers]
     return "\n".join([HEAD, _machine(answers[0].part["machine"]), _goals(answers), *sections, NOT_MEASURED])
 
@@ -132,7 +132,7 @@ def _tried(answer: Answer) -> str:
 
 
 def _measures(measures: Sequence[Measure]) -> str:
-    """Bold after another side's figures: how many times better the first side is."""
+    """Return the table; in bold after another side's figures how many times better the first side is."""
     first, *others = measures[0].samples
     rows = []
     for measure in measures:

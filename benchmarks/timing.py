@@ -1,4 +1,4 @@
-"""Take samples: sides in turn, child processes with their memory, and what machine it was."""
+"""Take samples: sides in turn, child processes with their memory, and a description of the machine."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Sample(NamedTuple):
 
 
 def paired(sides: Mapping[str, Callable[[int], Any]], repeats: int, warmup: int = 1) -> dict[str, list[Sample]]:
-    """Time the sides in turn, ABABAB, so that what the machine does meanwhile meets all of them.
+    """Time the sides in turn, ABABAB, so that the machine's other load meets all of them.
 
     Args:
         sides: by name, a function of the round's number (the same for every side, another one every round).
         repeats: rounds that are kept.
-        warmup: rounds before these, timed by nobody.
+        warmup: rounds before these, not timed.
     """
     samples: dict[str, list[Sample]] = {name: [] for name in sides}
     for round_ in range(warmup + repeats):
@@ -41,7 +41,7 @@ def paired(sides: Mapping[str, Callable[[int], Any]], repeats: int, warmup: int 
 
 
 def timed(function: Callable[..., Any], *arguments: Any) -> Sample:
-    """Call once."""
+    """Call once, and return the time and the result."""
     start = time.perf_counter()
     result = function(*arguments)
     return Sample(time.perf_counter() - start, result)
@@ -87,7 +87,7 @@ def run_child(command: Sequence[str | Path], **env: str) -> Child:
 
 
 def machine(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
-    """What the numbers depend on, without anything that names the machine or its user."""
+    """Return what the numbers depend on, without anything that identifies the machine or its user."""
     return {
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)),

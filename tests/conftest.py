@@ -1,6 +1,6 @@
 """Checkpoints made on the spot and their bundles, shared by the tests of the export side.
 
-What needs torch is imported by whoever asks for it: the tests of tests/gpu run without it.
+Tests import torch only where they need it: the tests of tests/gpu run without it.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ import pytest
 from latentrt.bundle.bundle import EMBEDDED
 from latentrt.bundle.spec import FP32, TEXT_ENCODER, NetworkSpec, Variant
 
-
 TRAINED = {"emoji": EMBEDDED, "trained-pixels": EMBEDDED.with_name("pixels")}  # in the package; others are random
 
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
-    """Make, once each, a checkpoint and its bundle: (checkpoint, bundle)."""
+    """Return a function that makes, once each, a checkpoint and its bundle: (checkpoint, bundle)."""
     root = tmp_path_factory.mktemp("exported")
 
     def make(name: str) -> tuple[Path, Path]:

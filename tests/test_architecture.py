@@ -1,4 +1,4 @@
-"""The house rules that files and imports can show: what the engine may not need, and that no room looks up."""
+"""The rules that files and imports can show: what the engine may not import, and that no folder imports upwards."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def modules(root: Path) -> list[Path]:
 
 
 def imports(path: Path) -> set[str]:
-    """Every module that a file imports, anywhere in it, by its full name; names imported from a module too."""
+    """Return every module that a file imports, anywhere in it, by its full name; names imported from a module too."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -46,12 +46,12 @@ def imports(path: Path) -> set[str]:
 
 
 def room_of(module: str, rooms: tuple[str, ...]) -> str:
-    """The longest room that a module lies in."""
+    """Return the longest room that a module lies in."""
     return max((room for room in rooms if f"{module}.".startswith(f"{room}.")), key=len)
 
 
 def higher(path: Path, root: Path, rooms: tuple[str, ...]) -> set[str]:
-    """The modules that a file imports from rooms above its own."""
+    """Return the modules that a file imports from rooms above its own."""
     package = f"{root.name}."
     used = {name.removeprefix(package) for name in imports(path) if name.startswith(package)}
     known = {module_of(one, root) for one in modules(root)}
@@ -61,7 +61,7 @@ def higher(path: Path, root: Path, rooms: tuple[str, ...]) -> set[str]:
 
 @pytest.mark.parametrize("path", modules(ENGINE), ids=module_of)
 def test_engine_needs_no_research_stack(path: Path) -> None:
-    verbs = path.parent.name == "command"  # what is exported and built is imported when they run
+    verbs = path.parent.name == "command"  # the verbs import the export side when they run
     allowed = {"latentrt_export"} if verbs else set()
     roots = {name.partition(".")[0] for name in imports(path)}
     assert not roots & (FORBIDDEN - allowed)

@@ -33,14 +33,14 @@ from latentrt.sampling.solvers import SOLVERS
 
 @pytest.fixture(scope="module")
 def sd() -> Iterator[Engine]:
-    """The embedded model."""
+    """Yield the embedded model."""
     with Engine.load(threads=2) as engine:
         yield engine
 
 
 @pytest.fixture(scope="module")
 def fake() -> Iterator[Engine]:
-    """The embedded bundle on networks that return zeros."""
+    """Yield the embedded bundle on networks that return zeros."""
     with Engine.load(backend=FakeBackend(), check_hashes=False) as engine:
         yield engine
 

@@ -1,4 +1,4 @@
-"""Files of our own: where caches lie, whole files or none, and which files are trusted."""
+"""latentrt's own files: where caches lie, whole files or none, and which files are trusted."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_files_that_others_can_write_are_not(mode: int) -> None:
     with pytest.raises(UntrustedFileError) as caught:
         check_trusted(Path("a file"), status(os.getuid(), mode))
     assert caught.value.found == f"a file has mode {mode:o}"
-    assert "root as its owner, and nobody else who may write to it" in caught.value.needed
+    assert "root as its owner, and no other user who may write to it" in caught.value.needed
     assert caught.value.fix.startswith("chmod go-w 'a file', if you trust")
 
 

@@ -1,1 +1,1 @@
-"""Questions measured on a CPU, side by side with diffusers; `python -m benchmarks NAME` asks one."""
+"""Questions measured on a CPU, side by side with diffusers; `python -m benchmarks NAME` answers one."""

@@ -35,7 +35,7 @@ print(json.dumps([1000 * (package - start), 1000 * (end - start), "torch" in sys
 
 
 def measure(config: Config) -> Result:
-    """One picture from a fresh process, and imports, by both."""
+    """Measure one picture from a fresh process, and imports, by both."""
     with tempfile.TemporaryDirectory() as folder:
         ours, theirs = Path(folder, "ours.png"), Path(folder, "theirs.png")
         runs = paired(
@@ -64,7 +64,7 @@ def measure(config: Config) -> Result:
 
 
 def goals(result: Result) -> list[Goal]:
-    """The charter's."""
+    """Return the charter's goals."""
     torch_there = result.facts["torch_imported"]
     return [
         at_most("`import latentrt` under 150 ms", result[PACKAGE], 150),
@@ -101,7 +101,7 @@ def _flags(config: Config) -> list[str]:
 
 
 def _import(package: str, name: str) -> list[Any]:
-    """Milliseconds to the package, milliseconds to the class, whether torch is there."""
+    """Return milliseconds to the package, milliseconds to the class, whether torch is there."""
     child = run_child([sys.executable, "-c", IMPORT.format(package=package, name=name)])
     answer: list[Any] = json.loads(child.output.splitlines()[-1])
     return answer

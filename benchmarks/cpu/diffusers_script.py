@@ -1,4 +1,4 @@
-"""What a user of diffusers would write to get the same picture: FOLDER TARGET PROMPT STEPS SEED GUIDANCE."""
+"""A diffusers user's script for the same picture: FOLDER TARGET PROMPT STEPS SEED GUIDANCE."""
 
 import sys
 

@@ -22,7 +22,7 @@ PERCENT, MILLISECONDS = "% of a step", "ms a step"
 
 
 def measure(config: Config) -> Result:
-    """The part and the time of a step outside the UNet, for every other batch size, by both."""
+    """Measure the part and the time of a step outside the UNet, for every other batch size, by both."""
     ours, theirs = Ours(config), Theirs(config)
     watch = Stopwatch(theirs.pipe.unet.forward)
     theirs.pipe.unet.forward = watch
@@ -36,7 +36,7 @@ def measure(config: Config) -> Result:
 
 
 def goals(result: Result) -> list[Goal]:
-    """The charter's."""
+    """Return the charter's goals."""
     return [at_most("host time outside the network under 5% of a step (batch 1)", result.measures[0], 5)]
 
 
@@ -61,5 +61,5 @@ def _their_steps(theirs: Theirs, watch: Stopwatch, task: Task) -> tuple[float, f
 
 
 def _host(total: float, network: float, steps: int) -> tuple[float, float]:
-    """Percent and milliseconds of a step."""
+    """Return percent and milliseconds of a step."""
     return 100 * (1 - network / total), 1000 * (total - network) / steps

@@ -21,7 +21,7 @@ PICTURE, UNET, VAE = "prompt to picture", "one UNet call, two lanes", "one VAE d
 
 
 def measure(config: Config) -> Result:
-    """One picture, one UNet call and one decode, by both."""
+    """Measure one picture, one UNet call and one decode, by both."""
     ours, theirs = Ours(config), Theirs(config)
     runs = race(ours.draw, theirs.draw, config)
     facts = {"psnr_db": agreement(runs)}
@@ -35,7 +35,7 @@ def measure(config: Config) -> Result:
 
 
 def goals(result: Result) -> list[Goal]:
-    """The charter's."""
+    """Return the charter's goals."""
     return [
         at_least("one image at least 2 times faster than diffusers", result[PICTURE], 2),
         Goal("the same picture (at least 40 dB)", f"{result.facts['psnr_db']:.1f} dB", result.facts["psnr_db"] >= 40),

@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def compare(bundle: Path, name: str, paths: dict[str, Path], threads: int, repeats: int) -> dict[str, list[str]]:
-    """The cells of one network's rows, by exporter."""
+    """Return the cells of one network's rows, by exporter."""
     with quiet(), torch.no_grad():
         network = load_network(bundle, name)
         inputs = examples(bundle, name)
@@ -69,7 +69,7 @@ def compare(bundle: Path, name: str, paths: dict[str, Path], threads: int, repea
 
 
 def in_both_orders(sides: dict[str, Any], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each side, ABAB and then BABA."""
+    """Return seconds of each side, ABAB and then BABA."""
     first, second = paired(sides, repeats), paired(dict(reversed(sides.items())), repeats)
     return {name: [sample.seconds for sample in (*first[name], *second[name])] for name in sides}
 
@@ -83,7 +83,7 @@ def load(path: Path, threads: int) -> onnxruntime.InferenceSession:
 
 
 def examples(bundle: Path, name: str) -> dict[str, np.ndarray]:
-    """A batch of two, as one picture with guidance has, at the model's own size."""
+    """Return inputs for a batch of two, as one picture with guidance has, at the model's own size."""
     spec, rng = Bundle.open(bundle, check_hashes=False).spec, np.random.default_rng(0)
     if name == "text_encoder":
         tokenizer = Tokenizer.open(bundle / "tokenizer")
@@ -96,7 +96,7 @@ def examples(bundle: Path, name: str) -> dict[str, np.ndarray]:
 
 
 def in_their_words(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Their names for the inputs; their UNet takes one timestep for the whole batch."""
+    """Return the inputs under optimum's names; its UNet takes one timestep for the whole batch."""
     values = {THEIR_NAMES.get(name, name): array for name, array in inputs.items()}
     return values | {"timestep": inputs["timestep"][0, ...]} if "timestep" in values else values
 

@@ -59,7 +59,7 @@ Draw = Callable[[Task], Sequence[Made]]
 
 
 def measure(config: Config) -> Result:
-    """The time until all jobs are done, and their latencies, by every way to serve them."""
+    """Measure the time until all jobs are done, and their latencies, by every way to serve them."""
     ours, theirs = Ours(config, PICTURES), Theirs(config)
     ours.draw(task(config))
     alone = timed(ours.draw, task(config)).seconds
@@ -81,7 +81,7 @@ def measure(config: Config) -> Result:
 
 
 def goals(result: Result) -> list[Goal]:
-    """The design's promise: company changes nothing."""
+    """Return the design's goal: a shared batch changes no latents."""
     same, jobs = result.facts["bitwise_as_alone"], result.facts["jobs"]
     return [
         Goal("latents in a shared batch are bitwise those made alone", f"{same} of {jobs} jobs", same == jobs),
@@ -90,7 +90,7 @@ def goals(result: Result) -> list[Goal]:
 
 
 def arrivals(config: Config, interval: float) -> list[Arrival]:
-    """Seeded traffic with exponential gaps of that mean, in seconds, and steps around the config's."""
+    """Return seeded traffic with exponential gaps of that mean, in seconds, and steps around the config's."""
     dice, at, traffic = random.Random(config.seed), 0.0, []
     for number in range(config.arrivals):
         steps = max(1, round(dice.choice(STEPS) * config.steps))
@@ -102,7 +102,7 @@ def arrivals(config: Config, interval: float) -> list[Arrival]:
 
 
 def by_step(ours: Ours, traffic: Sequence[Arrival]) -> Served:
-    """Join and leave between any two network calls."""
+    """Serve with jobs that join and leave between any two network calls."""
     denoiser = Denoiser(HostLanes(ours.engine.model.predictor, 2 * PICTURES))
     waiting, served = list(traffic), Served({}, {})
     owner: dict[Job, Arrival] = {}
@@ -123,7 +123,7 @@ def by_step(ours: Ours, traffic: Sequence[Arrival]) -> Served:
 
 
 def by_request(draw: Draw, traffic: Sequence[Arrival], most: int) -> Served:
-    """Batches that are closed when they start; at most `most` pictures each."""
+    """Serve in batches that are closed when they start; at most `most` pictures each."""
     waiting, served = list(traffic), Served({}, {})
     start = time.perf_counter()
     while waiting:
@@ -169,7 +169,7 @@ def _measures(traffic: Sequence[Arrival], served: Mapping[str, Sequence[Served]]
 
 
 def _compare(first: Mapping[str, Served]) -> dict[str, Any]:
-    """How many jobs have the same latents by step and by request as alone; how near all pictures are to diffusers'."""
+    """Count the jobs whose latents by step and by request are those alone; compare all pictures with diffusers'."""
     alone, numbers = first[ALONE].made, sorted(first[ALONE].made)
     same = [
         all(np.array_equal(first[side].made[n].latents, alone[n].latents) for side in (BY_STEP, BY_REQUEST))

@@ -13,7 +13,7 @@ TITLE = "Throughput"
 
 
 def measure(config: Config) -> Result:
-    """Images a second for every batch size, by both."""
+    """Measure images a second for every batch size, by both."""
     ours, theirs = Ours(config, pictures=max(config.batches)), Theirs(config)
     measures, decibels = [], []
     for size in config.batches:
@@ -25,7 +25,7 @@ def measure(config: Config) -> Result:
 
 
 def goals(result: Result) -> list[Goal]:
-    """No bound was set; the pictures must be the same."""
+    """Return the one goal: the pictures must be the same. No bound was set."""
     return [
         Goal("the same pictures (at least 40 dB)", f"{result.facts['psnr_db']:.1f} dB", result.facts["psnr_db"] >= 40)
     ]

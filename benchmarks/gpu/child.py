@@ -1,4 +1,4 @@
-"""Workers in processes of their own: their memory is theirs, and what ends one of them ends no other."""
+"""Workers in processes of their own: each has its own memory, and the end of one stops no other."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from typing import Any
 GRACE = 20.0  # seconds that a child gets to close
 DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 OUT_OF_TIME = "Out of time"  # how the reason begins
-POLL = 0.005  # seconds between two looks at the free memory
+POLL = 0.005  # seconds between two readings of the free memory
 
 
 class NotMeasuredError(Exception):
@@ -41,19 +41,19 @@ class Deadline:
 
     @property
     def over(self) -> bool:
-        """Whether nothing more may begin."""
+        """Whether the time is over, so that nothing more may begin."""
         return time.monotonic() >= self._end
 
     @property
     def reason(self) -> str:
-        """What is recorded of all that did not begin."""
+        """The reason that is recorded for all that did not begin."""
         return f"{OUT_OF_TIME} (--minutes {self._minutes:g})"
 
     def left(self, limit: float) -> float:
-        """Seconds that something may take whose own limit is given.
+        """Return the seconds that a piece of work with its own limit may take.
 
         Raises:
-            NotMeasuredError: none.
+            NotMeasuredError: no time is left.
         """
         if self.over:
             raise NotMeasuredError(self.reason)
@@ -83,7 +83,7 @@ class Child:
         return time.perf_counter() - self._started
 
     def ask(self, limit: float, method: str, *arguments: Any) -> Any:
-        """Call a method and wait for what it returns.
+        """Call a method and return its result.
 
         Raises:
             NotMeasuredError: it raised, took longer than `limit` seconds, or the process died.
@@ -109,7 +109,7 @@ class Child:
         return f"the process ended with {how}: {said[-400:]}" if said else f"the process ended with {how}"
 
     def close(self) -> None:
-        """Let it give everything back, and end it."""
+        """Let it free everything, and end it."""
         try:
             self._ours.send(("close", ()))
             self._process.join(GRACE)
@@ -123,9 +123,9 @@ class Child:
 
 
 def _serve(worker: str, arguments: tuple[Any, ...], connection: Connection, log: str) -> None:
-    """The child: make the worker at the first request, and answer until it is closed or its parent is gone."""
+    """Run in the child: make the worker at the first request, and answer until it is closed or its parent is gone."""
     ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)  # or a stopped benchmark would go on using the GPU
-    with open(log, "ab") as file:  # libraries print what they like; the last of it tells why a process died
+    with open(log, "ab") as file:  # libraries print what they like; the end of it says why a process died
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     module, _, name = worker.partition(":")
@@ -144,33 +144,33 @@ def _serve(worker: str, arguments: tuple[Any, ...], connection: Connection, log:
                 made = made or getattr(import_module(module), name)(*arguments)
                 answer = getattr(made, method)(*given)
             connection.send((True, answer))
-        except Exception as error:  # whatever it is, it is the reason why there is no figure
+        except Exception as error:  # any error is the reason why there is no figure
             connection.send((False, reason(error)))
     if made is not None:
         made.close()
 
 
 def reason(error: BaseException) -> str:
-    """An error in one line, which fits into a table's cell, without this machine's folders."""
+    """Return an error in one line, which fits into a table's cell, without this machine's folders."""
     kind = "" if isinstance(error, NotMeasuredError | RuntimeError) else f"{type(error).__name__}: "
     text = " ".join(f"{kind}{error}".split()).replace("|", "/")
     return re.sub(r"(?<![\w:/])(?:/[\w.+~-]+)+/", "", text)[:600]
 
 
 def host_peak() -> int:
-    """The most bytes of memory that this process ever had at once (Linux)."""
+    """Return the most bytes of memory that this process ever had at once (Linux)."""
     lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 class Meter:
-    """How much of the GPU's memory each of several processes takes, of which one works at a time.
+    """Measures the GPU memory of each of several processes, of which one works at a time.
 
-    The driver only tells what is free. What one process takes is by how much that falls while it works, and what it
-    had before. All sides are measured so, whatever their allocators say.
+    The driver only reports free memory. A process takes as much as that falls while it works, plus what it
+    had before. All sides are measured so, with any allocator.
 
     Args:
-        free: tells the free bytes.
+        free: returns the free bytes.
     """
 
     def __init__(self, free: Callable[[], int]) -> None:
@@ -179,7 +179,7 @@ class Meter:
 
     @contextmanager
     def watch(self, name: str) -> Iterator[list[int]]:
-        """Watch while `name` works; the list then has the most bytes that it had."""
+        """Watch while `name` works; the yielded list then has the most bytes that it had."""
         before = least = self._free()
         done, found = threading.Event(), list[int]()
 
@@ -200,5 +200,5 @@ class Meter:
             found.append(held + before - min(least, after))
 
     def gone(self, name: str) -> None:
-        """Its process has ended."""
+        """Record that its process has ended."""
         self._held.pop(name, None)

@@ -1,4 +1,4 @@
-"""`python -m benchmarks gpu`: what is typed."""
+"""`python -m benchmarks gpu`: its command line."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PRESETS = ("sd15", "sd21", "sdxl", "sd15-small")
 
 
 def main(words: Sequence[str]) -> int:
-    """Measure and write the report; 1 where there is nothing to measure with."""
+    """Measure and write the report; return 1 where there is nothing to measure with."""
     arguments = _parser().parse_args(words)
     folder = (arguments.results or (FOLDER / "quick" if arguments.quick else RESULTS)).absolute()
     try:
@@ -37,7 +37,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def config_of(arguments: argparse.Namespace) -> Config:
-    """What was typed; what was not is the default, or a smoke run's."""
+    """Return the config of the arguments; missing ones have the default, or a smoke run's value."""
     config = Config(batches=(1,), steps=2, repeats=1, calls=2, drift=(2,)) if arguments.quick else Config()
     asked = {key: value for key, value in vars(arguments).items() if key not in ("quick", "results")}
     return replace(config, **{key: value for key, value in asked.items() if value is not None})

@@ -1,4 +1,4 @@
-"""What is measured, and by which sides."""
+"""The settings of a GPU benchmark, and its sides."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lat
 
 
 class Side(NamedTuple):
-    """A way to draw pictures: a `worker` class for the child process, and what it needs to know.
+    """A way to draw pictures: a `worker` class for the child process, and its settings.
 
     `backend` is latentrt's ("tensorrt" stands for the library that was chosen); `capture` says whether CUDA graphs are
     used (not every ONNX Runtime can be captured: such a side may fail), `ticks` whether the host launches row by row.
@@ -43,19 +43,19 @@ SIDES: Mapping[str, Side] = {
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """How much is measured.
+    """The settings of a measurement.
 
     Attributes:
         preset: names the results; with no `bundle` it is exported, with random weights.
         size: width and height in pixels; None is the model's own.
         repeats: rounds that are kept, after the one that warms up.
         calls: of a network alone, in one sample.
-        drift: numbers of steps over which latents are compared; none at all to leave that out.
+        drift: numbers of steps over which latents are compared; empty to leave that out.
         library: the flavour of TensorRT.
         compile_mode: of torch.compile.
         alone: one side after the other, instead of all in turn, where the GPU has no room for all at once.
         limit: seconds that one request to a child may take (opening a compiled side takes longest).
-        minutes: for the whole run; what is left out then is recorded as such. None is as long as it takes.
+        minutes: for the whole run; what is then left out is recorded as such. None is for no limit.
         hardware: the module that opens what needs a GPU.
     """
 
@@ -80,23 +80,23 @@ class Config:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What every picture has in common, as `Engine.__call__` names it."""
+        """The settings that all pictures have in common, as `Engine.__call__` names them."""
         sides = {} if self.size is None else {"width": self.size[0], "height": self.size[1]}
         return {"steps": self.steps, "solver": self.solver, "guidance": self.guidance, **sides}
 
     def backend(self, side: Side) -> str:
-        """The name of a side's backend."""
+        """Return the name of a side's backend."""
         return self.library if side.backend == "tensorrt" else side.backend
 
     def task(self, round_: int, batch: int) -> Task:
-        """A round's pictures, the same for every side."""
+        """Return a round's pictures, the same for every side."""
         return task(self, round_, batch)  # type: ignore[arg-type]  # it reads what both kinds of Config have
 
     def open_hardware(self) -> Any:
-        """The module that opens what needs a GPU."""
+        """Return the module that opens what needs a GPU."""
         return import_module(self.hardware)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: what figures depend on."""
+        """Return the settings that figures depend on, for JSON."""
         dropped = ("bundle", "hardware", "sides", "batches", "limit", "minutes", "drift")
         return {key: value for key, value in asdict(self).items() if key not in dropped}

@@ -1,4 +1,4 @@
-"""How far latents in float16 go from diffusers in float32, after every step, at full size."""
+"""The difference of latents in float16 from diffusers in float32, after every step, at full size."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Latents = list[NDArray[np.float32]]
 
 
 class Drift:
-    """The float32 pipeline's latents, and those of whoever is compared with it: same seed, prompt and solver."""
+    """The float32 pipeline's latents, and those compared with it: same seed, prompt and solver."""
 
     def __init__(self, config: Config) -> None:
         self._config, self._hardware = config, config.open_hardware()
@@ -26,7 +26,7 @@ class Drift:
         self._known: dict[int, Latents] = {}
 
     def drift(self, kind: str, steps: int) -> list[float]:
-        """After each step: the norm of the difference, relative to the norm of the float32 latents.
+        """Return, after each step, the norm of the difference relative to the norm of the float32 latents.
 
         Args:
             kind: "diffusers" (in half precision), or a backend's name.
@@ -67,4 +67,4 @@ class Drift:
         return found
 
     def close(self) -> None:
-        """The process ends next."""
+        """Do nothing: the process ends next."""

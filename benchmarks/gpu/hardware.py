@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def open_backend(name: str, precision: str = "fp16") -> Backend:
-    """A backend with its GPU.
+    """Return a backend with its GPU.
 
     Raises:
         BackendError, MissingDependencyError: it cannot be used here.
@@ -37,7 +37,7 @@ def build_plans(
     limit: float,
     options: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
-    """Build what plans are missing, as a user does; the seconds that each took when it was built, and its bytes.
+    """Build missing plans, as a user does; return the seconds that each took when it was built, and its bytes.
 
     `size` is width and height in pixels; `options` are flags of `latentrt build` ("refittable", ...).
 
@@ -56,7 +56,7 @@ def build_plans(
 
 
 def latentrt(*words: str, limit: float) -> str:
-    """Run the command in a process of its own; what it printed.
+    """Run the command in a process of its own; return what it printed.
 
     Raises:
         RuntimeError: it failed, with its message, or takes longer than `limit` seconds.
@@ -72,7 +72,7 @@ def latentrt(*words: str, limit: float) -> str:
 
 
 def _said(text: str) -> str:
-    """The error that the command printed, as JSON or as text, in one line."""
+    """Return the error that the command printed, as JSON or as text, in one line."""
     try:
         error = json.loads(text)["error"]
         return f"{error['found']}. Needed: {error['needed']}. To fix it: {error['fix']}"
@@ -81,12 +81,12 @@ def _said(text: str) -> str:
 
 
 def compile_options(mode: str) -> dict[str, Any]:
-    """What torch.compile is given."""
+    """Return the arguments of torch.compile."""
     return {"mode": mode, "fullgraph": True}
 
 
 def free_memory() -> Callable[[], int]:
-    """A function that tells how many bytes of the GPU are free, whoever took the others.
+    """Return a function that returns how many bytes of the GPU are free.
 
     Raises:
         BackendError, MissingDependencyError: there is no driver, or no bindings.
@@ -96,7 +96,7 @@ def free_memory() -> Callable[[], int]:
 
 
 def describe() -> dict[str, Any]:
-    """The GPU that the figures are for."""
+    """Return the GPU that the figures are for."""
     drive = _first_device()
     device = drive("cuDeviceGet", 0)
     names = ("COMPUTE_CAPABILITY_MAJOR", "COMPUTE_CAPABILITY_MINOR", "MULTIPROCESSOR_COUNT")

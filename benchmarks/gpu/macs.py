@@ -1,4 +1,4 @@
-"""How many multiplications a network's graph asks for: what a GPU's matrix units are there for."""
+"""The number of multiplications in a network's graph: the work for a GPU's matrix units."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def macs(path: Path, sizes: Mapping[str, int]) -> int:
-    """Multiply-accumulates of one call: those of convolutions, matrix products and attention, as tables count them.
+    """Return the multiply-accumulates of one call: those of convolutions, matrix products and attention, as is usual.
 
     Args:
-        path: a graph of a bundle; its weights need not be there.
+        path: a graph of a bundle; its weights may be missing.
         sizes: of the symbolic dimensions of its inputs: {"batch": 2, "height": 64, "width": 64}.
     """
     model = _sized(onnx.load(path, load_external_data=False), sizes)
@@ -31,7 +31,7 @@ def macs(path: Path, sizes: Mapping[str, int]) -> int:
 
 
 def _sized(model: onnx.ModelProto, sizes: Mapping[str, int]) -> onnx.ModelProto:
-    """The graph with every dimension a number; what was inferred for symbols is forgotten."""
+    """Return the graph with every dimension a number; what was inferred for symbols is dropped."""
     for value in model.graph.input:
         for side in value.type.tensor_type.shape.dim:
             if side.dim_param:
@@ -79,7 +79,7 @@ def _shapes(graph: onnx.GraphProto) -> Shapes:
 
 
 def _node(node: onnx.NodeProto, shapes: Shapes) -> int:
-    """One node's share.
+    """Return one node's share.
 
     Raises:
         ValueError: the shape of one of its products could not be inferred.
@@ -99,11 +99,11 @@ def _node(node: onnx.NodeProto, shapes: Shapes) -> int:
 
 
 def _inner(node: onnx.NodeProto, left: tuple[int, ...]) -> int:
-    """The length of a matrix product's sums."""
+    """Return the length of a matrix product's sums."""
     transposed = any(each.name == "transA" and each.i for each in node.attribute)
     return left[0] if transposed else left[-1]
 
 
 def _attention(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...]) -> int:
-    """Scores and their product with the values; (batch, tokens, heads * width) or (batch, heads, tokens, width)."""
+    """Count scores and their product with values: (batch, tokens, heads * width) or (batch, heads, tokens, width)."""
     return math.prod(query) * key[-2] + math.prod(query[:-1]) * key[-2] * value[-1]

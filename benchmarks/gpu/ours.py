@@ -31,7 +31,7 @@ class EngineSide:
 
     @property
     def engine(self) -> Engine:
-        """The engine that was opened."""
+        """The loaded engine."""
         assert self._engine is not None
         return self._engine
 
@@ -45,7 +45,7 @@ class EngineSide:
         self._engine = Engine.load(bundle, backend=self._backend, lanes=2 * batch, capture=self._side.capture)
 
     def draw(self, round_: int) -> tuple[float, float, list[NDArray[np.uint8]]]:
-        """A round's pictures: seconds by the wall clock, milliseconds by the device's, and the pixels."""
+        """Draw a round's pictures: return seconds by the wall clock, milliseconds by the device's, and the pixels."""
         task, gpu = self._config.task(round_, self._batch), self._backend.gpu
         ticked = {"on_tick": lambda job: None} if self._side.ticks else {}
         gpu.wait()
@@ -55,7 +55,7 @@ class EngineSide:
         return seconds, gpu.milliseconds(first, gpu.mark()), [np.asarray(picture) for picture in made]
 
     def alone(self) -> dict[str, list[float]]:
-        """Milliseconds of each network for the batch: all lanes' texts, one UNet call, all pictures' decoding."""
+        """Return milliseconds of each network for the batch: all texts, one UNet call, all pictures' decoding."""
         found = {}
         for part, role in PARTS.items():
             times = [
@@ -66,7 +66,7 @@ class EngineSide:
         return found
 
     def _time(self, name: str, batch: int) -> list[float]:
-        """Milliseconds of one call of a network, `repeats` times over the mean of `calls`, by the device's clock."""
+        """Return milliseconds of a network's call, `repeats` times over the mean of `calls`, by the device's clock."""
         gpu, calls = self._backend.gpu, self._config.calls
         network: Any = self.engine.model.networks[name].open()
         samples = []
@@ -80,7 +80,7 @@ class EngineSide:
 
     @contextmanager
     def _call(self, network: DeviceNetwork, batch: int) -> Iterator[Callable[[], None]]:
-        """A network's call as the side queues it: as a graph, or by itself."""
+        """Yield a network's call as the side queues it: as a graph, or by itself."""
         gpu = network.gpu
         arrays = self._arrays(network, batch)
         bound: Bound | None = None
@@ -99,7 +99,7 @@ class EngineSide:
                 gpu.free(array)
 
     def _arrays(self, network: DeviceNetwork, batch: int) -> dict[str, DeviceArray]:
-        """Inputs of random numbers (a GPU that multiplies zeros draws less power, and is faster), and outputs."""
+        """Return inputs of random numbers (a GPU that multiplies zeros draws less power, and is faster) and outputs."""
         latents, random = self.engine.spec.latents, np.random.default_rng(0)
         width, height = self._config.size or (latents.width * latents.factor, latents.height * latents.factor)
         sizes = {"batch": batch, "height": height // latents.factor, "width": width // latents.factor}
@@ -115,7 +115,7 @@ class EngineSide:
         return arrays
 
     def close(self) -> None:
-        """Give everything back."""
+        """Free everything."""
         if self._engine is not None:
             self._engine.close()
         self._backend.gpu.close()

@@ -24,7 +24,7 @@ class Results:
 
     @classmethod
     def open(cls, folder: Path, config: Config) -> Results:
-        """A preset's file; where there is none, an empty one.
+        """Open a preset's file; without one, return empty results.
 
         Raises:
             RequestError: its figures are of another size or number of steps.
@@ -40,7 +40,7 @@ class Results:
         return cls(path, data or {**new, "runs": {}, "sides": {}, "drift": {}})
 
     def begin(self, about: dict[str, Any]) -> None:
-        """A run begins; runs that have no figures left are forgotten."""
+        """Begin a run; runs that have no figures left are dropped."""
         self.run = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S}"
         self.data["runs"] = {run: part for run, part in self.data["runs"].items() if run in self._used()}
         self.data["runs"][self.run] = about
@@ -55,7 +55,7 @@ class Results:
         self._put(self.data["drift"].setdefault(str(steps), {}), kind, found)
 
     def _put(self, part: dict[str, Any], key: str, record: dict[str, Any]) -> None:
-        """Write a record; one that tells of want of time alone replaces none."""
+        """Write a record; one whose only reason is missing time replaces none."""
         if key not in part or not str(record.get("missing", "")).startswith(OUT_OF_TIME):
             part[key] = {"run": self.run, **record}
             self._write()
@@ -72,6 +72,6 @@ class Results:
         part.replace(self.path)
 
     def measured(self) -> list[str]:
-        """The sides that have figures."""
+        """Return the sides that have figures."""
         sides = self.data["sides"].items()
         return [side for side, part in sides if any("missing" not in record for record in part.values())]

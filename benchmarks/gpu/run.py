@@ -1,4 +1,4 @@
-"""The run: bundle, plans, then every batch through the sides in turn, each result kept as soon as it is there."""
+"""The run: bundle, plans, then every batch through the sides in turn; each result is written at once."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def run(config: Config, folder: Path) -> Results:
 
 
 def _groups(config: Config) -> list[tuple[str, ...]]:
-    """Sides that are there at once. Compiled ones, which take minutes to open, come after all figures of the others."""
+    """Return groups of sides that are open at once. Compiled ones, which take minutes to open, come last."""
     if config.alone:
         return [(name,) for name in config.sides]
     compiled = tuple(name for name in config.sides if SIDES[name].compiled)
@@ -64,7 +64,7 @@ def _groups(config: Config) -> list[tuple[str, ...]]:
 
 
 def _with_bundle(config: Config, deadline: Deadline) -> Config:
-    """The config with its bundle, exported where it is not there yet, and the size of the pictures."""
+    """Return the config with its bundle, exported if missing, and the size of the pictures."""
     bundle = config.bundle
     if bundle is None:
         bundle = FOLDER / config.preset
@@ -90,7 +90,7 @@ def _need_gpu(config: Config) -> None:
 
 
 def _about(config: Config, hardware: Any, deadline: Deadline) -> dict[str, Any]:
-    """What the figures of this run depend on."""
+    """Return what the figures of this run depend on."""
     try:
         gpu = hardware.describe()
     except LatentrtError as error:
@@ -106,7 +106,7 @@ def _about(config: Config, hardware: Any, deadline: Deadline) -> dict[str, Any]:
 
 
 def _macs(config: Config) -> dict[str, int]:
-    """Multiply-accumulates of the networks, for a batch of one."""
+    """Return the multiply-accumulates of the networks, for a batch of one."""
     if importlib.util.find_spec("onnx") is None:
         return {}
     from benchmarks.gpu.macs import macs
@@ -121,7 +121,7 @@ def _macs(config: Config) -> dict[str, int]:
 
 
 def _meter(hardware: Any) -> Meter | None:
-    """None where the driver cannot be asked: then nobody's memory is measured."""
+    """Return a meter; None where the driver cannot be asked: then no memory is measured."""
     try:
         return Meter(hardware.free_memory())
     except LatentrtError:
@@ -131,9 +131,9 @@ def _meter(hardware: Any) -> Meter | None:
 def _measure(
     batch: int, runners: Sequence[Runner], config: Config, results: Results, first: dict[int, tuple[str, list[Any]]]
 ) -> None:
-    """One batch: open each side, with a round and the networks alone, then the other rounds in turn.
+    """Measure one batch: open each side, with a round and the networks alone, then the other rounds in turn.
 
-    So each side has figures before the next one is opened, and what is killed on the way loses no more than its round.
+    So each side has figures before the next one is opened, and a killed run loses no more than its round.
     """
     say(f"batch {batch}")
     for runner in runners:
@@ -151,7 +151,7 @@ def _measure(
 
 
 def _compare(runner: Runner, first: tuple[str, list[Any]] | None) -> None:
-    """How near its first pictures are to those of the first side."""
+    """Compare its first pictures with those of the first side."""
     if first is not None and first[0] != runner.name:
         runner.record["psnr_to"], pictures = first
         runner.record["psnr_db"] = psnr(runner.pictures, pictures)
@@ -166,7 +166,7 @@ def _summary(record: dict[str, Any]) -> str:
 class Runner:
     """One side through all batches. A failure ends its batch, and its process; the next batch begins with a new one.
 
-    Where time runs out, what was measured before counts.
+    Where time runs out, earlier measurements count.
     """
 
     def __init__(self, name: str, config: Config, meter: Meter | None, deadline: Deadline) -> None:
@@ -195,7 +195,7 @@ class Runner:
             self.record["host_bytes"] = self._ask("host_peak")
 
     def draw(self, round_: int) -> None:
-        """One round."""
+        """Draw one round."""
         if self._child:
             with self._failing():
                 seconds, milliseconds, _ = self._ask("draw", round_)
@@ -203,13 +203,13 @@ class Runner:
                 self.record["device_ms"].append(milliseconds)
 
     def alone(self) -> None:
-        """The networks by themselves."""
+        """Time the networks by themselves."""
         if self._child:
             with self._failing():
                 self.record["alone_ms"] = self._ask("alone")
 
     def keep(self, results: Results) -> None:
-        """Write down what there is."""
+        """Write what was measured."""
         results.put(self.name, self._batch, self.record)
 
     def _ask(self, method: str, *arguments: Any) -> Any:
@@ -236,7 +236,7 @@ class Runner:
 
 
 def _build(config: Config, batch: int, deadline: Deadline) -> list[dict[str, Any]]:
-    """The plans for a batch of guided pictures, built where they are missing.
+    """Build the missing plans for a batch of guided pictures; return all plans.
 
     Raises:
         NotMeasuredError: there is no time.
@@ -252,7 +252,7 @@ def _build(config: Config, batch: int, deadline: Deadline) -> list[dict[str, Any
 
 
 def _drift(config: Config, results: Results, deadline: Deadline) -> None:
-    """How far float16 latents go from float32 ones, step by step."""
+    """Measure the distance of float16 latents from float32 ones, step by step."""
     kinds = dict.fromkeys(["diffusers", *(config.backend(SIDES[name]) for name in config.sides if SIDES[name].backend)])
     for steps in config.drift:
         with _child("benchmarks.gpu.drift:Drift", config) as child:
@@ -277,5 +277,5 @@ def _child(worker: str, *arguments: Any) -> Iterator[Child]:
 
 
 def say(text: str) -> None:
-    """Tell whoever watches."""
+    """Print progress."""
     print(text, flush=True)

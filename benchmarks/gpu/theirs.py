@@ -18,13 +18,13 @@ from latentrt.sampling.solvers import SOLVERS
 
 
 class Clock:
-    """Times what is queued on torch's device: CUDA events, or the wall clock where it is a CPU."""
+    """Times queued work on torch's device: by CUDA events, or by the wall clock where it is a CPU."""
 
     def __init__(self, device: str) -> None:
         self._cuda = torch.device(device).type == "cuda"
 
     def mark(self) -> Any:
-        """A point in the queue."""
+        """Return a point in the queue."""
         if not self._cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -32,7 +32,7 @@ class Clock:
         return event
 
     def milliseconds(self, start: Any, end: Any) -> float:
-        """Wait for the end; the time between."""
+        """Wait for the end; return the time between."""
         if not self._cuda:
             return 1000 * float(end - start)
         end.synchronize()
@@ -60,7 +60,7 @@ class Timed:
         return result
 
     def take(self) -> float:
-        """Milliseconds of all calls since timing began; it begins anew."""
+        """Return milliseconds of all calls since timing began, and start timing anew."""
         total = sum(self._clock.milliseconds(*span) for span in self.spans or ())
         self.spans = []
         return total
@@ -87,7 +87,7 @@ class DiffusersSide:
         self._batch = 0
 
     def _compile(self) -> None:
-        """As diffusers' own pages tell to."""
+        """Compile as diffusers' own pages recommend."""
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(FOLDER / "inductor"))
         pipe, how = self._pipe, self._hardware.compile_options(self._config.compile_mode)
         for network in (pipe.unet, pipe.vae):
@@ -101,13 +101,13 @@ class DiffusersSide:
         return timed
 
     def open(self, batch: int) -> None:
-        """Nothing is loaded for a batch; a compiled side compiles in its first pictures."""
+        """Load nothing; a compiled side compiles in its first pictures."""
         self._batch = batch
         if self._device == "cuda":
             torch.cuda.empty_cache()
 
     def draw(self, round_: int) -> tuple[float, float, list[NDArray[np.uint8]]]:
-        """As `EngineSide.draw`."""
+        """See `EngineSide.draw`."""
         task = self._config.task(round_, self._batch)
         self._clock.wait()
         first, start = self._clock.mark(), time.perf_counter()
@@ -116,7 +116,7 @@ class DiffusersSide:
         return seconds, self._clock.milliseconds(first, self._clock.mark()), [np.asarray(each) for each in made.images]
 
     def alone(self) -> dict[str, list[float]]:
-        """As `EngineSide.alone`, but within whole pictures: the device's time from a call's start to its end."""
+        """See `EngineSide.alone`; within whole pictures here: the device's time from a call's start to its end."""
         samples: dict[str, list[float]] = {part: [] for part in self._parts}
         for round_ in range(1 + min(3, self._config.repeats)):
             for timed in (each for part in self._parts.values() for each in part):
@@ -130,18 +130,18 @@ class DiffusersSide:
         return {part: times[1:] for part, times in samples.items()}
 
     def close(self) -> None:
-        """The process ends next."""
+        """Do nothing: the process ends next."""
 
 
 class Peak:
-    """What the matrix units do at most, measured."""
+    """The measured peak of the matrix units."""
 
     def __init__(self, config: Config) -> None:
         self._hardware = config.open_hardware()
         _need_device(self._hardware.DEVICE)
 
     def tflops(self) -> float:
-        """The best of five times: float16 products of two square matrices, in 10**12 operations a second."""
+        """Return the best of five times: float16 products of two square matrices, in 10**12 operations a second."""
         device, dtype = self._hardware.DEVICE, getattr(torch, self._hardware.HALF)
         side, calls = self._hardware.PRODUCT
         clock, a, b = Clock(device), *(torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
@@ -154,11 +154,11 @@ class Peak:
         return 2 * side**3 / min(times[1:]) / 1e9
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """Do nothing."""
 
 
 def open_pipeline(config: Config, device: str, dtype: str) -> Any:
-    """The pipeline of the bundle's folder, quiet and never on the network."""
+    """Return the pipeline of the bundle's folder, quiet and never on the network."""
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", DIFFUSERS_VERBOSITY="error")
     import diffusers
     from diffusers.utils.logging import disable_progress_bar
@@ -176,7 +176,7 @@ def open_pipeline(config: Config, device: str, dtype: str) -> Any:
 
 
 def draw(pipe: Any, config: Config, prompts: Any, seeds: Any, steps: int | None = None, **more: Any) -> Any:
-    """The pipeline's answer. Noise is made on the CPU in float32, as latentrt's default is: by itself the pipeline
+    """Return the pipeline's answer. Noise is made on the CPU in float32, latentrt's default: by itself the pipeline
     would draw it in its own precision, which gives other numbers, and so another picture.
     """
     assert config.size is not None

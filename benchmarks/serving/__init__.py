@@ -1,1 +1,1 @@
-"""Is it right to batch by step? Clients, traffic and policies; `python -m benchmarks.serving` measures and reports."""
+"""Batching by step against other policies: clients and traffic; `python -m benchmarks.serving` measures and reports."""

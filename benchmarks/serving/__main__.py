@@ -1,8 +1,8 @@
 """`python -m benchmarks.serving [all | refusals | soak | report]`: ways to serve under the same traffic.
 
 The machine should be quiet. `all` takes nine minutes and writes serving.json, `refusals` measures that part of it
-again, `soak` takes as long as it is told and writes serving-soak.json; each writes SERVING.md and its plots anew, and
-`report` does nothing else.
+again, `soak` takes as long as its option says and writes serving-soak.json; each writes SERVING.md and its plots anew,
+and `report` only does that.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Clients of a server in a process of its own: HTTP/1.1 over raw asyncio streams, quick enough not to be what is timed.
+"""HTTP/1.1 clients of a server in a process of its own, over raw asyncio streams, fast enough not to affect the timing.
 
 One connection is kept for many requests; everything that a client sees of an answer is in `Answer`.
 """
@@ -24,7 +24,7 @@ EDIT = "/v1/images/edits"
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came back, and seconds from the first byte that was sent to the last that came."""
+    """A response, and seconds from the first byte sent to the last one received."""
 
     status: int
     headers: dict[str, str]
@@ -36,7 +36,7 @@ class Answer:
 
     @property
     def code(self) -> str:
-        """Of an error; empty where it is none."""
+        """The code of an error; empty where it is none."""
         return "" if self.status == 200 else str(self.json()["error"]["code"])
 
     def pictures(self) -> list[NDArray[np.uint8]]:
@@ -64,9 +64,9 @@ class Client:
     async def ask(
         self, path: str, body: bytes | dict[str, Any] | None = None, kind: str = "application/json"
     ) -> Answer:
-        """Send a request and wait for its answer.
+        """Send a request and return its answer.
 
-        Raises:
+        Send a request and return its answer.
             asyncio.IncompleteReadError, ConnectionError: the connection broke.
         """
         start = time.perf_counter()
@@ -79,7 +79,7 @@ class Client:
         return Answer(status, headers, content, time.perf_counter() - start)
 
     async def head(self) -> tuple[int, dict[str, str]]:
-        """Status and headers of an answer."""
+        """Return status and headers of an answer."""
         lines = (await self.reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
         pairs = (line.split(": ", 1) for line in lines[1:] if line)
         return int(lines[0].split()[1]), {name.lower(): value for name, value in pairs}
@@ -93,7 +93,7 @@ class Client:
         return b"".join(parts)
 
     async def leave(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         self.writer.close()
         with suppress(ConnectionError):
             await self.writer.wait_closed()
@@ -108,13 +108,13 @@ class Client:
 async def ask(
     url: str, path: str, body: bytes | dict[str, Any] | None = None, kind: str = "application/json"
 ) -> Answer:
-    """One request over a connection of its own."""
+    """Send one request over a connection of its own, and return its answer."""
     async with await Client.connect(url) as client:
         return await client.ask(path, body, kind)
 
 
 async def metrics(url: str) -> dict[str, float]:
-    """The server's metrics, by name and labels but the model's: `latentrt:images_total{outcome="done"}`."""
+    """Return the server's metrics, by name and labels but the model's: `latentrt:images_total{outcome="done"}`."""
     found = {}
     for line in (await ask(url, "/metrics")).body.decode().splitlines():
         if not line.startswith("#"):

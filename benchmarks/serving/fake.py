@@ -1,4 +1,4 @@
-"""A network whose call takes 10 ms, for one lane and for all of them; a GPU's nearly does so.
+"""A network whose call takes 10 ms, for one lane and for all of them, as a GPU's nearly does.
 
 `python -m benchmarks.serving.fake [FLAGS]` is `latentrt serve` over it.
 """
@@ -27,7 +27,7 @@ COMMAND = (sys.executable, "-m", "benchmarks.serving.fake")
 
 
 def fake_engine(lanes: int) -> Engine:
-    """An engine of the embedded model's shapes that draws nothing; only its UNet takes time, and no core."""
+    """Return an engine of the embedded model's shapes that draws nothing; only its UNet takes time, and no core."""
     bundle = Bundle.open(EMBEDDED, check_hashes=False)
     bundle = replace(bundle, spec=replace(bundle.spec, golden=()))
     graph = bundle.spec.graphs()["unet"]

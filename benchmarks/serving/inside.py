@@ -1,4 +1,4 @@
-"""`python -m benchmarks.serving.inside [FLAGS]` is `latentrt serve`, and tells each second what its allocators hold.
+"""`python -m benchmarks.serving.inside [FLAGS]` is `latentrt serve`, and logs each second what its allocators hold.
 
 Resident memory is that and what they keep for later, so it says of a leak only that there may be one. Linux with glibc.
 """
@@ -24,7 +24,7 @@ class _MallInfo(ctypes.Structure):
         ("before", 4 * ctypes.c_size_t),
         ("hblkhd", ctypes.c_size_t),  # mapped, for what is large
         ("between", 2 * ctypes.c_size_t),
-        ("uordblks", ctypes.c_size_t),  # given out of all arenas
+        ("uordblks", ctypes.c_size_t),  # handed out, of all arenas
         ("after", 2 * ctypes.c_size_t),
     ]
 

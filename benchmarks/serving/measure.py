@@ -1,4 +1,4 @@
-"""Take the samples. The ways to serve take turns over the same arrivals: what the machine does meets them all."""
+"""Take the samples. The ways to serve take turns over the same arrivals, so that the machine's load meets them all."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ class Part:
     lanes: int
 
     def sides(self, load: float) -> list[str]:
-        """The ways to serve that are tried at a load."""
+        """Return the ways to serve that are tried at a load."""
         return [BY_STEP, BY_REQUEST, ALONE, *([HTTP] if load == self.http_load else [])]
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """How much is measured."""
+    """The settings of a measurement."""
 
     emoji: Part = field(default_factory=lambda: Part((0.4, 0.7, 0.9, 1.0, 1.2), 0.7, 4.0, 16))
     fake: Part = field(default_factory=lambda: Part((0.4, 0.7, 1.0), None, 1.5, 8))
@@ -84,7 +84,7 @@ QUICK = Config(
 
 
 def measure(config: Config) -> dict[str, Any]:
-    """Everything, as JSON takes it."""
+    """Measure everything; return it as JSON takes it."""
     say = _clock()
     with Engine.load(lanes=config.emoji.lanes) as engine:
         emoji = _part(engine, config.emoji, config, say)
@@ -106,7 +106,7 @@ def _clock() -> Say:
 
 
 def _part(engine: Engine, part: Part, config: Config, say: Say) -> dict[str, Any]:
-    """One engine: its curve, its capacity, and what became of all traffic."""
+    """Measure one engine: its curve, its capacity, and the outcome of all traffic."""
     measured = _curve(engine, part.lanes)
     (shape,) = measured.ticks
     cap, ticks = measured.cap(shape, part.lanes), Ticks()
@@ -155,7 +155,7 @@ async def _served(
 
 
 def _plan(part: Part, seeds: Sequence[int]) -> list[tuple[float, int, str]]:
-    """Load, seed and side of every run. Sides take turns within a seed, and every other seed in the other order."""
+    """Return load, seed and side of every run. Sides take turns within a seed, every other seed in reverse order."""
     return [
         (load, seed, side)
         for number, seed in enumerate(seeds)
@@ -165,12 +165,12 @@ def _plan(part: Part, seeds: Sequence[int]) -> list[tuple[float, int, str]]:
 
 
 async def _capacity(draw: Serve, pictures: int) -> float:
-    """Pictures a second, batched by step, of the fastest of four crowds."""
+    """Return pictures a second, batched by step, of the fastest of four crowds."""
     return max([(await replay(BY_STEP, 0.0, 0, crowd(pictures, 1), draw)).rate for _ in range(4)])
 
 
 async def _one_by_one(sides: Mapping[str, Serve], count: int) -> dict[str, list[float]]:
-    """Seconds of pictures of ten guided steps, nothing else going on; the sides take turns."""
+    """Return seconds of pictures of ten guided steps, with no other load; the sides take turns."""
     found: dict[str, list[float]] = {side: [] for side in sides}
     for one in crowd(count, 1):
         for side, serve in sides.items():

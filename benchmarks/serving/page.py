@@ -37,7 +37,7 @@ throughput higher. Bold where every round says so; what is not bold is no differ
 
 @dataclass(frozen=True)
 class Part:
-    """What was measured with one engine."""
+    """The measurements with one engine."""
 
     name: str
     data: Mapping[str, Any]
@@ -59,7 +59,7 @@ class Part:
 
 
 def write(folder: Path) -> None:
-    """From the samples in a folder the page and its plots; no page where there is a soak only."""
+    """Write the page and its plots from the samples in a folder; no page where there is a soak only."""
     from benchmarks.serving import plots
 
     found, soaked = _read(folder / SAMPLES), _read(folder / SOAK)
@@ -72,12 +72,12 @@ def write(folder: Path) -> None:
 
 
 def _read(path: Path) -> Any:
-    """None where it was not measured."""
+    """Read a JSON file; return None where it was not measured."""
     return json.loads(path.read_text()) if path.is_file() else None
 
 
 def render(found: Mapping[str, Any], soaked: Mapping[str, Any] | None) -> str:
-    """The page as Markdown."""
+    """Return the page as Markdown."""
     parts = _parts(found)
     how = inspect.getdoc(policies) or ""
     blocks = [
@@ -153,7 +153,7 @@ def _ratios(part: Part) -> str:
 
 
 def ratios(ours: Mapping[int, Outcome], theirs: Mapping[int, Outcome]) -> list[str]:
-    """How many times better ours is at each percentile of latency and in throughput, over the seeds in common."""
+    """Return how many times better ours is at each percentile of latency and in throughput, over common seeds."""
     pairs = [(ours[seed], theirs[seed]) for seed in in_common(ours, theirs)]
     if not pairs:
         return [NOT_MEASURED] * (len(QUANTILES) + 1)
@@ -169,7 +169,7 @@ def _times(found: Spread) -> str:
 
 
 def _sharing(parts: Sequence[Part]) -> str:
-    """The curves, and what follows from each."""
+    """Return the curves, and what follows from each."""
     rows = []
     for part in parts:
         alone = part.curve[min(part.curve)] / min(part.curve)

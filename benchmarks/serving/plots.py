@@ -22,7 +22,7 @@ GAP = 0.07  # between two labels, of the panel's height
 
 
 def traffic(outcomes: Sequence[Outcome], path: Path) -> None:
-    """p95 latency and throughput by load, a line for each way to serve."""
+    """Plot p95 latency and throughput by load, a line for each way to serve."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     _panel(left, outcomes, lambda one: one.latency("p95"))
     left.set_yscale("log")
@@ -40,7 +40,7 @@ def traffic(outcomes: Sequence[Outcome], path: Path) -> None:
 
 
 def soak(samples: Mapping[str, Sequence[float]], titles: Mapping[str, str], path: Path) -> None:
-    """What a process held, by minutes; a panel for each quantity."""
+    """Plot what a process held, by minutes; a panel for each quantity."""
     figure, axes = plt.subplots(1, len(titles), figsize=(9, 2.6), layout="constrained")
     minutes = [second / 60 for second in samples["seconds"]]
     for ax, (name, title) in zip(axes, titles.items(), strict=True):
@@ -65,7 +65,7 @@ def _panel(ax: Any, outcomes: Sequence[Outcome], value: Callable[[Outcome], floa
 
 
 def _plain_seconds(ax: Any) -> None:
-    """Ticks as people say them: 0.5 s, 1 s, 2 s."""
+    """Label ticks in plain seconds: 0.5 s, 1 s, 2 s."""
     low, high = ax.get_ylim()
     ticks = [tick for tick in TICKS if low <= tick <= high]
     ax.set_yticks(ticks, [f"{tick:g} s" for tick in ticks])
@@ -73,7 +73,7 @@ def _plain_seconds(ax: Any) -> None:
 
 
 def _labels(ax: Any) -> None:
-    """Each line's name at its end; where it ends before the others, beside its last point."""
+    """Write each line's name at its end; where it ends before the others, beside its last point."""
     lines = [(line, *(values[-1] for values in line.get_data())) for line in ax.get_lines()]
     last = max((x for _, x, _ in lines), default=0.0)
     ends = {line: _height(ax, y) for line, x, y in lines if x == last}
@@ -87,7 +87,7 @@ def _labels(ax: Any) -> None:
 
 
 def _height(ax: Any, value: float) -> float:
-    """Where a value is, of the panel's height."""
+    """Return the height of a value, as a part of the panel's height."""
     low, high = ax.get_ylim()
     if ax.get_yscale() == "log":
         low, high, value = math.log(low), math.log(high), math.log(value)
@@ -95,7 +95,7 @@ def _height(ax: Any, value: float) -> float:
 
 
 def apart(heights: Mapping[Any, float]) -> dict[Any, float]:
-    """The same, from the lowest up, each moved up until it is a gap above the one below it."""
+    """Return the same heights, each moved up, from the lowest on, until it is a gap above the one below it."""
     placed: dict[Any, float] = {}
     floor = -math.inf
     for key, height in sorted(heights.items(), key=lambda item: item[1]):

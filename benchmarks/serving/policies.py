@@ -38,11 +38,11 @@ class Ticks(Observer):
         self.count, self.lanes, self.busy = 0, 0, 0.0
 
     def ticked(self, seconds: float, lanes: int, pictures: int) -> None:
-        """One more."""
+        """Count one more call."""
         self.count, self.lanes, self.busy = self.count + 1, self.lanes + lanes, self.busy + seconds
 
     def take(self) -> tuple[int, int, float]:
-        """What was counted since it was last taken."""
+        """Return the counts since the last call."""
         taken = (self.count, self.lanes, self.busy)
         self.count, self.lanes, self.busy = 0, 0, 0.0
         return taken
@@ -51,10 +51,10 @@ class Ticks(Observer):
 async def replay(
     policy: str, load: float, seed: int, traffic: Sequence[Arrival], serve: Serve, ticks: Ticks | None = None
 ) -> Outcome:
-    """Let them arrive in real time.
+    """Send the arrivals in real time.
 
     Args:
-        serve: returns when all pictures of a request are there, or False where it was refused.
+        serve: returns when all pictures of a request are drawn, or False where it was refused.
         ticks: counts the calls of an engine in this process; None where it is in another.
     """
     latencies: dict[int, float] = {}
@@ -79,7 +79,7 @@ async def replay(
 
 
 def _used() -> float:
-    """Seconds of CPU that everything but this process has used since the machine started (Linux)."""
+    """Return seconds of CPU that everything but this process has used since the machine started (Linux)."""
     fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
     user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, fields)
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - time.process_time()
@@ -114,7 +114,7 @@ class InBatches:
     Args:
         draw: makes the pictures of one request.
         most: pictures of a batch; a single request may have more.
-        places: pictures that may stand in the line.
+        places: the most pictures that may wait in the queue.
     """
 
     def __init__(self, draw: Serve, most: int, places: int = QUEUE) -> None:
@@ -123,7 +123,7 @@ class InBatches:
         self._work: asyncio.Task[None] | None = None
 
     async def __call__(self, arrival: Arrival) -> bool:
-        """Stand in the line, if it is not full."""
+        """Wait in the queue, if it is not full."""
         if sum(one.pictures for one, _ in self._line) + arrival.pictures > self._places:
             return False
         done = asyncio.get_running_loop().create_future()
@@ -140,7 +140,7 @@ class InBatches:
                 done.set_result(one)
 
     def _next(self) -> list[tuple[Arrival, asyncio.Future[bool]]]:
-        """The oldest request, and those after it as long as they fit."""
+        """Return the oldest request, and those after it as long as they fit."""
         batch = [self._line.popleft()]
         room = self._most - batch[0][0].pictures
         while self._line and self._line[0][0].pictures <= room:
@@ -157,7 +157,7 @@ class OverHttp:
         self._idle: list[Client] = []
 
     async def __call__(self, arrival: Arrival) -> bool:
-        """Pictures as PNG in base64, in JSON."""
+        """Request pictures as PNG in base64, in JSON."""
         self._idle = [client for client in self._idle if not client.reader.at_eof()]  # the server closes idle ones
         client = self._idle.pop() if self._idle else await Client.connect(self._url)
         answer = await client.ask(DRAW, arrival.body)
@@ -167,7 +167,7 @@ class OverHttp:
         return answer.status == 200
 
     async def close(self) -> None:
-        """Hang up."""
+        """Close the connections."""
         with suppress(IndexError):
             while True:
                 await self._idle.pop().leave()

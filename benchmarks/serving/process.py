@@ -1,4 +1,4 @@
-"""A server in a process of its own: its URL, its log, its end, and what the kernel says of it (Linux)."""
+"""A server in a process of its own: its URL, its log, its end, and what the kernel reports of it (Linux)."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Process:
             time.sleep(0.02)
 
     def answers(self, path: str) -> bool:
-        """Whether a GET is answered well."""
+        """Return whether a GET is answered with success."""
         try:
             with _DIRECT.open(f"{self.url}{path}", timeout=10) as answer:
                 return bool(answer.status == 200)
@@ -67,7 +67,7 @@ class Process:
             return False
 
     def requests(self) -> list[dict[str, Any]]:
-        """Its log's lines of requests for pictures."""
+        """Return its log's lines of requests for pictures."""
         return [line for line in list(self.log) if line["event"] == "request" and line["method"] == "POST"]
 
     @property
@@ -87,7 +87,7 @@ class Process:
 
     @property
     def threads(self) -> int:
-        """Of all kinds, the networks' own among them."""
+        """Threads of all kinds, the networks' own among them."""
         return self._status("Threads")
 
     def _status(self, name: str) -> int:
@@ -95,7 +95,7 @@ class Process:
         return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
     def stop(self) -> int:
-        """Drain it; its exit code."""
+        """Drain it; return its exit code."""
         self.process.send_signal(signal.SIGTERM)
         return self.end()
 
@@ -107,7 +107,7 @@ class Process:
 
 @contextmanager
 def running(*flags: str, command: Sequence[str] = COMMAND) -> Iterator[Process]:
-    """A server that is ready."""
+    """Yield a server that is ready."""
     process = Process(*flags, command=command)
     try:
         process.wait_ready()

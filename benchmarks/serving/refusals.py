@@ -1,4 +1,4 @@
-"""How long a refusal takes: bursts into a full queue, as the server's log has it and as clients in another process do.
+"""The time of a refusal: bursts into a full queue, by the server's log and by clients in another process.
 
 `python -m benchmarks.serving.refusals URL REQUESTS CLIENTS` is that process; it prints what its clients saw.
 """
@@ -27,7 +27,7 @@ FOREVER = 999  # steps: 10 s, longer than any burst
 
 
 def measure(requests: int, crowds: tuple[int, ...], repeats: int) -> list[dict[str, Any]]:
-    """Bursts of so many requests, by crowds of so many clients in turn; the first round warms up.
+    """Send bursts of so many requests, by crowds of so many clients in turn; the first round warms up.
 
     Returns:
         For each crowd {"clients", "requests", "client_seconds", "server_seconds"}: a list for each repeat.
@@ -47,12 +47,12 @@ def measure(requests: int, crowds: tuple[int, ...], repeats: int) -> list[dict[s
 
 
 def percentiles(part: Mapping[str, Any], side: str) -> dict[str, list[float]]:
-    """Milliseconds of each repeat at p50 and p99, as "client" or "server" saw them."""
+    """Return milliseconds of each repeat at p50 and p99, as "client" or "server" saw them."""
     return {name: [1000 * quantile(seconds, at) for seconds in part[f"{side}_seconds"]] for name, at in PARTS.items()}
 
 
 def _burst(one: Process, requests: int, clients: int) -> tuple[list[float], list[float]]:
-    """Seconds of the same refusals as clients and the server saw them; the server is idle before and after."""
+    """Return seconds of the same refusals as clients and the server saw them; the server is idle before and after."""
     before = len(_refused_by(one))
     command = [sys.executable, "-m", "benchmarks.serving.refusals", one.url, str(requests), str(clients)]
     seen = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
@@ -74,7 +74,7 @@ async def _idle(url: str) -> bool:
 
 
 def crowd(url: str, requests: int, clients: int) -> list[float]:
-    """Seconds of each refusal, from the first byte that was sent to the last one that came.
+    """Return seconds of each refusal, from the first byte sent to the last one received.
 
     A picture that takes all lanes keeps the queue from moving. Where the crowd is too small to fill the queue, others
     fill it first; a larger one finds it empty and fills it itself.
@@ -120,7 +120,7 @@ def _request(steps: int) -> bytes:
 
 
 def _sent(url: str, steps: int) -> socket.socket:
-    """A client that waits for a picture."""
+    """Return a client that waits for a picture."""
     sock = _connected(url)
     sock.sendall(_request(steps))
     return sock

@@ -41,21 +41,21 @@ FORM = "multipart/form-data; boundary=x"
 
 
 class Growth(NamedTuple):
-    """Of a quantity a minute, and its standard error."""
+    """Growth of a quantity a minute, and its standard error."""
 
     slope: float
     error: float
 
     @property
     def verdict(self) -> str:
-        """What may be said of it."""
+        """The conclusion from it."""
         if abs(self.slope) <= 2 * self.error:
             return "no growth that can be told from none"
         return "grows" if self.slope > 0 else "shrinks"
 
 
 def measure(minutes: float) -> dict[str, Any]:
-    """A server of the embedded model under `CLIENTS` clients.
+    """Run a server of the embedded model under `CLIENTS` clients.
 
     Returns:
         {"minutes", "clients", "answers" by status, "samples": {"seconds" and all of `TITLES`}, "idle": the same
@@ -70,7 +70,7 @@ def measure(minutes: float) -> dict[str, Any]:
 
 
 def growth(seconds: Sequence[float], values: Sequence[float]) -> Growth | None:
-    """A minute's growth by least squares, over blocks after the warm part; None where they are fewer than three."""
+    """Return a minute's growth by least squares, over blocks after the warm part; None for fewer than three."""
     begin = WARM * max(seconds)
     blocks: dict[int, list[tuple[float, float]]] = {}
     for second, value in zip(seconds, values, strict=True):
@@ -81,7 +81,7 @@ def growth(seconds: Sequence[float], values: Sequence[float]) -> Growth | None:
 
 
 def line(points: Sequence[tuple[float, float]]) -> Growth:
-    """Slope and standard error of the straight line through three points or more."""
+    """Return slope and standard error of the straight line through three points or more."""
     middle, level = fmean(x for x, _ in points), fmean(y for _, y in points)
     spread = sum((x - middle) ** 2 for x, _ in points)
     slope = sum((x - middle) * (y - level) for x, y in points) / spread
@@ -90,7 +90,7 @@ def line(points: Sequence[tuple[float, float]]) -> Growth:
 
 
 def growths(found: Mapping[str, Any]) -> dict[str, Growth | None]:
-    """Of each quantity that was measured."""
+    """Return the growth of each quantity that was measured."""
     samples = found["samples"]
     return {name: growth(samples["seconds"], samples[name]) for name in TITLES}
 
@@ -129,7 +129,7 @@ def _look(one: Process) -> dict[str, float]:
 
 
 async def _visit(url: str, number: int, answers: Counter[int]) -> None:
-    """A connection with some requests on it."""
+    """Open a connection and send some requests on it."""
     dice, client = random.Random(number), await Client.connect(url)
     for _ in range(dice.randint(1, 4)):
         what, body = dice.choice(WHAT), _body(dice)
@@ -159,7 +159,7 @@ def _body(dice: random.Random) -> dict[str, Any]:
 
 
 def _form(prompt: str) -> bytes:
-    """The body of an edit."""
+    """Return the body of an edit."""
     fields = {"prompt": prompt, "num_inference_steps": "4"}
     parts = [f'--x\r\nContent-Disposition: form-data; name="{k}"\r\n\r\n{v}'.encode() for k, v in fields.items()]
     head = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\nContent-Type: image/png\r\n\r\n'

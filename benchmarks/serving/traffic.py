@@ -1,4 +1,4 @@
-"""What comes in, and what became of it: seeded Poisson arrivals, the fate of each, and the arithmetic over both."""
+"""Traffic and its outcome: seeded Poisson arrivals, the outcome of each, and the arithmetic over both."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class Arrival(NamedTuple):
 
     @property
     def body(self) -> dict[str, Any]:
-        """The same over HTTP."""
+        """The request's body in HTTP."""
         settings = {"num_inference_steps": self.steps, "scheduler": self.solver, "guidance_scale": self.guidance}
         return {"prompt": self.prompt, "seed": self.seed, "n": self.pictures, **settings}
 
 
 def arrivals(rate: float, seconds: float, seed: int) -> list[Arrival]:
-    """Requests with exponential gaps, the first at 0: a Poisson process, given how many come.
+    """Return requests with exponential gaps, the first at 0: a Poisson process with a given number of arrivals.
 
     Of all that might come in a few seconds only as many are taken as make that many pictures a second: left to chance,
     they would differ by a third from seed to seed, and so would the load. A seed's requests are the same at any rate.
@@ -50,7 +50,7 @@ def arrivals(rate: float, seconds: float, seed: int) -> list[Arrival]:
 
 
 def crowd(pictures: int, seed: int) -> list[Arrival]:
-    """So many requests of one picture each, all at once."""
+    """Return so many requests of one picture each, all at once."""
     mixed = arrivals(rate=sum(COUNTS) * pictures, seconds=1.0, seed=seed)
     return [one._replace(at=0.0, pictures=1) for one in mixed[:pictures]]
 
@@ -63,10 +63,10 @@ class Outcome:
         policy: how it was served.
         load: offered pictures a second over what the engine can draw, batched by step.
         seed: of the traffic; the same seed and load are the same requests for every policy.
-        arrived, refused: requests; what is not refused is served.
+        arrived, refused: numbers of requests; those not refused are served.
         pictures: those of all requests that were served.
         seconds: from the start to the last picture.
-        others: CPU cores that other processes used meanwhile; None where that cannot be told apart.
+        others: CPU cores that other processes used meanwhile; None where that is unknown.
         ticks, lanes, busy: network calls, the lanes of all together, and their seconds; 0 where they are not seen.
     """
 
@@ -94,31 +94,31 @@ class Outcome:
         return 100 * self.refused / self.arrived
 
     def latency(self, name: str) -> float:
-        """Seconds, at "p50", "p95" or "p99"."""
+        """Return seconds, at "p50", "p95" or "p99"."""
         return quantile(self.latencies, QUANTILES[name])
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return it for JSON."""
         return asdict(self)
 
 
 def quantile(values: Iterable[float], part: float) -> float:
-    """The smallest value that at least this part of them does not exceed; of one value or more."""
+    """Return the smallest value that at least this part of them does not exceed; of one value or more."""
     ordered = sorted(values)
     rank = math.ceil(part * len(ordered) - 1e-9)  # 0.07 * 100 is above 7
     return ordered[max(rank, 1) - 1]
 
 
 def select(outcomes: Iterable[Outcome], policy: str, load: float) -> dict[int, Outcome]:
-    """A policy's outcomes at a load, by seed."""
+    """Return a policy's outcomes at a load, by seed."""
     return {one.seed: one for one in outcomes if (one.policy, one.load) == (policy, load)}
 
 
 def loads_of(outcomes: Iterable[Outcome]) -> list[float]:
-    """The loads that were tried, each once, in order."""
+    """Return the loads that were tried, each once, in order."""
     return sorted({one.load for one in outcomes})
 
 
 def in_common(ours: Collection[int], theirs: Collection[int]) -> list[int]:
-    """Seeds that both have: only the same traffic is compared."""
+    """Return seeds that both have: only the same traffic is compared."""
     return sorted(set(ours) & set(theirs))

@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 class Engine:
     """A loaded model that makes pictures. Make one with `Engine.load`; use it in a `with` block or close it.
 
-    One thread at a time may use an engine, but for this: while one denoises (`run`, or the `denoiser` itself), another
-    may make `jobs` and decode (`picture`, `decode`). Not where networks share a stream (`backend.facts.one_stream`) or
-    are dropped when their turn is over (`resident=False`).
+    One thread at a time may use an engine, with one exception: while one denoises (`run`, or the `denoiser` itself),
+    another may make `jobs` and decode (`picture`, `decode`). Not where networks share a stream
+    (`backend.facts.one_stream`) or are dropped after use (`resident=False`).
 
     >>> with Engine.load() as sd:
     ...     images = sd("a red apple", steps=20, solver="dpmpp-2m", seed=7, guidance=3.0)
@@ -83,7 +83,7 @@ class Engine:
             precision: "fp32" or "fp16" graphs; None is fp32 on a CPU and fp16 on a GPU.
             lanes: the most lanes of one call of the denoiser; a picture with guidance takes two. On a GPU every call
                 has exactly so many. None is 16 on a CPU; on a GPU what the plan was built for, or 2.
-            resident: keep all networks loaded; False drops each when its turn is over: the least memory, on a CPU.
+            resident: keep all networks loaded; False drops each after use: the least memory, on a CPU.
             capture: on a GPU, launch ticks and whole pictures as CUDA graphs; False queues their calls one by one. None
                 is True for TensorRT and False for onnxruntime.
             plans: a folder of TensorRT plans that you trust; None is the bundle's place in your cache.
@@ -114,7 +114,7 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """Give the networks' memory back."""
+        """Free the networks' memory."""
         if self._program is not None:
             self._program.close()
         self._lanes.close()
@@ -189,7 +189,7 @@ class Engine:
         self.denoiser.run(jobs, on_tick)
 
     def picture(self, job: Job) -> Picture:
-        """Return the picture of a job's latents; it knows its settings."""
+        """Return the picture of a job's latents; it carries its settings."""
         self.model.end_of(DENOISER)
         from latentrt.images.picture import Picture
 

@@ -1,4 +1,4 @@
-"""Golden runs: small runs whose latents are known, the cheapest proof that a bundle works on this machine."""
+"""Golden runs: small runs whose latents are known, the cheapest test that a bundle works on this machine."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from latentrt.sampling.table import tabulate
 RUNS = (("a red apple", "", 4, 7, 3.0), ("a", "blurry", 2, 2**32, 1.0))  # prompt, negative, steps, seed, guidance
 SIDE = 16  # of the latents at most, so that a full-size model's runs take seconds on a CPU
 FIRST = 8
-TOLERANCE = 1e-3  # what another CPU's or backend's float32 may differ by, relative to the latents' standard deviation
+TOLERANCE = 1e-3  # of another CPU's or backend's float32, relative to the latents' standard deviation
 
 
 def measure(engine: Engine) -> tuple[Golden, ...]:
-    """Run the golden prompts with the solver of the bundle's own scheduler class and note their final latents."""
+    """Run the golden prompts with the solver of the bundle's own scheduler class; return them as golden runs."""
     solver = tabulate(engine.spec.defaults.solver, engine.schedule, 1).solver
     return tuple(_run(engine, solver, *run) for run in RUNS)
 
@@ -36,7 +36,7 @@ def example(model: Model, side: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return settings and pictures that any request to a model needs besides a prompt, for a small picture.
 
     Args:
-        model: whose needs these are.
+        model: the model that draws.
         side: of the latents at most.
     """
     latents = model.spec.latents

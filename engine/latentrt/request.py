@@ -1,4 +1,4 @@
-"""What a user asks for (Request), how it is made of what was passed, and what a picture says of how it was made."""
+"""A user's request: how it is made of keyword arguments, and which of its settings a picture carries."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from latentrt.sampling.solvers import SOLVERS
 from latentrt.values import did_you_mean, is_number, is_whole
 
 MAX_SEED = 2**64 - 1
-PICTURES = ("image", "mask")  # what a picture may be for
+PICTURES = ("image", "mask")  # what a picture may be used for
 
-# What users of other tools type, and what it is called here.
+# What users of other tools type, and the name of it here.
 _OTHER_NAMES = {
     "num_inference_steps": "steps",
     "guidance_scale": "guidance",
@@ -37,7 +37,7 @@ class Request:
 
     Attributes:
         prompt: what to draw; None for models that read no prompt.
-        negative_prompt: what to keep out. None is what the model was trained with for no prompt: empty text or zeros.
+        negative_prompt: what to keep out. None is the model's own: empty text or zeros, as in its training.
         steps: of the solver; None is the model's default.
         solver: a name of `latentrt solvers`; None is the class that the bundle's scheduler_config.json names.
         seed: of the first picture. Picture i has seed + i, so a picture never depends on its siblings.
@@ -47,9 +47,9 @@ class Request:
         height, width: in pixels; None is the size that the model was trained at.
         count: how many pictures.
         class_label: the number of a class, for models that were trained with classes.
-        noise: names the torch generator whose numbers a seed stands for.
+        noise: the torch generator whose numbers the seed selects.
         strength: how much of the run is made on a given picture, above 0 to 1; None is 0.8, or 1 with a mask.
-        pictures: that the request brings, by what they are for: "image" to begin on, "mask" for what of it to repaint.
+        pictures: the request's pictures by use: "image" to begin on, "mask" for what of it to repaint.
             PIL images or uint8 arrays.
         options: settings of the solver: eta, use_karras_sigmas, timestep_spacing, ...
 
@@ -105,7 +105,7 @@ class Request:
 
 
 def _check_options(options: object) -> None:
-    """Options are the solver's alone: what has a field of its own, or a place in a call, is none of them."""
+    """Refuse options that have a field of their own, or belong to a call: options are the solver's alone."""
     if not isinstance(options, Mapping) or not all(isinstance(key, str) for key in options):
         raise RequestError(f"options is {options!r}", needed="names with their values", fix="pass options={'eta': 0.5}")
     taken = sorted({*Request.__dataclass_fields__, "schedule", "scheduler", "self"} & set(options))
@@ -128,7 +128,7 @@ def _number(name: str, value: object, low: float, high: float) -> None:
 
 
 def request_from(prompt: str | None, settings: Mapping[str, Any]) -> Request:
-    """A Request whose settings other than its own fields are the solver's options.
+    """Return a Request; settings other than its own fields become the solver's options.
 
     Raises:
         RequestError: a setting that neither a Request nor any solver has, or a value out of range.
@@ -149,7 +149,7 @@ def request_from(prompt: str | None, settings: Mapping[str, Any]) -> Request:
 
 
 def facts_of(request: Request, solver: str, seed: int, index: int, size: tuple[int, int], model: str) -> dict[str, Any]:
-    """The settings that a picture of (height, width) carries."""
+    """Return the settings that a picture of (height, width) carries."""
     return {
         **_of_prompt(request),
         "steps": request.steps,
@@ -166,7 +166,7 @@ def facts_of(request: Request, solver: str, seed: int, index: int, size: tuple[i
 
 
 def _of_prompt(request: Request) -> dict[str, Any]:
-    """What pictures say of how they were conditioned."""
+    """Return the settings of a picture that tell how it was conditioned."""
     if request.prompt is None:
         return {} if request.class_label is None else {"class_label": request.class_label}
     return {

@@ -1,4 +1,4 @@
-"""Files of our own: where caches lie, how a file is written, and which files are trusted as native code."""
+"""latentrt's own files: where caches lie, how a file is written, and which files are trusted as native code."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def write_atomic(path: Path, data: bytes | memoryview, mode: int = 0o666) -> Non
 def remove_parts(folder: Path) -> None:
     """Remove what `write_atomic` left half-written in a folder when its process was killed.
 
-    Nobody else may be writing there.
+    Nothing else may be writing there.
     """
     for part in folder.glob(".*.part"):
         if re.fullmatch(r"\..*\.[0-9a-f]{16}\.part", part.name):
@@ -68,10 +68,10 @@ def read_trusted(path: Path) -> bytes:
 
 
 def check_trusted(path: Path, status: os.stat_result | None = None) -> None:
-    """Refuse a file or folder unless it belongs to this user or to root, and nobody else may write to it.
+    """Refuse a file or folder unless it belongs to this user or to root, and no other user may write to it.
 
     Args:
-        path: the file or folder; for a link, what it leads to counts.
+        path: the file or folder; a link stands for its target.
         status: of the file where it is open already, so that it cannot be exchanged between check and use.
 
     Raises:
@@ -89,7 +89,7 @@ def check_trusted(path: Path, status: os.stat_result | None = None) -> None:
     owners = " or ".join(dict.fromkeys((_name(os.getuid()), "root")))
     raise UntrustedFileError(
         f"{path} {found}",
-        needed=f"{owners} as its owner, and nobody else who may write to it: it holds native code",
+        needed=f"{owners} as its owner, and no other user who may write to it: it holds native code",
         fix=f"{command}, if you trust all who could write to it; else remove it and build again",
     )
 

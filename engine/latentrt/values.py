@@ -1,4 +1,4 @@
-"""Kinds of values that users and JSON bring, and how they are read."""
+"""Kinds of values from users and JSON, and how they are read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def is_number(value: object) -> bool:
 
 
 def is_text(value: object) -> bool:
-    """Return whether it is a str with something in it."""
+    """Return whether it is a str that is not empty."""
     return isinstance(value, str) and value != ""
 
 
@@ -46,6 +46,6 @@ def parse_size(text: str, name: str) -> tuple[int, int]:
 
 
 def did_you_mean(word: object, words: Iterable[str], otherwise: str = "") -> str:
-    """Return "did you mean a or b?" with the words that are most like this one; `otherwise` where none is."""
+    """Return "did you mean a or b?" with the words most like this one; `otherwise` where none is."""
     near = get_close_matches(str(word), list(words), n=3, cutoff=0.5)
     return f"did you mean {' or '.join(near)}?" if near else otherwise

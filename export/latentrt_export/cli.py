@@ -1,4 +1,4 @@
-"""The verbs of `latentrt` that need torch: export and verify, with what they show."""
+"""The verbs of `latentrt` that need torch: export and verify, with their output."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def run_export(
 
 
 def run_verify(bundle: Path, against: str | Path, *, steps: int, as_json: bool) -> int:
-    """Show every check against a checkpoint (a folder or a hub id); 1 if any is beyond its bound, else 0."""
+    """Show every check against a checkpoint (a folder or a hub id); return 1 if any is beyond its bound, else 0."""
     _need_torch("verify")
     from rich.console import Console
 

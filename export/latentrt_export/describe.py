@@ -1,4 +1,4 @@
-"""What a manifest says of a checkpoint: latents, schedule, defaults, how the bundle was made."""
+"""A checkpoint's part of the manifest: latents, schedule, defaults, how the bundle was made."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def made(checkpoint: Checkpoint, variant: str | None) -> dict[str, Any]:
 
 
 def signature(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:
-    """Return the inputs or outputs of a graph."""
+    """Return the specs of a graph's inputs or outputs."""
     return tuple(
         TensorSpec(
             str(value.name),
@@ -64,7 +64,7 @@ def _latents(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> LatentSpec:
 
 
 def _pixels(unet: Mapping[str, Any]) -> LatentSpec:
-    """UNet2DModel gives its upsamplers no sizes: sides must halve evenly as often as it has blocks to go down."""
+    """Return a UNet2DModel's latents. Its upsamplers get no sizes: sides must halve evenly once for each block down."""
     height, width = _size(unet)
     multiple = 2 ** (len(unet.get("block_out_channels", (224, 448, 672, 896))) - 1)
     return LatentSpec(unet.get("in_channels", 3), 1, 1.0, 0.0, height, width, multiple)
@@ -77,7 +77,7 @@ def _size(unet: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _defaults(checkpoint: Checkpoint) -> Defaults:
-    """DDPMPipeline makes 1000 steps and DDIMPipeline 50, the latter by DDIM whatever the scheduler's config names."""
+    """Return the pipeline's defaults: 1000 steps for DDPMPipeline; 50 for DDIMPipeline, by DDIM with any scheduler."""
     trained = int(checkpoint.scheduler.get("num_train_timesteps", 1000))
     if checkpoint.pipeline == "DDPMPipeline":
         return Defaults(min(1000, trained), 1.0)

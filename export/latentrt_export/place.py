@@ -1,6 +1,6 @@
 """Put a new bundle in its place whole, or not at all.
 
-The bundle is made beside its place, under another name, and put there by renaming: whoever interrupts an export finds
+The bundle is made beside its place, under another name, and put there by renaming: an interrupted export leaves
 the old bundle whole. The next export cleans up after one that was killed.
 """
 
@@ -19,16 +19,16 @@ from latentrt.errors import BundleError, LatentrtError, OutputError
 
 @contextmanager
 def place(target: Path, source: Path, size: int, *, overwrite: bool) -> Iterator[Path]:
-    """Give an empty folder to write a bundle of about `size` bytes to; it becomes `target` when the block ends well.
+    """Yield an empty folder to write a bundle of about `size` bytes to; it becomes `target` if the block succeeds.
 
     Args:
         target: where the bundle goes. Where it is `source`, files that no bundle lists stay.
         source: the checkpoint's folder.
         size: bytes that will be written.
-        overwrite: replace the bundle, or add to the checkpoint, that is there.
+        overwrite: replace the existing bundle, or add to the checkpoint.
 
     Raises:
-        OutputError: the target is there and may not be replaced, cannot be written, has no room, or another export
+        OutputError: the target exists and may not be replaced, cannot be written, has no room, or another export
             is writing to it.
     """
     target = target.resolve()
@@ -53,14 +53,14 @@ def place(target: Path, source: Path, size: int, *, overwrite: bool) -> Iterator
 
 @contextmanager
 def _alone(target: Path) -> Iterator[None]:
-    """Hold the lock file beside `target`; the system lets go of it for whoever is killed."""
+    """Hold the lock file beside `target`; the system releases it when the process is killed."""
     lock = target.with_name(f".{target.name}.latentrt-lock")
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
-                raise BlockingIOError  # its owner ended, and yet another export began, since it was opened
+                raise BlockingIOError  # its owner ended, and another export began, since it was opened
         except (BlockingIOError, FileNotFoundError) as error:
             raise OutputError(
                 f"another export is writing to {target}",
@@ -82,7 +82,7 @@ def _old(target: Path) -> Path:
 
 
 def _clean_up(target: Path) -> None:
-    """Clean up after an export that was killed: half a new bundle goes, a bundle that was moved aside comes back."""
+    """Clean up after an export that was killed: remove half a new bundle, move back a bundle that was moved aside."""
     new, old = _new(target), _old(target)
     shutil.rmtree(new, ignore_errors=True)
     if old.exists() and not target.exists():
@@ -94,13 +94,15 @@ def _check(target: Path, source: Path, size: int, overwrite: bool) -> None:
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         bundle = _is_bundle(target)
         if target != source and not bundle:
-            raise OutputError(f"{target} is there and is no bundle", needed="a new place, or a bundle")
+            raise OutputError(f"{target} exists and is not a bundle", needed="a new place, or a bundle")
         if not bundle and (target / MANIFEST).exists():
             raise OutputError(f"{target / MANIFEST} is not latentrt's", needed="a checkpoint without one")
         what = "the checkpoint itself" if target == source else "a bundle"
         if not overwrite:
             raise OutputError(
-                f"{target} is {what}", needed="leave to replace it", fix="add --overwrite, or choose another target"
+                f"{target} is {what}",
+                needed="permission to replace it",
+                fix="add --overwrite, or choose another target",
             )
         if target in source.parents:
             raise OutputError(f"{target} holds the checkpoint {source}", needed="a place beside it")
@@ -115,7 +117,7 @@ def _check(target: Path, source: Path, size: int, overwrite: bool) -> None:
 
 
 def _is_bundle(folder: Path) -> bool:
-    """Whether the folder's manifest is one that latentrt wrote; many other things have a manifest.json."""
+    """Return whether the folder's manifest is one of latentrt's; many other things have a manifest.json."""
     try:
         read_manifest(folder)
     except BundleError:
@@ -124,7 +126,7 @@ def _is_bundle(folder: Path) -> bool:
 
 
 def _keep_others(target: Path, new: Path) -> None:
-    """Carry over what stands in a checkpoint and in no bundle. Links do: the old names go in a moment."""
+    """Carry over a checkpoint's files that belong to no bundle, by links: the old names are removed right after."""
     listed = read_manifest(target)["files"] if _is_bundle(target) else {}
     for path in [p for p in target.rglob("*") if p.is_file()]:
         name = path.relative_to(target)
@@ -137,7 +139,7 @@ def _keep_others(target: Path, new: Path) -> None:
 
 
 def _swap(new: Path, target: Path, old: Path) -> None:
-    """Put `new` in the place of `target`. Between the two renames only `old` is there: `_fix` knows."""
+    """Put `new` in the place of `target`. Between the two renames only `old` exists: `_clean_up` restores it."""
     if target.exists():
         target.rename(old)
     try:

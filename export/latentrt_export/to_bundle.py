@@ -1,4 +1,4 @@
-"""Export: a checkpoint becomes a bundle."""
+"""Export: turn a checkpoint into a bundle."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ GRAPH_ROOM = 4 * 2**20  # bytes per network for its graph, when free space is ch
 
 
 class Progress(Protocol):
-    """Told before each part of an export: its name, how many parts are done, how many there are."""
+    """Called before each part of an export with its name, the number of parts done, and the number of parts."""
 
     def __call__(self, part: str, done: int, total: int) -> None: ...
 
@@ -66,7 +66,7 @@ Measure = Callable[[Path, ModelSpec], tuple[Golden, ...]]
 
 @dataclass(frozen=True, slots=True)
 class NetworkSummary:
-    """What exporting one network took and gave; bytes are of the graph, the weights it shares, and its sidecar."""
+    """The time and the bytes of one exported network: its graph, the weights it shares, and its sidecar."""
 
     seconds: float
     nodes: int
@@ -77,7 +77,7 @@ class NetworkSummary:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What an export made: one entry per network, and the bytes of the whole bundle."""
+    """The result of an export: one entry per network, and the bytes of the whole bundle."""
 
     networks: Mapping[str, NetworkSummary]
     total_bytes: int
@@ -110,11 +110,11 @@ def export_bundle(
         target: a folder; `source` itself adds the graphs to the checkpoint (with `overwrite`).
         revision, variant: as in `open_checkpoint`.
         progress: called before each part.
-        overwrite: replace a bundle that is there. A folder that is no bundle is never replaced.
+        overwrite: replace an existing bundle. A folder that is no bundle is never replaced.
         golden: measures golden runs on the finished bundle; they go into its manifest.
 
     Raises:
-        ExportError: the checkpoint is none, or cannot be served.
+        ExportError: it is no checkpoint, or one that cannot be served.
         UnsafeWeightsError: it has pickled weights only.
         OutputError: the target exists, or cannot be written, or has no room.
     """
@@ -166,7 +166,7 @@ def _copy(checkpoint: Checkpoint, root: Path) -> None:
 
 
 def plain_index(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return model_index.json for the networks that are exported alone."""
+    """Return model_index.json with the exported networks only."""
     index = {key: [None, None] if key in NOT_EXPORTED else value for key, value in checkpoint.index.items()}
     return index | ({"requires_safety_checker": False} if "safety_checker" in index else {})
 
@@ -182,7 +182,7 @@ def _export_network(checkpoint: Checkpoint, root: Path, name: str) -> tuple[Netw
     seconds = time.perf_counter() - start
     summary = NetworkSummary(seconds, len(model.graph), path.stat().st_size, shared.shared, shared.sidecar)
     inputs, outputs = signature(model.graph.inputs), signature(model.graph.outputs)
-    if name == "unet":  # the tracer tells it in its own words, as 4*(height//4)
+    if name == "unet":  # the tracer writes it in its own form, as 4*(height//4)
         outputs = tuple(replace(tensor, shape=inputs[0].shape) for tensor in outputs)
     variant = Variant(GRAPHS[name], model.opset_imports[""], len(model.graph))
     role = ROLES.get(name, TEXT_ENCODER)
@@ -193,7 +193,7 @@ def _export_network(checkpoint: Checkpoint, root: Path, name: str) -> tuple[Netw
 def _add_half(root: Path, spec: ModelSpec) -> ModelSpec:
     """Write every network's half graph beside the float32 one, and beside that its form for ONNX Runtime on CUDA.
 
-    What would overflow in one small run stays in float32.
+    Nodes that would overflow in one small run stay in float32.
     """
     networks = {}
     for name, ranges in measure_networks(root, spec).items():
@@ -222,7 +222,7 @@ def _save(root: Path, path: str, model: ir.Model, network: NetworkSpec) -> Varia
 
 @contextmanager
 def _named(network: str) -> Iterator[None]:
-    """Say which network could not be loaded or traced; torch and its libraries raise anything."""
+    """Add the network's name to an error of loading or tracing; torch and its libraries raise anything."""
     try:
         yield
     except Exception as error:
@@ -248,7 +248,7 @@ def _tokenizer(checkpoint: Checkpoint, folder: str) -> Tokenizer:
 
 
 def _tokens(checkpoint: Checkpoint) -> int:
-    """Length of a text chunk, as the engine will see it."""
+    """Return the length of a text chunk, as the engine will see it."""
     folders = list(map(tokenizer_of, checkpoint.text_encoders))
     return len(_tokenizer(checkpoint, folders[0]).encode("").ids) if folders else 0
 

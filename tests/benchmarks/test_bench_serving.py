@@ -1,4 +1,4 @@
-"""The serving benchmark's own arithmetic: arrivals, percentiles, ratios, growth, and what its page says of gaps."""
+"""The serving benchmark's own arithmetic: arrivals, percentiles, ratios, growth, and its page's text on gaps."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_only_what_all_rounds_say_is_bold(factors: tuple[float, ...], bold: bool
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
-    """What a run leaves behind, as JSON has it; one at a time was tried at the lower load only."""
+    """Return the results of a run, as JSON has them; one at a time was tried at the lower load only."""
     sides = {0.5: (BY_STEP, BY_REQUEST, ALONE, HTTP), 1.0: (BY_STEP, BY_REQUEST)}
     outcomes = [
         outcome(side, load, seed, [load * (1 + number + seed / 10)] * 4).to_dict()
@@ -180,7 +180,7 @@ def found() -> dict[str, Any]:
 
 
 def row(text: str, *begin: str) -> list[str]:
-    """The cells of the first row that begins so."""
+    """Return the cells of the first row that begins so."""
     line = next(line for line in text.splitlines() if line.startswith(f"| {' | '.join(begin)} |"))
     return [cell.strip() for cell in line.strip("|").split("|")][len(begin) :]
 

@@ -1,4 +1,4 @@
-"""The benchmarks run and their report tells what the samples say. No figure is held to anything here."""
+"""The benchmarks run, and their report states what the samples show. No figure has a bound here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The GPU benchmark runs from end to end on stand-ins, and tells what was not measured."""
+"""The GPU benchmark runs from end to end on stand-ins, and reports what was not measured."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CHEAP = ("diffusers", "ort-ticks", "ort", "trt-loop", "compile")  # all code of 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The embedded model, with a cache of these tests' own for its plans."""
+    """Yield the embedded model, with a cache of these tests' own for its plans."""
     folder = tmp_path_factory.mktemp("gpu")
     shutil.copytree(EMBEDDED, folder / "bundle")
     with pytest.MonkeyPatch.context() as patch:
@@ -70,7 +70,7 @@ def test_the_whole_benchmark_runs(bundle: Path, tmp_path: Path, capfd: pytest.Ca
     assert str(bundle) not in json.dumps(data)
     write(tmp_path)
     text = (tmp_path / "GPU.md").read_text()
-    assert "Not measured: ONNX Runtime, plain loop; TensorRT, one launch. Nobody asked for it." in text
+    assert "Not measured: ONNX Runtime, plain loop; TensorRT, one launch. It was not requested." in text
     assert text.count("| ONNX Runtime, one launch |") == 2  # its figures, and the time to its first picture
     for plot in ("latency", "rate", "drift"):
         assert f"gpu-sd15-{plot}.png" in text
@@ -80,7 +80,7 @@ def test_the_whole_benchmark_runs(bundle: Path, tmp_path: Path, capfd: pytest.Ca
 def test_what_cannot_run_is_recorded_and_the_others_go_on(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the true hardware, of which there is none, or not this library."""
+    """With the real hardware, which is missing here, or lacks this library."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     config = small(bundle, sides=("compile", "ort", "trt"), hardware="benchmarks.gpu.hardware", alone=True)
     results = benchmark.run(config, tmp_path)
@@ -151,7 +151,7 @@ def test_the_share_of_the_peak_is_of_two_lanes() -> None:
 
 
 class Fragile:
-    """A child of each side: the second round of `ort` fails, `trt` never opens; what is asked is kept."""
+    """A child of each side: the second round of `ort` fails, `trt` never opens; calls are recorded."""
 
     asked: ClassVar[list[tuple[str, str]]] = []
     age = 1.0
@@ -196,7 +196,7 @@ def test_a_side_that_fails_on_the_way_is_not_asked_again_in_its_batch(
 def test_a_side_has_figures_before_the_next_one_opens(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bundle: Path
 ) -> None:
-    """So a run that is killed loses no more than what was under way."""
+    """So a run that is killed loses only the work in progress."""
 
     class Killing(Fragile):
         def ask(self, limit: float, method: str, *arguments: Any) -> Any:

@@ -22,7 +22,7 @@ SD15 = {  # stable-diffusion-v1-5's UNet
 
 
 def flops(network: Any, *shapes: tuple[int, ...]) -> int:
-    """What torch counts for one call of a network without weights."""
+    """Return torch's count for one call of a network without weights."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         sample, states = (torch.empty(shape) for shape in shapes)
         network(sample, torch.empty(shapes[0][0]), states)
@@ -72,7 +72,7 @@ def test_memory_is_what_a_process_took_while_others_slept() -> None:
         return free
 
     def until_seen() -> None:
-        """Wait for a look that began after the last change."""
+        """Wait for a reading that began after the last change."""
         while seen.acquire(blocking=False):
             pass
         seen.acquire()

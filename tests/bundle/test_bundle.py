@@ -1,4 +1,4 @@
-"""Opening a bundle: what is wrong with one is found before anything is loaded, and named."""
+"""Opening a bundle: its faults are found before anything is loaded, and named."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from latentrt.errors import BundleError, HashMismatchError, LatentrtError, Unsaf
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
-    """A copy of the embedded bundle that a test may damage."""
+    """Return a copy of the embedded bundle that a test may damage."""
     return Path(shutil.copytree(EMBEDDED, tmp_path / "bundle"))
 
 

@@ -129,7 +129,7 @@ def test_a_manifest_of_another_kind_is_refused(change: dict[str, Any]) -> None:
 
 
 def changed(path: str, value: Any) -> dict[str, Any]:
-    """The manifest's model part with one value of its own; `path` is like "latents.factor"."""
+    """Return the manifest's model part with one other value; `path` is like "latents.factor"."""
     data: dict[str, Any] = json.loads(json.dumps(MODEL.to_dict()))
     *parents, last = path.split(".")
     inner: Any = data

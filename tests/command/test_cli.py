@@ -23,7 +23,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """Run `latentrt ...` in this process, in an empty folder; gives (exit code, standard output, standard error)."""
+    """Run `latentrt ...` in this process, in an empty folder; return (exit code, standard output, standard error)."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str) -> tuple[int, str, str]:
@@ -37,7 +37,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 
 
 def refused(run: Run, *arguments: str) -> str:
-    """The error text of a call that must fail, leaving nothing behind."""
+    """Return the error text of a call that must fail and write nothing."""
     code, out, err = run(*arguments)
     assert (code, out) == (2, "")
     assert not list(Path().iterdir())
@@ -67,7 +67,7 @@ def test_generate_many_with_a_grid_and_previews(run: Run) -> None:
 
 
 def test_generate_on_a_picture(run: Run) -> None:
-    """A photograph that lies on its side, then a part of what came out."""
+    """A photograph that lies on its side, then a part of the result."""
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (50, 70), "orange").save("photo.jpg", exif=exif)

@@ -1,4 +1,4 @@
-"""`latentrt doctor`: what it finds here, and what it says of GPUs, drivers and TensorRTs that do not work."""
+"""`latentrt doctor`: its findings here, and its messages for GPUs, drivers and TensorRTs that do not work."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Run = Callable[..., tuple[int, str]]
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run `latentrt doctor ...` in this process; gives (exit code, standard output)."""
+    """Run `latentrt doctor ...` in this process; return (exit code, standard output)."""
 
     def run(*arguments: str) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["latentrt", "doctor", *arguments])
@@ -35,7 +35,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def driver(status: int) -> Callable[[str], Any]:
-    """What `ctypes.CDLL` gives where there is a driver: its cuInit returns a status."""
+    """Return a stand-in for `ctypes.CDLL` where there is a driver: its cuInit returns a status."""
     return lambda name: SimpleNamespace(cuInit=lambda flags: status)
 
 

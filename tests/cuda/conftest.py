@@ -11,6 +11,6 @@ from tests.support.gpu.host_gpu import HostGpu, host_gpu
 
 @pytest.fixture
 def gpu() -> Iterator[HostGpu]:
-    """Fails where memory was not given back."""
+    """Yield an emulated GPU; fail where memory was not freed."""
     with host_gpu() as gpu:
         yield gpu

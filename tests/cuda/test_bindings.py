@@ -1,4 +1,4 @@
-"""The driver of the tests has the functions of cuda-bindings, and `Cuda` passes what these take."""
+"""The driver of the tests has the functions of cuda-bindings, and `Cuda` passes arguments that these take."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_the_driver_of_the_tests_has_the_signatures_of_the_bindings() -> None:
 
 @pytest.fixture
 def driverless() -> Any:
-    """The real bindings, on a machine where none of their functions does anything."""
+    """Return the real bindings, on a machine where none of their functions does anything."""
     real = pytest.importorskip("cuda.bindings.driver")
     try:
         real.cuInit(0)

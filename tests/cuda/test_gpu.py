@@ -1,4 +1,4 @@
-"""`Cuda` over a driver in host memory: its beginning and end, and what it makes of the driver's errors."""
+"""`Cuda` over a driver in host memory: opening, closing, and its errors for the driver's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CUDA graphs: what is captured runs at each launch, and what cannot be captured is refused."""
+"""CUDA graphs: captured work runs at each launch, and work that cannot be captured is refused."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_captured_work_runs_at_each_launch_and_not_before(gpu: HostGpu) -> None:
     assert heard == [3, 4]
     graph.close()
     graph.close()
-    with pytest.raises(BackendError, match="the graph is not there"):
+    with pytest.raises(BackendError, match="the graph is not captured"):
         graph.launch()
     gpu.free(source)
     gpu.free(target)
@@ -71,7 +71,7 @@ def test_what_cannot_be_captured_is_refused_and_ends_the_capture(gpu: HostGpu, u
     array = gpu.zeros((4,), np.float32)
     with pytest.raises(BackendError, match="within a capture"), gpu.capture() as graph:
         use(gpu, array)
-    with pytest.raises(BackendError, match="the graph is not there"):
+    with pytest.raises(BackendError, match="the graph is not captured"):
         graph.launch()
     assert gpu.host.alive["graph"] == 0
     gpu.free(array)  # usable again
@@ -83,7 +83,7 @@ def give_up_and_fail(gpu: HostGpu) -> None:
 
 
 def test_an_error_within_a_capture_is_the_one_that_is_seen(gpu: HostGpu) -> None:
-    """Also where the driver has given the capture up by then."""
+    """Also where the driver has ended the capture by then."""
     with pytest.raises(ZeroDivisionError), gpu.capture():
         give_up_and_fail(gpu)
     gpu.wait()

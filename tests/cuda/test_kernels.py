@@ -54,7 +54,7 @@ def test_half_networks_are_read_and_written_as_numpy_rounds(half_rig: Rig, solve
 
 
 def test_jobs_of_all_kinds_share_a_batch(rig: Rig) -> None:
-    """Different solvers, lengths, guidance and noise at once; slot 1 is empty and lane 6 nobody's."""
+    """Different solvers, lengths, guidance and noise at once; slot 1 is empty and lane 6 belongs to no job."""
     for name, index, value in (("sample", 6, 77), ("timestep", 6, 78), ("x", 1, 79)):
         rig.put(name, index, value)
     rig.admit(0, Job(table_of("dpmpp-2m", 7), Guidance(7.5), seed=10), (0, 1))
@@ -155,7 +155,7 @@ def test_noise_that_fills_every_draw(gpu: HostGpu) -> None:
 
 
 def test_the_start_is_made_on_the_device(rig: Rig) -> None:
-    """And not once more where lanes move."""
+    """And not again where lanes move."""
     table, source = table_of("euler-ancestral"), TorchCudaNoise(3, 1, 256)
     job = Job(table, noise=TorchCudaNoise(3, 1, 256))
     rig.admit(0, job, (0,))

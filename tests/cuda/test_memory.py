@@ -1,4 +1,4 @@
-"""Device memory: counted, copied, given back."""
+"""Device memory: counted, copied, freed."""
 
 from __future__ import annotations
 
@@ -61,10 +61,10 @@ def test_copies(gpu: HostGpu) -> None:
     assert (gpu.download(target)[0] == 0).all()
     gpu.fill_zero(target.part(1))
     assert (gpu.download(target) == 0).all()
-    with pytest.raises(BackendError, match="to be copied"):
+    with pytest.raises(BackendError, match="cannot be copied"):
         gpu.copy(target, source)
     for wrong in (np.zeros((6, 4)), np.zeros((6, 5), np.float32)):
-        with pytest.raises(BackendError, match="to be copied"):
+        with pytest.raises(BackendError, match="cannot be copied"):
             gpu.upload(wrong, source)
     gpu.free(source)
     gpu.free(target)

@@ -13,7 +13,7 @@ from tests.support.gpu.host_kernels import compile_host
 
 
 def layout_checks(place: str) -> str:
-    """C++ that does not compile unless the structures are those of kernels.py; `place` tells a field's offset."""
+    """Return C++ that compiles only if the structures are those of kernels.py; `place` is a field's offset."""
     names = [name for name, _ in kernels._State._fields_]
     state = np.dtype([(name, np.uint64 if name in kernels._POINTERS else np.int32) for name in names], align=True)
     row = np.dtype([*((name, np.float32) for name in ROW_COLUMNS[:8]), ("b", np.float32, 4)])

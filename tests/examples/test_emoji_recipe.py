@@ -1,4 +1,4 @@
-"""The recipe of the embedded model: runs that are bounded, stopped and taken up again; and, slowly, all its stages."""
+"""The recipe of the embedded model: runs that are bounded, stopped and continued; and, slowly, all its stages."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def recipe(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the stage `data` would leave, of ten made-up emoji."""
+    """Write the output of the stage `data` for ten made-up emoji."""
     folder = tmp_path_factory.mktemp("emoji")
     pictures = np.zeros((len(NAMES), 128, 128, 4), np.uint8)
     for number, picture in enumerate(pictures):
@@ -41,7 +41,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Clock:
-    """Each look at it takes a second."""
+    """Each reading of it takes a second."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -61,7 +61,7 @@ def run_of(folder: Path, module: nn.Module, minutes: float, monkeypatch: pytest.
 
 
 def learn(run: Any, module: nn.Module, until: int = 10**6) -> list[float]:
-    """Towards the identity; the losses."""
+    """Learn the identity; return the losses."""
     seen = []
 
     def losses(x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -189,7 +189,7 @@ def test_no_colour_is_brighter_than_its_alpha_when_resized(side: int) -> None:
 
 @pytest.fixture
 def combiner() -> Any:
-    """Of eleven emoji that can be combined in every way: discs, each of a colour."""
+    """Return a combiner of eleven emoji that can be combined in every way: discs, each of a colour."""
     from combine import ANIMALS, THINGS, Combiner
     from data import Data, Emoji
 
@@ -262,7 +262,7 @@ def test_lessons_name_what_their_latents_show(work: Path) -> None:
 
 
 def learnt(folder: Path) -> torch.Tensor:
-    """The weights after some steps with inputs of two shapes in turn."""
+    """Return the weights after some steps with inputs of two shapes in turn."""
     import training
 
     torch.manual_seed(1)

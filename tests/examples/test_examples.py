@@ -1,4 +1,4 @@
-"""What the documentation tells people to type works: examples, the README's Python, the verbs it names."""
+"""The commands and code in the documentation work: examples, the README's Python, the verbs it names."""
 
 from __future__ import annotations
 

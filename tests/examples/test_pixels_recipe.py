@@ -1,4 +1,4 @@
-"""The recipe of the pixel model: pictures chosen, a training stopped and taken up again, a checkpoint that draws."""
+"""The recipe of the pixel model: pictures chosen, a training stopped and continued, a checkpoint that draws."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STEP = 1 / 60  # minutes, by `Clock`
 
 
 class Clock:
-    """Each look at it takes a second; from one on, the user interrupts."""
+    """Each reading of it takes a second; from a given one on, the user interrupts."""
 
     def __init__(self, last: int = 10**6) -> None:
         self.now, self._last = 0, last
@@ -32,7 +32,7 @@ class Clock:
 
 @pytest.fixture(autouse=True)
 def recipe(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the recipe's modules importable, and all that they do small."""
+    """Make the recipe's modules importable, and all their sizes small."""
     for folder in ("shared", "pixels"):
         monkeypatch.syspath_prepend(str(EXAMPLES / folder))
     import denoiser
@@ -52,7 +52,7 @@ def recipe(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def work(tmp_path: Path) -> Path:
-    """What the stage `data` leaves, of four faces and fruit among six emoji."""
+    """Write the output of the stage `data`, for four faces and fruit among six emoji."""
     source = tmp_path / "emoji"
     source.mkdir()
     pictures = np.zeros((6, 128, 128, 4), np.uint8)

@@ -1,4 +1,4 @@
-"""The bundle as a folder, and how it gets into its place."""
+"""The bundle as a folder, and how it is put in its place."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_what_is_no_bundle_is_never_replaced(checkpoint: Path, tmp_path: Path, f
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "letter.txt").write_text("dear")
     for target in (tmp_path / "notes", tmp_path, tmp_path / "notes" / "letter.txt"):
-        with pytest.raises(OutputError, match="no bundle"):
+        with pytest.raises(OutputError, match="not a bundle"):
             export_bundle(checkpoint, target, overwrite=True)
     assert (tmp_path / "notes" / "letter.txt").read_text() == "dear"
 
@@ -162,7 +162,7 @@ def test_a_manifest_of_others_makes_no_bundle(
     for folder in (extension, checkpoint):
         (folder / "manifest.json").write_text(json.dumps(manifest)[: 9 if manifest == "cut short" else None])
     before = _contents(tmp_path)
-    with pytest.raises(OutputError, match="no bundle"):
+    with pytest.raises(OutputError, match="not a bundle"):
         export_bundle(checkpoint, extension, overwrite=True)
     with pytest.raises(OutputError, match=r"manifest\.json is not latentrt's"):
         export_bundle(checkpoint, checkpoint, overwrite=True)
@@ -191,7 +191,7 @@ def test_a_lock_is_its_holders_not_its_files(checkpoint: Path, tmp_path: Path, f
         with pytest.raises(OutputError, match="another export"):
             export_bundle(checkpoint, tmp_path / "bundle")
         assert lock.exists()
-    export_bundle(checkpoint, tmp_path / "bundle")  # the file was left by one who was killed
+    export_bundle(checkpoint, tmp_path / "bundle")  # the file was left by a killed process
     assert not lock.exists()
 
 

@@ -1,4 +1,4 @@
-"""`python -m tests.gpu`: each kind of backend in a process of its own, then what came of each.
+"""`python -m tests.gpu`: each kind of backend in a process of its own, then the outcome of each.
 
 A library that aborts ends its own process only. The status is 0 where every test that ran has passed, and networks ran.
 """
@@ -26,7 +26,7 @@ OUT_OF_TIME = "out of time"
 
 
 class Step(NamedTuple):
-    """Tests that share a process. `network`: it runs networks; `counts`: a failure of it is one of the whole."""
+    """Tests that share a process. `network`: it runs networks; `counts`: its failure fails the whole run."""
 
     name: str
     words: tuple[str, ...]
@@ -35,7 +35,7 @@ class Step(NamedTuple):
 
 
 def steps() -> Iterator[Step]:
-    """The kernels, each kind of backend, and last what a library may not support: others' capture of ONNX Runtime."""
+    """Yield the kernels, each kind of backend, and last what a library may not support: captured ONNX Runtime."""
     yield Step("kernels", ("tests/gpu/test_cuda_gpu.py",), network=False)
     runtimes = ["-".join(kind) for kind in KINDS if kind[0] == "onnxruntime"]
     for name in map("-".join, KINDS):
@@ -46,7 +46,7 @@ def steps() -> Iterator[Step]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a step; `reason` tells why tests were skipped, or how the process ended."""
+    """The outcome of a step; `reason` says why tests were skipped, or how the process ended."""
 
     step: Step
     passed: int = 0
@@ -78,7 +78,7 @@ def run(step: Step, folder: Path, seconds: float | None) -> Outcome:
     report.unlink(missing_ok=True)
     if seconds is not None and seconds <= 0:
         return Outcome(step, reason=OUT_OF_TIME, died=True)
-    # A group of its own: what the tests have started, builds for instance, ends with them.
+    # A group of its own: processes that the tests have started, such as builds, end with them.
     process = subprocess.Popen([*PYTEST, *step.words, f"--junitxml={report}"], cwd=ROOT, start_new_session=True)
     try:
         code = process.wait(seconds)
@@ -113,7 +113,7 @@ def main(words: Sequence[str] | None = None, all_steps: Sequence[Step] | None = 
     names = [step.name for step in chosen]
     parser = argparse.ArgumentParser(prog="python -m tests.gpu", description=__doc__)
     parser.add_argument("steps", nargs="*", metavar="STEP", help=f"of {'; '.join(names)} [all]")
-    parser.add_argument("--minutes", type=float, help="for everything; what is left out then is told")
+    parser.add_argument("--minutes", type=float, help="for everything; tests left out then are reported")
     parser.add_argument("--results", type=Path, help="folder of the JUnit reports [none is kept]")
     arguments = parser.parse_args(words)
     unknown = sorted(set(arguments.steps) - set(names))
@@ -133,7 +133,7 @@ def main(words: Sequence[str] | None = None, all_steps: Sequence[Step] | None = 
 
 
 def status(found: Sequence[Outcome]) -> int:
-    """0, or 1 with what is wrong told on standard error."""
+    """Return 0, or 1 after printing the faults to standard error."""
     networks = [each for each in found if each.step.network]
     if networks and not any(each.passed for each in networks):
         print("error: no network ran; see above what is missing for one kind of backend at least", file=sys.stderr)

@@ -22,7 +22,7 @@ from tests.gpu.kinds import EMULATED, KINDS
 
 @pytest.fixture(scope="session")
 def hardware(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """What opens things on the GPU, or on the stand-in. Plans lie in a cache of this session's own."""
+    """Yield the module that opens things on the GPU, or on the stand-in. Plans lie in a cache of this session's own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield import_module("tests.support.gpu.emulated" if EMULATED else "benchmarks.gpu.hardware")
@@ -30,7 +30,7 @@ def hardware(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture(scope="module", params=KINDS, ids="-".join)
 def rig(hardware: Any, request: pytest.FixtureRequest) -> Iterator[GpuRig]:
-    """Each backend that is installed; one that is missing, or not for this GPU, is skipped, with its reason."""
+    """Yield each installed backend; skip one that is missing, or not for this GPU, with its reason."""
     with _skipping():
         made = GpuRig(hardware, request.param)
     with closing(made.gpu):

@@ -1,4 +1,4 @@
-"""What the tests of this folder run on: a backend, its GPU, and the embedded model with plans."""
+"""The subject of the tests of this folder: a backend, its GPU, and the embedded model with plans."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BUILD_LIMIT = 1800.0
 
 
 class Scale(NamedTuple):
-    """How much is run: pixels of a picture's side, steps, and pictures in which memory may not grow."""
+    """The size of the tests: pixels of a picture's side, steps, and pictures in which memory may not grow."""
 
     pixels: int
     steps: int
@@ -47,7 +47,7 @@ class GpuRig:
         """Refuse a GPU that the library has no kernels for.
 
         Raises:
-            BackendError: there is nothing to be tested.
+            BackendError: there is nothing to test.
         """
         known = self.backend.library.compute_capabilities if self.kind[0] == "tensorrt-rtx" else ()
         capability = "{}.{}".format(*self.gpu.compute_capability)
@@ -66,5 +66,5 @@ class GpuRig:
             self.hardware.build_plans(self.bundle, names, self.kind[0], LANES, size, BUILD_LIMIT, options)
 
     def engine(self, **options: Any) -> Engine:
-        """An engine with `LANES` lanes."""
+        """Return an engine with `LANES` lanes."""
         return Engine.load(self.bundle, backend=self.backend, **{"lanes": LANES, "check_hashes": False, **options})

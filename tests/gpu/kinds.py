@@ -1,4 +1,4 @@
-"""The kinds of backend that are tested: (backend, precision). It imports nothing that could fail."""
+"""The kinds of backend that are tested: (backend, precision). Its imports cannot fail."""
 
 from __future__ import annotations
 

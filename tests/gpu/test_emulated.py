@@ -17,7 +17,7 @@ HEAVY = ("torch", "diffusers", "transformers", "onnxscript", "matplotlib")
 
 
 def run(*words: str, **env: str) -> list[str]:
-    """Run the tests on the emulated device; the lines of those that were skipped."""
+    """Run the tests on the emulated device; return the lines of those that were skipped."""
     environment = {**os.environ, "LATENTRT_EMULATED_GPU": "1", "OMP_NUM_THREADS": "1", **env}
     done = subprocess.run([*COMMAND, *words], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
@@ -30,7 +30,7 @@ def test_the_gpu_tests_pass_on_the_emulated_device() -> None:
 
 
 def test_the_gpu_tests_need_no_torch(tmp_path: Path) -> None:
-    """A GPU's machine may lack all that other tests need; what is compared with diffusers' own is skipped then."""
+    """A GPU's machine may lack all that other tests need; comparisons with diffusers are then skipped."""
     (tmp_path / "blocked.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({HEAVY!r}))\n")
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     skipped = run("-p", "blocked", "-k", "onnxruntime-fp16", PYTHONPATH=path)

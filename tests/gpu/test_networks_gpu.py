@@ -25,7 +25,7 @@ NETWORKS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
 
 
 def feeds_of(bundle: Bundle, name: str) -> Arrays:
-    """Prompts' tokens, or random numbers, as float32 graphs take them; as many as the plans serve."""
+    """Return prompts' tokens, or random numbers, as float32 graphs take them; as many as the plans serve."""
     spec, random = bundle.spec, np.random.default_rng(0)
     prompts = ["a red apple", "", "a cat face", "an owl"][: LANES if name in ("text_encoder", "unet") else 1]
     if name == "text_encoder":
@@ -42,7 +42,7 @@ def feeds_of(bundle: Bundle, name: str) -> Arrays:
 
 
 def reference(bundle: Bundle, name: str, feeds: Arrays) -> Arrays:
-    """The float32 network's outputs, on the CPU."""
+    """Return the float32 network's outputs, on the CPU."""
     outputs = [tensor.name for tensor in bundle.spec.graphs()[name].outputs]
     try:
         import torch
@@ -75,7 +75,7 @@ def test_a_network_is_torchs(rig: GpuRig, name: str) -> None:
 
 @pytest.fixture
 def refittable(rig: GpuRig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[GpuRig]:
-    """The same backend, with a plan of the UNet that takes other weights and no plan that does not."""
+    """Yield the same backend, with a plan of the UNet that takes other weights and no plan that does not."""
     if not rig.built:
         pytest.skip("only plans are refitted")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -102,7 +102,7 @@ def test_refit_with_other_weights_and_return_to_base(refittable: GpuRig) -> None
 
 
 def stored(bundle: Bundle, name: str) -> NDArray[Any]:
-    """A weight of the UNet, float32."""
+    """Return a weight of the UNet, float32."""
     import json
 
     path = bundle.root / "unet" / "diffusion_pytorch_model.safetensors"

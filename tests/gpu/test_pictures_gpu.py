@@ -1,4 +1,4 @@
-"""Whole pictures on the GPU: those of the CPU, whoever shares the batch and however they are launched."""
+"""Whole pictures on the GPU: those of the CPU, in any batch and any kind of launch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.gpu.gpu_rig import SCALE, GpuRig
 pytestmark = pytest.mark.gpu
 Draw = Callable[..., NDArray[np.uint8]]
 SETTINGS: dict[str, Any] = {"width": SCALE.pixels, "height": SCALE.pixels, "steps": SCALE.steps}
-GRANULE = 2**21  # bytes; what CUDA takes from the device at a time
+GRANULE = 2**21  # bytes; the unit in which CUDA takes memory from the device
 
 
 def psnr(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
@@ -32,13 +32,13 @@ def psnr(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
 
 @pytest.fixture(scope="module")
 def here() -> Any:
-    """The same engine in numpy, with ONNX Runtime on the CPU; test_verify.py holds it to diffusers."""
+    """Return the same engine in numpy, with ONNX Runtime on the CPU; test_verify.py compares it with diffusers."""
     with Engine.load(threads=None, check_hashes=False) as engine:
         yield engine
 
 
 def diffusers_picture(prompt: str, solver: str, seed: int) -> NDArray[np.uint8]:
-    """What diffusers draws in float32, on the CPU."""
+    """Return diffusers' picture in float32, on the CPU."""
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
     diffusers.utils.logging.disable_progress_bar()
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(
@@ -97,7 +97,7 @@ def test_every_launch_draws_the_same(rig: GpuRig, draw: Draw) -> None:
 
 
 def latents(engine: Engine, *seeds: int, late: int = 0) -> list[NDArray[np.float32]]:
-    """Jobs in one batch, the last of which joins `late` rows after the others; each leaves when it is done."""
+    """Run jobs in one batch, the last of which joins `late` rows after the others; each leaves when it is done."""
     jobs = [engine.requests(["a red apple"], {**SETTINGS, "seed": seed, "steps": 2 + seed})[0] for seed in seeds]
     denoiser: Denoiser = engine.denoiser
     for job in jobs[: len(jobs) - 1]:
@@ -111,7 +111,7 @@ def latents(engine: Engine, *seeds: int, late: int = 0) -> list[NDArray[np.float
 
 
 def test_company_changes_no_bit(rig: GpuRig) -> None:
-    """The job of seed 2 alone, in other lanes beside another job, and joining one that is under way."""
+    """The job of seed 2 alone, in other lanes beside another job, and joining one in progress."""
     with rig.engine() as engine:
         (alone,) = latents(engine, 2)
         for company in (latents(engine, 2, 1)[0], latents(engine, 1, 2)[1], latents(engine, 3, 2, late=2)[1]):
@@ -182,13 +182,13 @@ def test_too_little_memory_is_said_and_survived(rig: GpuRig, draw: Draw) -> None
     with rig.engine() as engine:
         before, held = draw(engine), []
         size = rig.gpu.memory()[0]
-        while size >= GRANULE:  # all that there is
+        while size >= GRANULE:  # all of the free memory
             try:
                 held.append(rig.gpu.empty((size,), np.uint8))
             except DeviceMemoryError:
                 size //= 2
         try:
-            with pytest.raises(DeviceMemoryError, match="are free"):  # more than what earlier pictures make place for
+            with pytest.raises(DeviceMemoryError, match="are free"):  # more than earlier pictures can free
                 engine("a red apple", width=4096, height=4096, steps=1)
         finally:
             for array in held:

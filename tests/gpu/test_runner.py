@@ -1,4 +1,4 @@
-"""`python -m tests.gpu`: what it says and returns, with small tests in the place of those that need a GPU."""
+"""`python -m tests.gpu`: its output and exit code, with small tests in the place of those that need a GPU."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_misses():
 
 @pytest.fixture
 def runner(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    """tests/gpu/__main__.py over a small file of tests."""
+    """Return tests/gpu/__main__.py over a small file of tests."""
     spec = importlib.util.spec_from_file_location("gpu_runner", FOLDER / "__main__.py")
     assert spec is not None
     assert spec.loader is not None
@@ -47,7 +47,7 @@ def runner(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
 
 
 def run(runner: ModuleType, folder: Path, *chosen: str, **options: bool) -> tuple[int, list[str]]:
-    """A step for each choice of tests; the status and the lines."""
+    """Run a step for each choice of tests; return the status and the lines."""
     steps = [runner.Step(choice, (str(folder / "test_small.py"), "-k", choice), **options) for choice in chosen]
     outcomes = [runner.run(step, folder, 5.0 if step.name == "hangs" else 3600.0) for step in steps]
     return runner.status(outcomes), [str(outcome) for outcome in outcomes]

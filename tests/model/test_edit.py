@@ -1,4 +1,4 @@
-"""Image-to-image and inpainting: whole pictures against diffusers' pipelines, and what is refused."""
+"""Image-to-image and inpainting: whole pictures against diffusers' pipelines, and refusals."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ Exported = Callable[[str], tuple[Path, Path]]
 
 
 def picture(width: int = 133, height: int = 131) -> Image.Image:
-    """Colours that change slowly, with an edge; sides that are no multiple of anything."""
+    """Return colours that change slowly, with an edge; sides that are no multiple of anything."""
     y, x = np.mgrid[:height, :width] / max(height, width)
     channels = np.stack([0.5 + 0.5 * np.sin(7 * x), y, np.where(x + y > 0.9, 0.8, 0.1)], axis=-1)
     return Image.fromarray((channels * 255).astype(np.uint8))
 
 
 def mask_for(image: Image.Image) -> Image.Image:
-    """A soft-edged spot."""
+    """Return a soft-edged spot."""
     y, x = np.mgrid[: image.height, : image.width]
     far = np.hypot(x / image.width - 0.4, y / image.height - 0.6)
     return Image.fromarray((np.clip(2 - 5 * far, 0, 1) * 255).astype(np.uint8))
@@ -67,7 +67,7 @@ class Pair:
             self._pipe = open_pipeline(folder, self.engine, None)
 
     def ours(self, **asked: Any) -> tuple[list[np.ndarray], np.ndarray]:
-        """Latents after every row, and pixels, of two prompts."""
+        """Return latents after every row, and pixels, of two prompts."""
         pictures = {name: asked.pop(name) for name in ("image", "mask") if name in asked}
         jobs = self.engine.requests(PROMPTS, {"seed": SEED, "negative_prompt": "a", **asked}, pictures)
         rows: list[list[np.ndarray]] = [[] for _ in jobs]
@@ -78,7 +78,7 @@ class Pair:
     def theirs(
         self, *, image: Image.Image, mask: Image.Image | None = None, solver: str | None, steps: int, **asked: Any
     ) -> tuple[list[np.ndarray], np.ndarray]:
-        """The same of diffusers, given two pictures: it would encode one of them by the first generator alone."""
+        """Return diffusers' own, given two pictures: it would encode one of them by the first generator alone."""
         kind = getattr(diffusers, PIPELINES[self.xl, mask is not None])
         rows: list[np.ndarray] = []
 
@@ -166,7 +166,7 @@ def test_masks_and_pictures_are_brought_to_size_as_in_diffusers(size: tuple[int,
 
 @pytest.fixture(scope="module")
 def fake() -> Iterator[Engine]:
-    """The embedded bundle on networks that return zeros."""
+    """Yield the embedded bundle on networks that return zeros."""
     with Engine.load(backend=FakeBackend(), check_hashes=False) as engine:
         yield engine
 
@@ -205,7 +205,7 @@ def test_strength_is_the_part_of_the_run_that_is_made(fake: Engine, steps: int, 
 
 
 def test_what_is_black_in_the_mask_ends_as_the_picture_was(fake: Engine) -> None:
-    """Exactly: the latents that are kept are the picture's own in the end, whatever the network says."""
+    """Exactly: the latents that are kept are the picture's own in the end, with any network."""
     image = picture(64, 64)
     mask = np.zeros((64, 64), bool)
     mask[:, 32:] = True

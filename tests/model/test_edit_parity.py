@@ -1,4 +1,4 @@
-"""Runs that begin on a given picture, and keep a part of it, against diffusers' schedulers as pipelines walk them."""
+"""Runs that begin on a given picture, and keep a part of it, against diffusers' schedulers in its pipelines' order."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.sampling.test_scheduler_parity import (
 from tests.support.sampling.scheduler_configs import SD15, SDXL
 from tests.support.sampling.scheduler_oracle import follow, walk
 
-pytestmark = pytest.mark.filterwarnings(  # diffusers hands torch tensors to numpy
+pytestmark = pytest.mark.filterwarnings(  # diffusers passes torch tensors to numpy
     "ignore:__array__ implementation:DeprecationWarning", "ignore:__array_wrap__:DeprecationWarning"
 )
 SERVED = [name for name in NAMES if name != "lms"]
@@ -40,7 +40,7 @@ SCHEDULE = Schedule.from_config(SD15)
 
 
 def check(solver: str, steps: int, strength: float, *, masked: bool, base: Options = SD15, **options: Any) -> None:
-    """Hold a table to its diffusers scheduler from the same row on, exactly and as shipped."""
+    """Compare a table with its diffusers scheduler from the same row on, exactly and as shipped."""
     where = f"{solver}, {steps} steps, strength {strength}, masked {masked}, {options}"
     table = tabulate(solver, Schedule.from_config(base), steps, strength=strength, **options)
     walked: Options = {"given": strength, "masked": masked, **options}
@@ -113,7 +113,7 @@ def test_all_of_a_run_is_the_run(solver: str) -> None:
     whole, same = tabulate(solver, SCHEDULE, 7), tabulate(solver, SCHEDULE, 7, strength=1)
     np.testing.assert_array_equal(whole.array, same.array)
     assert whole.known.shape == (len(whole) + 1, 2)
-    assert whole.known[-1].tolist() == [1, 0]  # what is kept ends as it was
+    assert whole.known[-1].tolist() == [1, 0]  # the kept part ends unchanged
     assert (np.diff(whole.known[:, 1] / whole.known[:, 0]) <= 0).all()
 
 

@@ -30,7 +30,7 @@ ASKED = {"seed": 7, "width": 24, "height": 16, "negative_prompt": "a"}
 
 @pytest.fixture(scope="module", params=["sd-inpainting", "sd2-inpainting", "sdxl-inpainting"])
 def pair(exported: Exported, request: pytest.FixtureRequest) -> Iterator[tuple[Engine, Path]]:
-    """Our engine, and the checkpoint as diffusers opens it."""
+    """Yield our engine, and the checkpoint as diffusers opens it."""
     source, bundle = exported(request.param)
     with (
         plain_folder(open_checkpoint(source)) as folder,

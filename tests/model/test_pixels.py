@@ -26,7 +26,7 @@ from tests.support.models.pixels import tiny_pixels
 
 Exported = Callable[[str], tuple[Path, Path]]
 FOUR = [None] * 4
-# The first row divides by sqrt(alpha_cumprod) = 0.0064: what the networks' rounding differs by, 1e-6, is 1.6e-4 then.
+# The first row divides by sqrt(alpha_cumprod) = 0.0064: the networks' rounding, 1e-6, becomes 1.6e-4 there.
 LATENTS_BOUND, PSNR_BOUND = 4e-4, 70.0
 
 
@@ -38,7 +38,7 @@ def engine(exported: Exported) -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def folder(exported: Exported) -> Iterator[Path]:
-    """The checkpoint as diffusers opens it."""
+    """Yield the checkpoint as diffusers opens it."""
     with plain_folder(open_checkpoint(exported("pixels")[0])) as folder:
         yield folder
 
@@ -107,7 +107,7 @@ def test_a_device_draws_the_same_by_ticks_and_in_one_launch(
 
 
 def test_a_run_may_begin_on_a_picture(engine: Engine, folder: Path) -> None:
-    """No pipeline does this with pixels: diffusers' scheduler, walked as its image-to-image pipelines walk it."""
+    """No pipeline does this with pixels: diffusers' scheduler, run as its image-to-image pipelines run it."""
     given = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8))
     ours = engine(image=given, strength=0.5, steps=8, solver="ddim", seed=2)[0]
     with quiet():

@@ -105,7 +105,7 @@ CHECKPOINTS: dict[str, dict[str, dict[str, Any]]] = {  # the small files, as wel
 
 
 def write_checkpoint(folder: Path, name: str, *, with_json: bool) -> Path:
-    """A tokenizer folder with the embedded model's vocabulary and the small files of another checkpoint."""
+    """Write a tokenizer folder with the embedded model's vocabulary and the small files of another checkpoint."""
     folder.mkdir(parents=True)
     for file in ("vocab.json", "merges.txt", *(["tokenizer.json"] if with_json else [])):
         shutil.copy(EMOJI / file, folder)
@@ -115,7 +115,7 @@ def write_checkpoint(folder: Path, name: str, *, with_json: bool) -> Path:
 
 
 def write_tiny(folder: Path, **config: object) -> Path:
-    """The smallest CLIP vocabulary: all bytes, alone and at a word's end, and a few merges."""
+    """Write the smallest CLIP vocabulary: all bytes, alone and at a word's end, and a few merges."""
     folder.mkdir(parents=True, exist_ok=True)
     letters = list(json.loads((EMOJI / "vocab.json").read_text(encoding="utf-8")))[:256]
     merges = ["a p", "l e</w>", "ap p", "app le</w>", "c a", "ca t</w>"]

@@ -1,4 +1,4 @@
-"""Jobs, lanes and ticks: a job's latents never depend on who shares its batch."""
+"""Jobs, lanes and ticks: a job's latents never depend on the other jobs in its batch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SOLVERS = ["ddim", "euler-ancestral", "heun", "dpmpp-2m", "unipc-3", "pndm", "lc
 
 
 def network(sample: np.ndarray, timestep: np.ndarray, conditioning: Mapping[str, np.ndarray]) -> np.ndarray:
-    """A stand-in UNet that works on each lane alone."""
+    """Predict as a stand-in UNet that works on each lane alone."""
     pull = conditioning["encoder_hidden_states"].mean(axis=(1, 2))[:, None, None, None]
     return np.tanh(sample) * np.float32(0.7) + pull + (timestep / 1000)[:, None, None, None]
 
@@ -156,7 +156,7 @@ def test_previews_end_in_the_picture() -> None:
 
 
 def test_a_new_conditioning_is_never_taken_for_a_dead_one() -> None:
-    """Python reuses addresses: lanes are told apart by the objects, not by their ids."""
+    """Python reuses addresses: lanes are distinguished by the objects, not by their ids."""
     denoiser = Denoiser(HostLanes(network))
     for seed in range(20):
         job = make(seed, steps=1)

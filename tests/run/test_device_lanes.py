@@ -97,7 +97,7 @@ def test_guidance_is_the_one_of_numpy(unet: DeviceNetwork, guidance: Guidance) -
 
 
 def keeping(seed: int, solver: str = "ddim", steps: int = 5, noise: str = "torch-cpu") -> Job:
-    """A job that begins on a picture, and repaints the half of it."""
+    """Return a job that begins on a picture, and repaints the half of it."""
     job = make(seed, solver, noise=noise)
     bundle = Bundle.open(EMBEDDED, check_hashes=False)
     schedule = Schedule.from_config(bundle.json(bundle.spec.schedule))
@@ -122,8 +122,8 @@ def test_what_is_kept_is_kept_as_in_numpy(unet: DeviceNetwork, solver: str, nois
 
 
 def test_a_job_that_keeps_a_part_joins_others(unet: DeviceNetwork) -> None:
-    """Memory for what is kept is taken when the first such job comes, in the midst of ticks that were captured before;
-    nobody's latents change by a bit.
+    """Memory for kept pictures is taken with the first such job, in the midst of ticks that were captured before;
+    no job's latents change by a bit.
     """
     lanes = DeviceLanes(Predictor([unet]), 6)
     denoiser = Denoiser(lanes)
@@ -246,5 +246,5 @@ def test_memory_of_shapes_is_kept_within_bounds(unet: DeviceNetwork) -> None:
     for side in range(4, 4 + 2 * (ROOMS_KEPT + 2), 2):
         run(denoiser, make(1, steps=1, side=side))
     assert len(lanes._rooms) == ROOMS_KEPT
-    assert min(shapes.latents[1] for shapes in lanes._rooms._values) == 8  # the two oldest made place
+    assert min(shapes.latents[1] for shapes in lanes._rooms._values) == 8  # the two oldest made room
     lanes.close()

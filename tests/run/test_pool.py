@@ -1,4 +1,4 @@
-"""Things that take device memory: kept for the next time, given up for something else."""
+"""Objects that take device memory: kept for the next use, closed for something else."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from latentrt.run.pool import Pool
 
 
 class Memory:
-    """So many bytes; values take some and give them back."""
+    """So many bytes; values take some and free them."""
 
     def __init__(self, free: int) -> None:
         self.free = free
@@ -54,7 +54,7 @@ def test_all_that_are_not_in_use_make_place_for_memory() -> None:
     assert len(pool) == 2
     with pytest.raises(DeviceMemoryError):
         pool("larger", lambda: memory.take(7))
-    assert len(pool) == 1  # what was tried for its memory is gone, what is in use is not
+    assert len(pool) == 1  # values closed to make room are gone, those in use are not
     assert pool["busy"].busy
 
 

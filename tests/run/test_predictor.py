@@ -1,4 +1,4 @@
-"""What a row calls: networks in turn, and inputs that are one number a row; the same on the host and on a device."""
+"""The networks of a row, and inputs that are one number a row; the same on the host and on a device."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ RESIDUAL, OUT = TensorSpec("residual", "float32", LATENTS), TensorSpec("out", "f
 
 
 def network(path: Path, gpu: HostGpu, inputs: tuple[TensorSpec, ...], output: TensorSpec, *nodes: onnx.NodeProto):
-    """A network on the device, of these nodes."""
+    """Return a network on the device, of these nodes."""
     values = [
         [helper.make_tensor_value_info(t.name, TensorProto.FLOAT, t.shape) for t in tensors]
         for tensors in (inputs, (output,))
@@ -59,7 +59,7 @@ def gpu() -> Iterator[HostGpu]:
 
 @pytest.fixture(scope="module")
 def predictor(gpu: HostGpu, tmp_path_factory: pytest.TempPathFactory) -> Predictor:
-    """Two networks whose scaled residuals add up, as ControlNets do, and a denoiser that reads the sum."""
+    """Return two networks whose scaled residuals add up, as ControlNets do, and a denoiser that reads the sum."""
     folder = tmp_path_factory.mktemp("networks")
     make = helper.make_node
 
@@ -131,7 +131,7 @@ def test_a_device_does_as_the_host(predictor: Predictor, solver: str, capture: b
 
 
 def test_jobs_share_a_call_where_all_their_inputs_have_the_same_shapes(predictor: Predictor) -> None:
-    """A bare job, with one input less, is none of theirs."""
+    """A job with one input less does not share their call."""
     calls: list[tuple[int, ...]] = []
 
     def counting(sample: np.ndarray, timestep: np.ndarray, inputs: dict[str, np.ndarray]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Networks: what they refuse, and what stands in for them."""
+"""Networks: their refusals, and their stand-ins."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_onnxruntime_results_do_not_depend_on_threads_or_spinning() -> None:
 
 
 def test_a_graph_cannot_read_weights_outside_its_folder(tmp_path: Path) -> None:
-    """ONNX Runtime itself holds this; the test says so if that ever changes."""
+    """ONNX Runtime itself ensures this; the test fails if that ever changes."""
     graph = Bundle.open(check_hashes=False).spec.graphs()["text_encoder"]
     weights = b"model.safetensors"
     data = (EMBEDDED / graph.path).read_bytes()

@@ -1,4 +1,4 @@
-"""Symbolic sizes are checked as what they say."""
+"""Symbolic sizes are checked as they are written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The CPU stream is held against torch itself; the CUDA stream against published numbers of real GPUs."""
+"""The CPU stream is compared with torch itself; the CUDA stream with published numbers of real GPUs."""
 
 from __future__ import annotations
 

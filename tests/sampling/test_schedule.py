@@ -1,4 +1,4 @@
-"""Schedules, their settings and their grids: what is read from a config, what is refused, where a run samples."""
+"""Schedules, their settings and their grids: configs that are read, configs that are refused, levels of a run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from latentrt.sampling.solvers import SOLVERS
 from latentrt.sampling.spacing import CLEAN, Grid, Levels, _beta_quantile
 from tests.support.sampling.scheduler_configs import BASES, EMOJI, SD15, SDXL
 
-pytestmark = pytest.mark.filterwarnings(  # diffusers hands torch tensors to numpy
+pytestmark = pytest.mark.filterwarnings(  # diffusers passes torch tensors to numpy
     "ignore:__array__ implementation:DeprecationWarning", "ignore:__array_wrap__:DeprecationWarning"
 )
 

@@ -1,4 +1,4 @@
-"""What diffusers has and tables have not, what both refuse, and where diffusers' answer is not one to agree with."""
+"""Options that diffusers has and tables lack, what both refuse, and where diffusers' result should not be matched."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 SCHEDULE = Schedule.from_config(SD15)
 
-# (solver, option, value, why a table has it not). Arguments that are no options of a class are not served either:
+# (solver, option, value, why a table lacks it). Arguments that are no options of a class are not served either:
 # lists of timesteps or sigmas of one's own, s_churn, use_clipped_model_output.
 QUANTILE = "a quantile of each picture is no linear combination"
 LEARNED = "such networks return two things, and no latent model is one"

@@ -16,7 +16,7 @@ from latentrt.sampling.table import tabulate
 from tests.support.sampling.scheduler_configs import BASES, SD15, SDXL
 from tests.support.sampling.scheduler_oracle import follow, walk
 
-pytestmark = pytest.mark.filterwarnings(  # diffusers hands torch tensors to numpy
+pytestmark = pytest.mark.filterwarnings(  # diffusers passes torch tensors to numpy
     "ignore:__array__ implementation:DeprecationWarning", "ignore:__array_wrap__:DeprecationWarning"
 )
 
@@ -99,7 +99,7 @@ INEXACT = [
 
 
 def check(solver: str, steps: int, base: Mapping[str, Any] = SD15, **options: Any) -> None:
-    """Hold a table to its diffusers scheduler, exactly and as shipped."""
+    """Compare a table with its diffusers scheduler, exactly and as shipped."""
     where = f"{solver}, {steps} steps, {options}"
     table = tabulate(solver, Schedule.from_config(base), steps, **options)
     run = walk(solver, base, steps, exact=True, outputs="random", **options)
@@ -120,7 +120,7 @@ def check(solver: str, steps: int, base: Mapping[str, Any] = SD15, **options: An
 
 
 def named(*groups: tuple[list[str], list[Options]]) -> list[Any]:
-    """Test parameters (solver, options) with readable ids."""
+    """Return test parameters (solver, options) with readable ids."""
     return [
         pytest.param(
             solver, options, id=f"{solver}-{'-'.join(f'{k}={short(v)}' for k, v in options.items()) or 'plain'}"

@@ -68,13 +68,13 @@ PUBLISHED_WITH_NOISE = [("ddim", 10, 2, 354.5418, 0.01), ("ddpm", 1000, 2, 387.9
 
 
 def picture() -> Float32:
-    """diffusers' `dummy_sample_deter`: 0 to 1, shape (4, 3, 8, 8); flipped it is their `dummy_noise_deter`."""
+    """Return diffusers' `dummy_sample_deter`: 0 to 1, shape (4, 3, 8, 8); flipped it is their `dummy_noise_deter`."""
     ramp = torch.arange(768).reshape(3, 8, 8, 4) / 768
     return np.asarray(ramp.permute(3, 0, 1, 2).numpy(), np.float32)
 
 
 def loop(table: Table, x: Float32, first: int = 0) -> Float32:
-    """diffusers' loop with its `dummy_model`; like it, it goes on with the latents as the network saw them."""
+    """Run diffusers' loop with its `dummy_model`; like it, it continues with the latents as the network saw them."""
     generator = torch.Generator().manual_seed(0)
     memory = np.zeros((4, *x.shape), np.float32)
     for row in table.rows[first:]:

@@ -72,7 +72,7 @@ class Network:
 
 
 def grid_of(name: str, sigmas: list[float], **options: Any) -> Grid:
-    """A grid over any sigmas, with alpha as the solver wants it."""
+    """Return a grid over any sigmas, with alpha as the solver needs it."""
     solver = SOLVERS[name]
     chosen = SCHEDULE.settings(solver.scheduler, **{**solver.settings, **options})
     levels = Levels.of(SCHEDULE, chosen, avoid_zero=True)
@@ -82,7 +82,7 @@ def grid_of(name: str, sigmas: list[float], **options: Any) -> Grid:
 
 
 def solve(name: str, grid: Grid, function: Callable[[Float64, float], Float64], start: Float64) -> Float64:
-    """The last latents of a solver, from and to x0 + sigma * epsilon (alpha = 1)."""
+    """Return the last latents of a solver, from and to x0 + sigma * epsilon (alpha = 1)."""
     draws, solver = noises(), SOLVERS[name]
     x = start * grid.points[0].alpha
     last = solver.function(x, grid, Denoiser(function), lambda: next(draws)[: len(x)], **solver.arguments)
@@ -103,7 +103,7 @@ def test_third_order_sde_steps_of_diffusers_are_not_k_diffusions() -> None:
     assert np.abs(theirs - golden).max() > 0.1
 
 
-# Gaussian data: its score is known, and so is where each x goes.
+# Gaussian data: its score is known, and so is the path of each x.
 MEAN, SPREAD = 1.5, 0.5
 
 
@@ -112,12 +112,12 @@ def gaussian(x: Float64, sigma: float) -> Float64:
 
 
 def carried(x: Float64, start: float, end: float) -> Float64:
-    """The exact solution of dx/dsigma = epsilon from one sigma to another."""
+    """Return the exact solution of dx/dsigma = epsilon from one sigma to another."""
     return MEAN + (x - MEAN) * math.sqrt((SPREAD**2 + end**2) / (SPREAD**2 + start**2))
 
 
 def error(name: str, count: int, options: dict[str, Any]) -> float:
-    """Distance from the exact solution after `count` steps from sigma = 3 to 1.
+    """Return the distance from the exact solution after `count` steps from sigma = 3 to 1.
 
     The steps grow from very short ones, or the first steps, which are of first order, would decide.
     """
@@ -169,7 +169,7 @@ def network(shown: Float64, timestep: float) -> Float64:
 
 
 def table_run(table: Table, x: Float64, noise: Callable[[], Float64]) -> tuple[list[tuple[float, Float64]], Float64]:
-    """What a table shows its network, and its last latents."""
+    """Return the inputs of a table's network, and the last latents."""
     calls, memory = [], np.full((4, *x.shape), np.nan)
     for row in table.rows:
         calls.append((row.timestep, row.c_in * x))
@@ -212,7 +212,7 @@ def test_a_table_is_its_solver(data: st.DataObject) -> None:
 
 
 def choices(solver: Solver) -> list[dict[str, Any]]:
-    """Sets of options that a solver has and that change what its function is given."""
+    """Return sets of options that a solver has and that change the arguments of its function."""
     known = SCHEDULE.settings(solver.scheduler)
     wanted: list[dict[str, Any]] = [
         *({"timestep_spacing": spacing} for spacing in ("leading", "trailing", "linspace")),

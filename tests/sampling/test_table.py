@@ -1,4 +1,4 @@
-"""Tables: what rows hold, how they are applied, and which requests and solvers are refused."""
+"""Tables: the contents of rows, how they are applied, and which requests and solvers are refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.sampling.scheduler_configs import BASES, SD15, SDXL
 Float64 = NDArray[np.float64]
 SCHEDULE = Schedule.from_config(SD15)
 TWICE = {"heun", "dpm2", "dpm2-ancestral", "dpmpp-2s-ancestral"}
-# What a solver may remember at once, which is what its history needs.
+# The memories that a solver may need at once, by its history.
 MEMORIES = {"ddim": 1, "euler": 1, "heun": 2, "dpm2-ancestral": 2, "dpmpp-2s-ancestral": 2, "lms": 4, "pndm": 4} | {
     "dpmpp-2m": 2,
     "dpmpp-3m-sde": 3,
@@ -49,7 +49,7 @@ def test_a_row_for_every_network_call(name: str, steps: int) -> None:
 @given(names, steps_from_1)
 @SEEDED
 def test_known_levels_are_those_of_the_run(name: str, steps: int) -> None:
-    """Down to none, each as noisy as the latents that the network is shown there, save between two calls of a step."""
+    """Down to none, each as noisy as the network's input there, except between two calls of a step."""
     table = table_of(name, steps)
     assert table.known.shape == (len(table) + 1, 2)
     np.testing.assert_array_equal(table.known[-1], [1, 0])
@@ -61,7 +61,7 @@ def test_known_levels_are_those_of_the_run(name: str, steps: int) -> None:
 @given(st.integers(0, 2**32 - 1), st.integers(0, 8))
 @SEEDED
 def test_what_is_kept_is_blended_in(seed: int, row: int) -> None:
-    """By the bit: what is repainted stays as it is, what is kept is the picture with its level's noise."""
+    """To the bit: the repainted part is unchanged, the kept part is the picture with its level's noise."""
     draw = np.random.default_rng(seed).standard_normal((4, 3, 5), dtype=np.float32)
     x, clean, noise, mask = draw[0], draw[1], draw[2], (draw[3] > 0).astype(np.float32)
     level = table_of("euler", 8).known[row]
@@ -98,7 +98,7 @@ def test_memories_needed(name: str, memories: int) -> None:
 
 @pytest.mark.parametrize("name", ["ddim", "ddpm", "euler", "euler-ancestral", "tcd", "lcm"])
 def test_solvers_without_history_read_no_memory(name: str) -> None:
-    """What a row itself remembers is put into the weights of x and out."""
+    """The memory that a row itself writes is put into the weights of x and out."""
     assert not any(any(row.b) for row in table_of(name, 20).rows)
 
 
@@ -171,7 +171,7 @@ def test_noise_must_be_given_where_a_row_adds_it() -> None:
 @given(names, st.integers(1, 30))
 @SEEDED
 def test_noise_is_drawn_only_where_it_counts(name: str, steps: int) -> None:
-    """A run that ends without noise adds none at its end, whatever diffusers draws and multiplies by 0 there."""
+    """A run that ends without noise adds none at its end, even where diffusers draws some and multiplies it by 0."""
     rows = table_of(name, steps).rows
     stochastic = {"ddpm", "lcm", "tcd", "euler-ancestral", "dpm2-ancestral", "dpmpp-2s-ancestral"}
     noisy = [index for index, row in enumerate(rows) if row.c]

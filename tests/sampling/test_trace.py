@@ -1,4 +1,4 @@
-"""Tracing: what a new solver is, and which functions are no solvers."""
+"""Tracing: how a new solver is written, and which functions are no solvers."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_an_earlier_x_needs_steps_that_can_be_inverted(monkeypatch: pytest.Monke
 
 def test_the_network_must_be_called(monkeypatch: pytest.MonkeyPatch) -> None:
     solver_of(monkeypatch, lambda x, grid, model, noise: x)
-    with pytest.raises(TraceError, match="not once"):
+    with pytest.raises(TraceError, match="never called the network"):
         table_of("broken")
 
 

@@ -1,1 +1,1 @@
-"""Reports of what was measured on GPUs: figures, plots and the page."""
+"""Reports of GPU benchmarks: figures, plots and the page."""

@@ -1,4 +1,4 @@
-"""From a preset's samples to the figures that are reported, and the goals that they are held against."""
+"""From a preset's samples to the figures that are reported, and the goals that they are compared with."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.gpu.config import SIDES
 from benchmarks.measures import Spread
 
-BEST_OF_OURS = ("trt", "ort", "ort-loop")  # the first of them that was measured is held against diffusers
+BEST_OF_OURS = ("trt", "ort", "ort-loop")  # the first of them that was measured is compared with diffusers
 GOAL = {"preset": "sd15", "size": [512, 512], "steps": 50}  # what the absolute goals are for
 NOT_MEASURED = "not measured"
 
@@ -32,7 +32,7 @@ class Figures:
 
     @property
     def rounds(self) -> int:
-        """That were kept."""
+        """The number of rounds kept."""
         return len(self.record["seconds"])
 
     @property
@@ -52,7 +52,7 @@ class Figures:
 
     @property
     def networks_ms(self) -> float:
-        """What the batch would take if there were only networks."""
+        """The time of the batch if there were only networks."""
         return self.alone["text"] + self.steps * self.alone["unet"] + self.alone["vae"]
 
     @property
@@ -76,7 +76,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Goal:
-    """Something to reach; `reached` is None where it was not measured."""
+    """A goal; `reached` is None where it was not measured."""
 
     text: str
     measured: str
@@ -84,7 +84,7 @@ class Goal:
 
 
 def figures_of(data: Mapping[str, Any], side: str, batch: int) -> Figures | None:
-    """None where they were not measured."""
+    """Return a side's figures; None where they were not measured."""
     record = data["sides"].get(side, {}).get(str(batch))
     if record is None or "missing" in record:
         return None
@@ -92,18 +92,18 @@ def figures_of(data: Mapping[str, Any], side: str, batch: int) -> Figures | None
 
 
 def why_missing(data: Mapping[str, Any], side: str, batch: int) -> str:
-    """The reason, in one line."""
+    """Return the reason, in one line."""
     record = data["sides"].get(side, {}).get(str(batch))
-    return "Nobody asked for it." if record is None else str(record["missing"])
+    return "It was not requested." if record is None else str(record["missing"])
 
 
 def batches_of(data: Mapping[str, Any]) -> list[int]:
-    """Those that any side was asked for."""
+    """Return the batches that any side was to draw."""
     return sorted({int(batch) for part in data["sides"].values() for batch in part})
 
 
 def goals(data: Mapping[str, Any] | None) -> Sequence[Goal]:
-    """Those of a preset's file; None has none."""
+    """Return the goals of a preset's file; None has none."""
     ours, found = _ours(data)
     eager, compiled = (data and figures_of(data, side, 1) for side in ("diffusers", "compile"))
     who = f", by {SIDES[ours].title}"

@@ -1,4 +1,4 @@
-"""GPU.md and its plots, from every gpu-PRESET.json in a folder; with none, what would be measured."""
+"""GPU.md and its plots, from every gpu-PRESET.json in a folder; without one, a page of what would be measured."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def write(folder: Path) -> None:
 
 
 def render(presets: Sequence[Mapping[str, Any]]) -> str:
-    """The page as Markdown."""
+    """Return the page as Markdown."""
     if not presets:
         return "\n".join(
             [HEAD, "**Nothing has been measured yet**: the project has had no GPU so far.\n", _empty(), HOW]
@@ -120,7 +120,7 @@ def _runs(data: Mapping[str, Any]) -> str:
 
 
 def _compiled(data: Mapping[str, Any], key: str) -> str:
-    """How a run compiled, if it did."""
+    """Return how a run compiled, if it did."""
     compiled = [name for name, side in SIDES.items() if side.compiled]
     records = [record for name in compiled for record in data["sides"].get(name, {}).values()]
     if any(record["run"] == key and "missing" not in record for record in records):

@@ -21,7 +21,7 @@ COLOURS = {
 
 
 def draw(data: Mapping[str, Any], folder: Path) -> None:
-    """Latency by batch, it/s by side, and drift by step; what was not measured is left out."""
+    """Plot latency by batch, it/s by side, and drift by step; what was not measured is left out."""
     stem = folder / f"gpu-{data['preset']}"
     _latency(data, stem.with_name(f"{stem.name}-latency.png"))
     _rate(data, stem.with_name(f"{stem.name}-rate.png"))

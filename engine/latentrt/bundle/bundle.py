@@ -25,7 +25,7 @@ PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """What the manifest says of one file."""
+    """What the manifest records of one file."""
 
     sha256: str
     bytes: int
@@ -69,7 +69,7 @@ class Bundle:
         return bundle
 
     def path(self, name: str) -> Path:
-        """The path of one of the bundle's files, guaranteed to lie inside the folder."""
+        """Return the path of one of the bundle's files. It lies inside the folder."""
         if not isinstance(name, str) or not name or set(name) & set("\\:\0"):
             raise UnsafePathError(
                 f"the bundle names the file {name!r}", needed=f"a path inside {self.root}", fix=EXPORT
@@ -89,11 +89,11 @@ class Bundle:
         return path
 
     def json(self, name: str) -> dict[str, Any]:
-        """One of the bundle's JSON files."""
+        """Return one of the bundle's JSON files."""
         return read_json(self.path(name))
 
     def _check_listed(self) -> None:
-        """What is read must be listed, and so hashed: graphs, the files that they name, tokenizers, the schedule."""
+        """Refuse a bundle that does not list a file to be read: graphs, the files in them, tokenizers, the schedule."""
         networks = self.spec.networks.values()
         graphs = [self.path(variant.path) for network in networks for variant in network.variants.values()]
         tokenizers = (network.tokenizer for network in networks if network.tokenizer is not None)
@@ -120,7 +120,7 @@ class Bundle:
 
     def _check_hashes(self) -> None:
         paths = [self.path(name) for name in self.files]
-        with ThreadPoolExecutor(max_workers=4) as pool:  # hashlib lets go of the interpreter lock
+        with ThreadPoolExecutor(max_workers=4) as pool:  # hashlib releases the interpreter lock
             for path, record, sha256 in zip(paths, self.files.values(), pool.map(sha256_of, paths), strict=True):
                 if sha256 != record.sha256:
                     raise HashMismatchError(
@@ -129,7 +129,7 @@ class Bundle:
 
 
 def located(bundle: str | Path) -> Path:
-    """Return the folder of a bundle: a path, or the name of an embedded model where no such folder is there."""
+    """Return the folder of a bundle: a path, or the name of an embedded model where no such folder exists."""
     path = Path(bundle)
     return FOLDER / path if not path.exists() and str(bundle) in embedded() else path
 
@@ -151,13 +151,13 @@ def write_manifest(root: Path, spec: ModelSpec, names: Iterable[str]) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or a BundleError that names the file."""
+    """Return the JSON object in a file. Raise a BundleError that names the file where it holds none."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -170,7 +170,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_manifest(root: Path) -> dict[str, Any]:
-    """The manifest of the folder `root`, or a BundleError where it has none of latentrt's."""
+    """Return the manifest of the folder `root`. Raise BundleError where it has none of latentrt's."""
     if not root.is_dir():
         raise BundleError(
             f"there is no folder {root}",

@@ -31,7 +31,7 @@ from latentrt.errors import BundleError
 from latentrt.values import is_number, is_text, is_whole
 
 SCHEMA = 2
-SCHEMAS = (1, SCHEMA)  # that can be read
+SCHEMAS = (1, SCHEMA)  # those that can be read
 DTYPES = ("float16", "float32", "float64", "int32", "int64", "uint8", "bool")
 
 
@@ -79,7 +79,7 @@ def _variant(data: Mapping[str, Any]) -> Variant:
 
 
 def check(spec: ModelSpec) -> None:
-    """Check every field's kind and range, so that nothing that reads a manifest has to doubt it.
+    """Check every field's kind and range, so that readers of a manifest need not check again.
 
     Raises:
         BundleError: the first field that is wrong, by its name.

@@ -1,4 +1,4 @@
-"""What a bundle is, as plain frozen data: networks with their signatures and graphs, latents, defaults, known runs."""
+"""The contents of a bundle as frozen data: networks with their signatures and graphs, latents, defaults, known runs."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class GraphSpec:
 class Islands:
     """The nodes that a float16 graph keeps in float32, and the largest number measured anywhere in the network.
 
-    float16 ends at 65504. What only holds the times (the sinusoidal embedding) is float32 always and not listed.
+    float16 ends at 65504. Nodes that hold only the times (the sinusoidal embedding) are always float32 and not listed.
     """
 
     largest: float
@@ -88,12 +88,12 @@ class Variant:
 
 @dataclass(frozen=True, slots=True)
 class NetworkSpec:
-    """What a network does, what it reads and gives, and the graphs that there are of it.
+    """A network's role, its inputs and outputs, and its graphs.
 
     Attributes:
         role: one of ROLES.
         inputs, outputs: the signature of its float32 graph.
-        variants: graphs by name: "fp32", "fp16", "fp16-ort-cuda". A runtime says which it takes.
+        variants: graphs by name: "fp32", "fp16", "fp16-ort-cuda". A runtime says which it runs.
         tokenizer: the folder of a text encoder's tokenizer.
     """
 
@@ -104,7 +104,7 @@ class NetworkSpec:
     tokenizer: str | None = None
 
     def graph(self, name: str) -> GraphSpec:
-        """A variant with its whole signature. Raise KeyError where there is none of that name."""
+        """Return a variant with its whole signature. Raise KeyError where none has that name."""
         variant = self.variants[name]
         inputs, outputs = (
             tuple(TensorSpec(t.name, variant.dtypes.get(t.name, t.dtype), t.shape) for t in tensors)
@@ -135,7 +135,7 @@ class LatentSpec:
 
     @property
     def step(self) -> int:
-        """Sides in pixels are multiples of it."""
+        """The number that sides in pixels are multiples of."""
         return self.factor * self.multiple
 
     def shape_of(self, height: int | None, width: int | None) -> tuple[int, int, int]:
@@ -161,7 +161,7 @@ class LatentSpec:
 
 @dataclass(frozen=True, slots=True)
 class Defaults:
-    """What a request gets that does not say: steps, guidance scale, and the solver (None: the schedule's own class)."""
+    """Values for a request that does not set them: steps, guidance scale, solver (None: the schedule's own class)."""
 
     steps: int = 20
     guidance: float = 3.0
@@ -170,7 +170,7 @@ class Defaults:
 
 @dataclass(frozen=True, slots=True)
 class Golden:
-    """A run whose latents are known: the cheapest proof that a bundle still makes what it made when exported."""
+    """A run whose latents are known: the cheapest test that a bundle still gives the results it gave when exported."""
 
     prompt: str
     negative_prompt: str
@@ -185,7 +185,7 @@ class Golden:
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """Everything the engine must know about a model before it loads a weight.
+    """Everything the engine needs to know about a model before it loads a weight.
 
     Attributes:
         id, revision, license: of the checkpoint.
@@ -193,9 +193,9 @@ class ModelSpec:
         schedule: the path of scheduler_config.json.
         networks: by name ("text_encoder", "unet", "vae_decoder", ...). One is the denoiser. Text encoders are in the
             order in which their states are concatenated. A model without a decoder denoises pixels.
-        zero_negative: whether zeros stand for no negative prompt.
+        zero_negative: whether the states of a missing negative prompt are zeros.
         classes: how many classes a class-conditional model was trained with.
-        defaults: for requests that do not say.
+        defaults: for requests that do not set them.
         made: how the bundle was made.
         golden: runs whose latents are known.
     """
@@ -222,7 +222,7 @@ class ModelSpec:
         return self.named(DENOISER)[0]
 
     def graph(self, network: str, *variants: str) -> GraphSpec:
-        """Return the first of these variants of a network that there is.
+        """Return the first of these variants that a network has.
 
         Raises:
             BundleError: the bundle has none of them.
@@ -239,7 +239,7 @@ class ModelSpec:
         return known.graph(chosen)
 
     def graphs(self, variant: str = FP32) -> dict[str, GraphSpec]:
-        """Return the graphs of a variant by their networks' names, as far as there are any."""
+        """Return the graphs of a variant by the names of the networks that have it."""
         return {name: one.graph(variant) for name, one in self.networks.items() if variant in one.variants}
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Time an engine on the machine it runs on: what `latentrt bench` shows."""
+"""Time an engine on this machine: the figures of `latentrt bench`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Stopwatch:
 
 
 def measure(engine: Engine, batches: Sequence[int], *, steps: int = 20, repeats: int = 5) -> dict[str, Any]:
-    """Latency by batch size, guidance on, the bundle's own solver.
+    """Measure latency by batch size, guidance on, the bundle's own solver.
 
     Returns:
         {"model", "backend", "device", "steps", "repeats", "batches": [...]}; each batch has "step_ms" as (min, median,

@@ -1,4 +1,4 @@
-"""`latentrt build`: what it is asked; `build_cli` of the export side does it. Needs the extra `build`, and no torch."""
+"""`latentrt build`: its options; `build_cli` of the export side does the work. Needs the extra `build` and no torch."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ FOLDER = click.Path(path_type=Path)
 @click.option("--refittable", is_flag=True, help="Let weights be replaced in a loaded plan; slower.")
 @click.option("--version-compatible", is_flag=True, help="For the lean runtime of the same version too; slower.")
 @click.option("--plans", type=FOLDER, help="Folder for the plans, outside of bundles  [default: in your cache]")
-@click.option("--rebuild", is_flag=True, help="Build again what is built already.")
-@click.option("--ignore-estimate", is_flag=True, help="Build also where memory or disk seem too small.")
-@click.option("--dry-run", is_flag=True, help="Say what it would take, and build nothing.")
+@click.option("--rebuild", is_flag=True, help="Also build plans that exist already.")
+@click.option("--ignore-estimate", is_flag=True, help="Build even where memory or disk seem too small.")
+@click.option("--dry-run", is_flag=True, help="Show the estimate, and build nothing.")
 @click.option("--check", is_flag=True, help="List the nodes that the parser refuses; exit code 1 if there are any.")
 @click.option("--list", "list_plans", is_flag=True, help="List the plans in the folder.")
 @click.option("--remove", metavar="PLAN", multiple=True, help="Remove a plan, by its name in --list; repeatable.")
@@ -48,8 +48,8 @@ FOLDER = click.Path(path_type=Path)
 def build(bundle: Path, **asked: Any) -> None:
     """Build TensorRT plans from BUNDLE for this machine's GPU.
 
-    Plans are native code: they lie in your own cache folder, or in --plans. What is built already is left alone, so a
-    build that was stopped goes on. Needs the extra `build`.
+    Plans are native code: they lie in your own cache folder, or in --plans. Existing plans are left alone, so a
+    build that was stopped continues. Needs the extra `build`.
     """
     from latentrt_export.plans.build_cli import run_build
 

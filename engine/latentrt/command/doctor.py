@@ -1,4 +1,4 @@
-"""Finds out what this machine can run, and what to install for the rest."""
+"""Find out what this machine can run, and what to install for the rest."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BUILD_PACKAGES = ("onnx", "onnx-ir")
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing looked at: whether it works, and what to type if it does not."""
+    """One thing checked: whether it works, and what to type if it does not."""
 
     what: str
     good: bool
@@ -89,7 +89,7 @@ def _export() -> Finding:
 
 
 def _packages(what: str, packages: Sequence[str], fix: str) -> Finding:
-    """Look for packages that are all needed."""
+    """Look for packages that are all needed together."""
     found, missing = [], []
     for package in packages:
         try:
@@ -132,7 +132,7 @@ def _tensorrt(name: str) -> Finding:
 
 
 def _driver() -> str:
-    """Say why CUDA's driver cannot be used; empty if it can. No Python package and no TensorRT is needed for that."""
+    """Return why CUDA's driver cannot be used; empty if it can. Needs neither a Python package nor TensorRT."""
     try:
         status = ctypes.CDLL("libcuda.so.1").cuInit(0)
     except OSError as error:
@@ -160,7 +160,7 @@ def _gpu() -> Finding:
 
 
 def _cuda_provider() -> Finding:
-    """Draw with networks on CUDA: that the provider is compiled in does not mean that it finds its libraries."""
+    """Draw with networks on CUDA: a provider that is compiled in may still not find its libraries."""
     what, fix = "pictures on CUDA (onnxruntime-gpu)", "pip uninstall onnxruntime && pip install onnxruntime-gpu"
     try:
         from latentrt.engine import Engine

@@ -69,7 +69,7 @@ if TYPE_CHECKING:
 @runs_networks
 @option_json
 def generate(prompts: tuple[str, ...], bundle: Path, lanes: int | None, as_json: bool, **asked: Any) -> None:
-    """Draw pictures from prompts, from noise or on a picture that is there already."""
+    """Draw pictures from prompts, from noise or from a given picture."""
     from latentrt.command.output import check_animation, check_folder, check_grid, with_suffix
     from latentrt.engine import Engine
     from latentrt.images.given import open_picture
@@ -157,7 +157,7 @@ def _tell(
 
 
 def options_of(pairs: tuple[str, ...]) -> dict[str, Any]:
-    """KEY=VALUE pairs; a value is JSON where it can be, else text."""
+    """Return KEY=VALUE pairs as a dict; a value is JSON where it can be, else text."""
     options = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")

@@ -1,4 +1,4 @@
-"""The command `latentrt`: one verb a function. What a verb needs is imported when it runs."""
+"""The command `latentrt`: one function for each verb. What a verb needs is imported when it runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ INTERRUPTED, CRASHED = 130, 70  # 128 + SIGINT; EX_SOFTWARE of BSD's sysexits.h
 
 
 def main() -> None:
-    """Entry point. Exit codes: 0 done, 1 a check failed, 2 bad input, 130 an interrupt, 70 a fault of latentrt."""
+    """Run the command. Exit codes: 0 done, 1 a check failed, 2 bad input, 130 an interrupt, 70 a fault of latentrt."""
     with warnings.catch_warnings():
         warnings.simplefilter("always", PromptTruncatedWarning)
         warnings.showwarning = _show_warning
@@ -98,7 +98,7 @@ def solvers(as_json: bool) -> None:
 @click.argument("target", type=FOLDER)
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @click.option("--variant", help="Weights variant, such as fp16.")
-@click.option("--overwrite", is_flag=True, help="Replace the bundle that is there.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing bundle.")
 @option_json
 def export(
     source: str, target: Path, revision: str | None, variant: str | None, overwrite: bool, as_json: bool

@@ -1,4 +1,4 @@
-"""What verbs of the command share: their options and kinds of values."""
+"""Options and kinds of values that verbs of the command share."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LOADING = ("threads", "plans", "precision", "device", "backend")  # options of `
 
 
 def runs_networks(verb: Verb) -> Verb:
-    """The options of verbs that run networks; their names are those of `Engine.load`."""
+    """Add the options of verbs that run networks; their names are those of `Engine.load`."""
     for option in (
         click.option("--threads", type=AT_LEAST_ONE, help="CPU threads of a network call  [default: all cores]"),
         click.option("--plans", type=FOLDER, help="Folder of TensorRT plans that you trust  [default: in your cache]"),
@@ -42,7 +42,7 @@ def runs_networks(verb: Verb) -> Verb:
 
 
 def edits_pictures(verb: Verb) -> Verb:
-    """The options of a verb that may begin on a picture that is there already."""
+    """Add the options of a verb that may begin on an existing picture."""
     for option in (
         click.option("--mask", type=FOLDER, help="What of it to repaint: white; as large as the picture."),
         click.option(

@@ -1,4 +1,4 @@
-"""Where pictures go: the command's file names, checked before anything is drawn."""
+"""File names of pictures, checked before anything is drawn."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from latentrt.errors import OutputError, RequestError
 from latentrt.images.animation import FORMATS as ANIMATIONS
 from latentrt.images.files import FORMATS
 
-# Pictures that latentrt does not write; "x.gif" would else quietly become "x.gif.png".
+# Pictures that latentrt does not write; otherwise "x.gif" would quietly become "x.gif.png".
 _FOREIGN = (
     *(".gif", ".bmp", ".dib", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl", ".jp2", ".jfif", ".jpe"),
     *(".apng", ".ico", ".svg", ".pdf", ".psd", ".tga", ".ppm"),
@@ -20,7 +20,7 @@ _NAME_BYTES = 255  # of a file name, on every file system in common use
 
 
 def with_suffix(pattern: str, format: str | None) -> str:
-    """The pattern with the suffix of `format`; without one, its own suffix, or else .png.
+    """Return the pattern with the suffix of `format`; without one, with its own suffix, or else .png.
 
     Raises:
         RequestError: a format or a suffix that latentrt does not write.
@@ -67,7 +67,7 @@ def check_folder(pattern: str) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Refuse a path that cannot become a file. Nothing is made: folders are, when there is something to put in.
+    """Refuse a path that cannot become a file. No folder is made before there is something to write.
 
     Raises:
         OutputError: the path is a folder, a part of it is a file or too long, or its folder takes no files.

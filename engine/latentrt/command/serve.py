@@ -12,20 +12,20 @@ import click
 
 from latentrt.errors import MissingDependencyError
 
-# Read when Ray is imported: nothing is told to its makers, and no line of the log is left out as like another.
+# Read when Ray is imported: no usage reports to its makers, and no line of the log left out as a duplicate.
 RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0", "RAY_COLOR_PREFIX": "0"}
 
 
 class ServeCommand(click.Command):
-    """Options come from the settings, under their headings; keys are none, because others can read a command line."""
+    """Options come from the settings, under their headings. Keys are no options: others can read a command line."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        """The verb's own options, then one for each setting."""
+        """Return the verb's own options, then one for each setting."""
         own = super().get_params(ctx)
         return [*own[:-1], *(option for group in _options().values() for option in group), *own[-1:]]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """One heading for each section of the settings."""
+        """Write one heading for each section of the settings."""
         sections = {**_options(), "Options": super().get_params(ctx)}
         for section, options in sections.items():
             with formatter.section(section):
@@ -50,7 +50,7 @@ def serve(config: Path | None, print_config: bool, **flags: Any) -> None:
 
 
 def _server(by_ray: bool) -> Any:
-    """What serves: this process, or replicas of Ray Serve."""
+    """Return the server: this process, or replicas of Ray Serve."""
     if not by_ray:
         from latentrt.serve.server import serve
     else:
@@ -76,7 +76,7 @@ def _config() -> Any:
 
 
 def _options() -> dict[str, list[click.Parameter]]:
-    """An option for each setting, by section. What it is given is text: the settings check it."""
+    """Return an option for each setting, by section. Their values are text: the settings check them."""
     sections: dict[str, list[click.Parameter]] = {}
     for name, field in _config().Settings.model_fields.items():
         if name == "keys":
@@ -104,7 +104,7 @@ def _help(field: Any) -> str:
 
 
 def _metavar(annotation: Any) -> str:
-    """What stands for the value in the help."""
+    """Return the placeholder of the value in the help."""
     kinds = [kind for kind in get_args(annotation) if kind is not type(None)] or [annotation]
     if isinstance(kinds[0], str):
         return "|".join(kinds)

@@ -1,4 +1,4 @@
-"""What the terminal shows while work goes on: bars, previews, tables."""
+"""Output in the terminal during work: bars, previews, tables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def progress(jobs: list[Job], *, quiet: bool) -> Iterator[Callable[[Job], None]]:
-    """A bar over all rows of all jobs, on standard error."""
+    """Show a bar over all rows of all jobs, on standard error."""
     if quiet:
         yield lambda job: None
         return

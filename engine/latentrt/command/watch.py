@@ -1,4 +1,4 @@
-"""Denoising seen: previews of chosen rows as files, contact sheets of them, and an animation."""
+"""Previews of denoising: chosen rows as files, contact sheets of them, and an animation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FRAMES = 60  # of an animation at most
 
 
 class Asked(NamedTuple):
-    """What is to be seen: every so many rows as files, and an animation of some kinds."""
+    """The previews to make: every so many rows as files, and an animation of some kinds."""
 
     every: int = 0
     animation: Path | None = None
@@ -32,7 +32,7 @@ class Watch:
         jobs: watched from their first row on.
         paths: of the jobs' pictures; previews lie beside them.
         sheet: of the contact sheet, if there is one; previews of it lie beside it.
-        asked: what is to be seen.
+        asked: the previews to make.
     """
 
     def __init__(self, engine: Engine, jobs: Sequence[Job], paths: Sequence[Path], sheet: Path | None, asked: Asked):
@@ -52,7 +52,7 @@ class Watch:
         return [*found, *([self._asked.animation] if self._asked.animation else [])]
 
     def __call__(self, job: Job) -> None:
-        """Look at a job after one of its rows."""
+        """Keep a job's picture after one of its rows."""
         from latentrt.images.files import save
 
         if job.preview is not None and job.wants_preview:
@@ -78,7 +78,7 @@ class Watch:
             )
 
     def _grid(self, row: int, kinds: Sequence[str]) -> Image:
-        """All pictures at a row, or where a run is shorter at its last one."""
+        """Return all pictures at a row, or at its last row where a run is shorter."""
         from latentrt.images.sheet import grid
 
         images = [self._at(job, row) for job in self._jobs]
@@ -99,11 +99,11 @@ class Watch:
 
 
 def beside(path: Path, row: int, kind: str) -> Path:
-    """Return where a preview of a row goes: beside the picture."""
+    """Return the path of a preview of a row: beside the picture."""
     return path.with_stem(f"{path.stem}-{row:03d}-{kind}")
 
 
 def _spread(rows: int) -> frozenset[int]:
-    """At most FRAMES rows, evenly spread, the first and the last among them."""
+    """Return at most FRAMES rows, evenly spread, the first and the last among them."""
     count = min(rows, FRAMES)
     return frozenset(1 + index * (rows - 1) // max(1, count - 1) for index in range(count))

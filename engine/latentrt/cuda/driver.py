@@ -24,9 +24,9 @@ class Driver:
     """Calls functions of the driver API by name.
 
     Attributes:
-        api: `cuda.bindings.driver`, or what stands in for it: structures and enumerations are there.
+        api: `cuda.bindings.driver`, or a stand-in for it, with its structures and enumerations.
         version: the CUDA version that the driver brings, as "13.0".
-        context: of the device that the calls are for; None before it is there and after it was given back.
+        context: of the device that the calls are for; None before it is made and after it was released.
 
     Raises:
         MissingDependencyError: no cuda-bindings.
@@ -39,7 +39,7 @@ class Driver:
         self.version = self._start()
 
     def _start(self) -> str:
-        """Wake the driver; its CUDA version."""
+        """Initialize the driver; return its CUDA version."""
         try:
             self("cuInit", 0)
         except BackendError as error:
@@ -56,17 +56,17 @@ class Driver:
         return f"{found[0]}.{found[1]}"
 
     def __call__(self, function: str, *arguments: Any) -> Any:
-        """Call the driver; what the function returns besides its status: nothing, one value or a tuple.
+        """Call the driver; return what the function returns besides its status: nothing, one value or a tuple.
 
         Raises:
             DeviceMemoryError: the device is full.
-            BackendError: whatever else the driver says, or the device was closed.
+            BackendError: any other status of the driver, or the device was closed.
         """
         if function not in _WITHOUT_CONTEXT:
             self.make_current()
         try:
             answer = getattr(self.api, function)(*arguments)
-        except RuntimeError as error:  # so the bindings say that there is no driver, or not this function in it
+        except RuntimeError as error:  # the bindings' way to say that there is no driver, or not this function in it
             raise BackendError(
                 f"{function} is not there ({error})",
                 needed="an NVIDIA driver for CUDA 12 or newer",
@@ -75,7 +75,7 @@ class Driver:
         return self._check(function, answer)
 
     def make_current(self) -> None:
-        """Which context is current belongs to the calling thread, and others change it."""
+        """Make the context current: that is a state of the calling thread, and other libraries change it."""
         if self.context is None:
             raise BackendError("the GPU was closed", needed="an open one", fix="make another: Cuda(...)")
         self._check("cuCtxSetCurrent", self.api.cuCtxSetCurrent(self.context))

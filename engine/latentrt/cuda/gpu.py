@@ -23,11 +23,11 @@ from latentrt.cuda.nvrtc import cubin
 from latentrt.errors import BackendError, DeviceMemoryError, LatentrtError
 
 _OWN_STREAM = 1  # CU_STREAM_NON_BLOCKING: does not wait for the legacy stream
-_SLEEP = 1  # CU_EVENT_BLOCKING_SYNC: whoever waits sleeps, and leaves the core to others
+_SLEEP = 1  # CU_EVENT_BLOCKING_SYNC: a waiting thread sleeps, and leaves the core to others
 
 
 class Cuda:
-    """One device with one stream: `latentrt.runtime.base.Gpu` on the hardware.
+    """One device with one stream: `latentrt.cuda.base.Gpu` on the hardware.
 
     Attributes:
         name, ordinal, compute_capability: the device's, as "NVIDIA H200", 0 and (9, 0).
@@ -36,7 +36,7 @@ class Cuda:
 
     Args:
         device: "cuda" or "cuda:<ordinal>".
-        bindings: `cuda.bindings.driver`, or what stands in for it.
+        bindings: `cuda.bindings.driver`, or a stand-in for it.
         code: makes the kernels' native code for a compute capability.
 
     Raises:
@@ -51,7 +51,7 @@ class Cuda:
         self._stream: Any = None
         self._module: Any = None
         self._capturing = False
-        self._held: set[int] = set()  # pointers that nobody has freed yet
+        self._held: set[int] = set()  # pointers that are not freed yet
         self._events: list[Any] = []
         self._spare_events: list[Any] = []
         self.driver = self._drive.version
@@ -100,7 +100,7 @@ class Cuda:
     # ---- Memory
 
     def empty(self, shape: Sequence[int], dtype: Any) -> DeviceArray:
-        """See `Gpu`. Raises DeviceMemoryError where there is not enough."""
+        """See `Gpu`. Raise DeviceMemoryError where there is not enough."""
         self._refuse_in_capture("memory is taken")
         array = DeviceArray(0, tuple(shape), np.dtype(dtype))
         try:
@@ -128,7 +128,7 @@ class Cuda:
         self._refuse_in_capture("memory is given back")
         if array.pointer not in self._held:
             raise BackendError(
-                "memory that is not held was to be freed", needed="what `empty` gave", fix="free it once"
+                "memory that is not held cannot be freed", needed="an array from `empty`", fix="free it once"
             )
         self._drive("cuMemFree", array.pointer)
         self._held.remove(array.pointer)
@@ -222,7 +222,7 @@ class Cuda:
             self._drive("cuGraphDestroy", recorded)
 
     def _end_capture(self) -> Any:
-        """What was recorded; a library that did what cannot be recorded is noticed only here."""
+        """Return the recorded graph; a library that did what cannot be recorded is noticed only here."""
         try:
             return self._drive("cuStreamEndCapture", self._stream)
         except DeviceMemoryError:
@@ -235,7 +235,7 @@ class Cuda:
             ) from error
 
     def _abandon_capture(self) -> None:
-        """End a capture that failed: whatever the driver says about it now is due to the failure."""
+        """End a capture that failed. Errors of the driver are ignored here: they follow from the failure."""
         self._capturing = False
         status, recorded = self._drive.api.cuStreamEndCapture(self._stream)
         if int(status) == 0:
@@ -257,12 +257,12 @@ class Cuda:
         self._drive("cuEventSynchronize", mark.event)
 
     def milliseconds(self, start: Mark, end: Mark) -> float:
-        """Wait for the later mark; the device's time between the two."""
+        """Wait for the later mark; return the device's time between the two."""
         self.wait_for(end)
         return float(self._drive("cuEventElapsedTime", start.event, end.event))
 
     def close(self) -> None:
-        """Wait, free what is still held, and give the context back; a second time does nothing."""
+        """Wait, free what is still held, and release the context; a second time does nothing."""
         if self._drive.context is None:
             return
         try:
@@ -271,7 +271,7 @@ class Cuda:
             self._release()
 
     def _release(self) -> None:
-        """Give everything back; what a context that is lost says to that matters no more."""
+        """Release everything; ignore the errors of a lost context."""
         held = [("cuMemFree", pointer) for pointer in self._held]
         held += [("cuEventDestroy", event) for event in self._events]
         held += [("cuModuleUnload", self._module), ("cuStreamDestroy", self._stream)]
@@ -295,20 +295,22 @@ class Mark:
 
 
 class CudaGraph:
-    """Captured work of a `Cuda`; see `latentrt.runtime.base.Graph`."""
+    """Captured work of a `Cuda`; see `latentrt.cuda.base.Graph`."""
 
     def __init__(self, drive: Driver, stream: Any) -> None:
         self._drive, self._stream = drive, stream
         self.executable: Any = None
 
     def launch(self) -> None:
-        """Queue it all. Raises BackendError before its capture has ended, and after `close`."""
+        """Queue all of it. Raise BackendError before its capture has ended, and after `close`."""
         if self.executable is None:
-            raise BackendError("the graph is not there", needed="one whose capture has ended", fix="capture it again")
+            raise BackendError(
+                "the graph is not captured, or was closed", needed="one whose capture has ended", fix="capture it again"
+            )
         self._drive("cuGraphLaunch", self.executable, self._stream)
 
     def close(self) -> None:
-        """Give it up; a second time does nothing."""
+        """Release the graph; a second time does nothing."""
         if self.executable is not None and self._drive.context is not None:
             self._drive("cuGraphExecDestroy", self.executable)
         self.executable = None
@@ -316,7 +318,7 @@ class CudaGraph:
 
 def _misfit(found: str, needed: str) -> BackendError:
     return BackendError(
-        f"{found} was to be copied", needed=needed, fix="pass arrays of one dtype and of sizes that fit"
+        f"{found} cannot be copied", needed=needed, fix="pass arrays of one dtype and of sizes that fit"
     )
 
 

@@ -85,12 +85,12 @@ class State:
 
     @property
     def count(self) -> int:
-        """How many slots there are."""
+        """The number of slots."""
         return self.x.shape[0]
 
     @property
     def arrays(self) -> tuple[DeviceArray, ...]:
-        """Every array that is there."""
+        """Every array that is not None."""
         held = (getattr(self, field.name) for field in fields(self))
         return tuple(array for array in held if array is not None)
 
@@ -126,12 +126,12 @@ def begin(gpu: Gpu, state: State, first: int = 0, count: int | None = None) -> N
 
 
 def deviations(gpu: Gpu, state: State) -> None:
-    """What guidance rescale needs to know of the outputs; to be launched before `advance` where a job has it."""
+    """Compute the standard deviations that guidance rescale needs; launch it before `advance` where a job has it."""
     _launch(gpu, "deviations", state.sample, (1, state.count), _REDUCING_THREADS, _packed(state))
 
 
 def to_latents(gpu: Gpu, x: DeviceArray, latents: DeviceArray, scale: float, shift: float) -> None:
-    """The VAE decoder's input, x / scale + shift, for as many pictures as x (float32) holds."""
+    """Write the VAE decoder's input, x / scale + shift, for as many pictures as x (float32) holds."""
     count = math.prod(x.shape)
     numbers = (ctypes.c_int(count), ctypes.c_float(scale), ctypes.c_float(shift))
     _launch(gpu, "to_latents", latents, (_blocks(count), 1), _THREADS, _pointer(latents), _pointer(x), *numbers)

@@ -1,4 +1,4 @@
-"""Compiles `advance.cu` to native code by NVRTC, and keeps that code on the disk.
+"""Compile `advance.cu` to native code by NVRTC, and keep that code on the disk.
 
 NVRTC needs no GPU and no toolkit. It takes half a second.
 """
@@ -49,7 +49,7 @@ def cubin(compute_capability: tuple[int, int], folder: Path | None = None) -> by
 
 
 def compiled(source: bytes, options: Sequence[str]) -> tuple[bytes, str]:
-    """Compile by NVRTC; return the cubin, and what the compiler said.
+    """Compile by NVRTC; return the cubin and the compiler's log.
 
     Raises:
         MissingDependencyError: no NVRTC.

@@ -18,7 +18,7 @@ MILLISECONDS, LAST_MILLISECONDS = 80, 2000  # that a frame is shown
 
 
 def save_animation(frames: Sequence[Image], path: Path) -> Path:
-    """Write frames of one size, whole or not at all; the last one is shown longest, then it begins anew.
+    """Write frames of one size, whole or not at all; the last one is shown longest, then it starts again.
 
     Raises:
         OutputError: full disk, no permission.

@@ -48,7 +48,7 @@ def save(image: Image, path: str | Path, *, settings: Settings | None = None) ->
 
 
 def encode(image: Image, suffix: str, *, settings: Settings | None = None) -> bytes:
-    """The bytes of the file that `save` writes; same arguments and errors, `suffix` like ".png"."""
+    """Return the bytes of the file that `save` writes; same arguments and errors, `suffix` like ".png"."""
     kind = FORMATS.get(suffix.lower())
     if kind is None:
         raise OutputError(
@@ -100,7 +100,7 @@ def output_path(pattern: str, values: Mapping[str, object]) -> Path:
 
 
 def _slug(text: str) -> str:
-    """Letters, marks and digits of any script; everything else, separators and dots too, becomes a hyphen."""
+    """Return the text with every character but letters, marks and digits of any script replaced by a hyphen."""
     kept = (c if unicodedata.category(c)[0] in "LMN" else " " for c in unicodedata.normalize("NFC", text))
     slug = "-".join("".join(kept).split())
     return slug.encode()[:_SLUG_BYTES].decode(errors="ignore").rstrip("-") or "untitled"

@@ -1,4 +1,4 @@
-"""Pictures that a request brings: read, checked, and brought to the run's size as diffusers brings them."""
+"""Pictures of a request: read, checked, and resized to the run's size as diffusers does."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     Source = Image | NDArray[np.uint8]
 
 Pixels = NDArray[np.uint8]
-WHITE = 128  # of 255, from where on a mask repaints
+WHITE = 128  # of 255, the least value that repaints
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB")  # 8 bits a channel
 
 
@@ -27,9 +27,9 @@ def prepared(
     """Bring a picture and its mask to the run's size.
 
     Args:
-        image: a PIL image or uint8 (height, width, 3). What is transparent becomes white.
+        image: a PIL image or uint8 (height, width, 3). Transparent parts become white.
         mask: of the picture's own size, white where to repaint; a PIL image, or bool or uint8 (height, width).
-        height, width: of the run in pixels; None is the picture's own, rounded down to what the model takes.
+        height, width: of the run in pixels; None is the picture's own, rounded down to a size of the model's.
         latents: which sizes the model takes, and whether it draws in colour.
 
     Returns:
@@ -41,7 +41,7 @@ def prepared(
     picture = _opaque(_picture(image, "image"))
     own, step = (picture.width, picture.height), latents.step
     size = tuple(wanted or side // step * step or side for wanted, side in zip((width, height), own, strict=True))
-    latents.shape_of(size[1], size[0])  # complains about what is no multiple
+    latents.shape_of(size[1], size[0])  # raises for sides that are not multiples
     grey = latents.factor == 1 and latents.channels == 1
     pixels = np.asarray(_resized(picture.convert("L") if grey else picture, size))
     repaint = None if mask is None else _repaint(_picture(mask, "mask"), own, size)
@@ -49,10 +49,10 @@ def prepared(
 
 
 def open_picture(path: str | Path) -> Image:
-    """A picture from a file, the way up that its EXIF orientation says.
+    """Return the picture in a file, turned as its EXIF orientation says.
 
     Raises:
-        RequestError: there is none that PIL can read.
+        RequestError: PIL cannot read a picture there.
     """
     from PIL import Image, ImageOps
 
@@ -81,7 +81,7 @@ def _picture(source: Any, name: str) -> Image:
 
 
 def _opaque(picture: Image) -> Image:
-    """RGB, on white."""
+    """Return the picture in RGB, on white."""
     from PIL import Image
 
     if not picture.has_transparency_data:

@@ -1,8 +1,8 @@
-"""What a picture's file says of how it was made.
+"""Metadata in a picture's file that says how it was made.
 
-A picture says three things about itself: all its settings as JSON, so that `read_settings` gives back exactly
-what made it; the same in the prose that other tools read; and IPTC's digital source type, which tells
-machines that a model made it.
+A file holds three things: all settings as JSON, so that `read_settings` returns exactly what made the picture; the
+same in the text format that other tools read; and IPTC's digital source type, which tells machines that a model
+made it.
 
 | format    | settings (JSON, ASCII) | prose              | digital source type |
 | --------- | ---------------------- | ------------------ | ------------------- |
@@ -40,7 +40,7 @@ _XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """The settings that `save` wrote into a picture.
+    """Return the settings that `save` wrote into a picture.
 
     Raises:
         RequestError: not a picture, or not one of ours.
@@ -63,14 +63,14 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 
 
 def settings_of(image: Image) -> Settings:
-    """What the picture carries: a dict from the engine, or text if PIL read it from a PNG of ours."""
+    """Return a picture's settings: a dict from the engine, or text if PIL read it from a PNG of latentrt's."""
     carried: str | Settings = image.info.get(INFO_KEY, {})
     own: Settings = json.loads(carried) if isinstance(carried, str) else carried
     return own
 
 
 def metadata(kind: str, settings: Settings, size: tuple[int, int]) -> dict[str, Any]:
-    """Keyword arguments for PIL's `save` in a format of FORMATS; without settings only the digital source type."""
+    """Return keyword arguments of PIL's `save` for a format of FORMATS; without settings only the source type."""
     from PIL.PngImagePlugin import PngInfo
 
     # ASCII with escapes: PNG text and EXIF each have their own idea of Unicode, JSON needs neither.
@@ -96,7 +96,7 @@ def _exif(description: str, comment: str) -> Exif:
 
 
 def prose(settings: Settings, size: tuple[int, int]) -> str:
-    """The text that AUTOMATIC1111's web UI writes and that galleries read: prompt, negative prompt, facts.
+    """Return the text that AUTOMATIC1111's web UI writes and that galleries read: prompt, negative prompt, settings.
 
     The format cannot tell a prompt's own line "Negative prompt: ..." from the real one; the JSON can.
     """

@@ -1,4 +1,4 @@
-"""What the engine hands out: a PIL image whose own `save` keeps how it was made."""
+"""The engine's results: PIL images whose own `save` keeps how they were made."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Picture(Image.Image):
 
     @classmethod
     def of(cls, pixels: NDArray[np.uint8], settings: Settings) -> Picture:
-        """Make one of pixels (H, W, channels)."""
+        """Return a picture of pixels (H, W, channels)."""
         image = to_pil(pixels)
         image.__class__ = cls  # PIL has no public way to make a subclass of pixels
         assert isinstance(image, Picture)
@@ -30,7 +30,7 @@ class Picture(Image.Image):
         return image
 
     def save(self, fp: Target, format: str | None = None, **params: Any) -> None:
-        """PIL's `save`, with the metadata of `metadata.py`; arguments given here have precedence."""
+        """Save as PIL does, with the metadata of `metadata.py`; arguments given here have precedence."""
         kind = format.upper() if format else FORMATS.get(_suffix(fp), "")
         own = metadata(kind, self.info[INFO_KEY], self.size) if kind in FORMATS.values() else {}
         super().save(fp, format, **{**own, **params})

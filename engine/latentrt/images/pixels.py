@@ -1,4 +1,4 @@
-"""Pixels as arrays: what networks read and give, and what files hold."""
+"""Pixels as arrays: as networks read and return them, and as files hold them."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ _GAP = 4
 
 
 def grid(images: Sequence[Image], columns: int | None = None, captions: Sequence[str] = ()) -> Image:
-    """A contact sheet, row by row, with white gaps of 4 px; each caption is cut to its tile's width.
+    """Return a contact sheet, row by row, with white gaps of 4 px; each caption is cut to its tile's width.
 
     Args:
         images: pictures of one size.
@@ -60,7 +60,7 @@ def _check_grid(images: Sequence[Image], columns: int, captions: Sequence[str]) 
 
 
 def _fitting(text: str, font: ImageFont | FreeTypeFont, width: int) -> str:
-    """The text on one line, or as much of it as fits the width, with dots."""
+    """Return the text on one line, or as much of it as fits the width, with dots."""
     text = " ".join(text.split())
     if font.getlength(text) <= width:
         return text

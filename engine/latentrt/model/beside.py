@@ -1,4 +1,4 @@
-"""What an inpainting denoiser reads beside the latents: the mask, and the picture without what is repainted.
+"""Inputs of an inpainting denoiser beside the latents: the mask, and the picture without its repainted part.
 
 Source: diffusers' StableDiffusionInpaintPipeline and StableDiffusionXLInpaintPipeline with UNets of nine channels.
 """
@@ -34,6 +34,6 @@ class Repainted(Conditioner):
             )
         known, encoded = self._last or (None, None)
         if known is not given or encoded is None:
-            encoded = self._codec.encode(given.image * ~given.repaint)  # 0, which is grey, where it is repainted
+            encoded = self._codec.encode(given.image * ~given.repaint)  # 0, which is grey, in the repainted part
             self._last = given, encoded
         return Sides.same({"beside": np.concatenate([given.mask[None], encoded.draw(noise)])})

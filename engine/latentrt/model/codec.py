@@ -1,4 +1,4 @@
-"""Pixels to what is denoised, and back: a VAE's latents, or pixels as they are."""
+"""Pixels to latents and back: a VAE's latents, or the pixels themselves."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Float32 = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """The latents of a picture, (channels, height, width): mean and standard deviation, or the one that there is."""
+    """The latents of a picture, (channels, height, width): mean and standard deviation, None if the mean is exact."""
 
     mean: Float32
     std: Float32 | None = None
 
     def draw(self, noise: NoiseSource) -> Float32:
-        """Return one of the latents that the picture may have; where there is one only, no noise is drawn."""
+        """Return one sample of the picture's latents; without a standard deviation no noise is drawn."""
         return self.mean if self.std is None else self.mean + self.std * noise.normal(self.mean.shape)
 
 
@@ -44,7 +44,7 @@ class Codec(Protocol):
 
 
 class AutoencoderKL:
-    """A VAE by two networks.
+    """A VAE of two networks.
 
     Args:
         decoder: from "latents" to "image".
@@ -76,7 +76,7 @@ class AutoencoderKL:
 
 
 class Identity:
-    """Of pixel models: what is denoised are the pixels themselves."""
+    """The codec of pixel models: latents are the pixels themselves."""
 
     def encode(self, image: Float32) -> Encoded:
         """Return the picture."""

@@ -1,4 +1,4 @@
-"""Who fills the denoiser's inputs: read off its signature, never off a family's name."""
+"""The conditioners of a model: chosen by the denoiser's signature, never by a family's name."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from latentrt.runtime.base import Network
 
 
 class Parts(NamedTuple):
-    """What conditioners are made of: the bundle, its networks by name, the codec, and the denoiser's inputs."""
+    """The parts of conditioners: the bundle, its networks by name, the codec, and the denoiser's inputs."""
 
     bundle: Bundle
     networks: Mapping[str, Network]
@@ -29,10 +29,10 @@ class Parts(NamedTuple):
 
 
 def conditioners_of(parts: Parts) -> tuple[Conditioner, ...]:
-    """Return the conditioners that fill the denoiser's inputs but "sample" and "timestep".
+    """Return the conditioners that fill the denoiser's inputs except "sample" and "timestep".
 
     Raises:
-        BundleError: nothing here fills one of them.
+        BundleError: no conditioner fills one of them.
     """
     made: dict[Callable[[Parts], Conditioner], Conditioner] = {}
     for name in parts.inputs:

@@ -29,14 +29,14 @@ STRENGTH, MASKED_STRENGTH = 0.8, 1.0  # diffusers' own defaults
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """A picture as jobs start from it.
+    """A picture encoded for jobs to start from.
 
     Attributes:
         image: its pixels, (channels, height, width) float32 in -1..1.
         repaint: which pixels to repaint, (height, width); None: no mask was given.
         encoded: its latents.
         mask: (height, width) of the latents, float32, 1 where to repaint and 0 elsewhere; None: no mask was given.
-        facts: what a picture made from it says of it.
+        facts: settings that describe it, for the pictures made from it.
     """
 
     image: Float32
@@ -85,10 +85,10 @@ class Given:
         return replace(request, height=size[0], width=size[1], strength=strength)
 
     def begin(self, table: Table, noise: NoiseSource, strength: float, *, blends: bool) -> tuple[Float32, Kept | None]:
-        """Return a job's first latents, and what it keeps.
+        """Return a job's first latents, and the part of the picture that it keeps.
 
         The draws are diffusers': the VAE's, the run's own, and with a mask one more, by which the inpainting pipelines
-        encode the masked picture for denoisers that read it, and which those that do not read it still spend.
+        encode the masked picture, even for denoisers that do not read it.
 
         Args:
             table: of the run.

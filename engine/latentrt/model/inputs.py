@@ -1,4 +1,4 @@
-"""What a denoiser is told besides latents and timestep. One small conditioner fills each of its inputs.
+"""Inputs of a denoiser besides latents and timestep. One small conditioner fills each of them.
 
 A denoiser declares its inputs by name in its signature; `conditioners.py` finds who fills which. A conditioner turns a
 request into arrays for the lane without the prompt (uncond) and the lane with it (cond).
@@ -31,7 +31,7 @@ class Sides(NamedTuple):
         return cls(inputs, inputs)
 
     def and_(self, other: Sides) -> Sides:
-        """Return both sides with the inputs of another conditioner added."""
+        """Return both sides with another conditioner's inputs added."""
         return Sides({**self.uncond, **other.uncond}, {**self.cond, **other.cond})
 
 
@@ -40,7 +40,7 @@ class Conditioner:
 
     Attributes:
         inputs: names of the inputs that it fills.
-        fields: of a request that mean nothing to models without it.
+        fields: fields of a request that only models with this conditioner read.
     """
 
     inputs: tuple[str, ...] = ()
@@ -52,7 +52,7 @@ class Conditioner:
         Args:
             request: with the model's defaults filled in.
             given: the picture that it begins on, if any.
-            noise: the picture's own, after the draws of its first latents. A conditioner draws what its diffusers
+            noise: the picture's own, after its first latents were drawn. A conditioner draws what its diffusers
                 pipeline draws.
 
         Raises:
@@ -61,5 +61,5 @@ class Conditioner:
         raise NotImplementedError
 
     def scalars(self, request: Request, rows: int) -> Mapping[str, NDArray[np.float64]]:
-        """Return inputs that are one number for each lane and change from row to row, (rows,) each: table columns."""
+        """Return inputs of one number for each lane that change with the row, (rows,) each: columns of the table."""
         return {}

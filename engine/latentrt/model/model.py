@@ -1,4 +1,4 @@
-"""A bundle's networks over a backend, put together by what they declare."""
+"""A bundle's networks on a backend, assembled by what they declare."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ CONDITIONED = ("prompt", "negative_prompt", "class_label")  # fields of a reques
 
 
 class Model:
-    """What draws: text encoders, denoiser, codec, each where the bundle has it.
+    """A model's text encoders, denoiser and codec, each where the bundle has it.
 
     Attributes:
-        spec: what the bundle says.
+        spec: the model as the manifest describes it.
         schedule: the noise that it was trained with.
         networks: by name, each loaded when it is needed.
         codec: pixels to what is denoised, and back.
-        predictor: what a row calls.
+        predictor: the networks that a row calls.
         conditioners: fill the predictor's inputs.
 
     Args:
         bundle: opened.
         backend: runs the networks.
-        resident: keep networks loaded; False drops each when its turn is over (`end_of`).
+        resident: keep networks loaded; False drops each after use (`end_of`).
     """
 
     def __init__(self, bundle: Bundle, backend: Backend, *, resident: bool = True) -> None:
@@ -63,7 +63,7 @@ class Model:
         self.conditioners = conditioners_of(Parts(bundle, self.networks, self.codec, inputs))
 
     def _load(self) -> None:
-        """Load what every picture needs; the encoder is loaded when a picture is given."""
+        """Load what every picture needs; the encoder is loaded with the first given picture."""
         for role in ROLES:
             for name in self.spec.named(role) if role != ENCODER else ():
                 self.networks[name].open()
@@ -86,7 +86,7 @@ class Model:
 
     @property
     def reads_masks(self) -> bool:
-        """Whether the denoiser itself is told what to repaint; otherwise what is kept is put back after every row."""
+        """Whether the denoiser itself reads the mask; otherwise what is kept is put back after every row."""
         return any(isinstance(one, Repainted) for one in self.conditioners)
 
     @property
@@ -95,10 +95,10 @@ class Model:
         return bool(self.spec.named(ENCODER)) or not self.spec.named(DECODER)
 
     def filled(self, request: Request) -> Request:
-        """Return the request with the model's own defaults where it says nothing.
+        """Return the request with the model's own defaults for what it does not set.
 
         Raises:
-            RequestError: it says what the model does not read.
+            RequestError: it sets a field that the model does not read.
         """
         for field in CONDITIONED:
             if getattr(request, field) is not None and field not in self.fields:
@@ -131,9 +131,9 @@ class Model:
         return None
 
     def inputs(self, request: Request, given: Given | None, noise: NoiseSource, *, tokens: bool = False) -> Sides:
-        """Return everything that the predictor is told of one picture; see `Conditioner`.
+        """Return all inputs of the predictor for one picture; see `Conditioner`.
 
-        With `tokens`, texts are left as what the text encoders read: see `Text.tokens`.
+        With `tokens`, texts are left as the ids that the text encoders read: see `Text.tokens`.
         """
         sides = Sides.same({})
         for one in self.conditioners:
@@ -154,13 +154,13 @@ class Model:
         return drawn_by([each for each in served if each is not None], lanes) if all(served) else None
 
     def end_of(self, *roles: str) -> None:
-        """Drop the networks of roles whose turn is over, unless they stay."""
+        """Drop the networks of roles that are no longer needed, unless they are resident."""
         if not self.resident:
             for name in (name for role in roles for name in self.spec.named(role)):
                 self.networks[name].drop()
 
     def close(self) -> None:
-        """Give the networks' memory back."""
+        """Free the networks' memory."""
         for network in self.networks.values():
             network.close()
 

@@ -1,6 +1,6 @@
-"""What a row calls: the denoiser, or networks that give it some of its inputs and then the denoiser.
+"""The networks that a row calls: the denoiser, or networks that compute some of its inputs and then the denoiser.
 
-A network's outputs are the inputs of those that come after it by name; what no network gives is an input of the whole.
+A network's outputs are the inputs of the same names of later networks; other inputs are inputs of the predictor.
 Host and device put networks together in the same way.
 """
 
@@ -30,7 +30,7 @@ class Predictor:
 
     @property
     def inputs(self) -> dict[str, TensorSpec]:
-        """The inputs of the whole by name, "sample" and "timestep" among them."""
+        """The predictor's inputs by name, "sample" and "timestep" among them."""
         given: set[str] = set()
         found: dict[str, TensorSpec] = {}
         for network in self._networks:
@@ -72,11 +72,11 @@ class Predictor:
         return self._on_device[-1].best_lanes
 
     def bind(self, arrays: Mapping[str, DeviceArray], zeros: Callable[[Shape, str], DeviceArray]) -> Bound:
-        """Tie the inputs of the whole and "out" to arrays.
+        """Bind the predictor's inputs and "out" to arrays.
 
         Args:
             arrays: by name.
-            zeros: makes memory for what one network gives another; whoever gave it frees it.
+            zeros: allocates memory for what one network passes to another; its owner frees it.
 
         Raises:
             NetworkError, PlanError: see `DeviceNetwork.bind`.

@@ -1,4 +1,4 @@
-"""SDXL's sizes: what the denoiser is told of the picture's size and crop."""
+"""SDXL's size input: the picture's size and crop."""
 
 from __future__ import annotations
 

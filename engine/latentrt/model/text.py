@@ -33,8 +33,8 @@ class Encoder(NamedTuple):
 class Text(Conditioner):
     """Fills "encoder_hidden_states" (tokens, dim) and, where an encoder gives it, "text_embeds" (dim,); float32.
 
-    Prompts are remembered. On a CPU a text's states do not depend on its company; on a GPU encode one at a time. Any
-    thread may encode.
+    Prompts are cached. On a CPU a text's states do not depend on the rest of its batch; on a GPU encode one at a time.
+    Any thread may encode.
 
     Args:
         encoders: in the order in which their states are concatenated.
@@ -47,7 +47,7 @@ class Text(Conditioner):
     def __init__(self, encoders: Sequence[Encoder], *, zero_negative: bool = False) -> None:
         self.encoders = tuple(encoders)
         self._zero_negative = zero_negative
-        self._known: dict[str, dict[str, Float32]] = {}  # those that were wanted longest ago first
+        self._known: dict[str, dict[str, Float32]] = {}  # the least recently used first
         self._lock = Lock()
 
     def __call__(self, request: Request, given: Given | None, noise: NoiseSource) -> Sides:
@@ -80,7 +80,7 @@ class Text(Conditioner):
         return max((encoder.tokenizer.encode(text).dropped for encoder in self.encoders), key=len)
 
     def encode(self, prompt: str) -> dict[str, Float32]:
-        """Return what the denoiser is told of a prompt.
+        """Return the denoiser's inputs for a prompt.
 
         A prompt longer than the model reads is cut, and a PromptTruncatedWarning says what was dropped.
 
@@ -90,7 +90,7 @@ class Text(Conditioner):
         return self.encode_all([prompt])[0]
 
     def encode_all(self, prompts: Sequence[str]) -> list[dict[str, Float32]]:
-        """Return what `encode` does of several prompts; those that are not known take one call of each network."""
+        """Return the results of `encode` for several prompts; those not cached take one call of each network."""
         ids = {prompt: self._ids(prompt) for prompt in prompts}
         with self._lock:
             found = {prompt: self._known[prompt] for prompt in ids if prompt in self._known}
@@ -112,7 +112,7 @@ class Text(Conditioner):
         return {encoder.name: ids for encoder, ids in zip(self.encoders, self._ids(prompt), strict=True)}
 
     def _ids(self, prompt: str) -> tuple[NDArray[np.int64], ...]:
-        """A prompt's token ids (tokens,) for each encoder; cut, and warned of, as in `encode`."""
+        """Return a prompt's token ids (tokens,) for each encoder; cut, with a warning, as in `encode`."""
         encoded = [encoder.tokenizer.encode(prompt) for encoder in self.encoders]
         dropped = max((each.dropped for each in encoded), key=len)
         if dropped:
@@ -124,7 +124,7 @@ class Text(Conditioner):
         return tuple(each.ids for each in encoded)
 
     def _encode(self, ids: Sequence[tuple[NDArray[np.int64], ...]]) -> list[dict[str, Float32]]:
-        """What the denoiser is told, for prompts by their token ids for each encoder."""
+        """Return the denoiser's inputs for prompts, from their token ids for each encoder."""
         states, told = [], [dict[str, Float32]() for _ in ids]
         for encoder, own in zip(self.encoders, zip(*ids, strict=True), strict=True):
             outputs = call(encoder.network, {"input_ids": np.stack(own)})

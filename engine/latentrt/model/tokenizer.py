@@ -50,7 +50,7 @@ class Tokenizer:
     """CLIP's tokenizer as a checkpoint configures it; gives the ids of transformers' CLIPTokenizer."""
 
     def __init__(self, core: tokenizers.Tokenizer, start: int, end: int, pad: int, length: int) -> None:
-        """Args: the byte pair encoder, the ids of its start, end and padding token, ids per prompt."""
+        """Take the byte pair encoder, the ids of its start, end and padding token, and the number of ids per prompt."""
         self._core = core
         self._start, self._end, self._pad, self._length = start, end, pad, length
 
@@ -72,7 +72,7 @@ class Tokenizer:
             raise _unreadable(folder / "tokenizer_config.json", error) from error
 
     def encode(self, text: str) -> Encoded:
-        """The ids of one prompt.
+        """Return the ids of one prompt.
 
         Raises:
             RequestError: the prompt is no text, or holds half a surrogate pair (bytes that were not UTF-8).
@@ -99,7 +99,7 @@ class Tokenizer:
 
 
 def _configuration(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json over the defaults; where it describes no added tokens, the older files do."""
+    """Return tokenizer_config.json over the defaults; where it describes no added tokens, the older files do."""
     config = _DEFAULTS | _read_object(folder / "tokenizer_config.json")
     if "added_tokens_decoder" not in config:
         config |= _read_object(folder / "special_tokens_map.json")
@@ -110,7 +110,7 @@ def _configuration(folder: Path) -> dict[str, Any]:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, without nulls; {} if there is no such file."""
+    """Return the JSON object in a file, without nulls; {} if there is no such file."""
     if not path.exists():
         return {}
     try:
@@ -135,7 +135,7 @@ def _read_core(path: Path) -> tokenizers.Tokenizer:
 
 
 def _build_core(folder: Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
-    """The same tokenizer from vocab.json and merges.txt."""
+    """Return the same tokenizer from vocab.json and merges.txt."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
     vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
@@ -199,7 +199,7 @@ def _added(token: str | dict[str, Any], *, special: bool) -> tokenizers.AddedTok
 
 
 def _content(token: str | dict[str, Any]) -> str:
-    """Special tokens are written as text or as {"content": text, ...}."""
+    """Return the text of a special token, which is written as text or as {"content": text, ...}."""
     return token if isinstance(token, str) else str(token["content"])
 
 
@@ -215,7 +215,7 @@ def _id(core: tokenizers.Tokenizer, token: str | dict[str, Any], folder: Path) -
 
 
 def _length(config: dict[str, Any]) -> int:
-    """Ids per prompt. transformers writes 1e30 where it knows none: then CLIP's own."""
+    """Return the number of ids per prompt. transformers writes 1e30 where it is unknown: then CLIP's own."""
     length = config.get("model_max_length", LENGTH)
     if not isinstance(length, int) or length < 3:
         raise ValueError(f"model_max_length is {length!r}")

@@ -1,7 +1,7 @@
 """Device memory for jobs of the same shapes (latents, memories, tables, row indices), with the predictor bound to it.
 
-The host only says who sits where. A row is the predictor's call and one kernel (`cuda/advance.cu`), which also moves
-the row index on and writes the predictor's next input: nothing waits for the host between rows.
+The host only assigns jobs to slots and lanes. A row is the predictor's call and one kernel (`cuda/advance.cu`), which
+also increments the row index and writes the predictor's next input: nothing waits for the host between rows.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class Arena:
     Args:
         predictor: every call has exactly `lanes` lanes, so that a lane's results never depend on how many jobs there
             are.
-        shapes: of the jobs. Inputs that they do not have are made by others, in the signature's own shape.
+        shapes: of the jobs. Inputs that they do not have are computed by other networks, in the signature's own shape.
         lanes: of a call.
-        slots: how many jobs there may be.
-        noises: how many noises of the host's a job may have waiting.
+        slots: the most jobs.
+        noises: the most noises of the host's that a job may have waiting.
         capture: whether work is captured once as a CUDA graph and launched as a whole, or queued call by call.
 
     Raises:
@@ -105,10 +105,10 @@ class Arena:
         self._owned.append(array)
         return array
 
-    # ---- Who sits where
+    # ---- Slots and lanes
 
     def make_room_for(self, jobs: Sequence[Job]) -> None:
-        """Take memory for what jobs keep of given pictures, where there is none yet and a job keeps something.
+        """Allocate memory for what jobs keep of given pictures, where there is none yet and a job keeps something.
 
         Raises:
             DeviceMemoryError: there is not enough memory; nothing has changed.
@@ -119,7 +119,7 @@ class Arena:
         held = self.zeros((3, *shape), np.float32)
         mask, known, noise = (held.part(k).reshape(*shape) for k in range(3))
         self.state = replace(self.state, mask=mask, known=known, known_noise=noise)
-        self.close_graphs()  # they know nothing of it
+        self.close_graphs()  # they were captured without it
 
     def place(self, slot: int, job: Job, lanes: Sequence[int]) -> None:
         """Queue the copies that put a job with its latents into a slot; its inputs are placed by `fill`."""
@@ -145,18 +145,18 @@ class Arena:
             self.gpu.upload(array[None], target.part(slot))
 
     def seat(self, slot: int, job: Job, lanes: Sequence[int]) -> None:
-        """Queue the copy of what the kernel must know of a job: its lanes (uncond, cond), guidance, noise and flags."""
+        """Queue the copy of a job's slot for the kernel: its lanes (uncond, cond), guidance, noise and flags."""
         self.gpu.upload(slot_of(job, lanes), self.state.slots.part(slot))
 
     def fill(self, lane: int, inputs: Mapping[str, NDArray[Any]]) -> None:
-        """Queue the copies of one lane's inputs; names that the predictor has not are left out."""
+        """Queue the copies of one lane's inputs; names that are not inputs of the predictor are left out."""
         for name, array in inputs.items():
             if name in self.inputs:
                 target = self.inputs[name]
                 self.gpu.upload(array.astype(target.dtype)[None], target.part(lane))
 
     def empty(self, slot: int) -> None:
-        """Queue the copy that leaves a slot idle."""
+        """Queue the copy that makes a slot idle."""
         self.gpu.upload(np.zeros(1, SLOT), self.state.slots.part(slot))
 
     def add_noise(self, slot: int, index: int, noise: NDArray[np.float32]) -> None:
@@ -172,7 +172,7 @@ class Arena:
         kernels.begin(self.gpu, self.state, first, count)
 
     def call_network(self) -> None:
-        """Queue a call of the predictor on whatever its input is."""
+        """Queue a call of the predictor on its current input."""
         self._bound.enqueue()
 
     def row(self, *, rescaled: bool) -> None:
@@ -183,12 +183,12 @@ class Arena:
         kernels.advance(self.gpu, self.state)
 
     def launch(self, key: Hashable, work: Callable[[], None], warm_up: Callable[[], None]) -> None:
-        """Queue work as one launch, of a graph that is captured the first time that its key comes.
+        """Queue work as one launch, of a graph that is captured at the first use of its key.
 
         Args:
             key: the same for the same work.
             work: queues it.
-            warm_up: queues every library's calls once, outside the capture: what they set up for new shapes is then
+            warm_up: queues every library's calls once, outside the capture, so that what they set up for new shapes is
                 done.
         """
         if not self._capture:
@@ -203,11 +203,11 @@ class Arena:
         return graph
 
     def close_graphs(self) -> None:
-        """Give up what was captured, before anything that it uses is closed."""
+        """Close the captured graphs, before anything that they use is closed."""
         self._graphs.close()
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self.close_graphs()
         self._bound.close()
         self._free()
@@ -218,7 +218,7 @@ class Arena:
 
 
 def check_fresh(job: Job) -> None:
-    """Refuse what cannot begin on a device.
+    """Refuse a job that cannot begin on a device.
 
     Raises:
         RequestError: the job has begun elsewhere, or has too many rows.
@@ -230,14 +230,14 @@ def check_fresh(job: Job) -> None:
 
 
 def rows_of(table: Table) -> NDArray[np.float32]:
-    """Return a table as the kernel reads it, (rows, 17): with what a picture that is kept has after each row."""
+    """Return a table as the kernel reads it, (rows, 17), with the weights of a kept picture after each row."""
     array = np.empty((len(table), len(ROW_COLUMNS)), np.float32)
     array[:, : len(COLUMNS)], array[:, len(COLUMNS) :] = table.array, table.known[1:]
     return array
 
 
 def slot_of(job: Job, lanes: Sequence[int]) -> NDArray[Any]:
-    """Return what the kernel must know of a job whose lanes are (uncond, cond) or (cond,)."""
+    """Return a job's slot as the kernel reads it; its lanes are (uncond, cond) or (cond,)."""
     rows, guidance = len(job.table), job.guidance
     guided = [row for row in range(rows) if guidance.acts(row, rows)] or [0, -1]
     slot = np.zeros(1, SLOT)

@@ -1,7 +1,7 @@
 """The one loop: jobs take lanes, a tick calls the network once over all lanes and advances every job by one row.
 
-Whether one picture is made or a server is busy, on the CPU or on a GPU, this is what runs; only who admits jobs and
-what the lanes are made of differ.
+This runs for one picture and for a busy server, on the CPU and on a GPU; only who admits jobs and what the lanes are
+made of differ.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ OnTick = Callable[[Job], None]
 
 
 class Denoiser:
-    """Owns the predictor's lanes and says who has them. One thread at a time may use it."""
+    """Owns the predictor's lanes and assigns them to jobs. One thread at a time may use it."""
 
     def __init__(self, lanes: Lanes) -> None:
         self._lanes = lanes
@@ -39,7 +39,7 @@ class Denoiser:
 
     @property
     def free(self) -> int:
-        """Lanes that are not promised to any job; a job with guidance is promised two for its whole run."""
+        """Lanes that are not reserved for any job; a job with guidance has two reserved for its whole run."""
         return self.lanes - sum(job.most_lanes for job in self._jobs)
 
     def fits(self, job: Job) -> bool:
@@ -62,7 +62,7 @@ class Denoiser:
         self._jobs.append(job)
 
     def retire(self, job: Job) -> None:
-        """Take a job's lanes away, done or not; a job that has none is left alone."""
+        """Take a job's lanes away, done or not; do nothing where it has none."""
         if job in self._jobs:
             self._jobs.remove(job)
             self._lanes.retire(job)
@@ -85,7 +85,7 @@ class Denoiser:
         return moved
 
     def run(self, jobs: Iterable[Job], on_tick: OnTick | None = None) -> None:
-        """Denoise jobs to their end, as many at once as there are lanes; jobs of others move with them.
+        """Denoise jobs to their end, as many at once as there are lanes; jobs of other callers move with them.
 
         Args:
             jobs: not admitted yet.

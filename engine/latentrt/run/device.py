@@ -11,12 +11,12 @@ from latentrt.run.job import Job, Shapes
 from latentrt.run.pool import Pool
 from latentrt.sampling.noise import TorchCudaNoise
 
-ROOMS_KEPT = 4  # kinds of shapes whose memory is kept where nobody needs it
+ROOMS_KEPT = 4  # kinds of shapes whose memory is kept while no job uses it
 TICKS_AHEAD = 2  # how far the host may run ahead of the device
 
 
 class DeviceLanes:
-    """The lanes of a predictor on a GPU (`host.Lanes`).
+    """The lanes of a predictor on a GPU (`lanes.Lanes`).
 
     A job's `latents` are those it was admitted with until it is done, or after every row where it wants previews; only
     then the host waits for the device.
@@ -39,13 +39,13 @@ class DeviceLanes:
 
         Raises:
             RequestError: it has begun elsewhere, or has too many rows.
-            DeviceMemoryError: there is no room for its shapes.
+            DeviceMemoryError: there is not enough memory for its shapes.
         """
         check_fresh(job)
         self._rooms(job.shapes, lambda: self._room(job.shapes)).admit(job)
 
     def retire(self, job: Job) -> None:
-        """Leave its slot idle."""
+        """Make its slot idle."""
         self._rooms[job.shapes].retire(job)
 
     def advance(self, jobs: list[Job]) -> None:
@@ -53,7 +53,7 @@ class DeviceLanes:
         self._rooms[jobs[0].shapes].advance(jobs)
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self._rooms.close()
 
     def _room(self, shapes: Shapes) -> _Room:
@@ -61,7 +61,7 @@ class DeviceLanes:
 
 
 class _Room:
-    """An arena, and who sits where in it."""
+    """An arena, and the slots and lanes of its jobs."""
 
     def __init__(self, arena: Arena) -> None:
         self._arena, self._gpu = arena, arena.gpu
@@ -112,7 +112,7 @@ class _Room:
             self._noises[job] += 1
 
     def _tick(self, *, rescaled: bool) -> None:
-        """The device works on a tick while the host prepares the next, and not further: cancelling stays prompt."""
+        """Queue a tick once fewer than TICKS_AHEAD earlier ones are unfinished, so that cancelling stays prompt."""
         while len(self._marks) >= TICKS_AHEAD:
             self._gpu.wait_for(self._marks.popleft())
         arena = self._arena

@@ -57,7 +57,7 @@ class HostLanes:
             _advance(job, row, own)
 
     def _inputs(self, jobs: list[Job], guided: list[bool]) -> dict[str, NDArray[Any]]:
-        """Every lane's inputs, stacked; kept as long as the lanes stay the same."""
+        """Return every lane's inputs, stacked; kept as long as the lanes stay the same."""
         lanes: list[Inputs] = []
         for job, two in zip(jobs, guided, strict=True):
             lanes += (job.uncond, job.cond) if two else (job.cond,)

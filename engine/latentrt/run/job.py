@@ -1,4 +1,4 @@
-"""Job: one picture being made."""
+"""Job: one picture in progress."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Shapes(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """One image being made, complete when it is made: everything that its rows need.
+    """One picture in progress, made with everything that its rows need.
 
     Attributes:
         table: the rows to run.
@@ -35,11 +35,11 @@ class Job:
         uncond, cond: inputs of the predictor by name, without the lane axis, for the lane without the prompt and the
             one with it; without guidance uncond is not read.
         noise: where rows that add noise draw it.
-        guidance: how the two lanes become one.
+        guidance: how the outputs of the two lanes are combined.
         kept: what is put back after every row, where a part of a picture is repainted.
         start: where it is not 0, a GPU makes x before the first row: `start` times the first noise of `noise`, which is
-            then a `TorchCudaNoise`. Until it is done, `latents` only tell the shape.
-        tag: whatever the owner wants to find again.
+            then a `TorchCudaNoise`. Until it is done, `latents` has only the right shape.
+        tag: any value of the owner's.
         row: index of the next row.
         wants_preview: whether ticks leave the predicted clean latents in `preview`.
         error: why the job ended early, if it did.
@@ -79,13 +79,13 @@ class Job:
 
     @property
     def view(self) -> Float32:
-        """The latents at the scale of the model's own (variance-preserving) ones: what one would look at."""
+        """The latents at the scale of the model's own (variance-preserving) ones, for previews."""
         rows = self.table.rows
         return self.latents * rows[self.row].c_in if self.row < len(rows) else self.latents
 
     @property
     def most_lanes(self) -> int:
-        """The most lanes that any of its rows takes: what it is promised for its whole run."""
+        """The most lanes that any of its rows takes: the number reserved for its whole run."""
         return 2 if self.guidance.scale > 1 else 1
 
     def fail(self, row: int) -> None:

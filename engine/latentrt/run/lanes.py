@@ -1,4 +1,4 @@
-"""Lanes: where jobs are moved by a row, numpy arrays on a CPU (`host.py`) and device memory on a GPU (`device.py`)."""
+"""Lanes of the two kinds of machines: numpy arrays on a CPU (`host.py`), device memory on a GPU (`device.py`)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from latentrt.runtime.base import Backend
 if TYPE_CHECKING:
     from latentrt.run.program import Program
 
-ON_A_CPU = 16  # lanes, where nobody says how many
+ON_A_CPU = 16  # lanes, unless the caller says how many
 
 
 class Lanes(Protocol):
     """The lanes of a predictor's batch, and the arithmetic between its calls.
 
-    A job's latents must not depend on who shares its batch.
+    A job's latents must not depend on the other jobs in its batch.
 
     Attributes:
         count: the most lanes of one call.
@@ -29,28 +29,28 @@ class Lanes(Protocol):
     resumable: bool
 
     def admit(self, job: Job) -> None:
-        """Make room for a job; there are lanes enough."""
+        """Make room for a job; there are enough free lanes."""
 
     def retire(self, job: Job) -> None:
-        """Give an admitted job's room back."""
+        """Free an admitted job's room."""
 
     def advance(self, jobs: list[Job]) -> None:
         """Move each of these jobs by one row: admitted, not done, of the same `shapes`."""
 
     def close(self) -> None:
-        """Give all memory back."""
+        """Free all memory."""
 
 
 def open_lanes(
     model: Model, backend: Backend, count: int | None = None, capture: bool | None = None
 ) -> tuple[Lanes, Program | None]:
-    """Return the lanes of a model where its networks are, and on a GPU the program that draws whole pictures.
+    """Return a model's lanes on the device of its networks, and on a GPU the program that draws whole pictures.
 
     Args:
-        model: what moves the jobs.
-        backend: what runs its networks.
+        model: its networks move the jobs.
+        backend: runs the networks.
         count: lanes; None is 16 on a CPU, and on a GPU as many as the denoiser's plan was built for.
-        capture: whether work on a GPU is launched as CUDA graphs; None is where the backend supports it.
+        capture: whether work on a GPU is launched as CUDA graphs; None for the backend's own choice.
     """
     if backend.gpu is None:
         return HostLanes(model.predictor, count or ON_A_CPU), None

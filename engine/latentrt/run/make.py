@@ -1,4 +1,4 @@
-"""From a request to jobs, complete when they are made."""
+"""From a request to jobs that have everything they need."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def make_jobs(
     """Return the jobs of a request, not yet admitted; picture i has seed `request.seed + first + i`.
 
     Args:
-        model: what draws.
-        request: what is asked.
-        given: the picture that it begins on, where that is encoded already; None encodes what the request brings.
-        first: how many pictures went before.
+        model: the model that draws.
+        request: the request.
+        given: the picture to begin on, if it is encoded already; None encodes the request's own.
+        first: the number of pictures before these.
         draws_on_device: leave first latents to the device where it can make their noise itself.
         tokens: leave texts to text encoders on the device; see `Model.inputs`.
 
@@ -81,7 +81,7 @@ def table_of(model: Model, request: Request) -> Table:
 
 
 def _placed(request: Request, given: Given | None) -> Request:
-    """The request with the size and the strength that a given picture brings."""
+    """Return the request with the size and the strength that a given picture sets."""
     if given is not None:
         return given.on(request)
     if request.strength is not None:
@@ -96,7 +96,7 @@ def _placed(request: Request, given: Given | None) -> Request:
 def _begin(
     model: Model, request: Request, table: Table, given: Given | None, noise: NoiseSource, *, on_device: bool
 ) -> tuple[NDArray[np.float32], Kept | None]:
-    """A job's first latents, and what it keeps of a given picture."""
+    """Return a job's first latents, and what it keeps of a given picture."""
     if given is not None:
         return given.begin(table, noise, request.strength or 1.0, blends=not model.reads_masks)
     shape = model.spec.latents.shape_of(request.height, request.width)

@@ -1,4 +1,4 @@
-"""Things that take device memory: kept for the next time, and given up where something else needs the memory."""
+"""Objects that take device memory: kept for the next use, and closed where something else needs the memory."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ V = TypeVar("V", bound=Closable)
 
 
 class Pool(Generic[K, V]):
-    """Values by key, made when they are asked for. Those that were used longest ago make place for new ones.
+    """Values by key, made at their first use. The least recently used make room for new ones.
 
     Args:
         most: how many are kept; more only where all are in use.
-        in_use: tells which may not be closed.
+        in_use: returns whether a value may not be closed.
     """
 
     def __init__(self, most: int, in_use: Callable[[V], bool] = lambda value: False) -> None:

@@ -46,7 +46,7 @@ class Networks(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """What pictures must share to be drawn on the same memory."""
+    """What pictures must have in common to be drawn on the same memory."""
 
     shapes: Shapes
     guided: bool
@@ -54,7 +54,7 @@ class Kind(NamedTuple):
 
 
 class Course(NamedTuple):
-    """What they must share besides to be drawn by the same graph."""
+    """What they must have in common besides to be drawn by the same graph."""
 
     pictures: int
     rows: int
@@ -66,7 +66,7 @@ class Program:
     """Draws pictures, as many at a time as there are lanes for.
 
     Args:
-        networks: what it runs.
+        networks: the networks to run.
         lanes: of every call of the predictor.
         capture: False queues the same work call by call: for comparison, and where a library cannot be captured.
     """
@@ -76,13 +76,13 @@ class Program:
         self._canvases: Pool[Kind, _Canvas] = Pool(KEPT)
 
     def draw(self, jobs: Sequence[Job]) -> list[Pixels]:
-        """Run jobs of one request to their end, each (height, width, channels).
+        """Run jobs of one request to their end; return the pictures, each (height, width, channels).
 
-        Instead of what text encoders give, the jobs' inputs have what these read: token ids by the encoders' names.
+        Instead of the text encoders' outputs, the jobs' inputs have token ids by the encoders' names.
 
         Raises:
             NetworkError: latents or pixels are not finite.
-            DeviceMemoryError: the device has no room for such pictures.
+            DeviceMemoryError: the device has too little memory for such pictures.
             RequestError: a picture needs more lanes than there are.
         """
         for job in jobs:
@@ -105,7 +105,7 @@ class Program:
         return _Canvas(self._networks, kind, self._lanes, self._capture)
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self._canvases.close()
 
 
@@ -194,7 +194,7 @@ class _Canvas:
             self._arena.add_noise(slot, index, job.noise.normal(job.latents.shape))
 
     def _enqueue(self, course: Course) -> None:
-        """The way of an image, on the device."""
+        """Queue the work of whole pictures on the device."""
         self._encode(zeros=course.zeros)
         self._arena.begin()
         for _ in range(course.rows):
@@ -228,7 +228,7 @@ class _Canvas:
             kernels.to_pixels(gpu, image, self._pixels.part(slot), self._bad.part(slot))
 
     def _fetch(self, jobs: Sequence[Job]) -> list[Pixels]:
-        """One copy back: what became of the rows, of the pixels, and the pixels."""
+        """Copy back, at once, the rows' progress, the flags of bad pixels, and the pixels; return the pixels."""
         data = self._gpu.download(self._result)
         marks, ends = self._progress.bytes, self._progress.bytes + self._bad.bytes
         progress = data[:marks].view(PROGRESS)
@@ -253,7 +253,7 @@ class _Canvas:
         return [*self._encoders, *([self._decoder] if self._decoder is not None else [])]
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self._arena.close_graphs()
         for bound in self._bounds:
             bound.close()
@@ -261,7 +261,7 @@ class _Canvas:
 
 
 def _as_rows(array: DeviceArray) -> DeviceArray:
-    """(lanes, tokens, dim) as (lanes * tokens, dim)."""
+    """Return (lanes, tokens, dim) as (lanes * tokens, dim)."""
     return array.reshape(array.shape[0] * array.shape[1], array.shape[2])
 
 

@@ -1,4 +1,4 @@
-"""Ways to run a graph. Backends are imported when they are asked for, so that none is needed by the others."""
+"""Ways to run a graph. Backends are imported at their first use, so that none is needed by the others."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def open_backend(
     precision: str | None = None,
     plans: str | Path | None = None,
 ) -> Backend:
-    """The backend of that name on that device.
+    """Open a backend on a device.
 
     Args:
         name: one of BACKENDS.
@@ -54,7 +54,7 @@ def open_backend(
 
 
 def _on(device: str | None, make: Callable[[Gpu], Backend]) -> Backend:
-    """A backend on a GPU, which is given back where the backend cannot be made."""
+    """Make a backend on a GPU, which is closed where the backend cannot be made."""
     from latentrt.cuda.gpu import Cuda
 
     gpu = Cuda(device or "cuda")

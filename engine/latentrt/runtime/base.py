@@ -1,4 +1,4 @@
-"""What the engine asks of a runtime: load a graph, call it with named arrays; on a GPU, queue it on a stream."""
+"""The interface of a runtime: load a graph, call it with named arrays; on a GPU, queue it on a stream."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Network(Protocol):
         """Run the graph once; return every output of the graph's signature."""
 
     def close(self) -> None:
-        """Give its memory back."""
+        """Free its memory."""
 
 
 def call(network: Network, feeds: Arrays) -> dict[str, NDArray[Any]]:
@@ -38,7 +38,7 @@ def call(network: Network, feeds: Arrays) -> dict[str, NDArray[Any]]:
 
 
 class Facts(NamedTuple):
-    """What follows from how a backend runs networks. Each is decided where a backend is made, and nowhere else.
+    """Properties of how a backend runs networks, set by each backend and by nothing else.
 
     Attributes:
         fixed_lanes: every call of the denoiser has all lanes; idle ones are computed too.
@@ -61,9 +61,9 @@ class Backend(Protocol):
         name: "onnxruntime", "tensorrt", ...
         device: "cpu" or "cuda".
         precision: "fp32" or "fp16".
-        variants: names of the graphs that it runs, the preferred one first.
-        facts: what follows from how it runs them.
-        gpu: the GPU in whose memory its networks, `DeviceNetwork`s then, read and write; None on a CPU.
+        variants: names of the graphs that it can run, the preferred one first.
+        facts: see `Facts`.
+        gpu: the GPU in whose memory its networks, then `DeviceNetwork`s, read and write; None on a CPU.
     """
 
     name: str
@@ -80,13 +80,13 @@ class Backend(Protocol):
 
 
 class Bound(Protocol):
-    """A network tied to arrays in device memory."""
+    """A network bound to arrays in device memory."""
 
     def enqueue(self) -> None:
         """Queue one call on the device's stream; it may be captured."""
 
     def close(self) -> None:
-        """Give it up; the arrays stay."""
+        """Release the binding; the arrays stay."""
 
 
 @runtime_checkable
@@ -102,7 +102,7 @@ class DeviceNetwork(Network, Protocol):
         """The batch that it was built for; for networks that take any, that of one guided picture."""
 
     def bind(self, arrays: Mapping[str, DeviceArray]) -> Bound:
-        """Tie every input and output of the graph to an array; symbolic dimensions take the arrays' sizes.
+        """Bind every input and output of the graph to an array; symbolic dimensions take the arrays' sizes.
 
         Raises:
             NetworkError: names, dtypes or shapes do not fit the signature.

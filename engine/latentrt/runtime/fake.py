@@ -1,4 +1,4 @@
-"""A backend for tests, ours and yours: networks made of Python functions, with an optional delay."""
+"""A backend for tests: networks made of Python functions, with an optional delay."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class FakeBackend:
         self.seconds = seconds
 
     def load(self, bundle: Bundle, network: str) -> FakeNetwork:
-        """The network of a graph; its file is not read."""
+        """Return a network of a graph; its file is not read."""
         graph = bundle.spec.graph(network, *self.variants)
         return FakeNetwork(graph, self.functions.get(graph.path, zeros(graph)), self.seconds)
 
@@ -61,11 +61,11 @@ class FakeNetwork:
         return self.function(feeds)
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """Do nothing."""
 
 
 def zeros(graph: GraphSpec) -> Function:
-    """A function that returns zeros; a symbolic dimension takes its size from the inputs, "8*height" eight times it."""
+    """Return a function that returns zeros. A symbolic dimension has the inputs' size, "8*height" eight times it."""
 
     def function(feeds: Arrays) -> dict[str, NDArray[Any]]:
         sizes = check_feeds(graph, feeds)

@@ -15,7 +15,7 @@ from latentrt.runtime.signature import Arrays
 
 
 class LazyNetwork:
-    """Stands in for a network until it is needed. Several threads may want it first; it is loaded once.
+    """Stands in for a network until its first use. Several threads may use it first; it is loaded once.
 
     Args:
         load: makes the network; called once, and once more after each `drop`.
@@ -46,17 +46,17 @@ class LazyNetwork:
         return self.open().graph
 
     def __call__(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
-        """Run the network, loading it first where it is not."""
+        """Run the network; load it first if needed."""
         return self.open()(feeds)
 
     def drop(self) -> None:
-        """Give the network's memory back; a later call loads it again."""
+        """Free the network's memory; a later call loads it again."""
         with self._lock:
             if self._network is not None:
                 self._network.close()
                 self._network = None
 
     def close(self) -> None:
-        """Give the network's memory back for good."""
+        """Free the network's memory for good."""
         self.drop()
         self._closed = True

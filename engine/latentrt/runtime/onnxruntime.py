@@ -1,4 +1,4 @@
-"""ONNX Runtime: the CPU, or CUDA through its execution provider, on our stream and our memory."""
+"""ONNX Runtime: the CPU, or CUDA through its execution provider, on latentrt's stream and memory."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ GUIDED_PICTURE = 2  # lanes
 
 
 class OrtBackend:
-    """Runs graphs with ONNX Runtime on "cpu" or "cuda"; a device that is not there is an error.
+    """Runs graphs with ONNX Runtime on "cpu" or "cuda"; a missing device is an error.
 
-    On "cuda" it runs the bundle's graphs for that provider, which are half precision; shape arithmetic alone is left to
-    the CPU, and anything else that ONNX Runtime would put there is an error. That others capture its calls in a CUDA
-    graph is not supported (it has a capture of its own, of one session), so it is done only where it is asked for.
+    On "cuda" it runs the bundle's half-precision graphs for that provider; only shape arithmetic is left to the CPU:
+    any other node that ONNX Runtime would put there is an error. ONNX Runtime does not support that others capture its
+    calls in a CUDA graph (it has a capture of its own, of one session), so it is done only on request.
 
     Args:
         device: "cpu" or "cuda".
@@ -92,7 +92,7 @@ class OrtBackend:
         return OrtDeviceNetwork(session, graph, self.gpu, self.device)
 
     def session(self, path: Path, opset: int) -> Any:
-        """An `onnxruntime.InferenceSession` of a graph of that opset, with this backend's options."""
+        """Return an `onnxruntime.InferenceSession` of a graph of that opset, with this backend's options."""
         ort = load_onnxruntime()
         provider = PROVIDERS[self.device]
         try:
@@ -138,7 +138,7 @@ def _check_placement(session: Any, path: Path) -> None:
     """Refuse a graph of which ONNX Runtime would run more than shape arithmetic on the CPU: it copies there and back.
 
     Raises:
-        BackendError: it would; or this ONNX Runtime does not tell.
+        BackendError: it would; or this ONNX Runtime does not say which nodes it puts there.
     """
     if not hasattr(session, "get_provider_graph_assignment_info"):
         raise BackendError(
@@ -216,7 +216,7 @@ class OrtDeviceNetwork(OrtNetwork):
         self._kind = kind
 
     def bind(self, arrays: Mapping[str, DeviceArray]) -> OrtBound:
-        """See `DeviceNetwork.bind`. The call is made once, so that what ONNX Runtime allocates is there when a graph is
+        """See `DeviceNetwork.bind`. One call is made here, so that ONNX Runtime allocates its memory before a graph is
         captured; the arrays' contents are then those of that call.
         """
         check_arrays(self.graph, arrays)
@@ -233,7 +233,7 @@ class OrtDeviceNetwork(OrtNetwork):
 
 @contextlib.contextmanager
 def _only_fatal_logged() -> Iterator[None]:
-    """What cuDNN tries in a first call and finds unfit is logged as an error, though something else fits."""
+    """Silence the errors that cuDNN logs for kernels that it tries in a first call and rejects, though others fit."""
     ort = load_onnxruntime()
     ort.set_default_logger_severity(4)
     try:
@@ -266,7 +266,7 @@ class OrtBound:
 
 
 def return_freed_pages() -> None:
-    """Have glibc give blocks of 64 KiB and more back to the system when they are freed; it holds for the whole process.
+    """Have glibc return blocks of 64 KiB and more to the system when they are freed; it holds for the whole process.
 
     While a session is made, ONNX Runtime frees about as much as it keeps (half-precision weights that it has widened,
     weights that it has repacked); glibc would hold on to it, a sixth of the embedded model's peak memory. The price is
@@ -285,7 +285,7 @@ def _failed(path: str, error: Exception) -> NetworkError:
 
 
 def load_onnxruntime() -> Any:
-    """The library; from 1.31 on it would report its use to its maker and keep an id of the machine, if it were let."""
+    """Return the library, telemetry off: from 1.31 on it would report to its maker and keep an id of the machine."""
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime

@@ -1,7 +1,7 @@
 """Signatures of graphs: which arrays fit them, and how large their symbolic dimensions are.
 
 A dimension is a number, a name ("height"), or a name times and divided by numbers ("8*height", "(height//8)"). Arrays
-fit where one size for each name makes every dimension come out right.
+fit where one size for each name makes every dimension match.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ def symbols(tensors: Sequence[TensorSpec]) -> list[str]:
 
 
 def shape_of(tensor: TensorSpec, sizes: Mapping[str, int]) -> Shape:
-    """Return a tensor's shape where its symbolic dimensions have these sizes. Raise KeyError where one has none."""
+    """Return a tensor's shape for these sizes of its symbolic dimensions. Raise KeyError where a size is missing."""
     sides = ((side, dimension(side)) if isinstance(side, str) else (side, None) for side in tensor.shape)
     return tuple(int(side) if symbol is None else symbol.of(sizes[symbol.name]) for side, symbol in sides)
 
 
 def sizes_of(tensors: Sequence[TensorSpec], shapes: Mapping[str, Shape]) -> dict[str, int]:
-    """Return the sizes of the names in the tensors' symbolic dimensions that the shapes tell.
+    """Return the sizes of the names in the tensors' symbolic dimensions that follow from the shapes.
 
-    A dimension that is a bare name tells its size; one that is a multiple does where no other does.
+    A dimension that is a bare name gives its size; one that is a multiple gives it where no other does.
     """
     pairs = [
         (dimension(side), size)
@@ -93,7 +93,7 @@ def _fits(tensor: TensorSpec, shape: Shape, sizes: Mapping[str, int]) -> bool:
 
 
 def _told(tensor: TensorSpec, sizes: Mapping[str, int]) -> str:
-    """What the symbolic dimensions are, for an error's text."""
+    """Return the sizes of the symbolic dimensions, for an error's text."""
     told = ", ".join(f"{name} {sizes[name]}" for name in symbols([tensor]) if name in sizes)
     return f" with {told}" if told else ""
 

@@ -26,12 +26,12 @@ class Guidance:
     interval: tuple[float, float] = (0.0, 1.0)
 
     def acts(self, row: int, rows: int) -> bool:
-        """Whether this row of a run of `rows` rows takes two lanes."""
+        """Return whether this row of a run of `rows` rows takes two lanes."""
         start, end = self.interval
         return self.scale > 1 and start * rows <= row < end * rows
 
     def combine(self, uncond: Float32, cond: Float32) -> Float32:
-        """The guided output from the two lanes' outputs, one picture each, any shape, float32."""
+        """Return the guided output from the two lanes' outputs, one picture each, any shape, float32."""
         guided = uncond + self.scale * (cond - uncond)
         if self.rescale:
             matched = guided * (np.std(cond, ddof=1) / np.std(guided, ddof=1))

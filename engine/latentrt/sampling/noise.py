@@ -46,19 +46,19 @@ _TWO_PI = np.float32(2 * math.pi)
 
 
 class NoiseSource(Protocol):
-    """A stream of standard normal numbers: each call goes on where the last one stopped."""
+    """A stream of standard normal numbers: each call continues where the last one stopped."""
 
     def normal(self, shape: Sequence[int]) -> Float32:
-        """The next `prod(shape)` numbers of the stream, as an array of that shape."""
+        """Return the next `prod(shape)` numbers of the stream, as an array of that shape."""
         ...
 
 
 def noise_source(kind: str, seed: int) -> NoiseSource:
-    """The noise that torch makes for a seed.
+    """Return the noise that torch makes for a seed.
 
     Args:
         kind: "torch-cpu", or "torch-cuda:<device>" with a device of `CUDA_DEVICES`.
-        seed: what `torch.Generator.manual_seed` would be given, -2**63 <= seed < 2**64.
+        seed: as for `torch.Generator.manual_seed`, -2**63 <= seed < 2**64.
 
     Raises:
         RequestError: no such kind, or the seed is out of range.
@@ -105,12 +105,12 @@ class TorchCpuNoise:
         return normals.reshape(shape)
 
     def _uniforms(self, count: int) -> Float32:
-        """The next `count` numbers of [0, 1), a multiple of 2**-24 each."""
+        """Return the next `count` numbers of [0, 1), a multiple of 2**-24 each."""
         words = self._words.random_raw(count)
         return (words & 0xFF_FFFF).astype(np.float32) * np.float32(2**-24)
 
     def _one(self) -> float:
-        """One number by the scalar path: float64, two numbers at a time, of which the second is kept."""
+        """Return one number by the scalar path: float64, two numbers at a time, of which the second is kept."""
         if self._second is not None:
             value, self._second = self._second, None
             return value
@@ -150,7 +150,7 @@ class TorchCudaNoise:
             )
 
     def threads(self, numel: int) -> int:
-        """How many threads torch launches for a tensor of `numel` numbers."""
+        """Return the number of threads that torch launches for a tensor of `numel` numbers."""
         return 256 * min(self._max_blocks, -(-numel // 256))
 
     def normal(self, shape: Sequence[int]) -> Float32:
@@ -175,7 +175,7 @@ class TorchCudaNoise:
 
 
 def philox4x32_10(counter: Sequence[Words], key: int) -> tuple[Words, Words, Words, Words]:
-    """Philox4x32 with ten rounds (Salmon et al. 2011) on many counters and one key.
+    """Apply Philox4x32 with ten rounds (Salmon et al. 2011) to many counters and one key.
 
     Args:
         counter: four arrays of 32-bit words that broadcast against each other, lowest word first.
@@ -196,7 +196,7 @@ def philox4x32_10(counter: Sequence[Words], key: int) -> tuple[Words, Words, Wor
 
 
 def _curand_pair(first: Words, second: Words) -> tuple[Float32, Float32]:
-    """Two normals from two words, sine first; words are rounded to float32 before scaling, as on the GPU."""
+    """Return two normals from two words, sine first; words are rounded to float32 before scaling, as on the GPU."""
     uniform = (first.astype(np.float32).astype(np.float64) + 0.5) * 2.0**-32
     angle = (second.astype(np.float32).astype(np.float64) + 0.5) * (float(_TWO_PI) * 2.0**-32)
     cosine, sine = _polar(uniform.astype(np.float32), angle.astype(np.float32))
@@ -204,13 +204,13 @@ def _curand_pair(first: Words, second: Words) -> tuple[Float32, Float32]:
 
 
 def _blocks_of_16(uniforms: Float32) -> Float32:
-    """Box-Muller as torch lays it out: 8 radii, then 8 angles, become 8 cosines, then 8 sines."""
+    """Apply Box-Muller in torch's layout: 8 radii, then 8 angles, become 8 cosines, then 8 sines."""
     pairs = uniforms.reshape(-1, 2, 8)
     return np.stack(_polar(1 - pairs[:, 0], _TWO_PI * pairs[:, 1]), axis=1).reshape(-1)
 
 
 def _polar(uniform: Float32, angle: Float32) -> tuple[Float32, Float32]:
-    """Box-Muller: (radius·cos, radius·sin). Functions are rounded from float64: the same on every CPU."""
+    """Apply Box-Muller: (radius·cos, radius·sin). Functions are rounded from float64: the same on every CPU."""
     radius = np.sqrt(-2 * np.log(uniform, dtype=np.float64).astype(np.float32))
     return (
         radius * np.cos(angle, dtype=np.float64).astype(np.float32),
@@ -219,7 +219,7 @@ def _polar(uniform: Float32, angle: Float32) -> tuple[Float32, Float32]:
 
 
 def _unsigned(seed: int) -> int:
-    """The 64-bit seed as torch takes it: negative seeds wrap around."""
+    """Return the 64-bit seed as torch takes it: negative seeds wrap around."""
     if isinstance(seed, int | np.integer) and -(2**63) <= seed < 2**64:
         return int(seed) % 2**64
     raise RequestError(f"seed {seed!r}", needed="a whole number, -2**63 <= seed < 2**64", fix="choose such a seed")

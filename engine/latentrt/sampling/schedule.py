@@ -1,7 +1,7 @@
 """The noise schedule a model was trained with, read from a diffusers `scheduler_config.json`.
 
 A schedule says how much signal and noise the latents hold at each training timestep, and what the network predicts.
-Where to sample it is `spacing.py`'s business; how to walk there is `solvers`'.
+Where to sample it is chosen in `spacing.py`, and the steps between those levels by `solvers`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TINY_ALPHA_CUMPROD = 2.0**-24  # diffusers' stand-in for zero where a solver div
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A noise level: x = alpha * x0 + sigma * epsilon, and the timestep that the network is told there.
+    """A noise level: x = alpha * x0 + sigma * epsilon, and the timestep that the network gets there.
 
     Variance-preserving solvers have alpha² + sigma² = 1; k-diffusion's ("variance-exploding") have alpha = 1.
     """
@@ -35,7 +35,7 @@ class Point:
 
     @property
     def c_in(self) -> float:
-        """What x is multiplied by before the network reads it (Karras et al. 2022, table 1)."""
+        """The factor of x before the network reads it (Karras et al. 2022, table 1)."""
         return 1.0 / math.hypot(self.alpha, self.sigma)
 
     @property
@@ -64,7 +64,7 @@ class Schedule:
             ScheduleError: an unknown class or key, or a value that latentrt cannot serve, each by its name.
         """
         schedule = cls(dict(config))
-        schedule.settings(class_of(config))  # complains about whatever it cannot serve
+        schedule.settings(class_of(config))  # raises for what it cannot serve
         return schedule
 
     @property
@@ -78,7 +78,7 @@ class Schedule:
         return str(self.config.get("prediction_type", "epsilon"))
 
     def settings(self, scheduler: str, **options: Any) -> dict[str, Any]:
-        """The settings that diffusers' `scheduler.from_config(config, **options)` would have."""
+        """Return the settings that diffusers' `scheduler.from_config(config, **options)` would have."""
         return settings_of(scheduler, self.config, options)
 
     def add_noise(self, clean: NDArray[np.float32], noise: NDArray[np.float32], timestep: int) -> NDArray[np.float32]:
@@ -103,10 +103,10 @@ class Schedule:
         return {}
 
     def alphas_cumprod(self, settings: Mapping[str, Any]) -> Float64:
-        """ᾱ at every training timestep, shape (num_train_timesteps,), under one scheduler's settings.
+        """Return ᾱ at every training timestep, shape (num_train_timesteps,), under one scheduler's settings.
 
-        The values are float32's, held in float64: they are made in float32 by everyone who trains or samples, and at
-        t = 0 the rounding moves 1 - ᾱ by up to 7e-5 of its size.
+        The values are float32's, held in float64: training and sampling code computes them in float32, and at t = 0 the
+        rounding moves 1 - ᾱ by up to 7e-5 of its size.
         """
         betas = settings["trained_betas"]
         key = (
@@ -150,7 +150,7 @@ def _betas(settings: Mapping[str, Any]) -> NDArray[np.float32]:
 
 
 def _linspace(start: float, end: float, count: int) -> NDArray[np.float32]:
-    """torch.linspace in float32, to the bit: counted from both ends, each value rounded once."""
+    """Return torch.linspace in float32, to the bit: counted from both ends, each value rounded once."""
     first, last = np.float32(start), np.float32(end)
     step = float((last - first) / np.float32(max(count - 1, 1)))
     index = np.arange(count)
@@ -159,14 +159,14 @@ def _linspace(start: float, end: float, count: int) -> NDArray[np.float32]:
 
 
 def _cosine_betas(count: int, max_beta: float = 0.999) -> NDArray[np.float32]:
-    """Nichol and Dhariwal 2021, equation 17."""
+    """Return the betas of Nichol and Dhariwal 2021, equation 17."""
     time = np.arange(count + 1) / count
     alpha_bar = np.cos((time + 0.008) / 1.008 * np.pi / 2) ** 2
     return np.asarray(np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], max_beta), np.float32)
 
 
 def _rescale_zero_terminal_snr(betas: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Lin et al. 2023, algorithm 1: shift and scale √ᾱ so that the last one is 0 and the first one stays."""
+    """Apply Lin et al. 2023, algorithm 1: shift and scale √ᾱ so that the last one is 0 and the first one stays."""
     root = np.sqrt(_cumprod(np.float32(1) - betas))
     first, last = root[0], root[-1]
     root = (root - last) * (first / (first - last))
@@ -176,5 +176,5 @@ def _rescale_zero_terminal_snr(betas: NDArray[np.float32]) -> NDArray[np.float32
 
 
 def _cumprod(alphas: NDArray[np.float32]) -> NDArray[np.float32]:
-    """torch.cumprod on the CPU: products in float64, results in float32."""
+    """Return torch.cumprod as on the CPU: products in float64, results in float32."""
     return np.cumprod(alphas, dtype=np.float64).astype(np.float32)

@@ -1,7 +1,7 @@
-"""What each diffusers scheduler class reads from `scheduler_config.json`, with its defaults.
+"""The settings that each diffusers scheduler class reads from `scheduler_config.json`, with their defaults.
 
-Pure data and its checks. A key that another class owns is ignored, as diffusers' `from_config` does when one
-scheduler is made from another's config; a key that nobody owns is refused by name, and so is a value that a table of
+Pure data and its checks. A key that another class has is ignored, as diffusers' `from_config` does when one
+scheduler is made from another's config; a key that no class has is refused by name, and so is a value that a table of
 rows cannot express.
 """
 
@@ -115,7 +115,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 _LISTS = ("trained_betas", "disable_corrector")
-MAX_TIMESTEPS = 1_000_000  # far beyond any model; keeps a damaged config from taking all memory
+MAX_TIMESTEPS = 1_000_000  # far beyond any model; keeps a damaged config from using all memory
 
 KNOWN_KEYS = frozenset(key for defaults in DEFAULTS.values() for key in defaults)
 
@@ -157,7 +157,7 @@ _REFUSED: dict[str, tuple[Any, str]] = {
 
 
 def class_of(config: Mapping[str, Any]) -> str:
-    """The diffusers class a config names.
+    """Return the diffusers class that a config names.
 
     Raises:
         ScheduleError: the class is missing or not one that latentrt serves.
@@ -173,7 +173,7 @@ def class_of(config: Mapping[str, Any]) -> str:
 
 
 def settings_of(scheduler: str, config: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Defaults of a class, overlaid with a config (whoever's) and then with explicit options.
+    """Return a class's defaults, overlaid with a config (of any class) and then with explicit options.
 
     Raises:
         ScheduleError: a key that no class has, an option that this class lacks, or a value that cannot be served.
@@ -235,7 +235,7 @@ def _check(scheduler: str, settings: Mapping[str, Any]) -> None:
 
 
 def _check_kind(scheduler: str, key: str, default: object, value: object) -> None:
-    """A value must be of its default's kind; where there is no default, it may be left out too."""
+    """Refuse a value that is not of its default's kind; where there is no default, it may be missing too."""
     whole = isinstance(value, int) and not isinstance(value, bool)
     if key in _LISTS:
         good, needed = isinstance(value, (list, tuple)) and all(map(_is_number, value)), "a list of numbers"

@@ -1,4 +1,4 @@
-"""Where a run samples the schedule: the grid of noise levels that a solver walks down.
+"""The levels at which a run samples the schedule: the grid that a solver goes down.
 
 Three conventions exist, and each solver keeps the one of its diffusers class:
 training levels (DDPM, DDIM, PNDM, LCM, TCD), sigmas with alpha = 1 (k-diffusion's solvers) and sigmas with
@@ -21,10 +21,10 @@ from latentrt.sampling.schedule import TINY_ALPHA_CUMPROD, Float64, Point, Sched
 
 @dataclass(frozen=True, slots=True)
 class Levels:
-    """The training levels, and how any of them, or any sigma between them, becomes a point.
+    """The training levels, and the points of any of them and of any sigma between them.
 
     `log_sigmas` are float32's logarithms, held in float64, as diffusers looks timesteps up in: where timesteps are cut
-    to whole numbers, their rounding decides whether the network is told 999 or 998 at the first step.
+    to whole numbers, their rounding decides whether the network gets 999 or 998 at the first step.
     """
 
     alphas_cumprod: Float64
@@ -33,7 +33,7 @@ class Levels:
 
     @classmethod
     def of(cls, schedule: Schedule, settings: Mapping[str, Any], *, avoid_zero: bool) -> Levels:
-        """`avoid_zero` replaces a last ᾱ of exactly 0 by 2⁻²⁴ for solvers that divide by alpha, as diffusers does."""
+        """Return a schedule's levels. `avoid_zero` replaces a last ᾱ of 0 by 2⁻²⁴, for solvers that divide by alpha."""
         alphas_cumprod = schedule.alphas_cumprod(settings)
         if avoid_zero and settings.get("rescale_betas_zero_snr"):
             alphas_cumprod = np.append(alphas_cumprod[:-1], TINY_ALPHA_CUMPROD)
@@ -42,7 +42,7 @@ class Levels:
             return cls(alphas_cumprod, sigmas, np.log(sigmas.astype(np.float32)).astype(np.float64))
 
     def at(self, timestep: float) -> Point:
-        """The variance-preserving point of a whole training timestep."""
+        """Return the variance-preserving point of a whole training timestep."""
         index = int(timestep)
         if not 0 <= index < len(self.alphas_cumprod):
             raise RequestError(
@@ -54,11 +54,11 @@ class Levels:
         return Point(float(index), math.sqrt(alpha_cumprod), math.sqrt(1 - alpha_cumprod))
 
     def timesteps(self, sigmas: Float64) -> Float64:
-        """The fractional timesteps of sigmas, linear in log sigma (Karras et al. 2022, k-diffusion's sigma_to_t)."""
+        """Return sigmas' fractional timesteps, linear in log sigma (Karras et al. 2022, k-diffusion's sigma_to_t)."""
         return np.interp(np.log(np.maximum(sigmas, 1e-10)), self.log_sigmas, np.arange(len(self.sigmas)))
 
     def exploding(self, sigma: float, timestep: float | None = None) -> Point:
-        """The point with alpha = 1 of any sigma."""
+        """Return the point with alpha = 1 of any sigma."""
         return Point(float(self.timesteps(np.array(sigma))) if timestep is None else timestep, 1.0, sigma)
 
 
@@ -66,7 +66,7 @@ class Levels:
 class Grid:
     """The noise levels of one run.
 
-    `points[i]` is where step i calls the network and `targets[i]` is where it leads: the next point, save in those
+    `points[i]` is where step i calls the network and `targets[i]` is where it leads: the next point, except in those
     diffusers classes that count back a fixed number of timesteps. `start` is what standard normal noise is
     multiplied by to become the first latents. `first` is how many points of the whole run were left out.
     """
@@ -85,11 +85,11 @@ class Grid:
 
     @property
     def count(self) -> int:
-        """How many points the whole run has."""
+        """The number of points of the whole run."""
         return self.first + len(self.points)
 
     def since(self, first: int) -> Grid:
-        """The rest of the run from a point on: where it goes on a picture that is there already."""
+        """Return the rest of the run from a point on, for a run that begins on a given picture."""
         return replace(self, points=self.points[first:], targets=self.targets[first:], first=self.first + first)
 
 
@@ -97,14 +97,14 @@ CLEAN = Point(-1.0, 1.0, 0.0)
 
 
 def training_grid(schedule: Schedule, settings: Mapping[str, Any], steps: int) -> Grid:
-    """DDPM: whole training timesteps, each step leading to the next one, the last to clean latents."""
+    """Return DDPM's grid: whole training timesteps, each step leading to the next one, the last to clean latents."""
     levels = Levels.of(schedule, settings, avoid_zero=False)
     points = tuple(levels.at(t) for t in np.round(_timesteps(settings, steps)))
     return Grid(points, (*points[1:], CLEAN), 1.0, levels, settings)
 
 
 def strided_grid(schedule: Schedule, settings: Mapping[str, Any], steps: int) -> Grid:
-    """DDIM: each step leads `num_train_timesteps // steps` back, whatever the spacing, as in diffusers."""
+    """Return DDIM's grid: each step leads `num_train_timesteps // steps` back, with any spacing, as in diffusers."""
     levels = Levels.of(schedule, settings, avoid_zero=False)
     points = tuple(levels.at(t) for t in np.round(_timesteps(settings, steps)))
     final = CLEAN if settings["set_alpha_to_one"] else levels.at(0)
@@ -114,13 +114,13 @@ def strided_grid(schedule: Schedule, settings: Mapping[str, Any], steps: int) ->
 
 
 def plms_grid(schedule: Schedule, settings: Mapping[str, Any], steps: int) -> Grid:
-    """PNDM without Runge-Kutta: a point for each network call, which makes the second level two points."""
+    """Return PNDM's grid without Runge-Kutta: a point for each network call, so that the second level has two."""
     once = strided_grid(schedule, settings, steps)
     return replace(once, points=once.points[:2] + once.points[1:], targets=once.targets[:2] + once.targets[1:])
 
 
 def consistency_grid(schedule: Schedule, settings: Mapping[str, Any], steps: int) -> Grid:
-    """LCM and TCD: a subset of the timesteps that the model was distilled on (Luo et al. 2023)."""
+    """Return LCM's and TCD's grid: a subset of the timesteps that the model was distilled on (Luo et al. 2023)."""
     levels = Levels.of(schedule, settings, avoid_zero=False)
     original, train = settings["original_inference_steps"], settings["num_train_timesteps"]
     if not steps <= original <= train:
@@ -138,7 +138,7 @@ def consistency_grid(schedule: Schedule, settings: Mapping[str, Any], steps: int
 def sigma_grid(
     schedule: Schedule, settings: Mapping[str, Any], steps: int, *, whole_karras_timesteps: bool = False
 ) -> Grid:
-    """k-diffusion's solvers: x = x0 + sigma * epsilon. Diffusers' DPM2 rounds the timesteps of Karras' sigmas."""
+    """Return the grid of k-diffusion's solvers: alpha = 1. Diffusers' DPM2 rounds the timesteps of Karras' sigmas."""
     levels = Levels.of(schedule, settings, avoid_zero=True)
     timesteps = _float32(_timesteps(settings, steps))
     last = _final_sigma(settings, levels)
@@ -151,7 +151,7 @@ def sigma_grid(
         sigmas, timesteps = chosen, levels.timesteps(chosen)
         if whole_karras_timesteps and settings["use_karras_sigmas"]:
             timesteps = np.round(timesteps)
-    elif len(sigmas) > steps:  # the log-linear ladder has its own last rung, which stands in for the final sigma
+    elif len(sigmas) > steps:  # the log-linear ladder has its own last level, which stands in for the final sigma
         sigmas, last = sigmas[:-1], float(sigmas[-1])
     sigmas = _float32(np.append(sigmas, last))
     if settings.get("timestep_type") == "continuous" and settings["prediction_type"] == "v_prediction":
@@ -163,7 +163,7 @@ def sigma_grid(
 
 
 def lambda_grid(schedule: Schedule, settings: Mapping[str, Any], steps: int, *, unipc: bool = False) -> Grid:
-    """DPM-Solver and UniPC: x = alpha * x0 + sigma * epsilon with alpha² + sigma² = 1, whole timesteps."""
+    """Return DPM-Solver's and UniPC's grid: alpha² + sigma² = 1, whole timesteps."""
     levels = Levels.of(schedule, settings, avoid_zero=True)
     last = _final_sigma(settings, levels)
     sigmas = _respaced(settings, levels.sigmas[-1], levels.sigmas[0], steps)
@@ -182,7 +182,7 @@ def lambda_grid(schedule: Schedule, settings: Mapping[str, Any], steps: int, *, 
 
 
 def _whole_timesteps(settings: Mapping[str, Any], levels: Levels, sigmas: Float64, *, cut_cosine: bool) -> Float64:
-    """What the network is told at respaced sigmas: diffusers rounds for Karras and Lu, and cuts for the others.
+    """Return the network's timesteps at respaced sigmas: diffusers rounds for Karras and Lu, and cuts for the others.
 
     DPM-Solver's class (`cut_cosine`) also cuts wherever the betas are cosine.
     """
@@ -202,7 +202,7 @@ def _final_sigma(settings: Mapping[str, Any], levels: Levels) -> float:
 
 
 def _float32(values: Float64) -> Float64:
-    """Values as float32 rounds them: diffusers keeps its grids so, and the grid is part of the definition of a run."""
+    """Round to float32: diffusers keeps its grids so, and the grid is part of the definition of a run."""
     return values.astype(np.float32).astype(np.float64)
 
 
@@ -212,9 +212,9 @@ def _preserving(sigma: float, timestep: float) -> Point:
 
 
 def _timesteps(settings: Mapping[str, Any], steps: int, *, last: int | None = None, open_end: bool = False) -> Float64:
-    """Descending timesteps, not yet rounded where the spacing is "linspace" (Lin et al. 2023, table 2).
+    """Return descending timesteps, not yet rounded where the spacing is "linspace" (Lin et al. 2023, table 2).
 
-    `open_end` is DPM-Solver's habit: one level more than steps, the lowest being where the last step leads.
+    `open_end` is DPM-Solver's: one level more than steps, the lowest being where the last step leads.
     """
     train, offset = settings["num_train_timesteps"], settings["steps_offset"]
     if steps > train:
@@ -231,13 +231,13 @@ def _timesteps(settings: Mapping[str, Any], steps: int, *, last: int | None = No
 
 
 def _unclipped(levels: Levels, lambda_min: float) -> int:
-    """How many of the training timesteps have a lambda of at least `lambda_min` (Lu et al. 2022, for cosine betas)."""
+    """Return how many training timesteps have a lambda of at least `lambda_min` (Lu et al. 2022, for cosine betas)."""
     lambdas = np.log(np.sqrt(levels.alphas_cumprod)) - np.log(np.sqrt(1 - levels.alphas_cumprod))
     return len(lambdas) - int(np.searchsorted(lambdas[::-1], lambda_min))
 
 
 def _respaced(settings: Mapping[str, Any], sigma_max: float, sigma_min: float, steps: int) -> Float64 | None:
-    """Karras', exponential or beta sigmas from sigma_max down to sigma_min, or None for the timesteps' own."""
+    """Return Karras', exponential or beta sigmas from sigma_max to sigma_min, or None for the timesteps' own."""
     low = float(sigma_min) if settings.get("sigma_min") is None else settings["sigma_min"]
     high = float(sigma_max) if settings.get("sigma_max") is None else settings["sigma_max"]
     ramp = np.linspace(0, 1, steps)
@@ -252,7 +252,7 @@ def _respaced(settings: Mapping[str, Any], sigma_max: float, sigma_min: float, s
 
 
 def _beta_quantile(probability: Float64, shape: float = 0.6) -> Float64:
-    """Quantiles of the symmetric Beta(shape, shape) distribution, by bisection of its distribution function.
+    """Return quantiles of the symmetric Beta(shape, shape) distribution, by bisection of its distribution function.
 
     Up to one half the distribution function is a power series that gains a bit a term; above, symmetry serves.
     """

@@ -42,7 +42,7 @@ COLUMNS = (
 class Row(NamedTuple):
     """Everything one network call needs to know; see the module's equations.
 
-    `timestep` is what the network is told and `c_in` what x is multiplied by before. `clip` is the largest magnitude
+    `timestep` is the network's input and `c_in` the factor of x before the call. `clip` is the largest magnitude that
     a memory may have, 0 for no bound. `slot` is the memory that is written, `b` weighs the four memories. All are
     numbers without units; x is in units of the latents' standard deviation.
     """
@@ -84,12 +84,12 @@ class Table:
 
     @cached_property
     def rows(self) -> tuple[Row, ...]:
-        """The rows by name, in the order of the run."""
+        """The rows as `Row`s, in the order of the run."""
         return tuple(_row(*values) for values in self.array.tolist())
 
     @property
     def timesteps(self) -> NDArray[np.float64]:
-        """What the network is told at each row, shape (rows,)."""
+        """The network's timestep at each row, shape (rows,)."""
         return self.array[:, 0]
 
 
@@ -101,7 +101,7 @@ def _row(
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What of a given picture a job keeps: see `blend`.
+    """The part of a given picture that a job keeps: see `blend`.
 
     All three have the latents' shape, float32: `mask` is 1 where the picture is repainted and 0 elsewhere, `clean` are
     its latents, `noise` brings them to any level.
@@ -113,10 +113,10 @@ class Kept:
 
 
 def tabulate(solver: str | None, schedule: Schedule, steps: int, *, strength: float = 1.0, **options: Any) -> Table:
-    """The table of a solver over a schedule.
+    """Return the table of a solver over a schedule.
 
     Args:
-        solver: a name of `engine.SOLVERS`; None, or the class itself, for the one that the schedule's config names.
+        solver: a name of `SOLVERS`; None, or the class itself, for the one that the schedule's config names.
         schedule: from `Schedule.from_config`.
         steps: how many steps, 1 or more; the table has a row for each network call.
         strength: how much of the run is made, above 0 to 1: its last int(steps * strength) steps, as diffusers counts.
@@ -160,7 +160,7 @@ def tabulate(solver: str | None, schedule: Schedule, steps: int, *, strength: fl
 
 
 def _first(name: str, solver: Solver, steps: int, strength: float) -> int:
-    """How many steps of the whole run are left out."""
+    """Return how many steps of the whole run are left out."""
     if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 < strength <= 1:
         raise RequestError(f"strength is {strength!r}", needed="a number above 0 and at most 1")
     first = steps - int(steps * strength)
@@ -180,8 +180,8 @@ def _first(name: str, solver: Solver, steps: int, strength: float) -> int:
 
 
 def _known(grid: Grid, rows: int, calls: int) -> NDArray[np.float64]:
-    """Where a step calls the network more than once, its calls share the level that the step leads to, as in diffusers;
-    and that is the next point, also for those classes whose own target is another.
+    """Return `Table.known`. All calls of a step share the level that it leads to, as in diffusers: the next point, also
+    for those classes whose own target is another.
     """
     levels = [*grid.points, CLEAN]
     ends = (min(row // calls + 1, len(levels) - 1) for row in range(rows))
@@ -189,7 +189,7 @@ def _known(grid: Grid, rows: int, calls: int) -> NDArray[np.float64]:
 
 
 def _is_arithmetic(error: Exception) -> bool:
-    """Whether numbers are to blame; `math` says with a plain ValueError that it has no logarithm or root of one."""
+    """Return whether arithmetic failed; `math` raises a plain ValueError where a logarithm or root does not exist."""
     if isinstance(error, (ArithmeticError, np.linalg.LinAlgError)):
         return True
     return str(error).startswith(("math domain error", "expected a positive", "expected a nonnegative"))
@@ -237,13 +237,13 @@ def advance(row: Row, x: Float32, out: Float32, memory: Float32, noise: Float32 
 
 
 def noised(level: NDArray[np.float64], clean: Float32, noise: Float32) -> Float32:
-    """Clean latents brought to a level, a row of `Table.known`: level[0]·clean + level[1]·noise."""
-    alpha, sigma = level.tolist()  # Python's floats leave float32 what it is
+    """Return clean latents brought to a level, a row of `Table.known`: level[0]·clean + level[1]·noise."""
+    alpha, sigma = level.tolist()  # Python's floats keep the arrays float32
     return np.asarray(alpha * clean + sigma * noise)
 
 
 def blend(level: NDArray[np.float64], x: Float32, mask: Float32, clean: Float32, noise: Float32) -> Float32:
-    """Put back what is known after a row, brought to that row's end: mask·x + (1 - mask)·noised(clean).
+    """Put back the kept part after a row, brought to that row's end: mask·x + (1 - mask)·noised(clean).
 
     Args:
         level: of `Table.known`, the row's own index plus one.
@@ -256,7 +256,7 @@ def blend(level: NDArray[np.float64], x: Float32, mask: Float32, clean: Float32,
 
 
 def preview(row: Row, x: Float32, out: Float32) -> Float32:
-    """The clean latents that the network predicts at this row: what the picture would be if it ended here."""
+    """Return the clean latents that the network predicts at this row: the picture if the run ended here."""
     return row.u * x + row.v * out
 
 
@@ -274,7 +274,7 @@ def _find(solver: str | None, schedule: Schedule) -> tuple[str, Solver]:
 
 
 def _configured(schedule: Schedule) -> tuple[str, Solver]:
-    """The solver of the config's own class: by name if one fixes just its settings, else under the class' own name."""
+    """Return the solver of the config's class: by name if one fixes just its settings, else by the class's name."""
     settings = schedule.settings(schedule.scheduler)
     candidates = {name: s for name, s in SOLVERS.items() if s.scheduler == schedule.scheduler}
     for name, solver in candidates.items():
@@ -320,7 +320,7 @@ def _rows(calls: list[Call], prediction: str) -> list[list[float]]:
 
 
 def _own(call: Call, k: int) -> tuple[float, float]:
-    """The weights of this row's x and out. What it remembers is made of both, so unless it is clipped it is put in
+    """Return the weights of this row's x and out. The memory it writes is made of both; unless clipped it is put in
     here, where large terms that cancel do so in float64.
     """
     a, o = call.leaves[("x", k)], call.leaves[("out", k)]
@@ -331,7 +331,7 @@ def _own(call: Call, k: int) -> tuple[float, float]:
 
 
 def _allocate(calls: list[Call]) -> list[int]:
-    """A memory slot for every call's quantity, free again after the last row that reads it."""
+    """Return a memory slot for every call's quantity, free again after the last row that reads it."""
     last_use = list(range(len(calls)))
     for k, call in enumerate(calls):
         for kind, index in call.leaves.terms:

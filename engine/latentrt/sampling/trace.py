@@ -18,7 +18,7 @@ from latentrt.sampling.solvers import Solver
 from latentrt.sampling.spacing import Grid
 
 Symbol = tuple[str, int]
-NEGLIGIBLE = 1e-13  # of the largest coefficient: what is left where terms cancel
+NEGLIGIBLE = 1e-13  # relative to the largest coefficient: the remainder where terms cancel
 
 
 class Sum:
@@ -61,7 +61,7 @@ class Sum:
 
 @dataclass(slots=True)
 class Call:
-    """One network call: where, what is remembered as p * x + q * out (clipped or not), and the step that leaves it."""
+    """One network call: its point, the memory p * x + q * out (clipped or not), and the step after it."""
 
     here: Point
     p: float
@@ -105,10 +105,10 @@ class Recorder:
         return Sum({("x", 0): 1.0})
 
     def finish(self, x: Sum) -> None:
-        """Note what the last call's step leaves behind."""
+        """Record the last call's step."""
         if not self.calls:
             raise TraceError(
-                "the solver called the network not once", needed="one call or more", fix="call model.x0 in the solver"
+                "the solver never called the network", needed="one call or more", fix="call model.x0 in the solver"
             )
         self.calls[-1].leaves = self._reduce(x, len(self.calls) - 1)
 
@@ -142,7 +142,7 @@ class Recorder:
 
 
 def trace(solver: Solver, grid: Grid, clip: float, arguments: Mapping[str, Any]) -> list[Call]:
-    """The calls of one run of a solver over a grid.
+    """Return the calls of one run of a solver over a grid.
 
     Raises:
         TraceError: the solver cannot be written as rows.
@@ -153,7 +153,7 @@ def trace(solver: Solver, grid: Grid, clip: float, arguments: Mapping[str, Any])
 
 
 def x0_from(prediction: str, here: Point) -> tuple[float, float]:
-    """(p, q) with x0 = p * x + q * out for what the network predicts (Salimans and Ho 2022 for v)."""
+    """Return (p, q) with x0 = p * x + q * out for the network's prediction type (Salimans and Ho 2022 for v)."""
     if prediction == "epsilon":
         return 1 / here.alpha, -here.sigma / here.alpha
     if prediction == "v_prediction":
@@ -162,7 +162,7 @@ def x0_from(prediction: str, here: Point) -> tuple[float, float]:
 
 
 def epsilon_from(prediction: str, here: Point) -> tuple[float, float]:
-    """(p, q) with epsilon = p * x + q * out."""
+    """Return (p, q) with epsilon = p * x + q * out."""
     if prediction == "epsilon":
         return 0.0, 1.0
     if prediction == "v_prediction":

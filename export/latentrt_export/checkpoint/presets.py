@@ -54,7 +54,7 @@ def make_checkpoint(preset: str, folder: Path, dtype: str = "float16", *, seed: 
 
     Args:
         preset: sd15, sd15-small, sd21 or sdxl.
-        folder: where it goes; made where it is not there.
+        folder: where it goes; made if missing.
         dtype: of the weights, float16 or float32.
         seed: of the random numbers.
 
@@ -85,10 +85,10 @@ def make_checkpoint(preset: str, folder: Path, dtype: str = "float16", *, seed: 
 
 
 def find(preset: str) -> Preset:
-    """A preset by its name.
+    """Return the preset of this name.
 
     Raises:
-        ExportError: there is none of that name.
+        ExportError: none has this name.
     """
     if preset not in PRESETS:
         raise ExportError(
@@ -98,7 +98,7 @@ def find(preset: str) -> Preset:
 
 
 def _write_weights(path: Path, network: nn.Module, dtype: str, seed: int) -> None:
-    """A safetensors file, written tensor by tensor: never more than one block of numbers is in memory."""
+    """Write a safetensors file tensor by tensor: never more than one block of numbers is in memory."""
     kind, scalar = DTYPES[dtype]
     shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     sizes = {name: math.prod(shape) * np.dtype(scalar).itemsize for name, shape in shapes.items()}
@@ -118,7 +118,7 @@ def _write_weights(path: Path, network: nn.Module, dtype: str, seed: int) -> Non
 def _write_numbers(
     write: Callable[[bytes], Any], name: str, shape: tuple[int, ...], block: NDArray[np.float32], scalar: type[Any]
 ) -> None:
-    """One tensor: the block scaled, from a place that its name decides, again and again."""
+    """Write one tensor: the block scaled, again and again, from an offset that depends on the name."""
     spread, middle = _distribution(name, shape)
     left = math.prod(shape)
     start = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little") % BLOCK
@@ -129,14 +129,14 @@ def _write_numbers(
 
 
 def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
-    """Standard deviation and mean: matrices and kernels by their fan-in; scales of norms near 1, biases near 0."""
+    """Return the standard deviation and mean: matrices, kernels by fan-in; scales of norms near 1, biases near 0."""
     if len(shape) > 1:
         return 1 / math.sqrt(math.prod(shape[1:])), 0.0
     return (0.05, 1.0) if name.endswith(".weight") else (0.02, 0.0)
 
 
 def _write_tokenizer(folder: Path, pad: str) -> None:
-    """vocab.json, merges.txt and tokenizer_config.json, as the published checkpoints have them."""
+    """Write vocab.json, merges.txt and tokenizer_config.json, as the published checkpoints have them."""
     letters = _letters()
     pairs = ["".join(pair) for pair in itertools.product(ascii_lowercase, repeat=2)]
     merges = [" ".join(pair) + end for end in ("", "</w>") for pair in pairs]
@@ -152,7 +152,7 @@ def _write_tokenizer(folder: Path, pad: str) -> None:
 
 
 def _letters() -> list[str]:
-    """The 256 characters that stand for bytes in byte-level BPE: themselves where printable, else from 256 on."""
+    """Return the 256 characters for bytes in byte-level BPE: themselves where printable, else from 256 on."""
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     return [*map(chr, sorted(printable)), *(chr(256 + i) for i in range(256 - len(printable)))]
 

@@ -1,4 +1,4 @@
-"""Which networks the engine can serve: what a config says that would need inputs or arithmetic it has not."""
+"""Networks that the engine can serve: refuses configs that need inputs or arithmetic that it lacks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CONDITIONAL = {
 
 
 def unsupported(found: str, needed: str) -> ExportError:
-    """Return the error of a checkpoint that cannot be served."""
+    """Return the error for a checkpoint that cannot be served."""
     return ExportError(f"the checkpoint has {found}", needed=needed)
 
 
@@ -28,7 +28,7 @@ def check_networks(configs: Mapping[str, Config], kind: str) -> None:
 
     Args:
         configs: by the networks' names.
-        kind: the diffusers class that the UNet has to be of.
+        kind: the diffusers class that the UNet must have.
 
     Raises:
         ExportError: one of them cannot be served; it is named.
@@ -46,13 +46,13 @@ def check_networks(configs: Mapping[str, Config], kind: str) -> None:
 
 
 def beside(configs: Mapping[str, Config]) -> int:
-    """Return how many channels the UNet reads beside what is denoised."""
+    """Return how many channels the UNet reads beside the latents."""
     unet, vae = configs["unet"], configs.get("vae")
     return 0 if vae is None else int(unet.get("in_channels", 4) - vae.get("latent_channels", 4))
 
 
 def _check_pixels(unet: Config) -> None:
-    """UNet2DModel: it denoises pixels, grey or RGB, with or without class labels."""
+    """Refuse a UNet2DModel that does not denoise pixels, grey or RGB, with or without class labels."""
     inputs, outputs = unet.get("in_channels", 3), unet.get("out_channels", 3)
     if inputs != outputs or inputs not in (1, 3):
         raise unsupported(f"a UNet2DModel from {inputs} to {outputs} channels", "1 or 3 channels, as many as it reads")

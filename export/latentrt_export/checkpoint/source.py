@@ -20,7 +20,7 @@ from latentrt_export.checkpoint.served import check_networks, unsupported
 
 TEXT, TEXT_2, UNET, VAE = "text_encoder", "text_encoder_2", "unet", "vae"
 SD, XL, PIXELS = (TEXT, UNET, VAE), (TEXT, TEXT_2, UNET, VAE), (UNET,)
-PIPELINES = {  # the networks that each is made of
+PIPELINES = {  # the networks of each
     "StableDiffusionPipeline": SD,
     "StableDiffusionImg2ImgPipeline": SD,
     "StableDiffusionInpaintPipeline": SD,
@@ -62,9 +62,9 @@ class Checkpoint:
 
     Attributes:
         root: its folder.
-        id, revision, license: as far as they are known.
+        id, revision, license: where known.
         index: model_index.json, with the pipeline's class and a class for each part.
-        configs: config.json of each network: "text_encoder", "text_encoder_2", "unet", "vae", as far as it has them.
+        configs: config.json of each network that it has: "text_encoder", "text_encoder_2", "unet", "vae".
         scheduler: scheduler_config.json.
         files: where each file of a bundle is now: configs, tokenizers and weights (safetensors, chosen variants under
             their plain names).
@@ -81,7 +81,7 @@ class Checkpoint:
 
     @property
     def pipeline(self) -> str:
-        """The diffusers class that draws with it."""
+        """The diffusers class of its pipeline."""
         return str(self.index["_class_name"])
 
     @property
@@ -92,7 +92,7 @@ class Checkpoint:
 
 @contextmanager
 def checkpoint_of(source: str | Path, revision: str | None = None, variant: str | None = None) -> Iterator[Checkpoint]:
-    """`open_checkpoint`, and for "preset:NAME" a checkpoint with random weights, made for the time of the `with`."""
+    """Yield `open_checkpoint`'s result; for "preset:NAME", a checkpoint with random weights, temporary."""
     name = str(source)
     if not name.startswith(PRESET):
         yield open_checkpoint(source, revision, variant)
@@ -112,7 +112,7 @@ def open_checkpoint(source: str | Path, revision: str | None = None, variant: st
         variant: which weights to use where there are several ("fp16"); None: the plain ones, or the only ones.
 
     Raises:
-        ExportError: it is no diffusers checkpoint, or one that the engine cannot serve; the message names what is.
+        ExportError: it is no diffusers checkpoint, or one that the engine cannot serve; the message lists those it can.
         UnsafeWeightsError: a network has pickled weights only.
     """
     root, name, commit = _locate(source, revision, variant)
@@ -141,7 +141,7 @@ def tokenizer_of(part: str) -> str:
 
 
 def _index(root: Path) -> dict[str, Any]:
-    """model_index.json; where a UNet lies at the top by itself, as people save pixel models, what it would say."""
+    """Return model_index.json; where a UNet lies at the top by itself, as people save pixel models, its equivalent."""
     if (root / "model_index.json").is_file():
         return read_json(root / "model_index.json")
     scheduler = read_json(root / "scheduler_config.json").get("_class_name")
@@ -150,17 +150,17 @@ def _index(root: Path) -> dict[str, Any]:
 
 
 def _home(root: Path, part: str) -> Path:
-    """Where a network lies: a folder of its name, or as diffusers has it the top, where there is none."""
+    """Return where a network lies: in a folder of its name or, where there is none, at the top, as diffusers has it."""
     return root / part if (root / part).is_dir() else root
 
 
 def _flat(root: Path, homes: Mapping[str, Path]) -> list[Path]:
-    """Files at the top that belong to a network or the scheduler."""
+    """Return the files at the top that belong to a network or the scheduler."""
     return [root / name for name in ("config.json", "scheduler_config.json")] if root in homes.values() else []
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a checkpoint, or an ExportError that names the file."""
+    """Return a JSON object of a checkpoint. Raise an ExportError that names the file where it holds none."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -173,7 +173,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _locate(source: str | Path, revision: str | None, variant: str | None) -> tuple[Path, str, str | None]:
-    """The checkpoint's folder, its id, and its commit where it comes from the hub."""
+    """Return the checkpoint's folder, its id, and its commit where it comes from the hub."""
     path = Path(source)
     if path.is_dir():
         flat = (path / "config.json").is_file() and (path / "scheduler_config.json").is_file()
@@ -209,7 +209,7 @@ def _download(repository: str, revision: str | None, variant: str | None) -> Pat
     except ImportError as error:
         raise MissingDependencyError(
             f"huggingface_hub cannot be imported ({error})",
-            needed="it, to download",
+            needed="this package, to download",
             fix="pip install 'latentrt[export]'",
         ) from error
 
@@ -232,12 +232,12 @@ def _download(repository: str, revision: str | None, variant: str | None) -> Pat
 
 
 def _has_weights(root: Path) -> bool:
-    """Whether every network of a checkpoint has safetensors of some kind."""
+    """Return whether every network of a checkpoint has safetensors of some kind."""
     return all(any(_home(root, part).glob("*.safetensors")) for part in _parts(_index(root)))
 
 
 def _parts(index: Mapping[str, Any]) -> tuple[str, ...]:
-    """The networks that the checkpoint's pipeline is made of."""
+    """Return the networks of the checkpoint's pipeline."""
     kind = index.get("_class_name")
     if kind not in PIPELINES:
         raise ExportError(f"model_index.json names the pipeline {kind!r}", needed=f"one of {', '.join(PIPELINES)}")
@@ -253,7 +253,7 @@ def _check_class(index: Mapping[str, Any], part: str) -> None:
 
 
 def _texts(root: Path) -> dict[str, Path]:
-    """Licence, model card and small data files at the top of a checkpoint: they travel with the weights."""
+    """Return licence, model card and small data files at the top of a checkpoint: they are copied with the weights."""
     kept = [p for p in sorted(root.iterdir()) if p.is_file() and _is_text(p)]
     return {p.name: p for p in kept}
 
@@ -264,7 +264,7 @@ def _is_text(path: Path) -> bool:
 
 
 def _weights(folder: Path, part: str, variant: str | None) -> dict[str, Path]:
-    """The safetensors of one network to use, by their name in the bundle: one file, or an index and its shards."""
+    """Return the safetensors to use of a network, by name in the bundle: one file, or an index and its shards."""
     stem = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
     found = _variants(folder, stem)
     if not found:
@@ -286,7 +286,7 @@ def _weights(folder: Path, part: str, variant: str | None) -> dict[str, Path]:
 
 
 def _variants(folder: Path, stem: str) -> dict[str, Path]:
-    """Single files and shard indexes by variant ("" is the plain one); a single file wins."""
+    """Return single files and shard indexes by variant ("" is the plain one); a single file wins."""
     patterns = (rf"{stem}\.safetensors\.index(\.(?P<v>\w+))?\.json", rf"{stem}(\.(?P<v>\w+))?\.safetensors")
     names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
     matches = [m for pattern in patterns for name in names if (m := re.fullmatch(pattern, name))]
@@ -305,7 +305,7 @@ def _no_weights(folder: Path, stem: str) -> ExportError | UnsafeWeightsError:
 
 
 def _license(root: Path) -> str | None:
-    """The licence that the model card's front matter names."""
+    """Return the licence in the model card's front matter."""
     card = root / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)

@@ -20,7 +20,7 @@ WHOLE = (ir.DataType.INT32, ir.DataType.INT64)
 
 
 def cuda_path(path: str) -> str:
-    """Where the CUDA graph of the graph at `path` lies: unet/model.onnx, unet/model.cuda.onnx."""
+    """Return the path of the CUDA graph of the graph at `path`: unet/model.onnx, unet/model.cuda.onnx."""
     return str(PurePosixPath(path).with_suffix(".cuda.onnx"))
 
 
@@ -47,7 +47,7 @@ def for_cuda(model: ir.Model) -> None:
 
 
 def _is_plain(node: ir.Node) -> bool:
-    """Whether MultiHeadAttention can say the same: three axes, no mask, the kernels' own softmax."""
+    """Return whether MultiHeadAttention can replace it: three axes, no mask, the kernels' own softmax."""
     check_attention(node)
     masked = any(value is not None for value in node.inputs[3:]) or number(node, "is_causal", 0)
     return not masked and not number(node, "softmax_precision", 0) and len(node.inputs[0].shape) == 3
@@ -62,14 +62,14 @@ def _fuse(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _is_of_tokens(node: ir.Node) -> bool:
-    """Whether an ArgMax looks for the first of the largest whole numbers along the last axis, of known length."""
+    """Return whether an ArgMax finds the first of the largest whole numbers along the last axis, of known length."""
     numbers = node.inputs[0]
     first = not number(node, "select_last_index", 0) and number(node, "axis", 0) in (-1, len(numbers.shape) - 1)
     return first and numbers.dtype in WHOLE and isinstance(numbers.shape[-1], int)
 
 
 def _first_of_largest(node: ir.Node, build: Builder) -> ir.Value:
-    """ArgMax of whole numbers, for which CUDA has no kernel: the smallest index at which the largest number stands.
+    """Build ArgMax of whole numbers, which CUDA has no kernel for: the smallest index of the largest number.
 
     With it a text encoder with pooled embeddings (SDXL's second) finds the end of the prompt.
     """

@@ -30,7 +30,7 @@ FIXED = {"Resize": (1, 2)}
 
 
 def half_path(path: str) -> str:
-    """Where the half graph of the graph at `path` lies: unet/model.onnx, unet/model.fp16.onnx."""
+    """Return the path of the half graph of the graph at `path`: unet/model.onnx, unet/model.fp16.onnx."""
     return str(PurePosixPath(path).with_suffix(".fp16.onnx"))
 
 
@@ -91,7 +91,7 @@ def emulate(model: ir.Model) -> None:
 
 
 def _round_after(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
-    """Let a node write float32, and a Cast behind it the float16 value of before."""
+    """Let a node write float32, and a Cast behind it the previous float16 value."""
     value.dtype = SINGLE
     cast = ir.node("Cast", [value], attributes={"to": HALF}, name=f"{value.name}.round")
     rounded = cast.outputs[0]
@@ -120,9 +120,9 @@ def timing(graph: ir.Graph) -> set[ir.Node]:
 
 
 def _not_for_half(graph: ir.Graph, constant: Collection[ir.Value]) -> set[ir.Node]:
-    """Nodes that read a number which float16 cannot hold, or that turn whole numbers, inexact above 2048, to floats.
+    """Return nodes that read a number that float16 cannot hold, or cast whole numbers, inexact above 2048, to floats.
 
-    A tiny number is there to be added before a root and a division: these are float32 with it.
+    A tiny number is added before a root and a division: these are float32 with it.
     """
     unsafe = {value for value in graph.initializers.values() if not _fits(value)}
     nodes = set()
@@ -137,7 +137,7 @@ def _not_for_half(graph: ir.Graph, constant: Collection[ir.Value]) -> set[ir.Nod
 
 
 def _fits(value: ir.Value) -> bool:
-    """Whether float16 can hold a constant: nothing finite overflows and, where it is no weight, nothing becomes 0."""
+    """Return whether float16 can hold a constant: nothing finite overflows and, save in weights, nothing becomes 0."""
     tensor = value.const_value
     if tensor is None or tensor.dtype not in (SINGLE, ir.DataType.BFLOAT16) or tensor.size == 0:
         return True
@@ -215,7 +215,7 @@ def _retype(node: ir.Node, dtype: ir.DataType, retyped: Callable[..., ir.Value])
 
 
 def _cast(graph: ir.Graph, value: ir.Value, dtype: ir.DataType, name: str, reader: ir.Node | None) -> ir.Value:
-    """A Cast of a value, before `reader` or at the end."""
+    """Return a Cast of a value, before `reader` or at the end."""
     node = ir.node("Cast", [value], attributes={"to": dtype}, name=name)
     result: ir.Value = node.outputs[0]
     result.name, result.shape, result.dtype = name, value.shape, dtype
@@ -234,7 +234,7 @@ def _under_its_name(old: ir.Value, new: ir.Value) -> ir.Value:
 
 
 def _is_weight_cast(node: ir.Node) -> bool:
-    """Whether a node only widens a stored weight."""
+    """Return whether a node only widens a stored weight."""
     weight = node.inputs[0] if node.op_type == "Cast" else None
     return weight is not None and weight.is_initializer() and _is_float(weight)
 

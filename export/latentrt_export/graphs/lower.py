@@ -1,6 +1,6 @@
-"""A graph of opset 23 as one of opset 18, for parsers of before: TensorRT 8.6, and 10.x until it learned Attention.
+"""Lower a graph of opset 23 to opset 18, for older parsers: TensorRT 8.6, and 10.x before it had Attention.
 
-Attention becomes MatMul, Softmax, MatMul, and Gelu what it abbreviates. Every other operator of our graphs is the same
+Attention becomes MatMul, Softmax, MatMul, and Gelu its formula. Every other operator of latentrt's graphs is the same
 in opset 18; later versions added types and attributes (`saturate`, `allowzero` aside) that these graphs do not use.
 https://onnx.ai/onnx/operators/onnx__Attention.html, https://onnx.ai/onnx/operators/onnx__Gelu.html
 """
@@ -19,17 +19,17 @@ from latentrt.errors import ExportError
 
 IR_VERSION = 8  # of the ONNX release that had opset 18; older parsers refuse newer files
 GELU_SINCE, ATTENTION_SINCE = 20, 23
-# Attributes that are younger than opset 18, and the value at which they say what opset 18 does.
+# Attributes that are newer than opset 18, and the value at which they have opset 18's meaning.
 YOUNGER: Mapping[str, Mapping[str, Any]] = {"Cast": {"saturate": 1, "round_mode": "up"}}
-SCORES = ".scores"  # ends the name of the scores of an Attention that is no more
+SCORES = ".scores"  # ends the name of the scores of an Attention that was replaced
 BLOCKED = -65504.0  # the score of a token that is masked: exp makes it 0, in float16 too
 
 
 def lower(model: ir.Model, opset: int = 18) -> None:
-    """Rewrite a graph that export made, or its half, for an older opset, in place.
+    """Rewrite a graph from export, or its half, for an older opset, in place.
 
     Scores are computed in the type of the graph, q scaled before the product, so that float16 holds them where the
-    product alone would overflow; a value NAME + SCORES stands for what Attention kept inside.
+    product alone would overflow; a value NAME + SCORES has the scores that Attention kept inside.
 
     Args:
         model: the graph, with the shapes that export wrote.
@@ -55,7 +55,7 @@ def lower(model: ir.Model, opset: int = 18) -> None:
 
 
 class Builder:
-    """Puts nodes in front of the one that they replace; their names tell whose part they are."""
+    """Puts nodes in front of the one that they replace, and names them after it."""
 
     def __init__(self, graph: ir.Graph, node: ir.Node) -> None:
         self._graph, self._node = graph, node
@@ -73,15 +73,15 @@ class Builder:
         return result
 
     def number(self, value: float) -> ir.Value:
-        """A scalar of the node's type."""
+        """Return a scalar of the node's type."""
         return self.constant(f"{value:g}.{self.dtype.numpy().name}", np.array(value, self.dtype.numpy()))
 
     def whole(self, *values: int) -> ir.Value:
-        """A vector of whole numbers, such as a Reshape's target."""
+        """Return a vector of whole numbers, such as a Reshape's target."""
         return self.constant("to_" + "_".join(map(str, values)), np.array(values, np.int64))
 
     def constant(self, name: str, array: np.ndarray[Any, Any]) -> ir.Value:
-        """The graph's initializer of that name, made where it is not there."""
+        """Return the graph's initializer of that name; make it if missing."""
         initializers = self._graph.initializers
         if name not in initializers:
             tensor = ir.tensor(array, name=name)
@@ -102,7 +102,7 @@ def replace(graph: ir.Graph, node: ir.Node, make: Callable[[ir.Node, Builder], i
 
 
 def _gelu(node: ir.Node, build: Builder) -> ir.Value:
-    """x · Φ(x), or its approximation by a tangent."""
+    """Build x · Φ(x), or its approximation by tanh."""
     x, half, one = node.inputs[0], build.number(0.5), build.number(1.0)
     if _text(node, "approximate", "none") == "tanh":
         cubic = build("Mul", build("Mul", x, x, name="square"), build.number(0.044715), name="cubic")
@@ -115,7 +115,7 @@ def _gelu(node: ir.Node, build: Builder) -> ir.Value:
 
 
 def _attention(node: ir.Node, build: Builder) -> ir.Value:
-    """softmax(scale · q kᵀ + mask) v for each head; three axes are split into heads first and merged afterwards."""
+    """Build softmax(scale · q kᵀ + mask) v for each head; three axes are split into heads first and merged after."""
     check_attention(node)
     q, k, v = node.inputs[:3]
     flat = len(q.shape) == 3
@@ -145,7 +145,7 @@ def _softmax(node: ir.Node, scores: ir.Value, build: Builder) -> ir.Value:
 
 
 def _masked(node: ir.Node, scores: ir.Value, build: Builder) -> ir.Value:
-    """Scores with those of masked tokens lowered; a mask of booleans says who is seen, one of numbers is added."""
+    """Return scores with those of masked tokens lowered; a mask of booleans keeps tokens, one of numbers is added."""
     mask = node.inputs[3] if len(node.inputs) > 3 else None
     if mask is not None:
         if mask.dtype == ir.DataType.BOOL:
@@ -163,7 +163,7 @@ def _masked(node: ir.Node, scores: ir.Value, build: Builder) -> ir.Value:
 
 
 def check_attention(node: ir.Node) -> None:
-    """Refuse an Attention with what export never writes, by an ExportError."""
+    """Refuse an Attention with what export never writes. Raise ExportError."""
     _need(node, not any(value is not None for value in node.inputs[4:]))
     _need(node, not any(value.uses() or value.is_graph_output() for value in node.outputs[1:]))
     _need(node, not number(node, "softcap", 0.0))
@@ -176,7 +176,7 @@ def check_attention(node: ir.Node) -> None:
 def _need(node: ir.Node, good: bool) -> None:
     if not good:
         raise ExportError(
-            f"{node.op_type} {node.name!r} has what opset 18 has not",
+            f"{node.op_type} {node.name!r} uses features that opset 18 lacks",
             needed="a graph that latentrt exported",
             fix="export the checkpoint again: latentrt export CHECKPOINT BUNDLE",
         )
@@ -192,7 +192,7 @@ def _head_size(node: ir.Node) -> int:
 
 
 def number(node: ir.Node, name: str, default: float) -> float:
-    """A node's attribute."""
+    """Return a node's attribute."""
     return node.attributes[name].value if name in node.attributes else default
 
 

@@ -28,7 +28,7 @@ NO_OPS = (
 
 
 def clean(model: ir.Model) -> None:
-    """Every rewrite of this file, in order."""
+    """Run every rewrite of this file, in order."""
     strip_metadata(model)
     fold_constants(model)
     drop_no_ops(model)
@@ -51,7 +51,7 @@ def strip_metadata(model: ir.Model) -> None:
 
 
 def fold_constants(model: ir.Model) -> None:
-    """Compute what depends on constants only, never on weights: a folded weight is no longer in the safetensors."""
+    """Compute what depends on constants only, never on weights: a folded weight would not be in the safetensors."""
 
     def should_fold(node: ir.Node) -> bool | None:
         return False if any(v is not None and is_weight(v) for v in node.inputs) else None
@@ -68,7 +68,7 @@ def drop_no_ops(model: ir.Model) -> None:
 
 
 def static_reshapes(model: ir.Model) -> None:
-    """Give every Reshape a constant target (0: as before, -1: the rest), or the Shape of a value it returns to.
+    """Give every Reshape a constant target (0: unchanged, -1: the rest), or the Shape of a value it returns to.
 
     The tracer computes targets from the inputs' sizes with a chain of integer operations: small nodes that every call
     pays for and that keep a runtime from seeing that only batch, height and width are free.
@@ -102,7 +102,7 @@ def _make_static(graph: ir.Graph, node: ir.Node, first_of_shape: dict[Sizes, ir.
 def flatten_attention(model: ir.Model) -> None:
     """Let Attention split and merge its heads itself: Reshape and Transpose around each of its tensors go.
 
-    Opset 23's Attention takes (batch, tokens, heads·size) when it is told the number of heads.
+    Opset 23's Attention takes (batch, tokens, heads·size) together with the number of heads.
     """
     for node in [n for n in model.graph if n.op_type == "Attention"]:
         sources = [_before_split(value) for value in node.inputs[:3]]
@@ -120,7 +120,7 @@ def flatten_attention(model: ir.Model) -> None:
 
 
 def _before_split(value: ir.Value | None) -> ir.Value | None:
-    """The (batch, tokens, dim) value that Reshape and Transpose turned into this (batch, heads, tokens, size)."""
+    """Return the (batch, tokens, dim) value that Reshape and Transpose made into this (batch, heads, tokens, size)."""
     transpose = value.producer() if value is not None else None
     if transpose is None or not _is_swap(transpose) or transpose.inputs[0] is None:
         return None
@@ -131,7 +131,7 @@ def _before_split(value: ir.Value | None) -> ir.Value | None:
 
 
 def _after_merge(value: ir.Value) -> ir.Value | None:
-    """The (batch, tokens, dim) value that Transpose and Reshape make of this (batch, heads, tokens, size)."""
+    """Return the (batch, tokens, dim) value that Transpose and Reshape make of this (batch, heads, tokens, size)."""
     nodes = value.consumers()
     if len(nodes) != 1 or not _is_swap(nodes[0]):
         return None
@@ -144,7 +144,7 @@ def _is_swap(node: ir.Node) -> bool:
 
 
 def decompose_group_norm(model: ir.Model) -> None:
-    """GroupNormalization as InstanceNormalization over groups, then scale and bias.
+    """Rewrite GroupNormalization as InstanceNormalization over groups, then scale and bias.
 
     ONNX Runtime has no CPU kernel for GroupNormalization: it inlines the specification's function, some 18 nodes, which
     made loading a small UNet more than twice as slow and each call a tenth slower (docs/export.md).
@@ -191,12 +191,12 @@ def drop_unused(model: ir.Model) -> None:
 
 
 def is_weight(value: ir.Value) -> bool:
-    """Whether a value is a parameter or buffer of the traced module (and not a constant of the graph)."""
+    """Return whether a value is a parameter or buffer of the traced module (and not a constant of the graph)."""
     return value.is_initializer() and (value.name or "").startswith(PREFIX)
 
 
 def constant(graph: ir.Graph, name: str, array: NDArray[np.generic]) -> ir.Value:
-    """The graph's initializer of that name, made where it is not there."""
+    """Return the graph's initializer of that name; make it if missing."""
     if name not in graph.initializers:
         tensor = ir.tensor(array, name=name)
         graph.register_initializer(
@@ -206,7 +206,7 @@ def constant(graph: ir.Graph, name: str, array: NDArray[np.generic]) -> ir.Value
 
 
 def _shape(value: ir.Value | None) -> Sizes:
-    """The shape that the tracer knew; it knows every one."""
+    """Return the shape that the tracer found; it finds every one."""
     assert value is not None
     assert value.shape is not None
     return tuple(value.shape)
@@ -223,7 +223,7 @@ def _insert(
 
 
 def _take_over(new: ir.Value, old: ir.Value) -> None:
-    """Put `new` in the place of `old`, under its name."""
+    """Put `new` in the place of `old`, under the same name."""
     new.shape, new.type = old.shape, old.type
     name, old.name = old.name, f"{old.name}.old"
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)

@@ -1,4 +1,4 @@
-"""How large the numbers inside a network get, measured in float32: what float16 could not hold becomes an island.
+"""Measure how large the numbers in a network get, in float32: nodes that float16 could not hold become an island.
 
 float16 ends at 65504, and a graph does not say how far it goes; some VAEs go beyond. So every network runs once, in
 float32, with the largest absolute value of each tensor as a further output.
@@ -37,11 +37,11 @@ SUFFIX = ".largest"
 
 
 def measure_ranges(path: Path, feeds: Iterable[Arrays]) -> dict[str, float]:
-    """The largest absolute value of every float tensor that a float32 graph computes, over several runs.
+    """Return the largest absolute value of every float tensor that a float32 graph computes, over several runs.
 
     Args:
         path: a graph of a bundle, its weights beside it.
-        feeds: what each run is fed.
+        feeds: the inputs of each run.
 
     Returns:
         By the tensor's name; an Attention's scores, which it keeps inside, by its output's name and `.scores`.
@@ -53,7 +53,7 @@ def measure_ranges(path: Path, feeds: Iterable[Arrays]) -> dict[str, float]:
 
 
 def overflowing(model: ir.Model, ranges: Ranges, margin: float = MARGIN) -> tuple[str, ...]:
-    """The names of the nodes of a float32 graph that read or write what comes within `margin` of float16's end."""
+    """Return the names of the nodes of a float32 graph that read or write a value within `margin` of float16's end."""
 
     def fits(node: ir.Node) -> bool:
         names = [value.name for value in (*node.inputs, *node.outputs) if value is not None]
@@ -64,7 +64,7 @@ def overflowing(model: ir.Model, ranges: Ranges, margin: float = MARGIN) -> tupl
 
 
 def measure_networks(root: Path, spec: ModelSpec) -> dict[str, dict[str, float]]:
-    """The ranges of each network of a bundle in one small run: real prompts, denoising from noise, decoding, encoding.
+    """Return the ranges of each network of a bundle in one small run: real prompts, denoising, decoding, encoding.
 
     The denoiser is the bundle's own, so it sees every noise level and the VAE sees true latents.
     """
@@ -86,7 +86,7 @@ def measure_networks(root: Path, spec: ModelSpec) -> dict[str, dict[str, float]]
 
 
 class Gauges:
-    """A backend, ONNX Runtime on the CPU, whose networks also note their ranges."""
+    """A backend, ONNX Runtime on the CPU, whose networks also record their ranges."""
 
     name, device, precision = "onnxruntime", "cpu", FP32
     variants: tuple[str, ...] = (FP32,)
@@ -97,13 +97,13 @@ class Gauges:
         self.ranges: dict[str, dict[str, float]] = {}
 
     def load(self, bundle: Bundle, network: str) -> NetworkGauge:
-        """Load a network; what it measures goes on where an earlier load of it stopped."""
+        """Load a network; its ranges continue those of an earlier load."""
         graph = bundle.spec.graph(network, *self.variants)
         return NetworkGauge(bundle.path(graph.path), self.ranges.setdefault(network, {}), graph)
 
 
 class Gauge:
-    """A float32 graph that notes the largest absolute value of each tensor it computes."""
+    """A float32 graph that records the largest absolute value of each tensor it computes."""
 
     def __init__(self, path: Path, ranges: dict[str, float]) -> None:
         model = ir.load(path)
@@ -115,7 +115,7 @@ class Gauge:
         self.ranges = ranges
 
     def __call__(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
-        """Run once; the result has the graph's own outputs."""
+        """Run once; return the graph's own outputs."""
         names = [output.name for output in self._session.get_outputs()]
         results = dict(zip(names, self._session.run(names, dict(feeds)), strict=True))
         for name in names[len(self._outputs) :]:
@@ -129,7 +129,7 @@ class Gauge:
 
 
 class NetworkGauge(Gauge):
-    """A gauge that is a network of a backend."""
+    """A gauge that is also a network of a backend."""
 
     def __init__(self, path: Path, ranges: dict[str, float], graph: GraphSpec) -> None:
         super().__init__(path, ranges)
@@ -137,7 +137,7 @@ class NetworkGauge(Gauge):
 
 
 def open_session(model: ir.Model, folder: Path) -> Any:
-    """An ONNX Runtime session on the CPU for a model in memory whose weights lie in `folder`."""
+    """Return an ONNX Runtime session on the CPU for a model in memory whose weights lie in `folder`."""
     onnxruntime = load_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3

@@ -20,7 +20,7 @@ OPSET = 23
 def trace(network: Network) -> ir.Model:
     """Trace a network with torch.export and translate it, unoptimized, to ONNX.
 
-    The torch optimizer would transpose and merge weights; they could no longer be found in the safetensors. The passes
+    The torch optimizer would transpose and merge weights, which would no longer match the safetensors. The passes
     of `latentrt_export.graphs.passes` clean up instead.
     """
     axes = {i.name: dict(i.axes) for i in network.inputs}
@@ -45,7 +45,7 @@ def trace(network: Network) -> ir.Model:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the warnings, log lines and progress bars of torch, diffusers and transformers from the user."""
+    """Hide the warnings, log lines and progress bars of torch, diffusers and transformers."""
     before = logging.root.manager.disable
     bars = [module for module in (transformers.logging, diffusers.logging) if module.is_progress_bar_enabled()]
     logging.disable(logging.ERROR)

@@ -43,7 +43,7 @@ class Stored:
     length: int
 
     def read(self) -> NDArray[np.generic]:
-        """The tensor, flat, mapped from the file."""
+        """Return the tensor, flat, mapped from the file."""
         if self.length == 0:
             return np.empty(0, DTYPES[self.dtype])
         data = np.memmap(self.path, np.uint8, "r", self.offset, (self.length,))
@@ -52,7 +52,7 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """Bytes that a graph reads from the checkpoint's safetensors, and from a sidecar of its own."""
+    """Bytes that a graph reads from the checkpoint's safetensors, and from its sidecar."""
 
     shared: int
     sidecar: int
@@ -62,7 +62,7 @@ def share_weights(model: ir.Model, files: Sequence[Path], sidecar: Path) -> Shar
     """Point every weight of the graph at its bytes in `files`, which lie in the folder of the graph.
 
     Weights stored in half precision are read through a Cast to float32, which a runtime folds when it loads the graph.
-    What is not in the files, and is no small constant, is written to `sidecar`, another safetensors.
+    Small constants stay in the graph; all else that is not in the files is written to `sidecar`, another safetensors.
     """
     store = Store(files)
     found = {v: s for v in model.graph.initializers.values() if (s := store.find(v))}
@@ -85,7 +85,7 @@ class Store:
         self._used: set[str] = set()
 
     def find(self, value: ir.Value) -> Stored | None:
-        """The stored tensor that holds an initializer's numbers exactly; each is given to one initializer only."""
+        """Return the stored tensor with exactly an initializer's numbers; each is used for one initializer only."""
         name = value.name or ""
         if not name.startswith(PREFIX):
             return None
@@ -97,7 +97,7 @@ class Store:
         return None
 
     def _candidates(self, name: str) -> Iterator[Stored]:
-        """The tensor of that name, then longer names (text_model.…), then all: the VAEs of 2022 have other names."""
+        """Yield the tensor of that name, then longer names (text_model.…), then all: VAEs of 2022 have other names."""
         if name in self._tensors:
             yield self._tensors[name]
         yield from (s for s in self._tensors.values() if s.name.endswith("." + name))
@@ -105,7 +105,7 @@ class Store:
 
 
 def read_header(path: Path) -> list[Stored]:
-    """Every tensor of a safetensors file whose kind a graph can read."""
+    """Return every tensor of a safetensors file whose dtype a graph can read."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header: dict[str, Any] = json.loads(file.read(size))
@@ -115,7 +115,7 @@ def read_header(path: Path) -> list[Stored]:
 
 
 def _same(stored: Stored, array: NDArray[np.generic]) -> bool:
-    """Whether the stored tensor, widened to the array's kind, is the array, bit for bit."""
+    """Return whether the stored tensor, widened to the array's dtype, equals the array, bit for bit."""
     kind = np.dtype(DTYPES[stored.dtype])
     if stored.length != array.size * kind.itemsize or kind.itemsize > array.dtype.itemsize:
         return False

@@ -57,7 +57,7 @@ class TextEncoder(nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """input_ids (batch, tokens) int64 to text_states (batch, tokens, dim)."""
+        """Map input_ids (batch, tokens) int64 to text_states (batch, tokens, dim)."""
         states: Tensor = self.model(input_ids).last_hidden_state
         return states
 
@@ -73,7 +73,7 @@ class PenultimateTextEncoder(nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
-        """input_ids (batch, tokens) int64 to text_states (batch, tokens, dim) and perhaps text_embeds."""
+        """Map input_ids (batch, tokens) int64 to text_states (batch, tokens, dim) and perhaps text_embeds."""
         out = self.model(input_ids, output_hidden_states=True)
         states = out.hidden_states[-2]
         return (states, out.text_embeds) if isinstance(self.model, CLIPTextModelWithProjection) else (states,)
@@ -98,7 +98,7 @@ class UNet(nn.Module):
         time_ids: Tensor | None = None,
         beside: Tensor | None = None,
     ) -> Tensor:
-        """One evaluation: sample (batch, channels, height, width) to out of the same shape."""
+        """Map sample (batch, channels, height, width) to out of the same shape."""
         added = None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
         if beside is not None:
             sample = torch.cat([sample, beside], dim=1)
@@ -114,7 +114,7 @@ class PixelUNet(nn.Module):
         self.model = model
 
     def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """One evaluation: sample (batch, channels, height, width) to out of the same shape."""
+        """Map sample (batch, channels, height, width) to out of the same shape."""
         out: Tensor = self.model(sample, timestep, class_labels).sample
         return out
 
@@ -157,7 +157,7 @@ def load_network(root: Path, name: str, *, tokens: int = 77) -> Network:
 
 
 def is_xl(root: Path) -> bool:
-    """Whether a checkpoint has two text encoders: their text states are then those before the last layer."""
+    """Return whether a checkpoint has two text encoders: their text states are then those before the last layer."""
     return (root / "text_encoder_2").is_dir()
 
 

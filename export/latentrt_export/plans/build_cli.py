@@ -140,7 +140,7 @@ def _show_built(built: Sequence[Built]) -> None:
 
 @contextmanager
 def _bars(*, quiet: bool) -> Iterator[Progress]:
-    """Show a bar for each network, on standard error, with what TensorRT does and the time that is left."""
+    """Show a bar for each network, on standard error, with TensorRT's current phase and the time left."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -201,7 +201,7 @@ def _list(store: PlanStore, remove: Sequence[str], as_json: bool) -> int:
     from rich.markup import escape
 
     table = table_of("plan", "size", "precision", "built for", "shapes")
-    table.columns[0].overflow = table.columns[3].overflow = "fold"  # --remove wants the name whole
+    table.columns[0].overflow = table.columns[3].overflow = "fold"  # --remove needs the whole name
     for record in records:
         key = record.key
         device = " ".join(

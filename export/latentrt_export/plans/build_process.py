@@ -1,4 +1,4 @@
-"""A process for each plan: what the builder took is given back when it ends, and it can be stopped at any time.
+"""A process for each plan: the builder's memory is freed when it ends, and it can be stopped at any time.
 
 An 8 GiB board has no room for what TensorRT keeps after a build; TensorRT-RTX rarely asks whether to stop; and where
 native code crashes, or the system kills the process that takes too much memory, an error message says so.
@@ -29,7 +29,7 @@ OUTPUT = "output.txt"  # what the library prints in the child
 
 
 class Progress(Protocol):
-    """Is told of a network that is being built: what TensorRT does, the share that is done, seconds that are left."""
+    """Called for a network in progress: its name, TensorRT's current phase, the share done, the seconds left."""
 
     def __call__(self, network: str, phase: str, share: float, left: float | None) -> None: ...
 
@@ -63,7 +63,7 @@ def _start(child: BaseProcess) -> None:
 def _listen(
     order: Order, child: BaseProcess, ours: Connection, folder: Path, known: float | None, progress: Progress
 ) -> PlanRecord:
-    """Pass progress on until the child sends its record, or the error that it met."""
+    """Pass progress on until the child sends its record or its error."""
     start, phase, share = time.monotonic(), "starting", 0.0
     while True:
         try:
@@ -81,7 +81,7 @@ def _listen(
 
 
 def _left(elapsed: float, share: float, known: float | None) -> float | None:
-    """Return the seconds left: by what the last build took while that lasts, then by the share that is done."""
+    """Return the seconds left: by the last build's time while that lasts, then by the share done."""
     if known is not None and elapsed < known:
         return known - elapsed
     return elapsed / share - elapsed if share > 0.02 else None
@@ -108,7 +108,7 @@ def _end(child: BaseProcess, stop: Event) -> None:
 
 
 def _child(order: Order, folder: Path, theirs: Connection, stop: Event) -> None:
-    """Run in the process in which a plan is built."""
+    """Build a plan, in the process started for it."""
     parent, lock, last = os.getppid(), threading.Lock(), 0.0
     with (folder / OUTPUT).open("wb") as output:  # the library's own prints would spoil the terminal, and JSON
         for stream in (1, 2):

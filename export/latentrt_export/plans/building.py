@@ -1,4 +1,4 @@
-"""What differs between TensorRT's versions, and RTX, when a plan is built; see latentrt/runtime/tensorrt/library.py."""
+"""Differences between TensorRT's versions, and RTX, in building plans; see latentrt/runtime/tensorrt/library.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from latentrt.errors import PlanError
 from latentrt.runtime.tensorrt.library import Library
 from latentrt.runtime.tensorrt.record import REFITTABLE, STRIPPED, VERSION_COMPATIBLE
 
-BROKEN_REFIT = (11, 3)  # its own documentation says so: the bias of a product can get lost
+BROKEN_REFIT = (11, 3)  # its own documentation: the bias of a product can get lost
 UNTYPED_LAYERS = ("CAST", "CONSTANT", "SHAPE")  # 8.6 takes no precision for them
 
 
@@ -20,7 +20,7 @@ def opset(library: Library) -> int:
 
 
 def new_network(library: Library, builder: Any) -> Any:
-    """Return an empty network whose own types decide where it computes in half; 8.6 is told by `configure`."""
+    """Return an empty network whose own types decide where it computes in half; for 8.6, `configure` sets them."""
     flags = library.module.NetworkDefinitionCreationFlag
     return builder.create_network(1 << int(flags.EXPLICIT_BATCH if library.old else flags.STRONGLY_TYPED))
 
@@ -71,7 +71,7 @@ def option_flags(library: Library, options: Collection[str]) -> list[str]:
 
 
 def aim(library: Library, config: Any, compute_capability: str) -> None:
-    """Have RTX build for a compute capability; TensorRT builds for the GPU at hand."""
+    """Have RTX build for a compute capability; TensorRT builds for the GPU in use."""
     if library.rtx:
         capability = getattr(library.module.ComputeCapability, f"SM{compute_capability.replace('.', '')}")
         config.num_compute_capabilities = 1
@@ -109,12 +109,12 @@ def let_attention_decompose(library: Library, network: Any) -> None:
 
 
 def reports_progress(library: Library) -> bool:
-    """Return whether the builder tells how far it is, and asks whether to stop; since 10."""
+    """Return whether the builder reports progress, and asks whether to stop; since 10."""
     return hasattr(library.module, "IProgressMonitor")
 
 
 def _configure_old(module: Any, config: Any, network: Any, precision: str) -> None:
-    """Give 8.6 leave to compute in half, but hold it to float32 in those layers where the graph's types say so."""
+    """Let 8.6 compute in half, except in the layers that have float32 in the graph."""
     if precision == "fp16":
         config.set_flag(module.BuilderFlag.FP16)
     sources = module.TacticSource  # neither cuBLAS nor cuDNN has to be installed
@@ -135,7 +135,7 @@ def _check_options(library: Library, options: Collection[str], flags: list[str])
     if lacking := [name for name in flags if not hasattr(library.module.BuilderFlag, name)]:
         raise PlanError(asked, needed=f"a version that has {lacking[0]}", fix="update it, or leave that option out")
     if VERSION_COMPATIBLE in options and library.rtx:
-        raise PlanError(asked, needed="a plan for this very version", fix="build without --version-compatible")
+        raise PlanError(asked, needed="a plan for exactly this version", fix="build without --version-compatible")
     if VERSION_COMPATIBLE in options and {STRIPPED, REFITTABLE} & set(options):
         raise PlanError(asked, needed="one of the two, since the lean runtime cannot refit")
     if {STRIPPED, REFITTABLE} & set(options) and library.numbers[:2] == BROKEN_REFIT:

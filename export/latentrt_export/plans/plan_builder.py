@@ -1,4 +1,4 @@
-"""One network becomes one plan: the work with TensorRT, in the process that `build_process.py` starts for it."""
+"""Build one plan from one network with TensorRT, in the process that `build_process.py` starts for it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Order:
         plans: the folder where the plan will lie.
         device: the GPU, as "cuda:0"; empty where none is needed.
         workspace: the most bytes of device memory that a tactic may take; None for all that are free.
-        made: goes into the plan's record.
+        made: for the plan's record.
     """
 
     key: PlanKey
@@ -56,14 +56,14 @@ def build(order: Order, folder: Path, report: Report, cancelled: Callable[[], bo
 
     Args:
         folder: an empty one, for files that are thrown away afterwards.
-        report: called with what TensorRT does and the share that is done, from threads of TensorRT's.
-        cancelled: called at every step; whether to stop.
+        report: called with TensorRT's current phase and the share done, from threads of TensorRT's.
+        cancelled: called at every step; returns whether to stop.
 
     Raises:
         PlanError: the graph is damaged, TensorRT cannot build it, or there is no room for it.
         DeviceMemoryError: TensorRT ran out of memory.
         BackendError, MissingDependencyError: TensorRT is not installed or finds no GPU.
-        Cancelled: it was asked to stop.
+        Cancelled: `cancelled` returned true.
     """
     start = time.monotonic()
     library = open_library(order.key.library)
@@ -89,7 +89,7 @@ def build(order: Order, folder: Path, report: Report, cancelled: Callable[[], bo
 
 @contextmanager
 def _on(device: str) -> Iterator[Callable[[Callable[[], T]], T]]:
-    """Give a function that calls TensorRT with the GPU's context current, where a GPU is needed."""
+    """Yield a function that calls TensorRT with the GPU's context current, where a GPU is needed."""
     if not device:
         yield lambda work: work()
         return
@@ -117,7 +117,7 @@ class _Builder:
     def build(
         self, onnx: bytes, path: Path, graph: GraphSpec, refit: list[str], report: Report, cancelled: Callable[[], bool]
     ) -> Any:
-        """Return the plan's bytes, in memory of TensorRT's."""
+        """Return the plan's bytes, in TensorRT's memory."""
         library, key = self._library, self._order.key
         parser = _parse(library, self._network, self.logger, onnx, path)
         building.mark_refittable(self._network, refit)
@@ -157,7 +157,7 @@ def _parse(library: Library, network: Any, logger: Any, onnx: bytes, path: Path)
     """Read a graph into a network; return the parser, which must live as long as the network.
 
     Raises:
-        PlanError: it cannot be read; the parser's own words are in it.
+        PlanError: it cannot be read; the message has the parser's own words.
     """
     parser = building.new_parser(library, network, logger)
     if not parser.parse(onnx, str(path)):
@@ -171,7 +171,7 @@ def _parse(library: Library, network: Any, logger: Any, onnx: bytes, path: Path)
 
 
 def _listening(library: Library) -> Any:
-    """Return the library's logger, made to keep what TensorRT says of a plan's memory as well."""
+    """Return the library's logger, extended to keep TensorRT's messages about a plan's memory as well."""
 
     class Listening(type(library.logger())):  # type: ignore[misc]
         def __init__(self) -> None:

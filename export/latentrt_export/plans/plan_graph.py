@@ -1,6 +1,6 @@
-"""A bundle's graph as TensorRT's parser wants it, and where a stripped plan will find its weights.
+"""A bundle's graph in the form that TensorRT's parser needs, and the places of a stripped plan's weights.
 
-The bundle stays as it is: what has to be written (weights in another type than they are stored in) goes to a folder
+The bundle is not changed: what has to be written (weights in another type than they are stored in) goes to a folder
 that the build throws away.
 """
 

@@ -1,8 +1,8 @@
-"""Estimates what building and running a plan will take, from its graph, before anything is built.
+"""Estimate what building and running a plan will take, from its graph, before anything is built.
 
 Weights are counted exactly. Activations are the largest sum of tensors that are alive at once when the nodes run in
 the graph's order at the largest shapes; TensorRT fuses some away and keeps scratch for others. The host's peak is a
-line through measurements. docs/tensorrt.md has estimates beside what was then found.
+line through measurements. docs/tensorrt.md has estimates beside measurements.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from latentrt.runtime.tensorrt.record import STRIPPED, PlanKey, Profile, Weight
 SCRATCH = 2**23  # bytes that every plan takes for its kernels
 CODE = 25_000  # bytes of kernels in a plan for each node of the graph
 HOST_BASE = 300_000_000  # bytes of host memory: the library, and the process that it works in
-HOST_PER_NODE = 400_000  # what compiling takes
+HOST_PER_NODE = 400_000  # for compiling
 HOST_PER_WEIGHT = 3  # times the weights: parsed, cloned, serialized
 SIZES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "BOOL": 1}
 FUSED = range(16, 257, 8)  # sizes of a head, in float16, for which there are fused kernels
@@ -33,7 +33,7 @@ VIEWS = ("Reshape", "Squeeze", "Unsqueeze", "Identity", "Shape", "Cast")  # no m
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Bytes that a network takes; `seconds` is what its last build took, where there was one.
+    """Bytes that a network takes; `seconds` is the time of its last build, if there was one.
 
     `device` is what the GPU must have free: weights, activations and the workspace in which tactics are tried.
     """

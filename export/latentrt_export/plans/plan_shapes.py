@@ -1,4 +1,4 @@
-"""Turns what a user asks for (lanes, pictures, pixels) into the profiles of every network's plan."""
+"""Turn a user's settings (lanes, pictures, pixels) into the profiles of every network's plan."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Shapes:
 
 
 def shapes_of(spec: ModelSpec, settings: Mapping[str, str], profiles: Sequence[str] = ()) -> tuple[Shapes, ...]:
-    """Return the shapes that a user asked for.
+    """Return the shapes of a user's settings.
 
     Args:
         spec: the model; its own size is the default.
@@ -47,7 +47,7 @@ def profiles_of(spec: ModelSpec, network: str, asked: Sequence[Shapes]) -> tuple
     Text encoders have two for each of `asked`: one prompt, and as many as the lanes, for a picture in one launch.
 
     Raises:
-        PlanError: its graph has a symbolic dimension that nothing is known of.
+        PlanError: its graph has an unknown symbolic dimension.
     """
     names = [side for tensor in spec.networks[network].inputs for side in tensor.shape if isinstance(side, str)]
     found: list[Profile] = []

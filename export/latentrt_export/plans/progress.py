@@ -1,4 +1,4 @@
-"""How far a build is, told by TensorRT's phases within phases."""
+"""The progress of a build, from TensorRT's nested phases."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Report = Callable[[str, float], None]  # what TensorRT does, and the share that 
 
 
 def watch(library: Library, config: Any, report: Report, cancelled: Callable[[], bool]) -> Any:
-    """Have TensorRT tell how far it is, and ask whether to stop; return what must outlive the build."""
+    """Have TensorRT report progress, and ask whether to stop; return the object that must outlive the build."""
     if not building.reports_progress(library):
         return None
 
     class Monitor(library.module.IProgressMonitor):  # type: ignore[misc,name-defined]
-        """Nothing may be raised in here: TensorRT's caller is C++ that takes no exceptions."""
+        """Raises nothing: TensorRT's caller is C++ that takes no exceptions."""
 
         def __init__(self) -> None:
             library.module.IProgressMonitor.__init__(self)
@@ -39,7 +39,7 @@ def watch(library: Library, config: Any, report: Report, cancelled: Callable[[],
             try:
                 report(name, self.phases.share)
                 return not cancelled()
-            except Exception:  # nobody listens any more
+            except Exception:  # the parent no longer listens
                 return False
 
     config.progress_monitor = Monitor()
@@ -47,7 +47,7 @@ def watch(library: Library, config: Any, report: Report, cancelled: Callable[[],
 
 
 class Phases:
-    """Counts how far TensorRT is: it works in phases within phases, each of a number of steps."""
+    """Counts TensorRT's progress: it works in nested phases, each of a number of steps."""
 
     def __init__(self) -> None:
         self._open: list[list[Any]] = []  # name, steps, steps done: from the outermost in
@@ -55,12 +55,12 @@ class Phases:
         self._share = 0.0
 
     def start(self, name: str, parent: str | None, steps: int) -> None:
-        """Note that a phase begins, within another."""
+        """Record the start of a phase within another."""
         with self._lock:
             self._open.append([name, max(steps, 1), 0])
 
     def step(self, name: str) -> None:
-        """Note that a phase is a step further."""
+        """Record a step of a phase."""
         with self._lock:
             for phase in reversed(self._open):
                 if phase[0] == name:
@@ -68,7 +68,7 @@ class Phases:
                     return
 
     def finish(self, name: str) -> None:
-        """Note that a phase ends, sometimes before all of its steps were told."""
+        """Record the end of a phase, sometimes before all of its steps were reported."""
         with self._lock:
             for index in reversed(range(len(self._open))):
                 if self._open[index][0] == name:
@@ -77,7 +77,7 @@ class Phases:
 
     @property
     def share(self) -> float:
-        """The share that is done, 0 to 1; it never falls."""
+        """The share done, 0 to 1; it never falls."""
         with self._lock:
             share = 0.0
             for _, steps, done in reversed(self._open):

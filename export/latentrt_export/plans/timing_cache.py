@@ -1,6 +1,6 @@
-"""What TensorRT measured while it chose tactics, kept for the next build on the same GPU with the same library.
+"""Timings of tactics that TensorRT measured, kept for the next build on the same GPU with the same library.
 
-TensorRT checks that a cache is its own device's. The file must be this user's own: the builder reads it in native code.
+TensorRT checks that a cache is its own device's. The file must be this user's: the builder reads it in native code.
 TensorRT-RTX measures nothing while it builds, and has no use for one.
 """
 
@@ -18,7 +18,7 @@ from latentrt.storage import cache_folder, read_trusted, write_atomic
 
 
 def load(library: Library, config: Any, key: PlanKey) -> Any:
-    """Give the builder's config the cache of its key, or an empty one where none fits, and return it; None for RTX."""
+    """Set the builder's config to the cache of its key, or to an empty one, and return the cache; None for RTX."""
     if library.rtx:
         return None
     data = b""
@@ -32,7 +32,7 @@ def load(library: Library, config: Any, key: PlanKey) -> Any:
 
 
 def save(cache: Any, key: PlanKey) -> None:
-    """Keep a cache after a build, unless it cannot be written."""
+    """Save a cache after a build; do nothing where it cannot be written."""
     if cache is not None:
         with suppress(OSError):
             write_atomic(path_of(key), memoryview(cache.serialize()), 0o600)

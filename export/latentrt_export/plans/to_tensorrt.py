@@ -1,6 +1,6 @@
-"""`latentrt build`: a bundle's graphs become TensorRT plans for one device, one network after another.
+"""`latentrt build`: build TensorRT plans of a bundle's graphs for one device, one network after another.
 
-A plan is in its place as soon as it is built, so a build that was stopped or killed goes on where it ended.
+A plan is in its place as soon as it is built, so a build that was stopped or killed continues where it ended.
 
 Polygraphy would do part of this. It is not used here: it chooses between TensorRT and TensorRT-RTX once for a process,
 finds weights only beside a graph that is a file, where ours is changed in memory, and always makes a timing cache, for
@@ -36,7 +36,7 @@ from latentrt_export.plans.plan_shapes import Shapes, profiles_of
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """A plan that is in its place; `seconds` is what it took now, 0 if it was built before."""
+    """A plan that is in its place; `seconds` is its build time now, 0 if it existed before."""
 
     record: PlanRecord
     path: Path
@@ -65,7 +65,7 @@ def open_target(name: str, device: str, compute_capability: str | None) -> tuple
 
     Raises:
         MissingDependencyError: the library, or cuda-bindings, is not installed.
-        BackendError: there is no GPU, or the library cannot build for what was asked.
+        BackendError: there is no GPU, or the library cannot build for the one wanted.
     """
     library = open_library(name)
     if not library.builds:
@@ -149,7 +149,7 @@ def orders_of(
 
 
 def estimates_of(bundle: Bundle, library: Library, orders: Sequence[Order]) -> list[Estimate]:
-    """Return what each plan will take, told from its graph.
+    """Return an estimate of each plan, from its graph.
 
     Raises:
         PlanError: a graph is damaged.
@@ -165,7 +165,7 @@ def estimates_of(bundle: Bundle, library: Library, orders: Sequence[Order]) -> l
 
 
 def _seconds_before(bundle: Bundle, order: Order) -> float | None:
-    """Return how long the last plan of this network took with this library; None if there is none."""
+    """Return the build time of this network's last plan with this library; None if there is none."""
     records, _ = PlanStore(bundle, order.plans).survey(order.key.network)
     times = [record.made.get("seconds") for record in records if record.key.library == order.key.library]
     return times[-1] if times else None
@@ -186,20 +186,20 @@ def build_plans(
     rebuild: bool = False,
     ignore_estimate: bool = False,
 ) -> list[Built]:
-    """Build the plans that do not exist yet. Whatever stops it, the plans that were built stay.
+    """Build the plans that do not exist yet. If it is stopped, the plans that were built stay.
 
     Args:
         bundle: the bundle.
         orders: of one bundle, for one folder.
-        estimates: of the orders; what was measured is recorded beside them.
-        free: free bytes of the GPU's memory, None where it is not in this machine.
+        estimates: of the orders; measurements are recorded beside them.
+        free: free bytes of the GPU's memory; None where it is not in this machine.
         progress: an exception that it raises ends the build.
         rebuild: build those that exist, too.
         ignore_estimate: build also where memory or disk seem too small.
 
     Raises:
-        DeviceMemoryError: there is too little memory; nothing has been begun then.
-        PlanError: a plan cannot be built or written, or another build is at work in that folder.
+        DeviceMemoryError: there is too little memory; nothing has been started then.
+        PlanError: a plan cannot be built or written, or another build is working in that folder.
         UntrustedFileError: another user may write to the folder.
     """
     if not orders:
@@ -233,7 +233,7 @@ def _built(store: PlanStore, key: PlanKey) -> PlanRecord | None:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Be the only build in a folder of plans, and refuse one whose plans nobody would load.
+    """Be the only build in a folder of plans, and refuse a folder whose plans would not be loaded.
 
     Raises:
         PlanError: another build works there, or the folder cannot be made.
@@ -259,7 +259,7 @@ def _lock(handle: int, folder: Path) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise PlanError(
-            f"another build is at work in {folder}",
+            f"another build is working in {folder}",
             needed="one build at a time",
             fix="wait for it, or pass another --plans",
         ) from error

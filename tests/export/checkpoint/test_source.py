@@ -1,4 +1,4 @@
-"""Opening a checkpoint: what is one, what is not, and what the engine cannot serve."""
+"""Opening a checkpoint: which folders are one, which are not, and which the engine cannot serve."""
 
 from __future__ import annotations
 

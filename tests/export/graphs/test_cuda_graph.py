@@ -1,4 +1,4 @@
-"""CUDA graphs: the numbers of the graphs that they come from, and a CUDA kernel for every node, seen without a GPU."""
+"""CUDA graphs: the same numbers as their half graphs, and a CUDA kernel for every node, checked without a GPU."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_numbers_stay(exported: Exported, name: str) -> None:
 
 
 def _difference(ours: ir.Model, theirs: ir.Model, path: Path, feeds: Arrays) -> float:
-    """The largest relative L2 of all outputs."""
+    """Return the largest relative L2 of all outputs."""
     both = [open_session(model, path.parent).run(None, feeds) for model in (ours, theirs)]
     errors = []
     for a, b in zip(*both, strict=True):

@@ -1,4 +1,4 @@
-"""Half graphs: typed float16 everywhere but on islands, with weights where they were, and what the islands are for."""
+"""Half graphs: typed float16 everywhere but on islands, with weights in place, and the purpose of the islands."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ Node = tuple[str, list[str], str]
 
 
 def _model(nodes: list[Node], constants: dict[str, np.ndarray[Any, Any]], out: str) -> ir.Model:
-    """A float32 graph from x (1, 4) to `out`."""
+    """Return a float32 graph from x (1, 4) to `out`."""
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 4]) for name in ("x", out))
     graph = helper.make_graph(
         [helper.make_node(op, inputs, [output], name=f"n_{output}") for op, inputs, output in nodes],
@@ -156,7 +156,7 @@ def test_an_island_at_the_output() -> None:
 
 
 def test_onnx_runtime_alone_would_not_see_it() -> None:
-    """Why `emulate` is there: between nodes without float16 kernels, ONNX Runtime's CPU provider drops the rounding."""
+    """The reason for `emulate`: between nodes without float16 kernels, ONNX Runtime's CPU provider does not round."""
     model = _model(SQUARE, SMALL, "y")
     to_half(model)
     np.testing.assert_allclose(_run(model, 300), 75, rtol=1e-3)
@@ -220,7 +220,7 @@ def test_bfloat16_weights_are_cast_once(tmp_path: Path) -> None:
 
 
 def test_whole_numbers_become_floats_in_float32() -> None:
-    """4097 is none of float16's numbers: an island around the Cast gets it as it is."""
+    """4097 is no float16 number: an island around the Cast gets it unchanged."""
     constants = {"i": np.array([4097], np.int64), "c": np.array(0.25, np.float32)}
     nodes: list[Node] = [("Cast", ["i"], "f"), ("Mul", ["f", "c"], "q"), ("Mul", ["x", "q"], "y")]
     model = _model(nodes, constants, "y")

@@ -1,4 +1,4 @@
-"""Graphs of opset 18 against those of opset 23 that they come from, in ONNX Runtime."""
+"""Graphs of opset 18 against the graphs of opset 23 that they were made from, in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _feeds(graph: GraphSpec) -> Arrays:
 
 @pytest.mark.parametrize("name", ["sd", "sd2", "sdxl", "emoji", "trained-pixels"])
 def test_graphs_of_a_bundle(exported: Callable[[str], tuple[Path, Path]], tmp_path: Path, name: str) -> None:
-    """float32 graphs give the same to the last bits, half graphs within what float16 rounds."""
+    """float32 graphs give the same to the last bits, half graphs within float16's rounding."""
     _, root = exported(name)
     spec = Bundle.open(root).spec
     for graph, bound in [(g, 1e-6) for g in spec.graphs().values()] + [
@@ -122,7 +122,7 @@ def test_attention(
     if mask:
         inputs["mask"] = (mask, [queries, keys])
         seen = draw.random((queries, keys)) < 0.7
-        seen[:, 0] = True  # a token that sees none has no softmax
+        seen[:, 0] = True  # a token whose mask is all false has no softmax
         feeds["mask"] = seen if mask == "bool" else draw.standard_normal((queries, keys)).astype(np.float32)
     ours, expected = _both(_model("Attention", inputs, "float32", **attributes), feeds)
     np.testing.assert_allclose(ours, expected, rtol=2e-5, atol=2e-6)

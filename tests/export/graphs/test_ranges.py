@@ -1,4 +1,4 @@
-"""What is measured before a half graph is written, on a VAE that float16 cannot hold in the middle."""
+"""The measurement before a half graph is written, on a VAE that float16 cannot hold in the middle."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ QUIET = "decoder.conv_norm_out"
 
 @pytest.fixture
 def loud(exported: Exported, tmp_path: Path) -> Path:
-    """A bundle whose VAE decoder has numbers beyond float16 on its residual stream, until the last norm."""
+    """Return a bundle whose VAE decoder has numbers beyond float16 on its residual stream, until the last norm."""
     bundle = shutil.copytree(exported("sd")[1], tmp_path / "loud")
     path = bundle / "vae" / "diffusion_pytorch_model.safetensors"
     (stored,) = (tensor for tensor in read_header(path) if tensor.name == LOUD)

@@ -59,7 +59,7 @@ def _session(path: Path) -> onnxruntime.InferenceSession:
 
 
 def _torch_network(root: Path, name: str) -> Callable[[Mapping[str, torch.Tensor]], dict[str, Any]]:
-    """The network as its own library loads and calls it; `latentrt_export.graphs.wrap` has no part in it."""
+    """Return the network as its own library loads and calls it, without `latentrt_export.graphs.wrap`."""
     load = {"dtype": torch.float32, "use_safetensors": True}
     with quiet():
         if name.startswith("text_encoder"):
@@ -145,7 +145,7 @@ def test_names_and_free_axes_are_the_engines_contract(exported: Callable[[str], 
 
 @pytest.mark.parametrize("name", BUNDLES)
 def test_every_weight_is_read_from_the_safetensors(exported: Callable[[str], tuple[Path, Path]], name: str) -> None:
-    """Whatever the names (2022's in sd), the file (shards in sd2) and the type (half precision in sd2 and emoji)."""
+    """With any names (2022's in sd), files (shards in sd2) and types (half precision in sd2 and emoji)."""
     _, root = exported(name)
     assert not list(root.rglob("*.extra.safetensors"))
     half = name in ("sd2", "emoji", "trained-pixels")

@@ -23,7 +23,7 @@ AHEAD = ("build", "--library", "tensorrt-rtx", "--compute-capability", "8.9", "-
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """Run `latentrt ...` in this process, in an empty folder; gives (exit code, standard output, standard error)."""
+    """Run `latentrt ...` in this process, in an empty folder; return (exit code, standard output, standard error)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "200")
@@ -39,7 +39,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 
 
 def told(run: Run, *arguments: str) -> dict[str, Any]:
-    """What a call prints as JSON, and nothing else."""
+    """Return what a call prints as JSON; it must print nothing else."""
     code, out, _ = run(*arguments, "--json")
     assert code == 0, out
     answer: dict[str, Any] = json.loads(out)
@@ -47,7 +47,7 @@ def told(run: Run, *arguments: str) -> dict[str, Any]:
 
 
 def refused(run: Run, *arguments: str) -> str:
-    """The error text of a call that must fail, leaving nothing behind."""
+    """Return the error text of a call that must fail and write nothing."""
     code, out, err = run(*arguments)
     assert (code, out) == (2, "")
     assert not list(Path().iterdir())
@@ -142,7 +142,7 @@ def test_check_lists_what_the_parser_refuses(run: Run, monkeypatch: pytest.Monke
 
 
 def odd(*_: Any) -> Any:
-    """A graph with a node that TensorRT does not know."""
+    """Return a graph with a node that TensorRT does not know."""
     import onnx_ir as ir
     from onnx import TensorProto, helper
 

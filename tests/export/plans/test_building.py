@@ -1,4 +1,4 @@
-"""What differs between TensorRT's versions when a plan is built; test_to_tensorrt.py builds with a stand-in."""
+"""Differences between TensorRT's versions in building a plan; test_to_tensorrt.py builds with a stand-in."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def library(name: str, version: str, **module: Any) -> Library:
     ("name", "version", "opset"),
     [
         *(("tensorrt", "8.6.1", 18), ("tensorrt", "10.3.0", 18), ("tensorrt", "11.4.0.106", 23)),
-        ("tensorrt", "10.16.1.11", 18),  # its Attention wants four axes
+        ("tensorrt", "10.16.1.11", 18),  # its Attention needs four axes
         ("tensorrt-rtx", "1.7.1.116", 23),
     ],
 )

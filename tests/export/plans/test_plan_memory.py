@@ -1,4 +1,4 @@
-"""What is told before a build of what it will take. test_rtx.py compares it with what real builds took."""
+"""Estimates before a build. test_rtx.py compares them with real builds."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def estimate_of(key: PlanKey) -> Estimate:
 
 
 def chain(sides: int | str) -> onnx.ModelProto:
-    """x → Relu → a → Exp → b; a + b → y, four bytes an item."""
+    """Return x → Relu → a → Exp → b; a + b → y, four bytes an item."""
     nodes = [
         helper.make_node("Relu", ["x"], ["a"]),
         helper.make_node("Exp", ["a"], ["b"]),

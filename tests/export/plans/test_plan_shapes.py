@@ -1,4 +1,4 @@
-"""From what a user asks for to the profiles of every network."""
+"""From a user's settings to the profiles of every network."""
 
 from __future__ import annotations
 

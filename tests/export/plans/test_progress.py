@@ -1,4 +1,4 @@
-"""How far a build is, told by phases within phases. tests/export/plans/test_to_tensorrt.py runs whole builds."""
+"""The progress of a build, by nested phases. tests/export/plans/test_to_tensorrt.py runs whole builds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_phases_within_phases() -> None:
     phases.start("inner", "tactics", 2)
     phases.step("inner")
     assert phases.share == pytest.approx((1 + 1 / 2) / 8)
-    phases.finish("tactics")  # takes the inner one with it
+    phases.finish("tactics")  # ends the inner one too
     assert phases.share == pytest.approx((1 + 1 / 2) / 8)
     phases.step("engine")
     phases.step("unheard of")

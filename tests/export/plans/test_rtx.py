@@ -39,7 +39,7 @@ Build = Callable[..., list[Built]]
 
 @pytest.fixture(scope="session")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]:
-    """The embedded model, and one of Stable Diffusion 1.5's shape with few channels."""
+    """Return the embedded model, and one of Stable Diffusion 1.5's shape with few channels."""
     root = tmp_path_factory.mktemp("bundles")
 
     def bundle(name: str) -> Bundle:
@@ -57,7 +57,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]
 
 @pytest.fixture(scope="session")
 def build(bundles: Callable[[str], Bundle], tmp_path_factory: pytest.TempPathFactory) -> Build:
-    """Build a bundle's plans, or find them where this session has built them."""
+    """Build a bundle's plans, once in a session."""
     folders = {name: tmp_path_factory.mktemp(name) for name in BUNDLES}
 
     def build(name: str, compute_capability: str, asked: dict[str, str], networks: tuple[str, ...] = NETWORKS) -> Any:
@@ -111,7 +111,7 @@ def test_every_graph_becomes_a_plan_for_every_gpu(
 
 
 def check(built: list[Built], compute_capability: str) -> None:
-    """Each plan is keyed for any GPU of its kind, and took about what was estimated."""
+    """Check that each plan is keyed for any GPU of its kind, and took about the estimate."""
     assert [each.record.key.network for each in built] == list(NETWORKS)
     for each in built:
         key, made = each.record.key, each.record.made
@@ -137,7 +137,7 @@ def test_what_is_built_is_found_and_not_built_again(build: Build, bundles: Calla
 
 
 def test_weights_are_known_to_the_network_by_their_names(rtx: Library, tmp_path: Path) -> None:
-    """What a stripped plan will be refitted with: RTX itself strips only where there is a GPU."""
+    """The weights for refitting a stripped plan: RTX itself strips only where there is a GPU."""
     bundle, opset = Bundle.open(EMBEDDED), building.opset(rtx)
     for name in NETWORKS:
         graph = bundle.spec.graph(name, "fp16")

@@ -1,4 +1,4 @@
-"""Whole builds, and what can go wrong in them, by a stand-in for TensorRT that writes what it is told."""
+"""Whole builds, and their faults, by a stand-in for TensorRT that writes its inputs down."""
 
 from __future__ import annotations
 
@@ -66,13 +66,13 @@ def copy_of_emoji(tmp_path: Path) -> Bundle:
 
 
 def plain_orders(library: Library = FAKE, plans: Path | None = None, **how: Any) -> list[Order]:
-    """Orders in float32 for a GPU that the children need not open."""
+    """Return orders in float32 for a GPU that the children need not open."""
     orders = orders_of(EMOJI, library, GPU, FIXED, **{"precision": "fp32", **how}, plans=plans)
     return [replace(order, device="") for order in orders]
 
 
 def built_plans(library: Library, plans: Path, **how: Any) -> list[dict[str, Any]]:
-    """Build, and read what the builder was told."""
+    """Build, and return the builder's inputs."""
     orders = plain_orders(library, plans, **how)
     built = build_plans(EMOJI, orders, estimates_of(EMOJI, library, orders))
     return [json.loads(PlanStore(EMOJI, plans).read(each.record)) for each in built]
@@ -210,7 +210,7 @@ def test_what_goes_wrong_in_the_builder_is_told(
 
 def test_two_builds_in_one_folder(fake: Fake, tmp_path: Path) -> None:
     library = fake()
-    with to_tensorrt._alone(tmp_path / "plans"), pytest.raises(PlanError, match="another build is at work"):
+    with to_tensorrt._alone(tmp_path / "plans"), pytest.raises(PlanError, match="another build is working"):
         built_plans(library, tmp_path / "plans", networks=["vae_decoder"])
 
 
@@ -265,7 +265,7 @@ def test_measurements_are_kept_for_the_next_build(fake: Fake, tmp_path: Path) ->
     path.write_bytes(b"another device's")
     (third,) = built_plans(library, tmp_path / "other", networks=["vae_decoder"])
     assert third["cache"] == ""
-    path.chmod(0o666)  # anybody could have written it
+    path.chmod(0o666)  # any user could have written it
     (fourth,) = built_plans(library, tmp_path / "third", networks=["vae_decoder"])
     assert fourth["cache"] == ""
 

@@ -12,7 +12,7 @@ from latentrt.runtime.tensorrt.plans import PlanStore
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The user's cache folder; plans lie below `latentrt/plans`."""
+    """Return the user's cache folder; plans lie below `latentrt/plans`."""
     folder = tmp_path / "cache"
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     return folder
@@ -20,5 +20,5 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def store(tmp_path: Path) -> PlanStore:
-    """An empty folder for plans of the embedded model."""
+    """Return an empty folder for plans of the embedded model."""
     return PlanStore(Bundle.open(check_hashes=False), tmp_path / "plans")

@@ -61,13 +61,13 @@ def test_the_fakes_classes_have_nothing_that_the_real_ones_lack(rtx: Library, na
 
 
 def takes(documentation: str, parameters: list[str]) -> bool:
-    """Whether one of a pybind11 function's overloads begins with these parameters."""
+    """Return whether one of a pybind11 function's overloads begins with these parameters."""
     overloads = re.findall(r"\(self: [\w.]+(.*)\) -> ", documentation)
     return any(re.findall(r"(?:, )(\w+): ", overload)[: len(parameters)] == parameters for overload in overloads)
 
 
 def test_the_fakes_attributes_are_real(rtx: Library) -> None:
-    """What the runtime sets, and what the backend reads of a module."""
+    """Those that the runtime sets, and those of a module that the backend reads."""
     for attribute in ("engine_host_code_allowed", "tempfile_control_flags"):
         assert isinstance(getattr(rtx.module.Runtime, attribute), property)
     for attribute in ("ILogger", "DataType", "TensorIOMode", "TensorLocation", "Weights", "Refitter", "Runtime"):

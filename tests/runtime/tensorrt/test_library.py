@@ -1,4 +1,4 @@
-"""The seam over TensorRT's flavours: what is installed, what it says, and what differs at run time."""
+"""TensorRT's flavours: which are installed, their properties, and their differences at run time."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_a_runtime_that_does_not_start_says_why() -> None:
     fake = FakeTensorRt()
 
     class Null:
-        """What comes back is a null pointer in disguise: to touch it ends the process."""
+        """A null pointer in disguise: to touch it ends the process."""
 
         def __setattr__(self, name: str, value: Any) -> None:
             raise AssertionError(name)

@@ -1,4 +1,4 @@
-"""The plans in a folder: which one is found, and what is said where none is."""
+"""The plans in a folder: which one is found, and the error where none is."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_what_was_put_is_found_and_read(store: PlanStore) -> None:
 
 
 def test_records_of_earlier_versions_are_read(store: PlanStore) -> None:
-    """They have a seal as well, which is ignored: who moves them out of the bundle vouches for them."""
+    """They have a seal as well, which is ignored: the user who moves them out of the bundle vouches for them."""
     store.put(record(), PLAN)
     path = store.folder / f"{record().name}.json"
     path.write_text(path.read_text().replace('"schema": 1', '"seal": "00", "schema": 1'))

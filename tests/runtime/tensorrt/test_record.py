@@ -1,4 +1,4 @@
-"""Keys, profiles and records: which plans may serve what, and that a record's file gives the record back."""
+"""Keys, profiles and records: which plans may serve what, and that a record is read back as it was written."""
 
 from __future__ import annotations
 

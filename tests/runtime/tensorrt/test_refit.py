@@ -1,4 +1,4 @@
-"""Weights of plans: read from safetensors bit for bit, set in an engine, replaced and brought back."""
+"""Weights of plans: read from safetensors bit for bit, set in an engine, replaced and restored."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ network, arrays = small_bundle.network, small_bundle.arrays
 
 
 def table(path: Path, dtype: str) -> dict[str, Weight]:
-    """Where a safetensors file has its tensors."""
+    """Return where a safetensors file has its tensors."""
     data = path.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + length])
@@ -184,7 +184,7 @@ def test_a_plan_with_its_own_weights_is_not_refitted(bundle: Bundle, fake: FakeT
 
 
 def with_weights(bundle: Bundle, planes: torch.Tensor, shift: torch.Tensor) -> Bundle:
-    """The bundle with others."""
+    """Return the bundle with other weights."""
     save_file({"planes": planes, "shift": shift}, bundle.root / WEIGHTS)
     return replace(bundle, files={**bundle.files, WEIGHTS: record(bundle.root / WEIGHTS)})
 
@@ -231,7 +231,7 @@ def test_weights_are_replaced_and_come_back(bundle: Bundle, fake: FakeTensorRt, 
         gpu.upload(value, named[name])
 
     def out() -> NDArray[Any]:
-        bound.enqueue()  # what is bound stays so
+        bound.enqueue()  # the binding stays
         return gpu.download(named["out"])
 
     planes, shift = PLANES * 1.5, SHIFT - 1

@@ -1,4 +1,4 @@
-"""The TensorRT backend over a fake TensorRT and an emulated GPU: all but TensorRT's own kernels is the real thing."""
+"""The TensorRT backend over a fake TensorRT and an emulated GPU: all but TensorRT's own kernels is real."""
 
 from __future__ import annotations
 

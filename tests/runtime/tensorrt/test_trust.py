@@ -1,4 +1,4 @@
-"""Plans are trusted by their place: no bundle's folder, and none that others can write to. Damage is found, too."""
+"""Plans are trusted by their place: no bundle's folder, and none that others can write to. Damage is found too."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support.gpu.plan_records import KEY, PLAN, find, record
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Bundle:
-    """A copy of the embedded model, as it might have been downloaded."""
+    """Return a copy of the embedded model, as it might have been downloaded."""
     return Bundle.open(shutil.copytree(Bundle.open(check_hashes=False).root, tmp_path / "bundle"), check_hashes=False)
 
 
@@ -74,7 +74,7 @@ def test_plans_that_an_earlier_version_left_in_the_bundle_are_told_of(bundle: Bu
 
 
 def uses(store: PlanStore) -> list[Callable[[], object]]:
-    """Everything that reads from a folder."""
+    """Return every function that reads from a folder."""
     return [
         *(lambda: store.fitting(KEY), store.survey, lambda: store.record(record().name), lambda: store.read(record())),
         lambda: store.remove(record().name),

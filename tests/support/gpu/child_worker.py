@@ -1,4 +1,4 @@
-"""What a benchmark's child process does in tests/benchmarks/test_benchmarks_gpu.py; it imports next to nothing."""
+"""The worker of a benchmark's child process in tests/benchmarks/test_benchmarks_gpu.py; it imports next to nothing."""
 
 from __future__ import annotations
 

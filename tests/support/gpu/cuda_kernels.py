@@ -1,7 +1,7 @@
-"""What the CUDA provider of ONNX Runtime 1.31.1 has kernels for: the operators of our CUDA graphs, opset 13 and later.
+"""The kernels of ONNX Runtime 1.31.1's CUDA provider: the operators of latentrt's CUDA graphs, opset 13 and later.
 
 Read from the wheel of onnxruntime-gpu (cp311, manylinux), whose `get_all_opkernel_def()` lists what is registered;
-docs/OperatorKernels.md of ONNX Runtime's repository shows the same. Of the types only those that our graphs have.
+docs/OperatorKernels.md of ONNX Runtime's repository shows the same. Types are only those in latentrt's graphs.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ TYPED_BY_INPUT = ("ArgMax", "Equal", "Shape")  # the others by their output
 
 
 def without_kernel(model: ir.Model) -> set[str]:
-    """The operators of a graph, with version and type, that the CUDA provider leaves to the CPU.
+    """Return the operators of a graph, with version and type, that the CUDA provider leaves to the CPU.
 
     Not those that it could run and leaves there by choice: arithmetic on shapes.
     """
@@ -72,12 +72,12 @@ def without_kernel(model: ir.Model) -> set[str]:
 
 
 def _since(node: ir.Node, opset: int) -> int:
-    """The version of an operator that an opset has; ONNX Runtime's own ones have one version only."""
+    """Return the version of an operator that an opset has; ONNX Runtime's own ones have one version only."""
     return defs.get_schema(node.op_type, opset).since_version if node.domain == "" else opset
 
 
 def _serves(kernel: str, since: int) -> bool:
-    """As in ONNX Runtime's kernel_registry.cc: a kernel without an end serves the version that it starts with alone."""
+    """Decide as ONNX Runtime's kernel_registry.cc: a kernel without an end serves only the version it starts with."""
     if kernel.endswith("+"):
         return since == int(kernel[:-1])
     first, last = map(int, kernel.split("-"))

@@ -1,6 +1,6 @@
 """`benchmarks.gpu.hardware` without a GPU: an emulated device, ONNX Runtime on the CPU, a fake TensorRT, torch's CPU.
 
-So the whole benchmark and the tests of tests/gpu run where there is no GPU. No figure that comes of it means anything.
+So the whole benchmark and the tests of tests/gpu run without a GPU. None of these figures means anything.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class ClockedGpu(HostGpu):
 
 
 def open_backend(name: str, precision: str = "fp16") -> Backend:
-    """A backend on an emulated GPU of its own."""
+    """Return a backend on an emulated GPU of its own."""
     gpu = ClockedGpu()
     if name == "onnxruntime":
         return OrtBackend(threads=1, precision=precision, gpu=gpu)
@@ -56,7 +56,7 @@ def build_plans(
     limit: float,
     options: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
-    """Fake plans for a number of lanes and a size in pixels."""
+    """Write fake plans for a number of lanes and a size in pixels."""
     opened, gpu = Bundle.open(bundle, check_hashes=False), HostGpu()
     fake, factor = FakeTensorRt(library, submit=gpu.call), opened.spec.latents.factor
     built = []
@@ -84,12 +84,12 @@ def compile_options(mode: str) -> dict[str, Any]:
 
 
 def free_memory() -> Callable[[], int]:
-    """Of nothing."""
+    """Return a function that reports 1 GiB."""
     return lambda: 2**30
 
 
 def describe() -> dict[str, Any]:
-    """Not a GPU."""
+    """Describe the emulated device."""
     return {
         "name": "an emulated GPU",
         "compute_capability": "9.0",

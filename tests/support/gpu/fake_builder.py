@@ -1,6 +1,6 @@
 """TensorRT's build-time interface without TensorRT: stands in as the module `tensorrt` in a process that builds.
 
-A "plan" is JSON of everything that the builder was told. Names are the real ones (test_to_tensorrt.py compares
+A "plan" is JSON of everything that the builder was given. Names are the real ones (test_to_tensorrt.py compares
 them with tensorrt_rtx); what a version lacks is absent. Environment variables say which version it is
 (FAKE_TENSORRT_VERSION) and what goes wrong (FAKE_TENSORRT_FAULT: crash, hang, memory, refuse, no-gpu).
 """
@@ -248,7 +248,7 @@ class Builder:
         return json.dumps(told).encode()
 
     def _steps(self, monitor: Any) -> bool:
-        """Report some steps; whether to go on."""
+        """Report some steps; return whether to go on."""
         if monitor is None:
             return True
         monitor.phase_start("Building engine", None, STEPS)

@@ -15,7 +15,7 @@ from tests.support.gpu.fake_types import Severity
 
 
 class _Context:
-    """What contexts of every version have."""
+    """The attributes of contexts of every version."""
 
     def __init__(self, engine: Any) -> None:
         self._engine, self._fake = engine, engine._fake
@@ -100,7 +100,7 @@ class IExecutionContext(_Context):
         self._memory = (memory, size)
 
     def _needed(self) -> int:
-        """By the shapes: as much as the plan says for each number of the inputs."""
+        """Return the bytes for these shapes: as much as the plan says for each number of the inputs."""
         return int(self._engine.device_memory_size_v2) * sum(map(math.prod, self._shapes.values()))
 
 

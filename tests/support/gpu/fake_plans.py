@@ -1,4 +1,4 @@
-"""Plans of the fake TensorRT, put where `latentrt build` would put real ones."""
+"""Plans of the fake TensorRT, placed as `latentrt build` places real ones."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def put_plan(
     refit: Mapping[str, Weight] | None = None,
     **more: Any,
 ) -> PlanRecord:
-    """Put a fake plan of a bundle's network into its store, as `latentrt build` would put a real one.
+    """Put a fake plan of a bundle's network into its store, as `latentrt build` does with a real one.
 
     `ranges` are the profiles' (least, best, most) of the graph's symbolic dimensions.
     """

@@ -2,7 +2,7 @@
 
 A "plan" is JSON that names an ONNX graph and its signature; a context runs that graph at the addresses that it was
 given, so on a `HostGpu` the whole TensorRT path computes. Names, parameters and enumerations are the real ones
-(test_fakes.py compares them with tensorrt_rtx), and so is what misuse leads to: None or False, and a logged error.
+(test_fakes.py compares them with tensorrt_rtx), and so are the results of misuse: None or False, and a logged error.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ class Refitter:
         return True
 
     def get_missing_weights(self) -> list[str]:
-        """Those that were never there, and those that TensorRT merged with one that was set."""
+        """Return those that were never there, and those that TensorRT merged with one that was set."""
         merged = {name for group in self._engine._plan["merged"] if set(group) & set(self._set) for name in group}
         return sorted((self._engine._lacking | merged) - set(self._set))
 
@@ -215,7 +215,7 @@ class FakeTensorRt:
 
     Attributes:
         deserialized, refits: how many times plans were deserialized and refitted.
-        sent: the names of the weights that the last refit was given.
+        sent: the names of the weights of the last refit.
         contexts: those that were made.
         out_of_memory, enqueue_fails: faults on request.
 

@@ -1,7 +1,7 @@
 """A GPU for machines without one: the real `Cuda` and the real `advance.cu`, over a driver made of host memory.
 
-The kernels run on the CPU (host_kernels.py). Pointers are real addresses, so numpy can look into "device" memory. What
-is queued runs at once; what is captured is recorded and replayed, with the arguments of its capture.
+The kernels run on the CPU (host_kernels.py). Pointers are real addresses, so numpy can look into "device" memory.
+Queued work runs at once; captured work is recorded and replayed, with the arguments of its capture.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.support.gpu.host_kernels import Launch, host_library
 
 
 class Status(enum.IntEnum):
-    """The part of CUresult that is needed."""
+    """The needed part of CUresult."""
 
     CUDA_SUCCESS = 0
     CUDA_ERROR_INVALID_VALUE = 1
@@ -44,7 +44,7 @@ MEMCPY2D = (
 
 
 class HostDriver:
-    """`cuda.bindings.driver`, as far as `Cuda` goes, in host memory.
+    """`cuda.bindings.driver`, as far as `Cuda` needs it, in host memory.
 
     Attributes:
         calls: the names of the functions that were called, in order.
@@ -54,7 +54,7 @@ class HostDriver:
 
     Args:
         memory: bytes of the device.
-        devices: how many there are.
+        devices: the number of devices.
         version: as cuDriverGetVersion counts.
         host_pages: whether it copies from the host's own pages.
     """
@@ -83,7 +83,7 @@ class HostDriver:
         return sum(map(len, self._blocks.values()))
 
     def __getattribute__(self, name: str) -> Any:
-        """Note every call of the API, and let those fail that are to."""
+        """Record every call of the API, and let the chosen ones fail."""
         found = object.__getattribute__(self, name)
         if not name.startswith("cu"):
             return found
@@ -160,7 +160,7 @@ class HostDriver:
             return Status.CUDA_ERROR_OUT_OF_MEMORY, None
         memory = (ctypes.c_char * (size + 255))()
         block = (ctypes.c_char * size).from_buffer(memory, -ctypes.addressof(memory) % 256)  # aligned as CUDA's is
-        ctypes.memset(block, 0xA5, size)  # nobody may count on zeros
+        ctypes.memset(block, 0xA5, size)  # no caller may count on zeros
         self._blocks[ctypes.addressof(block)] = block
         return OK, ctypes.addressof(block)
 
@@ -243,7 +243,7 @@ class HostDriver:
     # ---- Not CUDA's
 
     def record(self, run: Callable[[], None]) -> None:
-        """Do something in the stream's order: now, or at each launch of the graph that is being captured."""
+        """Run a function in the stream's order: now, or at each launch of the graph that is being captured."""
         self._queue(run)
 
     def _queue(self, run: Callable[[], object], *ranges: tuple[int, int]) -> tuple[Any, ...]:
@@ -293,7 +293,7 @@ class HostGpu(Cuda):
 
 @contextmanager
 def host_gpu(**options: Any) -> Iterator[HostGpu]:
-    """A GPU that must have been given back everything by its end."""
+    """Yield a GPU whose memory must all be freed by the end."""
     gpu = HostGpu(**options)
     yield gpu
     assert gpu.in_use == 0, f"{gpu.in_use} bytes leak"
@@ -302,7 +302,7 @@ def host_gpu(**options: Any) -> Iterator[HostGpu]:
 
 
 def view(array: DeviceArray) -> NDArray[Any]:
-    """The memory of a HostGpu's array as a numpy array, not a copy."""
+    """Return the memory of a HostGpu's array as a numpy array, not a copy."""
     buffer = (ctypes.c_char * max(1, array.bytes)).from_address(array.pointer)
     return np.frombuffer(buffer, array.dtype, count=array.bytes // array.dtype.itemsize).reshape(array.shape)
 

@@ -28,14 +28,14 @@ def table_of(solver: str, steps: int = 5, **options: Any) -> Table:
 
 
 def network(sample: NDArray[Any], timestep: Float32, prompt: Float32) -> NDArray[Any]:
-    """Something that depends on all that a network is given; the result has the sample's dtype."""
+    """Return a function of all the network's inputs; the result has the sample's dtype."""
     shaken = np.float32(0.7) * sample.astype(np.float32) + prompt * np.cos(timestep).astype(np.float32)
     return shaken.astype(sample.dtype)
 
 
 @dataclass(eq=False)
 class Job:
-    """A job as numpy runs it, a row at a time: what its slot on the device has to be equal to."""
+    """A job as numpy runs it, a row at a time: the reference for its slot on the device."""
 
     table: Table
     guidance: Guidance = field(default_factory=Guidance)
@@ -94,7 +94,7 @@ class Rig:
             slots=gpu.zeros((JOBS,), SLOT),
             progress=gpu.zeros((JOBS,), PROGRESS),
         )
-        for name in ("memory", "preview"):  # what was never written may be anything
+        for name in ("memory", "preview"):  # memory that was never written may have any value
             for slot in range(JOBS):
                 self.put(name, slot, np.full_like(self[name][slot], np.nan))
         self.jobs: dict[int, Job] = {}
@@ -146,7 +146,7 @@ class Rig:
         self.gpu.upload(network(self["sample"], timestep, self.prompts), self.state.out)
 
     def __getitem__(self, name: str) -> NDArray[Any]:
-        """A copy of an array."""
+        """Return a copy of an array."""
         return self.gpu.download(getattr(self.state, name))
 
     def put(self, name: str, index: int, value: Any) -> None:
@@ -160,7 +160,7 @@ class Rig:
 
 
 def _ahead(job: Job) -> Float32:
-    """What the job's source will give next, which it still gives then."""
+    """Return the next noise of the job's source, without drawing it."""
     assert isinstance(job.noise, TorchCpuNoise)
     state = job.noise._words.state
     drawn = job.noise.normal(job.shape)
@@ -169,7 +169,7 @@ def _ahead(job: Job) -> Float32:
 
 
 def run(rig: Rig, rtol: float = 0, begins: int = 1) -> None:
-    """All rows of all jobs, on the device and in numpy, compared after every row; the first rows after `begin`."""
+    """Run all rows of all jobs, on the device and in numpy, and compare after each; the first rows after `begin`."""
     while not all(job.done for job in rig.jobs.values()):
         if begins > 0:
             kernels.begin(rig.gpu, rig.state)

@@ -34,7 +34,7 @@ def tiny_sd(
     pad: str = END,
     **save: Any,
 ) -> Path:
-    """Like SD 1.5: float32, ε-prediction, PNDM, a tokenizer of vocab.json and merges.txt only.
+    """Write one like SD 1.5: float32, ε-prediction, PNDM, a tokenizer of vocab.json and merges.txt only.
 
     Args:
         folder: where it goes; it is also returned.
@@ -67,7 +67,7 @@ def tiny_sd(
 
 
 def tiny_sd2(folder: Path, *, unet: Options = AS_IT_IS, index: Options = AS_IT_IS, **save: Any) -> Path:
-    """Like SD 2: float16 on disk, v-prediction, gelu text encoder, linear projections, head counts per block.
+    """Write one like SD 2: float16 on disk, v-prediction, gelu text encoder, linear projections, head counts per block.
 
     `save` goes to the networks' save_pretrained (variant, max_shard_size).
     """
@@ -84,7 +84,7 @@ def tiny_sd2(folder: Path, *, unet: Options = AS_IT_IS, index: Options = AS_IT_I
 
 
 def tiny_sdxl(folder: Path, *, unet: Options = AS_IT_IS, index: Options = AS_IT_IS) -> Path:
-    """Like SDXL: two text encoders, the second with a projection; sizes and pooled text as added conditions."""
+    """Write one like SDXL: two text encoders, the second with a projection; sizes and pooled text as conditions."""
     size = write_tokenizer(folder / "tokenizer", END)
     write_tokenizer(folder / "tokenizer_2", "!")
     torch.manual_seed(0)
@@ -143,7 +143,7 @@ VAE: Options = {
 
 
 def text_config(vocabulary: int, **changes: Any) -> CLIPTextConfig:
-    """A small CLIP text encoder's config for a tokenizer of that many entries."""
+    """Return a small CLIP text encoder's config for a tokenizer of that many entries."""
     config = {
         "vocab_size": vocabulary,
         "hidden_size": 32,

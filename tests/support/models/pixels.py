@@ -50,7 +50,7 @@ def tiny_pixels(
     index: bool = True,
     **save: Any,
 ) -> Path:
-    """A DDPM of pixels, like google/ddpm-celebahq-256.
+    """Write a DDPM of pixels, like google/ddpm-celebahq-256.
 
     Args:
         folder: where it goes; it is also returned.

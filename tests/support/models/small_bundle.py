@@ -35,7 +35,7 @@ SHIFT = torch.tensor([0.25, 1.0, -1.0, 8.0]).reshape(1, 4, 1, 1)
 
 
 def write_unet(path: Path, dtype: str, planes: torch.Tensor, shift: torch.Tensor) -> Variant:
-    """out = planes * sample + shift * timestep."""
+    """Write out = planes * sample + shift * timestep."""
     kind = {"float16": TensorProto.FLOAT16, "float32": TensorProto.FLOAT}[dtype]
     nodes = [
         helper.make_node("Mul", ["sample", "planes"], ["scaled"]),
@@ -63,7 +63,7 @@ def write_unet(path: Path, dtype: str, planes: torch.Tensor, shift: torch.Tensor
 
 
 def write_text_encoder(path: Path) -> NetworkSpec:
-    """text_states = a table's rows at input_ids."""
+    """Write text_states = a table's rows at input_ids."""
     rows = numpy_helper.from_array(np.arange(40, dtype=np.float32).reshape(8, 5), "rows")
     graph = helper.make_graph(
         [helper.make_node("Gather", ["rows", "input_ids"], ["text_states"])],
@@ -84,7 +84,7 @@ def record(path: Path) -> FileRecord:
 
 
 def make_bundle(root: Path, planes: torch.Tensor = PLANES, shift: torch.Tensor = SHIFT) -> Bundle:
-    """A bundle of two small networks. The UNet's weights, which its graph has too, also lie in a safetensors."""
+    """Write a bundle of two small networks. The UNet's weights, which its graph has too, also lie in a safetensors."""
     for folder in ("unet", "text_encoder"):
         (root / folder).mkdir(parents=True)
     save_file({"planes": planes, "shift": shift}, root / WEIGHTS)
@@ -110,7 +110,7 @@ def bundle(tmp_path: Path) -> Bundle:
 
 @pytest.fixture
 def gpu() -> Iterator[HostGpu]:
-    """Fails where memory was not given back."""
+    """Yield an emulated GPU; fail where memory was not freed."""
     with host_gpu() as opened:
         yield opened
 
@@ -139,7 +139,7 @@ def feeds(batch: int = 2, side: int = 4, seed: int = 0, dtype: str = "float32") 
 
 
 def rounded_once(dtype: str) -> list[dict[str, NDArray[Any]]]:
-    """Feeds whose result has one rounding: ONNX Runtime computes half precision in float32 on a CPU."""
+    """Return feeds whose result has one rounding: ONNX Runtime computes half precision in float32 on a CPU."""
     fed = feeds(dtype=dtype)
     return [{**fed, name: np.zeros_like(fed[name])} for name in fed]
 
@@ -154,7 +154,7 @@ def expected(
 
 
 class Arrays:
-    """Device memory for a network's tensors, given back at the end."""
+    """Device memory for a network's tensors, freed at the end."""
 
     def __init__(self, gpu: HostGpu) -> None:
         self.gpu = gpu

@@ -18,7 +18,7 @@ PROMPTS = ("a red apple", "", "a cat face", "an owl", "three rockets", "a house"
 
 @cache
 def known() -> NDArray[np.float32]:
-    """What the embedded model's text encoder makes of `PROMPTS`, (6, 77, 192)."""
+    """Return the embedded model's text states for `PROMPTS`, (6, 77, 192)."""
     bundle = Bundle.open(EMBEDDED, check_hashes=False)
     tokenizer = Tokenizer.open(bundle.path(str(bundle.spec.networks["text_encoder"].tokenizer)))
     ids = np.stack([tokenizer.encode(prompt).ids for prompt in PROMPTS])
@@ -27,7 +27,7 @@ def known() -> NDArray[np.float32]:
 
 
 def states(shape: Sequence[int], random: np.random.Generator) -> NDArray[np.float32]:
-    """Some of `known` where they fit the embedded model; normal numbers where the UNet's weights are random too."""
+    """Return some of `known` where they fit the embedded model; else normal numbers, as for random weights."""
     if tuple(shape[1:]) == known().shape[1:]:
         return random.permutation(known())[: shape[0]]
     return random.standard_normal(shape, np.float32)

@@ -1,4 +1,4 @@
-"""Make `kdiffusion_golden.json`: what k-diffusion's own samplers return on a small problem.
+"""Make `kdiffusion_golden.json`: the results of k-diffusion's own samplers on a small problem.
 
     pip download k-diffusion==0.1.1 --no-deps && unzip k_diffusion-0.1.1-py3-none-any.whl
     python tests/support/sampling/kdiffusion_golden.py k_diffusion/sampling.py
@@ -38,7 +38,7 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {  # our name: theirs, with ar
 
 
 def denoise(x: NDArray[np.float64], sigma: float) -> NDArray[np.float64]:
-    """A denoiser that is not linear in x: (x, sigma) with x = x0 + sigma * epsilon to x0."""
+    """Return x0 for (x, sigma) with x = x0 + sigma * epsilon, by a denoiser that is not linear in x."""
     return np.asarray(x / (1 + sigma**2) + 0.5 * np.tanh(x / (1 + sigma)))
 
 

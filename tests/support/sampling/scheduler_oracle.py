@@ -27,7 +27,7 @@ SHAPE = (1, 4, 8, 8)
 
 @dataclass(frozen=True)
 class Run:
-    """One walk of a diffusers scheduler: `latents` has one entry more than the calls.
+    """One run of a diffusers scheduler: `latents` has one entry more than the calls.
 
     `clean` and `noise` are those of a given picture; `mask` is what was repainted of it, None if all.
     """
@@ -82,8 +82,8 @@ def walk(
     """Run diffusers' scheduler for a solver.
 
     Args:
-        outputs: "network" for a smooth function of what the network is shown, as a network gives; "random" for noise
-            that knows nothing of it, which brings out every wrong coefficient but also every rounding error.
+        outputs: "network" for a smooth function of the network's inputs, as a network gives; "random" for noise
+            independent of them, which brings out every wrong coefficient but also every rounding error.
         given: the strength of a run that begins on a given picture, as in the image-to-image pipelines.
         masked: a part of that picture is kept, as in the inpainting pipelines.
     """

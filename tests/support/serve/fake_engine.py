@@ -1,4 +1,4 @@
-"""An engine of fake networks, with strings to pull: steps that wait, raise, hang or turn numbers into NaN."""
+"""An engine of fake networks that a test controls: steps that wait, raise, hang or turn numbers into NaN."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Fakes:
 
     Attributes:
         on_step: called with the number of each call before it is made, by the engine's thread.
-        wakes: what a step with the prompt HANGS waits for.
-        decoding, encoding: what the VAE and the text encoder wait for; set unless a test clears them.
+        wakes: the event that a step with the prompt HANGS waits for.
+        decoding, encoding: the events that the VAE and the text encoder wait for; set unless a test clears them.
         broken: networks that raise: "unet", "vae", "text".
     """
 
@@ -60,18 +60,18 @@ class Fakes:
         return len(self.lanes)
 
     def hold(self) -> None:
-        """Let steps wait until they are allowed."""
+        """Make steps wait until they are allowed."""
         with self._changed:
             self._allowed = self.steps
 
     def allow(self, steps: int | None) -> None:
-        """Let so many more steps be made, or all."""
+        """Allow so many more steps, or all."""
         with self._changed:
             self._allowed = None if steps is None else (self._allowed or 0) + steps
             self._changed.notify_all()
 
     def wait_for(self, steps: int) -> None:
-        """Until so many steps were begun in all."""
+        """Wait until so many steps have begun in all."""
         with self._changed:
             assert self._changed.wait_for(lambda: self.steps >= steps, PATIENCE)
 
@@ -121,12 +121,12 @@ class Fakes:
 
 
 def _states(ids: NDArray[Any]) -> NDArray[np.float32]:
-    """Numbers for token ids, (..., 192)."""
+    """Return numbers for token ids, (..., 192)."""
     return np.sin(ids[..., None] * np.arange(1, 193)).astype(np.float32)
 
 
 def fake_engine(fakes: Fakes, *, lanes: int = 8, seconds: float = 0.0) -> Engine:
-    """An engine over the embedded model's files, but none of its graphs."""
+    """Return an engine over the embedded model's files, but none of its graphs."""
     bundle = Bundle.open(EMBEDDED, check_hashes=False)
     bundle = replace(bundle, spec=replace(bundle.spec, golden=()))
     graphs = bundle.spec.graphs()
@@ -136,7 +136,7 @@ def fake_engine(fakes: Fakes, *, lanes: int = 8, seconds: float = 0.0) -> Engine
 
 
 def recorded(engine: Engine) -> list[Job]:
-    """A list that gets every job that the engine makes from now on."""
+    """Return a list that gets every job that the engine makes from now on."""
     made: list[Job] = []
     jobs = engine.jobs
 
@@ -167,7 +167,7 @@ def submit(service: Service, wanted: Handle) -> Handle:
 
 
 def wait(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine in an event loop of its own."""
+    """Run a coroutine in an event loop of its own; return its result."""
 
     async def bounded() -> T:
         async with asyncio.timeout(PATIENCE):

@@ -2,7 +2,7 @@
 
 Each call takes so many seconds.
 
-The prompts of `fake_engine` pull its strings: a step that raises, one that hangs, latents that turn NaN.
+The prompts of `fake_engine` control it: a step that raises, one that hangs, latents that turn NaN.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ STEP = 0.01
 
 
 def fake(seconds: float = STEP, look: str = "flat") -> tuple[str, ...]:
-    """The command of such a server; pictures that look "rough" do not shrink, and are megabytes on the wire."""
+    """Return the command of such a server; "rough" pictures do not compress, and are megabytes on the wire."""
     return sys.executable, "-m", "tests.support.serve.fake_server", str(seconds), look
 
 
@@ -38,7 +38,7 @@ class Rough(Fakes):
 
 
 def main() -> None:
-    """Everything but the engine is the server's own."""
+    """Run the server's own code but for the engine."""
     seconds, fakes = float(sys.argv[1]), Rough() if sys.argv[2] == "rough" else Fakes()
     del sys.argv[1:3]
 

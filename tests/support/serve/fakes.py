@@ -46,7 +46,7 @@ def _drop(*_: Any) -> dict[str, Any]:
     raise structlog.DropEvent
 
 
-structlog.configure(processors=[_drop])  # structlog.testing.capture_logs still hears everything
+structlog.configure(processors=[_drop])  # structlog.testing.capture_logs still captures everything
 
 
 class FakeScheduler(Scheduler):
@@ -158,7 +158,7 @@ def app_of(scheduler: FakeScheduler, /, model: Model = EMOJI, **settings: Any) -
 
 
 def png(width: int = 64, height: int = 64, mode: str = "RGB", colour: Any = None, kind: str = "PNG") -> bytes:
-    """The bytes of a flat picture."""
+    """Return the bytes of a flat picture."""
     buffer = BytesIO()
     Image.new(mode, (width, height), colour or 0).save(buffer, kind)
     return buffer.getvalue()
@@ -177,7 +177,7 @@ async def until(check: Callable[[], object]) -> None:
 
 @contextmanager
 def live(app: Any, **config: Any) -> Iterator[str]:
-    """The application behind a real server on a free port; its URL."""
+    """Serve the application on a free port; yield its URL."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         server = uvicorn.Server(

@@ -24,7 +24,7 @@ from latentrt.runtime.tensorrt.record import REFITTABLE, PlanKey, PlanRecord, Pr
 from latentrt.runtime.tensorrt.refit import as_wanted
 
 ALIGNMENT = 256  # bytes, of every address that TensorRT is given
-SHAPES_KEPT = 4  # how many shapes a network keeps memory for when it is called with host arrays
+SHAPES_KEPT = 4  # the number of shapes that a network keeps memory for when it is called with host arrays
 
 
 class TensorRtBackend:
@@ -49,11 +49,11 @@ class TensorRtBackend:
         self._host = Host(gpu, library)
 
     def load(self, bundle: Bundle, network: str) -> TensorRtNetwork:
-        """Find a network's plans. A single one is loaded now; of several, each when its shapes are asked for.
+        """Find a network's plans. A single one is loaded now; of several, each at the first use of its shapes.
 
         Raises:
             BundleError: the bundle has no such network in this precision.
-            PlanError: no plan is for this device and version, or it is damaged, or TensorRT does not take it.
+            PlanError: no plan is for this device and version, or it is damaged, or TensorRT rejects it.
             UntrustedFileError: another user may have written to a plan or its folder; it is then not deserialized.
             DeviceMemoryError: the device has too little memory.
         """
@@ -65,8 +65,8 @@ class TensorRtBackend:
 class TensorRtNetwork:
     """A network of a bundle through its plans.
 
-    `bind` ties it to arrays on the device; calling it copies host arrays there and back. `graph` is the signature that
-    its plans have.
+    `bind` binds it to arrays on the device; calling it copies host arrays there and back. `graph` is the signature of
+    its plans.
     """
 
     def __init__(self, host: Host, store: PlanStore, graph: GraphSpec, wanted: PlanKey) -> None:
@@ -114,7 +114,7 @@ class TensorRtNetwork:
         return bound
 
     def __call__(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
-        """Run once on host arrays; memory is kept for the shapes that were used last.
+        """Run once on host arrays; memory is kept for the shapes used last.
 
         Raises:
             NetworkError: the feeds do not fit the signature, or TensorRT fails.
@@ -128,9 +128,9 @@ class TensorRtNetwork:
         return call(feeds)
 
     def refit(self, weights: Mapping[str, NDArray[Any]]) -> None:
-        """Use these weights, and the bundle's for all others; with no weights, the bundle's come back.
+        """Use these weights, and the bundle's for all others; with no weights, the bundle's are restored.
 
-        Every weight of a plan is sent: where only changes were, traces of the last ones were seen
+        Every weight of a plan is sent: where only changed ones were, traces of the previous ones were seen
         (https://github.com/NVIDIA/TensorRT/issues/3628). What is bound stays bound. A CUDA graph must be captured
         again: nothing promises that it sees new weights.
 
@@ -150,7 +150,7 @@ class TensorRtNetwork:
             raise
 
     def close(self) -> None:
-        """Close what is bound, and give back all memory."""
+        """Close what is bound, and free all memory."""
         self._closed = True
         for call in self._calls.values():
             call.close()
@@ -160,7 +160,7 @@ class TensorRtNetwork:
         self._loaded.clear()
 
     def _plan(self, sizes: Mapping[str, int]) -> LoadedPlan:
-        """Return the plan that serves these sizes best, whatever was asked for before."""
+        """Return the plan that serves these sizes best, independent of earlier calls."""
         record = self._store.choose(self._fitting, sizes)
         return self._loaded.get(record.name) or self._load(record)
 

@@ -1,8 +1,8 @@
-"""The seam over TensorRT's flavours: which library is installed, and what differs between 8.6, 10, 11, RTX and lean.
+"""The differences between TensorRT's flavours: which library is installed, and how 8.6, 10, 11, RTX and lean differ.
 
-Whatever depends on a flavour or version is asked for here by the name of the fact, so that no other module compares
-version numbers; what matters only when plans are built is in latentrt_export/plans/building.py. Names that a version
-lacks are looked up only where that version is at work.
+Code asks here for a property by its name, so that no other module compares flavours or version numbers; what matters
+only when plans are built is in latentrt_export/plans/building.py. Names that a version lacks are looked up only where
+that version is in use.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Library:
-    """A flavour of TensorRT that could be imported.
+    """An installed flavour of TensorRT.
 
     Attributes:
         name: one of LIBRARIES.
         module: the Python module.
         version: the whole version ("10.13.3.9").
-        numbers: the same as numbers.
+        numbers: the same as integers.
     """
 
     name: str
@@ -88,7 +88,7 @@ class Library:
         return tuple(f"{name[2:-1]}.{name[-1]}" for name in names if name.startswith("SM"))
 
     def logger(self) -> Any:
-        """Return a logger for Runtime, Builder and Refitter, which it must outlive. It keeps errors: `take_errors`."""
+        """Return a logger for Runtime, Builder and Refitter, which it must outlive; see `take_errors` there."""
         return _logger_class(self.module)()
 
     def runtime(self, logger: Any) -> Any:
@@ -128,7 +128,7 @@ class Library:
         return np.dtype(DTYPES[dtype.name])
 
     def contexts(self, engine: Any) -> Callable[[], Any]:
-        """Return a function that makes execution contexts whose device memory is given to them.
+        """Return a function that makes execution contexts whose device memory the caller provides.
 
         RTX compiles kernels for the shapes at hand: at once, or a captured CUDA graph would keep the slow ones that
         stand in for them. All contexts of an engine share what was compiled.
@@ -146,17 +146,17 @@ class Library:
         )
         cache = config.create_runtime_cache()
         config.set_runtime_cache(cache)
-        held = config, cache  # nothing promises that either lives on in the contexts
+        held = config, cache  # the library may need both as long as the contexts
         return lambda: engine.create_execution_context(held[0])
 
     def memory_needed(self, engine: Any, context: Any) -> int:
-        """Return the bytes of device memory that a context needs for the shapes that were set (8.6: for any shapes)."""
+        """Return the bytes of device memory that a context needs for the shapes that it has (8.6: for any shapes)."""
         if hasattr(context, "update_device_memory_size_for_shapes"):
             return int(context.update_device_memory_size_for_shapes())
         return int(engine.device_memory_size)
 
     def give_memory(self, context: Any, pointer: int, size: int) -> None:
-        """Tell a context which device memory is its own during a call; 256-byte aligned."""
+        """Set the device memory that a context uses during a call; 256-byte aligned."""
         if hasattr(context, "set_device_memory"):
             context.set_device_memory(pointer, size)
         else:
@@ -204,7 +204,7 @@ def open_library(name: str) -> Library:
 
 
 class Device(Protocol):
-    """What a plan's key tells of a GPU: a `Gpu`, or one that is not here."""
+    """The properties of a GPU in a plan's key: of a `Gpu`, or of one that is not in this machine."""
 
     name: str
     compute_capability: tuple[int, int]
@@ -249,7 +249,7 @@ def _logger_class(module: Any) -> type[Any]:
             log.log(level, "%s", message)
 
         def take_errors(self) -> str:
-            """Return TensorRT's own words since they were last taken, oldest first; empty if there were none."""
+            """Return TensorRT's own messages since the last call, oldest first; empty if there were none."""
             errors = [self._errors.popleft() for _ in range(len(self._errors))]
             return "; ".join(dict.fromkeys(errors))
 

@@ -1,4 +1,4 @@
-"""A deserialized TensorRT plan, the execution contexts that are made of it, and the memory that these share."""
+"""A deserialized TensorRT plan, its execution contexts, and the memory that these share."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class Host:
-    """What all plans of a backend share: the device, the library, its runtime and logger, and working memory.
+    """The objects that all plans of a backend share: device, library, its runtime and logger, and working memory.
 
     Raises:
         BackendError: TensorRT finds no driver or device.
@@ -41,7 +41,7 @@ class Host:
         return results[0]
 
     def failure(self, found: str, needed: str, fix: str, kind: type[LatentrtError] = PlanError) -> LatentrtError:
-        """Return an error with TensorRT's own words: a DeviceMemoryError where these tell of memory."""
+        """Return an error with TensorRT's own words: a DeviceMemoryError where these are about memory."""
         words = self.logger.take_errors() or "TensorRT says nothing more"
         if re.search(r"out ?of ?memory", words, re.IGNORECASE):
             free, total = self.gpu.memory()
@@ -56,8 +56,8 @@ class Host:
 class Scratch:
     """Working memory that all contexts on one stream share, since only one of them runs at a time.
 
-    It only grows: a captured CUDA graph holds the address of the piece that was the current one, so a piece stays until
-    all who took it have given it back.
+    It only grows: a captured CUDA graph holds the address of the piece that was current then, so a piece stays until
+    all its users have given it back.
     """
 
     def __init__(self, gpu: Gpu) -> None:
@@ -95,8 +95,8 @@ class LoadedPlan:
         stale: whether its weights differ from the bundle's, which it then takes.
 
     Raises:
-        UntrustedFileError: another user may have written it; TensorRT then does not see it.
-        PlanError: it is damaged, TensorRT does not take it, or it has other inputs and outputs.
+        UntrustedFileError: another user may have written it; TensorRT then does not get it.
+        PlanError: it is damaged, TensorRT rejects it, or it has other inputs and outputs.
         DeviceMemoryError: the device has too little memory.
     """
 
@@ -111,7 +111,7 @@ class LoadedPlan:
         self.new_context = host.library.contexts(self.engine)
 
     def _deserialize(self, store: PlanStore) -> Any:
-        """Return the engine. TensorRT gets the very bytes that were checked; they are dropped with this call."""
+        """Return the engine. TensorRT gets exactly the bytes that were checked; they are dropped with this call."""
         host, plan = self._host, store.read(self.record)
         engine = host.on_device(lambda: host.runtime.deserialize_cuda_engine(plan))
         if engine is None:
@@ -124,7 +124,7 @@ class LoadedPlan:
 
     def refit(self, names: Iterable[str], value: Callable[[str], NDArray[Any]]) -> None:
         """Set weights; see `latentrt.runtime.tensorrt.refit.refit`."""
-        self._host.gpu.wait()  # refitting what is at work is undefined
+        self._host.gpu.wait()  # refitting a plan in use is undefined
         host = self._host
         host.on_device(lambda: refit(host.library, host.logger, self.engine, names, value))
 
@@ -163,7 +163,7 @@ class TensorRtBound:
         self._host.gpu.call(self._enqueue)
 
     def close(self) -> None:
-        """Wait, and give up the context; the arrays stay."""
+        """Wait, and release the context; the arrays stay."""
         if self._context is not None:
             self._host.gpu.wait()
             self._context = None

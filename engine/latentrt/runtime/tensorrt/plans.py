@@ -3,7 +3,7 @@
 A plan is native code, and is trusted by its place: a folder that only this user or root can write to. That proves
 nothing of a bundle's folder, which this user may have downloaded with everything in it. So plans lie in the user's
 cache, or in a folder that the operator names and vouches for, and none is read from a bundle, even if it is named.
-The SHA-256 in a record finds damage, such as a copy that was cut short. It is no proof of where a plan comes from.
+The SHA-256 in a record detects damage, such as a copy that was cut short. It does not prove where a plan comes from.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class PlanStore:
             )
 
     def fitting(self, wanted: PlanKey) -> list[PlanRecord]:
-        """Return the records of all plans that serve `wanted`, whatever their profiles; fewest options first.
+        """Return the records of all plans that serve `wanted`, with any profiles; fewest options first.
 
         Raises:
             PlanError: there is none; the nearest one's differences are named.
@@ -71,10 +71,10 @@ class PlanStore:
         raise self._error(f"the nearest plan of the {wanted.network} was built for {found}", needed)
 
     def choose(self, records: Sequence[PlanRecord], sizes: Mapping[str, int]) -> PlanRecord:
-        """Return the plan that serves these sizes best: among the same plans, always the same one.
+        """Return the plan that serves these sizes best; the choice depends only on the plans and sizes.
 
         Raises:
-            PlanError: none does; the ranges that they serve are named.
+            PlanError: none does; the message has the ranges that they serve.
         """
         covering = [record for record in records if record.profile(sizes) >= 0]
         if not covering:
@@ -130,7 +130,7 @@ class PlanStore:
         return plan
 
     def path(self, record: PlanRecord) -> Path:
-        """Return where a record's plan lies. A hash in its name lets a new plan lie beside the old one of its key."""
+        """Return the path of a record's plan. A hash in its name lets a new plan lie beside the old one of its key."""
         return self.folder / f"{record.name}-{record.sha256[:16]}.plan"
 
     def put(self, record: PlanRecord, plan: bytes | memoryview) -> Path:
@@ -148,7 +148,7 @@ class PlanStore:
             try:
                 write_atomic(path, plan, READABLE)
                 write_atomic(self.folder / f"{record.name}.json", record.to_json().encode(), READABLE)
-            finally:  # the record in the folder now tells which plan is of use: the new one, or still the old one
+            finally:  # the record in the folder now names the plan in use: the new one, or still the old one
                 self._remove_plans_but(record.name)
         except OSError as error:
             raise PlanError(
@@ -179,7 +179,7 @@ class PlanStore:
 
     @property
     def command(self) -> str:
-        """What to type to build into this folder."""
+        """The command that builds into this folder."""
         return _command(self.bundle) + (f" --plans {shlex.quote(str(self.folder))}" if self._named else "")
 
     def _names(self) -> list[str]:
@@ -200,11 +200,11 @@ class PlanStore:
             raise self._damaged(path, f"cannot be read ({error})", "a plan and its record") from error
 
     def _plans(self, name: str) -> list[Path]:
-        """Return the plans that lie under a record's name."""
+        """Return the plans that belong to a record's name."""
         return [path for path in self.folder.glob("*.plan") if path.stem.rpartition("-")[0] == name]
 
     def _remove_plans_but(self, name: str) -> None:
-        """Remove the plans under a record's name, except the one that the record tells of."""
+        """Remove the plans that belong to a record's name, except the one that the record names."""
         kept = None
         with suppress(PlanError, UntrustedFileError):
             kept = self.path(self.record(name))
@@ -213,7 +213,7 @@ class PlanStore:
                 path.unlink(missing_ok=True)
 
     def _not_loaded(self) -> str:
-        """Say so where plans lie in the bundle, where earlier versions put them."""
+        """Return a note where plans lie in the bundle, as those of earlier versions do; else an empty text."""
         folder = self.bundle.root / IN_BUNDLE
         if not any(folder.glob("*.plan")):
             return ""
@@ -227,13 +227,13 @@ class PlanStore:
 
 
 def weights_digest(bundle: Bundle, graph: GraphSpec) -> str:
-    """Return SHA-256 over the names and hashes of the safetensors beside a graph: the weights that it can read."""
+    """Return the SHA-256 over the names and hashes of the safetensors beside a graph: the weights that it can read."""
     folder = graph.path.rpartition("/")[0]
     return _digest(bundle, lambda name: name.endswith(".safetensors") and name.rpartition("/")[0] == folder)
 
 
 def _cached(bundle: Bundle) -> Path:
-    """Return a bundle's folder in the user's cache: the model's id, to be read, and a hash of the graphs.
+    """Return a bundle's folder in the user's cache: the model's id, for people, and a hash of the graphs.
 
     It stays the same where only weights change, since a refittable plan serves those of a merged LoRA as well.
     """
@@ -242,13 +242,13 @@ def _cached(bundle: Bundle) -> Path:
 
 
 def _digest(bundle: Bundle, counts: Callable[[str], bool]) -> str:
-    """Return SHA-256 over the names and hashes of some of a bundle's files."""
+    """Return the SHA-256 over the names and hashes of some of a bundle's files."""
     lines = [f"{name} {record.sha256}\n" for name, record in sorted(bundle.files.items()) if counts(name)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _bundle_around(folder: Path) -> Path | None:
-    """Return the bundle that a folder lies in, by its path or by where a link leads; None if it lies in none."""
+    """Return the bundle that a folder lies in, by its path or by a link's target; None if it lies in none."""
     for path in (Path(os.path.abspath(folder)), folder.resolve()):
         for parent in (path, *path.parents):
             with suppress(BundleError):
@@ -262,5 +262,5 @@ def _command(bundle: Bundle) -> str:
 
 
 def _short(value: str) -> str:
-    """Shorten a hash: its beginning tells it apart."""
+    """Shorten a hash to its beginning."""
     return value[:12] if len(value) == 64 else value

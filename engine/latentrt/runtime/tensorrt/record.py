@@ -1,4 +1,4 @@
-"""What a plan is: the shapes that it serves, the key of everything it depends on, and its record."""
+"""A plan's description: the shapes that it serves, the key of everything it depends on, and its record."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Range = tuple[int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """What one optimization profile covers: ranges (least, best, most) of a graph's symbolic dimensions."""
+    """The shapes of one optimization profile: ranges (least, best, most) of a graph's symbolic dimensions."""
 
     ranges: Mapping[str, Range]
 
@@ -73,10 +73,10 @@ class PlanKey:
         graph, weights: SHA-256.
         precision: "fp16" or "fp32".
         library: "tensorrt", "tensorrt-rtx" or "tensorrt-lean"; `version` is its version.
-        gpu, driver: empty in a plan that TensorRT-RTX built, which compiles kernels where the plan runs.
+        gpu, driver: empty in a plan of TensorRT-RTX, which compiles kernels where the plan runs.
         options: STRIPPED: its weights were left out and are read from the bundle. REFITTABLE: it takes any weights; one
             that is only stripped takes those that it was built with. VERSION_COMPATIBLE: the lean runtime runs it.
-        profiles: the shapes that it serves; empty in the key of a plan that is looked for.
+        profiles: the shapes that it serves; empty in the key of a wanted plan.
     """
 
     network: str
@@ -98,7 +98,7 @@ class PlanKey:
         return f"{self.network}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
     def mismatches(self, wanted: PlanKey) -> list[tuple[str, str, str]]:
-        """Return what keeps a plan of this key from serving `wanted`, as (what, found, needed).
+        """Return the differences that keep a plan of this key from serving `wanted`, as (what, found, needed).
 
         A refittable plan takes its weights from the bundle, so those need not match. A version-compatible one also
         serves the lean runtime of the version that built it; other versions would need host code in the plan.
@@ -138,7 +138,7 @@ class Weight:
 
 @dataclass(frozen=True, slots=True)
 class PlanRecord:
-    """What is known of a plan: its key, its bytes, where a stripped one finds its weights, and how it was made."""
+    """A plan's key, its size and hash, where a stripped one finds its weights, and how it was made."""
 
     key: PlanKey
     sha256: str

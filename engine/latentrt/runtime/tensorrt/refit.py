@@ -1,4 +1,4 @@
-"""Reads a plan's weights from the bundle's safetensors, and sets them in a deserialized engine."""
+"""Read a plan's weights from the bundle's safetensors, and set them in a deserialized engine."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STORED = {
 
 
 class StoredWeights:
-    """Gives a plan's weights by name, in the dtype that it wants; where the file has that dtype, mapped and not copied.
+    """A plan's weights by name, in the dtype that it wants; where the file has that dtype, mapped and not copied.
 
     Args:
         bundle: whose safetensors hold them.
@@ -41,7 +41,7 @@ class StoredWeights:
         """Return a weight, flat.
 
         Raises:
-            PlanError: the bundle does not have it, or it is too large for the dtype that the plan wants.
+            PlanError: the bundle does not have it, or its values are too large for the dtype that the plan wants.
         """
         if name not in self._table:
             raise _error(f"nothing says where the weight {name} lies", "a place for each weight in the plan's record")

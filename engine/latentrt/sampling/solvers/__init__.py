@@ -1,4 +1,4 @@
-"""The textbook solvers, each one function that reads like its paper, and the names they are called by."""
+"""The textbook solvers, one function each that reads like its paper, and their names."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from latentrt.sampling.spacing import (
 class Solver:
     """A solver function with the diffusers class whose settings and grid it takes.
 
-    `settings` are what the name itself fixes ("3m" is solver_order 3); `arguments` are its own knobs with defaults.
-    `calls` is how often a step calls the network, save the last one, which needs one call alone. `only_whole` says why
+    `settings` are those that the name itself fixes ("3m" is solver_order 3); `arguments` are its own, with defaults.
+    `calls` is how often a step calls the network, except the last one, which needs only one call. `only_whole` says why
     a run cannot begin midway, for those that cannot.
     """
 

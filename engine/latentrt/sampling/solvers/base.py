@@ -1,7 +1,7 @@
-"""What a solver is given.
+"""The arguments of a solver.
 
 A solver gets the latents `x`, the grid of noise levels, a `model` and `noise()`. It calls the model through
-`model.x0(x, here)`, `model.epsilon(x, here)` or `model.output(x, here)`, whichever quantity it remembers, and returns
+`model.x0(x, here)`, `model.epsilon(x, here)` or `model.output(x, here)`, by the quantity that it remembers, and returns
 the last latents. It may only add and scale: run on symbols by `sampling.trace` it yields the table; run on arrays it is
 the oracle that tests it. It knows nothing of prediction types, guidance or batches.
 """
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from latentrt.sampling.schedule import Point
 
-Vector = Any  # an array or a symbol: whatever can be added and scaled
+Vector = Any  # an array or a symbol: anything that can be added and scaled
 Noise = Callable[[], Vector]
 
 
@@ -21,13 +21,13 @@ class Model(Protocol):
     """One network call, answered in the quantity that the solver wants to remember."""
 
     def x0(self, x: Vector, here: Point) -> Vector:
-        """The predicted clean latents (clipped where the schedule clips)."""
+        """Return the predicted clean latents (clipped where the schedule clips)."""
 
     def epsilon(self, x: Vector, here: Point) -> Vector:
-        """The predicted noise, (x - alpha * x0) / sigma."""
+        """Return the predicted noise, (x - alpha * x0) / sigma."""
 
     def output(self, x: Vector, here: Point) -> Vector:
-        """What the network itself returned."""
+        """Return the network's own output."""
 
     def x0_epsilon(self, x: Vector, here: Point) -> tuple[Vector, Vector]:
-        """x0 as above and, from the same call, epsilon before any clipping."""
+        """Return x0 as above and, from the same call, epsilon before any clipping."""

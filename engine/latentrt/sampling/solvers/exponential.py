@@ -13,7 +13,7 @@ from latentrt.sampling.spacing import Grid
 
 
 def dpmpp_multistep(x: Vector, grid: Grid, model: Model, noise: Noise, *, kdiffusion: bool = False) -> Vector:
-    """Lu et al. 2022 (DPM-Solver++), algorithm 2 and appendix: 2M, 3M and their SDE forms.
+    """Solve by Lu et al. 2022 (DPM-Solver++), algorithm 2 and appendix: 2M, 3M and their SDE forms.
 
     In third-order SDE steps, k-diffusion's sample_dpmpp_3m_sde subtracts a half within phi_3, as the expansion of the
     exponential wants (`kdiffusion`). diffusers 0.42 adds it; parity with diffusers is the default.
@@ -38,7 +38,7 @@ def dpmpp_multistep(x: Vector, grid: Grid, model: Model, noise: Noise, *, kdiffu
 
 
 def _final_order(settings: Any, index: int, count: int) -> int:
-    """The highest order that diffusers allows at this step: short runs end with low orders."""
+    """Return the highest order that diffusers allows at this step: short runs end with low orders."""
     short = settings["lower_order_final"] and count < 15
     if index == count - 1 and (short or settings["euler_at_final"] or settings["final_sigmas_type"] == "zero"):
         return 1
@@ -46,7 +46,7 @@ def _final_order(settings: Any, index: int, count: int) -> int:
 
 
 def _dpmpp_correction(x0s: list[Vector], h: float, y: float, hs: list[float], kind: str, sign: float) -> Vector:
-    """The second- and third-order terms, from divided differences of past x0 (y is h, or 2h for the SDE).
+    """Return the second- and third-order terms, from divided differences of past x0 (y is h, or 2h for the SDE).
 
     `second` is half a second derivative and a whole one is due, so that 3M's errors fall with order 2 only; diffusers
     and k-diffusion have it so.
@@ -64,7 +64,7 @@ def _dpmpp_correction(x0s: list[Vector], h: float, y: float, hs: list[float], ki
 
 
 def unipc(x: Vector, grid: Grid, model: Model, noise: Noise) -> Vector:
-    """Zhao et al. 2023, algorithm 5 (UniPC, data prediction): correct, then predict.
+    """Solve by Zhao et al. 2023, algorithm 5 (UniPC, data prediction): correct, then predict.
 
     Corrector and predictor differ only in the sum of divided differences, so to correct is to exchange that sum for one
     that knows x0 at the place predicted too.
@@ -88,7 +88,7 @@ def unipc(x: Vector, grid: Grid, model: Model, noise: Noise) -> Vector:
 def _unipc_differences(
     x0s: list[Vector], known: list[Point], there: Point, order: int, kind: str, new: Vector = None
 ) -> Vector:
-    """The sum in UniP (equation 3) from known[0] to there or, given x0 there (`new`), in UniC (equation 8)."""
+    """Return the sum in UniP (equation 3) from known[0] to there or, given x0 there (`new`), in UniC (equation 8)."""
     here = known[0]
     h = there.lam - here.lam
     gaps = [point.lam - here.lam for point in known[1:order]]
@@ -102,7 +102,7 @@ def _unipc_differences(
 
 
 def _unipc_weights(gaps: list[float], h: float, kind: str) -> tuple[float, list[float]]:
-    """B(h) and the weights that cancel the error's leading terms; one slope alone always weighs a half."""
+    """Return B(h) and the weights that cancel the error's leading terms; one slope alone always weighs a half."""
     scale = -h if kind == "bh1" else math.expm1(-h)
     if len(gaps) == 1:
         return scale, [0.5]

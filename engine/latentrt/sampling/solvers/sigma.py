@@ -11,14 +11,14 @@ from latentrt.sampling.spacing import Grid
 
 
 def euler(x: Vector, grid: Grid, model: Model, noise: Noise) -> Vector:
-    """Karras et al. 2022, algorithm 2 without churn and without the correction."""
+    """Solve by Karras et al. 2022, algorithm 2 without churn and without the correction."""
     for here, there in grid.steps:
         x = x + (there.sigma - here.sigma) * model.epsilon(x, here)  # epsilon is dx/dsigma where alpha is 1
     return x
 
 
 def euler_ancestral(x: Vector, grid: Grid, model: Model, noise: Noise) -> Vector:
-    """k-diffusion's sample_euler_ancestral: an Euler step past the target, then noise up to it."""
+    """Solve by k-diffusion's sample_euler_ancestral: an Euler step past the target, then noise up to it."""
     for here, there in grid.steps:
         up, down = _ancestral(here.sigma, there.sigma)
         x = x + (down - here.sigma) * model.epsilon(x, here)
@@ -28,7 +28,7 @@ def euler_ancestral(x: Vector, grid: Grid, model: Model, noise: Noise) -> Vector
 
 
 def heun(x: Vector, grid: Grid, model: Model, noise: Noise) -> Vector:
-    """Karras et al. 2022, algorithm 1."""
+    """Solve by Karras et al. 2022, algorithm 1."""
     for here, there in grid.steps:
         slope, distance = model.epsilon(x, here), there.sigma - here.sigma
         guess = x + distance * slope
@@ -39,7 +39,7 @@ def heun(x: Vector, grid: Grid, model: Model, noise: Noise) -> Vector:
 
 
 def dpm2(x: Vector, grid: Grid, model: Model, noise: Noise, *, ancestral: bool = False) -> Vector:
-    """k-diffusion's sample_dpm_2 and its ancestral form: epsilon is taken at the geometric mean of both sigmas."""
+    """Solve by k-diffusion's sample_dpm_2 or its ancestral form: epsilon at the geometric mean of both sigmas."""
     for here, there in grid.steps:
         up, down = _ancestral(here.sigma, there.sigma) if ancestral else (0.0, there.sigma)
         epsilon = model.epsilon(x, here)
@@ -54,7 +54,7 @@ def dpm2(x: Vector, grid: Grid, model: Model, noise: Noise, *, ancestral: bool =
 
 
 def lms(x: Vector, grid: Grid, model: Model, noise: Noise, *, order: int = 4) -> Vector:
-    """Adams-Bashforth in sigma (k-diffusion's sample_lms): the polynomial through past slopes, integrated exactly."""
+    """Solve by Adams-Bashforth in sigma (k-diffusion's sample_lms): the polynomial through past slopes, integrated."""
     slopes: list[Vector] = []
     for index, (here, there) in enumerate(grid.steps):
         slopes = [model.epsilon(x, here), *slopes[: order - 1]]
@@ -65,7 +65,7 @@ def lms(x: Vector, grid: Grid, model: Model, noise: Noise, *, order: int = 4) ->
 
 
 def _lagrange_integrals(nodes: list[float], start: float, end: float) -> list[float]:
-    """The integral from start to end of each Lagrange basis polynomial over the nodes (Gauss-Legendre, exact here)."""
+    """Return the integrals from start to end of the nodes' Lagrange basis polynomials (Gauss-Legendre, exact here)."""
     roots, weights = np.polynomial.legendre.leggauss(4)
     times = (start + end) / 2 + (end - start) / 2 * roots
     integrals = []
@@ -77,7 +77,7 @@ def _lagrange_integrals(nodes: list[float], start: float, end: float) -> list[fl
 
 
 def dpmpp_2s_ancestral(x: Vector, grid: Grid, model: Model, noise: Noise, *, eta: float = 1.0) -> Vector:
-    """Lu et al. 2022 (DPM-Solver++), algorithm 1 with r = 1/2, made ancestral by k-diffusion."""
+    """Solve by Lu et al. 2022 (DPM-Solver++), algorithm 1 with r = 1/2, made ancestral by k-diffusion."""
     for here, there in grid.steps:
         up, down = _ancestral(here.sigma, there.sigma, eta)
         x0 = model.x0(x, here)
@@ -92,6 +92,6 @@ def dpmpp_2s_ancestral(x: Vector, grid: Grid, model: Model, noise: Noise, *, eta
 
 
 def _ancestral(here: float, there: float, eta: float = 1.0) -> tuple[float, float]:
-    """How much noise to add, and the sigma to step down to before (k-diffusion's get_ancestral_step)."""
+    """Return the noise to add, and the sigma to step down to before (k-diffusion's get_ancestral_step)."""
     up = min(there, eta * math.sqrt(max(there**2 * (here**2 - there**2) / here**2, 0.0)))
     return up, math.sqrt(there**2 - up**2)

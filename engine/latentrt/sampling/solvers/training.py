@@ -10,7 +10,7 @@ from latentrt.sampling.spacing import Grid
 
 
 def ddpm(x: Vector, grid: Grid, model: Model, noise: Noise) -> Vector:
-    """Ho et al. 2020, equation 7, with the posterior's or the forward process' variance."""
+    """Solve by Ho et al. 2020, equation 7, with the posterior's or the forward process' variance."""
     kind = grid.settings["variance_type"]
     for here, there in grid.steps:
         x0 = model.x0(x, here)
@@ -24,7 +24,7 @@ def ddpm(x: Vector, grid: Grid, model: Model, noise: Noise) -> Vector:
 
 
 def ddim(x: Vector, grid: Grid, model: Model, noise: Noise, *, eta: float = 0.0) -> Vector:
-    """Song et al. 2020, equation 12."""
+    """Solve by Song et al. 2020, equation 12."""
     for here, there in grid.steps:
         x0, epsilon = model.x0_epsilon(x, here)
         variance = there.sigma**2 / here.sigma**2 * (1 - here.alpha**2 / there.alpha**2)
@@ -36,7 +36,7 @@ def ddim(x: Vector, grid: Grid, model: Model, noise: Noise, *, eta: float = 0.0)
 
 
 def pndm(x: Vector, grid: Grid, model: Model, noise: Noise) -> Vector:
-    """Liu et al. 2022, linear multistep with one Euler-trapezoid step to begin with (`skip_prk_steps`).
+    """Solve by Liu et al. 2022, linear multistep with one Euler-trapezoid step to begin with (`skip_prk_steps`).
 
     As in diffusers the network's outputs themselves are combined, and turned into epsilon afterwards; and a run that
     begins midway redoes its first step from one stride above its second call, whichever level that is.
@@ -58,7 +58,7 @@ def pndm(x: Vector, grid: Grid, model: Model, noise: Noise) -> Vector:
 
 
 def _transfer(x: Vector, output: Vector, here: Point, there: Point, grid: Grid) -> Vector:
-    """Liu et al. 2022, equation 9."""
+    """Apply Liu et al. 2022, equation 9."""
     epsilon = here.alpha * output + here.sigma * x if grid.settings["prediction_type"] == "v_prediction" else output
     drop = there.alpha**2 - here.alpha**2
     divisor = here.alpha**2 * there.sigma + here.alpha * here.sigma * there.alpha
@@ -66,7 +66,7 @@ def _transfer(x: Vector, output: Vector, here: Point, there: Point, grid: Grid) 
 
 
 def lcm(x: Vector, grid: Grid, model: Model, noise: Noise) -> Vector:
-    """Luo et al. 2023, algorithm 2: jump to clean latents, add noise, jump again."""
+    """Solve by Luo et al. 2023, algorithm 2: jump to clean latents, add noise, jump again."""
     data = 0.5
     for index, (here, there) in enumerate(grid.steps):
         scaled = here.timestep * grid.settings["timestep_scaling"]
@@ -78,7 +78,7 @@ def lcm(x: Vector, grid: Grid, model: Model, noise: Noise) -> Vector:
 
 
 def tcd(x: Vector, grid: Grid, model: Model, noise: Noise, *, eta: float = 0.3) -> Vector:
-    """Zheng et al. 2024, algorithm 4: jump below the next level, then add noise up to it (eta is the paper's γ)."""
+    """Solve by Zheng et al. 2024, algorithm 4: jump below the next level, then add noise up to it (eta: their γ)."""
     for index, (here, there) in enumerate(grid.steps):
         below = grid.levels.at(math.floor((1 - eta) * there.timestep))
         x0, epsilon = model.x0_epsilon(x, here)
