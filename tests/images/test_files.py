@@ -1,8 +1,4 @@
-<<<<<<< HEAD:tests/images/test_files.py
 """Files: settings that come back, what a format cannot hold, names."""
-=======
-"""Pixels against diffusers' image processor; files as other readers read them."""
->>>>>>> words:tests/images/test_image.py
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ def _round_after(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
 
 
 def timing(graph: ir.Graph) -> set[ir.Node]:
-    """The nodes between the times and sizes and the first linear layer: sinusoids of numbers up to thousands."""
+    """Return the nodes between the times and sizes and the first linear layer: sinusoids of numbers up to thousands."""
     still = constants(graph, shapes=True)  # UNet2DModel multiplies the timestep by ones of the batch's size
     exact = {value for value in graph.inputs if value.name in TIME_INPUTS}
     nodes = set()
