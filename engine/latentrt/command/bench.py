@@ -9,6 +9,7 @@ from typing import Any
 
 from latentrt.engine import Engine
 from latentrt.errors import RequestError
+from latentrt.golden import example
 from latentrt.run.denoiser import Denoiser
 from latentrt.run.host import HostLanes
 
@@ -68,9 +69,11 @@ def _measure_batch(engine: Engine, size: int, steps: int, repeats: int) -> dict[
 def _run(engine: Engine, size: int, steps: int) -> Mapping[str, float]:
     watch = Stopwatch(engine.model.predictor)
     denoiser = engine.denoiser if engine.backend.gpu is not None else Denoiser(HostLanes(watch, LANES_EACH * size))
-    guided = {"guidance": 3.0, "negative_prompt": "a"} if engine.model.text is not None else {}
-    prompt = "" if engine.model.text is not None else None
-    jobs = engine.requests([prompt], {"steps": steps, "count": size, **guided})
+    latents, prompted = engine.spec.latents, engine.model.text is not None
+    settings, pictures = example(engine.model, max(latents.height, latents.width))
+    settings |= {"steps": steps, "count": size}
+    settings |= {"guidance": 3.0, "negative_prompt": "a"} if prompted else {}
+    jobs = engine.requests(["" if prompted else None], settings, pictures)
     start = time.perf_counter()
     denoiser.run(jobs)
     denoised = time.perf_counter()

@@ -13,7 +13,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from tests.support.serve.fakes import ROWS, FakeScheduler, app_of, png, until
+from tests.support.serve.fakes import EMOJI, ROWS, FakeScheduler, app_of, png, until
 
 # What Open WebUI and LibreChat send, and what SillyTavern adds.
 OPEN_WEBUI = {"prompt": "a cat", "batch_size": 2, "width": 512, "height": 512, "steps": 10, "negative_prompt": "dog"}
@@ -149,6 +149,22 @@ def test_bad_pictures_are_refused(app: Any, images: list[str], code: str) -> Non
     answer = post(app, "img2img", {"prompt": "a", "init_images": images})
     error = answer.json()["error"]
     assert (answer.status_code, error["param"], error["code"]) == (400, "init_images", code)
+
+
+def test_a_model_that_repaints_needs_a_mask(scheduler: FakeScheduler, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(EMOJI), "reads_masks", True)
+    image = base64.b64encode(png()).decode()
+
+    async def work(client: Client) -> list[httpx.Response]:
+        bodies = {"init_images": [image]}, {"init_images": [image], "mask": image}
+        return [
+            await client.post("/txt2img", json={"prompt": "a"}),
+            *[await client.post("/img2img", json={"prompt": "a", **body}) for body in bodies],
+        ]
+
+    answers = using(app_of(scheduler), work)
+    assert [answer.status_code for answer in answers] == [400, 400, 200]
+    assert all("there is no mask" in answer.text for answer in answers[:2])
 
 
 def test_options_name_the_model_and_choose_it(app: Any) -> None:

@@ -47,6 +47,7 @@ class Catalog:
         self.prompted = model.text is not None
         self.class_labels, self.classes = "class_label" in model.fields, model.spec.classes
         self.edits = settings.edits and model.edits
+        self.needs_mask = model.reads_masks
         self.latents = model.spec.latents
         self.step = self.latents.step
         self._least = -(-LEAST_LATENTS // self.latents.multiple) * self.step

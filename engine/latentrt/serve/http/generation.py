@@ -79,6 +79,8 @@ async def generating(
     if files and not catalog.edits:
         needed = "none: this server edits no pictures"
         raise Problem("there is a picture", needed, fix="leave it out", param="image")
+    if catalog.needs_mask and "mask" not in files:
+        raise Problem("there is no mask", needed="a picture and a mask: the model repaints", param="mask")
     rows, solver = catalog.work(request)
     size = catalog.size_of(request)
     facts.update(n=request.count, steps=request.steps, solver=solver, rows=rows, size="{}x{}".format(*size))

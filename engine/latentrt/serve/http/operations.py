@@ -119,6 +119,7 @@ async def model(context: Served) -> dict[str, Any]:
         "class_labels": catalog.class_labels,
         "classes": catalog.classes,
         "edits": catalog.edits,
+        "needs_mask": catalog.needs_mask,
     }
 
 
