@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from latentrt import Engine, Job, grid, save
+from latentrt import Engine, grid, save
 from latentrt.bundle.bundle import EMBEDDED
 
 IMAGES = Path(__file__).parent / "images"
@@ -55,29 +55,11 @@ def forward_noise() -> None:
     subprocess.run((sys.executable, EXAMPLES / "forward_noise.py"), check=True, cwd=IMAGES)
 
 
-def previews(engine: Engine) -> None:
-    """One run: what the latents hold in the first line, what they predict in the second."""
-    (job,) = engine.requests(["dragon"], SETTINGS)
-    job.wants_preview = True
-    rows = range(2, SETTINGS["steps"] + 1, 3)
-    current, predicted = [], []
-
-    def keep(job: Job) -> None:
-        if job.row in rows and job.preview is not None:
-            current.append(engine.decode(job.view))
-            predicted.append(engine.decode(job.preview))
-
-    engine.run([job], keep)
-    captions = [f"row {row}" for row in rows]
-    save(grid(current + predicted, len(rows), captions * 2), IMAGES / "previews.png", settings=job.tag)
-
-
 if __name__ == "__main__":
     with Engine.load() as engine:
         sheet(engine)
-        previews(engine)
     by_command("captions.png", *spread(64), "--guidance", "2.5")
     by_command("combined.png", *combinations(), "--guidance", "2.5")
     by_command("pixels.png", "--bundle", "pixels", "--count", "64", "--steps", "50")
-    by_command("denoising.webp", *spread(8), "--guidance", "2.5", shown="--animate")
+    by_command("denoising.webp", *spread(4), "--guidance", "2.5", shown="--animate")
     forward_noise()
