@@ -1,4 +1,4 @@
-"""Make the README's picture of the server's page: `.venv/bin/python docs/page.py`, where `make test` has run once.
+"""Make the README's picture of the server's page: `PYTHONPATH=. .venv/bin/python docs/page.py`, after `make test`.
 
 The embedded model in a real server, the page in the system's Chromium; captions by a fixed rule, as in pictures.py.
 """
