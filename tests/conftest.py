@@ -5,7 +5,10 @@ Tests import torch only where they need it: the tests of tests/gpu run without i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +17,17 @@ import pytest
 from latentrt.bundle.bundle import EMBEDDED
 from latentrt.bundle.spec import FP32, TEXT_ENCODER, NetworkSpec, Variant
 
+# Workers share the cores; torch's threads would wait for each other by spinning. Before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 TRAINED = {"emoji": EMBEDDED, "trained-pixels": EMBEDDED.with_name("pixels")}  # in the package; others are random
 
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
-    """Return a function that makes, once each, a checkpoint and its bundle: (checkpoint, bundle)."""
-    root = tmp_path_factory.mktemp("exported")
+    """Return a function that makes, once each for all workers, a checkpoint and its bundle: (checkpoint, bundle)."""
+    own = tmp_path_factory.getbasetemp()
+    root = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "exported"
+    root.mkdir(exist_ok=True)
 
     def make(name: str) -> tuple[Path, Path]:
         if name in TRAINED:
@@ -29,13 +36,22 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
         from latentrt_export.to_bundle import export_bundle
 
         source, target = root / name, root / f"{name}-bundle"
-        if not target.exists():
-            with quiet():
-                _make_checkpoint(name, source)
-            export_bundle(source, target)
+        with _locked(root / f"{name}.lock"):
+            if not target.exists():
+                with quiet():
+                    _make_checkpoint(name, source)
+                export_bundle(source, target)
         return source, target
 
     return make
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Keep other workers out."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _make_checkpoint(name: str, folder: Path) -> None:

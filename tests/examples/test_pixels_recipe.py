@@ -89,14 +89,14 @@ def test_the_pictures_are_small_chosen_and_on_white(work: Path) -> None:
 def test_a_stopped_training_goes_on_where_it_was_saved(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import training
 
-    monkeypatch.setattr(training, "time", Clock(last=8))
+    monkeypatch.setattr(training, "time", Clock(last=4))
     with pytest.raises(KeyboardInterrupt):
-        command("train", "--minutes", 12 * STEP, "--work", work)
+        command("train", "--minutes", 6 * STEP, "--work", work)
     stopped = state(work)
-    assert 0 < stopped["step"] < 8
+    assert 0 < stopped["step"] < 4
     monkeypatch.setattr(training, "time", Clock())
-    command("train", "--minutes", 12 * STEP, "--work", work)
-    assert state(work)["step"] == state(work)["seconds"] == 12
+    command("train", "--minutes", 6 * STEP, "--work", work)
+    assert state(work)["step"] == state(work)["seconds"] == 6
     losses = [float(row.split(",")[2]) for row in (work / "unet" / "log.csv").read_text().splitlines()[1:]]
     assert losses
     assert np.isfinite(losses).all()
