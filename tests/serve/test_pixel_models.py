@@ -24,11 +24,11 @@ from latentrt.errors import RequestError
 from latentrt.images.given import prepared
 from latentrt.request import Request
 from latentrt.runtime.onnxruntime import OrtBackend
-from latentrt.serve.core import pipeline
 from latentrt.serve.core.handle import Handle, Slot
 from latentrt.serve.core.service import Service
 from latentrt.serve.http.app import create_app
 from latentrt.serve.http.catalog import Catalog
+from latentrt.serve.http.images import File, decode
 from latentrt.serve.process.config import Settings
 from tests.serve.conftest import eventually
 from tests.support.gpu.host_gpu import HostGpu
@@ -49,7 +49,9 @@ class Server:
 
     def __init__(self, service: Service, served: Engine, alone: Engine) -> None:
         self.scheduler, self.alone = service.scheduler, alone
-        self._app = create_app(service.scheduler, Catalog(served.model, pipeline.profiles(served), Settings()))
+        self._app = create_app(
+            service.scheduler, Catalog(served.model, served.model.profiles(served.denoiser.lanes), Settings())
+        )
 
     def ask(self, method: str, path: str, **named: Any) -> httpx.Response:
         async def go() -> httpx.Response:
@@ -179,7 +181,9 @@ def test_pictures_are_edited(pixels: Server) -> None:
 def test_grey_models_take_the_pictures_that_wait_in_the_queue() -> None:
     latents = LatentSpec(1, 1, 1.0, 0.0, 16, 16)
     given = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 24, 3), np.uint8))
-    fitted = pipeline.fit({"image": given}, (16, 16), latents)["image"]
+    file = BytesIO()
+    given.save(file, "PNG")
+    fitted = decode({"image": File("image", lambda: BytesIO(file.getvalue()))}, (16, 16), latents, 24 * 24)["image"]
     assert fitted.shape == (16, 16, 3)
     np.testing.assert_array_equal(prepared(fitted, None, 16, 16, latents)[0], prepared(given, None, 16, 16, latents)[0])
 

@@ -65,7 +65,7 @@ def assembled(settings: Settings, kind: type[Metrics] = Metrics, lifespan: Lifes
     configure(settings)
     warnings.simplefilter("ignore", PromptTruncatedWarning)  # its text is what a client wrote
     with loaded(settings) as engine:
-        catalog = Catalog(engine.model, pipeline.profiles(engine), settings)
+        catalog = Catalog(engine.model, engine.model.profiles(engine.denoiser.lanes), settings)
         metrics, measured = kind(catalog.name), curve.load(engine)
         if measured is None:
             logger().info("no curve was measured: every step may have all lanes", fix="latentrt bench BUNDLE --save")

@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from latentrt.bundle.bundle import MANIFEST, sha256_of
 from latentrt.engine import Engine
 from latentrt.errors import BundleError, OutputError
-from latentrt.serve.core import pipeline
-from latentrt.serve.core.pipeline import GUIDED, Shape
+from latentrt.serve.core.pipeline import GUIDED, Shape, most_lanes
 from latentrt.storage import cache_folder, write_atomic
 from latentrt.values import is_number, is_whole
 
@@ -107,10 +107,9 @@ def of_bench(engine: Engine, results: Mapping[str, Any]) -> Curve:
 
     Where every call has all lanes there is one point.
     """
-    shape = pipeline.own_shape(engine)
-    each = pipeline.most_lanes(engine)
+    shape, each = engine.spec.latents.shape_of(None, None), most_lanes(engine)
     ticks = {each * row["batch"]: row["step_ms"][1] / 1000 for row in results["batches"]}
-    if pipeline.facts(engine).fixed_lanes:
+    if engine.backend.facts.fixed_lanes:
         ticks = {engine.denoiser.lanes: min(ticks.values())}
     return Curve({shape: ticks}, {shape: min(row["decode_ms"] for row in results["batches"]) / 1000})
 
@@ -158,14 +157,19 @@ def load(engine: Engine) -> Curve | None:
 def paths(engine: Engine) -> tuple[Path, Path]:
     """Return where the curve of an engine may lie: with the bundle, and in the user's cache."""
     about = _about(engine)
-    key = json.dumps(about, sort_keys=True) + pipeline.manifest_hash(engine)
+    key = json.dumps(about, sort_keys=True) + sha256_of(engine.bundle.root / MANIFEST)
     name = f"{about['backend']}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-    return pipeline.folder(engine) / "curves" / name, cache_folder("curves") / name
+    return engine.bundle.root / "curves" / name, cache_folder("curves") / name
 
 
 def _about(engine: Engine) -> dict[str, Any]:
     """What a curve holds for."""
-    return {**pipeline.identity(engine), "machine": _machine()}
+    backend = engine.backend
+    device = backend.device if backend.gpu is None else backend.gpu.name
+    return {
+        **{"model": engine.spec.id, "backend": backend.name, "device": device, "precision": backend.precision},
+        "machine": _machine(),
+    }
 
 
 def _machine() -> str:
@@ -192,24 +196,16 @@ def _from_dict(data: dict[str, Any]) -> Curve:
         raise ValueError(f"schema {data['schema']!r}")
     curve = Curve()
     for point in data["ticks"]:
-        curve.ticks.setdefault(_shape(point["shape"]), {})[_whole(point["lanes"])] = _positive(point["seconds"])
+        curve.ticks.setdefault(_shape(point), {})[point["lanes"]] = point["seconds"]
     for point in data["decode"]:
-        curve.decode[_shape(point["shape"])] = _positive(point["seconds"])
+        curve.decode[_shape(point)] = point["seconds"]
     return curve
 
 
-def _shape(value: Any) -> Shape:
-    channels, height, width = map(_whole, value)
+def _shape(point: dict[str, Any]) -> Shape:
+    """Return the shape of a point whose numbers are all as they should be."""
+    channels, height, width = point["shape"]
+    wholes = [channels, height, width, point.get("lanes", 1)]
+    if not all(is_whole(one) and one > 0 for one in wholes) or not is_number(point["seconds"]) or point["seconds"] <= 0:
+        raise ValueError(f"{point} where numbers above 0 should be")
     return channels, height, width
-
-
-def _whole(value: Any) -> int:
-    if not is_whole(value) or value < 1:
-        raise ValueError(f"{value!r} where a whole number from 1 should be")
-    return int(value)
-
-
-def _positive(value: Any) -> float:
-    if not is_number(value) or value <= 0:
-        raise ValueError(f"{value!r} where a number above 0 should be")
-    return float(value)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from latentrt.errors import LatentrtError
 from latentrt.request import Request
 from latentrt.run.job import Float32, Job
-from latentrt.serve.core.pipeline import Shape, lanes_of
+from latentrt.serve.core.pipeline import GUIDED, Shape
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -121,7 +121,7 @@ class Handle:
     _ended: bool = field(init=False, default=False)  # no event follows
 
     def __post_init__(self) -> None:
-        self.lanes = lanes_of(self.request)
+        self.lanes = GUIDED if (self.request.guidance or 0) > 1 else 1
         self._news = _signal()
 
     # ---- What the scheduler does

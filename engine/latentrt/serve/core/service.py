@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 from latentrt.engine import Engine
-from latentrt.serve.core import pipeline
+from latentrt.errors import BackendError
 from latentrt.serve.core.curve import Curve
 from latentrt.serve.core.errors import as_fault
 from latentrt.serve.core.observer import Observer
@@ -37,8 +37,10 @@ class Service:
         observer: Observer | None = None,
         on_hang: Callable[[], None] = lambda: None,
     ) -> None:
-        pipeline.check_resident(engine)
-        facts, shape = pipeline.facts(engine), pipeline.own_shape(engine)
+        if not engine.model.resident:
+            fix = "load it with resident=True"
+            raise BackendError("the engine drops its networks", needed="a resident one", fix=fix)
+        facts, shape = engine.backend.facts, engine.spec.latents.shape_of(None, None)
         self.scheduler = Scheduler(
             engine.denoiser.lanes, shape, facts, limits, curve or Curve(), observer or Observer(), on_hang
         )

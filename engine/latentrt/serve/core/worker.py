@@ -65,7 +65,7 @@ class SideWorker:
             return
         try:
             with self._timed("decode"):
-                picture = pipeline.decode(self._engine, job)
+                picture = self._engine.picture(job)
         except Exception as error:
             if not isinstance(error, NetworkError):
                 self._scheduler.suspect(as_error(error))
@@ -77,7 +77,7 @@ class SideWorker:
         """One that cannot be decoded is left out: the picture may still come out."""
         with suppress(LatentrtError):
             with self._timed("preview"):
-                image = pipeline.preview(self._engine, latents)
+                image = self._engine.decode(latents)
             self._scheduler.show(slot, number, image)
 
     @contextmanager

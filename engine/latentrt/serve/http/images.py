@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentrt.bundle.spec import LatentSpec
-from latentrt.serve.core import pipeline
+from latentrt.images.given import MODES, prepared
 from latentrt.serve.http.errors import Problem
 
 if TYPE_CHECKING:
@@ -63,7 +63,10 @@ def decode(files: Files, size: tuple[int, int], latents: LatentSpec, most_pixels
                     f"{file.name} is {sides}", needed=f"the picture's {needed}", fix="resize it", param=file.name
                 )
             images[purpose] = file.to_mask(images[purpose], file.name)
-    return pipeline.fit(images, size, latents)
+    width, height = size
+    pixels, repaint = prepared(images["image"], images.get("mask"), height, width, latents)
+    pixels = pixels.repeat(3 // pixels.shape[2], axis=2)  # grey ones too come to the engine in colour
+    return {"image": pixels} if repaint is None else {"image": pixels, "mask": repaint.astype(np.uint8) * np.uint8(255)}
 
 
 def shape_of(file: File, most_pixels: int) -> tuple[int, int]:
@@ -146,7 +149,7 @@ def _load(file: File, most_pixels: int) -> Image:
             upright = ImageOps.exif_transpose(image)
             if "transparency" in upright.info:
                 return upright.convert("RGBA")
-            return upright if upright.mode in pipeline.IMAGE_MODES else upright.convert("RGB")
+            return upright if upright.mode in MODES else upright.convert("RGB")
         except Exception as error:  # what a decoder raises on broken input is not specified
             raise _undecodable(file.name, "damaged") from error
 

@@ -16,9 +16,9 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from latentrt.model.given import MASKED_STRENGTH, STRENGTH
 from latentrt.request import Request
 from latentrt.serve.core.handle import Handle, Preview
-from latentrt.serve.core.pipeline import usual_strength
 from latentrt.serve.http.errors import Problem, answer_to, documented
 from latentrt.serve.http.generation import Context, Served, all_pictures, facts_of, generating
 from latentrt.serve.http.images import File, Files, alpha_mask, encode, in_thread, shape_of, too_many_bytes
@@ -76,7 +76,7 @@ async def edit(
         size = context.catalog.fitting(*shape)
     else:
         size = context.catalog.size(wanted.size)
-    strength = usual_strength(files) if wanted.strength is None else wanted.strength
+    strength = wanted.strength or (MASKED_STRENGTH if wanted.mask else STRENGTH)
     return await _answer(context, http, wanted, _request(context, wanted, size, strength), files, "edit")
 
 

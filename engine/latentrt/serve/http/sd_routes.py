@@ -16,10 +16,10 @@ from fastapi.responses import JSONResponse
 
 from latentrt.images.metadata import prose
 from latentrt.images.picture import Picture
+from latentrt.model.given import STRENGTH
 from latentrt.request import Request
 from latentrt.sampling.solvers import SOLVERS
 from latentrt.serve.core.handle import Handle
-from latentrt.serve.core.pipeline import usual_strength
 from latentrt.serve.http.errors import Problem, documented
 from latentrt.serve.http.generation import Context, Served, all_pictures, facts_of, generating
 from latentrt.serve.http.images import File, Files, encode, from_base64, in_thread, white_mask
@@ -101,8 +101,7 @@ async def img2img(wanted: ImageToImage, http: HttpRequest, context: Served) -> J
     if wanted.mask:
         to_mask = partial(white_mask, inverted=bool(wanted.inpainting_mask_invert))
         files["mask"] = _file(context, "mask", wanted.mask, to_mask)
-    strength = usual_strength({}) if wanted.denoising_strength is None else wanted.denoising_strength
-    return await _answer(context, http, wanted, files, strength)
+    return await _answer(context, http, wanted, files, wanted.denoising_strength or STRENGTH)
 
 
 @router.get("/progress")
