@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import configparser
 import re
 import runpy
@@ -64,7 +65,7 @@ def test_queries_ask_for_metrics_that_exist(text: str) -> None:
     metrics = Metrics("emoji")
     for name in ("num_images_running", "num_images_waiting", "ready"):  # made with the application
         metrics.gauge(name, name, lambda: 0.0)
-    told = set(re.findall(r"latentrt:\w+", metrics.text().decode()))
+    told = set(re.findall(r"latentrt:\w+", asyncio.run(metrics.text()).decode()))
     asked = set(re.findall(r"latentrt:\w+", text))
     assert asked
     assert {re.sub(r"_(bucket|sum|count)$", "", name) for name in asked} <= told

@@ -133,8 +133,6 @@ def test_a_configuration_file_has_the_settings(tmp_path: Path, monkeypatch: pyte
 @needs_ray
 @by_ray
 def test_metrics_of_replicas_are_one_text() -> None:
-    from prometheus_client import generate_latest
-
     from latentrt.serve import ray_app
     from latentrt.serve.process.metrics import Metrics
 
@@ -144,7 +142,7 @@ def test_metrics_of_replicas_are_one_text() -> None:
         for _ in range(number + 1):
             metrics.ended("done", 1.0)
         replicas.append((name, list(metrics.registry.collect())))
-    lines = generate_latest(ray_app.Merged(replicas)).decode().splitlines()
+    lines = ray_app.merged(replicas).decode().splitlines()
     assert lines.count("# TYPE latentrt:images_total counter") == 1
     images = [line for line in lines if line.startswith("latentrt:images_total{")]
     assert images == [

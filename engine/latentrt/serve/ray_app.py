@@ -13,14 +13,13 @@ import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ray
 from fastapi import FastAPI
 from prometheus_client import Metric, generate_latest
 from ray import serve as ray_serve
-from starlette.datastructures import MutableHeaders
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from latentrt.errors import BackendError
 from latentrt.run.lanes import ON_A_CPU
@@ -61,10 +60,7 @@ class Replica:
     async def drain(self, timeout: float) -> bool:
         """Refuse what is new and finish what has a place; return whether that was done in time (seconds)."""
         self.scheduler.drain()
-        good = await self.scheduler.drained(timeout)
-        if not good:
-            self.scheduler.close()  # clients that still wait are told so
-        return good
+        return await self.scheduler.drained(timeout)
 
     async def metrics(self) -> tuple[str, list[Metric]]:
         """Return the replica's name and what it has measured."""
@@ -75,31 +71,26 @@ class Replica:
 class ReplicaMetrics(Metrics):
     """Metrics whose text is of all replicas, because a scrape reaches any one of them."""
 
-    async def whole_text(self) -> bytes:
+    async def text(self) -> bytes:
         """Return every replica's, with its name as the label `replica`; one that does not answer is left out."""
         context = ray_serve.get_replica_context()
         handle = ray_serve.get_deployment_handle(context.deployment, app_name=context.app_name)
         answers = await handle.broadcast("metrics").results_async(timeout_s=_SCRAPE, return_exceptions=True)
-        return generate_latest(Merged(answer for answer in answers if not isinstance(answer, BaseException)))
+        return merged(answer for answer in answers if not isinstance(answer, BaseException))
 
 
-class Merged:
-    """Metrics of several replicas as one registry's: each family once."""
-
-    def __init__(self, replicas: Iterable[tuple[str, list[Metric]]]) -> None:
-        self._families: dict[str, Metric] = {}
-        for replica, metrics in replicas:
-            for metric in metrics:
-                family = self._families.setdefault(
-                    metric.name, Metric(metric.name, metric.documentation, metric.type, metric.unit)
-                )
-                family.samples += [
-                    sample._replace(labels={**sample.labels, "replica": replica}) for sample in metric.samples
-                ]
-
-    def collect(self) -> Iterable[Metric]:
-        """Return the families, as prometheus_client asks for them."""
-        return self._families.values()
+def merged(replicas: Iterable[tuple[str, list[Metric]]]) -> bytes:
+    """Return the text of several replicas' metrics: each family once."""
+    families: dict[str, Metric] = {}
+    for replica, metrics in replicas:
+        for metric in metrics:
+            family = families.setdefault(
+                metric.name, Metric(metric.name, metric.documentation, metric.type, metric.unit)
+            )
+            family.samples += [
+                sample._replace(labels={**sample.labels, "replica": replica}) for sample in metric.samples
+            ]
+    return generate_latest(SimpleNamespace(collect=families.values))
 
 
 def app(args: dict[str, Any]) -> ray_serve.Application:
@@ -177,24 +168,7 @@ def _build(settings: Settings) -> FastAPI:
                 await asyncio.sleep(_LOOK)
             yield
 
-    app = owned.enter_context(assembled(settings, ReplicaMetrics, lifespan))
-    app.add_middleware(_IdOnce)
-    return app
-
-
-class _IdOnce:
-    """Leaves x-request-id out of answers: Ray sends the same one, and clients would read "id, id"."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def passed(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                del MutableHeaders(scope=message)["x-request-id"]
-            await send(message)
-
-        await self._app(scope, receive, passed)
+    return owned.enter_context(assembled(settings, ReplicaMetrics, lifespan))
 
 
 def serve(settings: Settings) -> int:

@@ -163,7 +163,6 @@ async def run(app: FastAPI, settings: Settings, sock: socket.socket) -> int:
         drained = await scheduler.drained(settings.drain_timeout)
         if not drained:
             logger().error("not everything was finished in time", seconds=settings.drain_timeout)
-            scheduler.close()  # clients that still wait are told so
         server.should_exit = True
 
     def on_signal(number: signal.Signals) -> None:

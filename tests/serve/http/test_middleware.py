@@ -57,6 +57,10 @@ def test_an_id_that_a_log_cannot_hold_is_replaced(app: Any, bad: str) -> None:
     assert made[0] != made[1]
 
 
+def test_behind_ray_the_id_is_left_to_its_proxy() -> None:
+    assert "x-request-id" not in ask(app_of(FakeScheduler(), ray=True), "GET", "/v1/models").headers
+
+
 def test_refusals_and_unknown_paths_have_an_id_too(app: Any) -> None:
     for method, path in (("GET", "/nothing"), ("DELETE", "/v1/models"), ("POST", DRAW)):
         assert ask(app, method, path, headers={"x-request-id": "mine"}).headers["x-request-id"] == "mine"
@@ -225,7 +229,7 @@ def test_where_nobody_can_have_a_place_nothing_is_read(log: list[MutableMapping[
     assert (wrong["status"], wrong["route"]) == (401, path)
     assert (
         'request_rejected_total{model_name="emoji",reason="queue_full"} 1.0'
-        in app.state.context.metrics.text().decode()
+        in asyncio.run(app.state.context.metrics.text()).decode()
     )
     scheduler.empty()
     readable = {**key, "content-type": "application/json", "content-length": "9"}

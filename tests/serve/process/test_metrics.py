@@ -97,7 +97,7 @@ def test_what_the_scheduler_tells_is_measured() -> None:
     observer.ended("run_timeout", 9.0)
     observer.faulted(False)
     observer.faulted(True)
-    told = values(metrics.text().decode())
+    told = values(asyncio.run(metrics.text()).decode())
     assert told["latentrt:step_seconds_sum"] == 0.02
     assert told["latentrt:batch_size_bucket[le=4.0]"] == 1
     assert told["latentrt:batch_size_bucket[le=2.0]"] == 0
@@ -105,7 +105,7 @@ def test_what_the_scheduler_tells_is_measured() -> None:
     assert told["latentrt:images_total[outcome=done]"] == 1
     assert told["latentrt:images_total[outcome=run_timeout]"] == 1
     assert told["latentrt:engine_faults_total[kind=raised]"] == told["latentrt:engine_faults_total[kind=hung]"] == 1
-    lines = [line for line in metrics.text().decode().splitlines() if line.startswith("latentrt")]
+    lines = [line for line in asyncio.run(metrics.text()).decode().splitlines() if line.startswith("latentrt")]
     assert all('model_name="m"' in line for line in lines)
 
 

@@ -336,11 +336,13 @@ class Scheduler:
             self._draining = True
 
     async def drained(self, timeout: float) -> bool:
-        """Wait until no picture waits or runs; return whether that was so in time (seconds)."""
+        """Wait until no picture waits or runs, `timeout` seconds at most; then close. Return whether all were done."""
         end = time.monotonic() + timeout
         while self._slots and time.monotonic() < end:
             await asyncio.sleep(LOOK)
-        return not self._slots
+        done = not self._slots
+        self.close()  # clients that still wait are told so
+        return done
 
     def close(self) -> None:
         """End the threads; what is left fails."""

@@ -131,6 +131,7 @@ class _Exchange:
     def __init__(self, scope: Scope, receive: Receive, send: Send, settings: Settings) -> None:
         self._scope, self._receive, self._send = scope, receive, send
         self._body_timeout, self._stall_timeout = settings.body_timeout, settings.stall_timeout
+        self._by_ray = settings.ray
         self.began = time.monotonic()
         self.headers = Headers(scope=scope)
         given = self.headers.get("x-request-id", "")
@@ -164,8 +165,10 @@ class _Exchange:
         """
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            own = {"x-request-id": self.facts["id"], "x-content-type-options": "nosniff"}
-            MutableHeaders(scope=message).update(own)
+            headers = MutableHeaders(scope=message)
+            headers["x-content-type-options"] = "nosniff"
+            if not self._by_ray:  # its proxy adds the same id
+                headers["x-request-id"] = self.facts["id"]
         body = message.get("body", b"")
         for start in range(0, len(body), PIECE) if len(body) > PIECE // 16 else ():
             await self._pass_on({**message, "body": body[start : start + PIECE], "more_body": True})

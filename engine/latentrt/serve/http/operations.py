@@ -7,13 +7,13 @@ from typing import Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, PlainTextResponse
+from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, Field
 from starlette.responses import Response
 
 from latentrt.serve.core.handle import Handle
 from latentrt.serve.http.errors import Problem, documented
 from latentrt.serve.http.generation import Served, facts_of
-from latentrt.serve.process.metrics import CONTENT_TYPE
 
 router = APIRouter(tags=["operations"])
 
@@ -65,7 +65,7 @@ async def ready(context: Served) -> JSONResponse:
 @router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(context: Served) -> Response:
     """For Prometheus."""
-    return Response(await context.metrics.whole_text(), media_type=CONTENT_TYPE)
+    return Response(await context.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/latentrt/queue", responses=documented(401))

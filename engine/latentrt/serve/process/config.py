@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
+import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, SecretStr, ValidationError, model_validator
-from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
-from pydantic_settings import TomlConfigSettingsSource as Toml
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from latentrt.bundle.bundle import EMBEDDED
 from latentrt.errors import RequestError
@@ -166,25 +166,12 @@ def load_settings(flags: dict[str, Any], config: Path | None = None) -> Settings
     Raises:
         RequestError: a value is out of range, a name is unknown, the file cannot be read.
     """
-    named = config or os.environ.get(f"{PREFIX}CONFIG")
-    path = Path(named) if named else None
-
-    class Configured(Settings):
-        @classmethod
-        def settings_customise_sources(
-            cls,
-            settings_cls: type[BaseSettings],
-            init_settings: PydanticBaseSettingsSource,
-            env_settings: PydanticBaseSettingsSource,
-            dotenv_settings: PydanticBaseSettingsSource,
-            file_secret_settings: PydanticBaseSettingsSource,
-        ) -> tuple[PydanticBaseSettingsSource, ...]:
-            return init_settings, env_settings, *([Toml(settings_cls, path)] if path else [])
-
-    if path is not None and not path.is_file():
-        raise RequestError(f"there is no file {path}", needed="a TOML file")
+    path = config or os.environ.get(f"{PREFIX}CONFIG")
+    variables = {name.upper() for name in os.environ}
+    lines = _lines_of(Path(path)) if path else {}
+    lines = {name: value for name, value in lines.items() if f"{PREFIX}{name}".upper() not in variables}
     try:
-        return Configured(**flags)
+        return Settings(**{**lines, **flags})
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         name = ".".join(map(str, first["loc"][:1]))
@@ -196,6 +183,13 @@ def load_settings(flags: dict[str, Any], config: Path | None = None) -> Settings
             if name
             else "change one of them",
         ) from error
+
+
+def _lines_of(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise RequestError(f"there is no file {path}", needed="a TOML file")
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RequestError(
             f"{path} cannot be read ({error})", needed="a TOML file", fix="correct it, or change --config"

@@ -6,12 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
-from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.exposition import generate_latest
 
 from latentrt.serve.core.observer import Observer
 
 PREFIX = "latentrt:"
-CONTENT_TYPE = CONTENT_TYPE_LATEST
 TAKEN = ("ok", "client_gone", "cancelled")  # however they ended, these were not refused
 _WAITS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _STEPS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -51,13 +50,9 @@ class Metrics(Observer):
         """Add a gauge that is read at each scrape."""
         self._make(Gauge, name, help).set_function(read)
 
-    def text(self) -> bytes:
-        """Return all of it, as Prometheus reads it."""
-        return generate_latest(self.registry)
-
-    async def whole_text(self) -> bytes:
+    async def text(self) -> bytes:
         """Return what a scrape gets: of all servers, where several stand behind one address."""
-        return self.text()
+        return generate_latest(self.registry)
 
     def ended_request(self, route: str, outcome: str, status: int, seconds: float | None) -> None:
         """Count a request that is over; `seconds` where it was one for pictures that were made."""
