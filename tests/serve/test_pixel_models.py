@@ -201,7 +201,7 @@ def test_what_may_be_offered(pixels: Server, classes: Server) -> None:
 def test_defaults_that_cannot_be_are_known_at_the_start(pixels: Server) -> None:
     with pytest.raises(RequestError, match="guidance is 5"):
         catalog_of(pixels.alone.model, guidance=5)
-    with pytest.raises(RequestError, match="1000 steps where nobody says how many"):
+    with pytest.raises(RequestError, match="1000 steps where no number is given"):
         catalog_of(pixels.alone.model, max_steps=50)
     assert catalog_of(pixels.alone.model, max_steps=50, steps=30).defaults.steps == 30
 

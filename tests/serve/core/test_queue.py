@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latentrt.serve.core.handle import Slot, Stage
-from latentrt.serve.core.queue import begins, next_to_prepare, next_to_run, sooner
+from latentrt.serve.core.queue import begins, next_to_prepare, next_to_run
 
 SHAPES = ((4, 8, 8), (4, 16, 16))
 
@@ -68,7 +68,7 @@ def test_every_picture_is_served_and_none_is_passed_without_end(
         while pending and pending[0][0] <= tick:
             _, width, shape, rows, urgency = pending.pop(0)
             one = slot(width, SHAPES[shape])
-            one.handle.rows, one.handle.due = rows, sooner(tick + 10.0, tick + urgency)
+            one.handle.rows, one.handle.due = rows, min(tick + 10.0, tick + urgency)
             arrived[one] = tick
             waiting = sorted([*waiting, one], key=lambda one: one.handle.due)
         for one in next_to_run([*running, *waiting], lanes, lambda shape: cap):

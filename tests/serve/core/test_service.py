@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from typing import Any
 
@@ -142,7 +143,7 @@ def test_the_earliest_deadline_is_first_and_others_as_they_came(fakes: Fakes, se
         fakes.hold()
         first, now = submit(service, handle_of(steps=1)), time.monotonic()
         fakes.wait_for(1)
-        deadlines = (None, now + 3000, now + 1200, None, now + 1100)
+        deadlines = (math.inf, now + 3000, now + 1200, math.inf, now + 1100)
         handles = [submit(service, handle_of(deadline=deadline)) for deadline in deadlines]
         all_prepared(service)
         begun: list[int] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import replace
@@ -150,7 +151,7 @@ def recorded(engine: Engine) -> list[Job]:
 
 
 def handle_of(
-    prompt: str = "an owl", *, previews: int = 0, deadline: float | None = None, id: str = "", **settings: Any
+    prompt: str = "an owl", *, previews: int = 0, deadline: float = math.inf, id: str = "", **settings: Any
 ) -> Handle:
     """A request with these settings."""
     defaults = {"steps": 4, "guidance": SPEC.defaults.guidance}

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from latentrt.bundle.bundle import MANIFEST, sha256_of
 from latentrt.engine import Engine
 from latentrt.errors import BundleError, OutputError
@@ -51,8 +53,10 @@ class Curve:
         known = _nearest(self.ticks, shape)
         if known is None:
             return None
-        points = sorted(self.ticks[known].items())
-        return _interpolate(points, lanes) * math.prod(shape) / math.prod(known)
+        points = self.ticks[known]
+        measured = sorted(points)
+        seconds = float(np.interp(lanes, measured, [points[each] for each in measured]))
+        return seconds * max(1.0, lanes / measured[-1]) * math.prod(shape) / math.prod(known)
 
     def decoding(self, shape: Shape) -> float:
         """Return the seconds of a picture's decoding; 0 where none was measured."""
@@ -88,17 +92,6 @@ def _nearest(known: Mapping[Shape, Any], shape: Shape) -> Shape | None:
     """The known shape that is nearest in size."""
     size = math.prod(shape)
     return min(known, key=lambda other: abs(math.log(math.prod(other) / size)), default=None)
-
-
-def _interpolate(points: list[tuple[int, float]], lanes: int) -> float:
-    low, seconds = points[0]
-    if lanes <= low:
-        return seconds
-    for high, longer in points[1:]:
-        if lanes <= high:
-            return seconds + (longer - seconds) * (lanes - low) / (high - low)
-        low, seconds = high, longer
-    return seconds * lanes / low
 
 
 def of_bench(engine: Engine, results: Mapping[str, Any]) -> Curve:

@@ -71,8 +71,6 @@ class Cancelled(ServiceError):
 class EngineFault(ServiceError):
     """The engine raised what it should not, or hung; `__cause__` has what it raised."""
 
-    code = "engine_error"
-
 
 def code_of(error: LatentrtError) -> str:
     """Return how an error is counted in the metrics."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections import deque
@@ -10,17 +11,14 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TYPE_CHECKING
+
+from PIL.Image import Image
 
 from latentrt.errors import LatentrtError
+from latentrt.images.picture import Picture
 from latentrt.request import Request
 from latentrt.run.job import Float32, Job
 from latentrt.serve.core.pipeline import GUIDED, Shape
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from latentrt.images.picture import Picture
 
 SHOWN = 200  # characters of a text in a warning
 
@@ -100,7 +98,7 @@ class Handle:
     shape: Shape
     rows: int
     previews: int = 0
-    deadline: float | None = None
+    deadline: float = math.inf
     id: str = ""
     owner: str = ""
     api: str = ""
@@ -117,8 +115,7 @@ class Handle:
     _lock: threading.Lock = field(init=False, default_factory=threading.Lock)
     _events: deque[Event] = field(init=False, default_factory=deque)
     _news: Future[None] = field(init=False)
-    _error: LatentrtError | None = field(init=False, default=None)
-    _ended: bool = field(init=False, default=False)  # no event follows
+    _end: Exception | None = field(init=False, default=None)  # what is raised after the last event
 
     def __post_init__(self) -> None:
         self.lanes = GUIDED if (self.request.guidance or 0) > 1 else 1
@@ -127,20 +124,21 @@ class Handle:
     # ---- What the scheduler does
 
     def tell(self, event: Event) -> None:
-        """Add an event. A preview that the client has not heard yet makes way for the next one of its picture."""
+        """Add an event. A preview that the client has not read yet is replaced by the next one of its picture."""
         with self._lock:
             if isinstance(event, Preview):
                 kept = (one for one in self._events if not (isinstance(one, Preview) and one.index == event.index))
                 self._events = deque(kept)
             self._events.append(event)
-            self._ended = self.over
+            if self.over:
+                self._end = StopAsyncIteration()
             self.shown = event.image
             self._wake()
 
     def fail(self, error: LatentrtError) -> None:
         """Say that no event follows, and why."""
         with self._lock:
-            self._error = error
+            self._end = error
             self._wake()
 
     def _wake(self) -> None:
@@ -153,7 +151,7 @@ class Handle:
         return self
 
     async def __anext__(self) -> Event:
-        """Return the next event as soon as there is one; each is heard once, and the last picture is the last event.
+        """Return the next event as soon as there is one; each is returned once, and the last picture is the last event.
 
         Raises:
             LatentrtError: the request failed.
@@ -162,10 +160,8 @@ class Handle:
             with self._lock:
                 if self._events:
                     return self._events.popleft()
-                if self._error is not None:
-                    raise self._error
-                if self._ended:
-                    raise StopAsyncIteration
+                if self._end is not None:
+                    raise self._end
                 news = self._news
             await asyncio.wrap_future(news)
 

@@ -122,7 +122,7 @@ class Forecast:
         full = self.full(handle.request.count, slots)
         if full is not None:
             raise full
-        if handle.deadline is None:
+        if handle.deadline == math.inf:
             return
         left = handle.deadline - handle.came
         ahead = [slot for slot in slots if slot.stage > Stage.WAITING or slot.handle.due <= handle.due]
@@ -166,11 +166,6 @@ def too_late(slot: Slot, now: float) -> QueueTimeout | RunTimeout:
     if slot.stage is Stage.WAITING:
         return QueueTimeout(f"the picture has not begun {seconds}", needed="a shorter queue", fix="ask again later")
     return RunTimeout(f"the picture is not done {seconds}", needed="a smaller or shorter one", fix="take fewer steps")
-
-
-def sooner(moment: float, deadline: float | None) -> float:
-    """Return the earlier of the two."""
-    return moment if deadline is None else min(moment, deadline)
 
 
 def begins(running: Sequence[float], waiting: Sequence[float], seats: int) -> list[float]:

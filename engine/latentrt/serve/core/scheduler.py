@@ -21,11 +21,10 @@ from latentrt.serve.core.handle import Finished, Handle, Preview, Slot, Stage
 from latentrt.serve.core.health import Health
 from latentrt.serve.core.observer import Observer
 from latentrt.serve.core.pipeline import Shape
-from latentrt.serve.core.queue import Forecast, Limits, next_to_prepare, next_to_run, sooner, too_late
+from latentrt.serve.core.queue import Forecast, Limits, next_to_prepare, next_to_run, too_late
 
 PATIENCE = 0.5  # the part of queue_timeout after which a request without a deadline ranks before all newcomers
 BATCHES = 2  # that wait prepared, at most: the next one, and the one after it
-NEWS = 0.1  # seconds for which one look at a full queue is good: a crowd asks hundreds of times
 LOOK = 0.02  # seconds between looks at whether a drain is over
 
 
@@ -59,8 +58,6 @@ class Scheduler:
         self._decodes_next = False  # requests are prepared and pictures decoded by turns
         self._forecast = Forecast(limits.queue, lanes, shape, curve)
         self._health = Health(limits.hang)
-        self._full: QueueFull | None = None  # as it was found when it was last looked at
-        self._full_since = 0.0
         self._draining = self._closed = False
 
     # ---- Requests
@@ -83,9 +80,9 @@ class Scheduler:
                 found, needed = f"the picture takes {handle.lanes} lanes", f"at most {self.lanes}"
                 raise RequestError(found, needed, fix="set guidance_scale to 1")
             handle.came = now = time.monotonic()
-            handle.due = sooner(now + PATIENCE * self._limits.queue_timeout, handle.deadline)
+            handle.due = min(now + PATIENCE * self._limits.queue_timeout, handle.deadline)
             self._forecast.refuse(handle, self._slots)
-            limit = sooner(now + self._limits.queue_timeout, handle.deadline)
+            limit = min(now + self._limits.queue_timeout, handle.deadline)
             handle.slots = [Slot(handle, index, limit) for index in range(handle.request.count)]
             for slot in handle.slots:
                 insort(self._slots, slot, key=lambda one: one.handle.due)
@@ -132,12 +129,7 @@ class Scheduler:
     def full(self) -> QueueFull | None:
         """Return why there is no place for any picture; None where there is one, or where nothing is taken at all."""
         with self._changed:
-            now = time.monotonic()
-            if not self.ready or len(self._at(Stage.WAITING)) < self._limits.queue:
-                return None
-            if self._full is None or now - self._full_since > NEWS:
-                self._full, self._full_since = self._forecast.full(1, self._slots), now
-            return self._full
+            return self._forecast.full(1, self._slots) if self.ready else None
 
     def _at(self, stage: Stage) -> list[Slot]:
         return [slot for slot in self._slots if slot.stage is stage]
@@ -157,7 +149,7 @@ class Scheduler:
                 if busy or joining or between or self.check_due:
                     limit = time.monotonic() + self._limits.run_timeout
                     for slot in joining:
-                        slot.stage, slot.limit = Stage.RUNNING, sooner(limit, slot.handle.deadline)
+                        slot.stage, slot.limit = Stage.RUNNING, min(limit, slot.handle.deadline)
                     if joining:
                         self._changed.notify_all()  # the clock looks at limits
                     return joining
@@ -165,7 +157,7 @@ class Scheduler:
             return None
 
     def _joining(self) -> list[Slot]:
-        """None while the engine is not trusted, or while the VAE lags by as many pictures as there are lanes."""
+        """Return none while the engine is not trusted, or while the VAE lags by as many pictures as there are lanes."""
         if self._health.state != "ready" or len(self._at(Stage.DENOISED)) >= self.lanes:
             return []
         return next_to_run(self._slots, self.lanes, self._forecast.cap)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
-from typing import TYPE_CHECKING
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -15,6 +14,7 @@ from starlette.middleware import Middleware
 
 from latentrt import __version__
 from latentrt.errors import LatentrtError
+from latentrt.serve.core.scheduler import Scheduler
 from latentrt.serve.http import openai_routes, operations, sd_routes
 from latentrt.serve.http.catalog import Catalog
 from latentrt.serve.http.errors import (
@@ -23,17 +23,13 @@ from latentrt.serve.http.errors import (
     answer_to,
     answer_to_status,
     answer_to_validation,
-    not_kept,
     too_large,
 )
-from latentrt.serve.http.generation import Context, facts_of
+from latentrt.serve.http.generation import Context
 from latentrt.serve.http.middleware import Guard, cross_origin, most_bytes
 from latentrt.serve.http.page import add_page
 from latentrt.serve.process.logs import logger
 from latentrt.serve.process.metrics import Metrics
-
-if TYPE_CHECKING:
-    from latentrt.serve.core.scheduler import Scheduler
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 # Parts of a form: every field there is, with room for repeated ones.
@@ -101,7 +97,7 @@ def _add_gauges(metrics: Metrics, scheduler: Scheduler) -> None:
 async def _answer(http: Request, error: Exception) -> JSONResponse:
     """Any error that a route or the framework raised, in OpenAI's shape."""
     answer = _answer_of(http, error)
-    facts = facts_of(http)
+    facts = http.state.facts
     facts["outcome"] = answer.code
     if answer.status == 500 or answer.code == STORAGE:
         logger().error("a request failed", id=facts["id"], exc_info=error)
@@ -114,7 +110,8 @@ def _answer_of(http: Request, error: Exception) -> Answer:
     if not isinstance(error, HTTPException):
         return answer_to(error)
     if isinstance(error.__cause__, OSError):  # a form that could not be kept: FastAPI calls it the client's fault
-        return not_kept()
+        message = "the server has no room for this upload: its temporary folder is full or cannot be written"
+        return Answer(503, STORAGE, message)
     if error.status_code == 413:
         return too_large(most_bytes(http.app.state.context.settings, http.url.path))
     headers = dict(error.headers or {})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -15,7 +15,6 @@ from latentrt.runtime.tensorrt.record import Profile
 from latentrt.sampling.schedule import Schedule
 from latentrt.sampling.solvers import ALIASES, SOLVERS
 from latentrt.sampling.table import tabulate
-from latentrt.serve.core.pipeline import Shape
 from latentrt.serve.http.errors import Problem
 from latentrt.serve.process.config import Settings
 from latentrt.values import did_you_mean, parse_size
@@ -40,8 +39,7 @@ class Catalog:
     """
 
     def __init__(self, model: Model, profiles: Sequence[Profile] | None, settings: Settings) -> None:
-        self._model, self._profiles = model, profiles
-        self.settings = settings
+        self._model, self.settings = model, settings
         self.name = settings.model_name or model.spec.id
         self.names = (self.name, *(alias for alias in settings.aliases if alias != self.name))
         self.prompted = model.text is not None
@@ -49,11 +47,11 @@ class Catalog:
         self.edits = settings.edits and model.edits
         self.needs_mask = model.reads_masks
         self.latents = model.spec.latents
-        self.step = self.latents.step
-        self._least = -(-LEAST_LATENTS // self.latents.multiple) * self.step
+        self._least = -(-LEAST_LATENTS // self.latents.multiple) * self.latents.step
+        self._plans = None if profiles is None else [self._ends(profile) for profile in profiles]
         self.own = self._own()
         self.sizes = tuple(map(self._listed, settings.sizes)) or self._planned()
-        self._solvers = _solver_names(model.schedule)
+        self.solvers = _solver_names(model.schedule)
         solver = self.solver(settings.scheduler) if settings.scheduler else None
         self.defaults = model.filled(Request(steps=settings.steps, guidance=settings.guidance, solver=solver))
         self.max_steps = self._max_steps(self.defaults.steps or 1)
@@ -68,14 +66,7 @@ class Catalog:
             Problem: 404 model_not_found.
         """
         if name and name not in self.names:
-            raise Problem(
-                f"there is no model {name[:100]!r}",
-                needed=f"one of {', '.join(self.names)}",
-                fix=did_you_mean(name[:100], self.names, "take one of these, or leave model out"),
-                param="model",
-                status=404,
-                code="model_not_found",
-            )
+            raise unknown("model", name, self.names, status=404, code="model_not_found")
 
     def solver(self, name: str | None) -> str | None:
         """Return the engine's name of a solver or diffusers class; None is the default one, or the model's own.
@@ -85,19 +76,9 @@ class Catalog:
         """
         if not name:
             return self.defaults.solver
-        if name not in self._solvers:
-            raise Problem(
-                f"there is no scheduler {name[:100]!r}",
-                needed=f"one of {', '.join(self._solvers)}",
-                fix=did_you_mean(name[:100], self._solvers, "take one of these, or leave scheduler out"),
-                param="scheduler",
-            )
-        return self._solvers[name]
-
-    @property
-    def solver_names(self) -> tuple[str, ...]:
-        """Every name that `solver` takes."""
-        return tuple(self._solvers)
+        if name not in self.solvers:
+            raise unknown("scheduler", name, self.solvers)
+        return self.solvers[name]
 
     # ---- Requests
 
@@ -162,7 +143,7 @@ class Catalog:
     def _max_steps(self, default: int) -> int:
         most = self.settings.max_steps or max(MOST_STEPS, default)
         if default > most:
-            found, fix = f"a picture takes {default} steps where nobody says how many", "set steps, or max_steps"
+            found, fix = f"a picture takes {default} steps where no number is given", "set steps, or max_steps"
             raise RequestError(found, needed=f"at most max_steps: {most}", fix=fix)
         return most
 
@@ -178,15 +159,6 @@ class Catalog:
         except RequestError as error:
             param = "num_inference_steps" if strength == 1 else "strength"
             raise Problem(error.found, needed=error.needed, fix=error.fix, param=param) from error
-
-    def size_of(self, request: Request) -> Size:
-        """Return the size of a request's pictures."""
-        return request.width or self.own[0], request.height or self.own[1]
-
-    def shape_of(self, request: Request) -> Shape:
-        """Return the shape of their latents."""
-        width, height = self.size_of(request)
-        return self.latents.channels, height // self.latents.factor, width // self.latents.factor
 
     # ---- Sizes
 
@@ -215,7 +187,7 @@ class Catalog:
         if self.sizes:
             return min(self.sizes, key=partial(_unlike, (width, height)))
         scale = math.sqrt(self.own[0] * self.own[1] / (width * height))
-        least, step = self._least, self.step
+        least, step = self._least, self.latents.step
         most = self.settings.max_side // step * step
         fitted = [min(most, max(least, round(side * scale / step) * step)) for side in (width, height)]
         sides = fitted[0], fitted[1]
@@ -228,23 +200,23 @@ class Catalog:
 
     def _allowed(self, width: int, height: int) -> bool:
         """By the settings."""
-        least, step = self._least, self.step
+        least, step = self._least, self.latents.step
         sides = all(least <= side <= self.settings.max_side and side % step == 0 for side in (width, height))
         return sides and width * height <= self.settings.max_pixels
 
     def _served(self, width: int, height: int) -> bool:
         """By the plans."""
-        latents = {"height": height // self.latents.factor, "width": width // self.latents.factor}
-        return self._profiles is None or any(profile.covers(latents) for profile in self._profiles)
+        return self._plans is None or any(
+            low[0] <= width <= high[0] and low[1] <= height <= high[1] for low, _, high in self._plans
+        )
 
     def _nearest(self, size: Size) -> Size:
         """Of the sizes that plans draw and the settings allow, one that is much like this in shape."""
-        clipped = [self._clipped(size, profile) for profile in self._profiles or ()]
+        clipped = [
+            (min(max(size[0], low[0]), high[0]), min(max(size[1], low[1]), high[1]))
+            for low, _, high in self._plans or ()
+        ]
         return min((one for one in clipped if self._allowed(*one)), key=partial(_unlike, size), default=self.own)
-
-    def _clipped(self, size: Size, profile: Profile) -> Size:
-        least, most = self._end(profile, 0), self._end(profile, 2)
-        return min(max(size[0], least[0]), most[0]), min(max(size[1], least[1]), most[1])
 
     def _own(self) -> Size:
         """The model's own size; where no plan draws it, the one that the first plan draws best."""
@@ -252,34 +224,33 @@ class Catalog:
         own = width, height
         if self._served(*own):
             return own
-        if not self._profiles:
+        if not self._plans:
             fix = "build them: latentrt build BUNDLE"
             raise PlanError("no size is served by the plans of both UNet and VAE", needed="one", fix=fix)
-        return self._end(self._profiles[0], 1)
+        return self._plans[0][1]
 
     def _planned(self) -> tuple[Size, ...]:
         """The sizes there are, where every plan is for one size alone; none where some are for ranges."""
-        profiles = self._profiles or ()
-        if any(low != high for profile in profiles for low, _, high in profile.ranges.values()):
+        if self._plans is None or any(low != high for low, _, high in self._plans):
             return ()
-        sizes = dict.fromkeys([self.own, *(self._end(profile, 1) for profile in profiles)] if profiles else [])
+        sizes = dict.fromkeys([self.own, *(best for _, best, _ in self._plans)])
         return tuple(size for size in sizes if size == self.own or self._allowed(*size))
 
-    def _end(self, profile: Profile, which: int) -> Size:
-        """The least, the best or the largest picture of a profile."""
-        factor = self.latents.factor
-        return profile.ranges["width"][which] * factor, profile.ranges["height"][which] * factor
+    def _ends(self, profile: Profile) -> list[Size]:
+        """The least, the best and the largest picture of a profile."""
+        sides = zip(profile.ranges["width"], profile.ranges["height"], strict=True)
+        return [(width * self.latents.factor, height * self.latents.factor) for width, height in sides]
 
     def _ranges(self) -> str:
         """The pictures that plans draw: "256x256 to 512x768; or ..."."""
-        ends = [(self._end(profile, 0), self._end(profile, 2)) for profile in self._profiles or ()]
-        return "; or ".join(f"{_text(least)} to {_text(most)}" for least, most in ends)
+        return "; or ".join(f"{_text(low)} to {_text(high)}" for low, _, high in self._plans or ())
 
     def _listed(self, text: str) -> Size:
         """A size of the settings."""
         width, height = parse_size(text, "sizes")
-        if width % self.step or height % self.step:
-            needed = f"WIDTHxHEIGHT in multiples of {self.step}"
+        step = self.latents.step
+        if width % step or height % step:
+            needed = f"WIDTHxHEIGHT in multiples of {step}"
             raise RequestError(f"sizes has {text!r}", needed, fix="change sizes in the settings")
         if not self._served(width, height):
             fix = f"latentrt build BUNDLE --size {text}, or change sizes in the settings"
@@ -294,9 +265,9 @@ class Catalog:
         if self.sizes:
             return ", ".join(map(_text, self.sizes))
         good = [self.own, *(size for size in SUGGESTED if self._drawn(*size) and size != self.own)]
-        planned = "" if self._profiles is None else f" within {self._ranges()},"
+        planned = "" if self._plans is None else f" within {self._ranges()},"
         return (
-            f"{', '.join(map(_text, good))}, or any sides{planned} that are multiples of {self.step} from"
+            f"{', '.join(map(_text, good))}, or any sides{planned} that are multiples of {self.latents.step} from"
             f" {self._least} to {self.settings.max_side} with at most"
             f" {self.settings.max_pixels} pixels in all"
         )
@@ -328,6 +299,15 @@ def _solver_names(schedule: Schedule) -> dict[str, str]:
         names.setdefault(solver.scheduler, name)
     names[schedule.scheduler] = schedule.scheduler
     return names
+
+
+def unknown(
+    param: str, name: str, names: Collection[str], *, status: int = 400, code: str = "invalid_value"
+) -> Problem:
+    """Return the refusal of a name that is none of these."""
+    found, needed = f"there is no {param} {name[:100]!r}", f"one of {', '.join(names)}"
+    fix = did_you_mean(name[:100], names, f"take one of these, or leave {param} out")
+    return Problem(found, needed, fix, param=param, status=status, code=code)
 
 
 def _at_most(name: str, value: int, most: int, unit: str = "") -> None:

@@ -138,12 +138,6 @@ def too_large(most_bytes: int) -> Answer:
     return Answer(413, "body_too_large", f"the request is too large; at most {most_bytes} bytes are read")
 
 
-def not_kept() -> Answer:
-    """Return what a client is told whose upload could not be written to the temporary folder."""
-    message = "the server has no room for this upload: its temporary folder is full or cannot be written"
-    return Answer(503, STORAGE, message)
-
-
 def answer_to_status(status: int, detail: str, headers: dict[str, str] | None = None) -> Answer:
     """Return what a client is told where the framework refused: no such path, no such method, a broken body."""
     code = _OF_STATUS.get(status, "invalid_value" if status < 500 else "engine_error")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 from fastapi import Depends
 from fastapi import Request as HttpRequest
@@ -17,14 +18,12 @@ from starlette.requests import ClientDisconnect
 from latentrt.images.picture import Picture
 from latentrt.request import Request
 from latentrt.serve.core.handle import Finished, Handle
+from latentrt.serve.core.scheduler import Scheduler
 from latentrt.serve.http.catalog import Catalog
 from latentrt.serve.http.errors import Problem
 from latentrt.serve.http.images import File, decode, in_thread
 from latentrt.serve.process.config import Settings
 from latentrt.serve.process.metrics import Metrics
-
-if TYPE_CHECKING:
-    from latentrt.serve.core.scheduler import Scheduler
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +46,6 @@ async def _context(http: HttpRequest) -> Context:
 Served = Annotated[Context, Depends(_context)]
 
 
-def facts_of(http: HttpRequest) -> dict[str, Any]:
-    """Return what the log's line of a request says so far; "id" and "owner" are there from the start."""
-    facts: dict[str, Any] = http.scope["state"]["facts"]
-    return facts
-
-
 @asynccontextmanager
 async def generating(
     context: Context,
@@ -62,7 +55,7 @@ async def generating(
     *,
     api: str,
     previews: int = 0,
-    timeout: float | None = None,
+    timeout: float = math.inf,
     task: str | None = None,
 ) -> AsyncIterator[Handle]:
     """Have a request's pictures made; leaving the block gives up those that are not done.
@@ -75,26 +68,24 @@ async def generating(
     Raises:
         LatentrtError: it is refused, or a picture that came with it cannot be read.
     """
-    catalog, facts = context.catalog, facts_of(http)
+    catalog, facts = context.catalog, http.state.facts
     if files and not catalog.edits:
         needed = "none: this server edits no pictures"
         raise Problem("there is a picture", needed, fix="leave it out", param="image")
     if catalog.needs_mask and "mask" not in files:
         raise Problem("there is no mask", needed="a picture and a mask: the model repaints", param="mask")
     rows, solver = catalog.work(request)
-    size = catalog.size_of(request)
-    facts.update(n=request.count, steps=request.steps, solver=solver, rows=rows, size="{}x{}".format(*size))
+    height, width = catalog.latents.pixels_of(request.height, request.width)
+    facts.update(n=request.count, steps=request.steps, solver=solver, rows=rows, size=f"{width}x{height}")
     if context.settings.log_prompts:
         facts["prompt"] = request.prompt
-    deadline = None if timeout is None else time.monotonic() + timeout
-    handle = Handle(
-        request, catalog.shape_of(request), rows, previews, deadline, facts["id"], facts["owner"], api, task
-    )
+    shape, deadline = catalog.latents.shape_of(height, width), time.monotonic() + timeout
+    handle = Handle(request, shape, rows, previews, deadline, facts["id"], facts["owner"], api, task)
     context.scheduler.reserve(handle)
     try:
         if files:
             latents, most = catalog.latents, context.settings.max_image_pixels
-            pictures = await in_thread(partial(decode, files, size, latents, most))
+            pictures = await in_thread(partial(decode, files, (width, height), latents, most))
             handle.request = replace(request, pictures=pictures)
         context.scheduler.submit(handle)
         yield handle

@@ -6,18 +6,16 @@ import base64
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from io import BytesIO
-from typing import TYPE_CHECKING, BinaryIO, TypeVar
+from typing import BinaryIO, TypeVar
 
 import anyio.to_thread
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, ImageChops, ImageOps
 
 from latentrt.bundle.spec import LatentSpec
 from latentrt.images.given import MODES, prepared
 from latentrt.serve.http.errors import Problem
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 T = TypeVar("T")
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -37,7 +35,7 @@ class File:
 
     name: str
     open: Callable[[], BinaryIO]
-    to_mask: Callable[[Image, str], Image] | None = None
+    to_mask: Callable[[Image.Image, str], Image.Image] | None = None
 
 
 Files = Mapping[str, File]  # by what they are for, as `Request.pictures`
@@ -84,30 +82,26 @@ def shape_of(file: File, most_pixels: int) -> tuple[int, int]:
         return (image.height, image.width) if turned else image.size
 
 
-def alpha_mask(mask: Image, name: str) -> Image:
+def alpha_mask(mask: Image.Image, name: str) -> Image.Image:
     """Return OpenAI's kind of mask, which repaints where its alpha is 0.
 
     Raises:
         Problem: it has no alpha.
     """
-    from PIL import ImageChops
-
     if "A" not in mask.getbands():
         needed = "a PNG whose alpha is 0 where to edit"
         raise Problem(f"{name} has no alpha", needed, fix="save it so", param=name)
     return ImageChops.invert(mask.getchannel("A"))
 
 
-def white_mask(mask: Image, name: str, *, inverted: bool = False) -> Image:
+def white_mask(mask: Image.Image, name: str, *, inverted: bool = False) -> Image.Image:
     """Return A1111's kind of mask, which repaints where it is white: its alpha if it has some, or its brightness."""
-    from PIL import ImageChops
-
     alpha = mask.getchannel("A") if "A" in mask.getbands() else None
     grey = mask.convert("L") if alpha is None or alpha.getextrema() == (255, 255) else alpha
     return ImageChops.invert(grey) if inverted else grey
 
 
-def encode(image: Image, kind: str = "png", quality: int | None = None) -> str:
+def encode(image: Image.Image, kind: str = "png", quality: int | None = None) -> str:
     """Return the base64 of a file: png, jpeg or webp; a picture of the engine takes its settings along."""
     buffer = BytesIO()
     image.save(buffer, kind, **({} if quality is None or kind == "png" else {"quality": quality}))
@@ -138,10 +132,8 @@ def too_many_bytes(name: str, most: int) -> Problem:
     return Problem(f"{name} is too large", needed, fix, param=name, status=413, code="image_too_large")
 
 
-def _load(file: File, most_pixels: int) -> Image:
+def _load(file: File, most_pixels: int) -> Image.Image:
     """Upright, with palettes and their transparency resolved. The file is closed: it is not needed any more."""
-    from PIL import ImageOps
-
     with file.open() as data:
         image = _opened(data, file.name, most_pixels)
         try:
@@ -154,10 +146,8 @@ def _load(file: File, most_pixels: int) -> Image:
             raise _undecodable(file.name, "damaged") from error
 
 
-def _opened(data: BinaryIO, name: str, most_pixels: int) -> Image:
+def _opened(data: BinaryIO, name: str, most_pixels: int) -> Image.Image:
     """A file whose header was read; its size is checked before anything is decoded."""
-    from PIL import Image
-
     try:
         image = Image.open(data, formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

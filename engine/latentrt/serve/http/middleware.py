@@ -12,7 +12,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
@@ -24,13 +24,11 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from latentrt.serve.core.scheduler import Scheduler
 from latentrt.serve.http.errors import Answer, Problem, answer_to, too_large
 from latentrt.serve.process.config import Settings
 from latentrt.serve.process.logs import logger
 from latentrt.serve.process.metrics import Metrics
-
-if TYPE_CHECKING:
-    from latentrt.serve.core.scheduler import Scheduler
 
 OPEN = ("/", "/health/live", "/health/ready", "/metrics", "/openapi.json", "/favicon.ico")  # and all below /static/
 # Every request to these takes places in the queue.
@@ -123,7 +121,7 @@ class _Exchange:
     """One request on its way in and its answer on the way out.
 
     Attributes:
-        facts: what the log's line says of it; routes add to them.
+        facts: what the log's line says of it; routes add to them in `http.state.facts`.
         status: of the answer, once it has begun.
         gone: whether the client has left.
     """

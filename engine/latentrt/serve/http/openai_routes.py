@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
@@ -20,7 +21,7 @@ from latentrt.model.given import MASKED_STRENGTH, STRENGTH
 from latentrt.request import Request
 from latentrt.serve.core.handle import Handle, Preview
 from latentrt.serve.http.errors import Problem, answer_to, documented
-from latentrt.serve.http.generation import Context, Served, all_pictures, facts_of, generating
+from latentrt.serve.http.generation import Context, Served, all_pictures, generating
 from latentrt.serve.http.images import File, Files, alpha_mask, encode, in_thread, shape_of, too_many_bytes
 from latentrt.serve.http.middleware import MediaRoute
 from latentrt.serve.http.openai_schema import (
@@ -139,7 +140,7 @@ async def _answer(
         files,
         api=f"{verb}s",
         previews=wanted.partial_images or 0 if wanted.stream else 0,
-        timeout=wanted.timeout,
+        timeout=wanted.timeout or math.inf,
     )
     encoding = partial(encode, kind=wanted.kind, quality=wanted.output_compression)
     if wanted.stream:
@@ -198,7 +199,7 @@ async def _events(
         answer = answer_to(error)
         if answer.status == 500:
             logger().error("a request failed", id=handle.id, exc_info=error)
-        facts_of(http)["outcome"] = answer.code
+        http.state.facts["outcome"] = answer.code
         yield _event("error", answer.body)
 
 

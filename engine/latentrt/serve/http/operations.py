@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from latentrt.serve.core.handle import Handle
 from latentrt.serve.http.errors import Problem, documented
-from latentrt.serve.http.generation import Served, facts_of
+from latentrt.serve.http.generation import Served
 
 router = APIRouter(tags=["operations"])
 
@@ -108,13 +108,13 @@ async def model(context: Served) -> dict[str, Any]:
         "names": catalog.names,
         "size": "{}x{}".format(*catalog.own),
         "sizes": [f"{width}x{height}" for width, height in catalog.sizes],
-        "step": catalog.step,
+        "step": catalog.latents.step,
         "limits": {
             name: getattr(settings, name) for name in ("max_side", "max_pixels", "max_prompt", "max_image_bytes")
         }
         | {"max_n": settings.most_pictures, "max_steps": catalog.max_steps},
         "defaults": {"steps": defaults.steps, "guidance": defaults.guidance, "scheduler": defaults.solver},
-        "schedulers": catalog.solver_names,
+        "schedulers": tuple(catalog.solvers),
         "prompted": catalog.prompted,
         "class_labels": catalog.class_labels,
         "classes": catalog.classes,
@@ -126,7 +126,7 @@ async def model(context: Served) -> dict[str, Any]:
 @router.post("/latentrt/jobs/{job}/cancel", responses=documented(401, 404))
 async def cancel(job: str, http: Request, context: Served) -> JSONResponse:
     """Give up every request of this key with this x-request-id; its client gets 409 cancelled."""
-    owner = facts_of(http)["owner"]
+    owner = http.state.facts["owner"]
     handles = [handle for handle in context.scheduler.handles if (handle.id, handle.owner) == (job, owner)]
     for handle in handles:
         context.scheduler.cancel(handle)

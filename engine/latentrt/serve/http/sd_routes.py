@@ -20,8 +20,9 @@ from latentrt.model.given import STRENGTH
 from latentrt.request import Request
 from latentrt.sampling.solvers import SOLVERS
 from latentrt.serve.core.handle import Handle
+from latentrt.serve.http.catalog import unknown
 from latentrt.serve.http.errors import Problem, documented
-from latentrt.serve.http.generation import Context, Served, all_pictures, facts_of, generating
+from latentrt.serve.http.generation import Context, Served, all_pictures, generating
 from latentrt.serve.http.images import File, Files, encode, from_base64, in_thread, white_mask
 from latentrt.serve.http.middleware import MediaRoute
 from latentrt.serve.http.sd_schema import (
@@ -64,7 +65,7 @@ async def options(context: Served) -> dict[str, Any]:
 @router.post("/options", responses=documented(400, 404, 415))
 async def set_options(values: dict[str, Any], context: Served) -> None:
     """Clients write all options back to choose a checkpoint; there is one, and nothing else to set."""
-    _check_model(context, values.get("sd_model_checkpoint"))
+    context.catalog.check_model(str(values.get("sd_model_checkpoint") or ""))
 
 
 @router.get("/sd-models")
@@ -138,7 +139,7 @@ async def interrupt(context: Served, http: HttpRequest, id_task: str | None = No
 
 def _own(context: Context, http: HttpRequest, task: str | None) -> list[Handle]:
     """This key's requests by this API, oldest first; of one task, where there is one."""
-    owner = facts_of(http)["owner"]
+    owner = http.state.facts["owner"]
     own = [handle for handle in context.scheduler.handles if (handle.api, handle.owner) == (API, owner)]
     return [handle for handle in own if task in (None, handle.task)]
 
@@ -146,11 +147,6 @@ def _own(context: Context, http: HttpRequest, task: str | None) -> list[Handle]:
 def _file(context: Context, name: str, text: str, to_mask: Any = None) -> File:
     most = context.settings.max_image_bytes
     return File(name, lambda: BytesIO(from_base64(text, name, most)), to_mask)
-
-
-def _check_model(context: Context, name: object) -> None:
-    if name is not None:
-        context.catalog.check_model(str(name))
 
 
 async def _answer(
@@ -187,8 +183,8 @@ def _renamed() -> Iterator[None]:
 def _request(
     context: Context, wanted: TextToImage, solver: str | None, strength: float | None, options: dict[str, Any]
 ) -> Request:
-    _check_model(context, (wanted.override_settings or {}).get("sd_model_checkpoint"))
     catalog = context.catalog
+    catalog.check_model(str((wanted.override_settings or {}).get("sd_model_checkpoint") or ""))
     return catalog.request(
         wanted.prompt,
         negative_prompt=wanted.negative_prompt,
@@ -217,8 +213,7 @@ def _solver(wanted: TextToImage) -> tuple[str | None, dict[str, Any]]:
     spacing = wanted.scheduler or "Automatic"
     labels = {label.lower(): label for label in SCHEDULERS}
     if spacing.lower() not in labels:
-        found, fix = f"there is no scheduler {spacing[:100]!r}", "take one of these, or leave it out"
-        raise Problem(found, needed=f"one of {', '.join(SCHEDULERS)}", fix=fix, param="scheduler")
+        raise unknown("scheduler", spacing, SCHEDULERS)
     spacing = labels[spacing.lower()]
     if name and name.endswith(" Karras"):  # as it was written before A1111 1.9
         name, spacing = name.removesuffix(" Karras"), "Karras"
