@@ -41,26 +41,20 @@ class Replica:
 
     app: FastAPI
 
-    @property
-    def scheduler(self) -> Scheduler:
-        """The replica's own."""
-        scheduler = self.app.state.context.scheduler
-        assert isinstance(scheduler, Scheduler)
-        return scheduler
-
     async def check_health(self) -> None:
         """Fail where the engine stays faulty, so that Ray replaces the replica; a drained one is well.
 
         Raises:
             BackendError: the engine failed, and no self-check has passed since.
         """
-        if self.scheduler.state == "failed":
+        if self.app.state.context.scheduler.state == "failed":
             raise BackendError("the engine failed", needed="a self-check that passes", fix="wait for the next replica")
 
     async def drain(self, timeout: float) -> bool:
         """Refuse what is new and finish what has a place; return whether that was done in time (seconds)."""
-        self.scheduler.drain()
-        return await self.scheduler.drained(timeout)
+        scheduler: Scheduler = self.app.state.context.scheduler
+        scheduler.drain()
+        return await scheduler.drained(timeout)
 
     async def metrics(self) -> tuple[str, list[Metric]]:
         """Return the replica's name and what it has measured."""

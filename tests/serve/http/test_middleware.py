@@ -192,8 +192,9 @@ def test_only_where_pictures_are_sent_a_body_may_be_large() -> None:
 
 def test_a_body_of_another_type_is_refused_unread(app: Any) -> None:
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"):
-        status, body = answer_unread(app, {"content-type": kind, "content-length": "9"})
-        assert (status, body["error"]["code"]) == (415, "unsupported_media_type")
+        for path in (DRAW, "/sdapi/v1/options"):
+            status, body = answer_unread(app, {"content-type": kind, "content-length": "9"}, path)
+            assert (status, body["error"]["code"]) == (415, "unsupported_media_type")
 
 
 def test_a_body_without_a_right_key_is_refused_unread(locked: Any) -> None:

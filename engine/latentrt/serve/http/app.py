@@ -61,7 +61,6 @@ def create_app(
         redoc_url=None,
         telemetry={"tracing": False, "metrics": False, "logs": False},  # there are metrics and a log
         lifespan=lifespan,
-        strict_content_type=True,
         form_limits={
             "max_fields": _MOST_FIELDS,
             "max_files": _MOST_FILES,

@@ -11,11 +11,9 @@ import hmac
 import random
 import re
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from fastapi import Request, Response
-from fastapi.routing import APIRoute
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -33,6 +31,10 @@ from latentrt.serve.process.metrics import Metrics
 OPEN = ("/", "/health/live", "/health/ready", "/metrics", "/openapi.json", "/favicon.ico")  # and all below /static/
 # Every request to these takes places in the queue.
 DRAWING = ("/v1/images/generations", "/v1/images/edits", "/sdapi/v1/txt2img", "/sdapi/v1/img2img")
+BODIES = {  # the media type of each body that is read
+    **dict.fromkeys((*DRAWING, "/sdapi/v1/options"), "application/json"),
+    "/v1/images/edits": "multipart/form-data",
+}
 EDITING = ("/v1/images/edits", "/sdapi/v1/img2img")
 QUIET = ("/health/live", "/health/ready", "/metrics")  # not counted, and logged at the level debug
 CLIENT_GONE = 499  # nginx' number for it; it is seen in the log alone
@@ -89,7 +91,7 @@ class Guard:
             self._report(scope, exchange)
 
     def _refusal(self, scope: Scope, exchange: _Exchange, most: int) -> Answer | None:
-        """Why the body need not be read: no key that fits, too many bytes, a full queue."""
+        """Return why the body need not be read: no key that fits, too many bytes, a full queue, another media type."""
         path, headers = scope["path"], exchange.headers
         if self._keys and path not in OPEN and not path.startswith("/static/"):
             owner = _owner(self._keys, headers.get("authorization", ""))
@@ -100,14 +102,16 @@ class Guard:
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length[:20]) > most:
             return too_large(most)
-        full = self._scheduler.full() if path in DRAWING and scope["method"] == "POST" else None
-        return None if full is None else answer_to(full)
+        if scope["method"] != "POST" or path not in BODIES:
+            return None
+        refused = (self._scheduler.full() if path in DRAWING else None) or _wrong_media(headers, BODIES[path])
+        return None if refused is None else answer_to(refused)
 
     def _report(self, scope: Scope, exchange: _Exchange) -> None:
         """Count the request and write its line, so that metrics and log tell the same."""
         status, outcome = exchange.end()
         path, facts = scope["path"], exchange.facts
-        route = getattr(scope.get("route"), "path", None) or (path if path in DRAWING else "unknown")
+        route = getattr(scope.get("route"), "path", None) or (path if path in BODIES else "unknown")
         seconds = time.monotonic() - exchange.began
         if route not in QUIET:
             self._metrics.ended_request(route, outcome, status, seconds if "n" in facts and outcome == "ok" else None)
@@ -195,6 +199,15 @@ class _Exchange:
         return status, outcome or ("ok" if status < 400 else "refused")
 
 
+def _wrong_media(headers: Headers, needed: str) -> Problem | None:
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == needed:
+        return None
+    found = f"the body's Content-Type is {kind[:100]!r}" if kind else "the body has no Content-Type"
+    fix = f"send it with Content-Type: {needed}"
+    return Problem(found, needed, fix, status=415, code="unsupported_media_type")
+
+
 def _owner(keys: Sequence[bytes], authorization: str) -> str | None:
     """A stable name of the key that was sent, or None; how long it takes does not tell which key came close.
 
@@ -212,25 +225,3 @@ def _of_basic(credentials: str) -> list[bytes]:
     except ValueError:
         return []
     return [pair, pair.partition(b":")[2]]
-
-
-class MediaRoute(APIRoute):
-    """A route that refuses a body of another media type than the one it documents, before it is read."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
-        needed = getattr(self.body_field.field_info, "media_type", "application/json") if self.body_field else None
-
-        async def checked(request: Request) -> Response:
-            kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-            if needed is not None and kind != needed:
-                raise Problem(
-                    f"the body's Content-Type is {kind[:100]!r}" if kind else "the body has no Content-Type",
-                    needed=needed,
-                    fix=f"send it with Content-Type: {needed}",
-                    status=415,
-                    code="unsupported_media_type",
-                )
-            return await handle(request)
-
-        return checked

@@ -23,7 +23,6 @@ from latentrt.serve.core.handle import Handle, Preview
 from latentrt.serve.http.errors import Problem, answer_to, documented
 from latentrt.serve.http.generation import Context, Served, all_pictures, generating
 from latentrt.serve.http.images import File, Files, alpha_mask, encode, in_thread, shape_of, too_many_bytes
-from latentrt.serve.http.middleware import MediaRoute
 from latentrt.serve.http.openai_schema import (
     USAGE,
     EditRequest,
@@ -35,7 +34,7 @@ from latentrt.serve.http.openai_schema import (
 )
 from latentrt.serve.process.logs import logger
 
-router = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=MediaRoute, responses=documented(400, 401, 404))
+router = APIRouter(prefix="/v1", tags=["OpenAI"], responses=documented(400, 401, 404))
 _DRAWN = {
     200: {
         "model": ImagesResponse,
@@ -165,16 +164,12 @@ class _Stream(EventSourceResponse):
     """Events with heartbeats; whatever ends the stream, even before its first event, gives up its pictures."""
 
     def __init__(self, events: AsyncIterator[ServerSentEvent], begun: AsyncExitStack, heartbeat: float) -> None:
-        super().__init__(events, ping=heartbeat, ping_message_factory=_heartbeat, sep="\n")
+        super().__init__(events, ping=heartbeat, sep="\n")
         self._begun = begun
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._begun:
             await super().__call__(scope, receive, send)
-
-
-def _heartbeat() -> ServerSentEvent:
-    return ServerSentEvent(comment="still drawing", sep="\n")
 
 
 async def _events(

@@ -24,7 +24,6 @@ from latentrt.serve.http.catalog import unknown
 from latentrt.serve.http.errors import Problem, documented
 from latentrt.serve.http.generation import Context, Served, all_pictures, generating
 from latentrt.serve.http.images import File, Files, encode, from_base64, in_thread, white_mask
-from latentrt.serve.http.middleware import MediaRoute
 from latentrt.serve.http.sd_schema import (
     IDLE,
     SAMPLERS,
@@ -39,7 +38,7 @@ from latentrt.serve.http.sd_schema import (
     TextToImage,
 )
 
-router = APIRouter(prefix="/sdapi/v1", tags=["A1111"], route_class=MediaRoute, responses=documented(401))
+router = APIRouter(prefix="/sdapi/v1", tags=["A1111"], responses=documented(401))
 _DRAWN = {200: {"model": Images}, **documented(400, 401, 404, 408, 409, 413, 415, 429, 500, 503, 504)}
 API = "sdapi"
 PREVIEWS = 3  # of a picture whose client can ask after it by its task
