@@ -33,7 +33,7 @@ NAME = "latentrt"  # of Ray's application and of its one deployment
 BESIDE = 32  # requests at a replica beside those for pictures with a place: refusals, uploads, health
 BEFORE = 8  # times the queue: requests that Ray itself may hold, for as long as a refusal takes
 _SCRAPE = 5.0  # seconds that a replica has to tell its metrics; Prometheus gives up after ten
-_LOOK = 0.2  # seconds between looks at what another thread or a signal does
+_LOOK = 0.2  # seconds between polls of another thread or a signal
 
 
 class Replica:
@@ -42,7 +42,7 @@ class Replica:
     app: FastAPI
 
     async def check_health(self) -> None:
-        """Fail where the engine stays faulty, so that Ray replaces the replica; a drained one is well.
+        """Fail where the engine stays faulty, so that Ray replaces the replica; a drained one is healthy.
 
         Raises:
             BackendError: the engine failed, and no self-check has passed since.
@@ -88,7 +88,7 @@ def merged(replicas: Iterable[tuple[str, list[Metric]]]) -> bytes:
 
 
 def app(args: dict[str, Any]) -> ray_serve.Application:
-    """Return it for `serve run latentrt.serve.ray_app:app max_steps=50` and `args` in Ray's configuration file.
+    """Return the application for `serve run latentrt.serve.ray_app:app max_steps=50`, and for Ray's configuration file.
 
     Args:
         args: settings by name, and `config`, a TOML file; they precede LATENTRT_* variables, those the file.
@@ -182,7 +182,7 @@ def serve(settings: Settings) -> int:
         if "RAY_ADDRESS" in os.environ:
             ray.init(log_to_driver=False)
         else:
-            with listening(settings) as sock:  # a port that is taken is known before anything starts
+            with listening(settings) as sock:  # a port that is taken is reported before anything starts
                 port = sock.getsockname()[1]
             ray.init("local", include_dashboard=False)
             _refuse_if_too_small(settings)
@@ -234,7 +234,7 @@ def _wait_for_signal(settings: Settings) -> None:
 
 
 def _drained(handle: Any, seconds: float) -> bool:
-    """Have every replica refuse and finish; return whether all did in time."""
+    """Drain every replica; return whether all finished in time."""
     good = False
     with suppress(TimeoutError):
         answers = handle.broadcast("drain", seconds).results(timeout_s=seconds + _SCRAPE, return_exceptions=True)

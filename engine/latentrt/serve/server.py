@@ -1,4 +1,4 @@
-"""The process: a model is loaded, a socket listens, signals drain it, and a hang ends it."""
+"""The process: it loads a model, listens, drains on a signal, and ends itself where a step hangs."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def serve(settings: Settings) -> int:
         LatentrtError: the port is taken, or the bundle or backend cannot be used.
     """
     with listening(settings) as sock, assembled(settings) as app:
-        # Otherwise each full collection looks at all that was imported, a tenth of a second for every client, and a
-        # crowd of requests makes for dozens of small ones. What survives a few of those is looked at soon.
+        # Otherwise each full collection scans all that was imported, which stops the server for a tenth of a second,
+        # and a burst of requests starts dozens of small ones. Objects that survive a few of these are scanned soon.
         gc.collect()
         gc.freeze()
         gc.set_threshold(50_000, 2, 2)
@@ -75,8 +75,8 @@ def assembled(settings: Settings, kind: type[Metrics] = Metrics, lifespan: Lifes
 
 
 def _end() -> None:
-    """A thread that hangs cannot be ended, so the process is."""
-    logger().critical("a step hangs; the process ends, so that another can take its place", exit_code=HUNG)
+    """End the process, since a thread that hangs cannot be ended."""
+    logger().critical("a step hangs; the process ends, so that another can replace it", exit_code=HUNG)
     os._exit(HUNG)
 
 
@@ -99,7 +99,7 @@ def loaded(settings: Settings) -> Iterator[Engine]:
 
 @contextmanager
 def listening(settings: Settings) -> Iterator[socket.socket]:
-    """Bind a socket before anything is loaded, so that a port that is taken is known at once."""
+    """Bind a socket before anything is loaded, so that a port that is taken is reported at once."""
     with ExitStack() as stack:
         try:
             found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)

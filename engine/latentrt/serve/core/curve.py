@@ -1,8 +1,8 @@
 """How long a tick takes by the lanes it has: measured by `latentrt bench --save`, refined by every tick of a server.
 
-The file lies with the bundle, `curves/<key>.json`; where that cannot be written, in the user's cache. The key is a hash
+The file is with the bundle, `curves/<key>.json`; where that cannot be written, in the user's cache. The key is a hash
 of the bundle, the machine and the backend, so that one folder may serve several machines. It is not in the manifest:
-what a machine measures is no part of a model.
+what a machine measures does not belong to a model.
 """
 
 from __future__ import annotations
@@ -79,17 +79,17 @@ class Curve:
         return max(min(GUIDED, most), min(most, scaled))
 
     def learn(self, shape: Shape, lanes: int, seconds: float) -> None:
-        """Take a tick of a running server into account, by a tenth."""
+        """Learn from a tick of a running server, with a weight of a tenth."""
         points = self.ticks.setdefault(shape, {})
         points[lanes] = points.get(lanes, seconds) * (1 - NEWS) + seconds * NEWS
 
     def copy(self) -> Curve:
-        """Return one that learns apart from this."""
+        """Return a copy that learns by itself."""
         return Curve({shape: dict(points) for shape, points in self.ticks.items()}, dict(self.decode))
 
 
 def _nearest(known: Mapping[Shape, Any], shape: Shape) -> Shape | None:
-    """The known shape that is nearest in size."""
+    """Return the known shape that is nearest in size."""
     size = math.prod(shape)
     return min(known, key=lambda other: abs(math.log(math.prod(other) / size)), default=None)
 
@@ -148,7 +148,7 @@ def load(engine: Engine) -> Curve | None:
 
 
 def paths(engine: Engine) -> tuple[Path, Path]:
-    """Return where the curve of an engine may lie: with the bundle, and in the user's cache."""
+    """Return where the curve of an engine may be: with the bundle, and in the user's cache."""
     about = _about(engine)
     key = json.dumps(about, sort_keys=True) + sha256_of(engine.bundle.root / MANIFEST)
     name = f"{about['backend']}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
@@ -156,7 +156,7 @@ def paths(engine: Engine) -> tuple[Path, Path]:
 
 
 def _about(engine: Engine) -> dict[str, Any]:
-    """What a curve holds for."""
+    """Return what a curve holds for."""
     backend = engine.backend
     device = backend.device if backend.gpu is None else backend.gpu.name
     return {

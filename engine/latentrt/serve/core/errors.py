@@ -1,6 +1,6 @@
-"""The ways in which the server says no; each has a code, which clients and metrics see."""
+"""The server's own refusals and failures; each has a code, which clients and metrics see."""
 
-# ruff: noqa: N818 - they are named as clients know them
+# ruff: noqa: N818 - they have the names that clients see
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class NotReady(ServiceError):
 
 
 class Draining(ServiceError):
-    """The server is ending and takes nothing new."""
+    """The server is ending and takes no new requests."""
 
     code = "draining"
 
@@ -63,22 +63,17 @@ class RunTimeout(ServiceError):
 
 
 class Cancelled(ServiceError):
-    """The client does not want the pictures any more."""
+    """The request was cancelled, or its client has left."""
 
     code = "cancelled"
 
 
 class EngineFault(ServiceError):
-    """The engine raised what it should not, or hung; `__cause__` has what it raised."""
-
-
-def code_of(error: LatentrtError) -> str:
-    """Return how an error is counted in the metrics."""
-    return str(getattr(error, "code", type(error).__name__))
+    """The engine raised an unexpected error, or hung; `__cause__` has what it raised."""
 
 
 def as_error(error: Exception) -> LatentrtError:
-    """Return what clients are told of something that was raised."""
+    """Return the error that clients see for something that was raised."""
     return error if isinstance(error, LatentrtError) else as_fault(error)
 
 

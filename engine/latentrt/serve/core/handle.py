@@ -82,12 +82,12 @@ class Handle:
         shape: of each picture's latents.
         rows: network calls of each picture; a good guess until its job is there.
         previews: to deliver of each picture, spread over its rows; fewer come where decoding, or the client, lags.
-        deadline: the `time.monotonic()` by which all pictures must be done.
+        deadline: the `time.monotonic()` by which all pictures must be done; infinity if there is none.
         id, owner, api, task: the request's id, its key's name, the API it came by, the client's own name for it.
         lanes: of the network that each picture takes.
         slots: one for each picture, from the reservation on.
         submitted: whether everything has come that its pictures need.
-        came, started: when it was reserved, and when its first row had run.
+        came, started: when it was reserved, and when its first row was done.
         due: its rank in the queue; the smaller, the sooner.
         done: pictures that are finished.
         cut: the end of each text that the model does not read, by the text's field.
@@ -136,7 +136,7 @@ class Handle:
             self._wake()
 
     def fail(self, error: LatentrtError) -> None:
-        """Say that no event follows, and why."""
+        """End the events with an error."""
         with self._lock:
             self._end = error
             self._wake()
@@ -174,7 +174,7 @@ class Handle:
         made = {event.index: event.image async for event in self if isinstance(event, Finished)}
         return [made[index] for index in sorted(made)]
 
-    # ---- How far it is
+    # ---- Its progress
 
     @property
     def over(self) -> bool:

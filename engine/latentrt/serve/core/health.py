@@ -36,34 +36,34 @@ class Health:
         return None if self._check_at is None or self._calls else max(0.0, self._check_at - time.monotonic())
 
     def refusal(self) -> NotReady:
-        """Return what clients are told until a self-check has passed."""
+        """Return the refusal of requests until a self-check has passed."""
         found = "the server starts" if self.fault is None else f"the engine failed ({self.fault.found})"
         return NotReady(found, needed="a self-check that passes", fix="try again soon", retry_after=SOON)
 
     def suspect(self, error: LatentrtError) -> None:
-        """Trust the engine no more, until a self-check has passed."""
+        """Stop trusting the engine until a self-check has passed."""
         self.fault = self.fault or as_fault(error)
         self._check_at = 0.0
 
     def checked(self, error: LatentrtError | None) -> None:
-        """Take the outcome of a self-check into account."""
+        """Record the outcome of a self-check."""
         if error is None:
             self.fault, self._check_at = None, None
         else:
             self.fault, self._check_at = as_fault(error), time.monotonic() + CHECK_AGAIN
 
     def begin(self, call: str) -> None:
-        """A call of the engine begins."""
+        """Record that a call of the engine begins."""
         self._calls[call] = time.monotonic()
 
     def end(self, call: str) -> bool:
-        """A call has returned; return whether a self-check waited for that."""
+        """Record that a call has returned; return whether a self-check waited for that."""
         del self._calls[call]
         self._hung.discard(call)
         return self._check_at is not None
 
     def found_hung(self, now: float) -> list[EngineFault]:
-        """Return a fault for each call that hangs since this was last asked."""
+        """Return a fault for each call that was not yet known to hang."""
         found = {call: now - since for call, since in self._calls.items() if now - since > self.hang}
         new = found.keys() - self._hung
         self._hung |= new

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class Observer:
-    """Hears of what happens, and does nothing about it. Called between ticks: be quick."""
+    """Called for everything that happens, between ticks, so it must be quick; this one ignores all of it."""
 
     def begun(self, waited: float) -> None:
         """A request's first row has run, so many seconds after it came."""

@@ -76,7 +76,7 @@ def check(engine: Engine) -> None:
 
 
 def is_fault(error: Exception) -> bool:
-    """Return whether an error says something of the engine, and not only of what was asked of it: another size, an
-    encoder that the bundle does not have, more memory than there is.
+    """Return whether an error is the engine's fault, and not that of the request: a size without a plan, an encoder
+    that the bundle does not have, more memory than there is.
     """
     return not isinstance(error, RequestError | ScheduleError | BundleError | PlanError | DeviceMemoryError)

@@ -19,8 +19,8 @@ def next_to_prepare(slots: Iterable[Slot], ahead: int) -> Handle | None:
 
     Args:
         slots: pictures in the order of the queue.
-        ahead: those of each shape that may wait prepared. The turn of all others is far: what comes in a crowd does not
-            wait until all of the crowd is prepared.
+        ahead: those of each shape that may wait prepared. The turn of all others is far off, so that a burst of
+            requests does not wait until all of it is prepared.
     """
     seen = Counter[Shape]()
     for slot in (slot for slot in slots if slot.stage is Stage.WAITING):
@@ -33,8 +33,8 @@ def next_to_prepare(slots: Iterable[Slot], ahead: int) -> Handle | None:
 def next_to_run(slots: Sequence[Slot], lanes: int, cap: Callable[[Shape], int]) -> list[Slot]:
     """Return the pictures that may have lanes now, in the order of the queue.
 
-    Those of a shape that is at its cap wait, and other shapes pass them. But where the lanes of the network themselves
-    run out, no picture passes: otherwise those with one lane would keep one that needs two waiting without end.
+    Those of a shape that is at its cap wait, and other shapes overtake them. But where the network's lanes run out, no
+    picture overtakes: otherwise those with one lane would keep one that needs two waiting without end.
 
     Args:
         slots: pictures in the order of the queue; those without jobs are passed.
@@ -75,7 +75,7 @@ class Limits(NamedTuple):
 
 
 class Forecast:
-    """When pictures would be done and places would be free, by what was measured; it learns from every tick.
+    """Predicts when pictures are done and places are free, by what was measured; it learns from every tick (`curve`).
 
     Seats are counted in pictures of as many lanes as any of them takes, and rows of other shapes in rows of this one by
     their pixels: a forecast is right to tens of percent.
@@ -89,15 +89,11 @@ class Forecast:
 
     def __init__(self, places: int, lanes: int, shape: Shape, measured: Curve) -> None:
         self._places, self._lanes, self._shape = places, lanes, shape
-        self._caps, self._curve = measured, measured.copy()
+        self._caps, self.curve = measured, measured.copy()
 
     def cap(self, shape: Shape) -> int:
         """Return the most lanes of this shape that a tick should have."""
         return self._caps.cap(shape, self._lanes)
-
-    def learn(self, shape: Shape, lanes: int, seconds: float) -> None:
-        """Take a tick into account."""
-        self._curve.learn(shape, lanes, seconds)
 
     def full(self, pictures: int, slots: Sequence[Slot]) -> QueueFull | None:
         """Return why so many pictures have no place beside these, and when they may have one; None where they have."""
@@ -137,14 +133,14 @@ class Forecast:
             )
 
     def _seconds(self, handle: Handle, ahead: Sequence[Slot]) -> float:
-        """Until a request is done that comes behind these; 0 where nothing was measured."""
+        """Return the seconds until a request behind these is done; 0 where nothing was measured."""
         pictures, rows = handle.request.count, float(handle.rows)
         each = max([handle.lanes, *(slot.handle.lanes for slot in ahead)])
         tick, starts = self._begins(ahead, handle.shape, each, *[rows] * pictures)
-        return 0.0 if tick is None else (starts[-1] + rows) * tick + pictures * self._curve.decoding(handle.shape)
+        return 0.0 if tick is None else (starts[-1] + rows) * tick + pictures * self.curve.decoding(handle.shape)
 
     def _begins(self, slots: Sequence[Slot], shape: Shape, each: int, *more: float) -> tuple[float | None, list[float]]:
-        """The seconds of a tick; after how many ticks each picture that waits begins, and then those of `more` rows.
+        """Return the seconds of a tick, and after how many ticks each waiting picture begins, then those of more rows.
 
         Each picture counts as so many lanes.
         """
@@ -152,16 +148,16 @@ class Forecast:
         used = min(cap, sum(slot.handle.lanes for slot in slots) + each)
         running = [_rows(slot, shape) for slot in slots if slot.stage > Stage.WAITING]
         waiting = [_rows(slot, shape) for slot in slots if slot.stage is Stage.WAITING]
-        return self._curve.seconds(shape, used), begins(running, [*waiting, *more], max(1, cap // each))
+        return self.curve.seconds(shape, used), begins(running, [*waiting, *more], max(1, cap // each))
 
 
 def _rows(slot: Slot, shape: Shape) -> float:
-    """Rows that a picture still has to run, as rows of this shape."""
+    """Return the rows that a picture still has to run, as rows of this shape."""
     return (slot.handle.rows - slot.row) * math.prod(slot.handle.shape) / math.prod(shape)
 
 
 def too_late(slot: Slot, now: float) -> QueueTimeout | RunTimeout:
-    """Return what a picture fails with whose time is over."""
+    """Return the error of a picture whose time is over."""
     seconds = f"{now - slot.handle.came:.1f} s after the request came"
     if slot.stage is Stage.WAITING:
         return QueueTimeout(f"the picture has not begun {seconds}", needed="a shorter queue", fix="ask again later")
@@ -175,7 +171,7 @@ def begins(running: Sequence[float], waiting: Sequence[float], seats: int) -> li
         running, waiting: the rows that each still has; the waiting in their order.
     """
     ends = sorted([*running, *[0.0] * (seats - len(running))])
-    while len(ends) > seats:  # more run than should: the first to end are not followed
+    while len(ends) > seats:  # more run than there are seats: the first ones to end free none
         ends.pop(0)
     starts = []
     for rows in waiting:

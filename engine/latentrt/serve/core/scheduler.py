@@ -16,7 +16,7 @@ from latentrt.images.picture import Picture
 from latentrt.run.job import Float32, Job
 from latentrt.runtime.base import Facts
 from latentrt.serve.core.curve import Curve
-from latentrt.serve.core.errors import Cancelled, Draining, QueueFull, as_fault, code_of
+from latentrt.serve.core.errors import Cancelled, Draining, QueueFull, as_fault
 from latentrt.serve.core.handle import Finished, Handle, Preview, Slot, Stage
 from latentrt.serve.core.health import Health
 from latentrt.serve.core.observer import Observer
@@ -36,7 +36,7 @@ class Scheduler:
         shape: of the model's own latents.
         facts: how the engine's backend works.
         curve: what was measured; an empty one lets every tick have all lanes, and times are learnt.
-        observer: hears of everything.
+        observer: is told of everything.
         on_hang: called where a call that hangs has not returned after as long again; a thread cannot be ended.
     """
 
@@ -53,7 +53,7 @@ class Scheduler:
         self.lanes, self.facts, self.observer = lanes, facts, observer
         self._limits, self._on_hang = limits, on_hang
         self._changed = threading.Condition()  # guards all that follows; notified when a thread may have work
-        self._handles: dict[Handle, None] = {}  # from their reservation until their clients let go of them
+        self._handles: dict[Handle, None] = {}  # from their reservation until they are released
         self._slots: list[Slot] = []  # those that are not over: by due time, and in order of arrival where it is equal
         self._decodes_next = False  # requests are prepared and pictures decoded by turns
         self._forecast = Forecast(limits.queue, lanes, shape, curve)
@@ -90,31 +90,31 @@ class Scheduler:
             self._changed.notify_all()
 
     def submit(self, handle: Handle) -> None:
-        """Say that everything has come that the request's pictures need."""
+        """Mark a request as complete: everything that its pictures need has come."""
         with self._changed:
             handle.submitted = True
             self._changed.notify_all()
 
     def cancel(self, handle: Handle) -> None:
-        """Give a request up; its lanes are free within two ticks. What has come may still be heard."""
+        """Cancel a request; its lanes are free within two ticks. Events that it already has can still be read."""
         self.fail(handle, Cancelled("the request was cancelled", needed="a client that waits", fix="ask again"))
 
     def release(self, handle: Handle) -> None:
-        """Forget a request that no client waits for any more; what is not done of it is given up."""
+        """Forget a request that no client waits for any more; its pictures that are not done are cancelled."""
         with self._changed:
             self.cancel(handle)
             self._handles.pop(handle, None)
 
     def fail(self, handle: Handle, error: LatentrtError) -> None:
-        """End a request, unless it is over: all its pictures that are not done fail."""
+        """Fail a request with an error, unless it is over: pictures that are done stay so."""
         with self._changed:
             if not handle.over:
                 for slot in handle.slots:
-                    self._end(slot, code_of(error))
+                    self._end(slot, str(getattr(error, "code", type(error).__name__)))
                 handle.fail(error)
 
     def fail_all(self, error: LatentrtError) -> None:
-        """End all requests with an error."""
+        """Fail all requests with an error."""
         with self._changed:
             for handle in self._handles:
                 self.fail(handle, error)
@@ -127,7 +127,7 @@ class Scheduler:
             self._changed.notify_all()
 
     def full(self) -> QueueFull | None:
-        """Return why there is no place for any picture; None where there is one, or where nothing is taken at all."""
+        """Return why there is no place for any picture; None where there is one, or no request is taken at all."""
         with self._changed:
             return self._forecast.full(1, self._slots) if self.ready else None
 
@@ -163,11 +163,11 @@ class Scheduler:
         return next_to_run(self._slots, self.lanes, self._forecast.cap)
 
     def ticked(self, slots: Sequence[Slot], lanes: int, seconds: float) -> None:
-        """Learn from a tick of these pictures: a good one of one shape is a point of the curve."""
+        """Record a tick of these pictures; a good one of a single shape is a point of the curve."""
         with self._changed:
             shapes = {slot.handle.shape for slot in slots}
             if len(shapes) == 1 and self._health.fault is None:
-                self._forecast.learn(shapes.pop(), self.lanes if self.facts.fixed_lanes else lanes, seconds)
+                self._forecast.curve.learn(shapes.pop(), self.lanes if self.facts.fixed_lanes else lanes, seconds)
             moved = {slot.handle for slot in slots if slot.stage < Stage.OVER}
             for handle in (handle for handle in moved if handle.started is None):
                 handle.started = time.monotonic()
@@ -175,7 +175,7 @@ class Scheduler:
         self.observer.ticked(seconds, lanes, len(slots))
 
     def hand_over(self, slot: Slot, preview: tuple[int, Float32] | None = None) -> None:
-        """Let a preview's number and latents wait for the VAE, or the picture itself where there is no preview."""
+        """Queue a preview (its number and latents) for the VAE, or the picture itself where there is no preview."""
         with self._changed:
             if slot.stage is Stage.RUNNING:
                 slot.preview = preview
@@ -207,7 +207,7 @@ class Scheduler:
             return work, preview
 
     def _side_work(self) -> Handle | Slot | None:
-        """None while the engine is not trusted: nothing else may use it during a self-check."""
+        """Return nothing while the engine is not trusted: nothing else may use it during a self-check."""
         if self._health.state != "ready":
             return None
         request = next_to_prepare(self._slots, BATCHES * self.lanes)
@@ -240,17 +240,17 @@ class Scheduler:
                 slot.handle.done += 1
                 slot.handle.tell(Finished(slot.index, picture))
 
-    # ---- Whether the engine is well
+    # ---- Whether the engine works
 
     @property
     def check_due(self) -> bool:
-        """Whether the engine must prove itself before anything begins."""
+        """Whether a self-check must pass before anything begins."""
         return self._health.until_check() == 0
 
     def suspect(self, error: LatentrtError, *, hung: bool = False) -> None:
         """Let nothing begin until a self-check has passed.
 
-        Call it before the request at fault fails: a client that hears of the fault finds the server unready.
+        Call it before the request at fault fails: a client that is told of the fault then finds the server unready.
         """
         with self._changed:
             self._health.suspect(error)
@@ -258,7 +258,7 @@ class Scheduler:
             self._changed.notify_all()
 
     def checked(self, error: LatentrtError | None) -> None:
-        """Take the outcome of a self-check; one that failed fails all requests."""
+        """Record the outcome of a self-check; one that failed fails all requests."""
         with self._changed:
             self._health.checked(error)
             if error is not None:
@@ -267,7 +267,7 @@ class Scheduler:
 
     @contextmanager
     def watched(self, call: str) -> Iterator[None]:
-        """Around everything that may hang: a "step", a "stage" or a "self-check"."""
+        """Watch a call that may hang: a "step", a "stage" or a "self-check"."""
         with self._changed:
             self._health.begin(call)
         try:
@@ -278,7 +278,7 @@ class Scheduler:
                     self._changed.notify_all()
 
     def run_clock(self) -> None:
-        """Fail what is over time and notice what hangs, until the scheduler is closed."""
+        """Fail pictures that are over their time and find calls that hang, until the scheduler is closed."""
         with self._changed:
             while not self._closed:
                 now = time.monotonic()
@@ -323,7 +323,7 @@ class Scheduler:
             return tuple(self._handles)
 
     def drain(self) -> None:
-        """Take nothing new; what has a place is finished."""
+        """Refuse new requests; those that have a place are finished."""
         with self._changed:
             self._draining = True
 
@@ -333,11 +333,11 @@ class Scheduler:
         while self._slots and time.monotonic() < end:
             await asyncio.sleep(LOOK)
         done = not self._slots
-        self.close()  # clients that still wait are told so
+        self.close()  # requests that are left fail
         return done
 
     def close(self) -> None:
-        """End the threads; what is left fails."""
+        """End the threads; requests that are left fail."""
         with self._changed:
             self._closed = True
             self.fail_all(Draining("the server was stopped", needed="a server that runs", fix="ask again"))

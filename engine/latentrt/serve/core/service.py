@@ -57,7 +57,7 @@ class Service:
             thread.start()
 
     def _survive(self, run: Callable[[], None]) -> None:
-        """Run a thread's function until it returns. What it raises is our own mistake: all requests pay for it."""
+        """Run a thread's function until it returns. An error in it is a bug of ours, and fails all requests."""
         while True:
             try:
                 return run()

@@ -59,7 +59,7 @@ class SideWorker:
             self._scheduler.prepared(handle, jobs, cut)
 
     def _decode(self, slot: Slot) -> None:
-        """Numbers that are not finite are no fault: any client could make the server unready with them."""
+        """Decode a picture. One that is not finite is no fault: any client could make the server unready with it."""
         job = slot.job
         if job is None:  # over by now
             return
@@ -74,7 +74,7 @@ class SideWorker:
             self._scheduler.finish(slot, picture)
 
     def _preview(self, slot: Slot, number: int, latents: Float32) -> None:
-        """One that cannot be decoded is left out: the picture may still come out."""
+        """Decode a preview. One that cannot be decoded is left out: the picture itself may still succeed."""
         with suppress(LatentrtError):
             with self._timed("preview"):
                 image = self._engine.decode(latents)
@@ -148,7 +148,7 @@ class Worker:
                 self._hand_over(job, slot)
 
     def _hand_over(self, job: Job, slot: Slot) -> None:
-        """A job that has moved: done or failed, it leaves; a preview of it is decoded beside the ticks."""
+        """Take a job that has moved out if it is done or failed; pass a preview of it on to the VAE."""
         if job.done:
             del self._slots[job]
         if job.error is not None:
@@ -161,10 +161,10 @@ class Worker:
     # ---- Faults
 
     def _rescue(self, rows: dict[Job, int], error: Exception) -> None:
-        """A step raised, and nothing says over which job.
+        """Handle a step that raised: the error does not say because of which job.
 
         Those that did not move are run once more, each alone: where one raises again, its request fails; the others go
-        on as if nothing had been. Where jobs are not resumable the device's memory may hold anything, so all fail.
+        on as before. Where jobs are not resumable the device's memory may hold anything, so all fail.
         """
         LOG.error("a step raised", exc_info=error)
         self._scheduler.suspect(as_error(error))
@@ -195,7 +195,7 @@ class Worker:
         return failed
 
     def _check(self) -> None:
-        """Have the engine prove itself; jobs that run stand aside."""
+        """Run a self-check, without the jobs that run."""
         for job in self._slots:
             self._denoiser.retire(job)
         failed: LatentrtError | None = None

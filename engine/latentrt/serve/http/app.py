@@ -42,10 +42,10 @@ def create_app(
     """Return the application.
 
     Args:
-        scheduler: has pictures made.
+        scheduler: takes the requests.
         catalog: the model as clients see it, with the settings that hold.
         metrics: the scheduler's observer; None where it has another one.
-        lifespan: what runs around the serving, if anything.
+        lifespan: runs around the serving, if given.
 
     Raises:
         RequestError: the keys cannot be read.
@@ -94,7 +94,7 @@ def _add_gauges(metrics: Metrics, scheduler: Scheduler) -> None:
 
 
 async def _answer(http: Request, error: Exception) -> JSONResponse:
-    """Any error that a route or the framework raised, in OpenAI's shape."""
+    """Answer an error that a route or the framework raised, in OpenAI's shape."""
     answer = _answer_of(http, error)
     facts = http.state.facts
     facts["outcome"] = answer.code

@@ -60,7 +60,7 @@ class Catalog:
     # ---- Names
 
     def check_model(self, name: str | None) -> None:
-        """Refuse what is none of the model's names; no name at all stands for it too.
+        """Refuse a name that is none of the model's; no name at all is allowed too.
 
         Raises:
             Problem: 404 model_not_found.
@@ -97,7 +97,7 @@ class Catalog:
         strength: float | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> Request:
-        """Return what the engine is asked, with the defaults of this server and within its limits.
+        """Return the engine's request, with the defaults of this server and within its limits.
 
         Raises:
             Problem: a value is missing or beyond a limit; `param` is its name in the OpenAI API.
@@ -133,7 +133,7 @@ class Catalog:
         return self._model.filled(request)
 
     def _check_class(self, label: int | None) -> None:
-        """Refuse a missing or too large one here: the engine would only do so once the request's turn has come."""
+        """Refuse a missing or too large one here: the engine would do so only when the request's turn has come."""
         if self.class_labels and label is None:
             needed = "the number of a class" if self.classes is None else f"a class from 0 to {self.classes - 1}"
             raise Problem("class_label is missing", needed=needed, param="class_label")
@@ -199,19 +199,19 @@ class Catalog:
         return (width, height) == self.own or (self._allowed(width, height) and self._served(width, height))
 
     def _allowed(self, width: int, height: int) -> bool:
-        """By the settings."""
+        """Return whether the settings allow a size."""
         least, step = self._least, self.latents.step
         sides = all(least <= side <= self.settings.max_side and side % step == 0 for side in (width, height))
         return sides and width * height <= self.settings.max_pixels
 
     def _served(self, width: int, height: int) -> bool:
-        """By the plans."""
+        """Return whether a plan draws a size."""
         return self._plans is None or any(
             low[0] <= width <= high[0] and low[1] <= height <= high[1] for low, _, high in self._plans
         )
 
     def _nearest(self, size: Size) -> Size:
-        """Of the sizes that plans draw and the settings allow, one that is much like this in shape."""
+        """Return the size most like this one in shape, of those that plans draw and the settings allow."""
         clipped = [
             (min(max(size[0], low[0]), high[0]), min(max(size[1], low[1]), high[1]))
             for low, _, high in self._plans or ()
@@ -219,7 +219,7 @@ class Catalog:
         return min((one for one in clipped if self._allowed(*one)), key=partial(_unlike, size), default=self.own)
 
     def _own(self) -> Size:
-        """The model's own size; where no plan draws it, the one that the first plan draws best."""
+        """Return the model's own size; where no plan draws it, the one that the first plan draws best."""
         height, width = self.latents.pixels_of(None, None)
         own = width, height
         if self._served(*own):
@@ -230,23 +230,23 @@ class Catalog:
         return self._plans[0][1]
 
     def _planned(self) -> tuple[Size, ...]:
-        """The sizes there are, where every plan is for one size alone; none where some are for ranges."""
+        """Return all sizes, where every plan is for one size alone; none where some are for ranges."""
         if self._plans is None or any(low != high for low, _, high in self._plans):
             return ()
         sizes = dict.fromkeys([self.own, *(best for _, best, _ in self._plans)])
         return tuple(size for size in sizes if size == self.own or self._allowed(*size))
 
     def _ends(self, profile: Profile) -> list[Size]:
-        """The least, the best and the largest picture of a profile."""
+        """Return the least, the best and the largest size of a profile in pixels."""
         sides = zip(profile.ranges["width"], profile.ranges["height"], strict=True)
         return [(width * self.latents.factor, height * self.latents.factor) for width, height in sides]
 
     def _ranges(self) -> str:
-        """The pictures that plans draw: "256x256 to 512x768; or ..."."""
+        """Return the sizes that plans draw as text: "256x256 to 512x768; or ..."."""
         return "; or ".join(f"{_text(low)} to {_text(high)}" for low, _, high in self._plans or ())
 
     def _listed(self, text: str) -> Size:
-        """A size of the settings."""
+        """Return a size of the settings."""
         width, height = parse_size(text, "sizes")
         step = self.latents.step
         if width % step or height % step:
@@ -278,7 +278,7 @@ def _text(size: Size) -> str:
 
 
 def _unlike(one: Size, other: Size) -> float:
-    """How much the shapes of two sizes differ; 0 where they are the same."""
+    """Return how much the shapes of two sizes differ; 0 where they are the same."""
     return abs(math.log(one[0] / one[1] * other[1] / other[0]))
 
 
@@ -290,8 +290,8 @@ def _work(
 
 
 def _solver_names(schedule: Schedule) -> dict[str, str]:
-    """Every name that a client may give a solver; a class has the first solver that is of it, the bundle's own itself,
-    which is the solver that its settings choose.
+    """Return every name that clients may give a solver, with the engine's: a diffusers class stands for its first
+    solver, but the bundle's own class for the one that its settings choose.
     """
     names = {name: name for name in SOLVERS}
     names |= ALIASES

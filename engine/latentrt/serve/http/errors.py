@@ -1,4 +1,4 @@
-"""Every error as HTTP: OpenAI's shape, a status, what a client should do next; and how routes document them."""
+"""Errors as HTTP: a status, a body in OpenAI's shape, headers for retries; and how routes document them."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class ErrorResponse(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An error, ready for the wire."""
+    """An error as HTTP."""
 
     status: int
     code: str
@@ -87,7 +87,7 @@ _STATUS = {  # of the service's own errors, by their code
     "run_timeout": 504,
     "cancelled": 409,
 }
-# What was interrupted or took too long would end the same way again, and cost as much.
+# A request that was interrupted or took too long would end the same way again, and cost as much.
 _NO_RETRY = {409, 504}
 _OF_STATUS = {404: "not_found", 405: "method_not_allowed", 408: "body_timeout", 413: "body_too_large"}
 _MEANING = {
@@ -106,7 +106,7 @@ _MEANING = {
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Return the `responses` of routes that may answer so; all have one shape."""
+    """Return the `responses` of routes that may answer with these statuses; all have one shape."""
     known: dict[int | str, dict[str, Any]] = {
         status: {"model": ErrorResponse, "description": _MEANING[status]} for status in statuses
     }
@@ -115,7 +115,7 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def answer_to(error: BaseException) -> Answer:
-    """Return what a client is told of an error; what is not latentrt's own is an engine_error without details."""
+    """Return the answer to an error; one that is not latentrt's own is an engine_error without details."""
     if isinstance(error, Problem):
         return Answer(error.status, error.code, str(error), error.param)
     if isinstance(error, ServiceError) and error.code in _STATUS:
@@ -134,19 +134,19 @@ def answer_to(error: BaseException) -> Answer:
 
 
 def too_large(most_bytes: int) -> Answer:
-    """Return what a client is told whose body is too large."""
+    """Return the answer to a body that is too large."""
     return Answer(413, "body_too_large", f"the request is too large; at most {most_bytes} bytes are read")
 
 
 def answer_to_status(status: int, detail: str, headers: dict[str, str] | None = None) -> Answer:
-    """Return what a client is told where the framework refused: no such path, no such method, a broken body."""
+    """Return the answer where the framework refused: no such path, no such method, a broken body."""
     code = _OF_STATUS.get(status, "invalid_value" if status < 500 else "engine_error")
     message = "there is no such path; /openapi.json lists them" if detail == "Not Found" else detail
     return Answer(status, code, message, None, headers or {})
 
 
 def answer_to_validation(errors: Any) -> Answer:
-    """Return the first of pydantic's complaints. What was sent is not repeated: it may be a prompt, or long."""
+    """Return the answer with pydantic's first error. What was sent is not repeated: it may be a prompt, or long."""
     first = errors[0]
     where = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
     param = where[0] if where and first["type"] != "json_invalid" else None

@@ -1,4 +1,4 @@
-"""What the routes of both APIs share: the server's parts, and the way from a request to its pictures."""
+"""What the routes of both APIs share: the server's parts, and how a request becomes pictures."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ async def generating(
     timeout: float = math.inf,
     task: str | None = None,
 ) -> AsyncIterator[Handle]:
-    """Have a request's pictures made; leaving the block gives up those that are not done.
+    """Reserve and submit a request; leaving the block cancels its pictures that are not done.
 
     Args:
-        files: the pictures that it brings; they are decoded once it has its places.
+        files: its pictures by use; they are decoded once it has its places.
         previews, api, task: as of `Handle`.
         timeout: seconds in which all pictures must be done.
 
@@ -127,6 +127,6 @@ async def _collect(handle: Handle, encode: Callable[[Picture], str]) -> list[tup
 
 
 async def _gone(http: HttpRequest) -> None:
-    """Return when the client has hung up; the body has been read before, so nothing else can come."""
+    """Wait until the client has left; the body has been read before, so nothing else can come."""
     while (await http.receive())["type"] != "http.disconnect":
         pass

@@ -25,7 +25,7 @@ _THREADS = anyio.CapacityLimiter(2)  # enough to keep up with any engine, too fe
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A picture as it came: read once its request has a place in the queue, so that those of a crowd wait on disk.
+    """A picture as it came: read once its request has a place in the queue, so that many wait on disk.
 
     Attributes:
         name: of the field, for the client.
@@ -42,7 +42,7 @@ Files = Mapping[str, File]  # by what they are for, as `Request.pictures`
 
 
 async def in_thread(work: Callable[[], T]) -> T:
-    """Run something that takes milliseconds of CPU where the event loop does not wait for it."""
+    """Run work that takes milliseconds of CPU in a thread, so that the event loop goes on."""
     return await anyio.to_thread.run_sync(work, limiter=_THREADS)
 
 
@@ -133,7 +133,7 @@ def too_many_bytes(name: str, most: int) -> Problem:
 
 
 def _load(file: File, most_pixels: int) -> Image.Image:
-    """Upright, with palettes and their transparency resolved. The file is closed: it is not needed any more."""
+    """Return a file's picture upright, with palettes and their transparency resolved; close the file."""
     with file.open() as data:
         image = _opened(data, file.name, most_pixels)
         try:
@@ -147,7 +147,7 @@ def _load(file: File, most_pixels: int) -> Image.Image:
 
 
 def _opened(data: BinaryIO, name: str, most_pixels: int) -> Image.Image:
-    """A file whose header was read; its size is checked before anything is decoded."""
+    """Return a picture whose header was read; its size is checked before anything is decoded."""
     try:
         image = Image.open(data, formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

@@ -1,4 +1,4 @@
-"""What every request passes before a route sees it: keys, limits, a full queue; timeouts of slow clients; its log line.
+"""What every request passes before its route: keys, limits, a full queue; timeouts of slow clients; its log line.
 
 ASGI, not Starlette's BaseHTTPMiddleware: streams pass through untouched, and a refusal comes before the body is read.
 """
@@ -37,7 +37,7 @@ BODIES = {  # the media type of each body that is read
 }
 EDITING = ("/v1/images/edits", "/sdapi/v1/img2img")
 QUIET = ("/health/live", "/health/ready", "/metrics")  # not counted, and logged at the level debug
-CLIENT_GONE = 499  # nginx' number for it; it is seen in the log alone
+CLIENT_GONE = 499  # nginx' number for it; only the log has it
 PIECE = 2**20  # bytes of an answer
 _ID = re.compile(r"[!-~]{1,128}")
 
@@ -45,7 +45,7 @@ _ID = re.compile(r"[!-~]{1,128}")
 def cross_origin(origins: Sequence[str]) -> list[Middleware]:
     """Return the middleware that lets pages of these origins use the server from a browser; none without origins.
 
-    It stands around the guard: a browser's preflight request has no key, and refusals must be readable too.
+    It is outside the guard: a browser's preflight request has no key, and refusals must be readable too.
     """
     told = ("x-request-id", "retry-after", "x-should-retry")
     options: dict[str, Any] = {"allow_methods": ("GET", "POST"), "allow_headers": ("*",), "expose_headers": told}
@@ -53,12 +53,12 @@ def cross_origin(origins: Sequence[str]) -> list[Middleware]:
 
 
 def most_bytes(settings: Settings, path: str) -> int:
-    """Return the most bytes of a body: many only where pictures are sent, so that a crowd of them fills no memory."""
+    """Return the most bytes of a body: many only where pictures are sent, so that many requests fill no memory."""
     return settings.max_body if path in EDITING else settings.max_text
 
 
 class Guard:
-    """Around the application; only `cross_origin` is further out."""
+    """Refuses, bounds and logs requests around the application; only `cross_origin` is further out."""
 
     def __init__(
         self, app: ASGIApp, *, keys: Sequence[bytes], settings: Settings, scheduler: Scheduler, metrics: Metrics
@@ -108,7 +108,7 @@ class Guard:
         return None if refused is None else answer_to(refused)
 
     def _report(self, scope: Scope, exchange: _Exchange) -> None:
-        """Count the request and write its line, so that metrics and log tell the same."""
+        """Count the request and write its line, so that metrics and log agree."""
         status, outcome = exchange.end()
         path, facts = scope["path"], exchange.facts
         route = getattr(scope.get("route"), "path", None) or (path if path in BODIES else "unknown")
@@ -144,7 +144,7 @@ class _Exchange:
         scope.setdefault("state", {})["facts"] = self.facts
 
     async def receive(self) -> Message:
-        """Return the next message. The body has a time in which to come; after it, only a disconnect can."""
+        """Return the next message. The body must come within a timeout; after it, only a disconnect can come."""
         if not self._body_read:
             try:
                 async with asyncio.timeout(self.began + self._body_timeout - time.monotonic()):
@@ -161,9 +161,9 @@ class _Exchange:
         return message
 
     async def send(self, message: Message) -> None:
-        """Pass on an answer, with the request's id. The client has a time in which to take each piece.
+        """Pass on an answer, with the request's id. The client must take each piece within a timeout.
 
-        A piece is sent once the one before was taken; so that the last one is waited for too, an empty one follows.
+        A piece is sent once the one before was taken; an empty one follows the last, so that this is waited for too.
         """
         if message["type"] == "http.response.start":
             self.status = message["status"]
@@ -186,12 +186,12 @@ class _Exchange:
             raise ClientDisconnect from None
 
     async def answer(self, answer: Answer) -> None:
-        """Refuse."""
+        """Send a refusal."""
         self.facts["outcome"] = answer.code
         await answer.response(self._scope, self._receive, self.send)
 
     def end(self) -> tuple[int, str]:
-        """Return status and outcome, as the log and the metrics tell them."""
+        """Return status and outcome for the log and the metrics."""
         outcome = self.facts.get("outcome")
         if self._left_unread or (outcome is None and self.gone and not self._closed):
             return CLIENT_GONE, "client_gone"
@@ -209,9 +209,9 @@ def _wrong_media(headers: Headers, needed: str) -> Problem | None:
 
 
 def _owner(keys: Sequence[bytes], authorization: str) -> str | None:
-    """A stable name of the key that was sent, or None; how long it takes does not tell which key came close.
+    """Return a stable name of the key that was sent, or None, in a time that does not depend on how many bytes match.
 
-    A1111's clients send Basic: the key may stand there alone, as the password, or with its user as "user:password".
+    A1111's clients send Basic: the key may be all of it, its password, or "user:password" as a whole.
     """
     scheme, _, text = authorization.partition(" ")
     sent = {"bearer": [text.strip().encode()], "basic": _of_basic(text.strip())}.get(scheme.lower(), [])

@@ -108,7 +108,7 @@ def _request(context: Context, wanted: Wanted, size: tuple[int, int], strength: 
 
 
 def _files(context: Context, wanted: EditRequest) -> Files:
-    """The files of an edit, by what they are for."""
+    """Return the files of an edit, by use."""
     images = [*wanted.image, *wanted.images]
     if len(images) != 1:
         found = f"{len(images)} pictures to edit" if images else "image is missing"
@@ -149,7 +149,7 @@ async def _answer(
         return _Stream(_events(http, handle, encoding, f"image_{verb}", own), stack, context.settings.heartbeat)
     async with begun as handle:
         drawn = await all_pictures(http, handle, encoding)
-    # OpenAI answered its first models with URLs by default, and clients of these still look there.
+    # OpenAI's first models answered with URLs by default, and clients of these still expect them.
     urls = (wanted.response_format or ("url" if (wanted.model or "").startswith("dall-e") else "")) == "url"
     data = [
         {"b64_json": file, "seed": picture.info["latentrt"]["seed"]}
@@ -161,7 +161,7 @@ async def _answer(
 
 
 class _Stream(EventSourceResponse):
-    """Events with heartbeats; whatever ends the stream, even before its first event, gives up its pictures."""
+    """Events with heartbeats; its pictures are cancelled however it ends, even before its first event."""
 
     def __init__(self, events: AsyncIterator[ServerSentEvent], begun: AsyncExitStack, heartbeat: float) -> None:
         super().__init__(events, ping=heartbeat, sep="\n")
@@ -175,7 +175,7 @@ class _Stream(EventSourceResponse):
 async def _events(
     http: HttpRequest, handle: Handle, encoding: partial[str], kind: str, own: dict[str, Any]
 ) -> AsyncIterator[ServerSentEvent]:
-    """partial_image and completed, or error and nothing after it."""
+    """Yield partial_image and completed events, or an error as the last one."""
     try:
         async for event in handle:
             data = {

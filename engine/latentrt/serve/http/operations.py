@@ -82,7 +82,7 @@ async def queue(context: Served) -> Queue:
 
 
 def _job(handle: Handle) -> Job:
-    """What all clients may know of a request: no prompt, no picture."""
+    """Return what all clients may know of a request: no prompt, no picture."""
     return Job(
         id=handle.id,
         api=handle.api,
@@ -134,7 +134,7 @@ async def cancel(job: str, http: Request, context: Served) -> JSONResponse:
         raise Problem(
             f"no request {job[:128]!r} waits or runs",
             needed="one that /latentrt/queue lists",
-            fix="ask there",
+            fix="look there",
             status=404,
             code="not_found",
         )

@@ -29,7 +29,7 @@ POLICY = {
     "frame-ancestors": "'none'",
 }
 HEADERS = {
-    "cache-control": "no-cache",  # kept, and revalidated by its ETag: after an upgrade no old part meets a new one
+    "cache-control": "no-cache",  # kept, and revalidated by its ETag: after an upgrade old and new parts are not mixed
     "content-security-policy": "; ".join(f"{name} {sources}" for name, sources in POLICY.items()),
     "referrer-policy": "no-referrer",
     "x-content-type-options": "nosniff",

@@ -42,7 +42,7 @@ router = APIRouter(prefix="/sdapi/v1", tags=["A1111"], responses=documented(401)
 _DRAWN = {200: {"model": Images}, **documented(400, 401, 404, 408, 409, 413, 415, 429, 500, 503, 504)}
 API = "sdapi"
 PREVIEWS = 3  # of a picture whose client can ask after it by its task
-# What the catalogue calls by OpenAI's names.
+# Fields that the catalog calls by OpenAI's names.
 _NAMES = {
     "n": "batch_size",
     "num_inference_steps": "steps",
@@ -137,7 +137,7 @@ async def interrupt(context: Served, http: HttpRequest, id_task: str | None = No
 
 
 def _own(context: Context, http: HttpRequest, task: str | None) -> list[Handle]:
-    """This key's requests by this API, oldest first; of one task, where there is one."""
+    """Return this key's requests by this API, oldest first; those of one task, if it is given."""
     owner = http.state.facts["owner"]
     own = [handle for handle in context.scheduler.handles if (handle.api, handle.owner) == (API, owner)]
     return [handle for handle in own if task in (None, handle.task)]
@@ -171,7 +171,7 @@ async def _answer(
 
 @contextmanager
 def _renamed() -> Iterator[None]:
-    """Refusals name fields as they are called here."""
+    """Let refusals name fields as A1111's API does."""
     try:
         yield
     except Problem as problem:
@@ -200,14 +200,14 @@ def _request(
 
 
 def _check_idle(wanted: TextToImage) -> None:
-    """Refuse what would make another picture than the one that is drawn here."""
+    """Refuse fields that would need features this server does not have."""
     for name, value in {**(wanted.override_settings or {}), **(wanted.model_extra or {})}.items():
         if value is not None and value not in IDLE.get(name, (value,)):
             raise Problem(f"{name} is set", needed="what is supported here", fix=f"leave {name} out", param=name)
 
 
 def _solver(wanted: TextToImage) -> tuple[str | None, dict[str, Any]]:
-    """Our solver and its settings for A1111's sampler and scheduler."""
+    """Return our solver and its settings for A1111's sampler and scheduler."""
     name = wanted.sampler_name or wanted.sampler_index
     spacing = wanted.scheduler or "Automatic"
     labels = {label.lower(): label for label in SCHEDULERS}
@@ -226,7 +226,7 @@ def _solver(wanted: TextToImage) -> tuple[str | None, dict[str, Any]]:
 
 
 def _info(request: Request, drawn: list[Picture]) -> dict[str, Any]:
-    """What A1111's clients parse: how each picture was made."""
+    """Return how each picture was made, in the form that A1111's clients parse."""
     facts = [picture.info["latentrt"] for picture in drawn]
     seeds = [one["seed"] for one in facts]
     prompt, negative = request.prompt or "", request.negative_prompt or ""

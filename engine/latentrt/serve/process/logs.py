@@ -10,8 +10,8 @@ import structlog
 
 from latentrt.serve.process.config import Settings
 
-# What the libraries beneath have to say of every request is said once, by our own line. uvicorn calls it an error where
-# an answer is given up, and python_multipart warns of every malformed body.
+# Our own line says all there is to say of a request. uvicorn logs an error where an answer is abandoned, and
+# python_multipart warns of every malformed body.
 _LEVELS = {"uvicorn": "CRITICAL", "python_multipart": "CRITICAL"} | dict.fromkeys(
     ("sse_starlette", "asyncio", "PIL"), "WARNING"
 )
