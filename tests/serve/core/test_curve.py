@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def test_the_cap_is_always_usable(points: dict[int, float], most: int, side: int
 
 def test_a_server_learns_and_what_was_saved_stays() -> None:
     saved = Curve({SHAPE: {2: 1.0}})
-    own = saved.copy()
+    own = deepcopy(saved)
     for _ in range(100):
         own.learn(SHAPE, 2, 3.0)
         own.learn(SMALL, 4, 5.0)

@@ -83,10 +83,6 @@ class Curve:
         points = self.ticks.setdefault(shape, {})
         points[lanes] = points.get(lanes, seconds) * (1 - NEWS) + seconds * NEWS
 
-    def copy(self) -> Curve:
-        """Return a copy that learns by itself."""
-        return Curve({shape: dict(points) for shape, points in self.ticks.items()}, dict(self.decode))
-
 
 def _nearest(known: Mapping[Shape, Any], shape: Shape) -> Shape | None:
     """Return the known shape that is nearest in size."""

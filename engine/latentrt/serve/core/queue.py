@@ -6,6 +6,7 @@ import heapq
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
 from typing import NamedTuple
 
 from latentrt.serve.core.curve import Curve
@@ -89,7 +90,7 @@ class Forecast:
 
     def __init__(self, places: int, lanes: int, shape: Shape, measured: Curve) -> None:
         self._places, self._lanes, self._shape = places, lanes, shape
-        self._caps, self.curve = measured, measured.copy()
+        self._caps, self.curve = measured, deepcopy(measured)
 
     def cap(self, shape: Shape) -> int:
         """Return the most lanes of this shape that a tick should have."""
