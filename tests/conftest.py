@@ -5,7 +5,7 @@ Tests import torch only where they need it: the tests of tests/gpu run without i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,14 @@ from latentrt.bundle.bundle import EMBEDDED
 from latentrt.bundle.spec import FP32, TEXT_ENCODER, NetworkSpec, Variant
 
 TRAINED = {"emoji": EMBEDDED, "trained-pixels": EMBEDDED.with_name("pixels")}  # in the package; others are random
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the user's own cache out of the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")
