@@ -5,6 +5,7 @@ Tests import torch only where they need it: the tests of tests/gpu run without i
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from latentrt.bundle.bundle import EMBEDDED
 from latentrt.bundle.spec import FP32, TEXT_ENCODER, NetworkSpec, Variant
 
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # of the onnxruntime that a test module imports by itself
 TRAINED = {"emoji": EMBEDDED, "trained-pixels": EMBEDDED.with_name("pixels")}  # in the package; others are random
 
 

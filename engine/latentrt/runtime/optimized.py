@@ -69,11 +69,10 @@ class SavedGraph:
 
     def find(self) -> Path | None:
         """Return the path of the saved graph if no other user may have written to it. Remove a damaged one."""
-        if not self.folder.exists():
+        if not os.path.exists(self.folder):  # Path.exists raises where a folder above cannot be entered
             return None
         try:
             check_trusted(self.cache)
-            check_trusted(self.folder)
             record = json.loads(read_trusted(self.folder / RECORD))
             if record == _described(self.folder):
                 with suppress(OSError):
@@ -88,7 +87,7 @@ class SavedGraph:
 
     def _save(self, path: Path, make: MakeSession) -> Path | None:
         """Save the graph if that is possible. Return its path."""
-        if not self._checked or self._most_bytes > MOST_BYTES or self.folder.exists():
+        if not self._checked or self._most_bytes > MOST_BYTES or os.path.exists(self.folder):
             return None
         with suppress(BackendError, UntrustedFileError, OSError):
             self.cache.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -127,10 +126,10 @@ def _described(folder: Path) -> dict[str, Any]:
 
 def _remove_oldest(cache: Path) -> None:
     """Remove the entries that were not used for longest while all take more than MOST_BYTES, and abandoned folders."""
-    total, entries = 0, [(_last_use(folder), folder) for folder in cache.iterdir()]
+    total, entries = 0, [(_last_use(folder), folder) for folder in cache.iterdir() if folder.is_dir()]
     for used, folder in sorted(entries, reverse=True):
         total += sum(file.stat().st_size for file in folder.iterdir())
-        if total > MOST_BYTES or (folder.suffix == ".part" and used < time.time() - ABANDONED):
+        if used < time.time() - ABANDONED if folder.suffix == ".part" else total > MOST_BYTES:
             shutil.rmtree(folder, ignore_errors=True)
 
 
