@@ -66,6 +66,8 @@ def test_doctor_shows_and_empties_the_cache(run: Run, monkeypatch: pytest.Monkey
     finding = doctor._cache()
     assert not finding.good
     assert "has mode 777, and is not used" in finding.found
+    monkeypatch.setattr(doctor, "check_trusted", lambda path: (_ for _ in ()).throw(PermissionError(str(path))))
+    assert "cannot be read" in doctor._cache().found
 
 
 def test_doctor_fails_where_nothing_can_be_drawn(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,14 +67,17 @@ def _machine() -> Finding:
 
 def _cache() -> Finding:
     """Say how large the caches are, and which of them another user may have written to."""
-    sizes = ", ".join(f"{name} {_bytes(name) / 1e6:,.0f} MB" for name in CACHES)
+    what = "the cache"
     try:
+        sizes = ", ".join(f"{name} {_bytes(name) / 1e6:,.0f} MB" for name in CACHES)
         for name in CACHES:
             with suppress(FileNotFoundError):
                 check_trusted(cache_folder(name))
     except UntrustedFileError as error:
-        return Finding("the cache", False, f"{error.found}, and is not used", error.fix)
-    return Finding("the cache", True, f"{cache_folder()}: {sizes}")
+        return Finding(what, False, f"{error.found}, and is not used", error.fix)
+    except OSError as error:
+        return Finding(what, False, f"it cannot be read ({error})", "point XDG_CACHE_HOME to a folder of your own")
+    return Finding(what, True, f"{cache_folder()}: {sizes}")
 
 
 def empty(caches: Iterable[str]) -> int:
