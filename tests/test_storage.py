@@ -21,6 +21,13 @@ def test_the_cache_is_where_xdg_says(tmp_path: Path, root: str, monkeypatch: pyt
     assert not folder.exists()
 
 
+def test_a_user_whom_the_system_does_not_know_has_a_cache_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda user: {}[user])
+    assert cache_folder("graphs") == Path("/.cache/latentrt/graphs")
+
+
 # Writing
 
 

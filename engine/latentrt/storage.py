@@ -17,7 +17,7 @@ from latentrt.errors import UntrustedFileError
 def cache_folder(*parts: str) -> Path:
     """Return a folder below `latentrt` in the user's cache: $XDG_CACHE_HOME, or ~/.cache. It need not exist."""
     root = os.environ.get("XDG_CACHE_HOME", "")
-    return Path(root if os.path.isabs(root) else Path.home() / ".cache", "latentrt", *parts)
+    return Path(root if os.path.isabs(root) else _home() / ".cache", "latentrt", *parts)
 
 
 def write_atomic(path: Path, data: bytes | memoryview, mode: int = 0o666) -> None:
@@ -92,6 +92,14 @@ def check_trusted(path: Path, status: os.stat_result | None = None) -> None:
         needed=f"{owners} as its owner, and no other user who may write to it: it holds native code",
         fix=f"{command}, if you trust all who could write to it; else remove it and build again",
     )
+
+
+def _home() -> Path:
+    """Return the user's home; the root folder for a user that the system does not know, as in some containers."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return Path("/")
 
 
 def _name(user: int) -> str:

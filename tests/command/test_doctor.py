@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from latentrt.command import doctor
 from latentrt.command import main as cli
 from latentrt.cuda.driver import Driver
+from latentrt.storage import write_atomic
 from tests.support.gpu import fake_tensorrt
 from tests.support.gpu.fake_tensorrt import FakeTensorRt
 from tests.support.gpu.host_gpu import HostDriver, HostGpu
@@ -47,6 +49,25 @@ def test_doctor_finds_what_is_here(run: Run) -> None:
     assert all(finding["good"] or finding["fix"] for finding in findings.values())
     code, out = run()
     assert "the embedded model" in out
+
+
+def test_doctor_shows_and_empties_the_cache(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert doctor._cache().found == f"{tmp_path}/latentrt: graphs 0 MB, kernels 0 MB, plans 0 MB"
+    for name in ("graphs/a/weights.bin", "kernels/a.cubin", "plans/b/c.plan", "curves/d.json"):
+        write_atomic(tmp_path / "latentrt" / name, bytes(3_000_000))
+    (tmp_path / "latentrt" / "graphs" / "link").symlink_to(tmp_path)
+    assert doctor._cache().found.endswith("graphs 3 MB, kernels 3 MB, plans 3 MB")
+    assert run("--empty-cache", "graphs", "--empty-cache", "kernels") == (0, "6 MB freed\n")
+    assert run("--empty-cache", "graphs", "--json") == (0, '{"freed": 0}\n')
+    left = sorted(path.name for path in tmp_path.rglob("*") if path.is_file())
+    assert left == ["c.plan", "d.json"]
+    (tmp_path / "latentrt" / "plans").chmod(0o777)
+    finding = doctor._cache()
+    assert not finding.good
+    assert "has mode 777, and is not used" in finding.found
+    monkeypatch.setattr(doctor, "check_trusted", lambda path: (_ for _ in ()).throw(PermissionError(str(path))))
+    assert "cannot be read" in doctor._cache().found
 
 
 def test_doctor_fails_where_nothing_can_be_drawn(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

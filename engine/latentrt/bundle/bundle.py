@@ -33,7 +33,7 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """An opened bundle: its folder, its model and its files.
+    """An opened bundle: its folder, its model, its files, and whether their hashes were checked.
 
     Make one with `Bundle.open(path)`.
     """
@@ -41,6 +41,7 @@ class Bundle:
     root: Path
     spec: ModelSpec
     files: Mapping[str, FileRecord]
+    checked: bool = False
 
     @classmethod
     def open(cls, root: str | Path = EMBEDDED, *, check_hashes: bool = True) -> Bundle:
@@ -59,7 +60,7 @@ class Bundle:
         manifest = read_manifest(root)
         spec = model_from(manifest["model"], manifest["schema"])
         files = _records(manifest["files"])
-        bundle = cls(root, spec, files)
+        bundle = cls(root, spec, files, check_hashes)
         for name in files:
             bundle.path(name)
         bundle._check_listed()

@@ -7,15 +7,18 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from latentrt.cuda.driver import DRIVERS
-from latentrt.errors import LatentrtError, MissingDependencyError
+from latentrt.errors import LatentrtError, MissingDependencyError, UntrustedFileError
 from latentrt.runtime.onnxruntime import load_onnxruntime
 from latentrt.runtime.tensorrt.library import LIBRARIES, open_library
+from latentrt.storage import cache_folder, check_trusted
 
 EXPORT_PACKAGES = (
     "torch",
@@ -29,6 +32,7 @@ EXPORT_PACKAGES = (
     "huggingface_hub",
 )
 BUILD_PACKAGES = ("onnx", "onnx-ir")
+CACHES = ("graphs", "kernels", "plans")  # folders in the user's cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +53,7 @@ class Finding:
 def examine() -> list[Finding]:
     """Look at the machine, the libraries and the embedded bundle. Nothing is changed."""
     return [
-        *(_machine(), _bundle(), _onnxruntime(), _export(), _gpu(), _cuda_provider(), _cuda()),
+        *(_machine(), _cache(), _bundle(), _onnxruntime(), _export(), _gpu(), _cuda_provider(), _cuda()),
         *(_tensorrt(name) for name in LIBRARIES),
         _build(),
     ]
@@ -61,13 +65,56 @@ def _machine() -> Finding:
     return Finding("machine", True, f"{machine}, Python {platform.python_version()}")
 
 
+def _cache() -> Finding:
+    """Say how large the caches are, and which of them another user may have written to."""
+    what = "the cache"
+    try:
+        sizes = ", ".join(f"{name} {_bytes(name) / 1e6:,.0f} MB" for name in CACHES)
+        for name in CACHES:
+            with suppress(FileNotFoundError):
+                check_trusted(cache_folder(name))
+    except UntrustedFileError as error:
+        return Finding(what, False, f"{error.found}, and is not used", error.fix)
+    except OSError as error:
+        return Finding(what, False, f"it cannot be read ({error})", "point XDG_CACHE_HOME to a folder of your own")
+    return Finding(what, True, f"{cache_folder()}: {sizes}")
+
+
+def empty(caches: Iterable[str]) -> int:
+    """Remove what some of CACHES hold; return how many bytes they held. Processes that use them may go on."""
+    freed = 0
+    for name in caches:
+        before = _bytes(name)
+        for path in _entries(name):
+            with suppress(OSError):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        freed += before - _bytes(name)
+    return freed
+
+
+def _entries(name: str) -> list[Path]:
+    with suppress(OSError):
+        return list(cache_folder(name).iterdir())
+    return []
+
+
+def _bytes(name: str) -> int:
+    return sum(
+        path.lstat().st_size
+        for entry in _entries(name)
+        if not entry.is_symlink()
+        for path in (entry, *entry.rglob("*"))
+        if path.is_file()
+    )
+
+
 def _bundle() -> Finding:
     what, fix = "the embedded model", "pip install --force-reinstall latentrt"
     try:
         from latentrt.engine import Engine
         from latentrt.golden import TOLERANCE, worst_error
 
-        with Engine.load() as engine:
+        with Engine.load(cache=False) as engine:
             error = worst_error(engine)
     except LatentrtError as trouble:
         return Finding(what, False, trouble.found, fix, vital=True)

@@ -210,13 +210,24 @@ def bench(
 
 
 @latentrt.command()
+@click.option(
+    "--empty-cache",
+    "emptied",
+    type=click.Choice(["graphs", "kernels", "plans"]),
+    multiple=True,
+    help="Instead, remove from your cache optimized graphs, compiled kernels or TensorRT plans; repeatable.",
+)
 @option_json
-def doctor(as_json: bool) -> None:
+def doctor(emptied: tuple[str, ...], as_json: bool) -> None:
     """Say what this machine can run, and what to install for the rest; exit code 1 if it cannot draw."""
     from rich.markup import escape
 
-    from latentrt.command.doctor import examine
+    from latentrt.command.doctor import empty, examine
 
+    if emptied:
+        freed = empty(emptied)
+        print(json.dumps({"freed": freed}) if as_json else f"{freed / 1e6:,.0f} MB freed")
+        return
     findings = examine()
     if as_json:
         print(json.dumps([finding.to_dict() for finding in findings]))

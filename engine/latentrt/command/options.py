@@ -16,12 +16,18 @@ argument_bundle = click.argument("bundle", type=FOLDER, default=EMBEDDED, requir
 option_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 
 
-LOADING = ("threads", "plans", "precision", "device", "backend")  # options of `runs_networks`
+LOADING = ("cache", "threads", "plans", "precision", "device", "backend")  # options of `runs_networks`
 
 
 def runs_networks(verb: Verb) -> Verb:
     """Add the options of verbs that run networks; their names are those of `Engine.load`."""
     for option in (
+        click.option(
+            "--cache/--no-cache",
+            default=True,
+            show_default=True,
+            help="Keep graphs that are optimized for this CPU in your cache, for quicker loading.",
+        ),
         click.option("--threads", type=AT_LEAST_ONE, help="CPU threads of a network call  [default: all cores]"),
         click.option("--plans", type=FOLDER, help="Folder of TensorRT plans that you trust  [default: in your cache]"),
         click.option(

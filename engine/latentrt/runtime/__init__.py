@@ -19,6 +19,7 @@ def open_backend(
     *,
     precision: str | None = None,
     plans: str | Path | None = None,
+    cache: bool = False,
 ) -> Backend:
     """Open a backend on a device.
 
@@ -28,6 +29,7 @@ def open_backend(
         threads: of a call on the CPU.
         precision: "fp32" or "fp16"; None is fp32 on a CPU and fp16 on a GPU.
         plans: a folder of TensorRT's plans; None is the bundle's place in the user's cache.
+        cache: keep graphs that onnxruntime has optimized for this CPU in the user's cache, for quicker loading.
 
     Raises:
         BackendError: unknown name, device or precision, or the device cannot be used; nothing else is tried instead.
@@ -40,7 +42,7 @@ def open_backend(
 
         kind = (device or "cpu").partition(":")[0]
         if kind != "cuda":
-            return OrtBackend(kind, threads, precision=precision or "fp32")
+            return OrtBackend(kind, threads, precision=precision or "fp32", cache=cache)
         check_device(kind)  # before the driver is asked
         return _on(device, lambda gpu: OrtBackend(kind, threads, precision=precision or "fp16", gpu=gpu))
     if name in BACKENDS:

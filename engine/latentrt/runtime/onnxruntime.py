@@ -7,6 +7,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from latentrt.bundle.spec import FP16_ORT_CUDA, FP32, GraphSpec
 from latentrt.cuda.base import DeviceArray, Gpu
 from latentrt.errors import BackendError, MissingDependencyError, NetworkError
 from latentrt.runtime.base import Facts
+from latentrt.runtime.optimized import WEIGHTS, SavedGraph
 from latentrt.runtime.signature import Arrays, check_arrays, check_feeds
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -45,6 +47,7 @@ class OrtBackend:
             others).
         spin: whether threads wait for each other by spinning within a call. On idle cores that is a fifth faster; where
             other processes hold cores, it is twice as slow. Between calls they never spin.
+        cache: on "cpu", keep optimized graphs in the user's cache and load those: see `SavedGraph`.
 
     Raises:
         MissingDependencyError: ONNX Runtime is not installed.
@@ -61,6 +64,7 @@ class OrtBackend:
         precision: str = "fp32",
         gpu: Gpu | None = None,
         spin: bool = True,
+        cache: bool = False,
     ) -> None:
         check_device(device)
         if threads is not None and threads < 1:
@@ -77,6 +81,7 @@ class OrtBackend:
         self.facts = Facts(fixed_lanes=on_gpu, one_stream=on_gpu, exact=not on_gpu and precision == FP32)
         self.threads = threads
         self.spin = spin
+        self.cache = cache and device == "cpu"
 
     def load(self, bundle: Bundle, network: str) -> OrtNetwork:
         """Load a network's graph and the weights it points to.
@@ -86,19 +91,32 @@ class OrtBackend:
             BundleError: the bundle has no graph for this precision and device.
         """
         graph = bundle.spec.graph(network, *self.variants)
-        session = self.session(bundle.path(graph.path), graph.opset)
+        path, make = bundle.path(graph.path), partial(self.session, opset=graph.opset)
+        session = SavedGraph(bundle, graph, _build()).session(path, make) if self.cache else make(path)
         if self.gpu is None:
             return OrtNetwork(session, graph)
         return OrtDeviceNetwork(session, graph, self.gpu, self.device)
 
-    def session(self, path: Path, opset: int) -> Any:
-        """Return an `onnxruntime.InferenceSession` of a graph of that opset, with this backend's options."""
+    def session(self, path: Path, opset: int, *, optimize: bool = True, save_to: Path | None = None) -> Any:
+        """Return an `onnxruntime.InferenceSession` of a graph of that opset, with this backend's options.
+
+        Args:
+            path: of the graph.
+            opset: of the graph; for the message of an error.
+            optimize: False for a graph that was optimized and saved.
+            save_to: where to save the optimized graph; the session is then slow, for nothing else.
+        """
         ort = load_onnxruntime()
+        options = self._options()
+        if not optimize:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        if save_to is not None:
+            options.optimized_model_filepath = str(save_to)
+            options.add_session_config_entry("session.optimized_model_external_initializers_file_name", WEIGHTS)
+            options.add_session_config_entry("session.disable_prepacking", "1")
         provider = PROVIDERS[self.device]
         try:
-            session = ort.InferenceSession(
-                path, self._options(), providers=[(provider, self._settings())], enable_fallback=0
-            )
+            session = ort.InferenceSession(path, options, providers=[(provider, self._settings())], enable_fallback=0)
         except Exception as error:  # onnxruntime's errors share no base class
             raise BackendError(
                 f"ONNX Runtime cannot load {path} ({error})",
@@ -263,6 +281,12 @@ class OrtBound:
     def close(self) -> None:
         """See `Bound.close`."""
         self._session = self._binding = None
+
+
+def _build() -> str:
+    """Return what tells one build of ONNX Runtime from others."""
+    ort = load_onnxruntime()
+    return f"{ort.__version__} {ort.get_build_info()}"
 
 
 def return_freed_pages() -> None:

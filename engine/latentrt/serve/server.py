@@ -91,6 +91,7 @@ def loaded(settings: Settings) -> Iterator[Engine]:
         plans=settings.plans,
         threads=settings.threads,
         lanes=settings.lanes,
+        cache=settings.cache,
     ) as engine:
         if settings.edits:
             pipeline.load_encoder(engine)

@@ -49,7 +49,7 @@ def _verify(opened: Bundle, source: Checkpoint, steps: int) -> Iterator[Check]:
     if sorted(networks_of(source)) != sorted(opened.spec.networks):
         theirs, ours = ", ".join(networks_of(source)), ", ".join(opened.spec.networks)
         raise incomparable(f"{source.id} has the networks {theirs}, and {opened.root} {ours}")
-    with plain_folder(source) as folder, Engine.load(opened.root, check_hashes=False) as engine:
+    with plain_folder(source) as folder, Engine.load(opened.root, check_hashes=False, cache=False) as engine:
         if opened.spec.golden:
             yield Check("golden", "known runs", "relative error", worst_error(engine), TOLERANCE)
         yield from network_checks(engine, folder)

@@ -71,6 +71,7 @@ class Settings(BaseSettings):
     precision: Literal["fp32", "fp16"] | None = _field(None, "Model", "Of the graphs: fp32 or fp16.")
     plans: Path | None = _field(None, "Model", "Folder of TensorRT plans; the user's cache if none is named.")
     threads: Count | None = _field(None, "Model", "CPU threads of a network call; all cores if not given.")
+    cache: bool = _field(True, "Model", "Keep graphs that are optimized for this CPU in the user's cache.")
     lanes: Count | None = _field(None, "Model", "Most lanes of a UNet call; guidance takes two a picture.")
     edits: bool = _field(True, "Model", "Take pictures to edit; without it the VAE's encoder is not loaded.")
 
