@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from latentrt.bundle.manifest import SCHEMA, SCHEMAS, model_from
+from latentrt.bundle.manifest import SCHEMA, model_from
 from latentrt.bundle.spec import EXPORT, ModelSpec
 from latentrt.errors import BundleError, HashMismatchError, UnsafePathError, UnsafeWeightsError
 
@@ -57,7 +57,7 @@ class Bundle:
         """
         root = located(root)
         manifest = read_manifest(root)
-        spec = model_from(manifest["model"], manifest["schema"])
+        spec = model_from(manifest["model"])
         files = _records(manifest["files"])
         bundle = cls(root, spec, files)
         for name in files:
@@ -184,11 +184,9 @@ def read_manifest(root: Path) -> dict[str, Any]:
         )
     manifest = read_json(root / MANIFEST)
     schema = manifest.get("schema")
-    if schema not in SCHEMAS:
+    if schema != SCHEMA:
         raise BundleError(
-            f"{root / MANIFEST} has schema {schema!r}",
-            needed=f"schema {' or '.join(map(str, SCHEMAS))}",
-            fix="update latentrt, or " + EXPORT,
+            f"{root / MANIFEST} has schema {schema!r}", needed=f"schema {SCHEMA}", fix="update latentrt, or " + EXPORT
         )
     for key in ("model", "files"):
         if not isinstance(manifest.get(key), dict):
