@@ -20,7 +20,6 @@ from latentrt.cuda.base import DeviceArray
 from latentrt.cuda.kernels import PROGRESS
 from latentrt.errors import NetworkError, RequestError
 from latentrt.model.model import Model
-from latentrt.model.predictor import Predictor
 from latentrt.run.arena import Arena, check_fresh
 from latentrt.run.device import DeviceLanes
 from latentrt.run.job import Job, Shapes
@@ -35,12 +34,12 @@ TEXT_INPUTS = ("encoder_hidden_states", "text_embeds")
 
 
 class Networks(NamedTuple):
-    """What a program runs: text encoders by name in the order in which their states are concatenated, the predictor,
+    """What a program runs: text encoders by name in the order in which their states are concatenated, the denoiser,
     and the VAE's decoder, None where pixels are denoised; all on one device.
     """
 
     encoders: Mapping[str, DeviceNetwork]
-    predictor: Predictor
+    denoiser: DeviceNetwork
     decoder: DeviceNetwork | None
     latents: LatentSpec
 
@@ -67,7 +66,7 @@ class Program:
 
     Args:
         networks: the networks to run.
-        lanes: of every call of the predictor.
+        lanes: of every call of the denoiser.
         capture: False queues the same work call by call: for comparison, and where a library cannot be captured.
     """
 
@@ -116,7 +115,7 @@ class _Canvas:
         self.count = lanes // (2 if kind.guided else 1)
         self._latents, self._kind = networks.latents, kind
         noises = max(1, kind.noises)
-        self._arena = Arena(networks.predictor, kind.shapes, lanes, slots=self.count, noises=noises, capture=capture)
+        self._arena = Arena(networks.denoiser, kind.shapes, lanes, slots=self.count, noises=noises, capture=capture)
         self._gpu = self._arena.gpu
         self._ids: dict[str, DeviceArray] = {}
         self._states: list[DeviceArray] = []
@@ -131,7 +130,7 @@ class _Canvas:
             raise
 
     def _bind_encoder(self, name: str, encoder: DeviceNetwork, *, alone: bool) -> None:
-        """Bind an encoder to the predictor's own inputs; states of several are copied side by side."""
+        """Bind an encoder to the denoiser's own inputs; states of several are copied side by side."""
         zeros, inputs, lanes = self._arena.zeros, self._arena.inputs, self._arena.lanes
         (ids,) = encoder.graph.inputs
         outputs = {tensor.name: tensor for tensor in encoder.graph.outputs}
@@ -267,11 +266,12 @@ def _as_rows(array: DeviceArray) -> DeviceArray:
 
 def on_device(model: Model, lanes: int | None, *, capture: bool) -> tuple[DeviceLanes, Program]:
     """Return the lanes and the program of a model whose networks are on a GPU, on the same number of lanes."""
-    count = lanes or model.predictor.best_lanes
+    denoiser = _opened(model, model.spec.denoiser)
+    count = lanes or denoiser.best_lanes
     encoders = {name: _opened(model, name) for name in model.spec.named(TEXT_ENCODER)}
     decoder = next((_opened(model, name) for name in model.spec.named(DECODER)), None)
-    networks = Networks(encoders, model.predictor, decoder, model.spec.latents)
-    return DeviceLanes(model.predictor, count, capture=capture), Program(networks, count, capture=capture)
+    networks = Networks(encoders, denoiser, decoder, model.spec.latents)
+    return DeviceLanes(denoiser, count, capture=capture), Program(networks, count, capture=capture)
 
 
 def _opened(model: Model, name: str) -> DeviceNetwork:
