@@ -9,7 +9,6 @@ from latentrt.bundle.spec import (
     DECODER,
     DENOISER,
     ENCODER,
-    EXPORT,
     FP32,
     ROLES,
     TEXT_ENCODER,
@@ -23,7 +22,7 @@ from latentrt.bundle.spec import (
     Variant,
     dimension,
 )
-from latentrt.errors import BundleError
+from latentrt.errors import EXPORT, BundleError
 from latentrt.values import is_number, is_text, is_whole
 
 SCHEMA = 2
@@ -42,7 +41,6 @@ def model_from(data: Mapping[str, Any]) -> ModelSpec:
         raise BundleError(
             f"manifest.json has a model part that cannot be read ({error!r})",
             needed=f"the fields of manifest schema {SCHEMA}",
-            fix=EXPORT,
         ) from error
     check(spec)
     return spec
