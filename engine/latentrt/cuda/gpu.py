@@ -129,9 +129,7 @@ class Cuda:
             return
         self._refuse_in_capture("memory is given back")
         if array.pointer not in self._held:
-            raise BackendError(
-                "memory that is not held cannot be freed", needed="an array from `empty`", fix="free it once"
-            )
+            raise BackendError("memory that is not held cannot be freed", needed="an array from `empty`, freed once")
         self._drive("cuMemFree", array.pointer)
         self._held.remove(array.pointer)
 
@@ -312,9 +310,7 @@ class CudaGraph:
     def launch(self) -> None:
         """Queue all of it. Raise BackendError before its capture has ended, and after `close`."""
         if self.executable is None:
-            raise BackendError(
-                "the graph is not captured, or was closed", needed="one whose capture has ended", fix="capture it again"
-            )
+            raise BackendError("the graph is not captured, or was closed", needed="one whose capture has ended")
         self._drive("cuGraphLaunch", self.executable, self._stream)
 
     def close(self) -> None:
@@ -325,9 +321,7 @@ class CudaGraph:
 
 
 def _misfit(found: str, needed: str) -> BackendError:
-    return BackendError(
-        f"{found} cannot be copied", needed=needed, fix="pass arrays of one dtype and of sizes that fit"
-    )
+    return BackendError(f"{found} cannot be copied", needed=needed)
 
 
 def _mib(count: int) -> str:
