@@ -58,24 +58,27 @@ KERNELS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class State:
-    """The arrays of all jobs and lanes of one latent shape; see the module. Those that no job uses may be None."""
+    """The arrays of all jobs and lanes of one latent shape, in the order of advance.cu; see the module.
+
+    Those that no job uses may be None.
+    """
 
     sample: DeviceArray
     timestep: DeviceArray
     out: DeviceArray
     x: DeviceArray
     memory: DeviceArray
-    table: DeviceArray
-    slots: DeviceArray
-    progress: DeviceArray
     preview: DeviceArray | None = None
+    table: DeviceArray
     noise: DeviceArray | None = None
     mask: DeviceArray | None = None
     known: DeviceArray | None = None
     known_noise: DeviceArray | None = None
     deviation: DeviceArray | None = None
+    slots: DeviceArray
+    progress: DeviceArray
 
     @property
     def n(self) -> int:
@@ -87,17 +90,8 @@ class State:
         """The number of slots."""
         return self.x.shape[0]
 
-    @property
-    def arrays(self) -> tuple[DeviceArray, ...]:
-        """Every array that is not None."""
-        held = (getattr(self, field.name) for field in fields(self))
-        return tuple(array for array in held if array is not None)
 
-
-_POINTERS = (
-    *("sample", "timestep", "out", "x", "memory", "preview", "table", "noise", "mask", "known", "known_noise"),
-    *("deviation", "slots", "progress"),
-)
+_POINTERS = tuple(field.name for field in fields(State))
 
 
 class _State(ctypes.Structure):

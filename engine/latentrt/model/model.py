@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from latentrt.bundle.bundle import Bundle
@@ -50,7 +51,7 @@ class Model:
     def __init__(self, bundle: Bundle, backend: Backend, *, resident: bool = True) -> None:
         self.spec, self.resident = bundle.spec, resident
         self.schedule = Schedule.from_config(bundle.json(self.spec.schedule))
-        self.networks = {name: _lazy(bundle, backend, name) for name in self.spec.networks}
+        self.networks = {name: LazyNetwork(partial(backend.load, bundle, name)) for name in self.spec.networks}
         if resident:
             self._load()
         self.codec = self._codec()
@@ -156,7 +157,3 @@ class Model:
         """Free the networks' memory."""
         for network in self.networks.values():
             network.close()
-
-
-def _lazy(bundle: Bundle, backend: Backend, name: str) -> LazyNetwork:
-    return LazyNetwork(lambda: backend.load(bundle, name))
