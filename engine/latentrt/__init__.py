@@ -11,21 +11,25 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from latentrt.bundle.bundle import Bundle
-    from latentrt.engine import Engine
-    from latentrt.errors import LatentrtError
-    from latentrt.images.files import save
-    from latentrt.images.metadata import read_settings
-    from latentrt.images.sheet import grid
-    from latentrt.request import Request
-    from latentrt.run.denoiser import Denoiser
-    from latentrt.run.host import HostLanes
-    from latentrt.run.job import Job
-    from latentrt.sampling.guidance import Guidance
-    from latentrt.sampling.noise import noise_source
-    from latentrt.sampling.schedule import Schedule
-    from latentrt.sampling.solvers import SOLVERS
-    from latentrt.sampling.table import Row, Table, advance, preview, tabulate
+    from latentrt.bundle.bundle import Bundle as Bundle
+    from latentrt.engine import Engine as Engine
+    from latentrt.errors import LatentrtError as LatentrtError
+    from latentrt.images.files import save as save
+    from latentrt.images.metadata import read_settings as read_settings
+    from latentrt.images.sheet import grid as grid
+    from latentrt.request import Request as Request
+    from latentrt.run.denoiser import Denoiser as Denoiser
+    from latentrt.run.host import HostLanes as HostLanes
+    from latentrt.run.job import Job as Job
+    from latentrt.sampling.guidance import Guidance as Guidance
+    from latentrt.sampling.noise import noise_source as noise_source
+    from latentrt.sampling.schedule import Schedule as Schedule
+    from latentrt.sampling.solvers import SOLVERS as SOLVERS
+    from latentrt.sampling.table import Row as Row
+    from latentrt.sampling.table import Table as Table
+    from latentrt.sampling.table import advance as advance
+    from latentrt.sampling.table import preview as preview
+    from latentrt.sampling.table import tabulate as tabulate
 
 _HOME = {
     "Bundle": "bundle.bundle",
@@ -49,27 +53,7 @@ _HOME = {
     "tabulate": "sampling.table",
 }
 
-__all__ = [
-    "SOLVERS",
-    "Bundle",
-    "Denoiser",
-    "Engine",
-    "Guidance",
-    "HostLanes",
-    "Job",
-    "LatentrtError",
-    "Request",
-    "Row",
-    "Schedule",
-    "Table",
-    "advance",
-    "grid",
-    "noise_source",
-    "preview",
-    "read_settings",
-    "save",
-    "tabulate",
-]
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:

@@ -5,6 +5,8 @@ Every error says what was found and what was needed, and what to type or change 
 
 from __future__ import annotations
 
+EXPORT = "export the checkpoint again: latentrt export CHECKPOINT BUNDLE"
+
 
 class LatentrtError(Exception):
     """Base of everything latentrt raises on purpose.
@@ -12,10 +14,13 @@ class LatentrtError(Exception):
     Args:
         found: what was found, with the offending value.
         needed: what would have been right.
-        fix: the command or the change that helps; empty where `needed` says it all.
+        fix: the command or the change that helps, if not the class's `usual_fix`; empty where `needed` says it all.
     """
 
-    def __init__(self, found: str, needed: str, fix: str = "") -> None:
+    usual_fix = ""
+
+    def __init__(self, found: str, needed: str, fix: str | None = None) -> None:
+        fix = self.usual_fix if fix is None else fix
         super().__init__(found, needed, fix)
         self.found = found
         self.needed = needed
@@ -48,6 +53,8 @@ class TraceError(LatentrtError):
 
 class BundleError(LatentrtError):
     """A bundle is not there, is not whole, or is not a bundle."""
+
+    usual_fix = EXPORT
 
 
 class HashMismatchError(BundleError):

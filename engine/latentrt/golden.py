@@ -29,7 +29,7 @@ def worst_error(engine: Engine) -> float:
 
     Each is repeated with the solver it names. NaN if the bundle has none, or a run is not finite.
     """
-    return float(np.max([_difference(_repeat(engine, known), known) for known in engine.spec.golden] or [math.nan]))
+    return float(np.max([_difference(engine, known) for known in engine.spec.golden] or [math.nan]))
 
 
 def example(model: Model, side: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -68,10 +68,8 @@ def _run(engine: Engine, solver: str, prompt: str, negative: str, steps: int, se
     return Golden(prompt, negative, solver, steps, seed, guidance, mean, std, first)
 
 
-def _repeat(engine: Engine, run: Golden) -> Golden:
-    return _run(engine, run.solver, run.prompt, run.negative_prompt, run.steps, run.seed, run.guidance)
-
-
-def _difference(now: Golden, known: Golden) -> float:
+def _difference(engine: Engine, known: Golden) -> float:
+    asked = known.prompt, known.negative_prompt, known.steps, known.seed, known.guidance
+    now = _run(engine, known.solver, *asked)
     ours, theirs = (np.array([run.mean, run.std, *run.first]) for run in (now, known))
     return float(np.max(np.abs(ours - theirs))) / known.std  # numpy's maximum keeps NaN, Python's loses it

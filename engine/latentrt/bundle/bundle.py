@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from latentrt.bundle.manifest import SCHEMA, SCHEMAS, model_from
-from latentrt.bundle.spec import EXPORT, ModelSpec
-from latentrt.errors import BundleError, HashMismatchError, UnsafePathError, UnsafeWeightsError
+from latentrt.bundle.manifest import SCHEMA, model_from
+from latentrt.bundle.spec import ModelSpec
+from latentrt.errors import EXPORT, BundleError, HashMismatchError, UnsafePathError, UnsafeWeightsError
 
 MANIFEST = "manifest.json"
 FOLDER = Path(__file__).parent / "embedded"
@@ -58,7 +58,7 @@ class Bundle:
         """
         root = located(root)
         manifest = read_manifest(root)
-        spec = model_from(manifest["model"], manifest["schema"])
+        spec = model_from(manifest["model"])
         files = _records(manifest["files"])
         bundle = cls(root, spec, files, check_hashes)
         for name in files:
@@ -71,15 +71,9 @@ class Bundle:
 
     def path(self, name: str) -> Path:
         """Return the path of one of the bundle's files. It lies inside the folder."""
-        if not isinstance(name, str) or not name or set(name) & set("\\:\0"):
-            raise UnsafePathError(
-                f"the bundle names the file {name!r}", needed=f"a path inside {self.root}", fix=EXPORT
-            )
         pure = PurePosixPath(name)
-        if pure.is_absolute() or ".." in pure.parts:
-            raise UnsafePathError(
-                f"the bundle names the file {name!r}", needed=f"a path inside {self.root}", fix=EXPORT
-            )
+        if not name or set(name) & set("\\:\0") or pure.is_absolute() or ".." in pure.parts:
+            raise UnsafePathError(f"the bundle names the file {name!r}", needed=f"a path inside {self.root}")
         path = self.root.joinpath(*pure.parts)
         if not path.resolve().is_relative_to(self.root.resolve()):
             raise UnsafePathError(
@@ -112,21 +106,18 @@ class Bundle:
         for name, record in self.files.items():
             path = self.path(name)
             if not path.is_file():
-                raise BundleError(f"{path} is missing", needed="every file that the manifest lists", fix=EXPORT)
+                raise BundleError(f"{path} is missing", needed="every file that the manifest lists")
             size = path.stat().st_size
             if size != record.bytes:
-                raise HashMismatchError(
-                    f"{path} has {size} bytes", needed=f"{record.bytes} bytes, as in the manifest", fix=EXPORT
-                )
+                raise HashMismatchError(f"{path} has {size} bytes", needed=f"{record.bytes}, as in the manifest")
 
     def _check_hashes(self) -> None:
         paths = [self.path(name) for name in self.files]
         with ThreadPoolExecutor(max_workers=4) as pool:  # hashlib releases the interpreter lock
             for path, record, sha256 in zip(paths, self.files.values(), pool.map(sha256_of, paths), strict=True):
                 if sha256 != record.sha256:
-                    raise HashMismatchError(
-                        f"{path} has SHA-256 {sha256}", needed=f"{record.sha256}, as in the manifest", fix=EXPORT
-                    )
+                    found = f"{path} has SHA-256 {sha256}"
+                    raise HashMismatchError(found, needed=f"{record.sha256}, as in the manifest")
 
 
 def located(bundle: str | Path) -> Path:
@@ -141,7 +132,7 @@ def embedded() -> tuple[str, ...]:
 
 
 def _unlisted(path: Path) -> BundleError:
-    return BundleError(f"{path} is used but not listed in {MANIFEST}", needed="an entry with its hash", fix=EXPORT)
+    return BundleError(f"{path} is used but not listed in {MANIFEST}", needed="an entry with its hash")
 
 
 def write_manifest(root: Path, spec: ModelSpec, names: Iterable[str]) -> None:
@@ -162,11 +153,11 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise BundleError(f"{path} is missing", needed="a JSON file", fix=EXPORT) from error
+        raise BundleError(f"{path} is missing", needed="a JSON file") from error
     except (OSError, ValueError) as error:
-        raise BundleError(f"{path} cannot be read ({error})", needed="a JSON file", fix=EXPORT) from error
+        raise BundleError(f"{path} cannot be read ({error})", needed="a JSON file") from error
     if not isinstance(data, dict):
-        raise BundleError(f"{path} holds a {type(data).__name__}", needed="a JSON object", fix=EXPORT)
+        raise BundleError(f"{path} holds a {type(data).__name__}", needed="a JSON object")
     return data
 
 
@@ -185,15 +176,13 @@ def read_manifest(root: Path) -> dict[str, Any]:
         )
     manifest = read_json(root / MANIFEST)
     schema = manifest.get("schema")
-    if schema not in SCHEMAS:
+    if schema != SCHEMA:
         raise BundleError(
-            f"{root / MANIFEST} has schema {schema!r}",
-            needed=f"schema {' or '.join(map(str, SCHEMAS))}",
-            fix="update latentrt, or " + EXPORT,
+            f"{root / MANIFEST} has schema {schema!r}", needed=f"schema {SCHEMA}", fix="update latentrt, or " + EXPORT
         )
     for key in ("model", "files"):
         if not isinstance(manifest.get(key), dict):
-            raise BundleError(f"{root / MANIFEST} has no {key!r}", needed=f"the fields of schema {schema}", fix=EXPORT)
+            raise BundleError(f"{root / MANIFEST} has no {key!r}", needed=f"the fields of schema {schema}")
     return manifest
 
 
@@ -201,13 +190,11 @@ def _records(files: Mapping[str, Any]) -> dict[str, FileRecord]:
     records = {}
     for name, record in files.items():
         if name.lower().endswith(PICKLES):
-            raise UnsafeWeightsError(
-                f"the bundle lists {name}", needed="weights as .safetensors; pickled files can run code", fix=EXPORT
-            )
+            needed = "weights as .safetensors; pickled files can run code"
+            raise UnsafeWeightsError(f"the bundle lists {name}", needed=needed)
         try:
             records[name] = FileRecord(str(record["sha256"]), int(record["bytes"]))
         except (KeyError, TypeError, ValueError) as error:
-            raise BundleError(
-                f"the manifest's entry for {name!r} is {record!r}", needed="sha256 and bytes", fix=EXPORT
-            ) from error
+            found = f"the manifest's entry for {name!r} is {record!r}"
+            raise BundleError(found, needed="sha256 and bytes") from error
     return records

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 from latentrt.errors import BundleError, RequestError
 
 TEXT_ENCODER, DENOISER, DECODER, ENCODER = ROLES = ("text_encoder", "denoiser", "decoder", "encoder")
-EXPORT = "export the checkpoint again: latentrt export CHECKPOINT BUNDLE"
 FP32, FP16, FP16_ORT_CUDA = "fp32", "fp16", "fp16-ort-cuda"  # variants that export writes
 
 
@@ -228,14 +227,12 @@ class ModelSpec:
             BundleError: the bundle has none of them.
         """
         if network not in self.networks:
-            raise BundleError(f"{self.id} has no {network}", needed=f"one of {', '.join(self.networks)}", fix=EXPORT)
+            raise BundleError(f"{self.id} has no {network}", needed=f"one of {', '.join(self.networks)}")
         known = self.networks[network]
         chosen = next((variant for variant in variants if variant in known.variants), None)
         if chosen is None:
             wanted = " or ".join(variants)
-            raise BundleError(
-                f"{self.id} has the {network} in {', '.join(known.variants)}", needed=f"it in {wanted}", fix=EXPORT
-            )
+            raise BundleError(f"{self.id} has the {network} in {', '.join(known.variants)}", needed=f"it in {wanted}")
         return known.graph(chosen)
 
     def graphs(self, variant: str = FP32) -> dict[str, GraphSpec]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -52,27 +53,26 @@ def serve(config: Path | None, print_config: bool, **flags: Any) -> None:
 def _server(by_ray: bool) -> Any:
     """Return the server: this process, or replicas of Ray Serve."""
     if not by_ray:
-        from latentrt.serve.server import serve
-    else:
-        for name, value in RAY.items():
-            os.environ.setdefault(name, value)
-        try:
-            from latentrt.serve.ray_app import serve
-        except ImportError as error:
-            raise MissingDependencyError(
-                f"the module {error.name} is not installed", needed="the extra `ray`", fix="pip install 'latentrt[ray]'"
-            ) from error
-    return serve
+        return _imported("server", "serve").serve
+    for name, value in RAY.items():
+        os.environ.setdefault(name, value)
+    return _imported("ray_app", "ray").serve
 
 
 def _config() -> Any:
+    return _imported("process.config", "serve")
+
+
+def _imported(module: str, extra: str) -> Any:
+    """Return a module of the server. Raise MissingDependencyError where its extra is not installed."""
     try:
-        from latentrt.serve.process import config
+        return import_module(f"latentrt.serve.{module}")
     except ImportError as error:
         raise MissingDependencyError(
-            f"the module {error.name} is not installed", needed="the extra `serve`", fix="pip install 'latentrt[serve]'"
+            f"the module {error.name} is not installed",
+            needed=f"the extra `{extra}`",
+            fix=f"pip install 'latentrt[{extra}]'",
         ) from error
-    return config
 
 
 def _options() -> dict[str, list[click.Parameter]]:
@@ -108,7 +108,5 @@ def _metavar(annotation: Any) -> str:
     kinds = [kind for kind in get_args(annotation) if kind is not type(None)] or [annotation]
     if isinstance(kinds[0], str):
         return "|".join(kinds)
-    kind = kinds[0] if len(kinds) == 1 or annotation is not kinds[0] else annotation
     names = {int: "N", float: "X", Path: "PATH"}
-    text = str(kind)
-    return next((name for known, name in names.items() if known is kind or known.__name__ in text), "TEXT")
+    return next((name for known, name in names.items() if known.__name__ in str(kinds[0])), "TEXT")

@@ -28,10 +28,7 @@ def progress(jobs: list[Job], *, quiet: bool) -> Iterator[Callable[[Job], None]]
 def table_of(*columns: str) -> Table:
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False)
-    for column in columns:
-        table.add_column(column)
-    return table
+    return Table(*columns, box=None, pad_edge=False)
 
 
 def show(table: Table) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from latentrt.cuda.base import DeviceArray
+from latentrt.cuda.array import DeviceArray
 from latentrt.cuda.driver import Driver
 from latentrt.cuda.kernels import KERNELS
 from latentrt.cuda.nvrtc import cubin
@@ -27,7 +27,9 @@ _SLEEP = 1  # CU_EVENT_BLOCKING_SYNC: a waiting thread sleeps, and leaves the co
 
 
 class Cuda:
-    """One device with one stream: `latentrt.cuda.base.Gpu` on the hardware.
+    """One device with one stream: all that is queued on it runs in that order, and only `download` and `wait*` wait.
+
+    Calls inside `with gpu.capture() as graph` are recorded, not run; memory can be neither taken nor downloaded there.
 
     Attributes:
         name, ordinal, compute_capability: the device's, as "NVIDIA H200", 0 and (9, 0).
@@ -100,7 +102,7 @@ class Cuda:
     # ---- Memory
 
     def empty(self, shape: Sequence[int], dtype: Any) -> DeviceArray:
-        """See `Gpu`. Raise DeviceMemoryError where there is not enough."""
+        """Return new memory, its contents undefined. Raise DeviceMemoryError where there is not enough."""
         self._refuse_in_capture("memory is taken")
         array = DeviceArray(0, tuple(shape), np.dtype(dtype))
         try:
@@ -116,32 +118,33 @@ class Cuda:
         return DeviceArray(pointer, array.shape, array.dtype)
 
     def zeros(self, shape: Sequence[int], dtype: Any) -> DeviceArray:
-        """See `Gpu`."""
+        """Return new memory of zeros."""
         array = self.empty(shape, dtype)
         self.fill_zero(array)
         return array
 
     def free(self, array: DeviceArray) -> None:
-        """See `Gpu`; waits for what was queued. `close` has freed everything: after it, this does nothing."""
+        """Wait for what was queued; free an array of `empty` or `zeros`. After `close`, which frees all, do nothing."""
         if self._drive.context is None:
             return
         self._refuse_in_capture("memory is given back")
         if array.pointer not in self._held:
-            raise BackendError(
-                "memory that is not held cannot be freed", needed="an array from `empty`", fix="free it once"
-            )
+            raise BackendError("memory that is not held cannot be freed", needed="an array from `empty`, freed once")
         self._drive("cuMemFree", array.pointer)
         self._held.remove(array.pointer)
 
     def memory(self) -> tuple[int, int]:
-        """See `Gpu`."""
+        """Return the bytes of the device that are free, and the bytes in all."""
         free, total = self._drive("cuMemGetInfo")
         return free, total
 
     # ---- What is queued
 
     def upload(self, array: NDArray[Any], target: DeviceArray) -> None:
-        """See `Gpu`; cannot be captured, since a graph would read the host's memory again at each launch."""
+        """Queue a copy from the host; the array may be changed as soon as this returns.
+
+        It cannot be captured, since a graph would read the host's memory again at each launch.
+        """
         self._refuse_in_capture("the host's memory is read")
         if array.dtype != target.dtype or array.size != math.prod(target.shape):
             raise _misfit(f"an array of {array.dtype} {array.shape}", f"{target.dtype} {target.shape}")
@@ -151,7 +154,7 @@ class Cuda:
             self.wait()
 
     def download(self, source: DeviceArray) -> NDArray[Any]:
-        """See `Gpu`."""
+        """Wait for all queued work, and return a copy on the host."""
         self._refuse_in_capture("the host waits")
         array = np.empty(source.shape, source.dtype)
         self._drive("cuMemcpyDtoHAsync", array.ctypes.data, source.pointer, array.nbytes, self._stream)
@@ -159,13 +162,13 @@ class Cuda:
         return array
 
     def copy(self, source: DeviceArray, target: DeviceArray) -> None:
-        """See `Gpu`."""
+        """Queue a copy within the device, of the source's bytes."""
         if source.bytes > target.bytes:
             raise _misfit(f"{source.bytes} bytes", f"at most {target.bytes} bytes")
         self._drive("cuMemcpyDtoDAsync", target.pointer, source.pointer, source.bytes, self._stream)
 
     def copy_columns(self, source: DeviceArray, target: DeviceArray, column: int) -> None:
-        """See `Gpu`."""
+        """Queue a copy of a (rows, width) array into the columns from `column` on of a (rows, wider) one."""
         (rows, width), (target_rows, wider) = source.shape, target.shape
         if source.dtype != target.dtype or rows != target_rows or not 0 <= column <= wider - width:
             raise _misfit(
@@ -180,22 +183,25 @@ class Cuda:
         self._drive("cuMemcpy2DAsync", plan, self._stream)
 
     def fill_zero(self, target: DeviceArray) -> None:
-        """See `Gpu`."""
+        """Queue zeros."""
         self._drive("cuMemsetD8Async", target.pointer, 0, target.bytes, self._stream)
 
     def launch(self, kernel: str, grid: tuple[int, int], threads: int, arguments: Sequence[Any]) -> None:
-        """See `Gpu`; arguments are ctypes objects, structures too, and are copied before this returns."""
+        """Queue a kernel of `advance.cu` over (x, y) blocks of `threads` threads each.
+
+        Arguments are ctypes objects, structures too, and are copied before this returns.
+        """
         addresses = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
         function, where = self._functions[kernel], ctypes.addressof(addresses)
         self._drive("cuLaunchKernel", function, *grid, 1, threads, 1, 1, 0, self._stream, where, 0)
 
     def call(self, enqueue: Callable[[], None]) -> None:
-        """See `Gpu`."""
+        """Call a library's function that queues work on `stream`."""
         self._drive.make_current()
         enqueue()
 
     def wait(self) -> None:
-        """See `Gpu`."""
+        """Wait for everything that was queued."""
         self._refuse_in_capture("the host waits")
         self._drive("cuStreamSynchronize", self._stream)
 
@@ -203,7 +209,7 @@ class Cuda:
 
     @contextmanager
     def capture(self) -> Iterator[CudaGraph]:
-        """See `Gpu`; other threads may go on using the device."""
+        """Record instead of running; the graph may be launched once the block has ended. Other threads go on."""
         self._refuse_in_capture("another capture begins")
         graph = CudaGraph(self._drive, self._stream)
         mode = self._drive.api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
@@ -242,7 +248,7 @@ class Cuda:
             self._drive("cuGraphDestroy", recorded)
 
     def mark(self) -> Mark:
-        """See `Gpu`; marks are also points in time, for `milliseconds`."""
+        """Return a mark in the queue, after everything queued so far; also a point in time, for `milliseconds`."""
         self._refuse_in_capture("time is taken")
         if not self._spare_events:
             self._events.append(self._drive("cuEventCreate", _SLEEP))
@@ -253,7 +259,7 @@ class Cuda:
         return mark
 
     def wait_for(self, mark: Mark) -> None:
-        """See `Gpu`."""
+        """Wait until the device has reached a mark."""
         self._drive("cuEventSynchronize", mark.event)
 
     def milliseconds(self, start: Mark, end: Mark) -> float:
@@ -295,7 +301,7 @@ class Mark:
 
 
 class CudaGraph:
-    """Captured work of a `Cuda`; see `latentrt.cuda.base.Graph`."""
+    """Work that was captured once and is launched as a whole, again and again, on the memory it was captured with."""
 
     def __init__(self, drive: Driver, stream: Any) -> None:
         self._drive, self._stream = drive, stream
@@ -304,9 +310,7 @@ class CudaGraph:
     def launch(self) -> None:
         """Queue all of it. Raise BackendError before its capture has ended, and after `close`."""
         if self.executable is None:
-            raise BackendError(
-                "the graph is not captured, or was closed", needed="one whose capture has ended", fix="capture it again"
-            )
+            raise BackendError("the graph is not captured, or was closed", needed="one whose capture has ended")
         self._drive("cuGraphLaunch", self.executable, self._stream)
 
     def close(self) -> None:
@@ -317,9 +321,7 @@ class CudaGraph:
 
 
 def _misfit(found: str, needed: str) -> BackendError:
-    return BackendError(
-        f"{found} cannot be copied", needed=needed, fix="pass arrays of one dtype and of sizes that fit"
-    )
+    return BackendError(f"{found} cannot be copied", needed=needed)
 
 
 def _mib(count: int) -> str:

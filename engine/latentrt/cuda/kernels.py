@@ -14,8 +14,6 @@ A *slot* is a job's place in device memory, a *lane* one place of the network's 
 | deviation                | (slots, 2)         | float32     | scratch of guidance rescale                          |
 | slots                    | (slots,)           | SLOT        | written by the host, again where lanes move          |
 | progress                 | (slots,)           | PROGRESS    | counted by the device; zeros for a new job           |
-| scalars                  | (inputs, stride)   | float32     | other inputs of the network, a number for each lane  |
-| scalar_rows              | (slots, rows, inputs) | float32  | their values by row                                  |
 
 The host's noise is read in a circle: the k-th that a job adds is at k modulo `noises`.
 Any shape with as many numbers does: sample may be (lanes, 4, 64, 64).
@@ -26,12 +24,15 @@ from __future__ import annotations
 import ctypes
 import math
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from latentrt.cuda.base import DeviceArray, Gpu
+from latentrt.cuda.array import DeviceArray
 from latentrt.sampling.table import COLUMNS
+
+if TYPE_CHECKING:
+    from latentrt.cuda.gpu import Cuda
 
 PREVIEW, BLEND = 1, 2
 ROW_COLUMNS = (*COLUMNS, "known", "known_noise")
@@ -57,26 +58,27 @@ KERNELS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class State:
-    """The arrays of all jobs and lanes of one latent shape; see the module. Those that no job uses may be None."""
+    """The arrays of all jobs and lanes of one latent shape, in the order of advance.cu; see the module.
+
+    Those that no job uses may be None.
+    """
 
     sample: DeviceArray
     timestep: DeviceArray
     out: DeviceArray
     x: DeviceArray
     memory: DeviceArray
-    table: DeviceArray
-    slots: DeviceArray
-    progress: DeviceArray
     preview: DeviceArray | None = None
+    table: DeviceArray
     noise: DeviceArray | None = None
     mask: DeviceArray | None = None
     known: DeviceArray | None = None
     known_noise: DeviceArray | None = None
     deviation: DeviceArray | None = None
-    scalars: DeviceArray | None = None
-    scalar_rows: DeviceArray | None = None
+    slots: DeviceArray
+    progress: DeviceArray
 
     @property
     def n(self) -> int:
@@ -88,17 +90,8 @@ class State:
         """The number of slots."""
         return self.x.shape[0]
 
-    @property
-    def arrays(self) -> tuple[DeviceArray, ...]:
-        """Every array that is not None."""
-        held = (getattr(self, field.name) for field in fields(self))
-        return tuple(array for array in held if array is not None)
 
-
-_POINTERS = (
-    *("sample", "timestep", "out", "x", "memory", "preview", "table", "noise", "mask", "known", "known_noise"),
-    *("deviation", "slots", "progress", "scalars", "scalar_rows"),
-)
+_POINTERS = tuple(field.name for field in fields(State))
 
 
 class _State(ctypes.Structure):
@@ -106,16 +99,16 @@ class _State(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in _POINTERS),
-        *((name, ctypes.c_int) for name in ("n", "rows_max", "noises_max", "scalar_count", "scalar_stride")),
+        *((name, ctypes.c_int) for name in ("n", "rows_max", "noises_max")),
     )
 
 
-def advance(gpu: Gpu, state: State) -> None:
+def advance(gpu: Cuda, state: State) -> None:
     """Run one row of every job that has rows left: from the network's output to its next input."""
     _launch(gpu, "advance", state.sample, (_blocks(state.n), state.count), _THREADS, _packed(state))
 
 
-def begin(gpu: Gpu, state: State, first: int = 0, count: int | None = None) -> None:
+def begin(gpu: Cuda, state: State, first: int = 0, count: int | None = None) -> None:
     """Write the network's input for the next row of jobs `first`...: before their first row, or after lanes moved.
 
     Where a job's `start` is not 0 and no row has run, its x is made first, from noise of the device's own.
@@ -125,19 +118,19 @@ def begin(gpu: Gpu, state: State, first: int = 0, count: int | None = None) -> N
     _launch(gpu, "begin", state.sample, grid, _THREADS, _packed(state), ctypes.c_int(first))
 
 
-def deviations(gpu: Gpu, state: State) -> None:
+def deviations(gpu: Cuda, state: State) -> None:
     """Compute the standard deviations that guidance rescale needs; launch it before `advance` where a job has it."""
     _launch(gpu, "deviations", state.sample, (1, state.count), _REDUCING_THREADS, _packed(state))
 
 
-def to_latents(gpu: Gpu, x: DeviceArray, latents: DeviceArray, scale: float, shift: float) -> None:
+def to_latents(gpu: Cuda, x: DeviceArray, latents: DeviceArray, scale: float, shift: float) -> None:
     """Write the VAE decoder's input, x / scale + shift, for as many pictures as x (float32) holds."""
     count = math.prod(x.shape)
     numbers = (ctypes.c_int(count), ctypes.c_float(scale), ctypes.c_float(shift))
     _launch(gpu, "to_latents", latents, (_blocks(count), 1), _THREADS, _pointer(latents), _pointer(x), *numbers)
 
 
-def to_pixels(gpu: Gpu, image: DeviceArray, pixels: DeviceArray, bad: DeviceArray) -> None:
+def to_pixels(gpu: Cuda, image: DeviceArray, pixels: DeviceArray, bad: DeviceArray) -> None:
     """Turn pictures (b, channels, height, width) to uint8 (b, height, width, channels), as `to_uint8` rounds.
 
     `bad`, int32 (b,), becomes 1 for a picture with a number that is not finite, and is left alone for others.
@@ -147,14 +140,14 @@ def to_pixels(gpu: Gpu, image: DeviceArray, pixels: DeviceArray, bad: DeviceArra
     _launch(gpu, "to_pixels", image, (_blocks(area), image.shape[0]), _THREADS, *arguments)
 
 
-def normal(gpu: Gpu, numbers: DeviceArray, seed: int, draws: int, threads: int) -> None:
+def normal(gpu: Cuda, numbers: DeviceArray, seed: int, draws: int, threads: int) -> None:
     """Fill a float32 array as `TorchCudaNoise` does with `threads` threads that drew `draws` times."""
     count = math.prod(numbers.shape)
     counts = (ctypes.c_int(count), ctypes.c_uint(threads), ctypes.c_ulonglong(seed), ctypes.c_ulonglong(draws))
     gpu.launch("normal", (_blocks(count), 1), _THREADS, (_pointer(numbers), *counts))
 
 
-def _launch(gpu: Gpu, name: str, typed: DeviceArray, grid: tuple[int, int], threads: int, *arguments: Any) -> None:
+def _launch(gpu: Cuda, name: str, typed: DeviceArray, grid: tuple[int, int], threads: int, *arguments: Any) -> None:
     """Queue the variant of a kernel for the dtype of an array of the network's."""
     gpu.launch(f"{name}_{_SUFFIXES[typed.dtype.name]}", grid, threads, arguments)
 
@@ -169,5 +162,4 @@ def _pointer(array: DeviceArray | None) -> ctypes.c_void_p:
 
 def _packed(state: State) -> _State:
     pointers = (_pointer(getattr(state, name)) for name in _POINTERS)
-    scalars = state.scalars.shape if state.scalars else (0, 0)
-    return _State(*pointers, state.n, state.table.shape[1], state.noise.shape[1] if state.noise else 0, *scalars)
+    return _State(*pointers, state.n, state.table.shape[1], state.noise.shape[1] if state.noise else 0)

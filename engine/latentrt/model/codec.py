@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from latentrt.bundle.spec import EXPORT, LatentSpec
+from latentrt.bundle.spec import LatentSpec
 from latentrt.errors import BundleError, NetworkError
 from latentrt.runtime.base import Network, call
 from latentrt.sampling.noise import NoiseSource
@@ -59,7 +59,7 @@ class AutoencoderKL:
     def encode(self, image: Float32) -> Encoded:
         """See `Codec.encode`."""
         if self._encoder is None:
-            raise BundleError("the bundle has no VAE encoder", needed="one, to begin on a picture", fix=EXPORT)
+            raise BundleError("the bundle has no VAE encoder", needed="one, to begin on a picture")
         moments: Float32 = call(self._encoder, {"image": image[None]})["moments"][0]
         if not np.isfinite(moments).all():
             raise NetworkError(

@@ -39,11 +39,7 @@ def conditioners_of(parts: Parts) -> tuple[Conditioner, ...]:
         if name in OWN:
             continue
         if name not in MAKERS:
-            raise BundleError(
-                f"the denoiser of {parts.bundle.spec.id} has the input {name!r}",
-                needed=f"inputs among {', '.join((*OWN, *MAKERS))}",
-                fix="update latentrt",
-            )
+            raise _unknown(parts, f"has the input {name!r}", f"inputs among {', '.join((*OWN, *MAKERS))}")
         if MAKERS[name] not in made:
             made[MAKERS[name]] = MAKERS[name](parts)
     return tuple(made.values())
@@ -56,18 +52,14 @@ def _text(parts: Parts) -> Conditioner:
         for name in spec.named(TEXT_ENCODER)
     ]
     if not encoders:
-        raise BundleError(f"{spec.id} has no text encoder", needed="one: its denoiser reads texts", fix="export again")
+        raise BundleError(f"{spec.id} has no text encoder", needed="one: its denoiser reads texts")
     return Text(encoders, zero_negative=spec.zero_negative)
 
 
 def _sizes(parts: Parts) -> Conditioner:
     count = parts.inputs["time_ids"].shape[1]
     if count != len(Sizes.NUMBERS):
-        raise BundleError(
-            f"the denoiser of {parts.bundle.spec.id} reads {count} sizes",
-            needed=f"{len(Sizes.NUMBERS)}: {', '.join(Sizes.NUMBERS)}",
-            fix="update latentrt",
-        )
+        raise _unknown(parts, f"reads {count} sizes", f"{len(Sizes.NUMBERS)}: {', '.join(Sizes.NUMBERS)}")
     return Sizes(parts.bundle.spec.latents)
 
 
@@ -78,12 +70,13 @@ def _class_label(parts: Parts) -> Conditioner:
 def _beside(parts: Parts) -> Conditioner:
     channels, own = parts.inputs["beside"].shape[1], parts.bundle.spec.latents.channels
     if channels != 1 + own:
-        raise BundleError(
-            f"the denoiser of {parts.bundle.spec.id} reads {channels} channels beside the latents",
-            needed=f"{1 + own}: a mask and a picture's latents",
-            fix="update latentrt",
-        )
+        found, needed = f"reads {channels} channels beside the latents", f"{1 + own}: a mask and a picture's latents"
+        raise _unknown(parts, found, needed)
     return Repainted(parts.codec)
+
+
+def _unknown(parts: Parts, found: str, needed: str) -> BundleError:
+    return BundleError(f"the denoiser of {parts.bundle.spec.id} {found}", needed=needed, fix="update latentrt")
 
 
 MAKERS: Mapping[str, Callable[[Parts], Conditioner]] = {

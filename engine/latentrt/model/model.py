@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
-
-import numpy as np
-from numpy.typing import NDArray
 
 from latentrt.bundle.bundle import Bundle
 from latentrt.bundle.spec import DECODER, DENOISER, ENCODER, ROLES
@@ -41,8 +39,8 @@ class Model:
         schedule: the noise that it was trained with.
         networks: by name, each loaded when it is needed.
         codec: pixels to what is denoised, and back.
-        predictor: the networks that a row calls.
-        conditioners: fill the predictor's inputs.
+        predictor: the denoiser as a row calls it.
+        conditioners: fill the denoiser's inputs.
 
     Args:
         bundle: opened.
@@ -53,12 +51,12 @@ class Model:
     def __init__(self, bundle: Bundle, backend: Backend, *, resident: bool = True) -> None:
         self.spec, self.resident = bundle.spec, resident
         self.schedule = Schedule.from_config(bundle.json(self.spec.schedule))
-        self.networks = {name: _lazy(bundle, backend, name) for name in self.spec.networks}
+        self.networks = {name: LazyNetwork(partial(backend.load, bundle, name)) for name in self.spec.networks}
         if resident:
             self._load()
         self.codec = self._codec()
         denoiser = self.networks[self.spec.denoiser]
-        self.predictor = Predictor([denoiser if backend.gpu is None else denoiser.open()])
+        self.predictor = Predictor(denoiser if backend.gpu is None else denoiser.open())
         inputs = {tensor.name: tensor for tensor in self.spec.networks[self.spec.denoiser].inputs}
         self.conditioners = conditioners_of(Parts(bundle, self.networks, self.codec, inputs))
 
@@ -131,7 +129,7 @@ class Model:
         return None
 
     def inputs(self, request: Request, given: Given | None, noise: NoiseSource, *, tokens: bool = False) -> Sides:
-        """Return all inputs of the predictor for one picture; see `Conditioner`.
+        """Return all inputs of the denoiser for one picture; see `Conditioner`.
 
         With `tokens`, texts are left as the ids that the text encoders read: see `Text.tokens`.
         """
@@ -142,10 +140,6 @@ class Model:
             else:
                 sides = sides.and_(one(request, given, noise))
         return sides
-
-    def scalars(self, request: Request, rows: int) -> dict[str, NDArray[np.float64]]:
-        """Return the columns that conditioners add to a table of so many rows."""
-        return {name: column for one in self.conditioners for name, column in one.scalars(request, rows).items()}
 
     def profiles(self, lanes: int) -> tuple[Profile, ...] | None:
         """Return the latents' sizes ("height", "width") that TensorRT's plans draw; None without plans: all sizes."""
@@ -163,7 +157,3 @@ class Model:
         """Free the networks' memory."""
         for network in self.networks.values():
             network.close()
-
-
-def _lazy(bundle: Bundle, backend: Backend, name: str) -> LazyNetwork:
-    return LazyNetwork(lambda: backend.load(bundle, name))

@@ -33,15 +33,13 @@ class Encoder(NamedTuple):
 class Text(Conditioner):
     """Fills "encoder_hidden_states" (tokens, dim) and, where an encoder gives it, "text_embeds" (dim,); float32.
 
-    Prompts are cached. On a CPU a text's states do not depend on the rest of its batch; on a GPU encode one at a time.
-    Any thread may encode.
+    Prompts are cached. Any thread may encode.
 
     Args:
         encoders: in the order in which their states are concatenated.
         zero_negative: whether zeros stand for no negative prompt.
     """
 
-    inputs = ("encoder_hidden_states", "text_embeds")
     fields = ("prompt", "negative_prompt")
 
     def __init__(self, encoders: Sequence[Encoder], *, zero_negative: bool = False) -> None:
@@ -87,23 +85,16 @@ class Text(Conditioner):
         Raises:
             RequestError: the prompt is not text that can be encoded in UTF-8.
         """
-        return self.encode_all([prompt])[0]
-
-    def encode_all(self, prompts: Sequence[str]) -> list[dict[str, Float32]]:
-        """Return the results of `encode` for several prompts; those not cached take one call of each network."""
-        ids = {prompt: self._ids(prompt) for prompt in prompts}
+        ids = self._ids(prompt)
         with self._lock:
-            found = {prompt: self._known[prompt] for prompt in ids if prompt in self._known}
-        new = [prompt for prompt in ids if prompt not in found]
-        if new:
-            found |= zip(new, self._encode([ids[prompt] for prompt in new]), strict=True)
+            known = self._known.get(prompt)
+        inputs = self._encode(ids) if known is None else known
         with self._lock:
-            for prompt in ids:
-                self._known.pop(prompt, None)
-                self._known[prompt] = found[prompt]
+            self._known.pop(prompt, None)
+            self._known[prompt] = inputs
             for old in list(self._known)[:-CACHED_PROMPTS]:
                 del self._known[old]
-        return [found[prompt] for prompt in prompts]
+        return inputs
 
     def _zeros(self, request: Request) -> bool:
         return request.negative_prompt is None and self._zero_negative
@@ -123,17 +114,15 @@ class Text(Conditioner):
             )
         return tuple(each.ids for each in encoded)
 
-    def _encode(self, ids: Sequence[tuple[NDArray[np.int64], ...]]) -> list[dict[str, Float32]]:
-        """Return the denoiser's inputs for prompts, from their token ids for each encoder."""
-        states, told = [], [dict[str, Float32]() for _ in ids]
-        for encoder, own in zip(self.encoders, zip(*ids, strict=True), strict=True):
-            outputs = call(encoder.network, {"input_ids": np.stack(own)})
-            states.append(outputs["text_states"])
-            for one, embeds in zip(told, outputs.get("text_embeds", ()), strict=False):
-                one["text_embeds"] = embeds
-        for one, joined in zip(told, np.concatenate(states, axis=-1), strict=True):
-            one["encoder_hidden_states"] = joined
-        return told
+    def _encode(self, ids: Sequence[NDArray[np.int64]]) -> dict[str, Float32]:
+        """Return the denoiser's inputs for a prompt, from its token ids for each encoder."""
+        states, inputs = [], dict[str, Float32]()
+        for encoder, own in zip(self.encoders, ids, strict=True):
+            outputs = call(encoder.network, {"input_ids": own[None]})
+            states.append(outputs["text_states"][0])
+            if "text_embeds" in outputs:
+                inputs["text_embeds"] = outputs["text_embeds"][0]
+        return {**inputs, "encoder_hidden_states": np.concatenate(states, axis=-1)}
 
 
 def _prompt(request: Request) -> str:

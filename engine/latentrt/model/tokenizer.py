@@ -10,7 +10,6 @@ collapsed, lower case, split into words, then byte pair encoding of each word, t
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from latentrt.bundle.bundle import read_json
 from latentrt.errors import BundleError, OutputError, RequestError
 
 if TYPE_CHECKING:
     import tokenizers
 
 LENGTH = 77
-_EXPORT_AGAIN = "export the checkpoint again: latentrt export CHECKPOINT BUNDLE"
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 _DEFAULTS = {"bos_token": _START, "eos_token": _END, "unk_token": _END, "pad_token": _END}
 _WORDS = (
@@ -111,14 +110,7 @@ def _configuration(folder: Path) -> dict[str, Any]:
 
 def _read_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file, without nulls; {} if there is no such file."""
-    if not path.exists():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise _unreadable(path, error) from error
-    if not isinstance(data, dict):
-        raise _unreadable(path, "no JSON object")
+    data = read_json(path) if path.exists() else {}
     return {key: value for key, value in data.items() if value is not None}
 
 
@@ -144,7 +136,6 @@ def _build_core(folder: Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
             raise BundleError(
                 f"{folder} has neither tokenizer.json nor {path.name}",
                 needed="tokenizer.json, or vocab.json and merges.txt",
-                fix=_EXPORT_AGAIN,
             )
     unknown = _content(config["unk_token"])
     try:
@@ -209,7 +200,6 @@ def _id(core: tokenizers.Tokenizer, token: str | dict[str, Any], folder: Path) -
         raise BundleError(
             f"{folder} names the special token {_content(token)!r}, which its vocabulary lacks",
             needed="special tokens with an id",
-            fix=_EXPORT_AGAIN,
         )
     return number
 
@@ -223,7 +213,7 @@ def _length(config: dict[str, Any]) -> int:
 
 
 def _unreadable(path: Path, why: object) -> BundleError:
-    return BundleError(f"{path} cannot be read ({why})", needed="a CLIP tokenizer's file, whole", fix=_EXPORT_AGAIN)
+    return BundleError(f"{path} cannot be read ({why})", needed="a CLIP tokenizer's file, whole")
 
 
 def _check_text(text: object) -> None:

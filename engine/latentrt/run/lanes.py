@@ -54,6 +54,10 @@ def open_lanes(
     """
     if backend.gpu is None:
         return HostLanes(model.predictor, count or ON_A_CPU), None
-    from latentrt.run.program import on_device
+    from latentrt.run.device import DeviceLanes
+    from latentrt.run.program import Program, on_device
 
-    return on_device(model, count, capture=backend.facts.captures if capture is None else capture)
+    denoiser = on_device(model, model.spec.denoiser)
+    lanes = count or denoiser.best_lanes
+    capture = backend.facts.captures if capture is None else capture
+    return DeviceLanes(denoiser, lanes, capture=capture), Program(model, lanes, capture=capture)

@@ -8,21 +8,19 @@ encoders, or without a VAE, leave these out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from latentrt.bundle.spec import DECODER, TEXT_ENCODER, LatentSpec
+from latentrt.bundle.spec import DECODER, TEXT_ENCODER
 from latentrt.cuda import kernels
 from latentrt.cuda.base import DeviceArray
 from latentrt.cuda.kernels import PROGRESS
 from latentrt.errors import NetworkError, RequestError
 from latentrt.model.model import Model
-from latentrt.model.predictor import Predictor
 from latentrt.run.arena import Arena, check_fresh
-from latentrt.run.device import DeviceLanes
 from latentrt.run.job import Job, Shapes
 from latentrt.run.pool import Pool
 from latentrt.runtime.base import Bound, DeviceNetwork
@@ -32,17 +30,6 @@ from latentrt.sampling.noise import TorchCudaNoise
 Pixels = NDArray[np.uint8]
 KEPT = 4  # kinds of pictures whose memory and graphs are kept
 TEXT_INPUTS = ("encoder_hidden_states", "text_embeds")
-
-
-class Networks(NamedTuple):
-    """What a program runs: text encoders by name in the order in which their states are concatenated, the predictor,
-    and the VAE's decoder, None where pixels are denoised; all on one device.
-    """
-
-    encoders: Mapping[str, DeviceNetwork]
-    predictor: Predictor
-    decoder: DeviceNetwork | None
-    latents: LatentSpec
 
 
 class Kind(NamedTuple):
@@ -66,13 +53,13 @@ class Program:
     """Draws pictures, as many at a time as there are lanes for.
 
     Args:
-        networks: the networks to run.
-        lanes: of every call of the predictor.
+        model: its networks are on a GPU.
+        lanes: of every call of the denoiser.
         capture: False queues the same work call by call: for comparison, and where a library cannot be captured.
     """
 
-    def __init__(self, networks: Networks, lanes: int, *, capture: bool = True) -> None:
-        self._networks, self._lanes, self._capture = networks, lanes, capture
+    def __init__(self, model: Model, lanes: int, *, capture: bool = True) -> None:
+        self._model, self._lanes, self._capture = model, lanes, capture
         self._canvases: Pool[Kind, _Canvas] = Pool(KEPT)
 
     def draw(self, jobs: Sequence[Job]) -> list[Pixels]:
@@ -99,10 +86,8 @@ class Program:
     def _canvas(self, kind: Kind) -> _Canvas:
         needed = 2 if kind.guided else 1
         if self._lanes < needed:
-            raise RequestError(
-                f"the engine has {self._lanes} lanes", needed=f"{needed}", fix=f"load it with lanes={needed}"
-            )
-        return _Canvas(self._networks, kind, self._lanes, self._capture)
+            raise RequestError(f"the engine has {self._lanes} lanes", needed=f"one loaded with lanes={needed}")
+        return _Canvas(self._model, kind, self._lanes, self._capture)
 
     def close(self) -> None:
         """Free the memory."""
@@ -112,26 +97,27 @@ class Program:
 class _Canvas:
     """An arena for one kind of pictures, with the other networks bound to it."""
 
-    def __init__(self, networks: Networks, kind: Kind, lanes: int, capture: bool) -> None:
+    def __init__(self, model: Model, kind: Kind, lanes: int, capture: bool) -> None:
         self.count = lanes // (2 if kind.guided else 1)
-        self._latents, self._kind = networks.latents, kind
-        noises = max(1, kind.noises)
-        self._arena = Arena(networks.predictor, kind.shapes, lanes, slots=self.count, noises=noises, capture=capture)
+        self._latents, self._kind = model.spec.latents, kind
+        denoiser, noises = on_device(model, model.spec.denoiser), max(1, kind.noises)
+        self._arena = Arena(denoiser, kind.shapes, lanes, slots=self.count, noises=noises, capture=capture)
         self._gpu = self._arena.gpu
         self._ids: dict[str, DeviceArray] = {}
         self._states: list[DeviceArray] = []
         self._encoders: list[Bound] = []
         self._decoder: Bound | None = None
         try:
-            for name, encoder in networks.encoders.items():
-                self._bind_encoder(name, encoder, alone=len(networks.encoders) == 1)
-            self._bind_decoder(networks.decoder)
+            encoders = model.spec.named(TEXT_ENCODER)
+            for name in encoders:
+                self._bind_encoder(name, on_device(model, name), alone=len(encoders) == 1)
+            self._bind_decoder(next((on_device(model, name) for name in model.spec.named(DECODER)), None))
         except BaseException:
             self.close()
             raise
 
     def _bind_encoder(self, name: str, encoder: DeviceNetwork, *, alone: bool) -> None:
-        """Bind an encoder to the predictor's own inputs; states of several are copied side by side."""
+        """Bind an encoder to the denoiser's own inputs; states of several are copied side by side."""
         zeros, inputs, lanes = self._arena.zeros, self._arena.inputs, self._arena.lanes
         (ids,) = encoder.graph.inputs
         outputs = {tensor.name: tensor for tensor in encoder.graph.outputs}
@@ -265,14 +251,6 @@ def _as_rows(array: DeviceArray) -> DeviceArray:
     return array.reshape(array.shape[0] * array.shape[1], array.shape[2])
 
 
-def on_device(model: Model, lanes: int | None, *, capture: bool) -> tuple[DeviceLanes, Program]:
-    """Return the lanes and the program of a model whose networks are on a GPU, on the same number of lanes."""
-    count = lanes or model.predictor.best_lanes
-    encoders = {name: _opened(model, name) for name in model.spec.named(TEXT_ENCODER)}
-    decoder = next((_opened(model, name) for name in model.spec.named(DECODER)), None)
-    networks = Networks(encoders, model.predictor, decoder, model.spec.latents)
-    return DeviceLanes(model.predictor, count, capture=capture), Program(networks, count, capture=capture)
-
-
-def _opened(model: Model, name: str) -> DeviceNetwork:
+def on_device(model: Model, name: str) -> DeviceNetwork:
+    """Return a network of a model whose networks are on a GPU."""
     return cast(DeviceNetwork, model.networks[name].open())

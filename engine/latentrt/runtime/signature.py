@@ -78,25 +78,18 @@ def check_arrays(graph: GraphSpec, arrays: Mapping[str, Shaped]) -> dict[str, in
 def _check(graph: GraphSpec, tensors: Sequence[TensorSpec], arrays: Mapping[str, Shaped], what: str) -> dict[str, int]:
     names = sorted(tensor.name for tensor in tensors)
     if sorted(arrays) != names:
-        raise _mismatch(graph, f"{what} {sorted(arrays)}", f"{what} {names}")
+        raise NetworkError(f"{graph.path} was fed {what} {sorted(arrays)}", needed=f"{what} {names}")
     sizes = sizes_of(graph.inputs, {name: array.shape for name, array in arrays.items()})
     for tensor in tensors:
         array = arrays[tensor.name]
-        if array.dtype != np.dtype(tensor.dtype) or not _fits(tensor, array.shape, sizes):
-            found = f"{tensor.name} of {array.dtype} {tuple(array.shape)}"
-            raise _mismatch(graph, found, f"{tensor.dtype} {tensor.shape}{_told(tensor, sizes)}")
+        fits = len(array.shape) == len(tensor.shape) and tuple(array.shape) == shape_of(tensor, sizes)
+        if array.dtype != np.dtype(tensor.dtype) or not fits:
+            found = f"{graph.path} was fed {tensor.name} of {array.dtype} {tuple(array.shape)}"
+            raise NetworkError(found, needed=f"{tensor.dtype} {tensor.shape}{_told(tensor, sizes)}")
     return sizes
-
-
-def _fits(tensor: TensorSpec, shape: Shape, sizes: Mapping[str, int]) -> bool:
-    return len(shape) == len(tensor.shape) and tuple(shape) == shape_of(tensor, sizes)
 
 
 def _told(tensor: TensorSpec, sizes: Mapping[str, int]) -> str:
     """Return the sizes of the symbolic dimensions, for an error's text."""
     told = ", ".join(f"{name} {sizes[name]}" for name in symbols([tensor]) if name in sizes)
     return f" with {told}" if told else ""
-
-
-def _mismatch(graph: GraphSpec, found: str, needed: str) -> NetworkError:
-    return NetworkError(f"{graph.path} was fed {found}", needed=needed)

@@ -15,7 +15,7 @@ A run that keeps a part of a given picture ends every row with
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -27,11 +27,10 @@ from latentrt.sampling.schedule import Schedule
 from latentrt.sampling.solvers import ALIASES, SOLVERS, Solver
 from latentrt.sampling.spacing import CLEAN, Grid
 from latentrt.sampling.trace import Call, trace, x0_from
-from latentrt.values import did_you_mean
+from latentrt.values import did_you_mean, is_number, is_whole
 
 Float32 = NDArray[np.float32]
 SLOTS = 4
-FIX = "use another solver"
 COLUMNS = (
     *("timestep", "c_in", "p", "q", "clip", "slot", "a", "o"),
     *(f"b{k}" for k in range(SLOTS)),
@@ -68,8 +67,7 @@ class Table:
     `array` has shape (rows, len(COLUMNS)) and dtype float64; kernels read it as float32. `start` is what standard
     normal noise is multiplied by to become the first latents. A row is a network call, not a step: Heun at N steps has
     2N - 1 rows. `known`, (rows + 1, 2) float64, has the weights of clean latents and of noise that make latents of the
-    level before the first row, and after each row (`noised`). `scalars` are further columns by name, (rows,) float64:
-    inputs of the network that are one number for each lane, as the timestep is.
+    level before the first row, and after each row (`noised`).
     """
 
     solver: str
@@ -77,7 +75,6 @@ class Table:
     start: float
     array: NDArray[np.float64]
     known: NDArray[np.float64]
-    scalars: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.array)
@@ -135,7 +132,7 @@ def tabulate(solver: str | None, schedule: Schedule, steps: int, *, strength: fl
     Source:
         each solver's paper, named in `latentrt.sampling.solvers`; parity with diffusers 0.42 holds to 1e-5 in float32.
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+    if not is_whole(steps) or steps < 1:
         raise RequestError(f"steps is {steps!r}", needed="a whole number of 1 or more")
     name, chosen = _find(solver, schedule)
     first = _first(name, chosen, steps, strength)
@@ -161,21 +158,14 @@ def tabulate(solver: str | None, schedule: Schedule, steps: int, *, strength: fl
 
 def _first(name: str, solver: Solver, steps: int, strength: float) -> int:
     """Return how many steps of the whole run are left out."""
-    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 < strength <= 1:
+    if not is_number(strength) or not 0 < strength <= 1:
         raise RequestError(f"strength is {strength!r}", needed="a number above 0 and at most 1")
     first = steps - int(steps * strength)
     if first == steps:
-        raise RequestError(
-            f"a strength of {strength:g} leaves none of {steps} steps",
-            needed=f"1 / {steps} or more",
-            fix="raise strength, or take more steps",
-        )
+        raise RequestError(f"a strength of {strength:g} leaves none of {steps} steps", needed=f"1 / {steps} or more")
     if first and solver.only_whole:
-        raise ScheduleError(
-            f"{name} cannot begin midway ({solver.only_whole})",
-            needed="a strength of 1 or another solver",
-            fix="take dpmpp-2m",
-        )
+        needed = "a strength of 1, or another solver such as dpmpp-2m"
+        raise ScheduleError(f"{name} cannot begin midway ({solver.only_whole})", needed=needed)
     return first
 
 
@@ -229,9 +219,7 @@ def advance(row: Row, x: Float32, out: Float32, memory: Float32, noise: Float32 
             result += weight * slot
     if row.c:
         if noise is None:
-            raise RequestError(
-                "the row adds noise and none was given", needed="standard normal noise", fix="pass noise="
-            )
+            raise RequestError("the row adds noise and none was given", needed="noise=, standard normal")
         result += row.c * noise
     return result
 
@@ -286,9 +274,9 @@ def _configured(schedule: Schedule) -> tuple[str, Solver]:
 
 def _check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
     eta, order = arguments.get("eta", 0.0), arguments.get("order", 1)
-    if isinstance(eta, bool) or not isinstance(eta, (int, float)) or not 0 <= eta <= 1:
+    if not is_number(eta) or not 0 <= eta <= 1:
         raise ScheduleError(f"{name} has eta = {eta!r}", needed="a number from 0 to 1")
-    if isinstance(order, bool) or not isinstance(order, int) or not 1 <= order <= SLOTS:
+    if not is_whole(order) or not 1 <= order <= SLOTS:
         raise ScheduleError(f"{name} has order = {order!r}", needed=f"a whole number from 1 to {SLOTS}")
 
 
@@ -304,15 +292,11 @@ def _rows(calls: list[Call], prediction: str) -> list[list[float]]:
                 weights[slots[index]] = value
             elif kind == "noise":
                 if c or index in noises:
-                    raise TraceError(
-                        f"row {k} needs two noises or an earlier one", needed="one new noise a row", fix=FIX
-                    )
+                    raise TraceError(f"row {k} needs two noises or an earlier one", needed="one new noise a row")
                 noises.add(index)
                 c = value
             elif index != k:
-                raise TraceError(
-                    f"row {k} uses {kind} of row {index}", needed="this row's own", fix="let the solver remember it"
-                )
+                raise TraceError(f"row {k} uses {kind} of row {index}", needed="this row's own, or what is remembered")
         here = call.here
         remembers = [call.p, call.q, call.clip, float(slots[k])]
         rows.append([here.timestep, here.c_in, *remembers, a, o, *weights, c, *x0_from(prediction, here)])
@@ -342,7 +326,7 @@ def _allocate(calls: list[Call]) -> list[int]:
     for k, end in enumerate(last_use):
         slot = next((slot for slot in range(SLOTS) if busy_until[slot] < k), None)
         if slot is None:
-            raise TraceError(f"row {k} needs more than {SLOTS} memories", needed=f"at most {SLOTS}", fix=FIX)
+            raise TraceError(f"row {k} needs more than {SLOTS} memories", needed=f"at most {SLOTS}")
         busy_until[slot] = end
         slots.append(slot)
     return slots

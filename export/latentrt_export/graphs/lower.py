@@ -1,4 +1,4 @@
-"""Lower a graph of opset 23 to opset 18, for older parsers: TensorRT 8.6, and 10.x before it had Attention.
+"""Lower a graph of opset 23 to opset 18, for older parsers: TensorRT 10.x.
 
 Attention becomes MatMul, Softmax, MatMul, and Gelu its formula. Every other operator of latentrt's graphs is the same
 in opset 18; later versions added types and attributes (`saturate`, `allowzero` aside) that these graphs do not use.

@@ -10,7 +10,6 @@ from latentrt.runtime.tensorrt.library import Library
 from latentrt.runtime.tensorrt.record import REFITTABLE, STRIPPED, VERSION_COMPATIBLE
 
 BROKEN_REFIT = (11, 3)  # its own documentation: the bias of a product can get lost
-UNTYPED_LAYERS = ("CAST", "CONSTANT", "SHAPE")  # 8.6 takes no precision for them
 
 
 def opset(library: Library) -> int:
@@ -20,9 +19,9 @@ def opset(library: Library) -> int:
 
 
 def new_network(library: Library, builder: Any) -> Any:
-    """Return an empty network whose own types decide where it computes in half; for 8.6, `configure` sets them."""
+    """Return an empty network whose own types decide where it computes in half."""
     flags = library.module.NetworkDefinitionCreationFlag
-    return builder.create_network(1 << int(flags.EXPLICIT_BATCH if library.old else flags.STRONGLY_TYPED))
+    return builder.create_network(1 << int(flags.STRONGLY_TYPED))
 
 
 def new_parser(library: Library, network: Any, logger: Any) -> Any:
@@ -32,8 +31,8 @@ def new_parser(library: Library, network: Any, logger: Any) -> Any:
     return parser
 
 
-def configure(library: Library, config: Any, network: Any, precision: str, options: Collection[str] = ()) -> None:
-    """Set the flags of an IBuilderConfig for a network in a precision ("fp16", "fp32") and a key's options.
+def configure(library: Library, config: Any, options: Collection[str] = ()) -> None:
+    """Set the flags of an IBuilderConfig for a key's options.
 
     Products of float32 are kept in float32 (no TF32), as on every other backend.
 
@@ -46,8 +45,6 @@ def configure(library: Library, config: Any, network: Any, precision: str, optio
         config.set_flag(flag.REQUIRE_USER_ALLOCATION)  # enqueueing allocates nothing, so that it can be captured
     for name in option_flags(library, options):
         config.set_flag(getattr(flag, name))
-    if library.old:
-        _configure_old(library.module, config, network, precision)
 
 
 def option_flags(library: Library, options: Collection[str]) -> list[str]:
@@ -106,28 +103,6 @@ def let_attention_decompose(library: Library, network: Any) -> None:
         if layer.type.name == "ATTENTION_INPUT":
             layer.__class__ = library.module.IAttentionInputLayer
             layer.attention.decomposable = True
-
-
-def reports_progress(library: Library) -> bool:
-    """Return whether the builder reports progress, and asks whether to stop; since 10."""
-    return hasattr(library.module, "IProgressMonitor")
-
-
-def _configure_old(module: Any, config: Any, network: Any, precision: str) -> None:
-    """Let 8.6 compute in half, except in the layers that have float32 in the graph."""
-    if precision == "fp16":
-        config.set_flag(module.BuilderFlag.FP16)
-    sources = module.TacticSource  # neither cuBLAS nor cuDNN has to be installed
-    config.set_tactic_sources(1 << int(sources.EDGE_MASK_CONVOLUTIONS) | 1 << int(sources.JIT_CONVOLUTIONS))
-    config.set_preview_feature(module.PreviewFeature.PROFILE_SHARING_0806, True)  # several contexts of a profile
-    config.set_flag(module.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
-    for index in range(network.num_layers):
-        layer = network.get_layer(index)
-        outputs = [layer.get_output(i) for i in range(layer.num_outputs)]
-        if layer.type.name not in UNTYPED_LAYERS and any(out.dtype == module.float32 for out in outputs):
-            layer.precision = module.float32
-            for i, output in enumerate(outputs):
-                layer.set_output_type(i, output.dtype)
 
 
 def _check_options(library: Library, options: Collection[str], flags: list[str]) -> None:

@@ -123,7 +123,7 @@ class _Builder:
         building.mark_refittable(self._network, refit)
         building.let_attention_decompose(library, self._network)
         config = self._builder.create_builder_config()
-        building.configure(library, config, self._network, key.precision, key.options)
+        building.configure(library, config, key.options)
         building.aim(library, config, key.compute_capability)
         building.limit(library, config, self._order.workspace)
         for profile in key.profiles:

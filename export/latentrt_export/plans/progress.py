@@ -7,15 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 from latentrt.runtime.tensorrt.library import Library
-from latentrt_export.plans import building
 
 Report = Callable[[str, float], None]  # what TensorRT does, and the share that is done
 
 
 def watch(library: Library, config: Any, report: Report, cancelled: Callable[[], bool]) -> Any:
     """Have TensorRT report progress, and ask whether to stop; return the object that must outlive the build."""
-    if not building.reports_progress(library):
-        return None
 
     class Monitor(library.module.IProgressMonitor):  # type: ignore[misc,name-defined]
         """Raises nothing: TensorRT's caller is C++ that takes no exceptions."""

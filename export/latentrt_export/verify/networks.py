@@ -116,5 +116,5 @@ def _sizes(engine: Engine) -> tuple[tuple[int, int], tuple[int, int]]:
 
 def _texts(text: Text | None, prompts: Sequence[str]) -> dict[str, Array]:
     """What the denoiser is told of prompts, by the names of its inputs."""
-    told = text.encode_all(prompts) if text is not None else [{}]
+    told = [text.encode(prompt) for prompt in prompts] if text is not None else [{}]
     return {name: np.stack([each[name] for each in told]) for name in told[0]}

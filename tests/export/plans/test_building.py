@@ -14,7 +14,7 @@ from latentrt_export.plans import building
 
 ALL_FLAGS = ("TF32", "STRIP_PLAN", "REFIT", "REFIT_IDENTICAL", "REFIT_INDIVIDUAL", "VERSION_COMPATIBLE")
 FLAGS = SimpleNamespace(**{name: name for name in (*ALL_FLAGS, "EXCLUDE_LEAN_RUNTIME", "REQUIRE_USER_ALLOCATION")})
-OLD_FLAGS = SimpleNamespace(TF32="TF32", FP16="FP16", REFIT="REFIT", VERSION_COMPATIBLE="VERSION_COMPATIBLE")
+NO_FLAGS = SimpleNamespace()
 
 
 def library(name: str, version: str, **module: Any) -> Library:
@@ -24,7 +24,7 @@ def library(name: str, version: str, **module: Any) -> Library:
 @pytest.mark.parametrize(
     ("name", "version", "opset"),
     [
-        *(("tensorrt", "8.6.1", 18), ("tensorrt", "10.3.0", 18), ("tensorrt", "11.4.0.106", 23)),
+        *(("tensorrt", "10.3.0", 18), ("tensorrt", "11.4.0.106", 23)),
         ("tensorrt", "10.16.1.11", 18),  # its Attention needs four axes
         ("tensorrt-rtx", "1.7.1.116", 23),
     ],
@@ -45,7 +45,7 @@ def test_version_compatible_plans_carry_no_host_code() -> None:
 @pytest.mark.parametrize(
     ("name", "version", "flags", "options", "words"),
     [
-        ("tensorrt", "8.6.1", OLD_FLAGS, (STRIPPED,), "STRIP_PLAN"),
+        ("tensorrt-rtx", "1.0.0", NO_FLAGS, (STRIPPED,), "STRIP_PLAN"),
         ("tensorrt-rtx", "1.7.1.116", FLAGS, (VERSION_COMPATIBLE,), "without --version-compatible"),
         ("tensorrt", "11.4.0.106", FLAGS, (VERSION_COMPATIBLE, STRIPPED), "lean runtime cannot refit"),
         ("tensorrt", "11.4.0.106", FLAGS, (VERSION_COMPATIBLE, REFITTABLE), "lean runtime cannot refit"),

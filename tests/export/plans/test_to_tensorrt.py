@@ -38,7 +38,7 @@ def _private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-FAKE = Library("tensorrt", fake_builder, fake_builder.__version__, fake_builder.NUMBERS)
+FAKE = Library("tensorrt", fake_builder, fake_builder.__version__, (11, 4, 0, 106))
 Fake = Callable[..., Library]
 
 
@@ -80,8 +80,7 @@ def built_plans(library: Library, plans: Path, **how: Any) -> list[dict[str, Any
 
 def test_the_stand_in_has_the_names_of_the_real_thing() -> None:
     real = pytest.importorskip("tensorrt_rtx")
-    own = {"layers", "weights", "marked", "inputs", "opset", "told", "data", "shapes", "held", "OTHER"}
-    own |= {"set_output_type"}  # 8.6 and 10
+    own = {"layers", "weights", "marked", "inputs", "opset", "told", "data", "shapes", "OTHER"}
     for name, mine in vars(fake_builder).items():
         if isinstance(mine, type) and mine.__module__ == fake_builder.__name__:
             public = {member for member in vars(mine) if not member.startswith("_")} - own
@@ -118,19 +117,11 @@ def test_a_build_puts_every_plan_in_its_place(fake: Fake, tmp_path: Path) -> Non
     assert estimates_of(EMOJI, library, orders)[0].seconds == built[0].record.made["seconds"]
 
 
-@pytest.mark.parametrize("version", ["8.6.1.6", "10.3.0.26"])
-def test_older_versions_get_older_graphs(fake: Fake, tmp_path: Path, version: str) -> None:
-    (half,) = built_plans(fake(version), tmp_path / "plans", networks=["unet"], precision="fp16")
+def test_older_versions_get_older_graphs(fake: Fake, tmp_path: Path) -> None:
+    (half,) = built_plans(fake("10.3.0.26"), tmp_path / "plans", networks=["unet"], precision="fp16")
     assert half["opset"] == 18
     assert half["decomposable"] == []  # no Attention
-    if version.startswith("8"):
-        assert half["flags"] == ["FP16", "OBEY_PRECISION_CONSTRAINTS"]
-        assert half["held"] > 3  # the islands: the time embedding is one
-        assert half["sources"] == 0b11
-        assert "TACTIC_DRAM" not in half["limits"]
-    else:
-        assert half["flags"] == []
-        assert half["held"] == 0
+    assert half["flags"] == []
 
 
 def test_stripped_plans_know_where_their_weights_lie(fake: Fake, tmp_path: Path) -> None:
@@ -150,7 +141,6 @@ def test_stripped_plans_know_where_their_weights_lie(fake: Fake, tmp_path: Path)
 @pytest.mark.parametrize(
     ("version", "options", "words"),
     [
-        ("8.6.1.6", [STRIPPED], "STRIP_PLAN"),
         ("11.3.0.1", [STRIPPED], r"not 11\.3"),
         ("11.4.0.1", [STRIPPED, VERSION_COMPATIBLE], "lean runtime cannot refit"),
     ],

@@ -217,21 +217,6 @@ def test_rtx_compiles_for_the_shapes_at_once(bundle: Bundle, gpu: HostGpu) -> No
     network.close()
 
 
-def test_8_6_reads_narrow_ids(bundle: Bundle, gpu: HostGpu) -> None:
-    old = FakeTensorRt(version="8.6.1")
-    put_plan(bundle, "text_encoder", old, gpu, {"batch": (1, 1, 2)})
-    network = load(bundle, old, gpu, "text_encoder")
-    assert network.graph.inputs[0].dtype == "int32"
-    states = network({"input_ids": np.array([[1, 0, 7]], np.int32)})["text_states"]
-    np.testing.assert_array_equal(states[0, :, 0], [5, 0, 35])
-    ids, out = gpu.zeros((1, 3), np.int64), gpu.zeros((1, 3, 5), np.float32)
-    with pytest.raises(NetworkError, match="input_ids of int64"):
-        network.bind({"input_ids": ids, "text_states": out})
-    network.close()
-    for array in (ids, out):
-        gpu.free(array)
-
-
 @pytest.mark.parametrize("first", [(2, 4), (1, 2)])
 def test_which_plan_serves_does_not_depend_on_earlier_calls(
     bundle: Bundle, fake: FakeTensorRt, gpu: HostGpu, first: tuple[int, int]

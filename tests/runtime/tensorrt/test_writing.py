@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -90,12 +89,6 @@ def test_a_folder_that_cannot_be_read_is_named(store: PlanStore) -> None:
     store.folder.write_text("a file")
     with pytest.raises(PlanError, match=r"plans cannot be read \(.*Not a directory"):
         store.fitting(KEY)
-
-
-def test_a_networks_name_cannot_lead_out(store: PlanStore) -> None:
-    with pytest.raises(PlanError, match="without slashes"):
-        store.put(record(replace(KEY, network="../unet")), PLAN)
-    assert not store.folder.exists()
 
 
 def test_the_record_of_a_name_is_that_of_the_last_build(store: PlanStore) -> None:

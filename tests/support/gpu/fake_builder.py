@@ -19,7 +19,6 @@ import onnx
 
 __version__ = os.environ.get("FAKE_TENSORRT_VERSION", "11.4.0.106")
 FAULT = os.environ.get("FAKE_TENSORRT_FAULT", "")
-NUMBERS = tuple(int(part) for part in __version__.split("."))
 STEPS = 4
 
 
@@ -39,23 +38,14 @@ class MemoryPoolType(enum.IntEnum):
     WORKSPACE, TACTIC_DRAM = range(2)
 
 
-class TacticSource(enum.IntEnum):
-    EDGE_MASK_CONVOLUTIONS, JIT_CONVOLUTIONS = range(2)
-
-
 class OnnxParserFlag(enum.IntEnum):
     NATIVE_INSTANCENORM = 0
 
 
-_FLAGS = ["TF32", "REFIT", "VERSION_COMPATIBLE", "EXCLUDE_LEAN_RUNTIME"]
-_FLAGS += ["STRIP_PLAN", "REFIT_IDENTICAL", "REFIT_INDIVIDUAL"] if NUMBERS >= (10,) else ["FP16"]
-_FLAGS += ["OBEY_PRECISION_CONSTRAINTS"] if NUMBERS < (11,) else []
+_FLAGS = ["TF32", "REFIT", "VERSION_COMPATIBLE", "EXCLUDE_LEAN_RUNTIME", "STRIP_PLAN", "REFIT_IDENTICAL"]
+_FLAGS += ["REFIT_INDIVIDUAL"]
 BuilderFlag = enum.IntEnum("BuilderFlag", _FLAGS, start=0)  # type: ignore[misc]
-NetworkDefinitionCreationFlag = enum.IntEnum(  # type: ignore[misc]
-    "NetworkDefinitionCreationFlag", ["STRONGLY_TYPED"] if NUMBERS >= (10,) else ["EXPLICIT_BATCH"], start=0
-)
-if NUMBERS < (10,):
-    PreviewFeature = enum.IntEnum("PreviewFeature", ["PROFILE_SHARING_0806"], start=0)  # type: ignore[misc]
+NetworkDefinitionCreationFlag = enum.IntEnum("NetworkDefinitionCreationFlag", ["STRONGLY_TYPED"], start=0)  # type: ignore[misc]
 
 
 class ILogger:
@@ -66,12 +56,10 @@ class ILogger:
         raise NotImplementedError
 
 
-if NUMBERS >= (10,):
-
-    class IProgressMonitor:
-        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None: ...
-        def phase_finish(self, phase_name: str) -> None: ...
-        def step_complete(self, phase_name: str, step: int) -> bool: ...
+class IProgressMonitor:
+    def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None: ...
+    def phase_finish(self, phase_name: str) -> None: ...
+    def step_complete(self, phase_name: str, step: int) -> bool: ...
 
 
 class ITensor:
@@ -85,13 +73,9 @@ class ILayer:
         self.type = types.get(node.op_type, LayerType.OTHER)
         self.name, self._outputs = node.name, outputs
         self.num_outputs = len(outputs)
-        self.held: list[str] = []
 
     def get_output(self, index: int) -> ITensor:
         return self._outputs[index]
-
-    def set_output_type(self, index: int, dtype: DataType) -> None:
-        self.held.append(dtype.name)
 
 
 class IAttention:
@@ -192,12 +176,6 @@ class IBuilderConfig:
     def clear_flag(self, flag: Any) -> None:
         self.told["flags"].remove(flag.name)
 
-    def set_tactic_sources(self, tactic_sources: int) -> None:
-        self.told["sources"] = tactic_sources
-
-    def set_preview_feature(self, feature: Any, enable: bool) -> None:
-        self.told["preview"] = feature.name
-
     def set_memory_pool_limit(self, pool: MemoryPoolType, pool_size: int) -> None:
         self.told["limits"][pool.name] = pool_size
 
@@ -240,9 +218,8 @@ class Builder:
         self._logger.log(severity.INFO, "Total Activation Memory: 4096")
         if not self._steps(config.progress_monitor):
             return None
-        held = sum(bool(layer.held) for layer in network.layers)
         attention = [layer for layer in network.layers if isinstance(layer, IAttentionInputLayer)]
-        told = {**config.told, "held": held, "inputs": network.inputs, "opset": network.opset}
+        told = {**config.told, "inputs": network.inputs, "opset": network.opset}
         told |= {"marked": network.marked, "network_flags": network.flags}
         told["decomposable"] = [layer.attention.decomposable for layer in attention]
         return json.dumps(told).encode()

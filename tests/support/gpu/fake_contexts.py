@@ -14,9 +14,7 @@ from latentrt.runtime.signature import shape_of, sizes_of
 from tests.support.gpu.fake_types import Severity
 
 
-class _Context:
-    """The attributes of contexts of every version."""
-
+class IExecutionContext:
     def __init__(self, engine: Any) -> None:
         self._engine, self._fake = engine, engine._fake
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -82,15 +80,6 @@ class _Context:
         buffer = (ctypes.c_char * (count * dtype.itemsize)).from_address(self._addresses[name])
         return np.frombuffer(buffer, dtype, count).reshape(shape)
 
-    def _needed(self) -> int:
-        raise NotImplementedError
-
-    def _refuse(self, words: str) -> bool:
-        self._engine._logger.log(Severity.ERROR, f"IExecutionContext: Error Code 3: API Usage Error ({words})")
-        return False
-
-
-class IExecutionContext(_Context):
     def update_device_memory_size_for_shapes(self) -> int:
         assert not self.infer_shapes()
         return self._needed()
@@ -103,11 +92,6 @@ class IExecutionContext(_Context):
         """Return the bytes for these shapes: as much as the plan says for each number of the inputs."""
         return int(self._engine.device_memory_size_v2) * sum(map(math.prod, self._shapes.values()))
 
-
-class OldContext(_Context):
-    """IExecutionContext of 8.6."""
-
-    device_memory = property(None, lambda self, memory: setattr(self, "_memory", (memory, self._needed())))
-
-    def _needed(self) -> int:
-        return int(self._engine.device_memory_size)
+    def _refuse(self, words: str) -> bool:
+        self._engine._logger.log(Severity.ERROR, f"IExecutionContext: Error Code 3: API Usage Error ({words})")
+        return False

@@ -13,14 +13,13 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import onnx
 import onnxruntime
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from latentrt.runtime.tensorrt.library import Library
-from tests.support.gpu.fake_contexts import IExecutionContext, OldContext
+from tests.support.gpu.fake_contexts import IExecutionContext
 from tests.support.gpu.fake_types import (
     TYPES,
     DataType,
@@ -62,7 +61,7 @@ class Runtime:
             )
         if fake.out_of_memory:
             return self._refuse("[defaultAllocator.cpp::allocate::31] Error Code 1: Cuda Runtime (out of memory)")
-        return fake.engine_class(fake, self.logger, plan)
+        return ICudaEngine(fake, self.logger, plan)
 
     def _refuse(self, words: str) -> None:
         self.logger.log(Severity.ERROR, f"IRuntime::deserializeCudaEngine: Error Code 1: {words}")
@@ -131,10 +130,6 @@ class ICudaEngine:
                 self._model.SerializeToString(), options, providers=["CPUExecutionProvider"]
             )
         names = [t["name"] for t in self._plan["outputs"]]
-        for tensor in self._session.get_inputs():
-            feeds[tensor.name] = feeds[tensor.name].astype(
-                {"tensor(int64)": np.int64}.get(tensor.type, feeds[tensor.name].dtype)
-            )
         return dict(zip(names, self._session.run(names, feeds), strict=True))
 
 
@@ -153,17 +148,6 @@ class RuntimeConfig:
 
     def set_runtime_cache(self, cache: object) -> bool:
         return True
-
-
-class OldEngine(ICudaEngine):
-    """ICudaEngine of 8.6."""
-
-    @property
-    def device_memory_size(self) -> int:
-        return 4096 * self._plan["memory"]
-
-    def create_execution_context_without_device_memory(self) -> OldContext:
-        return OldContext(self)
 
 
 class Refitter:
@@ -221,7 +205,7 @@ class FakeTensorRt:
 
     Args:
         name: the flavour.
-        version: its version; "8.6.1" has the interface of 8.6.
+        version: its version.
         submit: queues a function on the emulated device's stream; the default calls it at once.
     """
 
@@ -241,11 +225,7 @@ class FakeTensorRt:
         self.sent: set[str] = set()
         self.contexts: list[Any] = []
         self.out_of_memory = self.enqueue_fails = False
-        self.engine_class = ICudaEngine
-        if self.__version__.startswith("8."):
-            self.engine_class = OldEngine
-        else:
-            self.ExecutionContextAllocationStrategy = ExecutionContextAllocationStrategy
+        self.ExecutionContextAllocationStrategy = ExecutionContextAllocationStrategy
         if name == "tensorrt-rtx":
             self.DynamicShapesKernelSpecializationStrategy = DynamicShapesKernelSpecializationStrategy
 

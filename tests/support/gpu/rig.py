@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -155,8 +155,9 @@ class Rig:
         self.gpu.upload(np.full(part.shape, value, part.dtype), part)
 
     def close(self) -> None:
-        for array in self.state.arrays:
-            self.gpu.free(array)
+        for each in fields(self.state):
+            if (array := getattr(self.state, each.name)) is not None:
+                self.gpu.free(array)
 
 
 def _ahead(job: Job) -> Float32:

@@ -70,7 +70,7 @@ class TensorRtNetwork:
     """
 
     def __init__(self, host: Host, store: PlanStore, graph: GraphSpec, wanted: PlanKey) -> None:
-        self.graph, self.gpu = host.library.signature(graph), host.gpu
+        self.graph, self.gpu = graph, host.gpu
         self._host, self._store, self._wanted = host, store, wanted
         self._loaded: dict[str, LoadedPlan] = {}
         self._bounds: dict[int, TensorRtBound] = {}
@@ -102,9 +102,7 @@ class TensorRtNetwork:
             UntrustedFileError, DeviceMemoryError: see `TensorRtBackend.load`.
         """
         if self._closed:
-            raise BackendError(
-                "the network was closed", needed="an open one", fix="load the engine again: Engine.load(...)"
-            )
+            raise BackendError("the network was closed", needed="an open one", fix="load the engine again")
         sizes = check_arrays(self.graph, arrays)
         _check_alignment(self.graph, arrays)
         plan = self._plan(sizes)
@@ -213,7 +211,6 @@ def _check_alignment(graph: GraphSpec, arrays: Mapping[str, DeviceArray]) -> Non
             raise NetworkError(
                 f"{graph.path} was given {name} at address {array.pointer:#x}",
                 needed=f"an address that is a multiple of {ALIGNMENT}",
-                fix="bind a whole array, or a part that begins there",
             )
 
 

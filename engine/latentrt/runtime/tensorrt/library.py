@@ -1,4 +1,4 @@
-"""The differences between TensorRT's flavours: which library is installed, and how 8.6, 10, 11, RTX and lean differ.
+"""The differences between TensorRT's flavours: which library is installed, and how 10, 11, RTX and lean differ.
 
 Code asks here for a property by its name, so that no other module compares flavours or version numbers; what matters
 only when plans are built is in latentrt_export/plans/building.py. Names that a version lacks are looked up only where
@@ -13,13 +13,12 @@ import logging
 import re
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 
 from latentrt.bundle.bundle import Bundle
-from latentrt.bundle.spec import GraphSpec
 from latentrt.cuda.driver import DRIVERS
 from latentrt.errors import BackendError, MissingDependencyError, PlanError
 from latentrt.runtime.tensorrt.plans import weights_digest
@@ -28,17 +27,13 @@ from latentrt.runtime.tensorrt.record import PlanKey
 log = logging.getLogger(__name__)
 
 
-class _Flavour(NamedTuple):
-    module: str
-    install: str
-
-
-FLAVOURS = {
-    "tensorrt": _Flavour("tensorrt", "pip install 'latentrt[tensorrt]' (Jetson: apt install python3-libnvinfer)"),
-    "tensorrt-rtx": _Flavour("tensorrt_rtx", "pip install 'latentrt[tensorrt-rtx]'"),
-    "tensorrt-lean": _Flavour("tensorrt_lean", "pip install tensorrt-lean"),
+INSTALL = {
+    "tensorrt": "pip install 'latentrt[tensorrt]' (Jetson: apt install python3-libnvinfer)",
+    "tensorrt-rtx": "pip install 'latentrt[tensorrt-rtx]'",
+    "tensorrt-lean": "pip install tensorrt-lean",
 }
-LIBRARIES = tuple(FLAVOURS)
+LIBRARIES = tuple(INSTALL)
+OLDEST = 10  # the first TensorRT with int64 and strong typing; RTX counts for itself
 DTYPES = {
     "FLOAT": "float32",
     "HALF": "float16",
@@ -70,11 +65,6 @@ class Library:
     def rtx(self) -> bool:
         """Whether kernels are compiled where the plan runs; its version numbers are its own (1.x)."""
         return self.name == "tensorrt-rtx"
-
-    @property
-    def old(self) -> bool:
-        """Whether it is 8.6, which has no int64 and no strong typing."""
-        return not self.rtx and self.numbers < (10,)
 
     @property
     def builds(self) -> bool:
@@ -110,13 +100,6 @@ class Library:
         """
         return self._start("Builder", logger)
 
-    def signature(self, graph: GraphSpec) -> GraphSpec:
-        """Return a graph's signature as its plan has it: without int64 (8.6) token ids are int32."""
-        if not self.old:
-            return graph
-        inputs = tuple(replace(t, dtype="int32") if t.dtype == "int64" else t for t in graph.inputs)
-        return replace(graph, inputs=inputs)
-
     def dtype(self, dtype: Any) -> np.dtype[Any]:
         """Return numpy's dtype for one of TensorRT's, whose own `nptype` fails under newer numpy in old versions.
 
@@ -133,9 +116,6 @@ class Library:
         RTX compiles kernels for the shapes at hand: at once, or a captured CUDA graph would keep the slow ones that
         stand in for them. All contexts of an engine share what was compiled.
         """
-        if not hasattr(self.module, "ExecutionContextAllocationStrategy"):  # 8.6
-            make: Callable[[], Any] = engine.create_execution_context_without_device_memory
-            return make
         strategy = self.module.ExecutionContextAllocationStrategy.USER_MANAGED
         if not self.rtx:
             return lambda: engine.create_execution_context(strategy)
@@ -148,19 +128,6 @@ class Library:
         config.set_runtime_cache(cache)
         held = config, cache  # the library may need both as long as the contexts
         return lambda: engine.create_execution_context(held[0])
-
-    def memory_needed(self, engine: Any, context: Any) -> int:
-        """Return the bytes of device memory that a context needs for the shapes that it has (8.6: for any shapes)."""
-        if hasattr(context, "update_device_memory_size_for_shapes"):
-            return int(context.update_device_memory_size_for_shapes())
-        return int(engine.device_memory_size)
-
-    def give_memory(self, context: Any, pointer: int, size: int) -> None:
-        """Set the device memory that a context uses during a call; 256-byte aligned."""
-        if hasattr(context, "set_device_memory"):
-            context.set_device_memory(pointer, size)
-        else:
-            context.device_memory = pointer
 
     def _start(self, kind: str, logger: Any) -> Any:
         """Make a Runtime or Builder. Without a driver TensorRT logs an error and returns a null pointer in disguise:
@@ -186,21 +153,24 @@ def open_library(name: str) -> Library:
 
     Raises:
         BackendError: the name is unknown.
-        MissingDependencyError: it, or a shared library that it needs, is not installed.
+        MissingDependencyError: it, or a shared library that it needs, is not installed, or it is older than 10.
     """
-    if name not in FLAVOURS:
+    if name not in LIBRARIES:
         raise BackendError(f"there is no library {name!r}", needed=f"one of {', '.join(LIBRARIES)}")
-    flavour = FLAVOURS[name]
+    package = name.replace("-", "_")
     try:
-        module = importlib.import_module(flavour.module)
+        module = importlib.import_module(package)
     except (ImportError, OSError, RuntimeError) as error:
         lacking = re.search(r"lib[\w+-]+\.so[.\d]*", str(error))
-        needed = f"the shared library {lacking.group()}" if lacking else f"the Python package {flavour.module}"
+        needed = f"the shared library {lacking.group()}" if lacking else f"the Python package {package}"
         raise MissingDependencyError(
-            f"{flavour.module} cannot be imported ({error})", needed=needed, fix=flavour.install
+            f"{package} cannot be imported ({error})", needed=needed, fix=INSTALL[name]
         ) from error
     version = str(module.__version__)
-    return Library(name, module, version, tuple(int(part) for part in re.findall(r"\d+", version)[:4]))
+    library = Library(name, module, version, tuple(int(part) for part in re.findall(r"\d+", version)[:4]))
+    if not library.rtx and library.numbers < (OLDEST,):
+        raise MissingDependencyError(f"{name} is {version}", needed=f"{OLDEST} or newer", fix=INSTALL[name])
+    return library
 
 
 class Device(Protocol):

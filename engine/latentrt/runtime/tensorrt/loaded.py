@@ -178,7 +178,7 @@ class TensorRtBound:
 
     def _set(self, plan: LoadedPlan, arrays: Mapping[str, DeviceArray], profile: int) -> None:
         """Set profile, shapes, working memory and addresses, in this order."""
-        context, library = self._context, self._host.library
+        context = self._context
         self._need(context.set_optimization_profile_async(profile, self._host.gpu.stream), f"profile {profile}")
         self._host.gpu.wait()
         for tensor in self._graph.inputs:
@@ -189,9 +189,8 @@ class TensorRtBound:
         for tensor in self._graph.outputs:
             shape = tuple(context.get_tensor_shape(tensor.name))
             self._need(shape == arrays[tensor.name].shape, f"{tensor.name} of {arrays[tensor.name].shape}, not {shape}")
-        size = library.memory_needed(plan.engine, context)
-        self._piece = self._host.scratch.take(size)
-        library.give_memory(context, self._piece.pointer, self._piece.bytes)
+        self._piece = self._host.scratch.take(int(context.update_device_memory_size_for_shapes()))
+        context.set_device_memory(self._piece.pointer, self._piece.bytes)
         for name, array in arrays.items():
             self._need(context.set_tensor_address(name, array.pointer), f"{name} at address {array.pointer:#x}")
 

@@ -137,13 +137,9 @@ class PlanStore:
         """Write a plan and its record; a plan of the same key is replaced whole or not at all.
 
         Raises:
-            PlanError: it cannot be written, or its network's name leads out of the folder.
+            PlanError: it cannot be written.
         """
         path = self.path(record)
-        if path.parent != self.folder:  # the name comes from a manifest
-            raise PlanError(
-                f"a network is called {record.key.network!r}", needed="a name without slashes", fix="export it again"
-            )
         try:
             try:
                 write_atomic(path, plan, READABLE)

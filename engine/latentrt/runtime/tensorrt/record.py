@@ -104,17 +104,16 @@ class PlanKey:
         serves the lean runtime of the version that built it; other versions would need host code in the plan.
         """
         found = []
-        for what in ("network", "graph", "weights", "precision", "library", "version", "compute_capability"):
+        hardware = ("compute_capability", "gpu", "driver")
+        for what in ("network", "graph", "weights", "precision", "library", "version", *hardware):
             mine, theirs = getattr(self, what), getattr(wanted, what)
             if mine != theirs and not self._may_differ(what, mine, theirs):
-                found.append((what, mine, theirs))
-        for what in ("gpu", "driver"):
-            mine, theirs = getattr(self, what), getattr(wanted, what)
-            if mine and mine != theirs:
                 found.append((what, mine, theirs))
         return found
 
     def _may_differ(self, what: str, mine: str, theirs: str) -> bool:
+        if what in ("gpu", "driver"):
+            return not mine
         if what == "weights":
             return REFITTABLE in self.options
         if what == "library":
