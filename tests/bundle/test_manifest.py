@@ -1,12 +1,16 @@
-"""Manifests are read back as they were written, and refused field by field."""
+"""Manifests are read back as they were written, and refused field by field; those of schema 1 are read too."""
 
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from latentrt.bundle.bundle import EMBEDDED, Bundle
 from latentrt.bundle.manifest import model_from
 from latentrt.bundle.spec import (
     DECODER,
@@ -21,8 +25,10 @@ from latentrt.bundle.spec import (
     TensorSpec,
     Variant,
 )
+from latentrt.engine import Engine
 from latentrt.errors import BundleError, RequestError
 
+OLD = Path(__file__).parent / "data" / "manifest1.json"  # of the embedded model, as latentrt 0.1 wrote it
 SAMPLE = TensorSpec("sample", "float32", ("batch", 4, "height", "width"))
 IMAGE = TensorSpec("image", "float32", ("batch", 3, "8*height", "(width//2)"))
 
@@ -74,6 +80,39 @@ def test_sides_are_multiples_of_the_step() -> None:
     assert latents.pixels_of(24, None) == (24, 32)
     with pytest.raises(RequestError, match=r"height is 20.*a multiple of 8.*take 16 or 24"):
         latents.shape_of(20, None)
+
+
+# ---- Schema 1
+
+
+def test_schema_1_reads_as_what_it_became() -> None:
+    old = json.loads(OLD.read_text(encoding="utf-8"))
+    assert model_from(old["model"], 1) == Bundle.open(check_hashes=False).spec
+
+
+def test_bundles_of_schema_1_draw_the_same(tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(EMBEDDED, bundle)
+    shutil.copy(OLD, bundle / "manifest.json")
+    settings = {"steps": 2, "width": 64, "height": 64}
+    with Engine.load(bundle, threads=1) as old, Engine.load(threads=1, check_hashes=False) as new:
+        for one, other in zip(old("a cat", **settings), new("a cat", **settings), strict=True):
+            np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+
+
+def test_the_first_ones_had_no_half_graphs() -> None:
+    old = json.loads(OLD.read_text(encoding="utf-8"))["model"]
+    spec = model_from({key: value for key, value in old.items() if key not in ("half", "islands", "cuda")}, 1)
+    assert all(list(one.variants) == ["fp32"] for one in spec.networks.values())
+
+
+@pytest.mark.parametrize(
+    "change", [{"graphs": []}, {"tokenizers": 5}, {"half": {"unet": {}}}, {"surprise": 1}], ids=str
+)
+def test_a_broken_one_of_schema_1_is_refused(change: dict[str, Any]) -> None:
+    old = json.loads(OLD.read_text(encoding="utf-8"))["model"]
+    with pytest.raises(BundleError, match="manifest schema 1"):
+        model_from({**old, **change}, 1)
 
 
 # ---- What is refused

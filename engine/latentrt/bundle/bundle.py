@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from latentrt.bundle.manifest import SCHEMA, model_from
+from latentrt.bundle.manifest import SCHEMA, SCHEMAS, model_from
 from latentrt.bundle.spec import ModelSpec
 from latentrt.errors import EXPORT, BundleError, HashMismatchError, UnsafePathError, UnsafeWeightsError
 
@@ -58,7 +58,7 @@ class Bundle:
         """
         root = located(root)
         manifest = read_manifest(root)
-        spec = model_from(manifest["model"])
+        spec = model_from(manifest["model"], manifest["schema"])
         files = _records(manifest["files"])
         bundle = cls(root, spec, files, check_hashes)
         for name in files:
@@ -176,9 +176,11 @@ def read_manifest(root: Path) -> dict[str, Any]:
         )
     manifest = read_json(root / MANIFEST)
     schema = manifest.get("schema")
-    if schema != SCHEMA:
+    if schema not in SCHEMAS:
         raise BundleError(
-            f"{root / MANIFEST} has schema {schema!r}", needed=f"schema {SCHEMA}", fix="update latentrt, or " + EXPORT
+            f"{root / MANIFEST} has schema {schema!r}",
+            needed=f"schema {' or '.join(map(str, SCHEMAS))}",
+            fix="update latentrt, or " + EXPORT,
         )
     for key in ("model", "files"):
         if not isinstance(manifest.get(key), dict):

@@ -1,10 +1,14 @@
-"""`manifest.json`: a ModelSpec as JSON, and back, with every field checked."""
+"""`manifest.json`: a ModelSpec as JSON, and back, with every field checked.
+
+A manifest of schema 1 is brought to schema 2 by `manifest1.py` before it is read.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from latentrt.bundle.manifest1 import upgraded
 from latentrt.bundle.spec import (
     DECODER,
     DENOISER,
@@ -26,21 +30,22 @@ from latentrt.errors import EXPORT, BundleError
 from latentrt.values import is_number, is_text, is_whole
 
 SCHEMA = 2
+SCHEMAS = (1, SCHEMA)  # those that can be read
 DTYPES = ("float16", "float32", "float64", "int32", "int64", "uint8", "bool")
 
 
-def model_from(data: Mapping[str, Any]) -> ModelSpec:
-    """Read the "model" part of a manifest.
+def model_from(data: Mapping[str, Any], schema: int = SCHEMA) -> ModelSpec:
+    """Read the "model" part of a manifest of a schema of SCHEMAS.
 
     Raises:
         BundleError: a field is missing, unknown or of the wrong kind or out of range; each by its name.
     """
     try:
-        spec = _read(data)
+        spec = _read(data if schema == SCHEMA else upgraded(data))
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise BundleError(
             f"manifest.json has a model part that cannot be read ({error!r})",
-            needed=f"the fields of manifest schema {SCHEMA}",
+            needed=f"the fields of manifest schema {schema}",
         ) from error
     check(spec)
     return spec
