@@ -59,14 +59,14 @@ def run(denoiser: Denoiser, *jobs: Job) -> None:
 
 
 def on_device(unet: DeviceNetwork, *jobs: Job, lanes: int = 4, capture: bool = True) -> None:
-    held = DeviceLanes(unet, lanes, capture=capture)
+    held = DeviceLanes(Predictor([unet]), lanes, capture=capture)
     run(Denoiser(held), *jobs)
     held.close()
     assert unet.gpu.in_use == 0  # type: ignore[attr-defined]
 
 
 def on_host(unet: DeviceNetwork, *jobs: Job) -> None:
-    run(Denoiser(HostLanes(Predictor(unet), 16)), *jobs)
+    run(Denoiser(HostLanes(Predictor([unet]), 16)), *jobs)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -125,7 +125,7 @@ def test_a_job_that_keeps_a_part_joins_others(unet: DeviceNetwork) -> None:
     """Memory for kept pictures is taken with the first such job, in the midst of ticks that were captured before;
     no job's latents change by a bit.
     """
-    lanes = DeviceLanes(unet, 6)
+    lanes = DeviceLanes(Predictor([unet]), 6)
     denoiser = Denoiser(lanes)
     first, masked, last = make(1, steps=6), keeping(2, "heun"), make(3, "euler-ancestral")
     denoiser.admit(first)
@@ -164,7 +164,7 @@ plans = st.lists(
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(plan=plans, arrivals=st.lists(st.integers(0, 5), min_size=5, max_size=5))
 def test_joining_and_leaving_changes_no_bit(unet: DeviceNetwork, plan: list[Any], arrivals: list[int]) -> None:
-    lanes = DeviceLanes(unet, 4)
+    lanes = DeviceLanes(Predictor([unet]), 4)
     denoiser = Denoiser(lanes)
     made = [make(seed, solver, steps, scale, side) for seed, solver, steps, scale, side in plan]
     waiting, tick = sorted(zip(arrivals, made, strict=False), key=lambda pair: pair[0]), 0
@@ -184,8 +184,8 @@ def test_previews_are_those_of_numpy(unet: DeviceNetwork) -> None:
     there, here = make(2, "dpmpp-2m"), make(2, "dpmpp-2m")
     seen: list[list[np.ndarray]] = [[], []]
     for job, lanes, pictures in (
-        (there, DeviceLanes(unet, 2), seen[0]),
-        (here, HostLanes(Predictor(unet)), seen[1]),
+        (there, DeviceLanes(Predictor([unet]), 2), seen[0]),
+        (here, HostLanes(Predictor([unet])), seen[1]),
     ):
         denoiser = Denoiser(lanes)
         denoiser.admit(job)
@@ -210,7 +210,7 @@ def test_a_job_that_turns_nan_fails_alone(unet: DeviceNetwork) -> None:
 
 
 def test_a_retired_job_leaves_its_lanes(unet: DeviceNetwork) -> None:
-    lanes = DeviceLanes(unet, 2)
+    lanes = DeviceLanes(Predictor([unet]), 2)
     denoiser, first, second, twin = Denoiser(lanes), make(1), make(2), make(2)
     denoiser.admit(first)
     denoiser.tick()
@@ -226,7 +226,7 @@ def test_a_retired_job_leaves_its_lanes(unet: DeviceNetwork) -> None:
 def test_rooms_that_nobody_uses_make_place() -> None:
     gpu = HostGpu(memory=2_300_000)
     network = OrtBackend(threads=1, gpu=gpu).load(Bundle.open(EMBEDDED, check_hashes=False), "unet")
-    lanes = DeviceLanes(network, 2)
+    lanes = DeviceLanes(Predictor([network]), 2)
     denoiser = Denoiser(lanes)
     run(denoiser, make(1, side=4))
     small = gpu.in_use
@@ -241,7 +241,7 @@ def test_rooms_that_nobody_uses_make_place() -> None:
 
 
 def test_memory_of_shapes_is_kept_within_bounds(unet: DeviceNetwork) -> None:
-    lanes = DeviceLanes(unet, 2)
+    lanes = DeviceLanes(Predictor([unet]), 2)
     denoiser = Denoiser(lanes)
     for side in range(4, 4 + 2 * (ROOMS_KEPT + 2), 2):
         run(denoiser, make(1, steps=1, side=side))

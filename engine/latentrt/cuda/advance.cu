@@ -76,7 +76,9 @@ struct State {
     float* deviation;          // (slots, 2)             of the conditional and of the guided output
     const Slot* slots;         // (slots,)
     Progress* progress;        // (slots,)
-    int n, rows_max, noises_max;
+    float* scalars;            // (scalar_count, scalar_stride) the network's other inputs that are a number for each lane
+    const float* scalar_rows;  // (slots, rows_max, scalar_count) their values by row
+    int n, rows_max, noises_max, scalar_count, scalar_stride;
 };
 
 // ---- Noise: what torch.randn makes on CUDA (TorchCudaNoise of sampling/noise.py) ------------------------------------
@@ -163,14 +165,19 @@ __device__ void feed(const State<T>& s, int slot, int row, int i, float x) {
         if (lane >= 0) put(s.sample[(size_t)lane * s.n + i], next.c_in * x);
 }
 
-// The network's timestep for row `row`. One thread of a job writes it.
+// The network's inputs that are one number for each lane, for row `row`. One thread of a job writes them.
 template <typename T>
-__device__ void feed_timestep(const State<T>& s, int slot, int row) {
+__device__ void feed_numbers(const State<T>& s, int slot, int row) {
     if (blockIdx.x != 0 || threadIdx.x != 0) return;
     const Slot& job = s.slots[slot];
+    const size_t at = (size_t)slot * s.rows_max + row;
     const int lanes[2] = {job.lane_cond, job.lane_uncond};
-    for (int lane : lanes)
-        if (lane >= 0) s.timestep[lane] = s.table[(size_t)slot * s.rows_max + row].timestep;
+    for (int lane : lanes) {
+        if (lane < 0) continue;
+        s.timestep[lane] = s.table[at].timestep;
+        for (int k = 0; k < s.scalar_count; ++k)
+            s.scalars[k * s.scalar_stride + lane] = s.scalar_rows[at * s.scalar_count + k];
+    }
 }
 
 // ---- One row -------------------------------------------------------------------------------------------------------
@@ -230,7 +237,7 @@ __device__ void advance(const State<T>& s) {
     const int slot = blockIdx.y, k = s.progress[slot].row;
     if (k >= s.slots[slot].rows) return;
     const Row row = s.table[(size_t)slot * s.rows_max + k];
-    if (k + 1 < s.slots[slot].rows) feed_timestep(s, slot, k + 1);
+    if (k + 1 < s.slots[slot].rows) feed_numbers(s, slot, k + 1);
     for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < s.n; i += gridDim.x * blockDim.x) {
         const float x = advance_at(s, slot, k, row, i);
         if (k + 1 < s.slots[slot].rows) feed(s, slot, k + 1, i, x);
@@ -245,7 +252,7 @@ __device__ void begin(const State<T>& s, int first) {
     const int slot = first + blockIdx.y, k = s.progress[slot].row;
     const Slot& job = s.slots[slot];
     if (k >= job.rows) return;
-    feed_timestep(s, slot, k);
+    feed_numbers(s, slot, k);
     for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < s.n; i += gridDim.x * blockDim.x) {
         float& x = s.x[(size_t)slot * s.n + i];
         if (k == 0 && job.start != 0) x = job.start * job_noise(job, s.n, 0, i);

@@ -14,6 +14,8 @@ A *slot* is a job's place in device memory, a *lane* one place of the network's 
 | deviation                | (slots, 2)         | float32     | scratch of guidance rescale                          |
 | slots                    | (slots,)           | SLOT        | written by the host, again where lanes move          |
 | progress                 | (slots,)           | PROGRESS    | counted by the device; zeros for a new job           |
+| scalars                  | (inputs, stride)   | float32     | other inputs of the network, a number for each lane  |
+| scalar_rows              | (slots, rows, inputs) | float32  | their values by row                                  |
 
 The host's noise is read in a circle: the k-th that a job adds is at k modulo `noises`.
 Any shape with as many numbers does: sample may be (lanes, 4, 64, 64).
@@ -79,6 +81,8 @@ class State:
     deviation: DeviceArray | None = None
     slots: DeviceArray
     progress: DeviceArray
+    scalars: DeviceArray | None = None
+    scalar_rows: DeviceArray | None = None
 
     @property
     def n(self) -> int:
@@ -99,7 +103,7 @@ class _State(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in _POINTERS),
-        *((name, ctypes.c_int) for name in ("n", "rows_max", "noises_max")),
+        *((name, ctypes.c_int) for name in ("n", "rows_max", "noises_max", "scalar_count", "scalar_stride")),
     )
 
 
@@ -162,4 +166,5 @@ def _pointer(array: DeviceArray | None) -> ctypes.c_void_p:
 
 def _packed(state: State) -> _State:
     pointers = (_pointer(getattr(state, name)) for name in _POINTERS)
-    return _State(*pointers, state.n, state.table.shape[1], state.noise.shape[1] if state.noise else 0)
+    scalars = state.scalars.shape if state.scalars else (0, 0)
+    return _State(*pointers, state.n, state.table.shape[1], state.noise.shape[1] if state.noise else 0, *scalars)

@@ -18,6 +18,8 @@ from latentrt.sampling.noise import NoiseSource
 class Repainted(Conditioner):
     """Fills "beside" (1 + channels, height, width): the mask, 1 where to repaint, and the masked picture's latents."""
 
+    inputs = ("beside",)
+
     def __init__(self, codec: Codec) -> None:
         self._codec = codec
         self._last: tuple[Given, Encoded] | None = None  # for the pictures of one request

@@ -19,6 +19,7 @@ class ClassLabel(Conditioner):
         classes: how many there are; None where the manifest does not say.
     """
 
+    inputs = ("class_labels",)
     fields = ("class_label",)
 
     def __init__(self, dtype: str, classes: int | None) -> None:

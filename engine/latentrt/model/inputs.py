@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 from numpy.typing import NDArray
 
 from latentrt.model.given import Given
@@ -38,9 +39,11 @@ class Conditioner:
     """Fills some of the denoiser's inputs.
 
     Attributes:
+        inputs: names of the inputs that it fills.
         fields: fields of a request that only models with this conditioner read.
     """
 
+    inputs: tuple[str, ...] = ()
     fields: tuple[str, ...] = ()
 
     def __call__(self, request: Request, given: Given | None, noise: NoiseSource) -> Sides:
@@ -56,3 +59,7 @@ class Conditioner:
             RequestError: the request lacks what the denoiser needs.
         """
         raise NotImplementedError
+
+    def scalars(self, request: Request, rows: int) -> Mapping[str, NDArray[np.float64]]:
+        """Return inputs of one number for each lane that change with the row, (rows,) each: columns of the table."""
+        return {}

@@ -7,6 +7,9 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
 from latentrt.bundle.bundle import Bundle
 from latentrt.bundle.spec import DECODER, DENOISER, ENCODER, ROLES
 from latentrt.errors import RequestError
@@ -39,8 +42,8 @@ class Model:
         schedule: the noise that it was trained with.
         networks: by name, each loaded when it is needed.
         codec: pixels to what is denoised, and back.
-        predictor: the denoiser as a row calls it.
-        conditioners: fill the denoiser's inputs.
+        predictor: the networks that a row calls.
+        conditioners: fill the predictor's inputs.
 
     Args:
         bundle: opened.
@@ -56,7 +59,7 @@ class Model:
             self._load()
         self.codec = self._codec()
         denoiser = self.networks[self.spec.denoiser]
-        self.predictor = Predictor(denoiser if backend.gpu is None else denoiser.open())
+        self.predictor = Predictor([denoiser if backend.gpu is None else denoiser.open()])
         inputs = {tensor.name: tensor for tensor in self.spec.networks[self.spec.denoiser].inputs}
         self.conditioners = conditioners_of(Parts(bundle, self.networks, self.codec, inputs))
 
@@ -129,7 +132,7 @@ class Model:
         return None
 
     def inputs(self, request: Request, given: Given | None, noise: NoiseSource, *, tokens: bool = False) -> Sides:
-        """Return all inputs of the denoiser for one picture; see `Conditioner`.
+        """Return all inputs of the predictor for one picture; see `Conditioner`.
 
         With `tokens`, texts are left as the ids that the text encoders read: see `Text.tokens`.
         """
@@ -140,6 +143,10 @@ class Model:
             else:
                 sides = sides.and_(one(request, given, noise))
         return sides
+
+    def scalars(self, request: Request, rows: int) -> dict[str, NDArray[np.float64]]:
+        """Return the columns that conditioners add to a table of so many rows."""
+        return {name: column for one in self.conditioners for name, column in one.scalars(request, rows).items()}
 
     def profiles(self, lanes: int) -> tuple[Profile, ...] | None:
         """Return the latents' sizes ("height", "width") that TensorRT's plans draw; None without plans: all sizes."""

@@ -14,6 +14,7 @@ from latentrt.sampling.noise import NoiseSource
 class Sizes(Conditioner):
     """Fills "time_ids" (6,): original size, crop corner and target size, in pixels, float32 (Podell et al. 2023)."""
 
+    inputs = ("time_ids",)
     NUMBERS = ("original height", "original width", "crop top", "crop left", "target height", "target width")
 
     def __init__(self, latents: LatentSpec) -> None:

@@ -40,6 +40,7 @@ class Text(Conditioner):
         zero_negative: whether zeros stand for no negative prompt.
     """
 
+    inputs = ("encoder_hidden_states", "text_embeds")
     fields = ("prompt", "negative_prompt")
 
     def __init__(self, encoders: Sequence[Encoder], *, zero_negative: bool = False) -> None:

@@ -1,7 +1,7 @@
-"""Device memory for jobs of the same shapes (latents, memories, tables, row indices), with the denoiser bound to it.
+"""Device memory for jobs of the same shapes (latents, memories, tables, row indices), with the predictor bound to it.
 
-The host only assigns jobs to slots and lanes. A row is the denoiser's call and one kernel (`cuda/advance.cu`), which
-also increments the row index and writes the denoiser's next input: nothing waits for the host between rows.
+The host only assigns jobs to slots and lanes. A row is the predictor's call and one kernel (`cuda/advance.cu`), which
+also increments the row index and writes the predictor's next input: nothing waits for the host between rows.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from latentrt.cuda import kernels
 from latentrt.cuda.base import DeviceArray, Graph
 from latentrt.cuda.kernels import BLEND, PREVIEW, PROGRESS, ROW_COLUMNS, SLOT, State
 from latentrt.errors import RequestError
-from latentrt.model.predictor import OWN
+from latentrt.model.predictor import OWN, Predictor
 from latentrt.run.job import Job, Shapes
 from latentrt.run.pool import Pool
-from latentrt.runtime.base import DeviceNetwork
 from latentrt.runtime.signature import shape_of, sizes_of
 from latentrt.sampling.noise import TorchCudaNoise
 from latentrt.sampling.table import COLUMNS, SLOTS, Kept, Table
 
 MAX_ROWS = 2000  # of a table: Heun over a schedule of 1000 timesteps has 1999
 GRAPHS_KEPT = 8  # captured graphs of an arena
+ALIGNED = 64  # float32 numbers in 256 bytes, of which addresses of inputs are multiples
 
 
 class Arena:
     """Memory for `lanes` lanes.
 
     Args:
-        network: the denoiser. Every call has exactly `lanes` lanes, so that a lane's results never depend on how many
-            jobs there are.
+        predictor: every call has exactly `lanes` lanes, so that a lane's results never depend on how many jobs there
+            are.
         shapes: of the jobs. Inputs that they do not have are computed by other networks, in the signature's own shape.
         lanes: of a call.
         slots: the most jobs.
@@ -43,12 +43,12 @@ class Arena:
 
     Raises:
         DeviceMemoryError: there is not enough memory; nothing is kept.
-        NetworkError, PlanError: the denoiser does not take these shapes.
+        NetworkError, PlanError: the predictor does not take these shapes.
     """
 
     def __init__(
         self,
-        network: DeviceNetwork,
+        predictor: Predictor,
         shapes: Shapes,
         lanes: int,
         *,
@@ -56,28 +56,33 @@ class Arena:
         noises: int = 1,
         capture: bool = True,
     ) -> None:
-        self.gpu, self.shapes, self.lanes = network.gpu, shapes, lanes
+        self.gpu, self.shapes, self.lanes = predictor.gpu, shapes, lanes
         self.slots = lanes if slots is None else slots
         self._capture = capture
         self._owned: list[DeviceArray] = []
         self._graphs: Pool[Hashable, Graph] = Pool(GRAPHS_KEPT)
         try:
-            self._make(network, noises)
+            self._make(predictor, noises)
         except BaseException:
             self._free()
             raise
 
-    def _make(self, network: DeviceNetwork, noises: int) -> None:
-        inputs, latents, slots = network.graph.inputs, self.shapes.latents, self.slots
+    def _make(self, predictor: Predictor, noises: int) -> None:
+        inputs, latents, slots = predictor.inputs, self.shapes.latents, self.slots
         shapes = {name: (self.lanes, *shape) for name, shape in self.shapes.inputs}
-        sizes = sizes_of(inputs, {**shapes, "sample": (self.lanes, *latents)})
-        named = {t.name: self.zeros(shapes.get(t.name) or shape_of(t, sizes), t.dtype) for t in inputs}
-        (out,) = network.graph.outputs
+        sizes = sizes_of(list(inputs.values()), {**shapes, "sample": (self.lanes, *latents)})
+        scalars = self.shapes.scalars
+        stride = -(-self.lanes // ALIGNED) * ALIGNED
+        named = {
+            name: self.zeros(shapes.get(name) or shape_of(tensor, sizes), tensor.dtype)
+            for name, tensor in inputs.items()
+            if name not in scalars
+        }
         self.inputs: Mapping[str, DeviceArray] = {n: array for n, array in named.items() if n not in OWN}
         self.state = State(
             sample=named["sample"],
             timestep=named["timestep"],
-            out=self.zeros((self.lanes, *latents), out.dtype),
+            out=self.zeros((self.lanes, *latents), predictor.output.dtype),
             x=self.zeros((slots, *latents), np.float32),
             memory=self.zeros((slots, SLOTS, *latents), np.float32),
             table=self.zeros((slots, MAX_ROWS, len(ROW_COLUMNS)), np.float32),
@@ -86,8 +91,13 @@ class Arena:
             preview=self.zeros((slots, *latents), np.float32),
             noise=self.zeros((slots, noises, *latents), np.float32),
             deviation=self.zeros((slots, 2), np.float32),
+            scalars=self.zeros((len(scalars), stride), np.float32) if scalars else None,
+            scalar_rows=self.zeros((slots, MAX_ROWS, len(scalars)), np.float32) if scalars else None,
         )
-        self._bound = network.bind({**named, out.name: self.state.out})
+        for index, name in enumerate(scalars):
+            assert self.state.scalars is not None
+            named[name] = DeviceArray(self.state.scalars.part(index).pointer, (self.lanes,), np.dtype(np.float32))
+        self._bound = predictor.bind({**named, "out": self.state.out}, self.zeros)
 
     def zeros(self, shape: Sequence[int], dtype: Any) -> DeviceArray:
         """Return memory that is freed with the arena."""
@@ -113,13 +123,20 @@ class Arena:
 
     def place(self, slot: int, job: Job, lanes: Sequence[int]) -> None:
         """Queue the copies that put a job with its latents into a slot; its inputs are placed by `fill`."""
-        rows, table = rows_of(job.table), self.state.table.part(slot)
-        self.gpu.upload(rows, DeviceArray(table.pointer, rows.shape, table.dtype))
+        rows = len(job.table)
+        self._upload_rows(self.state.table, slot, rows_of(job.table))
+        if self.state.scalar_rows is not None:
+            columns = [job.table.scalars[name] for name in self.shapes.scalars]
+            self._upload_rows(self.state.scalar_rows, slot, np.stack(columns, axis=1).astype(np.float32)[:rows])
         self.gpu.upload(job.latents.astype(np.float32, copy=False)[None], self.state.x.part(slot))
         self.gpu.upload(np.zeros(1, PROGRESS), self.state.progress.part(slot))
         if job.kept is not None:
             self._place_kept(slot, job.kept)
         self.seat(slot, job, lanes)
+
+    def _upload_rows(self, target: DeviceArray, slot: int, rows: NDArray[np.float32]) -> None:
+        part = target.part(slot)
+        self.gpu.upload(rows, DeviceArray(part.pointer, rows.shape, part.dtype))
 
     def _place_kept(self, slot: int, kept: Kept) -> None:
         targets = self.state.mask, self.state.known, self.state.known_noise
@@ -132,7 +149,7 @@ class Arena:
         self.gpu.upload(slot_of(job, lanes), self.state.slots.part(slot))
 
     def fill(self, lane: int, inputs: Mapping[str, NDArray[Any]]) -> None:
-        """Queue the copies of one lane's inputs; names that are not inputs of the denoiser are left out."""
+        """Queue the copies of one lane's inputs; names that are not inputs of the predictor are left out."""
         for name, array in inputs.items():
             if name in self.inputs:
                 target = self.inputs[name]
@@ -155,11 +172,11 @@ class Arena:
         kernels.begin(self.gpu, self.state, first, count)
 
     def call_network(self) -> None:
-        """Queue a call of the denoiser on its current input."""
+        """Queue a call of the predictor on its current input."""
         self._bound.enqueue()
 
     def row(self, *, rescaled: bool) -> None:
-        """Queue one row of every job: a call of the denoiser, then the kernel."""
+        """Queue one row of every job: a call of the predictor, then the kernel."""
         self.call_network()
         if rescaled:
             kernels.deviations(self.gpu, self.state)

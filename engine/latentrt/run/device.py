@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
+from latentrt.model.predictor import Predictor
 from latentrt.run.arena import Arena, check_fresh
 from latentrt.run.job import Job, Shapes
 from latentrt.run.pool import Pool
-from latentrt.runtime.base import DeviceNetwork
 from latentrt.sampling.noise import TorchCudaNoise
 
 ROOMS_KEPT = 4  # kinds of shapes whose memory is kept while no job uses it
@@ -16,22 +16,22 @@ TICKS_AHEAD = 2  # how far the host may run ahead of the device
 
 
 class DeviceLanes:
-    """The lanes of a denoiser on a GPU (`lanes.Lanes`).
+    """The lanes of a predictor on a GPU (`lanes.Lanes`).
 
     A job's `latents` are those it was admitted with until it is done, or after every row where it wants previews; only
     then the host waits for the device.
 
     Args:
-        network: the denoiser.
+        predictor: over networks on the device.
         count: lanes of every call; idle ones are computed too, and ignored.
         capture: whether a tick is captured once as a CUDA graph and launched as a whole, or queued call by call.
     """
 
     resumable = False
 
-    def __init__(self, network: DeviceNetwork, count: int, *, capture: bool = True) -> None:
+    def __init__(self, predictor: Predictor, count: int, *, capture: bool = True) -> None:
         self.count = count
-        self._network, self._capture = network, capture
+        self._predictor, self._capture = predictor, capture
         self._rooms: Pool[Shapes, _Room] = Pool(ROOMS_KEPT, lambda room: bool(room.places))
 
     def admit(self, job: Job) -> None:
@@ -57,7 +57,7 @@ class DeviceLanes:
         self._rooms.close()
 
     def _room(self, shapes: Shapes) -> _Room:
-        return _Room(Arena(self._network, shapes, self.count, capture=self._capture))
+        return _Room(Arena(self._predictor, shapes, self.count, capture=self._capture))
 
 
 class _Room:

@@ -49,7 +49,7 @@ class HostLanes:
         scaled = np.stack([row.c_in * job.latents for job, row in zip(jobs, rows, strict=True)])
         sample = np.repeat(scaled, counts, axis=0)
         timestep = np.repeat(np.array([row.timestep for row in rows], np.float32), counts)
-        out = self._predict(sample, timestep, self._inputs(jobs, guided))
+        out = self._predict(sample, timestep, {**self._inputs(jobs, guided), **_scalars(jobs, counts)})
         lane = 0
         for job, row, two in zip(jobs, rows, guided, strict=True):
             own = job.guidance.combine(out[lane], out[lane + 1]) if two else out[lane]
@@ -66,6 +66,13 @@ class HostLanes:
             stacked = {name: np.stack([lane[name] for lane in lanes]) for name in lanes[0]}
             self._stacked = (lanes, stacked)
         return stacked
+
+
+def _scalars(jobs: list[Job], counts: list[int]) -> dict[str, Float32]:
+    return {
+        name: np.repeat(np.array([job.table.scalars[name][job.row] for job in jobs], np.float32), counts)
+        for name in jobs[0].shapes.scalars
+    }
 
 
 def _advance(job: Job, row: Row, out: Float32) -> None:

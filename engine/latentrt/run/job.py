@@ -18,10 +18,11 @@ Shape = tuple[int, ...]
 
 
 class Shapes(NamedTuple):
-    """What jobs must have in common to share a call: shapes of latents, and of inputs by name."""
+    """What jobs must have in common to share a call: shapes of latents and of inputs by name, and names of scalars."""
 
     latents: Shape
     inputs: tuple[tuple[str, Shape], ...]
+    scalars: tuple[str, ...]
 
 
 @dataclass(slots=True, eq=False)
@@ -64,7 +65,7 @@ class Job:
     def __post_init__(self) -> None:
         self.memory = np.zeros((SLOTS, *self.latents.shape), np.float32)
         inputs = tuple(sorted((name, array.shape) for name, array in self.cond.items()))
-        self.shapes = Shapes(self.latents.shape, inputs)
+        self.shapes = Shapes(self.latents.shape, inputs, tuple(self.table.scalars))
 
     @property
     def done(self) -> bool:

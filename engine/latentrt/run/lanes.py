@@ -55,9 +55,8 @@ def open_lanes(
     if backend.gpu is None:
         return HostLanes(model.predictor, count or ON_A_CPU), None
     from latentrt.run.device import DeviceLanes
-    from latentrt.run.program import Program, on_device
+    from latentrt.run.program import Program
 
-    denoiser = on_device(model, model.spec.denoiser)
-    lanes = count or denoiser.best_lanes
+    lanes = count or model.predictor.best_lanes
     capture = backend.facts.captures if capture is None else capture
-    return DeviceLanes(denoiser, lanes, capture=capture), Program(model, lanes, capture=capture)
+    return DeviceLanes(model.predictor, lanes, capture=capture), Program(model, lanes, capture=capture)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -73,7 +75,9 @@ def make_jobs(
 def table_of(model: Model, request: Request) -> Table:
     """Return the table of a request whose defaults are filled in. Raise as `tabulate`."""
     strength = 1.0 if request.strength is None else request.strength
-    return tabulate(request.solver, model.schedule, request.steps or 1, strength=strength, **request.options)
+    table = tabulate(request.solver, model.schedule, request.steps or 1, strength=strength, **request.options)
+    scalars = model.scalars(request, len(table))
+    return replace(table, scalars=scalars) if scalars else table
 
 
 def _placed(request: Request, given: Given | None) -> Request:

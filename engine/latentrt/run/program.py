@@ -54,7 +54,7 @@ class Program:
 
     Args:
         model: its networks are on a GPU.
-        lanes: of every call of the denoiser.
+        lanes: of every call of the predictor.
         capture: False queues the same work call by call: for comparison, and where a library cannot be captured.
     """
 
@@ -100,8 +100,8 @@ class _Canvas:
     def __init__(self, model: Model, kind: Kind, lanes: int, capture: bool) -> None:
         self.count = lanes // (2 if kind.guided else 1)
         self._latents, self._kind = model.spec.latents, kind
-        denoiser, noises = on_device(model, model.spec.denoiser), max(1, kind.noises)
-        self._arena = Arena(denoiser, kind.shapes, lanes, slots=self.count, noises=noises, capture=capture)
+        noises = max(1, kind.noises)
+        self._arena = Arena(model.predictor, kind.shapes, lanes, slots=self.count, noises=noises, capture=capture)
         self._gpu = self._arena.gpu
         self._ids: dict[str, DeviceArray] = {}
         self._states: list[DeviceArray] = []
@@ -117,7 +117,7 @@ class _Canvas:
             raise
 
     def _bind_encoder(self, name: str, encoder: DeviceNetwork, *, alone: bool) -> None:
-        """Bind an encoder to the denoiser's own inputs; states of several are copied side by side."""
+        """Bind an encoder to the predictor's own inputs; states of several are copied side by side."""
         zeros, inputs, lanes = self._arena.zeros, self._arena.inputs, self._arena.lanes
         (ids,) = encoder.graph.inputs
         outputs = {tensor.name: tensor for tensor in encoder.graph.outputs}

@@ -15,7 +15,7 @@ A run that keeps a part of a given picture ends every row with
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -67,7 +67,8 @@ class Table:
     `array` has shape (rows, len(COLUMNS)) and dtype float64; kernels read it as float32. `start` is what standard
     normal noise is multiplied by to become the first latents. A row is a network call, not a step: Heun at N steps has
     2N - 1 rows. `known`, (rows + 1, 2) float64, has the weights of clean latents and of noise that make latents of the
-    level before the first row, and after each row (`noised`).
+    level before the first row, and after each row (`noised`). `scalars` are further columns by name, (rows,) float64:
+    inputs of the network that are one number for each lane, as the timestep is.
     """
 
     solver: str
@@ -75,6 +76,7 @@ class Table:
     start: float
     array: NDArray[np.float64]
     known: NDArray[np.float64]
+    scalars: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.array)
