@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from benchmarks.gpu.config import SIDES, Config
 from latentrt import Engine
 from latentrt.bundle.spec import DECODER, DENOISER, TEXT_ENCODER
-from latentrt.cuda.base import DeviceArray
+from latentrt.cuda.array import DeviceArray
 from latentrt.runtime.base import Bound, DeviceNetwork
 from latentrt.runtime.signature import shape_of
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from latentrt.bundle.bundle import EMBEDDED, Bundle
 from latentrt.bundle.spec import DENOISER, ENCODER, TEXT_ENCODER
-from latentrt.cuda.base import Gpu
+from latentrt.cuda.gpu import Gpu
 from latentrt.images.pixels import to_pil, to_uint8
 from latentrt.model.given import Given
 from latentrt.model.model import Model

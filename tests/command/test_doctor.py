@@ -79,9 +79,9 @@ def test_doctor_fails_where_nothing_can_be_drawn(run: Run, monkeypatch: pytest.M
 
 
 def test_doctor_opens_the_gpu_and_says_what_its_driver_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("latentrt.cuda.gpu.Cuda", HostGpu)
+    monkeypatch.setattr("latentrt.cuda.gpu.Gpu", HostGpu)
     assert doctor._cuda().found == "Host GPU, compute capability 9.0, CUDA 13.0; the kernels are loaded"
-    monkeypatch.setattr("latentrt.cuda.gpu.Cuda", lambda: Driver(HostDriver(version=11080)))
+    monkeypatch.setattr("latentrt.cuda.gpu.Gpu", lambda: Driver(HostDriver(version=11080)))
     finding = doctor._cuda()
     assert not finding.good
     assert "CUDA 11.8" in finding.found

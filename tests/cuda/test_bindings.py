@@ -1,4 +1,4 @@
-"""The driver of the tests has the functions of cuda-bindings, and `Cuda` passes arguments that these take."""
+"""The driver of the tests has the functions of cuda-bindings, and `Gpu` passes arguments that these take."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from latentrt.cuda.gpu import Cuda
+from latentrt.cuda.gpu import Gpu
 from latentrt.errors import BackendError
 from tests.support.gpu.host_gpu import HostDriver, Status, normal_arguments
 
@@ -46,7 +46,7 @@ def driverless() -> Any:
 
 def test_the_bindings_without_a_driver(driverless: Any) -> None:
     with pytest.raises(BackendError, match=r"cuInit is not there.*580 or newer.*--gpus all"):
-        Cuda()
+        Gpu()
 
 
 def test_the_bindings_take_the_arguments_that_are_passed(driverless: Any) -> None:
@@ -71,11 +71,11 @@ def test_the_bindings_take_the_arguments_that_are_passed(driverless: Any) -> Non
             return called
 
     driver = Both()
-    use_everything(Cuda("cuda", driver, lambda _: b"code"))
+    use_everything(Gpu("cuda", driver, lambda _: b"code"))
     assert set(driver.calls) == {name for name in vars(HostDriver) if name.startswith("cu")}
 
 
-def use_everything(gpu: Cuda) -> None:
+def use_everything(gpu: Gpu) -> None:
     array, other = gpu.zeros((4, 2), np.float32), gpu.empty((4, 3), np.float32)
     gpu.upload(np.ones((4, 2), np.float32), array)
     with gpu.capture() as graph:

@@ -1,4 +1,4 @@
-"""`Cuda` over a driver in host memory: opening, closing, and its errors for the driver's."""
+"""`Gpu` over a driver in host memory: opening, closing, and its errors for the driver's."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 
 from latentrt.cuda.driver import Driver
-from latentrt.cuda.gpu import Cuda
+from latentrt.cuda.gpu import Gpu
 from latentrt.cuda.kernels import KERNELS
 from latentrt.errors import BackendError, MissingDependencyError
 from tests.support.gpu.host_gpu import HostDriver, HostGpu, Status, normal_arguments
 
 
-def cuda(device: str = "cuda", code: Callable[[Any], bytes] = lambda _: b"", **options: Any) -> tuple[Cuda, HostDriver]:
+def cuda(device: str = "cuda", code: Callable[[Any], bytes] = lambda _: b"", **options: Any) -> tuple[Gpu, HostDriver]:
     driver = HostDriver(**options)
-    return Cuda(device, driver, code), driver
+    return Gpu(device, driver, code), driver
 
 
 def test_a_device_is_opened_and_closed() -> None:
@@ -76,7 +76,7 @@ def test_no_driver_or_one_without_a_function(monkeypatch: pytest.MonkeyPatch) ->
 def test_no_bindings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     with pytest.raises(MissingDependencyError, match=re.escape("pip install 'latentrt[cuda]'")):
-        Cuda()
+        Gpu()
 
 
 @pytest.mark.parametrize("function", ["cuStreamCreate", "cuModuleLoadData", "cuModuleGetFunction"])
@@ -84,7 +84,7 @@ def test_a_beginning_that_fails_leaves_nothing_behind(function: str) -> None:
     driver = HostDriver()
     driver.failing[function] = Status.CUDA_ERROR_INVALID_IMAGE
     with pytest.raises(BackendError, match=f"{function} says CUDA_ERROR_INVALID_IMAGE"):
-        Cuda("cuda", driver, lambda _: b"")
+        Gpu("cuda", driver, lambda _: b"")
     assert not any(driver.alive.values())
 
 
@@ -92,7 +92,7 @@ def test_kernels_that_are_too_new_for_the_driver() -> None:
     driver = HostDriver(version=12040)
     driver.failing["cuModuleLoadData"] = Status.CUDA_ERROR_INVALID_IMAGE
     with pytest.raises(BackendError, match=r"CUDA 12\.4\) does not take the kernels.*nvidia-cuda-nvrtc-cu12"):
-        Cuda("cuda", driver, lambda _: b"")
+        Gpu("cuda", driver, lambda _: b"")
 
 
 def test_what_is_still_held_is_freed_at_the_end() -> None:
@@ -127,7 +127,7 @@ def test_a_context_that_is_lost_is_given_back_all_the_same() -> None:
         lambda gpu: gpu.mark(),
     ],
 )
-def test_a_closed_device_is_refused(use: Callable[[Cuda], Any]) -> None:
+def test_a_closed_device_is_refused(use: Callable[[Gpu], Any]) -> None:
     gpu, _ = cuda()
     gpu.close()
     with pytest.raises(BackendError, match="the GPU was closed"):
@@ -160,7 +160,7 @@ def test_the_context_is_made_current_before_every_call(gpu: HostGpu) -> None:
         ("cuEventRecord", lambda gpu, array: gpu.mark()),
     ],
 )
-def test_every_error_is_told(gpu: HostGpu, function: str, use: Callable[[Cuda, Any], Any]) -> None:
+def test_every_error_is_told(gpu: HostGpu, function: str, use: Callable[[Gpu, Any], Any]) -> None:
     array = gpu.zeros((4,), np.float32)
     gpu.host.failing[function] = Status.CUDA_ERROR_ILLEGAL_ADDRESS
     with pytest.raises(BackendError, match=f"{function} says CUDA_ERROR_ILLEGAL_ADDRESS"):

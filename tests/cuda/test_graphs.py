@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from latentrt.cuda.gpu import Cuda
+from latentrt.cuda.gpu import Gpu
 from latentrt.errors import BackendError, DeviceMemoryError
 from tests.support.gpu.host_gpu import HostGpu, Status, normal_arguments, view
 
@@ -67,7 +67,7 @@ def test_arguments_are_those_of_the_capture(gpu: HostGpu) -> None:
         lambda gpu, array: gpu.capture().__enter__(),
     ],
 )
-def test_what_cannot_be_captured_is_refused_and_ends_the_capture(gpu: HostGpu, use: Callable[[Cuda, Any], Any]) -> None:
+def test_what_cannot_be_captured_is_refused_and_ends_the_capture(gpu: HostGpu, use: Callable[[Gpu, Any], Any]) -> None:
     array = gpu.zeros((4,), np.float32)
     with pytest.raises(BackendError, match="within a capture"), gpu.capture() as graph:
         use(gpu, array)

@@ -1,4 +1,4 @@
-"""The kernels and `Cuda` on a real device: the arithmetic that the emulated one shows, to the same bits."""
+"""The kernels and `Gpu` on a real device: the arithmetic that the emulated one shows, to the same bits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from latentrt.cuda import kernels
-from latentrt.cuda.gpu import Cuda
+from latentrt.cuda.gpu import Gpu
 from latentrt.cuda.kernels import BLEND, PREVIEW, PROGRESS
 from latentrt.errors import BackendError, DeviceMemoryError, MissingDependencyError
 from latentrt.images.pixels import to_uint8
@@ -23,9 +23,9 @@ FAST_SINE = 2e-5  # the most that a normal differs for the GPU's fast sine: 2**-
 
 
 @pytest.fixture(scope="module")
-def gpu() -> Iterator[Cuda]:
+def gpu() -> Iterator[Gpu]:
     try:
-        gpu = Cuda()
+        gpu = Gpu()
     except (BackendError, MissingDependencyError) as error:
         pytest.skip(str(error))
     yield gpu
@@ -33,7 +33,7 @@ def gpu() -> Iterator[Cuda]:
 
 
 @pytest.fixture(params=[np.float16, np.float32], ids=["half", "float"])
-def rig(gpu: Cuda, request: pytest.FixtureRequest) -> Iterator[Rig]:
+def rig(gpu: Gpu, request: pytest.FixtureRequest) -> Iterator[Rig]:
     rig = Rig(gpu, request.param)
     yield rig
     rig.close()
@@ -54,7 +54,7 @@ def test_jobs_of_all_kinds_share_a_batch(rig: Rig) -> None:
     run(rig)
 
 
-def test_guidance_is_rescaled(gpu: Cuda) -> None:
+def test_guidance_is_rescaled(gpu: Gpu) -> None:
     rig = Rig(gpu)
     rig.admit(0, Job(table_of("euler", 6), Guidance(7.5, 0.7)), (0, 1))
     run(rig, 3e-6)
@@ -62,7 +62,7 @@ def test_guidance_is_rescaled(gpu: Cuda) -> None:
 
 
 @pytest.mark.parametrize("count", [5, 4 * 64 * 64, 1_000_003])
-def test_normals_are_those_of_the_noise_module(gpu: Cuda, count: int) -> None:
+def test_normals_are_those_of_the_noise_module(gpu: Gpu, count: int) -> None:
     source = TorchCudaNoise(2**40 + 7, 132, 2048)
     array = gpu.empty((count,), np.float32)
     for _ in range(2):
@@ -74,7 +74,7 @@ def test_normals_are_those_of_the_noise_module(gpu: Cuda, count: int) -> None:
 
 
 @pytest.mark.parametrize("count", [5, 4 * 64 * 64, 4_000_003])
-def test_normals_are_torchs_to_the_last_bit(gpu: Cuda, count: int) -> None:
+def test_normals_are_torchs_to_the_last_bit(gpu: Gpu, count: int) -> None:
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("torch has no CUDA")
@@ -90,7 +90,7 @@ def test_normals_are_torchs_to_the_last_bit(gpu: Cuda, count: int) -> None:
     gpu.free(array)
 
 
-def test_a_run_is_one_graph_and_each_launch_is_the_same(gpu: Cuda) -> None:
+def test_a_run_is_one_graph_and_each_launch_is_the_same(gpu: Gpu) -> None:
     """With a network that always answers the same, so that nothing but the kernels runs."""
     rig = Rig(gpu, np.float16)
     job = Job(table_of("dpmpp-2m-sde", 8), Guidance(4.0), TorchCudaNoise(3, 2, 256))
@@ -115,7 +115,7 @@ def test_a_run_is_one_graph_and_each_launch_is_the_same(gpu: Cuda) -> None:
     rig.close()
 
 
-def test_many_blocks_move_a_row_on_once(gpu: Cuda) -> None:
+def test_many_blocks_move_a_row_on_once(gpu: Gpu) -> None:
     """The count of finished blocks holds where blocks really run at once."""
     rig = Rig(gpu)
     job = Job(table_of("euler", 30))
@@ -133,7 +133,7 @@ def test_many_blocks_move_a_row_on_once(gpu: Cuda) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
-def test_pixels_are_numpys(gpu: Cuda, dtype: Any) -> None:
+def test_pixels_are_numpys(gpu: Gpu, dtype: Any) -> None:
     image = np.random.default_rng(1).uniform(-1.2, 1.2, (2, 3, 24, 40)).astype(dtype)
     source, target = gpu.empty(image.shape, dtype), gpu.empty((2, 24, 40, 3), np.uint8)
     bad = gpu.zeros((2,), np.int32)
@@ -150,7 +150,7 @@ def test_pixels_are_numpys(gpu: Cuda, dtype: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
-def test_latents_are_numpys(gpu: Cuda, dtype: Any) -> None:
+def test_latents_are_numpys(gpu: Gpu, dtype: Any) -> None:
     x = np.random.default_rng(2).standard_normal((3, *SHAPE), dtype=np.float32) * np.float32(9)
     source, target = gpu.empty(x.shape, np.float32), gpu.empty(x.shape, dtype)
     gpu.upload(x, source)
@@ -161,7 +161,7 @@ def test_latents_are_numpys(gpu: Cuda, dtype: Any) -> None:
     gpu.free(target)
 
 
-def test_latents_that_are_not_finite_are_noted(gpu: Cuda) -> None:
+def test_latents_that_are_not_finite_are_noted(gpu: Gpu) -> None:
     rig = Rig(gpu, np.float16)
     job = Job(table_of("euler", 3), Guidance(2.0))
     rig.admit(1, job, (0, 1))
@@ -175,7 +175,7 @@ def test_latents_that_are_not_finite_are_noted(gpu: Cuda) -> None:
     rig.close()
 
 
-def test_an_upload_may_be_changed_at_once(gpu: Cuda) -> None:
+def test_an_upload_may_be_changed_at_once(gpu: Gpu) -> None:
     target = gpu.empty((2**22,), np.float32)
     array = np.ones(2**22, np.float32)
     gpu.upload(array, target)
@@ -184,7 +184,7 @@ def test_an_upload_may_be_changed_at_once(gpu: Cuda) -> None:
     gpu.free(target)
 
 
-def test_columns(gpu: Cuda) -> None:
+def test_columns(gpu: Gpu) -> None:
     part = np.arange(12, dtype=np.float16).reshape(4, 3)
     source, target = gpu.empty((4, 3), np.float16), gpu.zeros((4, 7), np.float16)
     gpu.upload(part, source)
@@ -195,14 +195,14 @@ def test_columns(gpu: Cuda) -> None:
     gpu.free(target)
 
 
-def test_too_much_memory_is_told_and_the_device_stays_usable(gpu: Cuda) -> None:
+def test_too_much_memory_is_told_and_the_device_stays_usable(gpu: Gpu) -> None:
     _, total = gpu.memory()
     with pytest.raises(DeviceMemoryError, match="MiB are free"):
         gpu.empty((2 * total,), np.uint8)
     gpu.free(gpu.zeros((4,), np.float32))
 
 
-def test_time_goes_on(gpu: Cuda) -> None:
+def test_time_goes_on(gpu: Gpu) -> None:
     array = gpu.empty((2**24,), np.float32)
     start = gpu.mark()
     kernels.normal(gpu, array, 1, 0, 256 * 1024)

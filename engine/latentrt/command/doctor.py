@@ -154,9 +154,9 @@ def _cuda() -> Finding:
     """Open the device as the engine does, kernels included; NVRTC may be a wheel's or a toolkit's."""
     what = "one launch an image (CUDA)"
     try:
-        from latentrt.cuda.gpu import Cuda
+        from latentrt.cuda.gpu import Gpu
 
-        gpu = Cuda()
+        gpu = Gpu()
     except LatentrtError as trouble:
         return Finding(what, False, trouble.found, trouble.fix)
     found = "{}, compute capability {}.{}, CUDA {}".format(gpu.name, *gpu.compute_capability, gpu.driver)

@@ -77,7 +77,7 @@ class Driver:
     def make_current(self) -> None:
         """Make the context current: that is a state of the calling thread, and other libraries change it."""
         if self.context is None:
-            raise BackendError("the GPU was closed", needed="an open one", fix="make another: Cuda(...)")
+            raise BackendError("the GPU was closed", needed="an open one", fix="make another: Gpu(...)")
         self._check("cuCtxSetCurrent", self.api.cuCtxSetCurrent(self.context))
 
     def _check(self, function: str, answer: tuple[Any, ...]) -> Any:

@@ -26,7 +26,7 @@ _OWN_STREAM = 1  # CU_STREAM_NON_BLOCKING: does not wait for the legacy stream
 _SLEEP = 1  # CU_EVENT_BLOCKING_SYNC: a waiting thread sleeps, and leaves the core to others
 
 
-class Cuda:
+class Gpu:
     """One device with one stream: all that is queued on it runs in that order, and only `download` and `wait*` wait.
 
     Calls inside `with gpu.capture() as graph` are recorded, not run; memory can be neither taken nor downloaded there.
@@ -208,10 +208,10 @@ class Cuda:
     # ---- Graphs and time
 
     @contextmanager
-    def capture(self) -> Iterator[CudaGraph]:
+    def capture(self) -> Iterator[Graph]:
         """Record instead of running; the graph may be launched once the block has ended. Other threads go on."""
         self._refuse_in_capture("another capture begins")
-        graph = CudaGraph(self._drive, self._stream)
+        graph = Graph(self._drive, self._stream)
         mode = self._drive.api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         self._drive("cuStreamBeginCapture", self._stream, mode)
         self._capturing = True
@@ -300,7 +300,7 @@ class Mark:
         self.event = event
 
 
-class CudaGraph:
+class Graph:
     """Work that was captured once and is launched as a whole, again and again, on the memory it was captured with."""
 
     def __init__(self, drive: Driver, stream: Any) -> None:

@@ -34,7 +34,7 @@ from latentrt.cuda.array import DeviceArray
 from latentrt.sampling.table import COLUMNS
 
 if TYPE_CHECKING:
-    from latentrt.cuda.gpu import Cuda
+    from latentrt.cuda.gpu import Gpu
 
 PREVIEW, BLEND = 1, 2
 ROW_COLUMNS = (*COLUMNS, "known", "known_noise")
@@ -107,12 +107,12 @@ class _State(ctypes.Structure):
     )
 
 
-def advance(gpu: Cuda, state: State) -> None:
+def advance(gpu: Gpu, state: State) -> None:
     """Run one row of every job that has rows left: from the network's output to its next input."""
     _launch(gpu, "advance", state.sample, (_blocks(state.n), state.count), _THREADS, _packed(state))
 
 
-def begin(gpu: Cuda, state: State, first: int = 0, count: int | None = None) -> None:
+def begin(gpu: Gpu, state: State, first: int = 0, count: int | None = None) -> None:
     """Write the network's input for the next row of jobs `first`...: before their first row, or after lanes moved.
 
     Where a job's `start` is not 0 and no row has run, its x is made first, from noise of the device's own.
@@ -122,19 +122,19 @@ def begin(gpu: Cuda, state: State, first: int = 0, count: int | None = None) -> 
     _launch(gpu, "begin", state.sample, grid, _THREADS, _packed(state), ctypes.c_int(first))
 
 
-def deviations(gpu: Cuda, state: State) -> None:
+def deviations(gpu: Gpu, state: State) -> None:
     """Compute the standard deviations that guidance rescale needs; launch it before `advance` where a job has it."""
     _launch(gpu, "deviations", state.sample, (1, state.count), _REDUCING_THREADS, _packed(state))
 
 
-def to_latents(gpu: Cuda, x: DeviceArray, latents: DeviceArray, scale: float, shift: float) -> None:
+def to_latents(gpu: Gpu, x: DeviceArray, latents: DeviceArray, scale: float, shift: float) -> None:
     """Write the VAE decoder's input, x / scale + shift, for as many pictures as x (float32) holds."""
     count = math.prod(x.shape)
     numbers = (ctypes.c_int(count), ctypes.c_float(scale), ctypes.c_float(shift))
     _launch(gpu, "to_latents", latents, (_blocks(count), 1), _THREADS, _pointer(latents), _pointer(x), *numbers)
 
 
-def to_pixels(gpu: Cuda, image: DeviceArray, pixels: DeviceArray, bad: DeviceArray) -> None:
+def to_pixels(gpu: Gpu, image: DeviceArray, pixels: DeviceArray, bad: DeviceArray) -> None:
     """Turn pictures (b, channels, height, width) to uint8 (b, height, width, channels), as `to_uint8` rounds.
 
     `bad`, int32 (b,), becomes 1 for a picture with a number that is not finite, and is left alone for others.
@@ -144,14 +144,14 @@ def to_pixels(gpu: Cuda, image: DeviceArray, pixels: DeviceArray, bad: DeviceArr
     _launch(gpu, "to_pixels", image, (_blocks(area), image.shape[0]), _THREADS, *arguments)
 
 
-def normal(gpu: Cuda, numbers: DeviceArray, seed: int, draws: int, threads: int) -> None:
+def normal(gpu: Gpu, numbers: DeviceArray, seed: int, draws: int, threads: int) -> None:
     """Fill a float32 array as `TorchCudaNoise` does with `threads` threads that drew `draws` times."""
     count = math.prod(numbers.shape)
     counts = (ctypes.c_int(count), ctypes.c_uint(threads), ctypes.c_ulonglong(seed), ctypes.c_ulonglong(draws))
     gpu.launch("normal", (_blocks(count), 1), _THREADS, (_pointer(numbers), *counts))
 
 
-def _launch(gpu: Cuda, name: str, typed: DeviceArray, grid: tuple[int, int], threads: int, *arguments: Any) -> None:
+def _launch(gpu: Gpu, name: str, typed: DeviceArray, grid: tuple[int, int], threads: int, *arguments: Any) -> None:
     """Queue the variant of a kernel for the dtype of an array of the network's."""
     gpu.launch(f"{name}_{_SUFFIXES[typed.dtype.name]}", grid, threads, arguments)
 

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentrt.bundle.spec import TensorSpec
-from latentrt.cuda.base import DeviceArray, Gpu
+from latentrt.cuda.array import DeviceArray
+from latentrt.cuda.gpu import Gpu
 from latentrt.model.inputs import Inputs
 from latentrt.runtime.base import Bound, DeviceNetwork, Network, call
 from latentrt.runtime.signature import Shape, shape_of, sizes_of

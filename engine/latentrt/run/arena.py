@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentrt.cuda import kernels
-from latentrt.cuda.base import DeviceArray, Graph
+from latentrt.cuda.array import DeviceArray
+from latentrt.cuda.gpu import Graph
 from latentrt.cuda.kernels import BLEND, PREVIEW, PROGRESS, ROW_COLUMNS, SLOT, State
 from latentrt.errors import RequestError
 from latentrt.model.predictor import OWN, Predictor

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from latentrt.bundle.spec import DECODER, TEXT_ENCODER
 from latentrt.cuda import kernels
-from latentrt.cuda.base import DeviceArray
+from latentrt.cuda.array import DeviceArray
 from latentrt.cuda.kernels import PROGRESS
 from latentrt.errors import NetworkError, RequestError
 from latentrt.model.model import Model

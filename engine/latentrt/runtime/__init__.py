@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from latentrt.cuda.base import Gpu
+from latentrt.cuda.gpu import Gpu
 from latentrt.errors import BackendError
 from latentrt.runtime.base import Backend
 
@@ -57,9 +57,9 @@ def open_backend(
 
 def _on(device: str | None, make: Callable[[Gpu], Backend]) -> Backend:
     """Make a backend on a GPU, which is closed where the backend cannot be made."""
-    from latentrt.cuda.gpu import Cuda
+    from latentrt.cuda.gpu import Gpu
 
-    gpu = Cuda(device or "cuda")
+    gpu = Gpu(device or "cuda")
     try:
         return make(gpu)
     except BaseException:

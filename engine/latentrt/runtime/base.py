@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from latentrt.bundle.bundle import Bundle
 from latentrt.bundle.spec import GraphSpec
-from latentrt.cuda.base import DeviceArray, Gpu
+from latentrt.cuda.array import DeviceArray
+from latentrt.cuda.gpu import Gpu
 from latentrt.runtime.signature import Arrays
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from latentrt.bundle.bundle import Bundle
 from latentrt.bundle.spec import FP32, GraphSpec
-from latentrt.cuda.base import Gpu
+from latentrt.cuda.gpu import Gpu
 from latentrt.runtime.base import Facts
 from latentrt.runtime.signature import Arrays, check_feeds, shape_of
 

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from latentrt.bundle.bundle import Bundle
 from latentrt.bundle.spec import FP16_ORT_CUDA, FP32, GraphSpec
-from latentrt.cuda.base import DeviceArray, Gpu
+from latentrt.cuda.array import DeviceArray
+from latentrt.cuda.gpu import Gpu
 from latentrt.errors import BackendError, MissingDependencyError, NetworkError
 from latentrt.runtime.base import Facts
 from latentrt.runtime.optimized import WEIGHTS, SavedGraph

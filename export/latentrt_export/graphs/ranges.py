@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from latentrt.bundle.bundle import Bundle
 from latentrt.bundle.spec import ENCODER, FP32, GraphSpec, ModelSpec
-from latentrt.cuda.base import Gpu
+from latentrt.cuda.gpu import Gpu
 from latentrt.engine import Engine
 from latentrt.golden import example
 from latentrt.runtime.base import Facts

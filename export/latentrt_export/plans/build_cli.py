@@ -16,7 +16,7 @@ from latentrt.runtime.tensorrt.plans import PlanStore
 from latentrt.runtime.tensorrt.record import REFITTABLE, STRIPPED, VERSION_COMPATIBLE, PlanRecord
 
 if TYPE_CHECKING:
-    from latentrt.cuda.base import Gpu
+    from latentrt.cuda.gpu import Gpu
     from latentrt.runtime.tensorrt.library import Library
     from latentrt_export.plans.build_process import Progress
     from latentrt_export.plans.plan_memory import Estimate

@@ -93,9 +93,9 @@ def _on(device: str) -> Iterator[Callable[[Callable[[], T]], T]]:
     if not device:
         yield lambda work: work()
         return
-    from latentrt.cuda.gpu import Cuda
+    from latentrt.cuda.gpu import Gpu
 
-    gpu = Cuda(device)
+    gpu = Gpu(device)
 
     def on_device(work: Callable[[], T]) -> T:
         results: list[T] = []

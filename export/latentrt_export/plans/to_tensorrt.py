@@ -20,7 +20,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from latentrt.bundle.bundle import Bundle
-from latentrt.cuda.base import Gpu
+from latentrt.cuda.gpu import Gpu
 from latentrt.errors import BackendError, PlanError, UntrustedFileError
 from latentrt.runtime.tensorrt.library import Library, open_library, wanted_key
 from latentrt.runtime.tensorrt.plans import PlanStore
@@ -72,10 +72,10 @@ def open_target(name: str, device: str, compute_capability: str | None) -> tuple
         raise BackendError(f"{name} only runs plans", needed="--library tensorrt or tensorrt-rtx")
     if compute_capability is not None:
         return library, _absent(library, compute_capability)
-    from latentrt.cuda.gpu import Cuda
+    from latentrt.cuda.gpu import Gpu
 
     try:
-        return library, Cuda(device)
+        return library, Gpu(device)
     except BackendError as error:
         fix = "without a GPU: --library tensorrt-rtx --compute-capability 8.9"
         raise BackendError(error.found, needed=error.needed, fix=f"{error.fix}; or {fix}") from error

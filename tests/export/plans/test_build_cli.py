@@ -179,7 +179,7 @@ def test_without_a_gpu_the_error_names_the_way_out(run: Run, monkeypatch: pytest
     def none(device: str) -> None:
         raise BackendError("there is no driver", needed="one", fix="latentrt doctor")
 
-    monkeypatch.setattr(cuda, "Cuda", none)
+    monkeypatch.setattr(cuda, "Gpu", none)
     assert "--compute-capability 8.9" in refused(run, "build", "--library", "tensorrt-rtx")
 
 

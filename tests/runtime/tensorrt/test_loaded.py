@@ -10,7 +10,7 @@ import pytest
 
 from latentrt.bundle.bundle import Bundle, FileRecord
 from latentrt.bundle.spec import TensorSpec
-from latentrt.cuda.base import DeviceArray
+from latentrt.cuda.array import DeviceArray
 from latentrt.errors import BackendError, DeviceMemoryError, NetworkError, PlanError
 from latentrt.runtime.tensorrt.backend import TensorRtBackend, TensorRtNetwork
 from latentrt.runtime.tensorrt.plans import PlanStore

@@ -11,7 +11,7 @@ from typing import Any
 
 from latentrt.bundle.bundle import Bundle
 from latentrt.bundle.spec import GraphSpec
-from latentrt.cuda.base import Gpu
+from latentrt.cuda.gpu import Gpu
 from latentrt.runtime.tensorrt.library import wanted_key
 from latentrt.runtime.tensorrt.plans import PlanStore
 from latentrt.runtime.tensorrt.record import STRIPPED, PlanRecord, Profile, Range, Weight

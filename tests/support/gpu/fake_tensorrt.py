@@ -60,7 +60,7 @@ class Runtime:
                 f"{plan['version']}"
             )
         if fake.out_of_memory:
-            return self._refuse("[defaultAllocator.cpp::allocate::31] Error Code 1: Cuda Runtime (out of memory)")
+            return self._refuse("[defaultAllocator.cpp::allocate::31] Error Code 1: Gpu Runtime (out of memory)")
         return ICudaEngine(fake, self.logger, plan)
 
     def _refuse(self, words: str) -> None:

@@ -1,4 +1,4 @@
-"""A GPU for machines without one: the real `Cuda` and the real `advance.cu`, over a driver made of host memory.
+"""A GPU for machines without one: the real `Gpu` and the real `advance.cu`, over a driver made of host memory.
 
 The kernels run on the CPU (host_kernels.py). Pointers are real addresses, so numpy can look into "device" memory.
 Queued work runs at once; captured work is recorded and replayed, with the arguments of its capture.
@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from latentrt.cuda.base import DeviceArray
-from latentrt.cuda.gpu import Cuda
+from latentrt.cuda.array import DeviceArray
+from latentrt.cuda.gpu import Gpu
 from tests.support.gpu.host_kernels import Launch, host_library
 
 
@@ -44,7 +44,7 @@ MEMCPY2D = (
 
 
 class HostDriver:
-    """`cuda.bindings.driver`, as far as `Cuda` needs it, in host memory.
+    """`cuda.bindings.driver`, as far as `Gpu` needs it, in host memory.
 
     Attributes:
         calls: the names of the functions that were called, in order.
@@ -274,8 +274,8 @@ class HostDriver:
         return (OK,)
 
 
-class HostGpu(Cuda):
-    """`Cuda` over a `HostDriver`, which is `host`; arguments are the driver's."""
+class HostGpu(Gpu):
+    """`Gpu` over a `HostDriver`, which is `host`; arguments are the driver's."""
 
     def __init__(self, **options: Any) -> None:
         self.host = HostDriver(**options)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentrt.cuda import kernels
-from latentrt.cuda.base import Gpu
+from latentrt.cuda.gpu import Gpu
 from latentrt.cuda.kernels import BLEND, PREVIEW, PROGRESS, ROW_COLUMNS, SLOT, State
 from latentrt.sampling.guidance import Guidance
 from latentrt.sampling.noise import NoiseSource, TorchCpuNoise, TorchCudaNoise

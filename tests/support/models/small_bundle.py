@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from latentrt.bundle.bundle import Bundle, FileRecord, write_manifest
 from latentrt.bundle.spec import DENOISER, FP16, FP32, TEXT_ENCODER, NetworkSpec, TensorSpec, Variant
-from latentrt.cuda.base import DeviceArray
+from latentrt.cuda.array import DeviceArray
 from latentrt.runtime.tensorrt.backend import TensorRtBackend, TensorRtNetwork
 from latentrt.runtime.tensorrt.record import Range
 from tests.support.gpu.fake_plans import put_plan

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from latentrt.bundle.bundle import Bundle
 from latentrt.bundle.spec import GraphSpec
-from latentrt.cuda.base import DeviceArray, Gpu
+from latentrt.cuda.array import DeviceArray
+from latentrt.cuda.gpu import Gpu
 from latentrt.errors import BackendError, LatentrtError, NetworkError, PlanError
 from latentrt.runtime.base import Facts
 from latentrt.runtime.signature import Arrays, check_arrays, check_feeds, shape_of

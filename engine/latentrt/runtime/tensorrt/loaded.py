@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentrt.bundle.spec import GraphSpec, TensorSpec
-from latentrt.cuda.base import DeviceArray, Gpu
+from latentrt.cuda.array import DeviceArray
+from latentrt.cuda.gpu import Gpu
 from latentrt.errors import DeviceMemoryError, LatentrtError, NetworkError, PlanError
 from latentrt.runtime.tensorrt.library import Library
 from latentrt.runtime.tensorrt.plans import PlanStore
