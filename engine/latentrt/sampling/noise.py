@@ -142,11 +142,6 @@ class TorchCudaNoise:
         self.seed = _unsigned(seed)
         self.draws = 0  # how often each thread has drawn so far: torch's philox offset / 4
         self._max_blocks = multiprocessors * (threads_per_multiprocessor // 256)
-        if self._max_blocks < 1:
-            raise RequestError(
-                f"a device of {multiprocessors} multiprocessors with {threads_per_multiprocessor} threads",
-                needed="at least 1 multiprocessor with at least 256 threads",
-            )
 
     def threads(self, numel: int) -> int:
         """Return the number of threads that torch launches for a tensor of `numel` numbers."""
