@@ -92,7 +92,11 @@ class Request:
                 _number(name, getattr(self, name), 0.0, most)
         interval = self.guidance_interval
         if not isinstance(interval, (list, tuple)) or len(interval) != 2:
-            raise RequestError(f"guidance_interval is {interval!r}", needed="two numbers from 0 to 1: start and end")
+            raise RequestError(
+                f"guidance_interval is {interval!r}",
+                needed="two numbers: start and end",
+                fix="pass (0.0, 1.0) for the whole run",
+            )
         _number("guidance_interval's start", interval[0], 0.0, 1.0)
         _number("guidance_interval's end", interval[1], interval[0], 1.0)
         if unknown := sorted(set(self.pictures) - set(PICTURES)):
@@ -106,7 +110,11 @@ def _check_options(options: object) -> None:
         raise RequestError(f"options is {options!r}", needed="names with their values", fix="pass options={'eta': 0.5}")
     taken = sorted({*Request.__dataclass_fields__, "schedule", "scheduler", "self"} & set(options))
     if taken:
-        raise RequestError(f"{taken[0]!r} is given as an option", needed="a solver's own settings, such as eta")
+        raise RequestError(
+            f"{taken[0]!r} is given as an option",
+            needed="a solver's own settings, such as eta",
+            fix=f"leave {taken[0]} out of them",
+        )
 
 
 def _whole(name: str, value: object, low: int, high: int) -> None:

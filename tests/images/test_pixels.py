@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers.image_processor import VaeImageProcessor
 
-from latentrt.errors import NetworkError
+from latentrt.errors import NetworkError, RequestError
 from latentrt.images.pixels import from_uint8, to_pil, to_uint8
 
 SUFFIXES = [".png", ".jpg", ".jpeg", ".webp"]
@@ -55,3 +55,9 @@ def test_broken_decoder_output_is_never_a_black_picture(value: float) -> None:
 def test_to_uint8_refuses_other_shapes(shape: tuple[int, ...]) -> None:
     with pytest.raises(NetworkError, match="shape"):
         to_uint8(np.zeros(shape, np.float32))
+
+
+@pytest.mark.parametrize("pixels", [np.zeros((4, 4, 3), np.uint8), np.zeros((1, 4, 4, 3), np.float32)])
+def test_from_uint8_refuses_other_pixels(pixels: np.ndarray) -> None:
+    with pytest.raises(RequestError, match="pixels of shape"):
+        from_uint8(pixels)

@@ -40,10 +40,14 @@ def measure(engine: Engine, batches: Sequence[int], *, steps: int = 20, repeats:
         step that is not the UNet call; None on a GPU, where the host does not see it) and "decode_ms" a picture.
 
     Raises:
-        RequestError: no batch.
+        RequestError: a number below 1, or no batch.
     """
-    if not batches:
-        raise RequestError("there is no batch to measure", needed="one or more", fix="load more lanes: two a picture")
+    if not batches or min(steps, repeats, *batches) < 1:
+        raise RequestError(
+            f"steps {steps}, repeats {repeats}, batches {list(batches)}",
+            needed="numbers of 1 or more",
+            fix="raise the one below 1",
+        )
     rows = [_measure_batch(engine, size, steps, repeats) for size in batches]
     about = {"model": engine.spec.id, "backend": engine.backend.name, "device": engine.backend.device}
     return {**about, "steps": steps, "repeats": repeats, "batches": rows}

@@ -70,17 +70,16 @@ if TYPE_CHECKING:
 @option_json
 def generate(prompts: tuple[str, ...], bundle: Path, lanes: int | None, as_json: bool, **asked: Any) -> None:
     """Draw pictures from prompts, from noise or from a given picture."""
-    from latentrt.command.output import check_file, check_folder, with_suffix
+    from latentrt.command.output import check_animation, check_folder, check_grid, with_suffix
     from latentrt.engine import Engine
-    from latentrt.images import animation, files
     from latentrt.images.given import open_picture
     from latentrt.runtime.onnxruntime import return_freed_pages
 
     loading = {name: asked.pop(name) for name in LOADING}
     pattern = with_suffix(asked["output"] or ("{prompt}-{seed}" if prompts else "{model}-{seed}"), asked["format"])
     check_folder(pattern)
-    check_file("--grid", asked["grid"], files.FORMATS)
-    check_file("--animate", asked["animate"], animation.FORMATS)
+    check_grid(asked["grid"])
+    check_animation(asked["animate"])
     settings = settings_of(asked)
     pictures = {name: open_picture(asked[name]) for name in ("image", "mask") if asked[name] is not None}
     return_freed_pages()

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from latentrt.errors import OutputError, RequestError
+from latentrt.images.animation import FORMATS as ANIMATIONS
 from latentrt.images.files import FORMATS
 
 # Pictures that latentrt does not write; otherwise "x.gif" would quietly become "x.gif.png".
@@ -36,17 +37,26 @@ def with_suffix(pattern: str, format: str | None) -> str:
     return f"{pattern[: -len(suffix)] if own else pattern}.{format.lower()}"
 
 
-def check_file(option: str, path: Path | None, formats: Iterable[str]) -> None:
-    """Refuse a file of an option, if it is given, that could not be written.
+def check_grid(grid: Path | None) -> None:
+    """Refuse a contact sheet that could not be written.
 
     Raises:
-        RequestError: a suffix that is not in `formats`.
+        RequestError: an unknown suffix.
         OutputError: see `check_writable`.
     """
+    if grid is None:
+        return
+    if grid.suffix.lower() not in FORMATS:
+        raise RequestError(f"--grid is {grid}", needed=f"a suffix among {', '.join(FORMATS)}")
+    check_writable(grid)
+
+
+def check_animation(path: Path | None) -> None:
+    """Refuse an animation that could not be written. Raise as `check_grid`."""
     if path is None:
         return
-    if path.suffix.lower() not in formats:
-        raise RequestError(f"{option} is {path}", needed=f"a suffix among {', '.join(formats)}")
+    if path.suffix.lower() not in ANIMATIONS:
+        raise RequestError(f"--animate is {path}", needed=f"a suffix among {', '.join(ANIMATIONS)}")
     check_writable(path)
 
 

@@ -129,7 +129,9 @@ class Gpu:
             return
         self._refuse_in_capture("memory is given back")
         if array.pointer not in self._held:
-            raise BackendError("memory that is not held cannot be freed", needed="an array from `empty`, freed once")
+            raise BackendError(
+                "memory that is not held cannot be freed", needed="an array from `empty`", fix="free it once"
+            )
         self._drive("cuMemFree", array.pointer)
         self._held.remove(array.pointer)
 
@@ -310,7 +312,9 @@ class Graph:
     def launch(self) -> None:
         """Queue all of it. Raise BackendError before its capture has ended, and after `close`."""
         if self.executable is None:
-            raise BackendError("the graph is not captured, or was closed", needed="one whose capture has ended")
+            raise BackendError(
+                "the graph is not captured, or was closed", needed="one whose capture has ended", fix="capture it again"
+            )
         self._drive("cuGraphLaunch", self.executable, self._stream)
 
     def close(self) -> None:
@@ -321,7 +325,9 @@ class Graph:
 
 
 def _misfit(found: str, needed: str) -> BackendError:
-    return BackendError(f"{found} cannot be copied", needed=needed)
+    return BackendError(
+        f"{found} cannot be copied", needed=needed, fix="pass arrays of one dtype and of sizes that fit"
+    )
 
 
 def _mib(count: int) -> str:

@@ -7,7 +7,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from latentrt.images.files import write
+from latentrt.errors import OutputError
+from latentrt.storage import write_atomic
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,4 +30,10 @@ def save_animation(frames: Sequence[Image], path: Path) -> Path:
     first.save(
         buffer, FORMATS[path.suffix.lower()], save_all=True, append_images=others, duration=shown, loop=0, quality=90
     )
-    return write(path, buffer.getvalue())
+    try:
+        write_atomic(path, buffer.getvalue())
+    except OSError as error:
+        raise OutputError(
+            f"{path} cannot be written ({error.strerror or error})", needed=f"room for {len(buffer.getvalue())} bytes"
+        ) from error
+    return path

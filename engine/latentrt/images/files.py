@@ -35,16 +35,14 @@ def save(image: Image, path: str | Path, *, settings: Settings | None = None) ->
         OutputError: unknown suffix, settings that JSON or the format cannot hold, full disk, no permission.
     """
     path = Path(path)
-    return write(path, encode(image, path.suffix, settings=settings))
-
-
-def write(path: Path, data: bytes) -> Path:
-    """Write a file, whole or not at all, and return its path. Raise OutputError where it cannot be written."""
+    data = encode(image, path.suffix, settings=settings)
     try:
         write_atomic(path, data)
     except OSError as error:
         raise OutputError(
-            f"{path} cannot be written ({error.strerror or error})", needed=f"a folder that takes {len(data)} bytes"
+            f"{path} cannot be written ({error.strerror or error})",
+            needed=f"a folder that takes {len(data)} bytes",
+            fix="free some space or choose another path",
         ) from error
     return path
 
@@ -53,7 +51,9 @@ def encode(image: Image, suffix: str, *, settings: Settings | None = None) -> by
     """Return the bytes of the file that `save` writes; same arguments and errors, `suffix` like ".png"."""
     kind = FORMATS.get(suffix.lower())
     if kind is None:
-        raise OutputError(f"picture format {suffix!r}", needed=f"a suffix among {', '.join(FORMATS)}")
+        raise OutputError(
+            f"picture format {suffix!r}", needed=f"one of {', '.join(FORMATS)}", fix="name the file with such a suffix"
+        )
     buffer = BytesIO()
     try:
         settings = settings_of(image) if settings is None else settings
@@ -88,11 +88,13 @@ def output_path(pattern: str, values: Mapping[str, object]) -> Path:
         raise OutputError(
             f"the pattern {pattern!r} has the unknown field {error}",
             needed=f"fields among {', '.join(values)}",
+            fix="change the pattern",
         ) from error
     except ValueError as error:
         raise OutputError(
             f"the pattern {pattern!r} cannot be filled ({error})",
             needed='a pattern such as "out/{seed}-{prompt}.png"',
+            fix="change the pattern",
         ) from error
     return Path("".join(parts))
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from latentrt.errors import NetworkError
+from latentrt.errors import NetworkError, RequestError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -35,7 +35,17 @@ def to_uint8(x: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
 
 
 def from_uint8(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Return pixels (N, H, W, channels) as float32 (N, channels, H, W) in [-1, 1], as diffusers' VaeImageProcessor."""
+    """Return pixels (N, H, W, channels) as float32 (N, channels, H, W) in [-1, 1], as diffusers' VaeImageProcessor.
+
+    Raises:
+        RequestError: another shape or dtype.
+    """
+    if pixels.ndim != 4 or pixels.shape[3] not in CHANNELS or pixels.dtype != np.uint8:
+        raise RequestError(
+            f"pixels of shape {pixels.shape} and dtype {pixels.dtype}",
+            needed="uint8 of shape (N, H, W, 3), or (N, H, W, 1) for grey",
+            fix='convert pictures first: np.asarray(image.convert("RGB"))[None]',
+        )
     unit = pixels.transpose(0, 3, 1, 2).astype(np.float32, order="C") / np.float32(255)
     return np.float32(2) * unit - np.float32(1)
 

@@ -48,11 +48,15 @@ def grid(images: Sequence[Image], columns: int | None = None, captions: Sequence
 def _check_grid(images: Sequence[Image], columns: int, captions: Sequence[str]) -> None:
     sizes = sorted({image.size for image in images})
     if len(sizes) != 1:
-        raise RequestError(f"a grid of pictures of sizes {sizes}", needed="pictures of one size")
+        raise RequestError(
+            f"a grid of pictures of sizes {sizes}", needed="pictures of one size", fix="resize them first"
+        )
     if columns < 1:
-        raise RequestError(f"a grid of {columns} columns", needed="at least one")
+        raise RequestError(f"a grid of {columns} columns", needed="at least one", fix="pass another number of columns")
     if captions and len(captions) != len(images):
-        raise RequestError(f"{len(captions)} captions for {len(images)} pictures", needed="one for each")
+        raise RequestError(
+            f"{len(captions)} captions for {len(images)} pictures", needed="one for each", fix="pass as many captions"
+        )
 
 
 def _fitting(text: str, font: ImageFont | FreeTypeFont, width: int) -> str:

@@ -142,6 +142,12 @@ class TorchCudaNoise:
         self.seed = _unsigned(seed)
         self.draws = 0  # how often each thread has drawn so far: torch's philox offset / 4
         self._max_blocks = multiprocessors * (threads_per_multiprocessor // 256)
+        if self._max_blocks < 1:
+            raise RequestError(
+                f"a device of {multiprocessors} multiprocessors with {threads_per_multiprocessor} threads",
+                needed="at least 1 multiprocessor with at least 256 threads",
+                fix="read both from torch.cuda.get_device_properties",
+            )
 
     def threads(self, numel: int) -> int:
         """Return the number of threads that torch launches for a tensor of `numel` numbers."""
@@ -216,4 +222,4 @@ def _unsigned(seed: int) -> int:
     """Return the 64-bit seed as torch takes it: negative seeds wrap around."""
     if isinstance(seed, int | np.integer) and -(2**63) <= seed < 2**64:
         return int(seed) % 2**64
-    raise RequestError(f"seed {seed!r}", needed="a whole number, -2**63 <= seed < 2**64")
+    raise RequestError(f"seed {seed!r}", needed="a whole number, -2**63 <= seed < 2**64", fix="choose such a seed")

@@ -144,6 +144,7 @@ def _betas(settings: Mapping[str, Any]) -> NDArray[np.float32]:
         raise ScheduleError(
             f"the betas have shape {betas.shape} and run from {betas.min():g} to {betas.max():g}",
             needed=f"num_train_timesteps = {count} numbers between 0 and 1",
+            fix="correct trained_betas, or beta_start and beta_end",
         )
     return betas
 

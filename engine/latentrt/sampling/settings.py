@@ -8,11 +8,12 @@ rows cannot express.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 from latentrt.errors import ScheduleError
-from latentrt.values import did_you_mean, is_number, is_whole
+from latentrt.values import did_you_mean
 
 _TRAINING: dict[str, Any] = {
     "num_train_timesteps": 1000,
@@ -198,7 +199,9 @@ def settings_of(scheduler: str, config: Mapping[str, Any], options: Mapping[str,
             read[key] = meanings.get(read[key], read[key])
     settings = {**defaults, **read, **options}
     for key, default in defaults.items():
-        if isinstance(default, bool) and settings[key] is None:  # JSON's null, which diffusers tests for truth
+        if (
+            isinstance(default, bool) and settings[key] is None
+        ):  # JSON's null, which diffusers only ever tests for truth
             settings[key] = False
     _check(scheduler, settings)
     return settings
@@ -208,46 +211,68 @@ def _check(scheduler: str, settings: Mapping[str, Any]) -> None:
     choices = {**_CHOICES, **_PER_CLASS.get(scheduler, {})}
     for key, allowed in choices.items():
         if key in settings and settings[key] not in allowed:
-            needed = f"one of {', '.join(map(repr, allowed))}"
-            raise ScheduleError(f"{scheduler} has {key} = {settings[key]!r}", needed=needed)
-    for key, (served, reason) in _REFUSED.items():
-        if key in settings and settings[key] != served:
-            found = f"{scheduler} has {key} = {settings[key]!r}; {reason}"
-            raise ScheduleError(found, needed=f"{key} = {served!r}")
+            raise ScheduleError(
+                f"{scheduler} has {key} = {settings[key]!r}",
+                needed=f"one of {', '.join(repr(value) for value in allowed)}",
+                fix=f"set {key} to one of these",
+            )
+    for key, (needed, reason) in _REFUSED.items():
+        if key in settings and settings[key] != needed:
+            raise ScheduleError(
+                f"{scheduler} has {key} = {settings[key]!r}; {reason}",
+                needed=f"{key} = {needed!r}",
+                fix=f"set {key} to {needed!r}",
+            )
     for key, default in DEFAULTS[scheduler].items():
         if key not in choices:
             _check_kind(scheduler, key, default, settings[key])
     chosen = [key for key in _RESPACINGS if settings.get(key)]
     if len(chosen) > 1:
-        raise ScheduleError(f"{' and '.join(chosen)} are both set", needed="one choice of sigmas")
+        raise ScheduleError(
+            f"{' and '.join(chosen)} are both set", needed="one choice of sigmas", fix="keep one of them"
+        )
     _check_ranges(settings)
 
 
 def _check_kind(scheduler: str, key: str, default: object, value: object) -> None:
     """Refuse a value that is not of its default's kind; where there is no default, it may be missing too."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
     if key in _LISTS:
-        good, needed = isinstance(value, (list, tuple)) and all(map(is_number, value)), "a list of numbers"
+        good, needed = isinstance(value, (list, tuple)) and all(map(_is_number, value)), "a list of numbers"
     elif isinstance(default, bool):
         good, needed = isinstance(value, bool), "true or false"
     elif isinstance(default, int):
-        good, needed = is_whole(value) and value >= 0, "a whole number of 0 or more"  # type: ignore[operator]
+        good, needed = whole and value >= 0, "a whole number of 0 or more"  # type: ignore[operator]
     elif isinstance(default, str):
         good, needed = isinstance(value, str), "text"
     else:
-        good, needed = is_number(value) or value == default == -math.inf, "a finite number"
+        good, needed = _is_number(value) or value == default == -math.inf, "a finite number"
     if not good and not (value is None and default is None):
-        raise ScheduleError(f"{scheduler} has {key} = {value!r}", needed=needed)
+        raise ScheduleError(f"{scheduler} has {key} = {value!r}", needed=needed, fix=f"set {key} to {needed}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _check_ranges(settings: Mapping[str, Any]) -> None:
     for key in ("num_train_timesteps", "original_inference_steps"):
         if not 1 <= settings.get(key, 1) <= MAX_TIMESTEPS:
-            raise ScheduleError(f"{key} is {settings[key]!r}", needed=f"a whole number from 1 to {MAX_TIMESTEPS}")
+            found, needed = f"{key} is {settings[key]!r}", f"a whole number from 1 to {MAX_TIMESTEPS}"
+            raise ScheduleError(found, needed=needed, fix="correct the config")
     low, high = settings.get("sigma_min"), settings.get("sigma_max")
     if any(sigma is not None and sigma <= 0 for sigma in (low, high)) or (low and high and low >= high):
-        raise ScheduleError(f"sigma_min is {low!r} and sigma_max {high!r}", needed="0 < sigma_min < sigma_max")
+        raise ScheduleError(
+            f"sigma_min is {low!r} and sigma_max {high!r}",
+            needed="0 < sigma_min < sigma_max",
+            fix="correct them, or leave both out",
+        )
     start, end = settings["beta_start"], settings["beta_end"]
     if settings["beta_schedule"] == "scaled_linear" and min(start, end) < 0:
-        raise ScheduleError(f"the betas run from {start!r} to {end!r}", needed="numbers between 0 and 1")
+        raise ScheduleError(
+            f"the betas run from {start!r} to {end!r}", needed="numbers between 0 and 1", fix="correct beta_start"
+        )
     if settings["trained_betas"] is not None and not settings["trained_betas"]:
-        raise ScheduleError("trained_betas is empty", needed="null, or a beta for each training timestep")
+        raise ScheduleError(
+            "trained_betas is empty", needed="a beta for each training timestep", fix="set trained_betas to null"
+        )

@@ -127,6 +127,7 @@ def consistency_grid(schedule: Schedule, settings: Mapping[str, Any], steps: int
         raise RequestError(
             f"{steps} steps of {original} original_inference_steps were asked of {train} training timesteps",
             needed="steps <= original_inference_steps <= num_train_timesteps",
+            fix="take fewer steps or raise original_inference_steps",
         )
     distilled = (np.arange(1, original + 1) * (train // original) - 1)[::-1]
     chosen = distilled[np.floor(np.linspace(0, original, steps, endpoint=False)).astype(int)]
@@ -217,7 +218,9 @@ def _timesteps(settings: Mapping[str, Any], steps: int, *, last: int | None = No
     """
     train, offset = settings["num_train_timesteps"], settings["steps_offset"]
     if steps > train:
-        raise RequestError(f"{steps} steps were asked for", needed=f"at most {train}, the training timesteps")
+        raise RequestError(
+            f"{steps} steps were asked for", needed=f"at most {train}, the training timesteps", fix="take fewer steps"
+        )
     last, count = train if last is None else last, steps + 1 if open_end else steps
     if settings["timestep_spacing"] == "linspace":
         return np.linspace(0, last - 1, count)[::-1][:steps]

@@ -27,10 +27,11 @@ from latentrt.sampling.schedule import Schedule
 from latentrt.sampling.solvers import ALIASES, SOLVERS, Solver
 from latentrt.sampling.spacing import CLEAN, Grid
 from latentrt.sampling.trace import Call, trace, x0_from
-from latentrt.values import did_you_mean, is_number, is_whole
+from latentrt.values import did_you_mean
 
 Float32 = NDArray[np.float32]
 SLOTS = 4
+FIX = "use another solver"
 COLUMNS = (
     *("timestep", "c_in", "p", "q", "clip", "slot", "a", "o"),
     *(f"b{k}" for k in range(SLOTS)),
@@ -134,7 +135,7 @@ def tabulate(solver: str | None, schedule: Schedule, steps: int, *, strength: fl
     Source:
         each solver's paper, named in `latentrt.sampling.solvers`; parity with diffusers 0.42 holds to 1e-5 in float32.
     """
-    if not is_whole(steps) or steps < 1:
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise RequestError(f"steps is {steps!r}", needed="a whole number of 1 or more")
     name, chosen = _find(solver, schedule)
     first = _first(name, chosen, steps, strength)
@@ -160,14 +161,21 @@ def tabulate(solver: str | None, schedule: Schedule, steps: int, *, strength: fl
 
 def _first(name: str, solver: Solver, steps: int, strength: float) -> int:
     """Return how many steps of the whole run are left out."""
-    if not is_number(strength) or not 0 < strength <= 1:
+    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 < strength <= 1:
         raise RequestError(f"strength is {strength!r}", needed="a number above 0 and at most 1")
     first = steps - int(steps * strength)
     if first == steps:
-        raise RequestError(f"a strength of {strength:g} leaves none of {steps} steps", needed=f"1 / {steps} or more")
+        raise RequestError(
+            f"a strength of {strength:g} leaves none of {steps} steps",
+            needed=f"1 / {steps} or more",
+            fix="raise strength, or take more steps",
+        )
     if first and solver.only_whole:
-        needed = "a strength of 1, or another solver such as dpmpp-2m"
-        raise ScheduleError(f"{name} cannot begin midway ({solver.only_whole})", needed=needed)
+        raise ScheduleError(
+            f"{name} cannot begin midway ({solver.only_whole})",
+            needed="a strength of 1 or another solver",
+            fix="take dpmpp-2m",
+        )
     return first
 
 
@@ -221,7 +229,9 @@ def advance(row: Row, x: Float32, out: Float32, memory: Float32, noise: Float32 
             result += weight * slot
     if row.c:
         if noise is None:
-            raise RequestError("the row adds noise and none was given", needed="noise=, standard normal")
+            raise RequestError(
+                "the row adds noise and none was given", needed="standard normal noise", fix="pass noise="
+            )
         result += row.c * noise
     return result
 
@@ -276,9 +286,9 @@ def _configured(schedule: Schedule) -> tuple[str, Solver]:
 
 def _check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
     eta, order = arguments.get("eta", 0.0), arguments.get("order", 1)
-    if not is_number(eta) or not 0 <= eta <= 1:
+    if isinstance(eta, bool) or not isinstance(eta, (int, float)) or not 0 <= eta <= 1:
         raise ScheduleError(f"{name} has eta = {eta!r}", needed="a number from 0 to 1")
-    if not is_whole(order) or not 1 <= order <= SLOTS:
+    if isinstance(order, bool) or not isinstance(order, int) or not 1 <= order <= SLOTS:
         raise ScheduleError(f"{name} has order = {order!r}", needed=f"a whole number from 1 to {SLOTS}")
 
 
@@ -294,11 +304,15 @@ def _rows(calls: list[Call], prediction: str) -> list[list[float]]:
                 weights[slots[index]] = value
             elif kind == "noise":
                 if c or index in noises:
-                    raise TraceError(f"row {k} needs two noises or an earlier one", needed="one new noise a row")
+                    raise TraceError(
+                        f"row {k} needs two noises or an earlier one", needed="one new noise a row", fix=FIX
+                    )
                 noises.add(index)
                 c = value
             elif index != k:
-                raise TraceError(f"row {k} uses {kind} of row {index}", needed="this row's own, or what is remembered")
+                raise TraceError(
+                    f"row {k} uses {kind} of row {index}", needed="this row's own", fix="let the solver remember it"
+                )
         here = call.here
         remembers = [call.p, call.q, call.clip, float(slots[k])]
         rows.append([here.timestep, here.c_in, *remembers, a, o, *weights, c, *x0_from(prediction, here)])
@@ -328,7 +342,7 @@ def _allocate(calls: list[Call]) -> list[int]:
     for k, end in enumerate(last_use):
         slot = next((slot for slot in range(SLOTS) if busy_until[slot] < k), None)
         if slot is None:
-            raise TraceError(f"row {k} needs more than {SLOTS} memories", needed=f"at most {SLOTS}")
+            raise TraceError(f"row {k} needs more than {SLOTS} memories", needed=f"at most {SLOTS}", fix=FIX)
         busy_until[slot] = end
         slots.append(slot)
     return slots

@@ -52,6 +52,9 @@ class Sum:
     def __sub__(self, other: Sum) -> Sum:
         return self + -1.0 * other
 
+    def __neg__(self) -> Sum:
+        return -1.0 * self
+
     def __getitem__(self, symbol: Symbol) -> float:
         return self.terms.get(symbol, 0.0)
 
@@ -104,7 +107,9 @@ class Recorder:
     def finish(self, x: Sum) -> None:
         """Record the last call's step."""
         if not self.calls:
-            raise TraceError("the solver never called the network", needed="one call or more, such as model.x0")
+            raise TraceError(
+                "the solver never called the network", needed="one call or more", fix="call model.x0 in the solver"
+            )
         self.calls[-1].leaves = self._reduce(x, len(self.calls) - 1)
 
     def _remember(self, x: Sum, here: Point, p: float, q: float, clip: float) -> Sum:
