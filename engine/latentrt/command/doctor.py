@@ -165,7 +165,7 @@ def _cuda() -> Finding:
 
 
 def _tensorrt(name: str) -> Finding:
-    """Import a TensorRT and start it, but only on a driver that works: without one, 8.6 ends the process."""
+    """Import a TensorRT and start it, but only on a driver that works."""
     what = f"pictures by plans ({name})"
     try:
         library = open_library(name)
