@@ -2,7 +2,8 @@
 
 Most of the time in which a session is made, ONNX Runtime widens half-precision weights and rearranges them for the
 CPU's vectors. An entry of the cache is a folder with the result. Its name is a hash of all that decides it, so that an
-entry is never out of date. It is written under another name and renamed: it is whole or absent, whoever else writes.
+entry is never out of date. It is written under another name and renamed: it is whole or absent, also where two
+processes write it.
 """
 
 from __future__ import annotations
