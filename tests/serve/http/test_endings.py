@@ -6,26 +6,13 @@ import asyncio
 import json
 import socket
 import threading
-from collections.abc import Iterator, MutableMapping
+from collections.abc import MutableMapping
 from typing import Any
 
 import pytest
-from structlog.testing import capture_logs
 
 from tests.serve.http.test_middleware import DRAW, ask, lines_of
 from tests.support.serve.fakes import FakeScheduler, app_of, live, post, until
-
-
-@pytest.fixture
-def app() -> Any:
-    return app_of(FakeScheduler())
-
-
-@pytest.fixture
-def log() -> Iterator[list[MutableMapping[str, Any]]]:
-    with capture_logs() as lines:
-        yield lines
-
 
 # ---- What goes wrong inside
 

@@ -7,12 +7,11 @@ import hmac
 import json
 import socket
 import tempfile
-from collections.abc import Iterator, MutableMapping
+from collections.abc import MutableMapping
 from typing import Any
 
 import httpx
 import pytest
-from structlog.testing import capture_logs
 
 from latentrt.serve.http import middleware
 from tests.support.serve.fakes import FakeScheduler, app_of, live, png
@@ -26,17 +25,6 @@ def ask(app: Any, method: str, path: str, **content: Any) -> httpx.Response:
             return await client.request(method, path, **content)
 
     return asyncio.run(go())
-
-
-@pytest.fixture
-def app() -> Any:
-    return app_of(FakeScheduler())
-
-
-@pytest.fixture
-def log() -> Iterator[list[MutableMapping[str, Any]]]:
-    with capture_logs() as lines:
-        yield lines
 
 
 def lines_of(log: list[MutableMapping[str, Any]]) -> list[MutableMapping[str, Any]]:

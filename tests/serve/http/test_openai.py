@@ -7,7 +7,6 @@ import base64
 import json
 import math
 import re
-from collections.abc import Iterator
 from io import BytesIO
 from typing import Any, get_args, get_type_hints
 
@@ -37,23 +36,6 @@ EVERYTHING: dict[str, Any] = {  # what the newest client can send and latentrt t
     "safety_identifier": "someone",
     "user": "somebody",
 }
-
-
-@pytest.fixture
-def scheduler() -> FakeScheduler:
-    return FakeScheduler()
-
-
-@pytest.fixture
-def url(scheduler: FakeScheduler) -> Iterator[str]:
-    with live(app_of(scheduler)) as url:
-        yield url
-
-
-@pytest.fixture
-def client(url: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0) as client:
-        yield client
 
 
 def decoded(data: str) -> Image.Image:

@@ -3,35 +3,14 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator
 from io import BytesIO
 
 import openai
 import pytest
 from PIL import Image
 
+from tests.serve.http.test_openai import decoded
 from tests.support.serve.fakes import FakeScheduler, app_of, live, png, post
-
-
-@pytest.fixture
-def scheduler() -> FakeScheduler:
-    return FakeScheduler()
-
-
-@pytest.fixture
-def url(scheduler: FakeScheduler) -> Iterator[str]:
-    with live(app_of(scheduler)) as url:
-        yield url
-
-
-@pytest.fixture
-def client(url: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0) as client:
-        yield client
-
-
-def decoded(data: str) -> Image.Image:
-    return Image.open(BytesIO(base64.b64decode(data)))
 
 
 def test_edits_decode_to_arrays(client: openai.OpenAI, scheduler: FakeScheduler) -> None:

@@ -36,16 +36,6 @@ def using(app: Any, work: Callable[[Client], Awaitable[Any]], **headers: str) ->
     return asyncio.run(go())
 
 
-@pytest.fixture
-def scheduler() -> FakeScheduler:
-    return FakeScheduler()
-
-
-@pytest.fixture
-def app(scheduler: FakeScheduler) -> Any:
-    return app_of(scheduler)
-
-
 def post(app: Any, path: str, body: dict[str, Any]) -> httpx.Response:
     return using(app, lambda client: client.post(path, json=body))
 

@@ -10,7 +10,6 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
-from structlog.testing import capture_logs
 
 from latentrt.serve.http.middleware import PIECE, Guard
 from latentrt.serve.process.config import Settings
@@ -34,12 +33,6 @@ class App:
         for number in range(1, self.events + 1):
             await send({"type": "http.response.body", "body": EVENT, "more_body": number < self.events})
             self.sent = number
-
-
-@pytest.fixture
-def log() -> Iterator[list[MutableMapping[str, Any]]]:
-    with capture_logs() as lines:
-        yield lines
 
 
 @contextmanager
