@@ -232,7 +232,7 @@ def test_what_there_was_no_time_for_is_recorded_and_replaces_nothing(
     monkeypatch.setattr("benchmarks.gpu.child.time.monotonic", lambda: now)
     monkeypatch.setattr(benchmark, "_about", lambda *_: {"config": {"repeats": 5}, "peak": {}, "macs": {}})
     before = Results.open(tmp_path, small(bundle))
-    before.begin({"config": {"repeats": 5}})
+    before.begin({"config": {"repeats": 5}, "peak": {}, "macs": {}})
     before.put("ort-loop", 1, made_up(3.0, 1.0, before.run))
     # open, first picture, peak, a round, alone: 50 s; the second round ends with the minute
     results = benchmark.run(small(bundle, repeats=5, sides=("diffusers", "trt-loop", "ort-loop"), minutes=1), tmp_path)
