@@ -18,12 +18,14 @@ from benchmarks.gpu.config import FOLDER, SIDES, Config
 from benchmarks.gpu.results import Results
 from benchmarks.timing import machine
 from latentrt.bundle.bundle import Bundle
+from latentrt.bundle.spec import CONDITIONER, DECODER, DENOISER, TEXT_ENCODER
 from latentrt.errors import LatentrtError, MissingDependencyError
 
 PACKAGES = (
     *("torch", "diffusers", "transformers", "numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13"),
     *("cuda-bindings", "nvidia-cuda-nvrtc"),
 )
+DRAWING = (TEXT_ENCODER, CONDITIONER, DENOISER, DECODER)  # roles of the networks that draw from a prompt
 FAILURES = (NotMeasuredError, LatentrtError, RuntimeError, OSError)
 
 
@@ -116,7 +118,7 @@ def _macs(config: Config) -> dict[str, int]:
     spec = Bundle.open(config.bundle, check_hashes=False).spec
     height, width = config.size[1] // spec.latents.factor, config.size[0] // spec.latents.factor
     sizes = {"batch": 1, "height": height, "width": width}
-    names = (*spec.named("text_encoder"), "unet", "vae_decoder")
+    names = [name for role in DRAWING for name in spec.named(role)]
     return {name: macs(config.bundle / spec.graphs()[name].path, sizes) for name in names}
 
 
@@ -245,7 +247,7 @@ def _build(config: Config, batch: int, deadline: Deadline) -> list[dict[str, Any
     limit = deadline.left(config.limit)
     assert config.bundle is not None
     spec = Bundle.open(config.bundle, check_hashes=False).spec
-    networks = (*spec.named("text_encoder"), "unet", "vae_decoder")
+    networks = [name for role in DRAWING for name in spec.named(role)]
     build = config.open_hardware().build_plans
     built: list[dict[str, Any]] = build(config.bundle, networks, config.library, 2 * batch, config.size, limit)
     return built

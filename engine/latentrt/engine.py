@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentrt.bundle.bundle import EMBEDDED, Bundle
-from latentrt.bundle.spec import DENOISER, ENCODER, TEXT_ENCODER
+from latentrt.bundle.spec import CONDITIONER, DENOISER, ENCODER, SHALLOW, TEXT_ENCODER
 from latentrt.cuda.gpu import Gpu
 from latentrt.images.pixels import to_pil, to_uint8
 from latentrt.model.given import Given
@@ -185,12 +185,12 @@ class Engine:
 
     def run(self, jobs: Iterable[Job], on_tick: OnTick | None = None) -> None:
         """Denoise jobs to their end; see `Denoiser.run`."""
-        self.model.end_of(TEXT_ENCODER)
+        self.model.end_of(TEXT_ENCODER, CONDITIONER)
         self.denoiser.run(jobs, on_tick)
 
     def picture(self, job: Job) -> Picture:
         """Return the picture of a job's latents; it carries its settings."""
-        self.model.end_of(DENOISER)
+        self.model.end_of(DENOISER, SHALLOW)
         from latentrt.images.picture import Picture
 
         return Picture.of(to_uint8(self.model.codec.decode(job.latents[None]))[0], job.tag)

@@ -139,7 +139,8 @@ def test_whatever_will_be_used_is_loaded_at_the_start(edits: bool, monkeypatch: 
 
     monkeypatch.setattr(OrtBackend, "load", recording)
     with server.loaded(Settings(threads=1, edits=edits)) as engine:
-        assert sorted(opened) == ["text_encoder", "unet", "vae_decoder", *(["vae_encoder"] if edits else [])]
+        always = ["text_encoder", "unet", "unet_text", "vae_decoder"]
+        assert sorted(opened) == [*always, *(["vae_encoder"] if edits else [])]
         engine.model.given({"image": np.zeros((64, 64, 3), np.uint8)}, None, None)
         assert opened.count("vae_encoder") == 1
 

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 from latentrt.errors import BundleError, RequestError
 
-TEXT_ENCODER, DENOISER, DECODER, ENCODER = ROLES = ("text_encoder", "denoiser", "decoder", "encoder")
+ROLES = ("text_encoder", "conditioner", "denoiser", "shallow", "decoder", "encoder")
+TEXT_ENCODER, CONDITIONER, DENOISER, SHALLOW, DECODER, ENCODER = ROLES
 FP32, FP16, FP16_ORT_CUDA = "fp32", "fp16", "fp16-ort-cuda"  # variants that export writes
 
 

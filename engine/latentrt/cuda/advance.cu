@@ -78,6 +78,7 @@ struct State {
     Progress* progress;        // (slots,)
     float* scalars;            // (scalar_count, scalar_stride) the network's other inputs that are a number for each lane
     const float* scalar_rows;  // (slots, rows_max, scalar_count) their values by row
+    const int* turn;           // (slots,)               0: the slot waits, since its next row is of the other depth; or null
     int n, rows_max, noises_max, scalar_count, scalar_stride;
 };
 
@@ -233,9 +234,14 @@ __device__ inline void finish_row(Progress& progress, bool noise) {
 }
 
 template <typename T>
+__device__ bool waits(const State<T>& s, int slot) {
+    return s.progress[slot].row >= s.slots[slot].rows || (s.turn && !s.turn[slot]);
+}
+
+template <typename T>
 __device__ void advance(const State<T>& s) {
     const int slot = blockIdx.y, k = s.progress[slot].row;
-    if (k >= s.slots[slot].rows) return;
+    if (waits(s, slot)) return;
     const Row row = s.table[(size_t)slot * s.rows_max + k];
     if (k + 1 < s.slots[slot].rows) feed_numbers(s, slot, k + 1);
     for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < s.n; i += gridDim.x * blockDim.x) {
@@ -258,6 +264,17 @@ __device__ void begin(const State<T>& s, int first) {
         if (k == 0 && job.start != 0) x = job.start * job_noise(job, s.n, 0, i);
         feed(s, slot, k, i, x);
     }
+}
+
+// After a full call: keeps the deep features (lanes, n) of the jobs whose turn it is, for their shallow rows. grid.y jobs.
+template <typename T>
+__device__ void keep(const State<T>& s, T* kept, const T* deep, int n) {
+    const int slot = blockIdx.y;
+    if (waits(s, slot)) return;
+    const int lanes[2] = {s.slots[slot].lane_cond, s.slots[slot].lane_uncond};
+    for (int lane : lanes)
+        for (int i = blockIdx.x * blockDim.x + threadIdx.x; lane >= 0 && i < n; i += gridDim.x * blockDim.x)
+            kept[(size_t)lane * n + i] = deep[(size_t)lane * n + i];
 }
 
 // ---- Standard deviations, for guidance that is rescaled ------------------------------------------------------------
@@ -329,6 +346,7 @@ __device__ void to_pixels(unsigned char* pixels, int* bad, const T* image, int a
 #define KERNELS(T)                                                                                                    \
     extern "C" __global__ void advance_##T(State<T> s) { advance(s); }                                                \
     extern "C" __global__ void begin_##T(State<T> s, int first) { begin(s, first); }                                  \
+    extern "C" __global__ void keep_##T(State<T> s, T* kept, const T* deep, int n) { keep(s, kept, deep, n); }        \
     extern "C" __global__ void deviations_##T(State<T> s) { deviations(s); }                                          \
     extern "C" __global__ void to_latents_##T(T* latents, const float* x, int count, float scale, float shift) {      \
         to_latents(latents, x, count, scale, shift);                                                                  \

@@ -31,7 +31,7 @@ pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has wheels for Linux on
 STATIC: dict[str, str] = {}
 RANGES = {"lanes": "2:2:8", "pictures": "1:1:4", "size": "64:128:256"}
 SHAPES = {"static": STATIC, "ranges": RANGES}
-NETWORKS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
+NETWORKS = ("text_encoder", "unet_text", "unet", "unet_shallow", "vae_decoder", "vae_encoder")
 BUNDLES = ("emoji", "sd15-small")
 CAPABILITIES = ("8.0", "8.9", "12.0")
 Build = Callable[..., list[Built]]
@@ -127,7 +127,7 @@ def check(built: list[Built], compute_capability: str) -> None:
 
 def test_what_is_built_is_found_and_not_built_again(build: Build, bundles: Callable[[str], Bundle]) -> None:
     first = build("emoji", "8.9", STATIC)
-    assert [each.seconds for each in build("emoji", "8.9", STATIC)] == [0.0] * 4
+    assert [each.seconds for each in build("emoji", "8.9", STATIC)] == [0.0] * len(NETWORKS)
     store = PlanStore(bundles("emoji"), first[0].path.parent)
     (record,) = (each.record for each in first if each.record.key.network == "unet")
     fitting = store.fitting(record.key)
@@ -152,7 +152,7 @@ def test_weights_are_known_to_the_network_by_their_names(rtx: Library, tmp_path:
         parser = building.new_parser(rtx, network, logger)
         assert parser.parse(data, str(path))
         building.mark_refittable(network, weights)
-        assert len(weights) > 30
+        assert len(weights) >= 14
         with pytest.raises(PlanError, match="no weight nonsense"):
             building.mark_refittable(network, ["nonsense"])
 

@@ -13,6 +13,7 @@ from typing import Any
 import onnx_ir as ir
 
 from latentrt.bundle.bundle import Bundle
+from latentrt.bundle.spec import CONDITIONER, DENOISER, TEXT_ENCODER
 from latentrt.runtime.base import Backend
 from latentrt.runtime.onnxruntime import OrtBackend
 from latentrt.runtime.tensorrt.backend import TensorRtBackend
@@ -62,9 +63,8 @@ def build_plans(
     built = []
     for network in networks:
         graph, divisor = opened.spec.graphs("fp16")[network], 1 if network == "vae_encoder" else factor
-        batch = (
-            (1, 1, lanes) if network in opened.spec.named("text_encoder") else (lanes if network == "unet" else 1,) * 3
-        )
+        role = opened.spec.networks[network].role
+        batch = (1, 1, lanes) if role in (TEXT_ENCODER, CONDITIONER) else (lanes if role == DENOISER else 1,) * 3
         ranges = {"batch": batch, "height": (size[1] // divisor,) * 3, "width": (size[0] // divisor,) * 3}
         names = {side for tensor in graph.inputs for side in tensor.shape if isinstance(side, str)}
         refit = weights_of(ir.load(opened.path(graph.path)), graph) if options else {}
