@@ -1,0 +1,349 @@
+"""A lease of a GPU: the order of its jobs, their limits, what a killed one leaves, and its page."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+
+from benchmarks.gpu import command
+from benchmarks.gpu import run as benchmark
+from benchmarks.gpu.child import Deadline, NotMeasuredError
+from benchmarks.gpu.config import Config
+from benchmarks.gpu.lease import bundles
+from benchmarks.gpu.lease import run as lease
+from benchmarks.gpu.lease.jobs import DRIFT, PICTURES, VARIANT, Job, jobs_of
+from benchmarks.gpu.report import figures
+from benchmarks.gpu.variants import PLAIN, VARIANTS
+from benchmarks.report import write
+from latentrt.bundle.bundle import EMBEDDED, Bundle
+from latentrt.errors import HashMismatchError
+from tests.support.gpu import emulated
+
+NAMES = [job.name for job in jobs_of("sd15", alone=True)]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    """Return the settings of a small lease; its bundle is a copy, since a variant of the graphs is added."""
+    shutil.copytree(EMBEDDED, tmp_path / "bundle")
+    return Config(
+        "sd15-small", tmp_path / "bundle", steps=2, size=(32, 32), hardware="tests.support.gpu.emulated", minutes=14
+    )
+
+
+class Clock:
+    """The time, which passes only where a child is asked."""
+
+    now = 1000.0
+
+
+class FakeChild:
+    """A child of any job: every request takes ten seconds. `asked` has what was asked, `faults` what goes wrong."""
+
+    asked: ClassVar[list[str]] = []
+    faults: ClassVar[dict[str, BaseException]] = {}
+    speeds: ClassVar[dict[str, float]] = {}
+    open_ones: ClassVar[int] = 0
+    age = 1.0
+
+    def __init__(self, worker: str, config: Config | None = None, name: str = "") -> None:
+        FakeChild.open_ones += 1
+        assert FakeChild.open_ones == 1  # one on the GPU at a time
+        self._config, self._name = config, name or worker.rpartition(":")[2]
+
+    def ask(self, limit: float, method: str, *arguments: Any) -> Any:
+        assert self._config is not None
+        what = ":".join(filter(None, (self._name, self._config.variant, method)))
+        self.asked.append(what)
+        took = self.speeds.get(what, 10.0)
+        Clock.now += min(took, limit)
+        if what in self.faults:
+            raise self.faults[what]
+        if took > limit:
+            raise NotMeasuredError(f"it took longer than {limit:.0f} s")
+        return self._answer(method)
+
+    def _answer(self, method: str) -> Any:
+        assert self._config is not None
+        speed = 5.0 if self._config.variant == "fused" else 10.0
+        relative = {"unet": 3e-2 if self._config.variant == "sdpa-1" else 1e-3, "vae_decoder": 1e-3}
+        alone = {"text": [1.0], "unet": [speed], "vae": [9.0]}
+        answers = {
+            "draw": (0.1, 100.0, [np.zeros((4, 4, 3), np.uint8)]),
+            "alone": alone,
+            "measure": {"relative": relative, **({"alone_ms": alone} if relative["unet"] < 1e-2 else {})},
+            "kernels": {name: [calls / 3, time / 3] for name, (calls, time) in emulated.kernel_times(int).items()},
+            "drift": [1e-3, 2e-3],
+        }
+        return answers.get(method, 0)
+
+    def close(self) -> None:
+        FakeChild.open_ones -= 1
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeChild]:
+    """Put the fake children and their clock in place."""
+    monkeypatch.setattr(benchmark, "Child", FakeChild)
+    monkeypatch.setattr("benchmarks.gpu.child.time.monotonic", lambda: Clock.now)
+    for each in (FakeChild.asked, FakeChild.faults, FakeChild.speeds):
+        each.clear()
+    FakeChild.open_ones = 0
+    return FakeChild
+
+
+def read(folder: Path) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads((folder / "gpu-sd15-small.json").read_text())
+    return data
+
+
+def test_the_order_is_that_of_worth() -> None:
+    assert NAMES[:10] == ["profile plain", *(f"variant {name}" for name in VARIANTS)]
+    rest = ["ort, batch 1", "profile of the best", "diffusers, batch 1", "compile-regional, batch 1"]
+    assert NAMES[10:14] == rest
+    assert NAMES[-3:] == ["compile, batch 1", "trt, batch 1, level 1", "trt, batch 1"]
+    every = list(jobs_of("sd15"))
+    assert [job.name for job in every if job.preset == "sdxl"] == ["ort, batch 1", "diffusers, batch 1"]
+    assert len({(job.preset, job.name) for job in every}) == len(every)
+    assert max(job.limit for job in every) <= 480
+
+
+def test_a_whole_lease(config: Config, fake: type[FakeChild], tmp_path: Path) -> None:
+    (results,) = lease.run(replace(config, minutes=None), tmp_path)
+    data = read(tmp_path)
+    states = {name: state.get("missing", "done") for name, state in data["jobs"].items()}
+    assert list(states) == NAMES
+    assert states.pop("variant sdpa-1") == "the relative error is over 0.01 (unet 3.0e-02, vae_decoder 1.0e-03)"
+    assert set(states.values()) == {"done"}
+    assert "alone_ms" not in data["variants"]["sdpa-1"]
+    assert {part["1"].get("variant") for side, part in data["sides"].items() if side == "ort"} == {"fused"}
+    assert data["sides"]["ort"]["16"]["variant"] == "fused"
+    assert data["jobs"]["profile of the best"]["variant"] == "fused"
+    assert set(data["profiles"]) == {"plain", "fused"}
+    assert set(data["drift"]) == {"20", "50"}
+    assert "Drift:fused:drift" in fake.asked
+    assert results.measured() == ["ort", "diffusers", "compile-regional", "compile", "trt"]
+    fake.asked.clear()
+    lease.run(config, tmp_path)  # nothing is left but what failed
+    assert fake.asked == ["Peak:tflops", "Reference:write", "VariantSide:sdpa-1:measure"]
+
+
+def test_a_killed_lease_goes_on_where_it_ended(config: Config, fake: type[FakeChild], tmp_path: Path) -> None:
+    fake.faults["VariantSide:nhwc:measure"] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        lease.run(config, tmp_path)
+    data = read(tmp_path)
+    assert list(data["jobs"]) == NAMES[:4]
+    assert list(data["variants"]) == ["plain", "exhaustive"]
+    assert data["jobs"]["variant nhwc"]["missing"] == lease.INTERRUPTED
+    fake.faults.clear()
+    fake.asked.clear()
+    FakeChild.open_ones = 0
+    lease.run(replace(config, minutes=None), tmp_path)
+    asked = [what for what in fake.asked if what.endswith("measure")]
+    assert asked[0] == "VariantSide:nhwc-bias:measure"
+    assert asked[-1] == "VariantSide:nhwc:measure"  # it may have been what killed the lease
+    assert not any("missing" in state for name, state in read(tmp_path)["jobs"].items() if name != "variant sdpa-1")
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_limits_of_jobs_and_of_the_lease(config: Config, fake: type[FakeChild], tmp_path: Path) -> None:
+    fake.speeds |= {"VariantSide:nhwc:measure": 3600.0, "ort:fused:open": 80.0}
+    start = Clock.now
+    lease.run(replace(config, minutes=8), tmp_path)
+    assert Clock.now - start <= 8 * 60
+    data = read(tmp_path)
+    assert data["jobs"]["variant nhwc"]["missing"] == "it took longer than 60 s"
+    assert data["jobs"]["variant nhwc"]["failures"] == 1
+    ended = data["jobs"]["trt, batch 1"]
+    assert (ended["missing"], ended["failures"]) == ("Out of time (--minutes 8)", 0)
+    lease.run(replace(config, minutes=60), tmp_path)
+    assert "missing" not in read(tmp_path)["jobs"]["trt, batch 1"]
+
+
+def test_figures_stay_where_a_job_fails_later(config: Config, fake: type[FakeChild], tmp_path: Path) -> None:
+    only = [Job("sd15-small", PICTURES, 60, "diffusers"), Job("sd15-small", VARIANT, 60, "plain")]
+    held = lease.Lease(config, tmp_path, None)
+    for job in only:
+        held.do(job)
+    fake.faults |= {"diffusers:open": NotMeasuredError("broken")}
+    held._gpu = "another GPU"
+    for job in only:
+        held.do(job)
+    held.close()
+    data = read(tmp_path)
+    assert "seconds" in data["sides"]["diffusers"]["1"]
+    assert data["jobs"]["diffusers, batch 1"]["missing"] == "broken"
+    assert fake.asked.count("VariantSide:plain:measure") == 2  # it was measured on the other GPU
+
+
+def test_without_a_reference_no_variant_has_a_figure(config: Config, fake: type[FakeChild], tmp_path: Path) -> None:
+    fake.faults |= {"Reference:write": NotMeasuredError("no memory")}
+    lease.run(config, tmp_path)
+    data = read(tmp_path)
+    assert "variants" not in data
+    assert fake.asked.count("Reference:write") == 1
+    assert data["jobs"]["variant fused"]["missing"] == "there is no float32 reference: no memory"
+    assert data["jobs"]["profile of the best"]["missing"] == "no variant was measured yet"
+    assert "variant" not in data["sides"]["ort"]["1"]  # what a user gets
+
+
+def test_a_preset_that_cannot_be_exported_is_left_out(
+    config: Config, fake: type[FakeChild], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = [Job("sdxl", PICTURES, 60, "ort"), Job("sd15-small", PICTURES, 60, "diffusers")]
+    monkeypatch.setattr(lease, "jobs_of", lambda *_, **__: jobs)
+
+    def broken(config: Config, deadline: Deadline) -> Config:
+        if config.preset == "sdxl":
+            raise RuntimeError("no room")
+        return config
+
+    monkeypatch.setattr(lease, "with_bundle", broken)
+    lease.run(config, tmp_path)
+    assert list(read(tmp_path)["jobs"]) == ["diffusers, batch 1"]
+    assert not (tmp_path / "gpu-sdxl.json").exists()
+
+
+def test_a_page_of_a_lease(config: Config, fake: type[FakeChild], tmp_path: Path) -> None:
+    lease.run(config, tmp_path)
+    write(tmp_path)
+    text = (tmp_path / "GPU.md").read_text()
+    assert "| rewritten graph | 5 (5 to 5) | 9 (9 to 9) | 1.0e-03, 1.0e-03 |" in text
+    assert "| plain, sdpa_kernel 1 (flash) | not measured |  | 3.0e-02, 1.0e-03 |" in text
+    assert "Not measured: plain, sdpa_kernel 1 (flash). the relative error is over 0.01" in text
+    assert "**missed**" in text
+    named = "convolutions 4 ms (60 %), matrix products 2 ms (30 %), other light kernels 0.667 ms (10 %)"
+    assert f"**rewritten graph**: 15 kernels take 6.67 ms, by their names {named}. The longest:" in text
+    assert "| `a_light / kernel` | 10 | 0.667 | 10.0 % |" in text
+    assert "| ort, batch 16 | done | " in text
+    assert "profiles" in read(tmp_path)
+
+
+def test_a_page_without_a_lease_says_so(tmp_path: Path) -> None:
+    shutil.copy(command.RESULTS / "gpu-sd15.json", tmp_path)
+    data = json.loads((tmp_path / "gpu-sd15.json").read_text())
+    for kind in ("variants", "profiles", "jobs"):
+        data.pop(kind, None)
+    (tmp_path / "gpu-sd15.json").write_text(json.dumps(data))
+    write(tmp_path)
+    text = (tmp_path / "GPU.md").read_text()
+    assert text.count("| not measured |  |  |\n") == len(VARIANTS)
+    assert "A goal is missed; which kernels hold the time was not measured yet." in text
+    assert any(goal.reached is False for goal in figures.goals(data))
+
+
+def test_real_children_on_an_emulated_gpu(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Each kind of job as it is on a GPU, but for CUDA's graphs and kernels."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    kept = [("profile plain", 900), ("variant plain", 900), ("variant hoisted", 900), ("ort, batch 1", 900)]
+    kept += [("compile-regional, batch 1", 900), ("drift over 20 steps", 900), ("trt, batch 1, level 1", 900)]
+    every = {job.name: job for job in jobs_of("sd15-small", alone=True)}
+    jobs = [replace(every[name], limit=float(limit)) for name, limit in kept]
+    jobs = [replace(job, count=2) if job.kind == DRIFT else job for job in jobs]
+    monkeypatch.setattr(lease, "jobs_of", lambda *_, **__: jobs)
+    lease.run(replace(config, minutes=None, limit=3600.0), tmp_path)
+    data, said = read(tmp_path), capfd.readouterr().out
+    missing = {name: state["missing"] for name, state in data["jobs"].items() if "missing" in state}
+    assert missing == {"variant hoisted": "no graph is hoisted here"}, said
+    record = data["variants"]["plain"]
+    assert all(1e-6 < error < 5e-3 for error in record["relative"].values())
+    assert all(len(times) == 3 for times in record["alone_ms"].values())
+    assert data["profiles"]["plain"]["kernels"]["nvjet_hsh_gemm"] == [3, 2]
+    assert data["sides"]["ort"]["1"]["variant"] == "plain"
+    assert data["sides"]["trt"]["1"]["level"] == 1
+    assert data["sides"]["compile-regional"]["1"]["psnr_db"] > 40
+    assert data["drift"]["2"]["onnxruntime"]["relative"][-1] < 5e-3
+
+
+# --- bundles ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_plain_graph_is_one_more_variant(config: Config) -> None:
+    assert config.bundle is not None
+    bundles.add_plain(config.bundle)
+    bundle = Bundle.open(config.bundle)  # with all hashes
+    graph = bundle.spec.graph("unet", PLAIN)
+    assert graph.path == "unet/model.plain.onnx"
+    assert graph.inputs == bundle.spec.graph("unet", "fp16").inputs
+    before = (config.bundle / "manifest.json").stat().st_mtime_ns
+    bundles.add_plain(config.bundle)
+    assert (config.bundle / "manifest.json").stat().st_mtime_ns == before
+
+
+def weights_of_emoji(change: bytes = b"") -> Callable[[str, Path], Path]:
+    def make(preset: str, folder: Path) -> Path:
+        for path in EMBEDDED.rglob("*.safetensors"):
+            target = folder / path.relative_to(EMBEDDED)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            data = path.read_bytes()
+            target.write_bytes(data[: len(data) - len(change)] + change)
+        return folder
+
+    return make
+
+
+def test_a_pack_is_a_bundle_without_weights(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert config.bundle is not None
+    sizes = bundles.pack([config.bundle], tmp_path / "pack")
+    assert sizes["bundle"] < 4e6
+    assert not [path for path in (tmp_path / "pack").rglob("*.safetensors") if ".extra." not in path.name]
+    make = "latentrt_export.checkpoint.presets.make_checkpoint"
+    monkeypatch.setattr(make, weights_of_emoji())
+    bundles.Unpacker().unpack("sd15-small", tmp_path / "pack" / "bundle", tmp_path / "made")
+    assert Bundle.open(tmp_path / "made").spec == Bundle.open(config.bundle).spec
+    monkeypatch.setattr(make, weights_of_emoji(b"\1\1"))
+    with pytest.raises(HashMismatchError):
+        bundles.Unpacker().unpack("sd15-small", tmp_path / "pack" / "bundle", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_lease_uses_a_pack(config: Config, fake: type[FakeChild], tmp_path: Path, monkeypatch: Any) -> None:
+    asked = []
+
+    class Child(FakeChild):
+        def ask(self, limit: float, method: str, *arguments: Any) -> Any:
+            asked.append((method, *arguments))
+
+    monkeypatch.setattr(benchmark, "Child", Child)
+    monkeypatch.setattr(benchmark, "FOLDER", tmp_path / "cache")
+    (tmp_path / "pack" / "sd15").mkdir(parents=True)
+    lease._unpack("sd15", tmp_path / "pack" / "sd15", Deadline(None))
+    assert asked == [("unpack", "sd15", tmp_path / "pack" / "sd15", tmp_path / "cache" / "sd15")]
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(command, "run_lease", lambda *asked: given.extend(asked) or [])
+    words = ["--lease", "--minutes", "14", "--results", str(tmp_path), "--packed", "pack"]
+    assert command.main(words) == 1  # nothing was measured
+    assert given == [Config(minutes=14), tmp_path, Path("pack")]
+    assert command.main(["--lease", "--bundle", "mine"]) == 1
+    assert "a preset" in capsys.readouterr().err
+
+
+def test_a_pack_is_made_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    def export(preset: str, limit: float) -> None:
+        made.append(preset)
+        shutil.copytree(EMBEDDED, tmp_path / "cache" / preset)
+
+    monkeypatch.setattr(benchmark, "FOLDER", tmp_path / "cache")
+    monkeypatch.setattr(command, "export", export)
+    assert command.main(["--pack", str(tmp_path / "pack")]) == 0
+    assert made == ["sd15", "sd21", "sdxl"]
+    assert sorted(path.name for path in (tmp_path / "pack").iterdir()) == made
