@@ -68,6 +68,12 @@ class Results:
         self.data.setdefault("jobs", {})[name] = {"run": self.run, **record}
         self._write()
 
+    def forget(self, prefix: str) -> None:
+        """Remove the states of jobs whose names begin so."""
+        jobs = self.data.get("jobs", {})
+        for name in [name for name in jobs if name.startswith(prefix)]:
+            del jobs[name]
+
     def _put(self, part: dict[str, Any], key: str, record: dict[str, Any]) -> None:
         """Write a record; one whose only reason is missing time replaces none."""
         why = str(record.get("missing", ""))

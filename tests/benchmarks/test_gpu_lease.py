@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,14 +15,12 @@ from benchmarks.gpu import command, hardware
 from benchmarks.gpu import run as benchmark
 from benchmarks.gpu.child import Deadline, NotMeasuredError
 from benchmarks.gpu.config import Config
-from benchmarks.gpu.lease import bundles
 from benchmarks.gpu.lease import run as lease
 from benchmarks.gpu.lease.jobs import PICTURES, VARIANT, Job, jobs_of
 from benchmarks.gpu.report import figures
-from benchmarks.gpu.variants import PLAIN, TOLERANCE, VARIANTS
+from benchmarks.gpu.variants import TOLERANCE, VARIANTS
 from benchmarks.report import write
-from latentrt.bundle.bundle import EMBEDDED, Bundle
-from latentrt.errors import HashMismatchError
+from latentrt.bundle.bundle import EMBEDDED
 from tests.support.gpu import emulated
 
 NAMES = [job.name for job in jobs_of("sd15", alone=True)]
@@ -227,7 +224,9 @@ def test_a_preset_that_cannot_be_exported_is_left_out(
 
     monkeypatch.setattr(lease, "with_bundle", broken)
     lease.run(config, tmp_path)
-    assert list(read(tmp_path)["jobs"]) == ["diffusers, batch 1"]
+    states = read(tmp_path)["jobs"]
+    assert list(states) == ["sdxl: ort, batch 1", "diffusers, batch 1"]
+    assert states["sdxl: ort, batch 1"]["missing"] == "no room"
     assert not (tmp_path / "gpu-sdxl.json").exists()
 
 
@@ -281,62 +280,6 @@ def test_real_children_on_an_emulated_gpu(
     assert data["sides"]["compile-regional"]["1"]["psnr_db"] > 40
 
 
-# --- bundles ----------------------------------------------------------------------------------------------------------
-
-
-def test_the_plain_graph_is_one_more_variant(config: Config) -> None:
-    assert config.bundle is not None
-    bundles.add_plain(config.bundle)
-    bundle = Bundle.open(config.bundle)  # with all hashes
-    graph = bundle.spec.graph("unet", PLAIN)
-    assert graph.path == "unet/model.plain.onnx"
-    assert graph.inputs == bundle.spec.graph("unet", "fp16").inputs
-    before = (config.bundle / "manifest.json").stat().st_mtime_ns
-    bundles.add_plain(config.bundle)
-    assert (config.bundle / "manifest.json").stat().st_mtime_ns == before
-
-
-def weights_of_emoji(change: bytes = b"") -> Callable[[str, Path], Path]:
-    def make(preset: str, folder: Path) -> Path:
-        for path in EMBEDDED.rglob("*.safetensors"):
-            target = folder / path.relative_to(EMBEDDED)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            data = path.read_bytes()
-            target.write_bytes(data[: len(data) - len(change)] + change)
-        return folder
-
-    return make
-
-
-def test_a_pack_is_a_bundle_without_weights(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert config.bundle is not None
-    sizes = bundles.pack([config.bundle], tmp_path / "pack")
-    assert sizes["bundle"] < 4e6
-    assert not [path for path in (tmp_path / "pack").rglob("*.safetensors") if ".extra." not in path.name]
-    make = "latentrt_export.checkpoint.presets.make_checkpoint"
-    monkeypatch.setattr(make, weights_of_emoji())
-    bundles.Unpacker().unpack("sd15-small", tmp_path / "pack" / "bundle", tmp_path / "made")
-    assert Bundle.open(tmp_path / "made").spec == Bundle.open(config.bundle).spec
-    monkeypatch.setattr(make, weights_of_emoji(b"\1\1"))
-    with pytest.raises(HashMismatchError):
-        bundles.Unpacker().unpack("sd15-small", tmp_path / "pack" / "bundle", tmp_path / "other")
-    assert not (tmp_path / "other").exists()
-
-
-def test_a_lease_uses_a_pack(config: Config, fake: type[FakeChild], tmp_path: Path, monkeypatch: Any) -> None:
-    asked = []
-
-    class Child(FakeChild):
-        def ask(self, limit: float, method: str, *arguments: Any) -> Any:
-            asked.append((method, *arguments))
-
-    monkeypatch.setattr(benchmark, "Child", Child)
-    monkeypatch.setattr(benchmark, "FOLDER", tmp_path / "cache")
-    (tmp_path / "pack" / "sd15").mkdir(parents=True)
-    lease._unpack("sd15", tmp_path / "pack" / "sd15", Deadline(None))
-    assert asked == [("unpack", "sd15", tmp_path / "pack" / "sd15", tmp_path / "cache" / "sd15")]
-
-
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
@@ -348,17 +291,3 @@ def test_what_is_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert given == [Config(minutes=14), tmp_path, Path("pack")]
     assert command.main(["--lease", "--bundle", "mine"]) == 1
     assert "a preset" in capsys.readouterr().err
-
-
-def test_a_pack_is_made_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[str] = []
-
-    def export(preset: str, limit: float) -> None:
-        made.append(preset)
-        shutil.copytree(EMBEDDED, tmp_path / "cache" / preset)
-
-    monkeypatch.setattr(benchmark, "FOLDER", tmp_path / "cache")
-    monkeypatch.setattr(command, "export", export)
-    assert command.main(["--pack", str(tmp_path / "pack")]) == 0
-    assert made == ["sd15", "sd21", "sdxl"]
-    assert sorted(path.name for path in (tmp_path / "pack").iterdir()) == made

@@ -77,22 +77,24 @@ class Lease:
     def __init__(self, config: Config, folder: Path, packed: Path | None) -> None:
         self._config, self._folder, self._packed = config, folder, packed
         self._deadline = Deadline(config.minutes)
-        self._presets: dict[str, Preset | str] = {}
         try:
             self._gpu = str(config.open_hardware().describe()["name"])
         except LatentrtError:  # diffusers has libraries of its own
             self._gpu = ""
+        self._first = self._new(config.preset)
+        self._presets: dict[str, Preset | str] = {config.preset: self._first}
 
     def do(self, job: Job) -> None:
         """Do a job unless it is done, and record how it ended."""
-        preset = self._open(job.preset)
+        short = self._deadline.seconds < job.limit * WORTH
+        preset = self._deadline.reason if short and job.preset not in self._presets else self._open(job.preset)
         if isinstance(preset, str):
-            say(f"{job.preset}, {job.name}: not measured: {preset}")
+            self._leave_out(job, preset)
             return
-        best = self._best() if job.uses_best else ""
+        best = self._first.best(self._gpu) if job.uses_best else ""
         if preset.done(job, best, self._gpu):
             return
-        if self._deadline.seconds < job.limit * WORTH:
+        if short:
             preset.note(job, self._deadline.reason)
             return
         say(f"{job.preset}, {job.name}, at most {job.limit:.0f} s")
@@ -120,23 +122,24 @@ class Lease:
             if isinstance(preset, Preset):
                 preset.close()
 
+    def _leave_out(self, job: Job, why: str) -> None:
+        """Record, with the first preset, why a job of another one has no results of its own."""
+        say(f"{job.preset}, {job.name}: not measured: {why}")
+        self._first.results.put_job(f"{job.preset}: {job.name}", {"missing": why})
+
     def _open(self, name: str) -> Preset | str:
         """Return a preset, or why it cannot be opened: its bundle is made at the first of its jobs."""
         if name not in self._presets:
-            config = replace(self._config, preset=name, alone=True)
             try:
-                self._presets[name] = Preset(config, self._folder, self._packed, self._deadline)
+                self._presets[name] = self._new(name)
+                self._first.results.forget(f"{name}: ")
             except FAILURES as error:
-                if name == self._config.preset:
-                    raise
                 self._presets[name] = reason(error)
         return self._presets[name]
 
-    def _best(self) -> str:
-        """Return the variant with which a picture's networks are fastest; empty where none was measured."""
-        preset = self._open(self._config.preset)
-        assert isinstance(preset, Preset)
-        return preset.best(self._gpu)
+    def _new(self, name: str) -> Preset:
+        config = replace(self._config, preset=name, alone=True)
+        return Preset(config, self._folder, self._packed, self._deadline)
 
 
 class Preset:
