@@ -39,7 +39,8 @@ class VariantSide(EngineSide):
         self._side = SIDES["ort-loop"]  # launched one by one: in a graph not every profiler sees them
         gpu = self._backend.gpu
         (name,) = self.spec.named(DENOISER)
-        with self._call(self.engine.model.networks[name].open(), LANES[DENOISER]) as call:
+        network: Any = self.engine.model.networks[name].open()
+        with self._call(network, LANES[DENOISER]) as call:
 
             def work() -> None:
                 for _ in range(CALLS):
@@ -88,7 +89,7 @@ class Reference:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         device, root = self._config.open_hardware().DEVICE, self._config.bundle
         assert root is not None
-        spec, found = Bundle.open(root, check_hashes=False).spec, {}
+        spec, found = Bundle.open(root, check_hashes=False).spec, dict[str, NDArray[Any]]()
         for name, lanes in _names(spec):
             graph, sizes = spec.graph(name, FP32), sizes_of(spec, self._config, lanes)
             inputs = [random_input(each, shape_of(each, sizes)).astype(each.dtype) for each in graph.inputs]

@@ -33,7 +33,7 @@ from benchmarks.gpu.variants import TOLERANCE
 from latentrt.errors import LatentrtError
 
 INTERRUPTED = "The lease ended while it ran."
-UNPACK = 180.0  # seconds
+UNPACK, REFERENCE = 180.0, 120.0  # seconds
 WORTH = 0.3  # a job begins only where so much of its limit is left
 NETWORKS = "benchmarks.gpu.lease.networks"
 
@@ -101,11 +101,15 @@ class Lease:
         before, start = preset.failures(job), time.monotonic()
         state: dict[str, Any] = {"variant": best} if job.uses_best else {}
         preset.results.put_job(job.name, {**state, "missing": INTERRUPTED, "failures": before + 1})
+        own = self._deadline.within(job.limit)
         try:
-            preset.work(job, best, self._deadline.within(job.limit))
+            if job.kind == VARIANT:
+                preset.need_reference()
+                own = self._deadline.within(job.limit)
+            preset.work(job, best, own)
             state["failures"] = 0
         except FAILURES as error:
-            state["missing"] = self._deadline.reason if self._deadline.over else reason(error)
+            state["missing"] = own.reason if own.over else reason(error)
             state["failures"] = before + (not self._deadline.over)
         state["seconds"] = time.monotonic() - start
         preset.results.put_job(job.name, state)
@@ -156,10 +160,11 @@ class Preset:
         self.results = Results.open(folder, self.config)
         self.results.keeps_figures = True
         self.results.begin(about_run(self.config, hardware, deadline))
+        self._deadline = deadline
         self._meter: Meter | None = meter_of(hardware)
         self._first: dict[int, tuple[str, list[Any]]] = {}
-        self._reference: Path | str = ""
         self._files = tempfile.TemporaryDirectory(prefix="latentrt-")
+        self._reference, self._no_reference = Path(self._files.name) / "reference.npz", ""
 
     def close(self) -> None:
         """Remove the reference."""
@@ -190,6 +195,21 @@ class Preset:
         measured = [name for name, each in records if "missing" not in each and self._ran_on(each, gpu)]
         return min(measured, key=self._picture_ms, default="")
 
+    def need_reference(self) -> None:
+        """Make the outputs that variants are compared with, once in a lease.
+
+        Raises:
+            NotMeasuredError: they cannot be made.
+        """
+        if not self._no_reference and not self._reference.exists():
+            try:
+                with started(f"{NETWORKS}:Reference", self.config) as child:
+                    child.ask(self._deadline.left(REFERENCE), "write", self._reference)
+            except NotMeasuredError as error:
+                self._no_reference = f"there is no float32 reference: {error}"
+        if self._no_reference:
+            raise NotMeasuredError(self._no_reference)
+
     def work(self, job: Job, best: str, deadline: Deadline) -> None:
         """Do a job.
 
@@ -214,29 +234,14 @@ class Preset:
         self.results.put_in("profiles", config.variant, {"kernels": kernels})
 
     def _variant(self, config: Config, deadline: Deadline) -> None:
-        reference = self._known(deadline)
         with started(f"{NETWORKS}:VariantSide", config) as child:
-            found = child.ask(deadline.left(config.limit), "measure", reference)
+            found = child.ask(deadline.left(config.limit), "measure", self._reference)
         if "alone_ms" not in found:
             errors = ", ".join(f"{name} {error:.1e}" for name, error in found["relative"].items())
             found["missing"] = f"the relative error is over {TOLERANCE:g} ({errors})"
         self.results.put_in("variants", config.variant, found)
         if "missing" in found:
             raise NotMeasuredError(found["missing"])
-
-    def _known(self, deadline: Deadline) -> Path:
-        """Return the file with the outputs that variants are compared with, made once in a lease."""
-        if self._reference == "":
-            path = Path(self._files.name) / "reference.npz"
-            try:
-                with started(f"{NETWORKS}:Reference", self.config) as child:
-                    child.ask(deadline.left(self.config.limit), "write", path)
-                self._reference = path
-            except NotMeasuredError as error:
-                self._reference = f"there is no float32 reference: {error}"
-        if isinstance(self._reference, str):
-            raise NotMeasuredError(self._reference)
-        return self._reference
 
     def _pictures(self, config: Config, job: Job, deadline: Deadline) -> None:
         runner = Runner(job.what, config, self._meter, deadline)

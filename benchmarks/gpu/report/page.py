@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks.gpu.config import SIDES
 from benchmarks.gpu.report import lease
 from benchmarks.gpu.report.figures import NOT_MEASURED, Figures, Goal, batches_of, figures_of, goals, why_missing
+from benchmarks.gpu.variants import VARIANTS
 from benchmarks.markdown import number, spread, table
 from benchmarks.measures import Spread
 
@@ -161,7 +162,19 @@ def _batch(data: Mapping[str, Any], batch: int) -> str:
         rows.append([about.title, *(_cells(found) if found else [NOT_MEASURED, *[""] * (len(COLUMNS) - 2)])])
     why = "".join(f"\nNot measured: {'; '.join(sides)}. {reason}\n" for reason, sides in reasons.items())
     why += f"\nStopped after fewer rounds: {', '.join(fewer)}.\n" if fewer else ""
-    return f"### Batch {batch}\n\n{table(COLUMNS, rows)}{why}"
+    return f"### Batch {batch}\n\n{table(COLUMNS, rows)}{why}{_chosen(data, batch)}"
+
+
+def _chosen(data: Mapping[str, Any], batch: int) -> str:
+    """Return which sides ran with more than what a user gets."""
+    lines = []
+    for side, about in SIDES.items():
+        record = data["sides"].get(side, {}).get(str(batch), {})
+        if "variant" in record:
+            lines.append(f"\n{about.title}: {VARIANTS[record['variant']].title}.\n")
+        if "level" in record:
+            lines.append(f"\n{about.title}: plans of optimization level {record['level']}.\n")
+    return "".join(lines)
 
 
 def _cells(found: Figures) -> list[str]:
