@@ -23,6 +23,7 @@ from benchmarks.report import write
 from latentrt.bundle.bundle import EMBEDDED
 from tests.support.gpu import emulated
 
+KERNELS = emulated.kernel_times(lambda: None)
 NAMES = [job.name for job in jobs_of("sd15", alone=True)]
 
 
@@ -76,9 +77,7 @@ class FakeChild:
             "draw": (0.1, 100.0, [np.zeros((4, 4, 3), np.uint8)]),
             "alone": alone,
             "measure": {"relative": relative, **({"alone_ms": alone} if relative["unet"] < 1e-2 else {})},
-            "kernels": {
-                name: [calls / 3, time / 3] for name, (calls, time) in emulated.kernel_times(lambda: None).items()
-            },
+            "kernels": {name: [calls / 3, time / 3] for name, (calls, time) in KERNELS.items()},
             "drift": [1e-3, 2e-3],
         }
         if method == "write":
