@@ -29,10 +29,11 @@ PRESETS = ("sd15", "sd21", "sdxl", "sd15-small")
 def main(words: Sequence[str]) -> int:
     """Measure and write the report; return 1 where there is nothing to measure with."""
     arguments = _parser().parse_args(words)
-    if arguments.pack:
-        return _pack(arguments.preset or Config().preset, arguments.pack)
     folder = (arguments.results or (FOLDER / "quick" if arguments.quick else RESULTS)).absolute()
     try:
+        if arguments.pack:
+            _pack(arguments.preset or Config().preset, arguments.pack)
+            return 0
         found = _measure(arguments, folder)
     except (LatentrtError, NotMeasuredError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -54,7 +55,7 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> list[Results]:
     return run_lease(config, folder, arguments.packed)
 
 
-def _pack(preset: str, folder: Path) -> int:
+def _pack(preset: str, folder: Path) -> None:
     """Write the bundles of a lease without their weights; what is missing is exported first. No GPU is needed."""
     presets = (preset, *OTHERS.get(preset, ()))
     for each in presets:
@@ -62,7 +63,6 @@ def _pack(preset: str, folder: Path) -> int:
             export(each, PACKING)
     for name, size in pack([bundle_of(each) for each in presets], folder).items():
         print(f"{folder / name}: {size / 1e6:.1f} MB")
-    return 0
 
 
 def config_of(arguments: argparse.Namespace) -> Config:

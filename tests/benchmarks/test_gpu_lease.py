@@ -214,11 +214,13 @@ def test_without_a_reference_no_variant_has_a_figure(config: Config, fake: type[
     assert "variant" not in data["sides"]["ort"]["1"]  # what a user gets
 
 
-def test_a_preset_that_cannot_be_exported_is_left_out(
+def test_a_preset_that_cannot_be_opened_is_left_out(
     config: Config, fake: type[FakeChild], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    jobs = [Job("sdxl", PICTURES, 60, "ort"), Job("sd15-small", PICTURES, 60, "diffusers")]
-    monkeypatch.setattr(lease, "jobs_of", lambda *_, **__: jobs)
+    jobs = [Job(preset, PICTURES, 60, "ort") for preset in ("sdxl", "sd21")]
+    jobs.append(Job("sd15-small", PICTURES, 60, "diffusers"))
+    (tmp_path / "pack" / "sdxl").mkdir(parents=True)
+    monkeypatch.setattr(benchmark, "FOLDER", tmp_path / "cache")
 
     def broken(config: Config, deadline: Deadline) -> Config:
         if config.preset == "sdxl":
@@ -226,9 +228,15 @@ def test_a_preset_that_cannot_be_exported_is_left_out(
         return config
 
     monkeypatch.setattr(lease, "with_bundle", broken)
-    lease.run(config, tmp_path)
+    monkeypatch.setattr(lease, "_unpack", lambda *_: None)
+    held = lease.Lease(config, tmp_path, tmp_path / "pack")
+    held._config = replace(config, bundle=None)  # or all presets would have the same one
+    for job in jobs:
+        held.do(job)
+    held.close()
     states = read(tmp_path)["jobs"]
-    assert list(states) == ["sdxl: ort, batch 1", "diffusers, batch 1"]
+    assert list(states) == ["sdxl: ort, batch 1", "sd21: ort, batch 1", "diffusers, batch 1"]
+    assert states["sd21: ort, batch 1"]["missing"] == "its bundle is neither here nor in --packed"
     assert states["sdxl: ort, batch 1"]["missing"] == "no room"
     assert not (tmp_path / "gpu-sdxl.json").exists()
 

@@ -132,9 +132,12 @@ class Lease:
         self._first.results.put_job(f"{job.preset}: {job.name}", {"missing": why})
 
     def _open(self, name: str) -> Preset | str:
-        """Return a preset, or why it cannot be opened: its bundle is made at the first of its jobs."""
+        """Return a preset, or why it cannot be opened. Only the first one is worth an export while a GPU waits."""
         if name not in self._presets:
+            packed = self._packed is not None and (self._packed / name).is_dir()
             try:
+                if not packed and not (bundle_of(name) / "manifest.json").is_file():
+                    raise NotMeasuredError("its bundle is neither here nor in --packed")
                 self._presets[name] = self._new(name)
                 self._first.results.forget(f"{name}: ")
             except FAILURES as error:
