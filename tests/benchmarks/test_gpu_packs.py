@@ -1,22 +1,25 @@
-"""The bundles of a lease: the plain graph in them, and packs without weights."""
+"""The bundles of a lease, packs without weights, and how variants and kernels are opened and counted on a GPU."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks.gpu import command
+from benchmarks.gpu import command, hardware
 from benchmarks.gpu import run as benchmark
 from benchmarks.gpu.child import Deadline
 from benchmarks.gpu.lease import bundles
 from benchmarks.gpu.lease import run as lease
-from benchmarks.gpu.variants import PLAIN
+from benchmarks.gpu.variants import PLAIN, VARIANTS
 from latentrt.bundle.bundle import EMBEDDED, Bundle
 from latentrt.errors import HashMismatchError
+from tests.support.gpu.host_gpu import HostGpu
 
 
 @pytest.fixture
@@ -94,3 +97,51 @@ def test_a_pack_is_made_without_a_gpu(tmp_path: Path, monkeypatch: pytest.Monkey
     assert command.main(["--pack", str(tmp_path / "pack")]) == 0
     assert made == ["sd15", "sd21", "sdxl"]
     assert sorted(path.name for path in (tmp_path / "pack").iterdir()) == made
+
+
+# --- what opens on a GPU ----------------------------------------------------------------------------------------------
+
+
+def test_a_variant_is_a_graph_and_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = HostGpu()
+    monkeypatch.setattr(hardware, "Gpu", lambda device: gpu)
+    for module in ("benchmarks.gpu.hardware", "latentrt.runtime.onnxruntime"):
+        monkeypatch.setattr(f"{module}.check_device", lambda device: None)
+    chosen = VARIANTS["exhaustive"]
+    opened: Any = hardware.open_backend("onnxruntime", graph=chosen.graph, options=chosen.options)
+    assert opened.variants == (PLAIN,)
+    settings = opened._settings()
+    assert settings["cudnn_conv_algo_search"] == "EXHAUSTIVE"
+    assert settings["use_tf32"] == "0"  # as without options
+    assert settings["user_compute_stream"] == str(gpu.stream)
+    gpu.close()
+
+
+def test_kernels_are_counted_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+    ran = [("gemm", cuda, 1500.0), ("gemm", cuda, 500.0), ("norm", cuda, 250.0), ("cudaLaunchKernel", cpu, 9.0)]
+
+    class Profile:
+        def __init__(self, activities: list[Any]) -> None:
+            assert activities == [torch.profiler.ProfilerActivity.CUDA]
+
+        def __enter__(self) -> Profile:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def events(self) -> list[Any]:
+            return [
+                SimpleNamespace(name=name, device_type=kind, time_range=SimpleNamespace(elapsed_us=lambda us=us: us))
+                for name, kind, us in ran
+            ]
+
+    with pytest.raises(RuntimeError, match="no CUDA device"):
+        hardware.kernel_times(lambda: None)
+    monkeypatch.setattr("torch.profiler.profile", Profile)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("init", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    worked: list[int] = []
+    assert hardware.kernel_times(lambda: worked.append(1)) == {"gemm": (2, 2.0), "norm": (1, 0.25)}
+    assert worked == [1]
