@@ -60,7 +60,7 @@ def jobs_of(preset: str, *, alone: bool = False) -> Iterator[Job]:
     yield pictures("diffusers", 120)
     yield pictures("compile-regional", 240)
     for batch in (16, 8, 4):  # there is a goal for the first
-        yield pictures("ort", 90, batch)
+        yield pictures("ort", 150, batch)
         yield pictures("diffusers", 180, batch)
     for steps in (20, 50):
         yield Job(preset, DRIFT, 150, count=steps)

@@ -20,6 +20,7 @@ KINDS = {  # of kernels, by words in their names; the first that fits
     "copies": r"memcpy|memset|copy",
     "other light kernels": "",
 }
+COLUMNS = ("variant", "UNet, ms", "VAE, ms", "error", "first calls, s")
 SHOWN = 12  # kernels of a profile
 
 
@@ -32,17 +33,18 @@ def variants(data: Mapping[str, Any]) -> str:
         if "missing" in record:
             why = data.get("jobs", {}).get(f"variant {name}", {}).get("missing", record["missing"])
             reasons.setdefault(why, []).append(about.title)
-            rows.append([about.title, NOT_MEASURED, "", ", ".join(errors)])
+            rows.append([about.title, NOT_MEASURED, "", ", ".join(errors), ""])
         else:
             alone = [spread(Spread.of(record["alone_ms"][part])) for part in ("unet", "vae")]
-            rows.append([about.title, *alone, ", ".join(errors)])
+            rows.append([about.title, *alone, ", ".join(errors), number(record["open_seconds"])])
     text = (
         "The networks of one guided picture by themselves, each captured; *error* is relative to torch in float32, of "
-        f"UNet and VAE. Above {TOLERANCE:g} a variant has no figure. ONNX Runtime's other figures on this page, where "
+        f"UNet and VAE. Above {TOLERANCE:g} a variant has no figure. *first calls* are the seconds until both had "
+        "answered, their loading included. ONNX Runtime's other figures on this page, where "
         "a lease measured them, are those of the fastest."
     )
     why = "".join(f"\nNot measured: {'; '.join(titles)}. {reason}\n" for reason, titles in reasons.items())
-    return f"{text}\n\n{table(('variant', 'UNet, ms', 'VAE, ms', 'error'), rows)}{why}"
+    return f"{text}\n\n{table(COLUMNS, rows)}{why}"
 
 
 def profiles(data: Mapping[str, Any], goals: Sequence[Goal]) -> str:
