@@ -48,6 +48,7 @@ class OrtBackend:
             others).
         spin: whether threads wait for each other by spinning within a call. On idle cores that is a fifth faster; where
             other processes hold cores, it is twice as slow. Between calls they never spin.
+        provider_options: for ONNX Runtime's provider, over PROVIDER_OPTIONS.
         cache: on "cpu", keep optimized graphs in the user's cache and load those: see `SavedGraph`.
 
     Raises:
@@ -66,6 +67,7 @@ class OrtBackend:
         gpu: Gpu | None = None,
         spin: bool = True,
         cache: bool = False,
+        provider_options: Mapping[str, str] = {},
     ) -> None:
         check_device(device)
         if threads is not None and threads < 1:
@@ -83,6 +85,7 @@ class OrtBackend:
         self.threads = threads
         self.spin = spin
         self.cache = cache and device == "cpu"
+        self.provider_options = dict(provider_options)
 
     def load(self, bundle: Bundle, network: str) -> OrtNetwork:
         """Load a network's graph and the weights it points to.
@@ -147,7 +150,7 @@ class OrtBackend:
         return options
 
     def _settings(self) -> dict[str, str]:
-        settings = dict(PROVIDER_OPTIONS[self.device])
+        settings = PROVIDER_OPTIONS[self.device] | self.provider_options
         if self.gpu is not None and self.device == "cuda":
             settings |= {"device_id": str(self.gpu.ordinal), "user_compute_stream": str(self.gpu.stream)}
         return settings

@@ -24,7 +24,7 @@ def cuda_path(path: str) -> str:
     return str(PurePosixPath(path).with_suffix(".cuda.onnx"))
 
 
-def for_cuda(model: ir.Model) -> None:
+def for_cuda(model: ir.Model, *, fused: bool = True) -> None:
     """Turn a half graph into the graph for ONNX Runtime's CUDA provider, in place; types stay as they are.
 
     Opset 21 has no Attention. Where nothing is masked, MultiHeadAttention takes its place, with the same fused kernels
@@ -33,6 +33,7 @@ def for_cuda(model: ir.Model) -> None:
 
     Args:
         model: a half graph of a bundle, read with `onnx_ir.load`; a float32 one is rewritten alike.
+        fused: False for the plain graph, to compare with: attention alone is fused. There are no others yet.
 
     Raises:
         ExportError: the graph has an Attention with what export never writes (see `latentrt_export.graphs.lower`).

@@ -167,6 +167,7 @@ def odd(*_: Any) -> Any:
         (["--strip"], "without a GPU"),
         (["--refittable"], "without a GPU"),
         (["--version-compatible"], "--version-compatible"),
+        (["--optimization-level", "5"], "a level changes nothing in RTX"),
     ],
 )
 def test_what_cannot_be_built_is_refused(run: Run, arguments: list[str], words: str) -> None:

@@ -29,6 +29,7 @@ from latentrt_export.to_bundle import export_bundle
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has wheels for Linux on x86-64, and Windows")
 
 STATIC: dict[str, str] = {}
+FIXED = shapes_of(Bundle.open(EMBEDDED, check_hashes=False).spec, STATIC)
 RANGES = {"lanes": "2:2:8", "pictures": "1:1:4", "size": "64:128:256"}
 SHAPES = {"static": STATIC, "ranges": RANGES}
 NETWORKS = ("text_encoder", "unet_text", "unet", "unet_shallow", "vae_decoder", "vae_encoder")
@@ -163,6 +164,32 @@ def test_weights_are_not_left_out_without_a_gpu(rtx: Library, options: list[str]
     _, gpu = open_target("tensorrt-rtx", "cuda", "8.9")
     with pytest.raises(BackendError, match="without a GPU"):
         orders_of(bundle, rtx, gpu, shapes_of(bundle.spec, {}), options=options)
+
+
+def test_a_level_changes_nothing_in_rtx(rtx: Library, tmp_path: Path) -> None:
+    """So `--optimization-level` is refused there: another plan of the same bytes would be built."""
+    bundle = Bundle.open(EMBEDDED)
+    graph, profiles = bundle.spec.graph("vae_decoder", "fp16"), profiles_of(bundle.spec, "vae_decoder", FIXED)
+    model = load_graph(bundle, graph, profiles, building.opset(rtx))
+    data, path = serialized(model, bundle.path(graph.path), tmp_path)
+
+    def plan(level: int) -> bytes:
+        logger = rtx.logger()
+        builder = rtx.builder(logger)
+        network = building.new_network(rtx, builder)
+        parser = building.new_parser(rtx, network, logger)
+        assert parser.parse(data, str(path))
+        config = builder.create_builder_config()
+        building.configure(rtx, config)
+        building.aim(rtx, config, "8.9")
+        config.builder_optimization_level = level
+        ranges = builder.create_optimization_profile()
+        for tensor in graph.inputs:
+            ranges.set_shape(tensor.name, *profiles[0].shapes(tensor))
+        config.add_optimization_profile(ranges)
+        return bytes(builder.build_serialized_network(network, config))
+
+    assert plan(0) == plan(5)
 
 
 def test_an_interrupt_stops_the_real_builder(bundles: Callable[[str], Bundle], tmp_path: Path) -> None:
