@@ -71,6 +71,7 @@ class Engine:
         capture: bool | None = None,
         plans: str | Path | None = None,
         cache: bool = True,
+        spin: bool = True,
         check_hashes: bool = True,
     ) -> Engine:
         """Open a bundle and load its networks.
@@ -79,7 +80,7 @@ class Engine:
             bundle: a folder made by `latentrt export`, or the name of an embedded model ("emoji", "pixels").
             backend: "onnxruntime"; "tensorrt", "tensorrt-rtx", "tensorrt-lean" (see `latentrt build`); or your Backend.
             device: "cpu", "cuda" or "cuda:1"; None is "cpu" for onnxruntime and "cuda" for the others.
-            threads: CPU threads of one network call; None for all physical cores.
+            threads: CPU threads of one network call; None for all cores that the process may use.
             precision: "fp32" or "fp16" graphs; None is fp32 on a CPU and fp16 on a GPU.
             lanes: the most lanes of one call of the denoiser; a picture with guidance takes two. On a GPU every call
                 has exactly so many. None is 16 on a CPU; on a GPU what the plan was built for, or 2.
@@ -87,6 +88,7 @@ class Engine:
             capture: on a GPU, launch ticks and whole pictures as CUDA graphs, not call by call. None: only TensorRT's.
             plans: a folder of TensorRT plans that you trust; None is the bundle's place in your cache.
             cache: keep graphs that onnxruntime has optimized for this CPU in your cache, for quicker loading.
+            spin: CPU threads wait for each other by spinning: quicker, but not where others use the cores.
             check_hashes: compare every file's SHA-256 with the manifest (sizes are always compared).
 
         Raises:
@@ -97,7 +99,7 @@ class Engine:
         opened = Bundle.open(bundle, check_hashes=check_hashes)
         if not isinstance(backend, str):
             return cls(opened, backend, lanes=lanes, resident=resident, capture=capture)
-        own = open_backend(backend, device, threads, precision=precision, plans=plans, cache=cache)
+        own = open_backend(backend, device, threads, precision=precision, plans=plans, cache=cache, spin=spin)
         try:
             engine = cls(opened, own, lanes=lanes, resident=resident, capture=capture)
         except BaseException:
