@@ -1,4 +1,4 @@
-"""How many cores a process may use: its affinity, physical cores and the quotas of its control groups, in a made tree."""
+"""How many cores a process may use: by its affinity, physical cores and quotas of control groups, in a made tree."""
 
 from __future__ import annotations
 
@@ -38,7 +38,12 @@ def v2(quotas: Mapping[str, str], group: str = "/", root: str = "/", point: str 
 def v1(quotas: Mapping[str, tuple[int, int]], group: str = "/", root: str = "/") -> dict[str, str]:
     """Return the files of a system with version 1, beside an empty version 2, as systemd's hybrid layout has it."""
     point = "/sys/fs/cgroup/cpu,cpuacct"
-    mounts = [ROOT_FS, V1_MEMORY, V1.format(root=root, point=point), V2.format(root="/", point="/sys/fs/cgroup/unified")]
+    mounts = [
+        ROOT_FS,
+        V1_MEMORY,
+        V1.format(root=root, point=point),
+        V2.format(root="/", point="/sys/fs/cgroup/unified"),
+    ]
     files = {"proc/self/mountinfo": "\n".join(mounts)}
     files["proc/self/cgroup"] = f"9:memory:/elsewhere\n4:cpu,cpuacct:{group}\n1:name=systemd:{group}\n0::{group}"
     for folder, (quota, period) in quotas.items():

@@ -41,7 +41,7 @@ def networks() -> Iterator[dict[tuple[str, int], OrtNetwork]]:
 def feeds_of(graph: GraphSpec, entries: int, side: int, seed: int) -> Feeds:
     """Return random inputs of a network."""
     rng = np.random.default_rng(seed)
-    sizes = {name: side for name in symbols(graph.inputs)} | {"batch": entries}
+    sizes = dict.fromkeys(symbols(graph.inputs), side) | {"batch": entries}
     shapes = {tensor.name: shape_of(tensor, sizes) for tensor in graph.inputs}
     feeds: Feeds = {
         tensor.name: rng.integers(0, 100, shapes[tensor.name])

@@ -82,7 +82,7 @@ def _groups(system: Path) -> Iterator[tuple[Path, int]]:
 def _mount(line: str) -> tuple[str, list[str], str, str]:
     """Return a mount's kind, options of its file system, root and mount point from a line of mountinfo."""
     before, _, after = line.partition(" - ")
-    kind, _, options = (after.split(" ") + ["", ""])[:3]
+    kind, _, options = ([*after.split(" "), "", ""])[:3]
     root, point = before.split(" ")[3:5]
     return kind, options.split(","), _plain(root), _plain(point)
 

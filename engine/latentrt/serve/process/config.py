@@ -73,7 +73,9 @@ class Settings(BaseSettings):
     threads: Count | None = _field(
         None, "Model", "CPU threads of a network call; the cores that the process may use if not given."
     )
-    spin: bool = _field(False, "Model", "CPU threads wait for each other by spinning: for cores that serve nothing else.")
+    spin: bool = _field(
+        False, "Model", "CPU threads wait for each other by spinning: for cores that serve nothing else."
+    )
     cache: bool = _field(True, "Model", "Keep graphs that are optimized for this CPU in the user's cache.")
     lanes: Count | None = _field(None, "Model", "Most lanes of a UNet call; guidance takes two a picture.")
     edits: bool = _field(True, "Model", "Take pictures to edit; without it the VAE's encoder is not loaded.")
