@@ -82,8 +82,13 @@ class OrtBackend:
         self.variants: tuple[str, ...] = (FP16_ORT_CUDA if device == "cuda" else precision,)
         self.gpu = gpu
         on_gpu = gpu is not None
-        self.facts = Facts(fixed_lanes=on_gpu, one_stream=on_gpu, exact=not on_gpu and precision == FP32)
         self.threads = threads or usable_cores()
+        self.facts = Facts(
+            fixed_lanes=on_gpu,
+            one_stream=on_gpu,
+            exact=not on_gpu and precision == FP32,
+            cores=1 if on_gpu else self.threads,
+        )
         self.spin = spin
         self.cache = cache and device == "cpu"
 
