@@ -17,6 +17,8 @@ from latentrt.command import main as cli
 from latentrt.engine import request_from
 from latentrt.errors import RequestError
 from latentrt.request import Request
+from latentrt.runtime import onnxruntime
+from latentrt.serve.core import curve
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -295,6 +297,33 @@ def test_bench_reports_each_batch(run: Run) -> None:
     assert "images/s" in out
     for batches in ("1,x", "0", "", "1,,2"):
         assert "--batches" in refused(run, "bench", "--batches", batches)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "spins"),
+    [
+        (["generate", "a cat", "--steps", "1", "--size", "32x32"], True),
+        (["generate", "a cat", "--steps", "1", "--size", "32x32", "--no-spin"], False),
+        (["bench"], True),
+        (["bench", "--save"], False),  # as the server
+        (["bench", "--save", "--spin"], True),
+    ],
+)
+def test_threads_spin_unless_the_server_is_measured(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: list[str], spins: bool
+) -> None:
+    made: list[bool] = []
+    backend = onnxruntime.OrtBackend
+
+    def recording(*positional: Any, spin: bool, **named: Any) -> onnxruntime.OrtBackend:
+        made.append(spin)
+        return backend(*positional, spin=spin, **named)
+
+    monkeypatch.setattr(onnxruntime, "OrtBackend", recording)
+    monkeypatch.setattr(curve, "save", lambda *_: tmp_path)
+    few = ["--steps", "1", "--batches", "1", "--repeats", "1"] if arguments[0] == "bench" else []
+    assert run(*arguments, *few)[0] == 0
+    assert made == [spins]
 
 
 @pytest.mark.parametrize(
