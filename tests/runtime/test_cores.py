@@ -56,6 +56,7 @@ def v1(quotas: Mapping[str, tuple[int, int]], group: str = "/", root: str = "/")
     ("files", "cores"),
     [
         ({}, 8),  # no Linux
+        ({"proc/self/cgroup": "0::/", "proc/self/mountinfo": "nonsense"}, 8),
         (v2({}), 8),  # the root of the machine has no cpu.max
         (v2({".": "max 100000"}), 8),
         (v2({".": "400000 100000"}), 4),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import _thread
 import gc
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -150,6 +152,26 @@ def test_an_error_of_any_part_is_raised_when_no_part_runs(entry: int) -> None:
     with pytest.raises((ValueError, RuntimeError), match="negative"):
         spread.run(session, ["y"], {"a": a}, 3)
     assert len(session.sizes) == 3
+    assert session.running == 0
+
+
+def test_an_interrupt_is_raised_when_no_part_runs() -> None:
+    class Interrupted(Session):
+        def run_async(self, outputs: list[str], feeds: Feeds, callback: Any, user_data: None) -> None:
+            def work() -> None:
+                with self.lock:
+                    self.running += 1
+                _thread.interrupt_main()
+                time.sleep(0.05)
+                with self.lock:
+                    self.running -= 1
+                callback([feeds["a"]], user_data, "")
+
+            threading.Timer(0.01, work).start()
+
+    session = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        spread.run(session, ["y"], {"a": np.ones(3)}, 3)
     assert session.running == 0
 
 

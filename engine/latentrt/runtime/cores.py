@@ -59,11 +59,11 @@ def _groups(system: Path) -> Iterator[tuple[Path, int]]:
     """Yield the folders of the process' CPU control groups, of each up to the top that is mounted, and the version."""
     try:
         lines = (system / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+        own = [line.split(":", 2)[1:] for line in lines]
         mounts = [_mount(line) for line in (system / "proc/self/mountinfo").read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError):  # no Linux
+    except (OSError, ValueError):  # no Linux, or another's idea of it
         return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
+    for controllers, path in own:
         for kind, options, root, point in mounts:
             version = 1 if controllers else 2
             if kind != ("cgroup" if controllers else "cgroup2"):

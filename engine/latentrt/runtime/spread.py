@@ -54,10 +54,22 @@ def run(session: Any, outputs: Sequence[str], feeds: Arrays, parts: int) -> list
             started.append(_Part(session, outputs, other))
         results = [session.run(outputs, first)]
     finally:
-        for part in started:
-            part.done.wait()
+        _wait_for(started)
     results += [part.results for part in started]
     return [np.concatenate(arrays) for arrays in zip(*results, strict=True)]
+
+
+def _wait_for(parts: Sequence[_Part]) -> None:
+    """Wait until no part runs, also when the user interrupts: then the session may be freed."""
+    interrupt: KeyboardInterrupt | None = None
+    for part in parts:
+        while not part.done.is_set():
+            try:
+                part.done.wait()
+            except KeyboardInterrupt as error:
+                interrupt = error
+    if interrupt is not None:
+        raise interrupt
 
 
 def _cut(feeds: Arrays, parts: int) -> list[dict[str, NDArray[Any]]]:
