@@ -192,7 +192,7 @@ def bench(
     sizes = [parse_whole(size, "--batches") for size in batches.split(",")] if batches is not None else []
     spins = click.get_current_context().get_parameter_source("spin")
     if save and spins is click.core.ParameterSource.DEFAULT:
-        loading["spin"] = False
+        loading["spin"] = False  # the default of the server, which plans by these figures
     with Engine.load(bundle, lanes=2 * max(sizes) if sizes else None, **loading) as engine:
         fitting = [size for size in (1, 2, 4, 8) if 2 * size <= engine.denoiser.lanes]
         results = measure(engine, sizes or fitting, steps=steps, repeats=repeats)
