@@ -19,7 +19,7 @@ from benchmarks.cases import QUICK, Config
 from benchmarks.measures import rounded
 from benchmarks.timing import machine
 
-QUESTIONS = ("cold_start", "one_image", "throughput", "host_time", "shared_batch")
+QUESTIONS = ("cold_start", "one_image", "throughput", "host_time", "shared_batch", "cores")
 REPORT = "report"
 GPU = "gpu"
 RESULTS = Path(__file__).parent / "results"

@@ -130,9 +130,12 @@ def _draw(
         def on_tick(job: Job) -> None:
             tick(job)
             watch(job)
-            if job.done and job.error is None:  # the denoiser stays loaded as long as a job waits for it
-                images[job] = engine.picture(job) if jobs[-1].done else engine.decode(job.latents)
-                save(images[job], where[job], settings=job.tag)
+            if job.done and job.error is None and job not in images:
+                ready = [each for each in jobs if each.done and each.error is None and each not in images]
+                alone = (engine.decode(each.latents) for each in ready)  # the denoiser stays: other jobs wait for it
+                for done, image in zip(ready, engine.pictures(ready) if jobs[-1].done else alone, strict=True):
+                    images[done] = image
+                    save(image, where[done], settings=done.tag)
 
         engine.run(jobs, on_tick)
     watch.finish()

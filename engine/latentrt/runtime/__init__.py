@@ -20,6 +20,7 @@ def open_backend(
     precision: str | None = None,
     plans: str | Path | None = None,
     cache: bool = False,
+    spin: bool = True,
 ) -> Backend:
     """Open a backend on a device.
 
@@ -30,6 +31,7 @@ def open_backend(
         precision: "fp32" or "fp16"; None is fp32 on a CPU and fp16 on a GPU.
         plans: a folder of TensorRT's plans; None is the bundle's place in the user's cache.
         cache: keep graphs that onnxruntime has optimized for this CPU in the user's cache, for quicker loading.
+        spin: whether threads of a call on the CPU wait for each other by spinning: see `OrtBackend`.
 
     Raises:
         BackendError: unknown name, device or precision, or the device cannot be used; nothing else is tried instead.
@@ -42,7 +44,7 @@ def open_backend(
 
         kind = (device or "cpu").partition(":")[0]
         if kind != "cuda":
-            return OrtBackend(kind, threads, precision=precision or "fp32", cache=cache)
+            return OrtBackend(kind, threads, precision=precision or "fp32", cache=cache, spin=spin)
         check_device(kind)  # before the driver is asked
         return _on(device, lambda gpu: OrtBackend(kind, threads, precision=precision or "fp16", gpu=gpu))
     if name in BACKENDS:
