@@ -77,7 +77,8 @@ class Engine:
 
         Args:
             bundle: a folder made by `latentrt export`, or the name of an embedded model ("emoji", "pixels").
-            backend: "onnxruntime"; "tensorrt", "tensorrt-rtx", "tensorrt-lean" (see `latentrt build`); or your Backend.
+            backend: "onnxruntime", "openvino"; "tensorrt", "tensorrt-rtx", "tensorrt-lean" (see `latentrt build`); or
+                your Backend.
             device: "cpu", "cuda" or "cuda:1"; None is "cpu" for onnxruntime and "cuda" for the others.
             threads: CPU threads of one network call; None for all physical cores.
             precision: "fp32" or "fp16" graphs; None is fp32 on a CPU and fp16 on a GPU.

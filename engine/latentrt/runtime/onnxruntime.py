@@ -14,7 +14,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from latentrt.bundle.bundle import Bundle
-from latentrt.bundle.spec import FP16_ORT_CUDA, FP32, GraphSpec
+from latentrt.bundle.spec import FP16, FP16_ORT_CUDA, FP32, FP32_ORT_CPU, GraphSpec
 from latentrt.cuda.array import DeviceArray
 from latentrt.cuda.gpu import Gpu
 from latentrt.errors import BackendError, MissingDependencyError, NetworkError
@@ -30,6 +30,7 @@ SHAPE_ARITHMETIC = {
     *("Add", "Cast", "Concat", "Constant", "ConstantOfShape", "Div", "Equal", "Expand", "Gather", "Identity", "Mul"),
     *("Range", "Reshape", "Shape", "Size", "Slice", "Squeeze", "Sub", "Unsqueeze", "Where"),
 }
+VARIANTS = {("cpu", FP32): (FP32_ORT_CPU, FP32), ("cpu", FP16): (FP16,), ("cuda", FP16): (FP16_ORT_CUDA,)}
 GUIDED_PICTURE = 2  # lanes
 
 
@@ -76,7 +77,7 @@ class OrtBackend:
             )
         self.device = device
         self.precision = precision
-        self.variants: tuple[str, ...] = (FP16_ORT_CUDA if device == "cuda" else precision,)
+        self.variants: tuple[str, ...] = VARIANTS[device, precision]
         self.gpu = gpu
         on_gpu = gpu is not None
         self.facts = Facts(fixed_lanes=on_gpu, one_stream=on_gpu, exact=not on_gpu and precision == FP32)

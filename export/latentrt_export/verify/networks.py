@@ -1,4 +1,4 @@
-"""The first depth: every graph against its torch module, and half graphs against float32 ones."""
+"""The first depth: every graph against its torch module, and a network's other graphs against the first."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from latentrt.bundle.spec import ENCODER, FP16, FP32, TEXT_ENCODER, GraphSpec
+from latentrt.bundle.spec import ENCODER, FP16, FP32, FP32_ORT_CPU, TEXT_ENCODER, GraphSpec
 from latentrt.engine import Engine
 from latentrt.model.text import Text
 from latentrt.runtime.signature import shape_of
@@ -53,9 +53,24 @@ def network_checks(engine: Engine, checkpoint: Path) -> Iterator[Check]:
             yield Check("network", f"{name}: {output}", "relative L2, worst of 2 sizes", l2, NETWORK_BOUND)
             yield Check("network", f"{name}: {output}", "max abs, relative to the largest", largest, LARGEST_BOUND)
         network.close()
+        if network.graph.path != graph.path:
+            yield plain_check(engine.bundle.path(graph.path), graph, name, runs)
         if FP16 in own.variants:
             half = own.graph(FP16)
             yield half_check(engine.bundle.path(half.path), half, name, runs)
+
+
+def plain_check(path: Path, graph: GraphSpec, name: str, runs: Sequence[tuple[Arrays, Arrays]]) -> Check:
+    """Measure the plain float32 graph, which other runtimes read, against the one that the engine ran."""
+    session = open_session(ir.load(path), path.parent)
+    names = [tensor.name for tensor in graph.outputs]
+    errors = [
+        relative_l2(array, expected[output])
+        for feeds, expected in runs
+        for output, array in zip(names, session.run(names, dict(feeds)), strict=True)
+    ]
+    what = f"{name} in {FP32}"
+    return Check("network", what, f"relative L2 to {FP32_ORT_CPU}, worst of 2 sizes", worst(errors), NETWORK_BOUND)
 
 
 def half_check(path: Path, graph: GraphSpec, name: str, runs: Sequence[tuple[Arrays, Arrays]]) -> Check:

@@ -1,0 +1,124 @@
+"""CPU graphs: the numbers of the float32 graphs, lanes that do not touch each other, and where they are written."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx import TensorProto, helper
+
+from latentrt.bundle.bundle import EMBEDDED, Bundle
+from latentrt.bundle.spec import FP16, FP16_ORT_CUDA, FP32, FP32_ORT_CPU
+from latentrt.runtime.onnxruntime import OrtBackend
+from latentrt_export import to_bundle
+from latentrt_export.graphs.cpu_graph import cpu_path, for_cpu
+from latentrt_export.graphs.ranges import open_session
+from latentrt_export.verify.networks import plain_check
+from tests.export.graphs.test_lower import _feeds
+
+Exported = Callable[[str], tuple[Path, Path]]
+BUNDLES = ("sd", "sd2", "sdxl", "emoji")
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Return the embedded model with a CPU graph, which it is too small to have been exported with."""
+    root = tmp_path_factory.mktemp("cpu") / "bundle"
+    shutil.copytree(EMBEDDED, root)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(to_bundle, "CPU_GRAPH_FROM", 1)
+        return Bundle(root, to_bundle._add_cpu(root, Bundle.open(root).spec), {})
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+def test_self_attention_changes_and_nothing_else(exported: Exported, tmp_path: Path, name: str) -> None:
+    _, root = exported(name)
+    graph = Bundle.open(root).spec.graphs()["unet"]
+    before, after = ir.load(root / graph.path), ir.load(root / graph.path)
+    changed = for_cpu(after)
+    assert after.opset_imports == {**before.opset_imports, "com.microsoft": 1}
+    pairs = list(zip(before.graph, after.graph, strict=True))
+    ours = [(a, b) for a, b in pairs if b.op_type == "MultiHeadAttention"]
+    assert len(ours) == changed > 0
+    assert {a.op_type for a, _ in ours} == {"Attention"}
+    assert all(a.inputs[0].shape[1] == a.inputs[1].shape[1] for a, _ in ours)
+    others = [(a, b) for a, b in pairs if b.op_type != "MultiHeadAttention"]
+    assert all((a.op_type, a.name, a.attributes.keys()) == (b.op_type, b.name, b.attributes.keys()) for a, b in others)
+    kept = [b for _, b in others if b.op_type == "Attention"]
+    assert len(kept) == changed  # as many look at the prompt, of a fixed number of tokens
+    assert all(node.inputs[1].shape[1] == 77 for node in kept)
+    (tmp_path / "unet").mkdir()
+    for file in (root / "unet").glob("*.safetensors"):
+        (tmp_path / "unet" / file.name).symlink_to(file)
+    ir.save(after, tmp_path / "unet" / "model.onnx")
+    onnx.checker.check_model(onnx.load(tmp_path / "unet" / "model.onnx", load_external_data=False), full_check=False)
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+def test_numbers_stay(exported: Exported, name: str) -> None:
+    _, root = exported(name)
+    graph = Bundle.open(root).spec.graphs()["unet"]
+    path, feeds = root / graph.path, _feeds(graph)
+    model = ir.load(path)
+    expected = open_session(model, path.parent).run(None, feeds)[0]
+    for_cpu(model)
+    ours = open_session(model, path.parent).run(None, feeds)[0]
+    assert not np.array_equal(ours, expected)  # other kernels have run
+    assert np.linalg.norm(ours - expected) <= 1e-5 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_lane_alone_equals_the_lane_in_company(written: Bundle, threads: int) -> None:
+    """To the bit, where the scores are computed in several blocks: 256 queries of 4 heads, and 48 in a block."""
+    network, draw = OrtBackend(threads=threads).load(written, "unet"), np.random.default_rng(0)
+    shapes = {"sample": (3, 4, 32, 32), "timestep": (3,), "encoder_hidden_states": (3, 77, 96)}
+    shapes = {t.name: shapes.get(t.name, (3, *t.shape[1:])) for t in network.graph.inputs}
+    feeds = {name: draw.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    together = network(feeds)["out"]
+    one_thread = OrtBackend(threads=1).load(written, "unet")(feeds)["out"]
+    np.testing.assert_array_equal(together, one_thread)
+    for lane in range(3):
+        alone = network({name: array[lane : lane + 1] for name, array in feeds.items()})["out"]
+        np.testing.assert_array_equal(together[lane], alone[0])
+
+
+def test_onnxruntime_on_the_cpu_prefers_it(written: Bundle) -> None:
+    assert OrtBackend().load(written, "unet").graph.path == "unet/model.cpu.onnx" == cpu_path("unet/model.onnx")
+    assert OrtBackend().load(written, "vae_decoder").graph.path == "vae/decoder.onnx"
+    assert OrtBackend(precision=FP16).load(written, "unet").graph.path == "unet/model.fp16.onnx"
+
+
+def test_only_a_denoiser_of_large_latents_gets_one(written: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = written.spec.networks["unet"]
+    assert set(unet.variants) == {FP32, FP32_ORT_CPU, FP16, FP16_ORT_CUDA}
+    assert unet.graph(FP32_ORT_CPU).inputs == unet.inputs
+    assert all(FP32_ORT_CPU not in one.variants for name, one in written.spec.networks.items() if name != "unet")
+    latents, plain = written.spec.latents, Bundle.open(check_hashes=False).spec
+    monkeypatch.setattr(to_bundle, "CPU_GRAPH_FROM", latents.height * latents.width + 1)
+    assert to_bundle._add_cpu(written.root, plain) is plain
+
+
+def test_verify_compares_it_with_the_plain_graph(written: Bundle) -> None:
+    graph = written.spec.networks["unet"].graph(FP32)
+    feeds = _feeds(graph)
+    ours = OrtBackend().load(written, "unet")(feeds)
+    path = written.path(graph.path)
+    assert plain_check(path, graph, "unet", [(feeds, ours)]).passed
+    assert not plain_check(path, graph, "unet", [(feeds, {"out": ours["out"] * 1.001})]).passed
+
+
+def test_keys_of_a_fixed_number_and_masked_attention_stay() -> None:
+    for tokens, mask, changed in (("tokens", False, 1), (77, False, 0), ("tokens", True, 0), ("others", False, 0)):
+        shapes = {"q": ["batch", "tokens", 32], "k": ["batch", tokens, 32], "v": ["batch", tokens, 32]}
+        shapes |= {"mask": ["batch", 4, "tokens", tokens]} if mask else {}
+        inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()]
+        output = helper.make_tensor_value_info("y", TensorProto.FLOAT, shapes["q"])
+        node = helper.make_node("Attention", list(shapes), ["y"], q_num_heads=4, kv_num_heads=4)
+        graph = helper.make_graph([node], "graph", inputs, [output])
+        model = ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10))
+        assert for_cpu(model) == changed
