@@ -4,8 +4,9 @@
     python -m benchmarks.cpu.attention BUNDLE --size 512 --threads 1
 
 Each side is a process of its own, which calls its UNet when its turn comes (ABCABC), so that the machine's other load
-meets all of them and the peak memory is one side's own. All read the same numbers. diffusers runs as a user would call
-it: eager, float32, no gradients. CPU seconds are those of all threads of the side.
+meets all of them, and the peak memory is one side's own: of the calls, without loading. All read the same numbers.
+diffusers runs as a user would call it: eager, float32, no gradients. CPU seconds are those of all threads of the side.
+On a machine that others use, compare those on one thread.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import numpy as np
 
 from latentrt.bundle.bundle import Bundle
 from latentrt.bundle.spec import FP32, FP32_ORT_CPU
-from latentrt.runtime.onnxruntime import OrtBackend
+from latentrt.runtime.onnxruntime import OrtBackend, return_freed_pages
 from latentrt.runtime.signature import shape_of
 
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -86,8 +87,10 @@ def measure(
 
 def serve(pipe: Connection, bundle: Path, side: str, size: int, lanes: int, threads: int) -> None:
     """Load one side; call it as often as the pipe says so; send the peak memory."""
+    return_freed_pages()  # as the command does
     opened = Bundle.open(bundle, check_hashes=False)
     network, feeds = load(opened, side, threads), examples(opened, size, lanes)
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forget the peak of loading
     pipe.send(side)
     while pipe.recv():
         wall, cpu = time.perf_counter(), time.process_time()
@@ -149,7 +152,7 @@ def relative_l2(ours: np.ndarray[Any, Any], theirs: np.ndarray[Any, Any]) -> flo
 
 
 def peak_mebibytes() -> float:
-    """Return this process' peak resident memory, as Linux counts it: mapped files included."""
+    """Return this process' peak resident memory since it loaded, as Linux counts it: mapped files included."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 

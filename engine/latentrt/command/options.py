@@ -43,7 +43,7 @@ def runs_networks(verb: Verb) -> Verb:
             "--backend",
             default="onnxruntime",
             show_default=True,
-            help="onnxruntime, openvino; or tensorrt, tensorrt-rtx, tensorrt-lean, which run what `latentrt build` made.",
+            help="onnxruntime or openvino; tensorrt, tensorrt-rtx or tensorrt-lean run what `latentrt build` made.",
         ),
     ):
         verb = option(verb)
