@@ -71,10 +71,9 @@ class OrtBackend:
         check_device(device)
         if threads is not None and threads < 1:
             raise BackendError(f"threads is {threads!r}", needed="a whole number of 1 or more")
-        if device == "cuda" and precision != "fp16":
-            raise BackendError(
-                f"the precision is {precision!r}", needed="fp16 on cuda", fix="pass precision='fp16', or leave it out"
-            )
+        if (device, precision) not in VARIANTS:
+            needed, fix = "fp32 or fp16; on cuda fp16", "pass precision='fp16', or leave it out"
+            raise BackendError(f"the precision is {precision!r}", needed=needed, fix=fix)
         self.device = device
         self.precision = precision
         self.variants: tuple[str, ...] = VARIANTS[device, precision]

@@ -40,7 +40,7 @@ class OpenVinoBackend:
         self._library = load_openvino()
         self._core = self._library.Core()
         devices = [name.lower() for name in self._core.available_devices]
-        if device.partition(".")[0] not in {name.partition(".")[0] for name in devices}:
+        if device not in {*devices, *(name.partition(".")[0] for name in devices)}:  # several GPUs are gpu.0, gpu.1
             raise BackendError(f"OpenVINO has the devices {', '.join(devices)}", needed=device)
         if threads is not None and threads < 1:
             raise BackendError(f"threads is {threads!r}", needed="a whole number of 1 or more")

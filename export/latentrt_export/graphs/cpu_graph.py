@@ -34,4 +34,4 @@ def for_cpu(model: ir.Model) -> int:
 def _is_of_itself(node: ir.Node) -> bool:
     """Return whether keys are as many as queries, and both grow with the picture."""
     queries, keys = (node.inputs[i].shape[1] for i in (0, 1))
-    return isinstance(queries, ir.SymbolicDim) and queries == keys
+    return isinstance(queries, ir.SymbolicDim) and queries.value is not None and queries == keys

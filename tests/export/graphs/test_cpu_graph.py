@@ -14,12 +14,13 @@ from onnx import TensorProto, helper
 
 from latentrt.bundle.bundle import EMBEDDED, Bundle
 from latentrt.bundle.spec import FP16, FP16_ORT_CUDA, FP32, FP32_ORT_CPU
+from latentrt.engine import Engine
 from latentrt.runtime.onnxruntime import OrtBackend
 from latentrt.runtime.signature import shape_of
 from latentrt_export import to_bundle
 from latentrt_export.graphs.cpu_graph import cpu_path, for_cpu
 from latentrt_export.graphs.ranges import open_session
-from latentrt_export.verify.networks import plain_check
+from latentrt_export.verify.networks import network_checks, plain_check
 from tests.export.graphs.test_lower import _feeds
 
 Exported = Callable[[str], tuple[Path, Path]]
@@ -106,9 +107,12 @@ def test_verify_compares_it_with_the_plain_graph(written: Bundle) -> None:
     graph = written.spec.networks["unet"].graph(FP32)
     feeds = _feeds(graph)
     ours = OrtBackend().load(written, "unet")(feeds)
-    path = written.path(graph.path)
-    assert plain_check(path, graph, "unet", [(feeds, ours)]).passed
-    assert not plain_check(path, graph, "unet", [(feeds, {"out": ours["out"] * 1.001})]).passed
+    assert not plain_check(written.path(graph.path), graph, "unet", [(feeds, {"out": ours["out"] * 1.001})]).passed
+    with Engine(written, OrtBackend()) as engine:
+        checks = {check.what: check for check in network_checks(engine, EMBEDDED)}
+    assert checks["unet in fp32"].passed
+    assert checks["unet: out"].passed
+    assert "vae_decoder in fp32" not in checks
 
 
 def test_keys_of_a_fixed_number_and_masked_attention_stay() -> None:
