@@ -54,7 +54,6 @@ GRAPHS = {
 }
 ROLES = {"unet": DENOISER, "vae_decoder": DECODER, "vae_encoder": ENCODER}  # all others are text encoders
 NOT_EXPORTED = ("safety_checker", "feature_extractor", "image_encoder")
-CPU_GRAPH_FROM = 32 * 32  # latents that a model was made for: below that Attention is as fast (docs/speed.md)
 GRAPH_ROOM = 4 * 2**20  # bytes per network for its graph, when free space is checked
 
 
@@ -216,13 +215,11 @@ def _add_half(root: Path, spec: ModelSpec) -> ModelSpec:
 
 
 def _add_cpu(root: Path, spec: ModelSpec) -> ModelSpec:
-    """Write the denoiser's graph for ONNX Runtime on the CPU, if the model's latents are large enough for it."""
-    if spec.latents.height * spec.latents.width < CPU_GRAPH_FROM:
-        return spec
+    """Write the denoiser's graph for ONNX Runtime on the CPU, if it differs from the float32 one."""
     network = spec.networks[spec.denoiser]
     path = network.variants[FP32].path
     model = ir.load(root / path)
-    if not for_cpu(model):
+    if not for_cpu(model, {"height": spec.latents.height, "width": spec.latents.width}):
         return spec
     variants = {**network.variants, FP32_ORT_CPU: _save(root, cpu_path(path), model, network)}
     return replace(spec, networks={**spec.networks, spec.denoiser: replace(network, variants=variants)})

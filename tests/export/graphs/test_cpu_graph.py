@@ -18,12 +18,14 @@ from latentrt.engine import Engine
 from latentrt.runtime.onnxruntime import OrtBackend
 from latentrt.runtime.signature import shape_of
 from latentrt_export import to_bundle
+from latentrt_export.graphs import cpu_graph
 from latentrt_export.graphs.cpu_graph import cpu_path, for_cpu
 from latentrt_export.graphs.ranges import open_session
 from latentrt_export.verify.networks import network_checks, plain_check
 from tests.export.graphs.test_lower import _feeds
 
 Exported = Callable[[str], tuple[Path, Path]]
+LARGE = {"height": 512, "width": 512}  # latents: more than enough tokens at every level
 BUNDLES = ("sd", "sd2", "sdxl", "emoji")
 
 
@@ -33,7 +35,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     root = tmp_path_factory.mktemp("cpu") / "bundle"
     shutil.copytree(EMBEDDED, root)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(to_bundle, "CPU_GRAPH_FROM", 1)
+        patch.setattr(cpu_graph, "FEWEST_TOKENS", 1)
         return Bundle(root, to_bundle._add_cpu(root, Bundle.open(root).spec), {})
 
 
@@ -42,7 +44,7 @@ def test_self_attention_changes_and_nothing_else(exported: Exported, tmp_path: P
     _, root = exported(name)
     graph = Bundle.open(root).spec.graphs()["unet"]
     before, after = ir.load(root / graph.path), ir.load(root / graph.path)
-    changed = for_cpu(after)
+    changed = for_cpu(after, LARGE)
     assert after.opset_imports == {**before.opset_imports, "com.microsoft": 1}
     pairs = list(zip(before.graph, after.graph, strict=True))
     ours = [(a, b) for a, b in pairs if b.op_type == "MultiHeadAttention"]
@@ -67,7 +69,7 @@ def test_numbers_stay(exported: Exported, name: str) -> None:
     path, feeds = root / graph.path, _feeds(graph)
     model = ir.load(path)
     expected = open_session(model, path.parent).run(None, feeds)[0]
-    for_cpu(model)
+    for_cpu(model, LARGE)
     ours = open_session(model, path.parent).run(None, feeds)[0]
     assert not np.array_equal(ours, expected)  # other kernels have run
     assert np.linalg.norm(ours - expected) <= 1e-5 * np.linalg.norm(expected)
@@ -93,14 +95,14 @@ def test_onnxruntime_on_the_cpu_prefers_it(written: Bundle) -> None:
     assert OrtBackend(precision=FP16).load(written, "unet").graph.path == "unet/model.fp16.onnx"
 
 
-def test_only_a_denoiser_of_large_latents_gets_one(written: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_denoiser_of_many_tokens_gets_one(written: Bundle) -> None:
     unet = written.spec.networks["unet"]
     assert set(unet.variants) == {FP32, FP32_ORT_CPU, FP16, FP16_ORT_CUDA}
     assert unet.graph(FP32_ORT_CPU).inputs == unet.inputs
     assert all(FP32_ORT_CPU not in one.variants for name, one in written.spec.networks.items() if name != "unet")
-    latents, plain = written.spec.latents, Bundle.open(check_hashes=False).spec
-    monkeypatch.setattr(to_bundle, "CPU_GRAPH_FROM", latents.height * latents.width + 1)
-    assert to_bundle._add_cpu(written.root, plain) is plain
+    for name in ("emoji", "pixels"):  # 64 tokens at most, at their own size
+        plain = Bundle.open(EMBEDDED.parent / name, check_hashes=False)
+        assert to_bundle._add_cpu(plain.root, plain.spec) is plain.spec
 
 
 def test_verify_compares_it_with_the_plain_graph(written: Bundle) -> None:
@@ -115,13 +117,25 @@ def test_verify_compares_it_with_the_plain_graph(written: Bundle) -> None:
     assert "vae_decoder in fp32" not in checks
 
 
-def test_keys_of_a_fixed_number_and_masked_attention_stay() -> None:
-    for tokens, mask, changed in (("tokens", False, 1), (77, False, 0), ("tokens", True, 0), ("others", False, 0)):
-        shapes = {"q": ["batch", "tokens", 32], "k": ["batch", tokens, 32], "v": ["batch", tokens, 32]}
-        shapes |= {"mask": ["batch", 4, "tokens", tokens]} if mask else {}
-        inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()]
-        output = helper.make_tensor_value_info("y", TensorProto.FLOAT, shapes["q"])
-        node = helper.make_node("Attention", list(shapes), ["y"], q_num_heads=4, kv_num_heads=4)
-        graph = helper.make_graph([node], "graph", inputs, [output])
-        model = ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10))
-        assert for_cpu(model) == changed
+@pytest.mark.parametrize(
+    ("queries", "keys", "mask", "changed"),
+    [
+        ("height*width", "height*width", False, 1),  # 512
+        ("((height - 1)//2 + 1)*width", "((height - 1)//2 + 1)*width", False, 0),  # 256
+        ("height*width", 77, False, 0),
+        ("height*width", "tokens", False, 0),
+        ("tokens", "tokens", False, 0),
+        ("Max(height, width)*height", "Max(height, width)*height", False, 0),
+        (1024, 1024, False, 0),
+        ("height*width", "height*width", True, 0),
+    ],
+)
+def test_which_attention_changes(queries: int | str, keys: int | str, mask: bool, changed: int) -> None:
+    shapes = {"q": ["batch", queries, 32], "k": ["batch", keys, 32], "v": ["batch", keys, 32]}
+    shapes |= {"mask": ["batch", 4, queries, keys]} if mask else {}
+    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()]
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, shapes["q"])
+    node = helper.make_node("Attention", list(shapes), ["y"], q_num_heads=4, kv_num_heads=4)
+    graph = helper.make_graph([node], "graph", inputs, [output])
+    model = ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10))
+    assert for_cpu(model, {"height": 32, "width": 16}) == changed
