@@ -107,5 +107,6 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         return {name: spec}, NetworkSummary(0.0, 1, 5, 0, 0)
 
     monkeypatch.setattr(to_bundle, "_export_network", stand_in)
-    monkeypatch.setattr(to_bundle, "_add_half", lambda root, spec: spec)
+    for name in ("_add_half", "_add_cpu"):
+        monkeypatch.setattr(to_bundle, name, lambda root, spec: spec)
     return monkeypatch

@@ -78,7 +78,8 @@ class Engine:
 
         Args:
             bundle: a folder made by `latentrt export`, or the name of an embedded model ("emoji", "pixels").
-            backend: "onnxruntime"; "tensorrt", "tensorrt-rtx", "tensorrt-lean" (see `latentrt build`); or your Backend.
+            backend: "onnxruntime", "openvino"; "tensorrt", "tensorrt-rtx", "tensorrt-lean" (see `latentrt build`); or
+                your Backend.
             device: "cpu", "cuda" or "cuda:1"; None is "cpu" for onnxruntime and "cuda" for the others.
             threads, spin: of a network call on the CPU; see `OrtBackend`.
             precision: "fp32" or "fp16" graphs; None is fp32 on a CPU and fp16 on a GPU.

@@ -24,6 +24,7 @@ from latentrt.bundle.spec import (
     FP16,
     FP16_ORT_CUDA,
     FP32,
+    FP32_ORT_CPU,
     SHALLOW,
     TEXT_ENCODER,
     Golden,
@@ -37,6 +38,7 @@ from latentrt.model.tokenizer import Tokenizer
 from latentrt_export.checkpoint.source import Checkpoint, checkpoint_of, tokenizer_of
 from latentrt_export.describe import made, model_spec, signature
 from latentrt_export.graphs import passes
+from latentrt_export.graphs.cpu_graph import cpu_path, for_cpu
 from latentrt_export.graphs.cuda_graph import cuda_path, for_cuda
 from latentrt_export.graphs.half import half_path, to_half
 from latentrt_export.graphs.hoist import hoist
@@ -158,7 +160,7 @@ def _export(
             made_of, summaries[name] = _export_network(checkpoint, root, name)
             networks |= made_of
         progress("half precision", len(parts) - 2, len(parts))
-        spec = _add_half(root, model_spec(checkpoint, networks, made(checkpoint, variant)))
+        spec = _add_cpu(root, _add_half(root, model_spec(checkpoint, networks, made(checkpoint, variant))))
         progress("manifest", len(parts) - 1, len(parts))
         _write_manifest(root, spec, golden)
         total = sum(path.stat().st_size for path in _files(root))
@@ -242,6 +244,17 @@ def _add_half(root: Path, spec: ModelSpec) -> ModelSpec:
         cuda = _save(root, cuda_path(path), model, network)
         networks[name] = replace(network, variants={**network.variants, FP16: half, FP16_ORT_CUDA: cuda})
     return replace(spec, networks={**spec.networks, **networks})
+
+
+def _add_cpu(root: Path, spec: ModelSpec) -> ModelSpec:
+    """Write the denoiser's graph for ONNX Runtime on the CPU, if it differs from the float32 one."""
+    network = spec.networks[spec.denoiser]
+    path = network.variants[FP32].path
+    model = ir.load(root / path)
+    if not for_cpu(model, {"height": spec.latents.height, "width": spec.latents.width}):
+        return spec
+    variants = {**network.variants, FP32_ORT_CPU: _save(root, cpu_path(path), model, network)}
+    return replace(spec, networks={**spec.networks, spec.denoiser: replace(network, variants=variants)})
 
 
 def _save(root: Path, path: str, model: ir.Model, network: NetworkSpec) -> Variant:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,9 @@ def test_bundles_of_schema_1_draw_the_same(tmp_path: Path) -> None:
     shutil.copy(DATA / "unet.onnx", bundle / "unet" / "model.onnx")
     old = json.loads(OLD.read_text(encoding="utf-8"))
     old["model"] = {key: value for key, value in old["model"].items() if key not in ("half", "islands", "cuda")}
-    old["files"] = {name: about for name, about in old["files"].items() if not name.endswith((".fp16.onnx", ".cuda.onnx"))}
+    old["files"] = {
+        name: about for name, about in old["files"].items() if not name.endswith((".fp16.onnx", ".cuda.onnx"))
+    }
     (bundle / "manifest.json").write_text(json.dumps(old))
     settings = {"steps": 2, "width": 64, "height": 64}
     with Engine.load(bundle, threads=1) as old, Engine.load(threads=1, check_hashes=False) as new:

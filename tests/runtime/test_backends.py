@@ -109,7 +109,7 @@ def test_a_lazy_network_is_loaded_when_called_and_again_after_it_was_dropped() -
 
 def test_backends_by_name() -> None:
     assert open_backend("onnxruntime", threads=1).device == "cpu"
-    with pytest.raises(BackendError, match="onnxruntime, tensorrt"):
+    with pytest.raises(BackendError, match="onnxruntime, openvino, tensorrt"):
         open_backend("cuda")
 
 

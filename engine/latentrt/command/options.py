@@ -43,14 +43,17 @@ def runs_networks(verb: Verb) -> Verb:
         click.option(
             "--precision",
             type=click.Choice(["fp32", "fp16"]),
-            help="Of the graphs  [default: fp32 for onnxruntime, fp16 for TensorRT]",
+            help="Of the graphs  [default: fp16 for TensorRT and cuda, fp32 for others]",
         ),
-        click.option("--device", help="cpu, cuda or cuda:1  [default: cpu for onnxruntime, cuda for TensorRT]"),
+        click.option(
+            "--device",
+            help="cpu, cuda or cuda:1; cpu, gpu or npu of openvino  [default: cpu; cuda for TensorRT]",
+        ),
         click.option(
             "--backend",
             default="onnxruntime",
             show_default=True,
-            help="onnxruntime; or tensorrt, tensorrt-rtx or tensorrt-lean, which run what `latentrt build` made.",
+            help="onnxruntime or openvino; tensorrt, tensorrt-rtx or tensorrt-lean run what `latentrt build` made.",
         ),
     ):
         verb = option(verb)

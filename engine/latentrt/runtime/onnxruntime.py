@@ -14,7 +14,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from latentrt.bundle.bundle import Bundle
-from latentrt.bundle.spec import FP16_ORT_CUDA, FP32, GraphSpec
+from latentrt.bundle.spec import FP16, FP16_ORT_CUDA, FP32, FP32_ORT_CPU, GraphSpec
 from latentrt.cuda.array import DeviceArray
 from latentrt.cuda.gpu import Gpu
 from latentrt.errors import BackendError, MissingDependencyError, NetworkError
@@ -32,6 +32,7 @@ SHAPE_ARITHMETIC = {
     *("Add", "Cast", "Concat", "Constant", "ConstantOfShape", "Div", "Equal", "Expand", "Gather", "Identity", "Mul"),
     *("Range", "Reshape", "Shape", "Size", "Slice", "Squeeze", "Sub", "Unsqueeze", "Where"),
 }
+VARIANTS = {("cpu", FP32): (FP32_ORT_CPU, FP32), ("cpu", FP16): (FP16,), ("cuda", FP16): (FP16_ORT_CUDA,)}
 GUIDED_PICTURE = 2  # lanes
 
 
@@ -75,13 +76,12 @@ class OrtBackend:
         check_device(device)
         if threads is not None and threads < 1:
             raise BackendError(f"threads is {threads!r}", needed="a whole number of 1 or more")
-        if device == "cuda" and precision != "fp16":
-            raise BackendError(
-                f"the precision is {precision!r}", needed="fp16 on cuda", fix="pass precision='fp16', or leave it out"
-            )
+        if (device, precision) not in VARIANTS:
+            needed, fix = "fp32 or fp16; on cuda fp16", "pass precision='fp16', or leave it out"
+            raise BackendError(f"the precision is {precision!r}", needed=needed, fix=fix)
         self.device = device
         self.precision = precision
-        self.variants: tuple[str, ...] = (FP16_ORT_CUDA if device == "cuda" else precision,)
+        self.variants: tuple[str, ...] = VARIANTS[device, precision]
         self.gpu = gpu
         on_gpu = gpu is not None
         self.threads = threads or usable_cores()

@@ -144,7 +144,7 @@ def _needs(settings: Settings) -> dict[str, int]:
             needed="cuda, or cpu",
             fix="leave the number out: Ray gives each replica its GPU",
         )
-    on_gpu = kind == "cuda" or settings.backend != "onnxruntime"
+    on_gpu = kind == "cuda" or settings.backend.startswith("tensorrt")
     return {"num_gpus": 1, "num_cpus": 1} if on_gpu else {"num_cpus": _threads(settings)}
 
 

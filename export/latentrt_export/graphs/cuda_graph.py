@@ -39,27 +39,28 @@ def for_cuda(model: ir.Model, *, fused: bool = True) -> None:
         ExportError: the graph has an Attention with what export never writes (see `latentrt_export.graphs.lower`).
     """
     for node in list(model.graph):
-        if node.op_type == "Attention" and _is_plain(node):
-            _fuse(model.graph, node)
-            model.opset_imports[CONTRIB] = 1
+        if node.op_type == "Attention" and is_plain(node):
+            fuse(model, node)
         elif node.op_type == "ArgMax" and _is_of_tokens(node):
             replace(model.graph, node, _first_of_largest)
     lower(model, OPSET)
 
 
-def _is_plain(node: ir.Node) -> bool:
+def is_plain(node: ir.Node) -> bool:
     """Return whether MultiHeadAttention can replace it: three axes, no mask, the kernels' own softmax."""
     check_attention(node)
     masked = any(value is not None for value in node.inputs[3:]) or number(node, "is_causal", 0)
     return not masked and not number(node, "softmax_precision", 0) and len(node.inputs[0].shape) == 3
 
 
-def _fuse(graph: ir.Graph, node: ir.Node) -> None:
+def fuse(model: ir.Model, node: ir.Node) -> None:
+    """Put MultiHeadAttention in the place of an Attention that `is_plain`."""
     attributes: dict[str, int | float] = {"num_heads": node.attributes["q_num_heads"].as_int()}
     if scale := number(node, "scale", 0.0):
         attributes["scale"] = scale
     fused = ir.node("MultiHeadAttention", node.inputs[:3], attributes, domain=CONTRIB, name=node.name)
-    ir.convenience.replace_nodes_and_values(graph, node, [node], [fused], node.outputs[:1], fused.outputs)
+    model.opset_imports[CONTRIB] = 1
+    ir.convenience.replace_nodes_and_values(model.graph, node, [node], [fused], node.outputs[:1], fused.outputs)
 
 
 def _is_of_tokens(node: ir.Node) -> bool:

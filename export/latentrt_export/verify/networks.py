@@ -1,4 +1,4 @@
-"""The first depth: every graph against its torch module, and half graphs against float32 ones."""
+"""The first depth: every graph against its torch module, and a network's other graphs against the first."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from latentrt.bundle.spec import CONDITIONER, DENOISER, ENCODER, FP16, TEXT_ENCODER, GraphSpec
+from latentrt.bundle.spec import CONDITIONER, DENOISER, ENCODER, FP16, FP32, FP32_ORT_CPU, TEXT_ENCODER, GraphSpec
 from latentrt.engine import Engine
 from latentrt.model.predictor import inputs_of
 from latentrt.model.text import Text
@@ -61,9 +61,27 @@ def network_checks(engine: Engine, checkpoint: Path) -> Iterator[Check]:
             yield Check("network", f"{name}: {output}", "max abs, relative to the largest", largest, LARGEST_BOUND)
         for part, network in networks.items():
             network.close()
-            if FP16 in spec.networks[part].variants:
+            plain, variants = spec.networks[part].graph(FP32), spec.networks[part].variants
+            if network.graph.path != plain.path:
+                yield plain_check(engine.bundle.path(plain.path), plain, part, runs)
+            if FP16 in variants:
                 half = spec.networks[part].graph(FP16)
                 yield half_check(engine.bundle.path(half.path), half, part, runs)
+
+
+def plain_check(path: Path, graph: GraphSpec, name: str, runs: Sequence[Arrays]) -> Check:
+    """Measure the plain float32 graph, which other runtimes read, against the one that the engine ran."""
+    session = open_session(ir.load(path), path.parent)
+    names = [tensor.name for tensor in graph.outputs]
+    errors = [
+        relative_l2(array, known[output])
+        for known in runs
+        for output, array in zip(
+            names, session.run(names, {tensor.name: known[tensor.name] for tensor in graph.inputs}), strict=True
+        )
+    ]
+    what = f"{name} in {FP32}"
+    return Check("network", what, f"relative L2 to {FP32_ORT_CPU}, worst of 2 sizes", worst(errors), NETWORK_BOUND)
 
 
 def half_check(path: Path, graph: GraphSpec, name: str, runs: Sequence[Arrays]) -> Check:
