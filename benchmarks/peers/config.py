@@ -165,8 +165,8 @@ class Config:
     Attributes:
         models, peers: what is measured.
         threads: of every side.
-        limit: seconds that one request may take; what takes longer is recorded as such.
-        first_limit: the same while caches are filled, before the first round.
+        limit: seconds that one request to a peer may take; what takes longer is recorded as such.
+        first_limit: the same while caches are filled, before the first round, and for ours.
         folder: of environments, converted models and the peers' caches.
     """
 

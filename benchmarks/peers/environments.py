@@ -73,6 +73,6 @@ def execute(command: Sequence[str], limit: float, env: Mapping[str, str] | None 
 def last_words(text: str) -> str:
     """Return the end of what a process said, in one line, without folders and addresses."""
     lines = [line for line in text.splitlines() if line.strip() and not line.startswith("WARNING")]
-    errors = [line for line in lines if "rror" in line]
+    errors = [line for line in lines if "error" in line.lower()]
     said = reason(RuntimeError(" ".join(errors[-2:] or lines[-2:])))
     return re.sub(r"\w+://\S+", "", said)[-300:]

@@ -134,7 +134,7 @@ class ModelRun:
         alive, needs = list(sides), dict[str, float]()
         for round_ in range(1 + self._model.rounds):
             limit = self._config.limit if round_ else self._config.first_limit
-            first = self._start_ours(ours, round_, limit)
+            first = self._start_ours(ours, round_)
             needs[OURS] = first.mebibytes
             for side in list(alive):
                 try:
@@ -153,7 +153,7 @@ class ModelRun:
             print(f"  start {round_}: {OURS} {first.seconds:.2f} s", flush=True)
         return {side: GROWTH * needs[side.name] for side in (ours, *alive)}
 
-    def _start_ours(self, ours: Side, round_: int, limit: float) -> Start:
+    def _start_ours(self, ours: Side, round_: int) -> Start:
         """Start the command, as a user types it, and then the engine, which says when it is loaded."""
         asked, model = self._task(round_, 1), self._model
         command = [sys.executable, "-m", "latentrt", "generate", *asked["prompts"], "--bundle", ours.settings["model"]]
@@ -163,7 +163,7 @@ class ModelRun:
         done = run_child([*command, *(f"--{name}={value}" for name, value in named.items())])
         process = self._open(ours)
         try:
-            process.load(ours.settings, limit)
+            process.load(ours.settings, self._config.first_limit)
             return Start(process.age, done.seconds, done.mebibytes)
         finally:
             process.close()
@@ -219,7 +219,7 @@ class ModelRun:
         drawn: dict[str, Drawn] = {}
         for name, process in list(processes.items()):
             try:
-                limit = self._config.limit if round_ else self._config.first_limit
+                limit = self._config.first_limit if name == OURS or not round_ else self._config.limit
                 drawn[name] = process.draw(asked, limit, self._scratch / name if compared else None)
             except NotMeasuredError as error:
                 self._drop(name, processes, error, f"{row}: ")
