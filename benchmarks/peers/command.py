@@ -14,13 +14,12 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measure what the arguments say, and write peers.json, PEERS.md and a plot for each model."""
+    """Measure what the arguments ask for, and write peers.json, PEERS.md and a plot for each model."""
     from benchmarks.peers import page
     from benchmarks.peers.measure import run
 
     asked = _parser().parse_args(arguments)
-    if not asked.page:
-        run(_config(asked), asked.results)
+    run(_config(asked), asked.results)
     page.write(asked.results)
 
 
@@ -46,7 +45,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--limit", type=float, help="seconds that a peer may take for one thing [300]")
     add("--envs", type=Path, default=FOLDER, metavar="FOLDER", help="of environments and models [in the user's cache]")
     add("--results", type=Path, default=RESULTS, help="folder of peers.json and the page")
-    add("--page", action="store_true", help="measure nothing: write the page of what was measured")
     return parser
 
 

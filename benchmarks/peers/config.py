@@ -27,22 +27,23 @@ def here(*packages: str) -> tuple[str, ...]:
     return tuple(f"{package}=={version(package).partition('+')[0]}" for package in packages)
 
 
-# Packages by environment. What runs a peer and what converts a checkpoint for it may need different ones.
-ENVIRONMENTS: Mapping[str, tuple[str, ...]] = {
-    "diffusers": here("torch", "diffusers", "transformers", "accelerate"),
-    "optimum": (
-        *here("torch", "onnxruntime", "accelerate"),
-        *("optimum-onnx==0.1.0", "optimum==2.1.0", "diffusers==0.39.0"),  # the newest that work together
-        *("transformers==4.57.6", "huggingface_hub==0.36.2", "onnx==1.23.2"),
-    ),
-    "openvino": ("openvino-genai==2026.4.1.0", "openvino==2026.4.1", "numpy==2.4.6", "pillow==13.0.0"),
-    "openvino-convert": (
-        *here("torch", "accelerate"),
-        *("optimum-intel==2.2.0", "openvino==2026.4.1", "openvino-tokenizers==2026.4.1.0"),
-        *("diffusers==0.39.0", "transformers==5.5.4"),
-    ),
-    "sdcpp": ("stable-diffusion-cpp-python==0.4.7",),
-}
+def requirements() -> dict[str, tuple[str, ...]]:
+    """Return packages by environment; what runs a peer and what converts a checkpoint for it may need different ones."""
+    return {
+        "diffusers": here("torch", "diffusers", "transformers", "accelerate"),
+        "optimum": (
+            *here("torch", "onnxruntime", "accelerate"),
+            *("optimum-onnx==0.1.0", "optimum==2.1.0", "diffusers==0.39.0"),  # the newest that work together
+            *("transformers==4.57.6", "huggingface_hub==0.36.2", "onnx==1.23.2"),
+        ),
+        "openvino": ("openvino-genai==2026.4.1.0", "openvino==2026.4.1", "numpy==2.4.6", "pillow==13.0.0"),
+        "openvino-convert": (
+            *here("torch", "accelerate"),
+            *("optimum-intel==2.2.0", "openvino==2026.4.1", "openvino-tokenizers==2026.4.1.0"),
+            *("diffusers==0.39.0", "transformers==5.5.4"),
+        ),
+        "sdcpp": ("stable-diffusion-cpp-python==0.4.7",),
+    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ import numpy as np
 from benchmarks.cases import Task, psnr, task
 from benchmarks.gpu.child import NotMeasuredError
 from benchmarks.measures import OURS
-from benchmarks.peers.config import ENVIRONMENTS, SCRIPTS, THIS, Config, Model, Peer
+from benchmarks.peers.config import SCRIPTS, THIS, Config, Model, Peer, requirements
 from benchmarks.peers.environments import Environments
 from benchmarks.peers.models import Folders, offline
 from benchmarks.peers.process import Drawn, PeerProcess
@@ -60,7 +60,7 @@ def run(config: Config, folder: Path) -> Results:
         "differs": {name: peer.differs for name, peer in config.peers.items()},
     }
     results = Results(folder / FILE, about)
-    environments = Environments(config.folder / "environments", ENVIRONMENTS)
+    environments = Environments(config.folder / "environments", requirements())
     for model in config.models:
         with tempfile.TemporaryDirectory() as scratch:
             ModelRun(config, model, results, environments, Path(scratch)).run()

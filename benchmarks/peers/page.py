@@ -26,18 +26,18 @@ from benchmarks.peers.results import (
 PAGE = "PEERS.md"
 HEAD = f"""# Beside other engines
 
-latentrt and its peers on a CPU, each in an environment of its own, with the same checkpoint, threads, steps, solver,
-guidance, size and seeds. `python -m benchmarks peers` (or `make bench-peers`) makes the environments, measures, and
-writes this page from [{FILE}]({FILE}), which keeps every sample.
+latentrt and its peers on a CPU, with the same checkpoint, threads, steps, solver, guidance, size and seeds.
+`python -m benchmarks peers` (or `make bench-peers`) makes an environment for each peer, measures, and writes this page.
 
 Figures are medians, with the least and the greatest sample in brackets. In bold is how many times better latentrt is,
 the median of ratios taken round by round; below 1 it is worse. The goal is to be first in every row, by {GOAL} at
 least.
 """
+NOT_YET = "Nothing is measured yet.\n"
 HOW = f"""## How it was measured
 
 - *{COLD}*: from the start of a process to its end, which leaves a picture as PNG on disk. Ours is `latentrt generate`,
-  a peer's is the shortest natural script. A start before the first round fills the caches of those that have one.
+  a peer's is a script of its few natural lines. A start before the first round fills the caches of those that have one.
 - *{READY}*: from the start of a process until its model is loaded and may be asked for pictures.
 - *{ONE}* and *{BATCH}*: from prompts to pictures in a process that is loaded, after a run of one step that is not
   counted. Every round has other prompts and seeds. All get a whole batch in one call.
@@ -51,9 +51,12 @@ HOW = f"""## How it was measured
 
 
 def write(folder: Path) -> None:
-    """Write PEERS.md, and a plot for each model."""
+    """Write PEERS.md, and a plot for each model; without peers.json, a page that says so."""
     from benchmarks.peers.plots import draw
 
+    if not (folder / FILE).is_file():
+        (folder / PAGE).write_text("\n".join([HEAD, NOT_YET, HOW]), encoding="utf-8")
+        return
     results = Results.read(folder)
     for name in results.models:
         draw(results, name, folder / plot_of(name))
@@ -70,7 +73,7 @@ def render(results: Results) -> str:
     machine = results.about["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     measured = (
-        f"Measured {results.about['date']}: {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, "
+        f"Every sample is in [{FILE}]({FILE}). Measured {results.about['date']}: {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, "
         f"{machine['system']}; {results.about['threads']} threads each; ours has Python {machine['python']}, "
         f"{versions}; load average before it {machine['load_before']:.1f}.\n"
     )

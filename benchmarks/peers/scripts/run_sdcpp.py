@@ -8,7 +8,7 @@ def load(settings):
     from stable_diffusion_cpp import StableDiffusion
 
     model = StableDiffusion(model_path=settings["model"], n_threads=settings["threads"])
-    if model._model.model is None:  # it only logs why
+    if not model._model.model:  # a null pointer; it only logs why
         raise RuntimeError("it does not know the structure of this model")
 
     def draw(task):
