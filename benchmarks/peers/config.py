@@ -28,7 +28,7 @@ def here(*packages: str) -> tuple[str, ...]:
 
 
 def requirements() -> dict[str, tuple[str, ...]]:
-    """Return packages by environment; what runs a peer and what converts a checkpoint for it may need different ones."""
+    """Return packages by environment. What converts a checkpoint for a peer may need others than what runs it."""
     return {
         "diffusers": here("torch", "diffusers", "transformers", "accelerate"),
         "optimum": (

@@ -73,8 +73,8 @@ def render(results: Results) -> str:
     machine = results.about["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     measured = (
-        f"Every sample is in [{FILE}]({FILE}). Measured {results.about['date']}: {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, "
-        f"{machine['system']}; {results.about['threads']} threads each; ours has Python {machine['python']}, "
+        f"Every sample is in [{FILE}]({FILE}). Measured {results.about['date']}: {machine['cpu']}, "
+        f"{machine['cores']} cores, {machine['memory_gib']} GiB, {machine['system']}; {results.about['threads']} threads each; ours has Python {machine['python']}, "
         f"{versions}; load average before it {machine['load_before']:.1f}.\n"
     )
     sections = [_section(results, name) for name in results.models]
