@@ -99,7 +99,8 @@ PEERS: Mapping[str, Peer] = {
         "openvino",
         "run_openvino.py",
         ("openvino-genai", "openvino"),
-        "A batch is several pictures of one prompt. Its compiled networks are taken from its cache.",
+        "Shapes are dynamic, as in its samples; a batch is several pictures of one prompt. Its compiled networks are "
+        "taken from its cache.",
         conversion=("convert_openvino.py", "openvino-convert"),
         older_names=True,
     ),

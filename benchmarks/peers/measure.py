@@ -250,7 +250,7 @@ class ModelRun:
 
     def _task(self, round_: int, size: int, steps: int | None = None) -> dict[str, Any]:
         """Return a round's pictures, other ones every round, with their first latents in a file."""
-        found: Task = task(self._model, round_, size)
+        found: Task = task(self._model, round_, size)  # type: ignore[arg-type]  # it reads what both kinds have
         path = self._scratch / f"latents-{round_}-{size}.npy"
         if not path.is_file():
             noise = [noise_source("torch-cpu", seed).normal(self._shape) for seed in found.seeds]

@@ -74,8 +74,9 @@ def render(results: Results) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     measured = (
         f"Every sample is in [{FILE}]({FILE}). Measured {results.about['date']}: {machine['cpu']}, "
-        f"{machine['cores']} cores, {machine['memory_gib']} GiB, {machine['system']}; {results.about['threads']} threads each; ours has Python {machine['python']}, "
-        f"{versions}; load average before it {machine['load_before']:.1f}.\n"
+        f"{machine['cores']} cores, {machine['memory_gib']} GiB, {machine['system']}; {results.about['threads']} "
+        f"threads each; ours has Python {machine['python']}, {versions}; load average before it "
+        f"{machine['load_before']:.1f}.\n"
     )
     sections = [_section(results, name) for name in results.models]
     return "\n".join([HEAD, measured, *sections, HOW])
