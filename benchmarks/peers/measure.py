@@ -29,7 +29,7 @@ from benchmarks.timing import machine, run_child
 from latentrt.bundle.bundle import Bundle
 from latentrt.sampling.noise import noise_source
 
-GROWTH = 1.5  # of a process that draws a batch, at most, over one that drew a picture
+GROWTH = 1.25  # of a large model's process that draws a batch, over one that drew a picture
 
 
 @dataclass(eq=False)
