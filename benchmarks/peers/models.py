@@ -68,7 +68,7 @@ class Folders:
         def convert(folder: Path) -> None:
             execute([*python, str(SCRIPTS / script), str(source), str(folder)], CONVERTING, offline())
 
-        return self._made(name, f"{stamp}{text}{hash_of(source)}", convert)
+        return self._made(name, f"{stamp}{text}{hash_of(self.checkpoint())}", convert)
 
     def cache(self, name: str) -> Path:
         """Return the folder in which a peer keeps compiled code."""
@@ -78,7 +78,7 @@ class Folders:
 
     def _older_names(self) -> Path:
         source = self.checkpoint()
-        return self._made("older-names", hash_of(source), lambda folder: with_older_names(source, folder))
+        return self._made("older-names", f"{source} {hash_of(source)}", lambda folder: with_older_names(source, folder))
 
     def _made(self, name: str, stamp: str, make: Callable[[Path], None]) -> Path:
         """Return a folder that was made with this stamp; make it otherwise."""
@@ -101,12 +101,12 @@ class Folders:
 
 def with_older_names(source: Path, folder: Path) -> None:
     """Write a checkpoint whose text encoder's weights have transformers 4's names; all else are links to `source`."""
-    for path in (each for each in source.rglob("*") if each.is_file()):
+    for path in files_of(source):
         target = folder / path.relative_to(source)
         target.parent.mkdir(parents=True, exist_ok=True)
         if path.parent.name == "text_encoder" and path.suffix == ".safetensors":
             rename(path, target)
-        elif path.suffix != ".onnx":
+        else:
             target.symlink_to(path)
 
 
@@ -122,10 +122,16 @@ def rename(source: Path, target: Path) -> None:
         shutil.copyfileobj(old, new, 1 << 20)
 
 
+def files_of(checkpoint: Path) -> list[Path]:
+    """Return the files that diffusers reads; in a bundle there are others too."""
+    inner = [path for path in checkpoint.glob("*/*") if path.is_file() and path.suffix != ".onnx"]
+    return [checkpoint / "model_index.json", *sorted(inner)]
+
+
 def hash_of(folder: Path) -> str:
     """Return a hash of a checkpoint: the names, sizes and first megabytes of its files."""
     found = hashlib.sha256()
-    for path in sorted(each for each in folder.rglob("*") if each.is_file() and each.suffix != ".onnx"):
+    for path in files_of(folder):
         size = path.stat().st_size
         found.update(f"{path.relative_to(folder)} {size}\n".encode())
         with path.open("rb") as file:
