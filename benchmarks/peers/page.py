@@ -38,8 +38,8 @@ HOW = f"""## How it was measured
 
 - *{COLD}*: from the start of a process to its end, which leaves a picture as PNG on disk. Ours is `latentrt generate`,
   a peer's is a script of its few natural lines. A start before the first round fills the caches of those that have one.
-- *{READY}*: from the start of a process until its model is loaded and may be asked for pictures. A peer's is the process
-  of its cold start; ours is another one, since the command does not say when it has loaded.
+- *{READY}*: from the start of a process until its model is loaded and may be asked for pictures. A peer's is the
+  process of its cold start; ours is another one, since the command does not say when it has loaded.
 - *{ONE}* and *{BATCH}*: from prompts to pictures in a process that is loaded, after a run of one step that is not
   counted. Every round has other prompts and seeds. All get a whole batch in one call.
 - *{COLD_PEAK}*: the peak resident set of the process of the cold start, mapped files included, which the kernel
