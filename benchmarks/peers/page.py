@@ -88,7 +88,7 @@ def _section(results: Results, name: str) -> str:
     width, height = model["size"]
     how = (
         f"{width} × {height} pixels, {model['steps']} steps of {model['solver']}, guidance {model['guidance']:g}, "
-        f"batches of {model['batch']}; {model['rounds']} rounds.\n"
+        f"batches of {model['batch']}; {model['rounds']} rounds. {_reached(records)}\n"
     )
     shown = [peer for peer, record in records.items() if record.samples]
     head = ("", "unit", titles[OURS], *(titles[peer] for peer in shown), f"first by {GOAL}?")
@@ -97,6 +97,12 @@ def _section(results: Results, name: str) -> str:
     peers = [_peer(peer, record, results.about) for peer, record in records.items()]
     blocks = [f"## {model['title']}\n", how, table(head, rows)]
     return "\n".join([*blocks, *([plot] if shown else []), table(("peer", "versions", "same picture", ""), peers)])
+
+
+def _reached(records: Mapping[str, Record]) -> str:
+    """Return in how many rows the goal is reached, in a sentence."""
+    found = [verdict(records, row) for row in UNITS]
+    return f"First by {GOAL} in {sum(bool(each and each.reached) for each in found)} of {len(found)} rows."
 
 
 def _row(row: str, records: Mapping[str, Record], shown: Sequence[str], titles: Mapping[str, str]) -> list[str]:

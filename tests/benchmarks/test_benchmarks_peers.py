@@ -210,6 +210,7 @@ def test_the_page_says_what_was_missed(tmp_path: Path) -> None:
     results = Results(tmp_path / "peers.json", about, {"emoji": MODELS["emoji"].to_dict()}, records)
     text = page.render(results)
     assert "**no** (0.62 to diffusers)" in text
+    assert "First by 1.2 in 0 of 6 rows." in text
     assert "| one image | s | 2 (2 to 2) | 1.25 (1 to 1.5), **0.625×** |" in text
     assert "| stable-diffusion.cpp | – | – |" in text
     assert "Not measured: it does not know the structure." in text
