@@ -2,12 +2,15 @@
 
 from protocol import serve
 
+KEPT = []
+
 
 def load(settings):
     """Load the checkpoint in its own precision."""
     from stable_diffusion_cpp import StableDiffusion
 
     model = StableDiffusion(model_path=settings["model"], n_threads=settings["threads"])
+    KEPT.append(model)  # to free a model that was not loaded would end the process
     if not model._model.model:  # a null pointer; it only logs why
         raise RuntimeError("it does not know the structure of this model")
 
