@@ -1,4 +1,4 @@
-"""A half graph as ONNX Runtime's CUDA provider runs it without help: only arithmetic on shapes is left to the CPU.
+"""A half graph as ONNX Runtime's CUDA provider runs it best: only arithmetic on shapes is left to the CPU.
 
 A provider has kernels for certain versions of an operator. CUDA's has InstanceNormalization 6, which opset 22 made 22:
 in a graph of that opset or a later one every norm runs on the CPU, between two copies, and a stream with such
@@ -7,11 +7,15 @@ copies cannot be captured as a CUDA graph. `tests/support/gpu/cuda_kernels.py` l
 
 from __future__ import annotations
 
-from pathlib import PurePosixPath
+from collections.abc import Sequence
+from dataclasses import replace as changed
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import onnx_ir as ir
 
+from latentrt.bundle.spec import FP16, FP16_ORT_CUDA, ModelSpec, Variant
+from latentrt_export.graphs.fused import PASSES, Pass, fuse
 from latentrt_export.graphs.lower import Builder, check_attention, lower, number, replace
 
 OPSET = 21  # the last one with InstanceNormalization 6
@@ -24,7 +28,7 @@ def cuda_path(path: str) -> str:
     return str(PurePosixPath(path).with_suffix(".cuda.onnx"))
 
 
-def for_cuda(model: ir.Model) -> None:
+def for_cuda(model: ir.Model, passes: Sequence[Pass] = PASSES) -> dict[str, int]:
     """Turn a half graph into the graph for ONNX Runtime's CUDA provider, in place; types stay as they are.
 
     Opset 21 has no Attention. Where nothing is masked, MultiHeadAttention takes its place, with the same fused kernels
@@ -33,6 +37,10 @@ def for_cuda(model: ir.Model) -> None:
 
     Args:
         model: a half graph of a bundle, read with `onnx_ir.load`; a float32 one is rewritten alike.
+        passes: of `latentrt_export.graphs.fused`; () for the plain graph, with MultiHeadAttention alone.
+
+    Returns:
+        How many places each pass changed, by its name.
 
     Raises:
         ExportError: the graph has an Attention with what export never writes (see `latentrt_export.graphs.lower`).
@@ -44,6 +52,32 @@ def for_cuda(model: ir.Model) -> None:
         elif node.op_type == "ArgMax" and _is_of_tokens(node):
             replace(model.graph, node, _first_of_largest)
     lower(model, OPSET)
+    return fuse(model, passes)
+
+
+def cuda_variants(root: Path, spec: ModelSpec, name: str = "plain", passes: Sequence[Pass] = ()) -> ModelSpec:
+    """Write another CUDA graph of every network beside the bundle's own, for a comparison: unet/model.cuda-plain.onnx.
+
+    The bundle on disk stays as it is. `Bundle(root, cuda_variants(root, spec), {})` runs these graphs.
+
+    Args:
+        root: the folder of the bundle.
+        spec: of the bundle; it needs half graphs.
+        name: part of the files' names.
+        passes: to run on the graphs; by default none.
+
+    Returns:
+        The spec with these graphs in the place of the bundle's CUDA graphs.
+    """
+    networks = {}
+    for network, known in spec.networks.items():
+        model = ir.load(root / known.variants[FP16].path)
+        for_cuda(model, passes)
+        path = str(PurePosixPath(known.variants[FP16].path.replace(".fp16", "")).with_suffix(f".cuda-{name}.onnx"))
+        ir.save(model, root / path)
+        own = Variant(path, OPSET, len(model.graph), known.variants[FP16].dtypes)
+        networks[network] = changed(known, variants={**known.variants, FP16_ORT_CUDA: own})
+    return changed(spec, networks=networks)
 
 
 def _is_plain(node: ir.Node) -> bool:
