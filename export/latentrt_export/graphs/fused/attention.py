@@ -14,9 +14,9 @@ QKV = 3
 def packed_products(model: ir.Model) -> int:
     """Compute q, k and v of a self attention with one MatMul, and split its result.
 
-    Three products each fill a part of a GPU. The joint weight is a Concat of the three, which a runtime computes when it
-    loads the graph: nothing is stored twice. MultiHeadAttention's own packed format (batch, tokens, heads, 3, size) is no
-    gain: but for TensorRT's old kernels, its CUDA implementation first unpacks it with a kernel like Split's
+    Three products each fill a part of a GPU. The joint weight is a Concat of the three, which a runtime computes when
+    it loads the graph: nothing is stored twice. MultiHeadAttention's own packed format (batch, tokens, heads, 3, size)
+    is no gain: flash and memory-efficient attention first unpack it with a kernel like Split's
     (contrib_ops/cuda/bert/attention_prepare_qkv.cu, PrepareQkv_MHA_PackedQKV).
 
     Returns:

@@ -1,4 +1,4 @@
-"""What the passes of this folder share: find the nodes around a value, put nodes in front of one, take a value's place."""
+"""What the passes share: find the nodes around a value, put nodes in front of one, take a value's place."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 CONTRIB = "com.microsoft"
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 PREPARES = ("Cast", "Transpose", "Reshape", "Concat")  # what a runtime computes from weights when it loads a graph
-Sizes = tuple[int | str | None, ...]
+Sizes = tuple[Any, ...]  # whole numbers, and the names of those that are free
 
 
 class Editor:
@@ -35,7 +35,7 @@ class Editor:
         domain: str = "",
         **attributes: Any,
     ) -> ir.Value:
-        """Put a node of one output in front of `before` and return its output, of the first input's type if not told."""
+        """Put a node in front of `before` and return its one output, by default of its first input's type."""
         if domain == CONTRIB:
             self.model.opset_imports[CONTRIB] = 1
         node = ir.node(op, inputs, attributes=attributes, domain=domain, name=name)
@@ -139,6 +139,6 @@ def split_bias(value: ir.Value) -> tuple[ir.Value, ir.Value] | None:
     return None
 
 
-def number(node: ir.Node, name: str, default: float) -> float:
+def number(node: ir.Node, name: str, default: float) -> Any:
     """Return a node's attribute."""
     return node.attributes[name].value if name in node.attributes else default

@@ -57,6 +57,7 @@ class _Layout:
         self._last: dict[ir.Value, ir.Value] = {}  # a value's twin
         self._first: dict[ir.Value, ir.Value] = {}  # a value that was moved, made again from its twin
         self._moved: set[ir.Value] = set()
+        self._whole: dict[ir.Value, ir.Value] = {}  # a shape, and that of the twin
         self._movers: dict[str, Callable[[ir.Node], bool]] = {
             "Conv": self._conv,
             "GroupNorm": self._group_norm,
@@ -176,13 +177,16 @@ class _Layout:
         x, *rest = node.inputs
         if len(sizes(x)) != 4 or "axes" in node.attributes or any(v is not None for v in rest[:1]):
             return False
-        return self._move(node, [self._as_last(x, node), *(None if v is None else self._reordered(v, node) for v in rest)])
+        return self._move(
+            node, [self._as_last(x, node), *(None if v is None else self._reordered(v, node) for v in rest)]
+        )
 
     def _pad(self, node: ir.Node) -> bool:
         x, pads, *value = node.inputs
-        if len(sizes(x)) != 4 or value[1:] or numbers(pads) is None:
+        known = numbers(pads)
+        if len(sizes(x)) != 4 or value[1:] or known is None:
             return False
-        turned = numbers(pads).reshape(2, 4)[:, list(TO_LAST[4])].reshape(8)
+        turned = known.reshape(2, 4)[:, list(TO_LAST[4])].reshape(8)
         return self._move(node, [self._as_last(x, node), self._edit.constant(turned), *value])
 
     def _reordered(self, vector: ir.Value, reader: ir.Node) -> ir.Value:
@@ -217,12 +221,7 @@ class _Layout:
         if (len(before), len(after)) == (4, 3):
             return self._move(node, [self._last[x], self._edit.whole(0, -1, before[1])])
         if (len(before), len(after)) == (3, 4):
-            shape = made_by(node.inputs[1], "Shape")
-            source = shape.inputs[0] if shape is not None and not {"start", "end"} & shape.attributes.keys() else None
-            if source in self._last and len(sizes(source)) == 4:
-                target = self._shape_of(self._last[source], node)
-            else:
-                target = self._reordered(node.inputs[1], node)
+            target = self._whole.get(node.inputs[1]) or self._reordered(node.inputs[1], node)
             return self._move(node, [self._last[x], target])
         return False
 
@@ -241,6 +240,8 @@ class _Layout:
         order = self._edit.constant(np.array(wanted, np.int64))
         made = self._edit(node, "Gather", [whole, order], f"{y.name}.first", y.shape)
         ir.convenience.replace_all_uses_with(y, made)
+        if len(wanted) == axes:
+            self._whole[made] = whole
         return True
 
     def _unsqueeze(self, node: ir.Node) -> bool:

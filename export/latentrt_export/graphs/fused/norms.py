@@ -24,9 +24,9 @@ from latentrt_export.graphs.fused.edit import (
 def group_norms(model: ir.Model) -> int:
     """Fuse Shape, Reshape, InstanceNormalization, Reshape, Mul, Add, and a SiLU behind them, to GroupNorm.
 
-    Six or eight nodes that each read and write the whole tensor become one that reads it twice and writes it once. Its
-    statistics are float32, as InstanceNormalization's are; gamma and beta are read in float32. The kernel wants channels
-    last, so `channels_last` has to follow.
+    Six or eight nodes, of which four or six read and write the whole tensor, become one that reads it twice and writes
+    it once. Its statistics are float32, as InstanceNormalization's are; gamma and beta are read in float32. The kernel
+    wants channels last, so `channels_last` has to follow.
 
     Returns:
         How many norms were fused; those of sizes that the kernel refuses stay.
@@ -60,9 +60,7 @@ def _fuse_norm(edit: Editor, node: ir.Node) -> bool:
     if len(rest) == 1:  # (batch, channels, tokens): as an image of one column
         x = edit(node, "Unsqueeze", [x, edit.whole(3)], f"{name}.column", (*x.shape, 1))
     options = {"epsilon": number(node, "epsilon", 1e-5), "groups": groups, "activation": int(silu is not None)}
-    fused = edit(
-        node, "GroupNorm", [x, *vectors], f"{name}.fused", x.shape, domain=CONTRIB, channels_last=0, **options
-    )
+    fused = edit(node, "GroupNorm", [x, *vectors], f"{name}.fused", x.shape, domain=CONTRIB, channels_last=0, **options)
     if len(rest) == 1:
         fused = edit(node, "Squeeze", [fused, edit.whole(3)], f"{name}.row", list(x.shape)[:3])
     take_over(fused, silu or result)
@@ -90,7 +88,7 @@ def _silu(value: ir.Value) -> ir.Value | None:
     readers = {node for node, _ in value.uses()}
     sigmoid = next((node for node in readers if node.op_type == "Sigmoid"), None)
     product = only_reader(sigmoid.outputs[0], "Mul") if sigmoid is not None else None
-    if product is None or value.is_graph_output() or readers != {sigmoid, product}:
+    if sigmoid is None or product is None or value.is_graph_output() or readers != {sigmoid, product}:
         return None
     result: ir.Value = product.outputs[0]
     return result if set(product.inputs) == {value, sigmoid.outputs[0]} and result.dtype == value.dtype else None
@@ -144,7 +142,7 @@ def _rank(x: ir.Value) -> int:
     conv = made_by(x, "NhwcConv")
     if conv is None or len(conv.inputs) < 3 or only_reader(x) is None:
         return 2
-    return int(any(side != 1 for side in conv.attributes["kernel_shape"].as_ints()))
+    return int(sizes(conv.inputs[1])[1:3] != (1, 1))
 
 
 def _for_each_channel(skip: ir.Value, x: ir.Value) -> ir.Value | None:

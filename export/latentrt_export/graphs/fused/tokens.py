@@ -109,8 +109,9 @@ def _fuse_gate(edit: Editor, split: ir.Node) -> bool:
     left, right = split.outputs
     gelu, product = only_reader(right, "Gelu"), only_reader(left, "Mul")
     halves = int(number(split, "axis", 0)) in (2, -1) and sizes(left) == sizes(right)
-    exact = gelu is not None and number(gelu, "approximate", 0) in (0, *ERF)
-    if not halves or not exact or product is None or gelu.outputs[0] not in product.inputs:
+    if not halves or gelu is None or product is None or gelu.outputs[0] not in product.inputs:
+        return False
+    if number(gelu, "approximate", 0) not in (0, *ERF):
         return False
     result = product.outputs[0]
     if only_reader(gelu.outputs[0]) is None or {v.dtype for v in (*parts, wide, result)} - {wide.dtype}:
@@ -195,7 +196,9 @@ def pointwise_products(model: ir.Model) -> int:
         if weight is None or not _is_pointwise(node):
             continue
         result, (out, inner, *_) = node.outputs[0], sizes(weight.inputs[0])
-        matrix = edit(node, "Reshape", [weight.inputs[0], edit.whole(out, inner)], f"{result.name}.matrix", [out, inner])
+        matrix = edit(
+            node, "Reshape", [weight.inputs[0], edit.whole(out, inner)], f"{result.name}.matrix", [out, inner]
+        )
         turned = edit(node, "Transpose", [matrix], f"{result.name}.turned", [inner, out], perm=[1, 0])
         take_over(edit(node, "MatMul", [node.inputs[0], turned], f"{result.name}.product", result.shape), result)
         count += 1
@@ -207,12 +210,14 @@ def _is_pointwise(node: ir.Node) -> bool:
     def all_are(name: str, wanted: int) -> bool:
         return name not in node.attributes or all(x == wanted for x in node.attributes[name].as_ints())
 
-    one = all(all_are(name, 1) for name in ("kernel_shape", "strides", "dilations")) and number(node, "group", 1) == 1
-    return len(node.inputs) == 2 and one and all_are("pads", 0) and number(node, "auto_pad", 0) in (0, "NOTSET", b"NOTSET")
+    one = sizes(node.inputs[1])[1:3] == (1, 1) and all_are("strides", 1) and number(node, "group", 1) == 1
+    return (
+        len(node.inputs) == 2 and one and all_are("pads", 0) and number(node, "auto_pad", 0) in (0, "NOTSET", b"NOTSET")
+    )
 
 
 def quick_gelus(model: ir.Model) -> int:
-    """Fuse x · sigmoid(alpha · x) to QuickGelu: SiLU in the time embedding and behind norms that stay, CLIP's activation.
+    """Fuse x · sigmoid(alpha · x) to QuickGelu: the time embedding's SiLU, that of norms that stay, CLIP's activation.
 
     Returns:
         How many were fused.

@@ -38,10 +38,7 @@ def interpret(model: ir.Model, folder: Path, feeds: Mapping[str, Array]) -> list
         inputs = [None if value is None else values[value.name] for value in node.inputs]
         run = CONTRIB.get(node.op_type) if node.domain == "com.microsoft" else None
         attributes = {name: attribute.value for name, attribute in node.attributes.items()}
-        if run is not None:
-            results = run(*inputs, **attributes)
-        else:
-            results = _ordinary(node, model.opset_imports[""], inputs)
+        results = run(*inputs, **attributes) if run is not None else _ordinary(node, model.opset_imports[""], inputs)
         for value, result in zip(node.outputs, results if isinstance(results, list) else [results], strict=False):
             if value.name:
                 values[value.name] = result
@@ -105,7 +102,7 @@ def skip_group_norm(
     x: Array, gamma: Array, beta: Array, skip: Array, bias: Array | None = None, **options: Any
 ) -> list[Array]:
     assert options["channels_last"] == 1
-    batch, height, width, channels = x.shape
+    batch, *_, channels = x.shape
     assert skip.shape in (x.shape, (batch, channels), (batch, 1, 1, channels))
     assert {x.dtype, skip.dtype, *([] if bias is None else [bias.dtype])} == {x.dtype}
     wide = skip if skip.ndim == 4 else skip[:, None, None]
@@ -128,7 +125,8 @@ def nhwc_conv(x: Array, weight: Array, bias: Array | None = None, **options: Any
     for i in range(rows):
         for j in range(columns):
             part = wide[:, i * tall :, j * broad :][:, : down * height : down, : across * width : across]
-            result += part @ weight[:, i, j].astype(np.float32).T
+            flat = np.ascontiguousarray(part).reshape(-1, channels)  # strided, numpy would not use BLAS
+            result += (flat @ np.ascontiguousarray(weight[:, i, j].astype(np.float32).T)).reshape(result.shape)
     result = result.astype(x.dtype)
     return result if bias is None else result + bias
 
