@@ -142,3 +142,23 @@ def split_bias(value: ir.Value) -> tuple[ir.Value, ir.Value] | None:
 def number(node: ir.Node, name: str, default: float) -> Any:
     """Return a node's attribute."""
     return node.attributes[name].value if name in node.attributes else default
+
+
+def biased_conv(value: ir.Value) -> ir.Node | None:
+    """Return the NhwcConv with a bias that makes a value, if that is read once."""
+    conv = made_by(value, "NhwcConv")
+    return conv if conv is not None and len(conv.inputs) == 3 and only_reader(value) is not None else None
+
+
+def take_biases(edit: Editor, reader: ir.Node, *values: ir.Value) -> ir.Value | None:
+    """Take the biases off the convolutions that make these values, for a sum of them; return the one bias, or None.
+
+    Two (a block's last convolution and that of its residual) are added when the graph is loaded.
+    """
+    convs = [conv for value in values if (conv := biased_conv(value)) is not None]
+    biases = [conv.inputs[2] for conv in convs]
+    for conv in convs:
+        conv.resize_inputs(2)
+    if len(biases) < 2:
+        return biases[0] if biases else None
+    return edit(reader, "Add", biases, f"{reader.outputs[0].name}.bias", biases[0].shape)

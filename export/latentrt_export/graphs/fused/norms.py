@@ -10,6 +10,7 @@ from latentrt_export.graphs.fused.edit import (
     CONTRIB,
     FLOATS,
     Editor,
+    biased_conv,
     is_fixed,
     made_by,
     number,
@@ -17,6 +18,7 @@ from latentrt_export.graphs.fused.edit import (
     only_reader,
     same_sizes,
     sizes,
+    take_biases,
     take_over,
 )
 
@@ -106,7 +108,7 @@ def _vector(edit: Editor, before: ir.Node, weight: ir.Value, size: int, name: st
 
 
 def skip_group_norms(model: ir.Model) -> int:
-    """Fuse the Add in front of a GroupNorm, and a convolution's bias in front of that, to SkipGroupNorm.
+    """Fuse the Add in front of a GroupNorm, and convolutions' biases in front of that, to SkipGroupNorm.
 
     The Add is a residual, or a time embedding for each channel. The norm's first reading of its input makes the sum,
     which others still read; cuDNN's separate kernel for the bias goes. The sum is rounded as before.
@@ -127,7 +129,7 @@ def skip_group_norms(model: ir.Model) -> int:
 def _terms(add: ir.Node) -> tuple[ir.Value, ir.Value] | None:
     """Return what an Add sums as (x, skip): x of the sum's shape, skip of the same or one number for each channel.
 
-    Of two, x is the one whose bias can go into the norm: a convolution's that nothing else reads, of size 1 rather.
+    Of two, x is a convolution's result whose bias can go into the norm, of size 1 rather.
     """
     total = add.outputs[0]
     if len(sizes(total)) != 4 or total.dtype not in FLOATS:
@@ -139,10 +141,8 @@ def _terms(add: ir.Node) -> tuple[ir.Value, ir.Value] | None:
 
 
 def _rank(x: ir.Value) -> int:
-    conv = made_by(x, "NhwcConv")
-    if conv is None or len(conv.inputs) < 3 or only_reader(x) is None:
-        return 2
-    return int(sizes(conv.inputs[1])[1:3] != (1, 1))
+    conv = biased_conv(x)
+    return 2 if conv is None else int(sizes(conv.inputs[1])[1:3] != (1, 1))
 
 
 def _for_each_channel(skip: ir.Value, x: ir.Value) -> ir.Value | None:
@@ -156,10 +156,8 @@ def _for_each_channel(skip: ir.Value, x: ir.Value) -> ir.Value | None:
 
 def _fuse_sum(edit: Editor, norm: ir.Node, add: ir.Node, x: ir.Value, skip: ir.Value) -> None:
     inputs = [x, *norm.inputs[1:3], _for_each_channel(skip, x) or skip]
-    conv = made_by(x, "NhwcConv")
-    if conv is not None and _rank(x) < 2:
-        inputs.append(conv.inputs[2])
-        conv.resize_inputs(2)
+    if (bias := take_biases(edit, norm, x, skip)) is not None:
+        inputs.append(bias)
     options = {name: norm.attributes[name].value for name in ("epsilon", "groups", "activation")}
     total, result = add.outputs[0], norm.outputs[0]
     kept = len(total.uses()) > 1 or total.is_graph_output()

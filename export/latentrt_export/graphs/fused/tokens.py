@@ -13,6 +13,7 @@ from latentrt_export.graphs.fused.edit import (
     CONTRIB,
     FLOATS,
     Editor,
+    biased_conv,
     made_by,
     number,
     numbers,
@@ -20,6 +21,7 @@ from latentrt_export.graphs.fused.edit import (
     same_sizes,
     sizes,
     split_bias,
+    take_biases,
     take_over,
 )
 
@@ -165,20 +167,18 @@ def _fuse_tokens(edit: Editor, add: ir.Node) -> bool:
 
 
 def _fuse_image(edit: Editor, add: ir.Node) -> bool:
-    for x, skip in (add.inputs, add.inputs[::-1]):
-        conv = made_by(x, "NhwcConv")
-        if conv is None or len(conv.inputs) < 3 or only_reader(x) is None:
-            continue
-        result, bias = add.outputs[0], conv.inputs[2]
-        conv.resize_inputs(2)
-        name, size = str(result.name), int(sizes(result)[-1] or 0)
-        flat, row = edit.whole(0, -1, size), (result.shape[0], None, size)
-        rows = [edit(add, "Reshape", [v, flat], f"{name}.{part}", row) for v, part in ((x, "x"), (skip, "skip"))]
-        fused = edit(add, "BiasAdd", [rows[0], bias, rows[1]], f"{name}.rows", row, domain=CONTRIB)
-        shape = edit(add, "Shape", [skip], f"{name}.sizes", [4], dtype=ir.DataType.INT64)
-        take_over(edit(add, "Reshape", [fused, shape], f"{name}.image", result.shape), result)
-        return True
-    return False
+    x, skip = add.inputs if biased_conv(add.inputs[0]) is not None else add.inputs[::-1]
+    bias = take_biases(edit, add, x, skip)
+    if bias is None:
+        return False
+    result = add.outputs[0]
+    name, size = str(result.name), sizes(result)[-1]
+    flat, row = edit.whole(0, -1, size), (result.shape[0], None, size)
+    rows = [edit(add, "Reshape", [v, flat], f"{name}.{part}", row) for v, part in ((x, "x"), (skip, "skip"))]
+    fused = edit(add, "BiasAdd", [rows[0], bias, rows[1]], f"{name}.rows", row, domain=CONTRIB)
+    shape = edit(add, "Shape", [skip], f"{name}.sizes", [4], dtype=ir.DataType.INT64)
+    take_over(edit(add, "Reshape", [fused, shape], f"{name}.image", result.shape), result)
+    return True
 
 
 def pointwise_products(model: ir.Model) -> int:

@@ -135,6 +135,15 @@ def test_a_time_embedding_and_a_norm() -> None:
     assert next(n for n in model.graph if n.op_type == "SkipGroupNorm").inputs[3].name == "e"
 
 
+def test_two_convolutions_and_a_norm() -> None:
+    """A block's residual is a convolution too: their biases are added when the graph is loaded."""
+    body = RESIDUAL.format(sum="d = Conv(x, small, other) a = Add(d, c)")
+    more = {"small": (16, 8, 1, 1), "other": (16,)}
+    found, nodes = changed(graph(f"{IMAGES} => (float[b,16,6,5] y)", body, WEIGHTS | more, NORMED))
+    assert found == {"group_norms": 1, "channels_last": 4, "skip_group_norms": 1, "pointwise_products": 1}
+    assert nodes == {"Transpose": 2, "NhwcConv": 1, "MatMul": 1, "SkipGroupNorm": 1}
+
+
 def test_a_bias_that_others_need_stays() -> None:
     """The convolution's result is an output too, with its bias."""
     signature = f"{IMAGES} => (float[b,16,6,5] y, float[b,16,6,5] c)"
