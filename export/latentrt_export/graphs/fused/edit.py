@@ -144,21 +144,35 @@ def number(node: ir.Node, name: str, default: float) -> Any:
     return node.attributes[name].value if name in node.attributes else default
 
 
-def biased_conv(value: ir.Value) -> ir.Node | None:
-    """Return the NhwcConv with a bias that makes a value, if that is read once."""
-    conv = made_by(value, "NhwcConv")
-    return conv if conv is not None and len(conv.inputs) == 3 and only_reader(value) is not None else None
+def carried_bias(value: ir.Value) -> ir.Value | None:
+    """Return the bias of the convolution that makes a value, or of the tokens that it is reshaped from.
+
+    Only if nothing else reads what it was added to, so that it can be taken off.
+    """
+    node = value.producer()
+    if node is None or only_reader(value) is None:
+        return None
+    if node.op_type == "NhwcConv" and len(node.inputs) == 3:
+        return node.inputs[2]
+    parts = split_bias(node.inputs[0]) if node.op_type == "Reshape" else None
+    return parts[1] if parts is not None and is_vector(parts[1], sizes(value)[-1]) else None
 
 
 def take_biases(edit: Editor, reader: ir.Node, *values: ir.Value) -> ir.Value | None:
-    """Take the biases off the convolutions that make these values, for a sum of them; return the one bias, or None.
+    """Take the biases that these values carry off them, for a sum of the values; return the one bias, or None.
 
     Two (a block's last convolution and that of its residual) are added when the graph is loaded.
     """
-    convs = [conv for value in values if (conv := biased_conv(value)) is not None]
-    biases = [conv.inputs[2] for conv in convs]
-    for conv in convs:
-        conv.resize_inputs(2)
+    biases = []
+    for value in values:
+        if (bias := carried_bias(value)) is not None:
+            node = value.producer()
+            assert node is not None
+            if node.op_type == "NhwcConv":
+                node.resize_inputs(2)
+            elif (parts := split_bias(node.inputs[0])) is not None:
+                node.replace_input_with(0, parts[0])
+            biases.append(bias)
     if len(biases) < 2:
         return biases[0] if biases else None
     return edit(reader, "Add", biases, f"{reader.outputs[0].name}.bias", biases[0].shape)

@@ -10,7 +10,7 @@ from latentrt_export.graphs.fused.edit import (
     CONTRIB,
     FLOATS,
     Editor,
-    biased_conv,
+    carried_bias,
     is_fixed,
     made_by,
     number,
@@ -129,7 +129,7 @@ def skip_group_norms(model: ir.Model) -> int:
 def _terms(add: ir.Node) -> tuple[ir.Value, ir.Value] | None:
     """Return what an Add sums as (x, skip): x of the sum's shape, skip of the same or one number for each channel.
 
-    Of two, x is a convolution's result whose bias can go into the norm, of size 1 rather.
+    Of two, x is the one with a bias that can go into the norm, of a convolution of size 1 rather.
     """
     total = add.outputs[0]
     if len(sizes(total)) != 4 or total.dtype not in FLOATS:
@@ -141,8 +141,10 @@ def _terms(add: ir.Node) -> tuple[ir.Value, ir.Value] | None:
 
 
 def _rank(x: ir.Value) -> int:
-    conv = biased_conv(x)
-    return 2 if conv is None else int(sizes(conv.inputs[1])[1:3] != (1, 1))
+    if carried_bias(x) is None:
+        return 2
+    conv = made_by(x, "NhwcConv")
+    return int(conv is not None and sizes(conv.inputs[1])[1:3] != (1, 1))
 
 
 def _for_each_channel(skip: ir.Value, x: ir.Value) -> ir.Value | None:

@@ -13,7 +13,7 @@ from latentrt_export.graphs.fused.edit import (
     CONTRIB,
     FLOATS,
     Editor,
-    biased_conv,
+    carried_bias,
     made_by,
     number,
     numbers,
@@ -167,7 +167,7 @@ def _fuse_tokens(edit: Editor, add: ir.Node) -> bool:
 
 
 def _fuse_image(edit: Editor, add: ir.Node) -> bool:
-    x, skip = add.inputs if biased_conv(add.inputs[0]) is not None else add.inputs[::-1]
+    x, skip = add.inputs if carried_bias(add.inputs[0]) is not None else add.inputs[::-1]
     bias = take_biases(edit, add, x, skip)
     if bias is None:
         return False

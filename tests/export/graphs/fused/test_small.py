@@ -144,6 +144,21 @@ def test_two_convolutions_and_a_norm() -> None:
     assert nodes == {"Transpose": 2, "NhwcConv": 1, "MatMul": 1, "SkipGroupNorm": 1}
 
 
+def test_tokens_that_end_in_an_image() -> None:
+    """A projection of tokens (SD 2, SDXL) is reshaped to the image that it is added to: its bias goes along."""
+    body = """
+        m = MatMul(z, square) n = Add(m, bias) v = Reshape(n, image) p = Transpose<perm = [0, 3, 1, 2]>(v)
+        c = Conv<pads = [1,1,1,1]>(x, weight, other) k = Conv<pads = [1,1,1,1]>(c, third) a = Add(p, c)
+        s = Shape(a) f = Reshape(a, to) i = InstanceNormalization(f, ones, zeros) r = Reshape(i, s)
+        g = Mul(r, gamma) y = Add(g, beta)
+    """
+    weights = WEIGHTS | {"square": (16, 16), "other": (16,), "third": (4, 16, 3, 3)}
+    signature = "(float[b,8,6,5] x, float[b,30,16] z) => (float[b,16,6,5] y, float[b,4,6,5] k)"
+    model = graph(signature, body, weights, NORMED | {"image": np.array([0, 6, 5, 16])})
+    found, nodes = changed(model)
+    assert (found["skip_group_norms"], nodes["Add"], nodes["MatMul"]) == (1, 0, 1)
+
+
 def test_a_bias_that_others_need_stays() -> None:
     """The convolution's result is an output too, with its bias."""
     signature = f"{IMAGES} => (float[b,16,6,5] y, float[b,16,6,5] c)"
