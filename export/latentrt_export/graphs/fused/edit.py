@@ -11,7 +11,8 @@ import onnx_ir.passes.common as common
 from numpy.typing import NDArray
 
 CONTRIB = "com.microsoft"
-FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+SINGLE = ir.DataType.FLOAT
+FLOATS = (SINGLE, ir.DataType.FLOAT16)
 PREPARES = ("Cast", "Transpose", "Reshape", "Concat")  # what a runtime computes from weights when it loads a graph
 Sizes = tuple[Any, ...]  # whole numbers, and the names of those that are free
 
@@ -175,4 +176,17 @@ def take_biases(edit: Editor, reader: ir.Node, *values: ir.Value) -> ir.Value | 
             biases.append(bias)
     if len(biases) < 2:
         return biases[0] if biases else None
-    return edit(reader, "Add", biases, f"{reader.outputs[0].name}.bias", biases[0].shape)
+    # In float32: ONNX Runtime computes it when it loads the graph, on the CPU, where it has no Add of float16.
+    name, dtype = f"{reader.outputs[0].name}.bias", biases[0].dtype
+    wide = [in_single(edit, reader, bias, f"{name}.{index}") for index, bias in enumerate(biases)]
+    total = edit(reader, "Add", wide, f"{name}.sum", biases[0].shape)
+    return total if dtype == SINGLE else edit(reader, "Cast", [total], name, total.shape, dtype=dtype, to=dtype)
+
+
+def in_single(edit: Editor, before: ir.Node, weight: ir.Value, name: str) -> ir.Value:
+    """Return a weight in float32: the stored numbers, not those rounded to float16."""
+    cast = made_by(weight, "Cast")
+    source = cast.inputs[0] if cast is not None and cast.inputs[0].is_initializer() else weight
+    if source.dtype == SINGLE:
+        return source
+    return edit(before, "Cast", [source], name, source.shape, dtype=SINGLE, to=SINGLE)

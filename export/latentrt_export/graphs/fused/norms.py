@@ -11,6 +11,7 @@ from latentrt_export.graphs.fused.edit import (
     FLOATS,
     Editor,
     carried_bias,
+    in_single,
     is_fixed,
     made_by,
     number,
@@ -57,8 +58,10 @@ def _fuse_norm(edit: Editor, node: ir.Node) -> bool:
         return False
     silu = _silu(result)
     name = str(result.name)
-    weights = ((f"{name}.gamma", gamma), (f"{name}.beta", beta))
-    vectors = [_vector(edit, node, weight, channels, own) for own, weight in weights]
+    vectors = []
+    for own, weight in ((f"{name}.gamma", gamma), (f"{name}.beta", beta)):
+        stored = in_single(edit, node, weight, f"{own}.single")
+        vectors.append(edit(node, "Reshape", [stored, edit.whole(channels)], own, [channels]))
     if len(rest) == 1:  # (batch, channels, tokens): as an image of one column
         x = edit(node, "Unsqueeze", [x, edit.whole(3)], f"{name}.column", (*x.shape, 1))
     options = {"epsilon": number(node, "epsilon", 1e-5), "groups": groups, "activation": int(silu is not None)}
@@ -94,17 +97,6 @@ def _silu(value: ir.Value) -> ir.Value | None:
         return None
     result: ir.Value = product.outputs[0]
     return result if set(product.inputs) == {value, sigmoid.outputs[0]} and result.dtype == value.dtype else None
-
-
-def _vector(edit: Editor, before: ir.Node, weight: ir.Value, size: int, name: str) -> ir.Value:
-    """Return a weight (channels, 1, ...) as float32 (channels,): the stored numbers, not those rounded to float16."""
-    cast = made_by(weight, "Cast")
-    source = cast.inputs[0] if cast is not None and cast.inputs[0].is_initializer() else weight
-    flat = edit(before, "Reshape", [source, edit.whole(size)], f"{name}.stored", [size])
-    if flat.dtype == ir.DataType.FLOAT:
-        return flat
-    single = ir.DataType.FLOAT
-    return edit(before, "Cast", [flat], name, [size], dtype=single, to=single)
 
 
 def skip_group_norms(model: ir.Model) -> int:
