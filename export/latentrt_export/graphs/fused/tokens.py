@@ -151,8 +151,9 @@ def bias_adds(model: ir.Model) -> int:
     for node in [n for n in model.graph if n.op_type == "Add"]:
         total = node.outputs[0]
         known = same_sizes(*node.inputs) and same_sizes(node.inputs[0], total) and total.dtype in FLOATS
-        if known and sizes(total)[-1] in rules.BIAS_ADD_SIZES:
-            count += _fuse_tokens(edit, node) if len(sizes(total)) == 3 else _fuse_image(edit, node)
+        fuse_one = {3: _fuse_tokens, 4: _fuse_image}.get(len(sizes(total)))
+        if fuse_one is not None and known and sizes(total)[-1] in rules.BIAS_ADD_SIZES:
+            count += fuse_one(edit, node)
     edit.tidy()
     return count
 
