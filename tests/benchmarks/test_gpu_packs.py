@@ -32,7 +32,7 @@ def test_the_plain_graph_is_one_more_variant(bundle: Path) -> None:
     bundles.add_plain(bundle)
     opened = Bundle.open(bundle)  # with all hashes
     graph = opened.spec.graph("unet", PLAIN)
-    assert graph.path == "unet/model.plain.onnx"
+    assert graph.path == "unet/model.cuda-plain.onnx"
     assert graph.inputs == opened.spec.graph("unet", "fp16").inputs
     before = (bundle / "manifest.json").stat().st_mtime_ns
     bundles.add_plain(bundle)

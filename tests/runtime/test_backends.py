@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 
 from latentrt.bundle.bundle import EMBEDDED, Bundle
@@ -120,3 +121,22 @@ def test_nothing_is_reported_to_anybody(tmp_path: Path) -> None:
     environment |= {"XDG_CACHE_HOME": str(tmp_path), "HOME": str(tmp_path)}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
     assert list(tmp_path.rglob("*")) == []
+
+
+def test_options_of_the_cuda_provider(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms are exact in half precision, nothing uses TF32, and a measurement can say otherwise."""
+    given = []
+
+    def session(path: Path, options: object, *, providers: list[tuple[str, dict[str, str]]], **rest: object) -> None:
+        given.append(providers[0])
+        raise RuntimeError("there is no device")
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    ours = {"use_tf32": "0", "enable_skip_layer_norm_strict_mode": "1", "cudnn_conv_algo_search": "HEURISTIC"}
+    wanted = {"use_tf32": "1", "sdpa_kernel": "8"}
+    for options in (None, wanted):
+        with pytest.raises(BackendError, match="no device"):
+            OrtBackend("cuda", precision="fp16", provider_options=options).session(tmp_path / "model.onnx", 21)
+    assert given == [("CUDAExecutionProvider", ours), ("CUDAExecutionProvider", ours | wanted)]

@@ -10,12 +10,12 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from benchmarks.gpu.variants import PLAIN
 from latentrt.bundle.bundle import MANIFEST, Bundle, read_manifest, sha256_of
 from latentrt.bundle.manifest import SCHEMA
-from latentrt.bundle.spec import FP16, FP32
+from latentrt.bundle.spec import FP16_ORT_CUDA
 from latentrt.storage import write_atomic
 
 SIDECAR = ".extra.safetensors"  # constants of a graph, which no checkpoint has
@@ -23,26 +23,18 @@ SIDECAR = ".extra.safetensors"  # constants of a graph, which no checkpoint has
 
 def add_plain(root: Path) -> None:
     """Add the plain graph for ONNX Runtime on CUDA to every network of a bundle, as a variant of the manifest."""
-    import onnx_ir as ir
-
-    from latentrt_export.graphs.cuda_graph import for_cuda
+    from latentrt_export.graphs.cuda_graph import cuda_variants
 
     spec, files = Bundle.open(root, check_hashes=False).spec, read_manifest(root)["files"]
-    networks = dict(spec.networks)
-    for name, network in networks.items():
-        if FP16 not in network.variants or PLAIN in network.variants:
-            continue
-        half = network.variants[FP16]
-        path = str(PurePosixPath(network.variants[FP32].path).with_suffix(".plain.onnx"))
-        model = ir.load(root / half.path)
-        for_cuda(model, fused=False)
-        ir.save(model, root / path)
-        plain = replace(half, path=path, opset=model.opset_imports[""], nodes=len(model.graph), islands=None)
-        networks[name] = replace(network, variants={**network.variants, PLAIN: plain})
-        files[path] = {"sha256": sha256_of(root / path), "bytes": (root / path).stat().st_size}
-    if networks != spec.networks:
-        manifest = {"schema": SCHEMA, "model": asdict(replace(spec, networks=networks)), "files": files}
-        write_atomic(root / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode() + b"\n", 0o644)
+    if all(PLAIN in network.variants for network in spec.networks.values()):
+        return
+    networks = {}
+    for name, network in cuda_variants(root, spec).networks.items():
+        plain, known = network.variants[FP16_ORT_CUDA], spec.networks[name]
+        networks[name] = replace(known, variants={**known.variants, PLAIN: plain})
+        files[plain.path] = {"sha256": sha256_of(root / plain.path), "bytes": (root / plain.path).stat().st_size}
+    manifest = {"schema": SCHEMA, "model": asdict(replace(spec, networks=networks)), "files": files}
+    write_atomic(root / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode() + b"\n", 0o644)
 
 
 def pack(bundles: Sequence[Path], folder: Path) -> dict[str, int]:

@@ -26,8 +26,9 @@ from latentrt.runtime.signature import Arrays, check_arrays, check_feeds
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 # No TF32; convolutions are chosen by rule, since trying them out would pick others in every process, and may come
-# back in the middle of a capture.
-PROVIDER_OPTIONS = {"cpu": {}, "cuda": {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}}
+# back in the middle of a capture. SkipLayerNormalization sums squares in float16 unless told to be strict.
+STRICT = {"use_tf32": "0", "enable_skip_layer_norm_strict_mode": "1"}
+PROVIDER_OPTIONS = {"cpu": {}, "cuda": {**STRICT, "cudnn_conv_algo_search": "HEURISTIC"}}
 SHAPE_ARITHMETIC = {
     *("Add", "Cast", "Concat", "Constant", "ConstantOfShape", "Div", "Equal", "Expand", "Gather", "Identity", "Mul"),
     *("Range", "Reshape", "Shape", "Size", "Slice", "Squeeze", "Sub", "Unsqueeze", "Where"),
@@ -52,8 +53,8 @@ class OrtBackend:
             others).
         spin: whether threads wait for each other by spinning within a call. On idle cores that is a fifth faster; where
             other processes hold cores, it is twice as slow. Between calls they never spin.
-        provider_options: for ONNX Runtime's provider, over PROVIDER_OPTIONS.
         cache: on "cpu", keep optimized graphs in the user's cache and load those: see `SavedGraph`.
+        provider_options: of ONNX Runtime's provider, over those set here; to measure what they do.
 
     Raises:
         MissingDependencyError: ONNX Runtime is not installed.
@@ -71,7 +72,7 @@ class OrtBackend:
         gpu: Gpu | None = None,
         spin: bool = True,
         cache: bool = False,
-        provider_options: Mapping[str, str] = {},
+        provider_options: Mapping[str, str] | None = None,
     ) -> None:
         check_device(device)
         if threads is not None and threads < 1:
@@ -93,7 +94,7 @@ class OrtBackend:
         )
         self.spin = spin
         self.cache = cache and device == "cpu"
-        self.provider_options = dict(provider_options)
+        self.provider_options = dict(provider_options or {})
 
     def load(self, bundle: Bundle, network: str) -> OrtNetwork:
         """Load a network's graph and the weights it points to.

@@ -14,7 +14,7 @@ from pathlib import PurePosixPath
 
 import onnx_ir as ir
 
-from latentrt_export.graphs.cuda_graph import fuse, is_plain
+from latentrt_export.graphs.cuda_graph import is_plain, to_multi_head
 
 FEWEST_TOKENS = 512  # from which MultiHeadAttention is the faster one, for every size of head (docs/speed.md)
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv}
@@ -39,7 +39,7 @@ def for_cpu(model: ir.Model, sizes: Mapping[str, int]) -> int:
     nodes = [n for n in model.graph if n.op_type == "Attention" and is_plain(n)]
     nodes = [n for n in nodes if _tokens(n, sizes) >= FEWEST_TOKENS]
     for node in nodes:
-        fuse(model, node)
+        to_multi_head(model, node)
     return len(nodes)
 
 

@@ -1,4 +1,4 @@
-"""A half graph as ONNX Runtime's CUDA provider runs it without help: only arithmetic on shapes is left to the CPU.
+"""A half graph as ONNX Runtime's CUDA provider runs it best: only arithmetic on shapes is left to the CPU.
 
 A provider has kernels for certain versions of an operator. CUDA's has InstanceNormalization 6, which opset 22 made 22:
 in a graph of that opset or a later one every norm runs on the CPU, between two copies, and a stream with such
@@ -7,11 +7,15 @@ copies cannot be captured as a CUDA graph. `tests/support/gpu/cuda_kernels.py` l
 
 from __future__ import annotations
 
-from pathlib import PurePosixPath
+from collections.abc import Sequence
+from dataclasses import replace as changed
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import onnx_ir as ir
 
+from latentrt.bundle.spec import FP16, FP16_ORT_CUDA, ModelSpec, Variant
+from latentrt_export.graphs.fused import PASSES, Pass, fuse
 from latentrt_export.graphs.lower import Builder, check_attention, lower, number, replace
 
 OPSET = 21  # the last one with InstanceNormalization 6
@@ -24,7 +28,7 @@ def cuda_path(path: str) -> str:
     return str(PurePosixPath(path).with_suffix(".cuda.onnx"))
 
 
-def for_cuda(model: ir.Model, *, fused: bool = True) -> None:
+def for_cuda(model: ir.Model, passes: Sequence[Pass] = PASSES) -> dict[str, int]:
     """Turn a half graph into the graph for ONNX Runtime's CUDA provider, in place; types stay as they are.
 
     Opset 21 has no Attention. Where nothing is masked, MultiHeadAttention takes its place, with the same fused kernels
@@ -33,17 +37,46 @@ def for_cuda(model: ir.Model, *, fused: bool = True) -> None:
 
     Args:
         model: a half graph of a bundle, read with `onnx_ir.load`; a float32 one is rewritten alike.
-        fused: False for the plain graph, to compare with: attention alone is fused. There are no others yet.
+        passes: of `latentrt_export.graphs.fused`; () for the plain graph, with MultiHeadAttention alone.
+
+    Returns:
+        How many places each pass changed, by its name.
 
     Raises:
         ExportError: the graph has an Attention with what export never writes (see `latentrt_export.graphs.lower`).
     """
     for node in list(model.graph):
         if node.op_type == "Attention" and is_plain(node):
-            fuse(model, node)
+            to_multi_head(model, node)
         elif node.op_type == "ArgMax" and _is_of_tokens(node):
             replace(model.graph, node, _first_of_largest)
     lower(model, OPSET)
+    return fuse(model, passes)
+
+
+def cuda_variants(root: Path, spec: ModelSpec, name: str = "plain", passes: Sequence[Pass] = ()) -> ModelSpec:
+    """Write another CUDA graph of every network beside the bundle's own, for a comparison: unet/model.cuda-plain.onnx.
+
+    The bundle on disk stays as it is. `Bundle(root, cuda_variants(root, spec), {})` runs these graphs.
+
+    Args:
+        root: the folder of the bundle.
+        spec: of the bundle; it needs half graphs.
+        name: part of the files' names.
+        passes: to run on the graphs; by default none.
+
+    Returns:
+        The spec with these graphs in the place of the bundle's CUDA graphs.
+    """
+    networks = {}
+    for network, known in spec.networks.items():
+        model = ir.load(root / known.variants[FP16].path)
+        for_cuda(model, passes)
+        path = str(PurePosixPath(known.variants[FP16].path.replace(".fp16", "")).with_suffix(f".cuda-{name}.onnx"))
+        ir.save(model, root / path)
+        own = Variant(path, OPSET, len(model.graph), known.variants[FP16].dtypes)
+        networks[network] = changed(known, variants={**known.variants, FP16_ORT_CUDA: own})
+    return changed(spec, networks=networks)
 
 
 def is_plain(node: ir.Node) -> bool:
@@ -53,7 +86,7 @@ def is_plain(node: ir.Node) -> bool:
     return not masked and not number(node, "softmax_precision", 0) and len(node.inputs[0].shape) == 3
 
 
-def fuse(model: ir.Model, node: ir.Node) -> None:
+def to_multi_head(model: ir.Model, node: ir.Node) -> None:
     """Put MultiHeadAttention in the place of an Attention that `is_plain`."""
     attributes: dict[str, int | float] = {"num_heads": node.attributes["q_num_heads"].as_int()}
     if scale := number(node, "scale", 0.0):

@@ -5,8 +5,9 @@ cannot hold, and the nodes that the caller names (`ranges.py` measures which wou
 islands' borders only. Nothing here needs torch, so that a device can make the graph from an older bundle.
 
 Norms stay in float16. ONNX Runtime's CUDA kernels and TensorRT's normalization layer read and write float16 but compute
-mean and variance in float32, and LayerNormalization says so itself (`stash_type` 1). The norms' epsilons are
-attributes, which are float32 always.
+mean and variance in float32, and LayerNormalization says so itself (`stash_type` 1). The one kernel that does not by
+default, of SkipLayerNormalization, is told to (`latentrt.runtime.onnxruntime`). The norms' epsilons are attributes,
+which are float32 always.
 https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/accuracy-considerations.html
 """
 

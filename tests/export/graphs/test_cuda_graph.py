@@ -1,7 +1,11 @@
-"""CUDA graphs: the same numbers as their half graphs, and a CUDA kernel for every node, checked without a GPU."""
+"""CUDA graphs: the same numbers as their half graphs, and a CUDA kernel for every node, checked without a GPU.
+
+Here without the passes of `latentrt_export.graphs.fused`, which have tests of their own.
+"""
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from latentrt.bundle.bundle import EMBEDDED, Bundle
 from latentrt.errors import ExportError
-from latentrt_export.graphs.cuda_graph import cuda_path, for_cuda
+from latentrt_export.graphs.cuda_graph import cuda_path, cuda_variants, for_cuda
 from latentrt_export.graphs.half import emulate, to_half
 from latentrt_export.graphs.ranges import open_session
 from tests.export.graphs.test_lower import Arrays, _feeds
@@ -66,16 +70,18 @@ def _weights(model: ir.Model) -> set[tuple[Any, ...]]:
 
 @pytest.mark.parametrize("name", BUNDLES)
 def test_numbers_stay(exported: Exported, name: str) -> None:
-    """In float32 to the last bits; in float16, rounded after every node, within what its roundings differ."""
+    """In float32 to the last bits; in float16, rounded after every node, within what its roundings differ.
+
+    Of the plain graphs: ONNX Runtime's CPU provider has no kernels for the fused operators.
+    """
     _, root = exported(name)
     spec = Bundle.open(root).spec
     for network, graph in spec.graphs().items():
         single, exact = ir.load(root / graph.path), ir.load(root / graph.path)
-        for_cuda(exact)
+        for_cuda(exact, ())
         assert _difference(exact, single, root / graph.path, _feeds(graph)) < 2e-6, network
-        half, ours = (
-            ir.load(root / part[network].path) for part in (spec.graphs("fp16"), spec.graphs("fp16-ort-cuda"))
-        )
+        half, ours = (ir.load(root / spec.graphs("fp16")[network].path) for _ in range(2))
+        for_cuda(ours, ())
         for model in (half, ours):
             emulate(model)
         assert _difference(ours, half, root / graph.path, _feeds(spec.graphs("fp16")[network])) < 1.5e-3, network
@@ -97,11 +103,31 @@ def test_islands_stay() -> None:
     (attention,) = (node for node in model.graph if node.op_type == "Attention")
     to_half(model, [attention.name])
     casts = Counter(node.op_type for node in model.graph)["Cast"]
-    for_cuda(model)
+    for_cuda(model, ())
     (fused,) = (node for node in model.graph if node.op_type == "MultiHeadAttention")
     assert {value.dtype for value in (*fused.inputs, *fused.outputs)} == {ir.DataType.FLOAT}
     assert Counter(node.op_type for node in model.graph)["Cast"] == casts > 0
     assert without_kernel(model) == set()
+
+
+def test_another_variant_for_a_comparison(exported: Exported, tmp_path: Path) -> None:
+    """The plain graphs stand beside the bundle's own, under names of their own; the manifest is not touched."""
+    root = Path(shutil.copytree(exported("sd")[1], tmp_path / "bundle"))
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    spec = Bundle.open(root).spec
+    plain = cuda_variants(root, spec)
+    new = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
+    names = {"text_encoder/model", "unet/model", "vae/decoder", "vae/encoder"}
+    assert new - {path.relative_to(root).as_posix() for path in before} == {f"{n}.cuda-plain.onnx" for n in names}
+    assert {path: path.read_bytes() for path in before} == before
+    bundle = Bundle(root, plain, {})
+    for network, graph in bundle.spec.graphs("fp16-ort-cuda").items():
+        model = ir.load(bundle.path(graph.path))
+        assert (graph.nodes, graph.opset) == (len(model.graph), 21)
+        assert {node.op_type for node in model.graph if node.domain} <= {"MultiHeadAttention"}
+        theirs = spec.graphs("fp16-ort-cuda")[network]
+        assert (graph.inputs, graph.outputs) == (theirs.inputs, theirs.outputs)
+    assert Bundle.open(root).spec == spec
 
 
 # --- small graphs -----------------------------------------------------------------------------------------------------

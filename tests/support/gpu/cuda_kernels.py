@@ -1,7 +1,10 @@
 """The kernels of ONNX Runtime 1.31.1's CUDA provider: the operators of latentrt's CUDA graphs, opset 13 and later.
 
 Read from the wheel of onnxruntime-gpu (cp311, manylinux), whose `get_all_opkernel_def()` lists what is registered;
-docs/OperatorKernels.md of ONNX Runtime's repository shows the same. Types are only those in latentrt's graphs.
+docs/OperatorKernels.md of ONNX Runtime's repository shows the same. Types are only those in latentrt's graphs. The
+operators of com.microsoft are in contrib_ops/cuda, in diffusion/ (BiasAdd, BiasSplitGelu, GroupNorm, NhwcConv,
+SkipGroupNorm), bert/ (BiasGelu, MultiHeadAttention, SkipLayerNormalization) and activation/ (QuickGelu); each has one
+version.
 """
 
 from __future__ import annotations
@@ -18,6 +21,9 @@ KERNELS = {
     "Add": ("13-13 14+", NUMBERS),
     "ArgMax": ("13+", FLOATS),
     "Attention": ("23-23 24+", FLOATS),
+    "BiasAdd": ("1+", FLOATS),
+    "BiasGelu": ("1+", FLOATS),
+    "BiasSplitGelu": ("1+", FLOATS),
     "Cast": ("13-18 19-20 21-22 23-24 25+", ALL),
     "Concat": ("13+", ALL),
     "Conv": ("11-21 22+", FLOATS),
@@ -29,13 +35,16 @@ KERNELS = {
     "GatherND": ("13+", f"{FLOATS} int64 bool"),
     "Gelu": ("20+", FLOATS),
     "Gemm": ("13+", FLOATS),
+    "GroupNorm": ("1+", FLOATS),
     "InstanceNormalization": ("6+", FLOATS),
     "LayerNormalization": ("1-16 17+", FLOATS),
     "MatMul": ("13+", FLOATS),
     "Max": ("13+", NUMBERS),
     "Mul": ("13-13 14+", NUMBERS),
     "MultiHeadAttention": ("1+", FLOATS),
+    "NhwcConv": ("1+", FLOATS),
     "Pad": ("13-17 18-18 19-20 21-22 23-23 24-24 25+", f"{FLOATS} bool"),
+    "QuickGelu": ("1+", FLOATS),
     "Range": ("11-26 27+", "float32 int32 int64"),
     "ReduceMax": ("1-17 18-19 20+", NUMBERS),
     "ReduceMin": ("1-17 18-19 20+", NUMBERS),
@@ -44,6 +53,8 @@ KERNELS = {
     "Shape": ("13-14 15-18 19-20 21-22 23-24 25+", ALL),
     "Sigmoid": ("13+", FLOATS),
     "Sin": ("7-21 22+", FLOATS),
+    "SkipGroupNorm": ("1+", FLOATS),
+    "SkipLayerNormalization": ("1+", FLOATS),
     "Slice": ("13+", ALL),
     "Softmax": ("13+", FLOATS),
     "Split": ("13-17 18+", ALL),
