@@ -11,6 +11,8 @@ from collections.abc import Collection
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
+from latentrt_export.graphs.cut import cut, drop_unused_inputs
+
 PREFIX = "text."  # of the names of what is taken out
 
 
@@ -33,17 +35,15 @@ def hoist(model: ir.Model, names: Collection[str]) -> ir.Model | None:
     border = [value for node in nodes for value in node.outputs if any(u not in moved for u in value.consumers())]
     if not border:
         return None
-    other = ir.Model(ir.convenience.extract(graph, given, border), ir_version=model.ir_version)
+    other = cut(model, border)
     for index, (value, made) in enumerate(zip(border, other.graph.outputs, strict=True)):
         made.name = f"{PREFIX}{index}"
         read = ir.Value(name=made.name, shape=value.shape, type=value.type)
         graph.inputs.append(read)
         ir.convenience.replace_all_uses_with(value, read)
     graph.remove(nodes, safe=True)
-    for value in given:
-        if not value.uses():
-            graph.inputs.remove(value)
     common.RemoveUnusedNodesPass()(model)
+    drop_unused_inputs(graph)
     return other
 
 

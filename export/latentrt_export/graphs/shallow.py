@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from latentrt_export.graphs.cut import cut
+
 DEEP = "deep"
 
 
@@ -27,18 +29,14 @@ def shallow(model: ir.Model) -> ir.Model | None:
     deep = _from_below(graph)
     if deep is None:
         return None
-    outputs = [value for value in graph.outputs if value.name == "out"]
-    made = ir.convenience.extract(graph, [*graph.inputs, deep], outputs)
+    made = cut(model, [value for value in graph.outputs if value.name == "out"], [deep])
     sample = next(value for value in graph.inputs if value.name == "sample")
     assert sample.shape is not None
     assert deep.shape is not None
-    for value in (deep, made.inputs[-1]):  # the tracer writes sizes in its own form, as 8*((height - 1)//8) + 8
+    for value in (deep, made.graph.inputs[-1]):  # the tracer writes sizes in its own form, as 8*((height - 1)//8) + 8
         value.name, value.shape = DEEP, ir.Shape([sample.shape[0], deep.shape[1], *sample.shape[2:]])
-    for value in list(made.inputs):
-        if not value.uses():
-            made.inputs.remove(value)
     graph.outputs.append(deep)
-    return ir.Model(made, ir_version=model.ir_version)
+    return made
 
 
 def _from_below(graph: ir.Graph) -> ir.Value | None:
