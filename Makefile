@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help demo test test-all test-gpu lint bench bench-serving bench-gpu pictures clean
+.PHONY: help demo test test-all test-gpu lint bench bench-peers bench-serving bench-gpu pictures clean
 .DEFAULT_GOAL := help
 
 help: ## show this
@@ -31,6 +31,9 @@ lint: $(VENV)/.dev ## ruff and mypy
 
 bench: $(VENV)/.dev ## every benchmark that needs no GPU, side by side with diffusers; refreshes benchmarks/results
 	$(BIN)/python -m benchmarks all
+
+bench-peers: $(VENV)/.dev ## beside other engines on a CPU; makes an environment of 1 GB for each the first time
+	$(BIN)/python -m benchmarks peers
 
 bench-serving: $(VENV)/.dev ## batching by step against its alternatives, over arrivals in real time; six minutes
 	$(BIN)/python -m benchmarks.serving

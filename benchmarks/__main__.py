@@ -1,6 +1,7 @@
 """`python -m benchmarks QUESTION... | all | report`: measure, keep the samples, write the report.
 
-`python -m benchmarks gpu` measures full-size models on a GPU; it has options of its own.
+`python -m benchmarks gpu` measures full-size models on a GPU, `python -m benchmarks peers` other engines; both have
+options of their own.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from benchmarks.cases import QUICK, Config
 from benchmarks.measures import rounded
 from benchmarks.timing import machine
 
-QUESTIONS = ("cold_start", "one_image", "throughput", "host_time", "shared_batch")
+QUESTIONS = ("cold_start", "one_image", "throughput", "host_time", "shared_batch", "cores")
 REPORT = "report"
-GPU = "gpu"
+GPU, PEERS = "gpu", "peers"
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -31,6 +32,11 @@ def main() -> None:
         from benchmarks.gpu.command import main as measure_on_gpu
 
         sys.exit(measure_on_gpu(sys.argv[2:]))
+    if sys.argv[1:2] == [PEERS]:
+        from benchmarks.peers.command import main as measure_peers
+
+        measure_peers(sys.argv[2:])
+        return
     arguments = _parser().parse_args()
     names = [n for name in arguments.names for n in ((*QUESTIONS, REPORT) if name == "all" else (name,))]
     if len(names) > 1:

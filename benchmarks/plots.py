@@ -12,7 +12,7 @@ from benchmarks.measures import OURS, Measure, Result
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-BLUES, ORANGES = ("#1f6fb4", "#6fa8d6", "#b5d1e8"), ("#e8862e",)
+BLUES, ORANGES = ("#1f6fb4", "#6fa8d6", "#b5d1e8"), ("#e8862e", "#f3bd8a")
 
 
 def draw(result: Result, path: Path) -> None:

@@ -1,6 +1,6 @@
 """From cpu.json to README.md and its plots: tables, goals reached or missed, and attempts at the missed ones.
 
-GPU.md is made by `benchmarks.gpu.report.page`.
+GPU.md is made by `benchmarks.gpu.report.page`, PEERS.md by `benchmarks.peers.page`.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ HEAD = """# Benchmarks
 latentrt beside diffusers: the same model (the embedded one), threads, steps, solver and seeds, in one run, in turn.
 `python -m benchmarks all` (or `make bench`) wrote this page from [cpu.json](cpu.json), which keeps every sample.
 Figures are medians, with the least and the greatest sample in brackets. How many times better
-latentrt is stands in bold, the median of ratios taken round by round. [SERVING.md](SERVING.md) compares ways of
-batching, [GPU.md](GPU.md) is for full-size models on a GPU.
+latentrt is stands in bold, the median of ratios taken round by round. [PEERS.md](PEERS.md) is beside other engines,
+[SERVING.md](SERVING.md) compares ways of batching, [GPU.md](GPU.md) is for full-size models on a GPU.
 """
 NOT_MEASURED = """## Not measured
 
 - GPU: no figure here was taken on one; [GPU.md](GPU.md) is that page.
 - Full-size models: the embedded model draws 128 x 128 pixels. Where a call of its UNet takes milliseconds, one of
-  Stable Diffusion 1.5 takes seconds, and whatever surrounds the call counts for less.
+  Stable Diffusion 1.5 takes seconds, and whatever surrounds the call counts for less; [PEERS.md](PEERS.md) has both.
 """
 
 
@@ -67,11 +67,13 @@ class Answer:
 
 
 def write(folder: Path) -> None:
-    """Write README.md and a plot for each question from `folder`/cpu.json; GPU.md and plots from its gpu-*.json."""
-    from benchmarks.gpu.report import page
+    """Write README.md and a plot for each question from `folder`/cpu.json; GPU.md, PEERS.md and plots from theirs."""
+    from benchmarks.gpu.report import page as gpu_page
+    from benchmarks.peers import page as peers_page
     from benchmarks.plots import draw
 
-    page.write(folder)
+    gpu_page.write(folder)
+    peers_page.write(folder)
     if not (folder / "cpu.json").is_file():
         return
     notes = tomllib.loads(NOTES.read_text())

@@ -55,9 +55,21 @@ def forward_noise() -> None:
     subprocess.run((sys.executable, EXAMPLES / "forward_noise.py"), check=True, cwd=IMAGES)
 
 
+def step_caching(engine: Engine) -> None:
+    """The same pictures with every row in full, then every second, third and fifth."""
+    captions, images, under = spread(COLUMNS), [], []
+    for interval in (1, 2, 3, 5):
+        images += engine(captions, **SETTINGS, cache_interval=interval)
+        under += [f"interval {interval}"] * COLUMNS
+    save(
+        grid(images, COLUMNS, under), IMAGES / "step-caching.png", settings={"prompt": "; ".join(captions), **SETTINGS}
+    )
+
+
 if __name__ == "__main__":
     with Engine.load() as engine:
         sheet(engine)
+        step_caching(engine)
     by_command("captions.png", *spread(64), "--guidance", "2.5")
     by_command("combined.png", *combinations(), "--guidance", "2.5")
     by_command("pixels.png", "--bundle", "pixels", "--count", "64", "--steps", "50")

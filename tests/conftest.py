@@ -101,12 +101,14 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     from latentrt_export.checkpoint.source import tokenizer_of
     from latentrt_export.to_bundle import NetworkSummary
 
-    def stand_in(checkpoint: Any, root: Path, name: str) -> tuple[NetworkSpec, NetworkSummary]:
+    def stand_in(checkpoint: Any, root: Path, name: str) -> tuple[dict[str, NetworkSpec], NetworkSummary]:
         path, role = to_bundle.GRAPHS[name], to_bundle.ROLES.get(name, TEXT_ENCODER)
         (root / path).write_bytes(b"graph")
         variants = {FP32: Variant(path, 23, 1)}
-        return NetworkSpec(role, (), (), variants, tokenizer_of(name) or None), NetworkSummary(0.0, 1, 5, 0, 0)
+        spec = NetworkSpec(role, (), (), variants, tokenizer_of(name) or None)
+        return {name: spec}, NetworkSummary(0.0, 1, 5, 0, 0)
 
     monkeypatch.setattr(to_bundle, "_export_network", stand_in)
-    monkeypatch.setattr(to_bundle, "_add_half", lambda root, spec: spec)
+    for name in ("_add_half", "_add_cpu"):
+        monkeypatch.setattr(to_bundle, name, lambda root, spec: spec)
     return monkeypatch

@@ -131,7 +131,8 @@ def test_one_network_at_a_time_draws_the_same(sd: Engine) -> None:
             load = network._load
             network._load = lambda name=name, load=load: (opened.append(name), load())[1]
         first, again = lean("a cat", **settings)[0], lean("a cat", **settings)[0]
-    assert opened == ["text_encoder", "unet", "vae_decoder", "unet"]  # the prompt is remembered
+    # the prompt is remembered
+    assert opened == ["text_encoder", "unet_text", "unet", "vae_decoder", "unet"]
     assert np.array_equal(np.asarray(first), np.asarray(again))
     assert np.array_equal(np.asarray(first), np.asarray(sd("a cat", **settings)[0]))
 

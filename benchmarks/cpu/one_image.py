@@ -15,6 +15,7 @@ import numpy as np
 from benchmarks.cases import Config, Ours, Theirs, agreement, race
 from benchmarks.measures import OURS, THEIRS, Goal, Measure, Result, at_least
 from benchmarks.timing import paired
+from latentrt.model.inputs import Sides
 
 TITLE = "One image"
 PICTURE, UNET, VAE = "prompt to picture", "one UNet call, two lanes", "one VAE decode"
@@ -49,16 +50,18 @@ def _unet(ours: Ours, theirs: Theirs) -> tuple[Call, Call]:
     import torch
 
     spec, unet = ours.engine.spec.latents, theirs.pipe.unet
-    states = ours.engine.model.text.encode("a red apple")["encoder_hidden_states"]
+    told = ours.engine.model.text.encode("a red apple")
+    inputs = ours.engine.model.hoisted(Sides.same(told)).cond
     sample = np.random.default_rng(0).standard_normal((2, spec.channels, spec.height, spec.width), np.float32)
-    timestep, states = np.array([500, 500], np.float32), np.stack([states, states])
+    timestep, states = np.array([500, 500], np.float32), np.stack([told["encoder_hidden_states"]] * 2)
     tensors = [torch.from_numpy(array) for array in (sample, timestep, states)]
+    lanes = {name: np.stack([array] * 2) for name, array in inputs.items()}
 
     def theirs_call(_: int) -> Any:
         with torch.inference_mode():
             return unet(*tensors, return_dict=False)[0].numpy()
 
-    return lambda _: ours.engine.model.predictor(sample, timestep, {"encoder_hidden_states": states}), theirs_call
+    return lambda _: ours.engine.model.predictor(sample, timestep, lanes), theirs_call
 
 
 def _vae(ours: Ours, theirs: Theirs) -> tuple[Call, Call]:

@@ -28,6 +28,7 @@ from latentrt_export.graphs.wrap import load_network
 
 THEIR_NAMES = {"sample": "sample", "latents": "latent_sample", "image": "sample"}
 PROMPTS = ("a cat", "")
+SPLIT = ("unet", "unet_text", "unet_shallow")  # cut otherwise than in optimum: `python -m benchmarks peers` compares
 
 
 def main() -> None:
@@ -42,6 +43,8 @@ def main() -> None:
     print("| network | exporter | nodes | file, KB | load, ms | call, ms (5 % to 95 %) | max abs to torch |")
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
     for name, graph in Bundle.open(args.bundle).spec.graphs().items():
+        if name in SPLIT:
+            continue
         paths = {"latentrt": args.bundle / graph.path, "optimum": args.optimum_folder / name / "model.onnx"}
         for exporter, cells in compare(args.bundle, name, paths, args.threads, args.repeats).items():
             print(f"| {name} | {exporter} | {' | '.join(cells)} |", flush=True)

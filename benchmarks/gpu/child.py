@@ -29,15 +29,22 @@ class NotMeasuredError(Exception):
 
 
 class Deadline:
-    """The time that a run has.
+    """The time that a run has; `reason` is recorded for all that did not begin.
 
     Args:
         minutes: from now on; None for no bound.
     """
 
     def __init__(self, minutes: float | None) -> None:
-        self._minutes = minutes
+        self.reason = f"{OUT_OF_TIME} (--minutes {minutes:g})" if minutes is not None else ""
         self._end = math.inf if minutes is None else time.monotonic() + 60 * minutes
+
+    def within(self, seconds: float) -> Deadline:
+        """Return the deadline of a piece of work: so many seconds from now on, or this one where it comes first."""
+        sooner, end = Deadline(None), time.monotonic() + seconds
+        sooner._end = min(end, self._end)
+        sooner.reason = f"it took longer than {seconds:.0f} s" if end < self._end else self.reason
+        return sooner
 
     @property
     def over(self) -> bool:
@@ -45,9 +52,9 @@ class Deadline:
         return time.monotonic() >= self._end
 
     @property
-    def reason(self) -> str:
-        """The reason that is recorded for all that did not begin."""
-        return f"{OUT_OF_TIME} (--minutes {self._minutes:g})"
+    def seconds(self) -> float:
+        """The seconds that are left; infinity where there is no bound."""
+        return self._end - time.monotonic()
 
     def left(self, limit: float) -> float:
         """Return the seconds that a piece of work with its own limit may take.
@@ -57,7 +64,7 @@ class Deadline:
         """
         if self.over:
             raise NotMeasuredError(self.reason)
-        return min(limit, self._end - time.monotonic())
+        return min(limit, self.seconds)
 
 
 class Child:

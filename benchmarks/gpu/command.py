@@ -11,12 +11,18 @@ from pathlib import Path
 
 from benchmarks.gpu.child import NotMeasuredError
 from benchmarks.gpu.config import FOLDER, SIDES, Config
-from benchmarks.gpu.run import run
-from latentrt.errors import LatentrtError
+from benchmarks.gpu.lease.bundles import pack
+from benchmarks.gpu.lease.jobs import OTHERS
+from benchmarks.gpu.lease.run import run as run_lease
+from benchmarks.gpu.results import Results
+from benchmarks.gpu.run import bundle_of, export, run
+from latentrt.errors import LatentrtError, RequestError
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 COMPILE_MODES = ("max-autotune", "reduce-overhead", "default")
+PACKING = 3600.0  # seconds that an export may take, on a machine without a GPU
+OWN = ("quick", "results", "lease", "pack", "packed")  # of the command, not of a measurement
 PRESETS = ("sd15", "sd21", "sdxl", "sd15-small")
 
 
@@ -25,21 +31,44 @@ def main(words: Sequence[str]) -> int:
     arguments = _parser().parse_args(words)
     folder = (arguments.results or (FOLDER / "quick" if arguments.quick else RESULTS)).absolute()
     try:
-        results = run(config_of(arguments), folder)
+        if arguments.pack:
+            _pack(arguments.preset or Config().preset, arguments.pack)
+            return 0
+        found = _measure(arguments, folder)
     except (LatentrtError, NotMeasuredError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(results.path)
+    for results in found:
+        print(results.path)
     report = [sys.executable, "-m", "benchmarks", "report", "--results", str(folder)]
     if subprocess.run(report, cwd=ROOT, check=False).returncode:  # it needs matplotlib, which a GPU's machine may lack
         print("the page was not written; elsewhere: python -m benchmarks report", file=sys.stderr)
-    return 0 if any(results.measured()) else 1
+    return 0 if any(any(results.measured()) for results in found) else 1
+
+
+def _measure(arguments: argparse.Namespace, folder: Path) -> list[Results]:
+    config = config_of(arguments)
+    if not arguments.lease:
+        return [run(config, folder)]
+    if config.bundle is not None:
+        raise RequestError("--lease was given with --bundle", needed="a preset: graphs are added to its bundle")
+    return run_lease(config, folder, arguments.packed)
+
+
+def _pack(preset: str, folder: Path) -> None:
+    """Write the bundles of a lease without their weights; what is missing is exported first. No GPU is needed."""
+    presets = (preset, *OTHERS.get(preset, ()))
+    for each in presets:
+        if not (bundle_of(each) / "manifest.json").is_file():
+            export(each, PACKING)
+    for name, size in pack([bundle_of(each) for each in presets], folder).items():
+        print(f"{folder / name}: {size / 1e6:.1f} MB")
 
 
 def config_of(arguments: argparse.Namespace) -> Config:
     """Return the config of the arguments; missing ones have the default, or a smoke run's value."""
     config = Config(batches=(1,), steps=2, repeats=1, calls=2, drift=(2,)) if arguments.quick else Config()
-    asked = {key: value for key, value in vars(arguments).items() if key not in ("quick", "results")}
+    asked = {key: value for key, value in vars(arguments).items() if key not in OWN}
     return replace(config, **{key: value for key, value in asked.items() if value is not None})
 
 
@@ -63,6 +92,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--alone", action="store_true", default=None, help="one side after the other: a GPU has room for one only")
     add("--limit", type=float, help="seconds that opening a side for a batch may take [480]")
     add("--minutes", type=float, help="for all of it; the rest is then recorded as not measured [no bound]")
+    add("--lease", action="store_true", help="do the jobs of benchmarks/gpu/lease that are left, in order of worth")
+    add("--packed", type=Path, help="of --lease: folder that --pack wrote; presets need no export then")
+    add("--pack", type=Path, metavar="FOLDER", help="write the bundles of a lease there, without weights, and stop")
     add("--quick", action="store_true", help="a smoke run: two steps, one round; says nothing")
     add(
         "--results", type=Path, help="folder of the JSON and the report [benchmarks/results; of a smoke run, the cache]"

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.cases import Task, task
+from benchmarks.gpu.variants import VARIANTS
+from latentrt.runtime.base import Backend
 
 FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "latentrt" / "benchmarks"
 
@@ -18,7 +20,8 @@ class Side(NamedTuple):
     """A way to draw pictures: a `worker` class for the child process, and its settings.
 
     `backend` is latentrt's ("tensorrt" stands for the library that was chosen); `capture` says whether CUDA graphs are
-    used (not every ONNX Runtime can be captured: such a side may fail), `ticks` whether the host launches row by row.
+    used (not every ONNX Runtime can be captured: such a side may fail), `ticks` whether the host launches row by row,
+    `regional` that only repeated blocks are compiled.
     """
 
     title: str
@@ -27,6 +30,7 @@ class Side(NamedTuple):
     capture: bool = True
     ticks: bool = False
     compiled: bool = False
+    regional: bool = False
 
 
 DIFFUSERS, ENGINE = "benchmarks.gpu.theirs:DiffusersSide", "benchmarks.gpu.ours:EngineSide"
@@ -37,6 +41,7 @@ SIDES: Mapping[str, Side] = {
     "ort": Side("ONNX Runtime, one launch", ENGINE, "onnxruntime"),
     "trt-loop": Side("TensorRT, plain loop", ENGINE, "tensorrt", capture=False),
     "trt": Side("TensorRT, one launch", ENGINE, "tensorrt"),
+    "compile-regional": Side("diffusers, torch.compile, regional", DIFFUSERS, compiled=True, regional=True),
     "compile": Side("diffusers, torch.compile", DIFFUSERS, compiled=True),  # last: it takes longest to open
 }
 
@@ -56,6 +61,8 @@ class Config:
         alone: one side after the other, instead of all in turn, where the GPU has no room for all at once.
         limit: seconds that one request to a child may take (opening a compiled side takes longest).
         minutes: for the whole run; what is then left out is recorded as such. None is for no limit.
+        variant: of ONNX Runtime's graphs and options, one of VARIANTS; empty is what a user gets.
+        level: `--optimization-level` of TensorRT's plans.
         hardware: the module that opens what needs a GPU.
     """
 
@@ -76,6 +83,8 @@ class Config:
     solver: str = "dpmpp-2m"
     guidance: float = 7.5
     seed: int = 7
+    variant: str = ""
+    level: int | None = None
     hardware: str = "benchmarks.gpu.hardware"
 
     @property
@@ -96,7 +105,15 @@ class Config:
         """Return the module that opens what needs a GPU."""
         return import_module(self.hardware)
 
+    def open_backend(self, name: str) -> Backend:
+        """Open a backend on the GPU, ONNX Runtime's with the graph and the options of the variant."""
+        chosen: dict[str, Any] = {}
+        if self.variant and name == "onnxruntime":
+            chosen = {"graph": VARIANTS[self.variant].graph, "options": VARIANTS[self.variant].options}
+        opened: Backend = self.open_hardware().open_backend(name, **chosen)
+        return opened
+
     def to_dict(self) -> dict[str, Any]:
         """Return the settings that figures depend on, for JSON."""
-        dropped = ("bundle", "hardware", "sides", "batches", "limit", "minutes", "drift")
+        dropped = ("bundle", "hardware", "sides", "batches", "limit", "minutes", "drift", "variant", "level")
         return {key: value for key, value in asdict(self).items() if key not in dropped}

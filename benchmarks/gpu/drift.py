@@ -51,7 +51,7 @@ class Drift:
 
     def _engine(self, backend: str, steps: int) -> Latents:
         found: Latents = []
-        task, opened = self._config.task(0, 1), self._hardware.open_backend(backend)
+        task, opened = self._config.task(0, 1), self._config.open_backend(backend)
         try:
             assert self._config.bundle is not None
             with Engine.load(self._config.bundle, backend=opened, lanes=2) as engine:

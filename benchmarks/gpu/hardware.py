@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from latentrt.cuda.driver import Driver
+from latentrt.cuda.gpu import Gpu
 from latentrt.runtime import open_backend as _open_backend
 from latentrt.runtime.base import Backend
+from latentrt.runtime.onnxruntime import OrtBackend, check_device
 
 DEVICE = "cuda"  # torch's name
 HALF = "float16"  # the dtype of diffusers' sides
@@ -19,13 +22,32 @@ PRODUCT = (8192, 20)  # side of the matrices whose product shows the peak, and c
 ROOT = Path(__file__).parents[2]
 
 
-def open_backend(name: str, precision: str = "fp16") -> Backend:
+def open_backend(
+    name: str, precision: str = "fp16", *, graph: str = "", options: Mapping[str, str] | None = None
+) -> Backend:
     """Return a backend with its GPU.
+
+    Args:
+        name: of the backend.
+        precision: "fp16" or "fp32".
+        graph: ONNX Runtime runs this variant of the bundle's graphs; empty is its own.
+        options: for ONNX Runtime's CUDA provider.
 
     Raises:
         BackendError, MissingDependencyError: it cannot be used here.
     """
-    return _open_backend(name, DEVICE, precision=precision)
+    if not graph and not options:
+        return _open_backend(name, DEVICE, precision=precision)
+    check_device(DEVICE)
+    gpu = Gpu(DEVICE)
+    try:
+        backend = OrtBackend(DEVICE, precision=precision, gpu=gpu, provider_options=options or {})
+    except BaseException:
+        gpu.close()
+        raise
+    if graph:
+        backend.variants = (graph,)
+    return backend
 
 
 def build_plans(
@@ -80,9 +102,37 @@ def _said(text: str) -> str:
         return " ".join(text.split())[-600:]
 
 
+def regional_options() -> dict[str, Any]:
+    """Return the arguments of torch.compile where only repeated blocks are compiled."""
+    return {"fullgraph": True}
+
+
 def compile_options(mode: str) -> dict[str, Any]:
     """Return the arguments of torch.compile."""
     return {"mode": mode, "fullgraph": True}
+
+
+def kernel_times(work: Callable[[], None]) -> dict[str, tuple[int, float]]:
+    """Return calls and milliseconds of every kernel that ran during `work`, whichever library launched it.
+
+    Raises:
+        RuntimeError: torch, whose profiler it is, has no CUDA device.
+    """
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    if not torch.cuda.is_available():
+        raise RuntimeError(f"this torch ({torch.__version__}) has no CUDA device")
+    torch.cuda.init()
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        work()
+        torch.cuda.synchronize()
+    calls, times = Counter[str](), dict[str, float]()
+    for event in found.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            calls[event.name] += 1
+            times[event.name] = times.get(event.name, 0.0) + event.time_range.elapsed_us() / 1000
+    return {name: (calls[name], milliseconds) for name, milliseconds in times.items()}
 
 
 def free_memory() -> Callable[[], int]:

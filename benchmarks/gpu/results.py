@@ -16,11 +16,16 @@ from latentrt.errors import RequestError
 
 @dataclass
 class Results:
-    """The file's contents: {"preset", "size", "runs": {run: about}, "sides": {side: {batch: record}}, "drift"}."""
+    """The file's contents: {"preset", "size", "runs": {run: about}, "sides": {side: {batch: record}}, "drift"}.
+
+    A lease adds "variants", "profiles" and "jobs", each {name: record}; a record names its run. With `keeps_figures` a
+    reason why something was not measured replaces no figures.
+    """
 
     path: Path
     data: dict[str, Any]
     run: str = ""
+    keeps_figures: bool = False
 
     @classmethod
     def open(cls, folder: Path, config: Config) -> Results:
@@ -54,14 +59,32 @@ class Results:
         """Replace the drift of one kind over a number of steps."""
         self._put(self.data["drift"].setdefault(str(steps), {}), kind, found)
 
+    def put_in(self, kind: str, name: str, record: dict[str, Any]) -> None:
+        """Replace one of the "variants" or "profiles" of a lease."""
+        self._put(self.data.setdefault(kind, {}), name, record)
+
+    def put_job(self, name: str, record: dict[str, Any]) -> None:
+        """Replace the state of a job of a lease."""
+        self.data.setdefault("jobs", {})[name] = {"run": self.run, **record}
+        self._write()
+
+    def forget(self, prefix: str) -> None:
+        """Remove the states of jobs whose names begin so."""
+        jobs = self.data.get("jobs", {})
+        for name in [name for name in jobs if name.startswith(prefix)]:
+            del jobs[name]
+
     def _put(self, part: dict[str, Any], key: str, record: dict[str, Any]) -> None:
         """Write a record; one whose only reason is missing time replaces none."""
-        if key not in part or not str(record.get("missing", "")).startswith(OUT_OF_TIME):
+        why = str(record.get("missing", ""))
+        kept = self.keeps_figures and key in part and "missing" not in part[key]
+        if key not in part or not (why and (kept or why.startswith(OUT_OF_TIME))):
             part[key] = {"run": self.run, **record}
             self._write()
 
     def _used(self) -> set[str]:
-        parts = (*self.data["sides"].values(), *self.data["drift"].values())
+        of_a_lease = (self.data.get(kind, {}) for kind in ("variants", "profiles", "jobs"))
+        parts = (*self.data["sides"].values(), *self.data["drift"].values(), *of_a_lease)
         return {record["run"] for part in parts for record in part.values()}
 
     def _write(self) -> None:

@@ -18,12 +18,14 @@ from benchmarks.gpu.config import FOLDER, SIDES, Config
 from benchmarks.gpu.results import Results
 from benchmarks.timing import machine
 from latentrt.bundle.bundle import Bundle
+from latentrt.bundle.spec import CONDITIONER, DECODER, DENOISER, TEXT_ENCODER
 from latentrt.errors import LatentrtError, MissingDependencyError
 
 PACKAGES = (
     *("torch", "diffusers", "transformers", "numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13"),
     *("cuda-bindings", "nvidia-cuda-nvrtc"),
 )
+DRAWING = (TEXT_ENCODER, CONDITIONER, DENOISER, DECODER)  # roles of the networks that draw from a prompt
 FAILURES = (NotMeasuredError, LatentrtError, RuntimeError, OSError)
 
 
@@ -36,21 +38,21 @@ def run(config: Config, folder: Path) -> Results:
         RuntimeError: the preset cannot be exported.
     """
     deadline = Deadline(config.minutes)
-    config = _with_bundle(config, deadline)
+    config = with_bundle(config, deadline)
     hardware = config.open_hardware()
     results = Results.open(folder, config)
-    results.begin(_about(config, hardware, deadline))
-    meter, first = _meter(hardware), dict[int, tuple[str, list[Any]]]()
+    results.begin(about_run(config, hardware, deadline))
+    meter, first = meter_of(hardware), dict[int, tuple[str, list[Any]]]()
     for names in _groups(config):
         runners = [Runner(name, config, meter, deadline) for name in names]
         try:
             for batch in config.batches:
-                _measure(batch, runners, config, results, first)
+                measure_batch(batch, runners, config, results, first)
         finally:
             for runner in runners:
                 runner.close()
     if config.drift:
-        _drift(config, results, deadline)
+        measure_drift(config, results, deadline)
     return results
 
 
@@ -63,23 +65,37 @@ def _groups(config: Config) -> list[tuple[str, ...]]:
     return [group for group in (others, compiled) if group]
 
 
-def _with_bundle(config: Config, deadline: Deadline) -> Config:
+def with_bundle(config: Config, deadline: Deadline) -> Config:
     """Return the config with its bundle, exported if missing, and the size of the pictures."""
     bundle = config.bundle
     if bundle is None:
-        bundle = FOLDER / config.preset
+        bundle = bundle_of(config.preset)
         if not (bundle / "manifest.json").is_file():
-            from benchmarks.gpu.hardware import latentrt
-
-            _need_gpu(config)
-            say(f"exporting preset:{config.preset} into {bundle}")
-            latentrt("export", f"preset:{config.preset}", str(bundle), limit=deadline.left(config.limit))
+            need_gpu(config)
+            export(config.preset, deadline.left(config.limit))
     latents = Bundle.open(bundle, check_hashes=False).spec.latents
     own = latents.width * latents.factor, latents.height * latents.factor
     return replace(config, bundle=bundle, size=config.size or own)
 
 
-def _need_gpu(config: Config) -> None:
+def bundle_of(preset: str) -> Path:
+    """Return where a preset's bundle lies."""
+    return FOLDER / preset
+
+
+def export(preset: str, limit: float) -> None:
+    """Export a preset.
+
+    Raises:
+        RuntimeError: it cannot be exported, or not in `limit` seconds.
+    """
+    from benchmarks.gpu.hardware import latentrt
+
+    say(f"exporting preset:{preset} into {bundle_of(preset)}")
+    latentrt("export", f"preset:{preset}", str(bundle_of(preset)), limit=limit)
+
+
+def need_gpu(config: Config) -> None:
     """Refuse a machine on which no side can run, before minutes are spent on a preset.
 
     Raises:
@@ -89,13 +105,13 @@ def _need_gpu(config: Config) -> None:
         config.open_hardware().describe()
 
 
-def _about(config: Config, hardware: Any, deadline: Deadline) -> dict[str, Any]:
+def about_run(config: Config, hardware: Any, deadline: Deadline) -> dict[str, Any]:
     """Return what the figures of this run depend on."""
     try:
         gpu = hardware.describe()
     except LatentrtError as error:
         gpu = {"missing": reason(error)}
-    with _child("benchmarks.gpu.theirs:Peak", config) as child:
+    with started("benchmarks.gpu.theirs:Peak", config) as child:
         try:
             peak = {"tflops": child.ask(deadline.left(config.limit), "tflops")}
         except NotMeasuredError as error:
@@ -116,11 +132,11 @@ def _macs(config: Config) -> dict[str, int]:
     spec = Bundle.open(config.bundle, check_hashes=False).spec
     height, width = config.size[1] // spec.latents.factor, config.size[0] // spec.latents.factor
     sizes = {"batch": 1, "height": height, "width": width}
-    names = (*spec.named("text_encoder"), "unet", "vae_decoder")
+    names = [name for role in DRAWING for name in spec.named(role)]
     return {name: macs(config.bundle / spec.graphs()[name].path, sizes) for name in names}
 
 
-def _meter(hardware: Any) -> Meter | None:
+def meter_of(hardware: Any) -> Meter | None:
     """Return a meter; None where the driver cannot be asked: then no memory is measured."""
     try:
         return Meter(hardware.free_memory())
@@ -128,7 +144,7 @@ def _meter(hardware: Any) -> Meter | None:
         return None
 
 
-def _measure(
+def measure_batch(
     batch: int, runners: Sequence[Runner], config: Config, results: Results, first: dict[int, tuple[str, list[Any]]]
 ) -> None:
     """Measure one batch: open each side, with a round and the networks alone, then the other rounds in turn.
@@ -179,7 +195,12 @@ class Runner:
         """Build what it needs, open it, and draw once."""
         self.record, self.pictures, self._batch = {"seconds": [], "device_ms": []}, [], batch
         with self._failing():
-            if SIDES[self.name].backend == "tensorrt":
+            kind = SIDES[self.name].backend
+            if kind == "onnxruntime" and self._config.variant:
+                self.record["variant"] = self._config.variant
+            if kind == "tensorrt" and self._config.level is not None:
+                self.record["level"] = self._config.level
+            if kind == "tensorrt":
                 self.record["plans"] = _build(self._config, batch, self._deadline)
             self._deadline.left(0)  # or a process would be started for nothing
             fresh = self._child is None
@@ -245,17 +266,18 @@ def _build(config: Config, batch: int, deadline: Deadline) -> list[dict[str, Any
     limit = deadline.left(config.limit)
     assert config.bundle is not None
     spec = Bundle.open(config.bundle, check_hashes=False).spec
-    networks = (*spec.named("text_encoder"), "unet", "vae_decoder")
+    networks = [name for role in DRAWING for name in spec.named(role)]
     build = config.open_hardware().build_plans
-    built: list[dict[str, Any]] = build(config.bundle, networks, config.library, 2 * batch, config.size, limit)
+    options = [] if config.level is None else [f"optimization-level={config.level}"]
+    built: list[dict[str, Any]] = build(config.bundle, networks, config.library, 2 * batch, config.size, limit, options)
     return built
 
 
-def _drift(config: Config, results: Results, deadline: Deadline) -> None:
+def measure_drift(config: Config, results: Results, deadline: Deadline) -> None:
     """Measure the distance of float16 latents from float32 ones, step by step."""
     kinds = dict.fromkeys(["diffusers", *(config.backend(SIDES[name]) for name in config.sides if SIDES[name].backend)])
     for steps in config.drift:
-        with _child("benchmarks.gpu.drift:Drift", config) as child:
+        with started("benchmarks.gpu.drift:Drift", config) as child:
             for kind in kinds:
                 try:
                     if kind == config.library:
@@ -268,7 +290,7 @@ def _drift(config: Config, results: Results, deadline: Deadline) -> None:
 
 
 @contextmanager
-def _child(worker: str, *arguments: Any) -> Iterator[Child]:
+def started(worker: str, *arguments: Any) -> Iterator[Child]:
     child = Child(worker, *arguments)
     try:
         yield child

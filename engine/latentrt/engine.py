@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentrt.bundle.bundle import EMBEDDED, Bundle
-from latentrt.bundle.spec import DENOISER, ENCODER, TEXT_ENCODER
+from latentrt.bundle.spec import CONDITIONER, DENOISER, ENCODER, SHALLOW, TEXT_ENCODER
 from latentrt.cuda.gpu import Gpu
-from latentrt.images.pixels import to_pil, to_uint8
+from latentrt.images.pixels import to_picture, to_pil, to_uint8
+from latentrt.model.codec import decode_each
 from latentrt.model.given import Given
 from latentrt.model.model import Model
 from latentrt.request import Request, request_from
@@ -33,9 +34,8 @@ if TYPE_CHECKING:
 class Engine:
     """A loaded model that makes pictures. Make one with `Engine.load`; use it in a `with` block or close it.
 
-    One thread at a time may use an engine, with one exception: while one denoises (`run`, or the `denoiser` itself),
-    another may make `jobs` and decode (`picture`, `decode`). Not where networks share a stream
-    (`backend.facts.one_stream`) or are dropped after use (`resident=False`).
+    One thread at a time may use an engine. But while one denoises (`run`, or the `denoiser` itself), another may make
+    `jobs` and decode, unless networks share a stream (`backend.facts.one_stream`) or are dropped (`resident=False`).
 
     >>> with Engine.load() as sd:
     ...     images = sd("a red apple", steps=20, solver="dpmpp-2m", seed=7, guidance=3.0)
@@ -71,18 +71,19 @@ class Engine:
         capture: bool | None = None,
         plans: str | Path | None = None,
         cache: bool = True,
+        spin: bool = True,
         check_hashes: bool = True,
     ) -> Engine:
         """Open a bundle and load its networks.
 
         Args:
             bundle: a folder made by `latentrt export`, or the name of an embedded model ("emoji", "pixels").
-            backend: "onnxruntime"; "tensorrt", "tensorrt-rtx", "tensorrt-lean" (see `latentrt build`); or your Backend.
+            backend: "onnxruntime", "openvino"; "tensorrt", "tensorrt-rtx", "tensorrt-lean" (see `latentrt build`); or
+                your Backend.
             device: "cpu", "cuda" or "cuda:1"; None is "cpu" for onnxruntime and "cuda" for the others.
-            threads: CPU threads of one network call; None for all physical cores.
+            threads, spin: of a network call on the CPU; see `OrtBackend`.
             precision: "fp32" or "fp16" graphs; None is fp32 on a CPU and fp16 on a GPU.
-            lanes: the most lanes of one call of the denoiser; a picture with guidance takes two. On a GPU every call
-                has exactly so many. None is 16 on a CPU; on a GPU what the plan was built for, or 2.
+            lanes: the most of a call; guidance takes two a picture. None: 16 on a CPU; on a GPU the plan's, or 2.
             resident: keep all networks loaded; False drops each after use: the least memory, on a CPU.
             capture: on a GPU, launch ticks and whole pictures as CUDA graphs, not call by call. None: only TensorRT's.
             plans: a folder of TensorRT plans that you trust; None is the bundle's place in your cache.
@@ -97,7 +98,7 @@ class Engine:
         opened = Bundle.open(bundle, check_hashes=check_hashes)
         if not isinstance(backend, str):
             return cls(opened, backend, lanes=lanes, resident=resident, capture=capture)
-        own = open_backend(backend, device, threads, precision=precision, plans=plans, cache=cache)
+        own = open_backend(backend, device, threads, precision=precision, plans=plans, cache=cache, spin=spin)
         try:
             engine = cls(opened, own, lanes=lanes, resident=resident, capture=capture)
         except BaseException:
@@ -146,8 +147,7 @@ class Engine:
             `count` PIL images for each prompt; `image.save("x.png")` writes their settings too.
 
         Raises:
-            RequestError: a setting is out of range.
-            UnknownSolverError, ScheduleError: the solver or one of its options is unknown or does not fit.
+            RequestError, UnknownSolverError, ScheduleError: a setting, the solver or one of its options does not fit.
             NetworkError: a network returned numbers that are not finite.
         """
         prompts = [prompt] if prompt is None or isinstance(prompt, str) else prompt
@@ -156,10 +156,8 @@ class Engine:
         jobs = self.requests(prompts, settings, pictures, tokens=program is not None)
         if program is None:
             self.run(jobs, on_tick)
-            return [self.picture(job) for job in jobs]
-        from latentrt.images.picture import Picture
-
-        return [Picture.of(pixels, job.tag) for pixels, job in zip(program.draw(jobs), jobs, strict=True)]
+            return list(self.pictures(jobs))
+        return [to_picture(pixels, job.tag) for pixels, job in zip(program.draw(jobs), jobs, strict=True)]
 
     def requests(
         self,
@@ -180,20 +178,23 @@ class Engine:
 
     def jobs(self, request: Request, *, first: int = 0, given: Given | None = None, tokens: bool = False) -> list[Job]:
         """Return the jobs of a request, not yet admitted; see `make_jobs`."""
-        on_device = self.backend.gpu is not None
-        return make_jobs(self.model, request, given, first=first, draws_on_device=on_device, tokens=tokens)
+        gpu = self.backend.gpu is not None
+        return make_jobs(self.model, request, given, first=first, draws_on_device=gpu, tokens=tokens)
 
     def run(self, jobs: Iterable[Job], on_tick: OnTick | None = None) -> None:
         """Denoise jobs to their end; see `Denoiser.run`."""
-        self.model.end_of(TEXT_ENCODER)
+        self.model.end_of(TEXT_ENCODER, CONDITIONER)
         self.denoiser.run(jobs, on_tick)
 
     def picture(self, job: Job) -> Picture:
         """Return the picture of a job's latents; it carries its settings."""
-        self.model.end_of(DENOISER)
-        from latentrt.images.picture import Picture
+        return next(self.pictures([job]))
 
-        return Picture.of(to_uint8(self.model.codec.decode(job.latents[None]))[0], job.tag)
+    def pictures(self, jobs: Sequence[Job]) -> Iterator[Picture]:
+        """Yield the pictures of several jobs; small ones are decoded at the same time (`decode_each`)."""
+        self.model.end_of(DENOISER, SHALLOW)
+        decoded = decode_each(self.model.codec, [job.latents for job in jobs], self.backend.facts.cores)
+        yield from (to_picture(to_uint8(one[None])[0], job.tag) for one, job in zip(decoded, jobs, strict=True))
 
     def decode(self, latents: NDArray[np.float32]) -> Image:
         """Return latents (channels, height, width) as a PIL image."""

@@ -44,6 +44,8 @@ class Request:
         guidance: scale of classifier-free guidance: 1 or less runs one lane, above 1 two; None is the model's default.
         guidance_rescale: 0 to 1, see `Guidance`.
         guidance_interval: the part of the run, as fractions of its rows, in which guidance acts.
+        cache_interval: 1 computes every row in full; N, only every Nth: rows between use deep features again
+            (DeepCache), which is faster and changes the picture.
         height, width: in pixels; None is the size that the model was trained at.
         count: how many pictures.
         class_label: the number of a class, for models that were trained with classes.
@@ -65,6 +67,7 @@ class Request:
     guidance: float | None = None
     guidance_rescale: float = 0.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    cache_interval: int = 1
     height: int | None = None
     width: int | None = None
     count: int = 1
@@ -76,6 +79,7 @@ class Request:
 
     def __post_init__(self) -> None:
         _whole("count", self.count, 1, 10_000)
+        _whole("cache_interval", self.cache_interval, 1, 10_000)
         _whole("seed", self.seed, 0, MAX_SEED)
         _whole("the last picture's seed (seed + count - 1)", self.seed + self.count - 1, 0, MAX_SEED)
         for name, low, high in (("steps", 1, 10_000), ("height", 1, 65_536), ("width", 1, 65_536)):
@@ -161,6 +165,7 @@ def facts_of(request: Request, solver: str, seed: int, index: int, size: tuple[i
         "height": size[0],
         "model": model,
         **({} if request.strength is None else {"strength": request.strength}),
+        **({} if request.cache_interval == 1 else {"cache_interval": request.cache_interval}),
         **request.options,
     }
 

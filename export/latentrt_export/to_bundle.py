@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,12 +17,15 @@ import onnx_ir as ir
 
 from latentrt.bundle.bundle import write_manifest
 from latentrt.bundle.spec import (
+    CONDITIONER,
     DECODER,
     DENOISER,
     ENCODER,
     FP16,
     FP16_ORT_CUDA,
     FP32,
+    FP32_ORT_CPU,
+    SHALLOW,
     TEXT_ENCODER,
     Golden,
     Islands,
@@ -35,9 +38,12 @@ from latentrt.model.tokenizer import Tokenizer
 from latentrt_export.checkpoint.source import Checkpoint, checkpoint_of, tokenizer_of
 from latentrt_export.describe import made, model_spec, signature
 from latentrt_export.graphs import passes
+from latentrt_export.graphs.cpu_graph import cpu_path, for_cpu
 from latentrt_export.graphs.cuda_graph import cuda_path, for_cuda
 from latentrt_export.graphs.half import half_path, to_half
-from latentrt_export.graphs.ranges import measure_networks, overflowing
+from latentrt_export.graphs.hoist import hoist
+from latentrt_export.graphs.ranges import measure_networks, overflowing, too_large
+from latentrt_export.graphs.shallow import shallow
 from latentrt_export.graphs.to_onnx import quiet, trace
 from latentrt_export.graphs.weights import share_weights
 from latentrt_export.graphs.wrap import load_network
@@ -46,11 +52,19 @@ from latentrt_export.place import place
 GRAPHS = {
     "text_encoder": "text_encoder/model.onnx",
     "text_encoder_2": "text_encoder_2/model.onnx",
+    "unet_text": "unet/text.onnx",
     "unet": "unet/model.onnx",
+    "unet_shallow": "unet/shallow.onnx",
     "vae_decoder": "vae/decoder.onnx",
     "vae_encoder": "vae/encoder.onnx",
 }
-ROLES = {"unet": DENOISER, "vae_decoder": DECODER, "vae_encoder": ENCODER}  # all others are text encoders
+ROLES = {  # all others are text encoders
+    "unet_text": CONDITIONER,
+    "unet": DENOISER,
+    "unet_shallow": SHALLOW,
+    "vae_decoder": DECODER,
+    "vae_encoder": ENCODER,
+}
 NOT_EXPORTED = ("safety_checker", "feature_extractor", "image_encoder")
 GRAPH_ROOM = 4 * 2**20  # bytes per network for its graph, when free space is checked
 
@@ -73,6 +87,10 @@ class NetworkSummary:
     graph_bytes: int
     shared_bytes: int
     sidecar_bytes: int
+
+    def and_(self, other: NetworkSummary) -> NetworkSummary:
+        """Return the sums of both."""
+        return NetworkSummary(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,12 +154,13 @@ def _export(
     with place(target, checkpoint.root, size, overwrite=overwrite) as root:
         progress("copy", 0, len(parts))
         _copy(checkpoint, root)
-        networks, summaries = {}, {}
+        networks, summaries = dict[str, NetworkSpec](), dict[str, NetworkSummary]()
         for done, name in enumerate(names, start=1):
             progress(name, done, len(parts))
-            networks[name], summaries[name] = _export_network(checkpoint, root, name)
+            made_of, summaries[name] = _export_network(checkpoint, root, name)
+            networks |= made_of
         progress("half precision", len(parts) - 2, len(parts))
-        spec = _add_half(root, model_spec(checkpoint, networks, made(checkpoint, variant)))
+        spec = _add_cpu(root, _add_half(root, model_spec(checkpoint, networks, made(checkpoint, variant))))
         progress("manifest", len(parts) - 1, len(parts))
         _write_manifest(root, spec, golden)
         total = sum(path.stat().st_size for path in _files(root))
@@ -171,23 +190,33 @@ def plain_index(checkpoint: Checkpoint) -> dict[str, Any]:
     return index | ({"requires_safety_checker": False} if "safety_checker" in index else {})
 
 
-def _export_network(checkpoint: Checkpoint, root: Path, name: str) -> tuple[NetworkSpec, NetworkSummary]:
-    start, path = time.perf_counter(), root / GRAPHS[name]
+def _export_network(checkpoint: Checkpoint, root: Path, name: str) -> tuple[dict[str, NetworkSpec], NetworkSummary]:
+    """Write a network's graphs: its own, and beside a UNet's that of the text and the shallow one."""
+    start, summary = time.perf_counter(), NetworkSummary(0.0, 0, 0, 0, 0)
+    specs = {}
     with _named(name), quiet():
-        network = load_network(root, name, tokens=_tokens(checkpoint))
-        model = trace(network)
+        model = trace(load_network(root, name, tokens=_tokens(checkpoint)))
         passes.clean(model)
-        shared = share_weights(model, _weights(checkpoint, root, path.parent), path.with_suffix(".extra.safetensors"))
-        ir.save(model, path)
-    seconds = time.perf_counter() - start
-    summary = NetworkSummary(seconds, len(model.graph), path.stat().st_size, shared.shared, shared.sidecar)
+        graphs: dict[str, ir.Model | None] = {name: model}
+        if name == "unet":
+            graphs = {"unet_text": hoist(model, ["encoder_hidden_states"]), **graphs, "unet_shallow": shallow(model)}
+        for each, graph in graphs.items():
+            if graph is not None:
+                specs[each], size = _write(checkpoint, root, each, graph)
+                summary = summary.and_(size if each != "unet_shallow" else replace(size, shared_bytes=0))  # unet's own
+    return specs, replace(summary, seconds=time.perf_counter() - start)
+
+
+def _write(checkpoint: Checkpoint, root: Path, name: str, model: ir.Model) -> tuple[NetworkSpec, NetworkSummary]:
+    path = root / GRAPHS[name]
+    shared = share_weights(model, _weights(checkpoint, root, path.parent), path.with_suffix(".extra.safetensors"))
+    ir.save(model, path)
     inputs, outputs = signature(model.graph.inputs), signature(model.graph.outputs)
-    if name == "unet":  # the tracer writes it in its own form, as 4*(height//4)
-        outputs = tuple(replace(tensor, shape=inputs[0].shape) for tensor in outputs)
+    if ROLES.get(name) in (DENOISER, SHALLOW):  # the tracer writes sizes in its own form, as 4*(height//4)
+        outputs = tuple(replace(each, shape=inputs[0].shape) if each.name == "out" else each for each in outputs)
     variant = Variant(GRAPHS[name], model.opset_imports[""], len(model.graph))
-    role = ROLES.get(name, TEXT_ENCODER)
-    tokenizer = tokenizer_of(name) or None
-    return NetworkSpec(role, inputs, outputs, {FP32: variant}, tokenizer), summary
+    spec = NetworkSpec(ROLES.get(name, TEXT_ENCODER), inputs, outputs, {FP32: variant}, tokenizer_of(name) or None)
+    return spec, NetworkSummary(0.0, len(model.graph), path.stat().st_size, shared.shared, shared.sidecar)
 
 
 def _add_half(root: Path, spec: ModelSpec) -> ModelSpec:
@@ -195,21 +224,37 @@ def _add_half(root: Path, spec: ModelSpec) -> ModelSpec:
 
     Nodes that would overflow in one small run stay in float32.
     """
-    networks = {}
-    for name, ranges in measure_networks(root, spec).items():
-        network = spec.networks[name]
+    networks, measured = {}, measure_networks(root, spec)
+    measured |= dict.fromkeys(spec.named(SHALLOW), measured[spec.denoiser])  # it computes some of the same tensors
+    given = [spec.networks[name].outputs for name in (*spec.named(CONDITIONER), spec.denoiser)]
+    passed = [tensor.name for tensors in given for tensor in tensors if tensor.name != "out"]
+    between = {key: own[key] for own in measured.values() for key in passed if key in own}
+    exact = too_large(between, passed)
+    for name, own in measured.items():
+        network, ranges = spec.networks[name], {**own, **between}
         path = network.variants[FP32].path
         model = ir.load(root / path)
-        largest = float(np.max([*ranges.values()]))  # keeps a NaN
+        largest = float(np.max([*own.values()]))  # keeps a NaN
         if not math.isfinite(largest):
             raise ExportError(f"the {name} computes numbers that are not finite", needed="a sound checkpoint")
         islands = Islands(float(f"{largest:.3g}"), overflowing(model, ranges))
-        to_half(model, islands.nodes)
+        to_half(model, islands.nodes, exact)
         half = replace(_save(root, half_path(path), model, network), islands=islands)
         for_cuda(model)
         cuda = _save(root, cuda_path(path), model, network)
         networks[name] = replace(network, variants={**network.variants, FP16: half, FP16_ORT_CUDA: cuda})
     return replace(spec, networks={**spec.networks, **networks})
+
+
+def _add_cpu(root: Path, spec: ModelSpec) -> ModelSpec:
+    """Write the denoiser's graph for ONNX Runtime on the CPU, if it differs from the float32 one."""
+    network = spec.networks[spec.denoiser]
+    path = network.variants[FP32].path
+    model = ir.load(root / path)
+    if not for_cpu(model, {"height": spec.latents.height, "width": spec.latents.width}):
+        return spec
+    variants = {**network.variants, FP32_ORT_CPU: _save(root, cpu_path(path), model, network)}
+    return replace(spec, networks={**spec.networks, spec.denoiser: replace(network, variants=variants)})
 
 
 def _save(root: Path, path: str, model: ir.Model, network: NetworkSpec) -> Variant:

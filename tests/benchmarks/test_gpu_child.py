@@ -33,10 +33,11 @@ def test_macs_are_those_that_torch_counts() -> None:
     config = json.loads((EMBEDDED / "unet" / "config.json").read_text())
     with torch.device("meta"):
         emoji, sd15 = UNet2DConditionModel.from_config(config), UNet2DConditionModel(**SD15)
-    path = EMBEDDED / "unet" / "model.onnx"
+    paths = [EMBEDDED / "unet" / name for name in ("text.onnx", "model.onnx")]
     for batch, height, width in ((1, 16, 16), (3, 8, 12)):
         theirs = flops(emoji, (batch, config["in_channels"], height, width), (batch, 77, config["cross_attention_dim"]))
-        assert 2 * macs(path, {"batch": batch, "height": height, "width": width}) == theirs
+        sizes = {"batch": batch, "height": height, "width": width}
+        assert 2 * sum(macs(path, sizes) for path in paths) == theirs
     assert flops(sd15, (1, 4, 64, 64), (1, 77, 768)) == 2 * 401_636_720_640
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from latentrt.bundle.spec import (
 from latentrt.engine import Engine
 from latentrt.errors import BundleError, RequestError
 
-OLD = Path(__file__).parent / "data" / "manifest1.json"  # of the embedded model, as latentrt 0.1 wrote it
+DATA = Path(__file__).parent / "data"
+OLD = DATA / "manifest1.json"  # of the embedded model, as latentrt 0.1 wrote it
 SAMPLE = TensorSpec("sample", "float32", ("batch", 4, "height", "width"))
 IMAGE = TensorSpec("image", "float32", ("batch", 3, "8*height", "(width//2)"))
 
@@ -87,13 +89,27 @@ def test_sides_are_multiples_of_the_step() -> None:
 
 def test_schema_1_reads_as_what_it_became() -> None:
     old = json.loads(OLD.read_text(encoding="utf-8"))
-    assert model_from(old["model"], 1) == Bundle.open(check_hashes=False).spec
+    before, now = model_from(old["model"], 1), Bundle.open(check_hashes=False).spec
+    assert replace(before, networks={}) == replace(now, networks={})
+    assert list(before.networks) == ["text_encoder", "unet", "vae_decoder", "vae_encoder"]
+    for name in ("text_encoder", "vae_decoder", "vae_encoder"):
+        assert before.graph(name, "fp32") == now.graph(name, "fp32")
+        assert list(before.networks[name].variants) == list(now.networks[name].variants)
+    reads = {tensor.name for tensor in before.networks["unet"].inputs}
+    assert reads == {"sample", "timestep", "encoder_hidden_states"}  # nothing was taken out of it
 
 
 def test_bundles_of_schema_1_draw_the_same(tmp_path: Path) -> None:
+    """With the UNet in one graph, as it was; its half graphs are not kept here."""
     bundle = tmp_path / "bundle"
     shutil.copytree(EMBEDDED, bundle)
-    shutil.copy(OLD, bundle / "manifest.json")
+    shutil.copy(DATA / "unet.onnx", bundle / "unet" / "model.onnx")
+    old = json.loads(OLD.read_text(encoding="utf-8"))
+    old["model"] = {key: value for key, value in old["model"].items() if key not in ("half", "islands", "cuda")}
+    old["files"] = {
+        name: about for name, about in old["files"].items() if not name.endswith((".fp16.onnx", ".cuda.onnx"))
+    }
+    (bundle / "manifest.json").write_text(json.dumps(old))
     settings = {"steps": 2, "width": 64, "height": 64}
     with Engine.load(bundle, threads=1) as old, Engine.load(threads=1, check_hashes=False) as new:
         for one, other in zip(old("a cat", **settings), new("a cat", **settings), strict=True):

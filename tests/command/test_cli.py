@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,37 +12,10 @@ import pytest
 from PIL import Image
 
 from latentrt import read_settings
-from latentrt.command import main as cli
 from latentrt.engine import request_from
 from latentrt.errors import RequestError
 from latentrt.request import Request
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """Run `latentrt ...` in this process, in an empty folder; return (exit code, standard output, standard error)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["latentrt", *arguments])
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(exit.value.code or 0), captured.out, captured.err
-
-    return run
-
-
-def refused(run: Run, *arguments: str) -> str:
-    """Return the error text of a call that must fail and write nothing."""
-    code, out, err = run(*arguments)
-    assert (code, out) == (2, "")
-    assert not list(Path().iterdir())
-    for part in ("error: ", "needed: "):
-        assert part in err
-    return err
+from tests.command.conftest import Run, refused
 
 
 def test_generate_writes_a_picture_that_knows_its_settings(run: Run) -> None:
@@ -283,18 +255,6 @@ def test_inspect_and_solvers(run: Run) -> None:
     assert json.loads(out)["ddim"]["scheduler"] == "DDIMScheduler"
     code, out, _ = run("solvers")
     assert "UniPCMultistepScheduler" in out
-
-
-def test_bench_reports_each_batch(run: Run) -> None:
-    code, out, _ = run("bench", "--steps", "2", "--batches", "1,2", "--repeats", "1", "--json")
-    results = json.loads(out)
-    assert code == 0
-    assert [row["batch"] for row in results["batches"]] == [1, 2]
-    assert all(0 <= row["host_percent"] <= 100 for row in results["batches"])
-    code, out, _ = run("bench", "--steps", "1", "--batches", "1", "--repeats", "1")
-    assert "images/s" in out
-    for batches in ("1,x", "0", "", "1,,2"):
-        assert "--batches" in refused(run, "bench", "--batches", batches)
 
 
 @pytest.mark.parametrize(

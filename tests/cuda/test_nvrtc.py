@@ -24,7 +24,7 @@ def test_compiles_without_spills(sm: int) -> None:
     if sm not in real.nvrtcGetSupportedArchs()[1]:
         pytest.skip("this NVRTC does not know the GPU")
     options = (f"--gpu-architecture=sm_{sm}", *module.OPTIONS, "--ptxas-options=-v")
-    code, log = module.compiled(module.SOURCE.read_bytes(), options)
+    code, log = module.compiled(module.whole_source(), options)
     assert code.startswith(b"\x7fELF")
     used = dict(re.findall(r"Compiling entry function '(\w+)'.*?Used (\d+) registers", log, re.DOTALL))
     assert set(used) == set(KERNELS)
@@ -110,7 +110,7 @@ def test_code_that_is_damaged_untrusted_or_old_is_compiled_again(
     elif harm == "another source":
         other = tmp_path / "other.cu"
         other.write_text("// changed")
-        monkeypatch.setattr(module, "SOURCE", other)
+        monkeypatch.setattr(module, "SOURCES", (other,))
     else:
         file.write_bytes(data[:-1] + b"!" if harm == "damaged" else data[:40])
     assert cubin((9, 0), tmp_path) == bytes(12)

@@ -34,7 +34,7 @@ def test_structures_agree_on_the_host() -> None:
 def test_structures_agree_on_the_device() -> None:
     pytest.importorskip("cuda.bindings.nvrtc")
     checks = layout_checks("__INTADDR__(&(({}*)0)->{})")  # how NVRTC's front end spells offsetof
-    nvrtc.compiled(nvrtc.SOURCE.read_bytes() + checks.encode(), ("--gpu-architecture=sm_90", "--std=c++17"))
+    nvrtc.compiled(nvrtc.whole_source() + checks.encode(), ("--gpu-architecture=sm_90", "--std=c++17"))
 
 
 def test_the_emulation_notices_a_barrier_that_not_all_threads_reach() -> None:

@@ -48,7 +48,9 @@ def test_the_manifest_says_what_the_model_is(exported: Callable[[str], tuple[Pat
     assert (sd.id, sd.zero_negative, sdxl.zero_negative) == ("sd", False, True)
     assert {name: network.role for name, network in sd.networks.items()} == {
         "text_encoder": "text_encoder",
+        "unet_text": "conditioner",
         "unet": "denoiser",
+        "unet_shallow": "shallow",
         "vae_decoder": "decoder",
         "vae_encoder": "encoder",
     }

@@ -243,14 +243,14 @@ def test_the_encoder_is_loaded_when_a_picture_is_given() -> None:
             return super().load(bundle, network)
 
     with Engine.load(backend=Watching(), check_hashes=False) as engine:
-        assert loaded == ["text_encoder", "unet", "vae_decoder"]
+        assert loaded == ["text_encoder", "unet_text", "unet", "vae_decoder"]
         for _ in range(2):
             engine("a", image=picture(16, 16), steps=2)
-        assert loaded[3:] == ["vae_encoder"]
+        assert loaded[4:] == ["vae_encoder"]
     loaded.clear()
     with Engine.load(backend=Watching(), check_hashes=False, resident=False) as engine:
         engine(["a", "b"], image=picture(16, 16), steps=2)
-        assert loaded == ["vae_encoder", "text_encoder", "unet", "vae_decoder"]
+        assert loaded == ["vae_encoder", "text_encoder", "unet_text", "unet", "vae_decoder"]
         assert engine.model.networks["vae_encoder"]._network is None
 
 

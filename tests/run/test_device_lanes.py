@@ -46,8 +46,8 @@ def make(
     table = tabulate(solver, Schedule.from_config(bundle.json(bundle.spec.schedule)), steps)
     source = noise_source(noise, seed)
     latents = source.normal((bundle.spec.latents.channels, side, side)) * np.float32(table.start)
-    states = texts.states((2, 77, 192), np.random.default_rng(seed))
-    cond, uncond = ({"encoder_hidden_states": state} for state in states)
+    told = texts.told(bundle, 2, np.random.default_rng(seed))
+    cond, uncond = ({name: array[lane] for name, array in told.items()} for lane in range(2))
     return Job(table, latents, uncond, cond, source, Guidance(scale))
 
 
@@ -201,7 +201,7 @@ def test_previews_are_those_of_numpy(unet: DeviceNetwork) -> None:
 
 def test_a_job_that_turns_nan_fails_alone(unet: DeviceNetwork) -> None:
     sick, healthy, twin = make(1), make(2), make(2)
-    sick.cond = {"encoder_hidden_states": np.full((77, 192), np.nan, np.float32)}
+    sick.cond = {name: np.full_like(array, np.nan) for name, array in sick.cond.items()}
     on_device(unet, sick, healthy)
     on_device(unet, twin)
     assert isinstance(sick.error, NetworkError)
@@ -224,7 +224,7 @@ def test_a_retired_job_leaves_its_lanes(unet: DeviceNetwork) -> None:
 
 
 def test_rooms_that_nobody_uses_make_place() -> None:
-    gpu = HostGpu(memory=2_300_000)
+    gpu = HostGpu(memory=6_000_000)
     network = OrtBackend(threads=1, gpu=gpu).load(Bundle.open(EMBEDDED, check_hashes=False), "unet")
     lanes = DeviceLanes(Predictor([network]), 2)
     denoiser = Denoiser(lanes)

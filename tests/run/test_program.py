@@ -43,6 +43,7 @@ def pictures(made: list[Any]) -> np.ndarray:
         {"solver": "ddim", "guidance": 1.0},
         {"solver": "heun", "guidance": 6.0, "guidance_rescale": 0.7, "negative_prompt": "blue"},
         {"solver": "unipc", "guidance_interval": (0.4, 1.0), "count": 3},
+        {"solver": "heun", "cache_interval": 3, "guidance_interval": (0.3, 0.7)},
     ],
     ids=str,
 )

@@ -99,6 +99,7 @@ def test_ray_neither_batches_nor_queues_without_bound() -> None:
         ({"threads": 2}, {"num_cpus": 2}),
         ({"device": "cuda"}, {"num_gpus": 1, "num_cpus": 1}),
         ({"backend": "tensorrt"}, {"num_gpus": 1, "num_cpus": 1}),
+        ({"backend": "openvino", "threads": 2}, {"num_cpus": 2}),
     ],
 )
 def test_a_replica_has_a_gpu_of_its_own_or_its_threads(settings: dict[str, Any], needs: dict[str, int]) -> None:

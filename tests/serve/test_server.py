@@ -128,6 +128,13 @@ def test_a_port_that_is_taken_is_known_before_anything_is_loaded() -> None:
     assert "--port" in caught.value.fix
 
 
+def test_threads_do_not_spin_unless_the_settings_say_so() -> None:
+    for settings, spins in ((Settings(threads=1), False), (Settings(threads=1, spin=True), True)):
+        with server.loaded(settings) as engine:
+            assert isinstance(engine.backend, OrtBackend)
+            assert engine.backend.spin is spins
+
+
 @pytest.mark.parametrize("edits", [True, False])
 def test_whatever_will_be_used_is_loaded_at_the_start(edits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
@@ -139,7 +146,8 @@ def test_whatever_will_be_used_is_loaded_at_the_start(edits: bool, monkeypatch: 
 
     monkeypatch.setattr(OrtBackend, "load", recording)
     with server.loaded(Settings(threads=1, edits=edits)) as engine:
-        assert sorted(opened) == ["text_encoder", "unet", "vae_decoder", *(["vae_encoder"] if edits else [])]
+        always = ["text_encoder", "unet", "unet_text", "vae_decoder"]
+        assert sorted(opened) == [*always, *(["vae_encoder"] if edits else [])]
         engine.model.given({"image": np.zeros((64, 64, 3), np.uint8)}, None, None)
         assert opened.count("vae_encoder") == 1
 

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.config import SIDES
+from benchmarks.gpu.report import lease
 from benchmarks.gpu.report.figures import NOT_MEASURED, Figures, Goal, batches_of, figures_of, goals, why_missing
+from benchmarks.gpu.variants import VARIANTS
 from benchmarks.markdown import number, spread, table
 from benchmarks.measures import Spread
 
@@ -23,6 +25,12 @@ seeds, steps, solver and guidance, in one run.
 measures this machine's GPU and writes this page. Each side is a process of its own. It has a round as soon as it is
 open; the other rounds go through the sides in turn, except for torch.compile, which takes minutes to open and comes
 last. A side that cannot run is recorded with the reason; the others go on.
+
+    python -m benchmarks gpu --lease --minutes 14
+
+is for a GPU that is lent for minutes: jobs in order of worth (kernels, variants of the graph, pictures by the fastest,
+diffusers, torch.compile, batches, drift, other presets, TensorRT), one after the other. The next lease goes on where
+this one ended.
 """
 HOW = """## How to read it
 
@@ -88,12 +96,21 @@ def _preset(data: Mapping[str, Any]) -> str:
         *(_batch(data, batch) for batch in batches_of(data)),
         f"![{name}: milliseconds an image by batch](gpu-{name}-latency.png)",
         f"![{name}: it/s by side](gpu-{name}-rate.png)",
+        "### Variants of ONNX Runtime's graphs and options",
+        lease.variants(data),
+        *_part("### Where the time of a UNet call goes", lease.profiles(data, goals(data))),
         "### Before the first picture",
         table(PREPARING, _preparing(data)) if _preparing(data) else f"{NOT_MEASURED}\n",
         "### Drift",
         _drift(data),
+        *_part("### Jobs of the leases", lease.jobs(data)),
     ]
     return "\n\n".join(block.strip() for block in blocks) + "\n"
+
+
+def _part(title: str, text: str) -> tuple[str, ...]:
+    """Return a part with its title; nothing where it is empty."""
+    return (title, text) if text else ()
 
 
 def _runs(data: Mapping[str, Any]) -> str:
@@ -130,7 +147,8 @@ def _compiled(data: Mapping[str, Any], key: str) -> str:
 
 def _goals(found: Sequence[Goal]) -> str:
     said = {True: "reached", False: "**missed**", None: NOT_MEASURED}
-    return table(("to reach (batch 1)", "measured", ""), [(g.text, g.measured, said[g.reached]) for g in found])
+    rows = [(goal.text, goal.measured, said[goal.reached]) for goal in found]
+    return table(("to reach (batch 1, if no other is named)", "measured", ""), rows)
 
 
 def _batch(data: Mapping[str, Any], batch: int) -> str:
@@ -144,7 +162,19 @@ def _batch(data: Mapping[str, Any], batch: int) -> str:
         rows.append([about.title, *(_cells(found) if found else [NOT_MEASURED, *[""] * (len(COLUMNS) - 2)])])
     why = "".join(f"\nNot measured: {'; '.join(sides)}. {reason}\n" for reason, sides in reasons.items())
     why += f"\nStopped after fewer rounds: {', '.join(fewer)}.\n" if fewer else ""
-    return f"### Batch {batch}\n\n{table(COLUMNS, rows)}{why}"
+    return f"### Batch {batch}\n\n{table(COLUMNS, rows)}{why}{_chosen(data, batch)}"
+
+
+def _chosen(data: Mapping[str, Any], batch: int) -> str:
+    """Return which sides ran with more than what a user gets."""
+    lines = []
+    for side, about in SIDES.items():
+        record = data["sides"].get(side, {}).get(str(batch), {})
+        if "variant" in record:
+            lines.append(f"\n{about.title}: {VARIANTS[record['variant']].title}.\n")
+        if "level" in record:
+            lines.append(f"\n{about.title}: plans of optimization level {record['level']}.\n")
+    return "".join(lines)
 
 
 def _cells(found: Figures) -> list[str]:

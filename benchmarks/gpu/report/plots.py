@@ -15,7 +15,7 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 COLOURS = {
-    **{"diffusers": "#e8862e", "compile": "#b85c0d"},
+    **{"diffusers": "#e8862e", "compile": "#b85c0d", "compile-regional": "#d97b3a"},
     **{"ort-ticks": "#a8d5a2", "ort-loop": "#6fb668", "ort": "#2f8a3a", "trt-loop": "#6fa8d6", "trt": "#1f6fb4"},
 }
 

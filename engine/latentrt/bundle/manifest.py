@@ -15,6 +15,7 @@ from latentrt.bundle.spec import (
     ENCODER,
     FP32,
     ROLES,
+    SHALLOW,
     TEXT_ENCODER,
     Defaults,
     Golden,
@@ -96,7 +97,7 @@ def check(spec: ModelSpec) -> None:
         _need(name.isidentifier(), "networks", name, "networks' names, letters and underscores")
         _check_network(f"networks.{name}", network)
     _need(len(spec.named(DENOISER)) == 1, "networks", list(spec.networks), f"one with the role {DENOISER!r}")
-    for role in (DECODER, ENCODER):
+    for role in (SHALLOW, DECODER, ENCODER):
         _need(len(spec.named(role)) <= 1, "networks", list(spec.networks), f"at most one with the role {role!r}")
     for golden in spec.golden:
         _check_golden(golden)

@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 
 from latentrt.errors import BundleError, RequestError
 
-TEXT_ENCODER, DENOISER, DECODER, ENCODER = ROLES = ("text_encoder", "denoiser", "decoder", "encoder")
-FP32, FP16, FP16_ORT_CUDA = "fp32", "fp16", "fp16-ort-cuda"  # variants that export writes
+ROLES = ("text_encoder", "conditioner", "denoiser", "shallow", "decoder", "encoder")
+TEXT_ENCODER, CONDITIONER, DENOISER, SHALLOW, DECODER, ENCODER = ROLES
+FP32, FP32_ORT_CPU = "fp32", "fp32-ort-cpu"  # variants that export writes; all but the first are optional
+FP16, FP16_ORT_CUDA = "fp16", "fp16-ort-cuda"
 
 
 class Dimension(NamedTuple):
@@ -92,7 +94,7 @@ class NetworkSpec:
     Attributes:
         role: one of ROLES.
         inputs, outputs: the signature of its float32 graph.
-        variants: graphs by name: "fp32", "fp16", "fp16-ort-cuda". A runtime says which it runs.
+        variants: graphs by name: "fp32", "fp32-ort-cpu", "fp16", "fp16-ort-cuda". A runtime says which it runs.
         tokenizer: the folder of a text encoder's tokenizer.
     """
 

@@ -37,6 +37,12 @@ FOLDER = click.Path(path_type=Path)
 )
 @click.option("--refittable", is_flag=True, help="Let weights be replaced in a loaded plan; slower.")
 @click.option("--version-compatible", is_flag=True, help="For the lean runtime of the same version too; slower.")
+@click.option(
+    "--optimization-level",
+    type=click.IntRange(0, 5),
+    metavar="N",
+    help="How long TensorRT looks for fast kernels, 0 to 5 (tensorrt alone)  [default: TensorRT's own, 3]",
+)
 @click.option("--plans", type=FOLDER, help="Folder for the plans, outside of bundles  [default: in your cache]")
 @click.option("--rebuild", is_flag=True, help="Also build plans that exist already.")
 @click.option("--ignore-estimate", is_flag=True, help="Build even where memory or disk seem too small.")

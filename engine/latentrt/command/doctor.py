@@ -16,6 +16,7 @@ from typing import Any
 
 from latentrt.cuda.driver import DRIVERS
 from latentrt.errors import LatentrtError, MissingDependencyError, UntrustedFileError
+from latentrt.runtime.cores import usable_cores
 from latentrt.runtime.onnxruntime import load_onnxruntime
 from latentrt.runtime.tensorrt.library import LIBRARIES, open_library
 from latentrt.storage import cache_folder, check_trusted
@@ -61,8 +62,9 @@ def examine() -> list[Finding]:
 
 def _machine() -> Finding:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GiB"
-    return Finding("machine", True, f"{machine}, Python {platform.python_version()}")
+    machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, {memory:.0f} GiB"
+    threads = f"a call has {usable_cores()} threads"
+    return Finding("machine", True, f"{machine}, {threads}, Python {platform.python_version()}")
 
 
 def _cache() -> Finding:

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from latentrt.run.job import Job
 
 
+SETTINGS = ("steps", "solver", "seed", "guidance", "count", "strength", "class_label", "cache_interval")
+
+
 @click.command()
 @click.argument("prompts", nargs=-1, metavar="[PROMPT]...")
 @click.option("--bundle", "-b", type=FOLDER, default=EMBEDDED, help=f"Bundle, or one of {', '.join(embedded())}.")
@@ -58,6 +61,12 @@ if TYPE_CHECKING:
     default="both",
     show_default=True,
     help="What it shows: the current picture, the predicted one, or both side by side.",
+)
+@click.option(
+    "--cache-interval",
+    type=AT_LEAST_ONE,
+    default=1,
+    help="Compute only every Nth row in full, the others from its deep features: faster, and another picture.",
 )
 @click.option("--option", multiple=True, help="Any other setting, as eta=0.5 or use_karras_sigmas=true; repeatable.")
 @click.option(
@@ -97,7 +106,7 @@ def generate(prompts: tuple[str, ...], bundle: Path, lanes: int | None, as_json:
 def settings_of(asked: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a request, by the names that `Request` has for them."""
     width, height = (None, None) if asked["size"] is None else parse_size(asked["size"], "--size")
-    own = {name: asked[name] for name in ("steps", "solver", "seed", "guidance", "count", "strength", "class_label")}
+    own = {name: asked[name] for name in SETTINGS}
     own |= {"negative_prompt": asked["negative"], "width": width, "height": height}
     return own | options_of(asked["option"])
 
@@ -121,9 +130,12 @@ def _draw(
         def on_tick(job: Job) -> None:
             tick(job)
             watch(job)
-            if job.done and job.error is None:  # the denoiser stays loaded as long as a job waits for it
-                images[job] = engine.picture(job) if jobs[-1].done else engine.decode(job.latents)
-                save(images[job], where[job], settings=job.tag)
+            if job.done and job.error is None and job not in images:
+                ready = [each for each in jobs if each.done and each.error is None and each not in images]
+                alone = (engine.decode(each.latents) for each in ready)  # the denoiser stays: other jobs wait for it
+                for done, image in zip(ready, engine.pictures(ready) if jobs[-1].done else alone, strict=True):
+                    images[done] = image
+                    save(image, where[done], settings=done.tag)
 
         engine.run(jobs, on_tick)
     watch.finish()

@@ -168,7 +168,11 @@ def inspect(bundle: Path, as_json: bool) -> None:
 @click.option(
     "--repeats", type=AT_LEAST_ONE, default=5, show_default=True, help="Runs of each batch; medians are shown."
 )
-@click.option("--save", is_flag=True, help="Keep the latencies with the bundle: `latentrt serve` plans by them.")
+@click.option(
+    "--save",
+    is_flag=True,
+    help="Keep the latencies with the bundle: `latentrt serve` plans by them, and as there no thread spins by default.",
+)
 @runs_networks
 @option_json
 def bench(
@@ -186,6 +190,9 @@ def bench(
     from latentrt.serve.core import curve
 
     sizes = [parse_whole(size, "--batches") for size in batches.split(",")] if batches is not None else []
+    spins = click.get_current_context().get_parameter_source("spin")
+    if save and spins is click.core.ParameterSource.DEFAULT:
+        loading["spin"] = False  # the default of the server, which plans by these figures
     with Engine.load(bundle, lanes=2 * max(sizes) if sizes else None, **loading) as engine:
         fitting = [size for size in (1, 2, 4, 8) if 2 * size <= engine.denoiser.lanes]
         results = measure(engine, sizes or fitting, steps=steps, repeats=repeats)

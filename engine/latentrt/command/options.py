@@ -16,7 +16,7 @@ argument_bundle = click.argument("bundle", type=FOLDER, default=EMBEDDED, requir
 option_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 
 
-LOADING = ("cache", "threads", "plans", "precision", "device", "backend")  # options of `runs_networks`
+LOADING = ("cache", "spin", "threads", "plans", "precision", "device", "backend")  # options of `runs_networks`
 
 
 def runs_networks(verb: Verb) -> Verb:
@@ -28,19 +28,32 @@ def runs_networks(verb: Verb) -> Verb:
             show_default=True,
             help="Keep graphs that are optimized for this CPU in your cache, for quicker loading.",
         ),
-        click.option("--threads", type=AT_LEAST_ONE, help="CPU threads of a network call  [default: all cores]"),
+        click.option(
+            "--spin/--no-spin",
+            default=True,
+            show_default=True,
+            help="CPU threads wait for each other by spinning: quicker, but not where others use the cores.",
+        ),
+        click.option(
+            "--threads",
+            type=AT_LEAST_ONE,
+            help="CPU threads of a network call  [default: the cores that it may use]",
+        ),
         click.option("--plans", type=FOLDER, help="Folder of TensorRT plans that you trust  [default: in your cache]"),
         click.option(
             "--precision",
             type=click.Choice(["fp32", "fp16"]),
-            help="Of the graphs  [default: fp32 for onnxruntime, fp16 for TensorRT]",
+            help="Of the graphs  [default: fp16 for TensorRT and cuda, fp32 for others]",
         ),
-        click.option("--device", help="cpu, cuda or cuda:1  [default: cpu for onnxruntime, cuda for TensorRT]"),
+        click.option(
+            "--device",
+            help="cpu, cuda or cuda:1; cpu, gpu or npu of openvino  [default: cpu; cuda for TensorRT]",
+        ),
         click.option(
             "--backend",
             default="onnxruntime",
             show_default=True,
-            help="onnxruntime; or tensorrt, tensorrt-rtx or tensorrt-lean, which run what `latentrt build` made.",
+            help="onnxruntime or openvino; tensorrt, tensorrt-rtx or tensorrt-lean run what `latentrt build` made.",
         ),
     ):
         verb = option(verb)

@@ -78,39 +78,11 @@ struct State {
     Progress* progress;        // (slots,)
     float* scalars;            // (scalar_count, scalar_stride) the network's other inputs that are a number for each lane
     const float* scalar_rows;  // (slots, rows_max, scalar_count) their values by row
+    const int* turn;           // (slots,)               0: the slot waits, since its next row is of the other depth; or null
     int n, rows_max, noises_max, scalar_count, scalar_stride;
 };
 
-// ---- Noise: what torch.randn makes on CUDA (TorchCudaNoise of sampling/noise.py) ------------------------------------
-
-// Philox4x32 with ten rounds (Salmon et al. 2011).
-__device__ inline void philox(unsigned (&c)[4], unsigned long long key) {
-    unsigned key0 = (unsigned)key, key1 = (unsigned)(key >> 32);
-    for (int round = 0; round < 10; ++round) {
-        const unsigned long long left = 0xD2511F53ull * c[0], right = 0xCD9E8D57ull * c[2];
-        c[0] = (unsigned)(right >> 32) ^ c[1] ^ key0;
-        c[1] = (unsigned)right;
-        c[2] = (unsigned)(left >> 32) ^ c[3] ^ key1;
-        c[3] = (unsigned)left;
-        key0 += 0x9E3779B9u;
-        key1 += 0xBB67AE85u;
-    }
-}
-
-// Number i of a tensor. Each of torch's threads draws four normals at a time and stores them one whole grid apart;
-// here each is made where it is used. The arithmetic is cuRAND's curand_normal4, with its fast sine and cosine.
-__device__ inline float normal_at(unsigned i, unsigned threads, unsigned long long seed, unsigned long long draws) {
-    const unsigned thread = i % threads, stored = i / threads, part = stored % 4;
-    draws += stored / 4;
-    unsigned words[4] = {(unsigned)draws, (unsigned)(draws >> 32), thread, 0};
-    philox(words, seed);
-    const bool first = part < 2;  // of the two pairs; a pair is a radius and an angle
-    const float uniform = fmaf((float)(first ? words[0] : words[2]), 0x1p-32f, 0x1p-33f);
-    const float angle = fmaf((float)(first ? words[1] : words[3]), 0x1.921fb6p-30f, 0x1.921fb6p-31f);
-    float sine, cosine;
-    __sincosf(angle, &sine, &cosine);
-    return sqrtf(-2.0f * logf(uniform)) * (part % 2 ? cosine : sine);
-}
+// ---- Noise -------------------------------------------------------------------------------------------------------
 
 // Number i of a job's noise `index`, counted from its first.
 __device__ inline float job_noise(const Slot& job, int n, int index, int i) {
@@ -233,9 +205,14 @@ __device__ inline void finish_row(Progress& progress, bool noise) {
 }
 
 template <typename T>
+__device__ bool waits(const State<T>& s, int slot) {
+    return s.progress[slot].row >= s.slots[slot].rows || (s.turn && !s.turn[slot]);
+}
+
+template <typename T>
 __device__ void advance(const State<T>& s) {
     const int slot = blockIdx.y, k = s.progress[slot].row;
-    if (k >= s.slots[slot].rows) return;
+    if (waits(s, slot)) return;
     const Row row = s.table[(size_t)slot * s.rows_max + k];
     if (k + 1 < s.slots[slot].rows) feed_numbers(s, slot, k + 1);
     for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < s.n; i += gridDim.x * blockDim.x) {
@@ -258,6 +235,17 @@ __device__ void begin(const State<T>& s, int first) {
         if (k == 0 && job.start != 0) x = job.start * job_noise(job, s.n, 0, i);
         feed(s, slot, k, i, x);
     }
+}
+
+// After a full call: keeps the deep features (lanes, n) of the jobs whose turn it is, for their shallow rows. grid.y jobs.
+template <typename T>
+__device__ void keep(const State<T>& s, T* kept, const T* deep, int n) {
+    const int slot = blockIdx.y;
+    if (waits(s, slot)) return;
+    const int lanes[2] = {s.slots[slot].lane_cond, s.slots[slot].lane_uncond};
+    for (int lane : lanes)
+        for (int i = blockIdx.x * blockDim.x + threadIdx.x; lane >= 0 && i < n; i += gridDim.x * blockDim.x)
+            kept[(size_t)lane * n + i] = deep[(size_t)lane * n + i];
 }
 
 // ---- Standard deviations, for guidance that is rescaled ------------------------------------------------------------
@@ -329,6 +317,7 @@ __device__ void to_pixels(unsigned char* pixels, int* bad, const T* image, int a
 #define KERNELS(T)                                                                                                    \
     extern "C" __global__ void advance_##T(State<T> s) { advance(s); }                                                \
     extern "C" __global__ void begin_##T(State<T> s, int first) { begin(s, first); }                                  \
+    extern "C" __global__ void keep_##T(State<T> s, T* kept, const T* deep, int n) { keep(s, kept, deep, n); }        \
     extern "C" __global__ void deviations_##T(State<T> s) { deviations(s); }                                          \
     extern "C" __global__ void to_latents_##T(T* latents, const float* x, int count, float scale, float shift) {      \
         to_latents(latents, x, count, scale, shift);                                                                  \

@@ -16,6 +16,7 @@ A *slot* is a job's place in device memory, a *lane* one place of the network's 
 | progress                 | (slots,)           | PROGRESS    | counted by the device; zeros for a new job           |
 | scalars                  | (inputs, stride)   | float32     | other inputs of the network, a number for each lane  |
 | scalar_rows              | (slots, rows, inputs) | float32  | their values by row                                  |
+| turn                     | (slots,)           | int32       | 0: the slot waits; without the array all advance     |
 
 The host's noise is read in a circle: the k-th that a job adds is at k modulo `noises`.
 Any shape with as many numbers does: sample may be (lanes, 4, 64, 64).
@@ -53,7 +54,7 @@ _SUFFIXES = {"float16": "half", "float32": "float"}
 KERNELS = (
     *(
         f"{name}_{suffix}"
-        for name in ("advance", "begin", "deviations", "to_latents", "to_pixels")
+        for name in ("advance", "begin", "keep", "deviations", "to_latents", "to_pixels")
         for suffix in _SUFFIXES.values()
     ),
     "normal",
@@ -83,6 +84,7 @@ class State:
     progress: DeviceArray
     scalars: DeviceArray | None = None
     scalar_rows: DeviceArray | None = None
+    turn: DeviceArray | None = None
 
     @property
     def n(self) -> int:
@@ -120,6 +122,13 @@ def begin(gpu: Gpu, state: State, first: int = 0, count: int | None = None) -> N
     jobs = state.count - first if count is None else count
     grid = (_blocks(state.n), jobs)
     _launch(gpu, "begin", state.sample, grid, _THREADS, _packed(state), ctypes.c_int(first))
+
+
+def keep(gpu: Gpu, state: State, kept: DeviceArray, deep: DeviceArray) -> None:
+    """Copy deep features (lanes, ...), of the network's dtype, for the jobs that the next `advance` moves."""
+    n = math.prod(deep.shape[1:])
+    arguments = (_packed(state), _pointer(kept), _pointer(deep), ctypes.c_int(n))
+    _launch(gpu, "keep", deep, (_blocks(n), state.count), _THREADS, *arguments)
 
 
 def deviations(gpu: Gpu, state: State) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from latentrt.errors import BackendError, MissingDependencyError, UntrustedFileError
 from latentrt.storage import cache_folder, read_trusted, write_atomic
 
-SOURCE = Path(__file__).with_name("advance.cu")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("noise.cu", "advance.cu"))  # compiled as one
 OPTIONS = ("--std=c++17", "--fmad=false")  # without contraction a row has the same bits as in numpy
 
 
@@ -34,7 +34,7 @@ def cubin(compute_capability: tuple[int, int], folder: Path | None = None) -> by
     nvrtc = _compiler()
     version = _checked(nvrtc, nvrtc.nvrtcVersion())
     options = (f"--gpu-architecture=sm_{_architecture(nvrtc, version, compute_capability)}", *OPTIONS)
-    source = SOURCE.read_bytes()
+    source = whole_source()
     key = hashlib.sha256(repr((source, options, version)).encode()).hexdigest()
     path = (folder or cache_folder("kernels")) / f"{key}.cubin"
     with suppress(OSError, UntrustedFileError):
@@ -48,6 +48,11 @@ def cubin(compute_capability: tuple[int, int], folder: Path | None = None) -> by
     return code
 
 
+def whole_source() -> bytes:
+    """Return the text of all kernels."""
+    return b"\n".join(path.read_bytes() for path in SOURCES)
+
+
 def compiled(source: bytes, options: Sequence[str]) -> tuple[bytes, str]:
     """Compile by NVRTC; return the cubin and the compiler's log.
 
@@ -56,7 +61,7 @@ def compiled(source: bytes, options: Sequence[str]) -> tuple[bytes, str]:
         BackendError: the source does not compile.
     """
     nvrtc = _compiler()
-    program = _checked(nvrtc, nvrtc.nvrtcCreateProgram(source, SOURCE.name.encode(), 0, [], []))
+    program = _checked(nvrtc, nvrtc.nvrtcCreateProgram(source, SOURCES[-1].name.encode(), 0, [], []))
     try:
         (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
         log = _text(nvrtc, program)

@@ -12,6 +12,9 @@ from latentrt.errors import NetworkError, RequestError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from latentrt.images.metadata import Settings
+    from latentrt.images.picture import Picture
+
 CHANNELS = (1, 3)  # grey, RGB
 
 
@@ -55,3 +58,10 @@ def to_pil(pixels: NDArray[np.uint8]) -> Image:
     from PIL import Image
 
     return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+
+
+def to_picture(pixels: NDArray[np.uint8], settings: Settings) -> Picture:
+    """Return pixels (H, W, channels) as a PIL image that knows its settings."""
+    from latentrt.images.picture import Picture
+
+    return Picture.of(pixels, settings)

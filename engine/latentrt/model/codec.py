@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Protocol
 
 import numpy as np
@@ -14,6 +16,7 @@ from latentrt.runtime.base import Network, call
 from latentrt.sampling.noise import NoiseSource
 
 Float32 = NDArray[np.float32]
+SMALL = 64 * 64  # latents of a picture of 512 x 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,3 +88,23 @@ class Identity:
     def decode(self, latents: Float32) -> Float32:
         """Return the pictures."""
         return latents
+
+
+def decode_each(codec: Codec, latents: Iterable[Float32], cores: int) -> Iterator[Float32]:
+    """Yield the pictures (channels, H, W) of latents (channels, height, width).
+
+    Neighbours of one shape are decoded together, one on each core, if they have no more latents than one picture of
+    512 x 512: what a decoder needs grows with the pixels, to gigabytes. The numbers are those of each alone.
+
+    Args:
+        codec: decodes them.
+        latents: of the pictures.
+        cores: as `Facts` has it.
+    """
+    for (_, height, width), group in groupby(latents, lambda one: one.shape):
+        waiting = list(group)
+        together = cores if cores * height * width <= SMALL else 1
+        while waiting:
+            count = together if len(waiting) >= together else 1
+            yield from codec.decode(np.stack(waiting[:count]))
+            del waiting[:count]

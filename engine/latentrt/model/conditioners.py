@@ -20,7 +20,7 @@ from latentrt.runtime.base import Network
 
 
 class Parts(NamedTuple):
-    """The parts of conditioners: the bundle, its networks by name, the codec, and the denoiser's inputs."""
+    """The parts of conditioners: the bundle, its networks by name, the codec, and the inputs that they fill."""
 
     bundle: Bundle
     networks: Mapping[str, Network]
@@ -29,7 +29,7 @@ class Parts(NamedTuple):
 
 
 def conditioners_of(parts: Parts) -> tuple[Conditioner, ...]:
-    """Return the conditioners that fill the denoiser's inputs except "sample" and "timestep".
+    """Return the conditioners that fill the inputs except "sample" and "timestep".
 
     Raises:
         BundleError: no conditioner fills one of them.

@@ -11,15 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentrt.bundle.bundle import Bundle
-from latentrt.bundle.spec import DECODER, DENOISER, ENCODER, ROLES
+from latentrt.bundle.spec import CONDITIONER, DECODER, DENOISER, ENCODER, ROLES, SHALLOW
 from latentrt.errors import RequestError
 from latentrt.images.given import prepared
 from latentrt.model.beside import Repainted
 from latentrt.model.codec import AutoencoderKL, Codec, Identity
 from latentrt.model.conditioners import Parts, conditioners_of
 from latentrt.model.given import Given
+from latentrt.model.hoisted import Hoisted
 from latentrt.model.inputs import Sides
-from latentrt.model.predictor import Predictor
+from latentrt.model.predictor import Predictor, inputs_of
 from latentrt.model.text import Text
 from latentrt.request import Request
 from latentrt.runtime.base import Backend
@@ -43,7 +44,8 @@ class Model:
         networks: by name, each loaded when it is needed.
         codec: pixels to what is denoised, and back.
         predictor: the networks that a row calls.
-        conditioners: fill the predictor's inputs.
+        hoisted: networks that compute some of the predictor's inputs, once a picture.
+        conditioners: fill their inputs and the predictor's others.
 
     Args:
         bundle: opened.
@@ -59,14 +61,17 @@ class Model:
             self._load()
         self.codec = self._codec()
         denoiser = self.networks[self.spec.denoiser]
-        self.predictor = Predictor([denoiser if backend.gpu is None else denoiser.open()])
-        inputs = {tensor.name: tensor for tensor in self.spec.networks[self.spec.denoiser].inputs}
+        without_depth = next((self.networks[name] for name in self.spec.named(SHALLOW)), None)
+        self.predictor = Predictor([denoiser if backend.gpu is None else denoiser.open()], without_depth)
+        once = self.spec.named(CONDITIONER)
+        self.hoisted = Hoisted(self.networks, self.spec)
+        inputs = inputs_of([self.spec.networks[name] for name in (*once, self.spec.denoiser)])
         self.conditioners = conditioners_of(Parts(bundle, self.networks, self.codec, inputs))
 
     def _load(self) -> None:
-        """Load what every picture needs; the encoder is loaded with the first given picture."""
+        """Load what every picture needs; the others are loaded with the first picture that needs them."""
         for role in ROLES:
-            for name in self.spec.named(role) if role != ENCODER else ():
+            for name in self.spec.named(role) if role not in (ENCODER, SHALLOW) else ():
                 self.networks[name].open()
 
     def _codec(self) -> Codec:
@@ -104,6 +109,12 @@ class Model:
         for field in CONDITIONED:
             if getattr(request, field) is not None and field not in self.fields:
                 raise RequestError(f"{self.spec.id} reads no {field}", needed="a request without one")
+        if request.cache_interval > 1 and not self.predictor.caches:
+            raise RequestError(
+                f"cache_interval is {request.cache_interval}, and the bundle of {self.spec.id} has no shallow graph",
+                needed="1",
+                fix="export the checkpoint again",
+            )
         guidance = self.spec.defaults.guidance if request.guidance is None else request.guidance
         if self.text is None:
             if request.guidance is not None and request.guidance > 1:
@@ -142,7 +153,7 @@ class Model:
                 sides = sides.and_(one.tokens(request))
             else:
                 sides = sides.and_(one(request, given, noise))
-        return sides
+        return sides if tokens else self.hoisted(sides)
 
     def scalars(self, request: Request, rows: int) -> dict[str, NDArray[np.float64]]:
         """Return the columns that conditioners add to a table of so many rows."""

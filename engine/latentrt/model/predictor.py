@@ -7,42 +7,56 @@ Host and device put networks together in the same way.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from latentrt.bundle.spec import TensorSpec
+from latentrt.bundle.spec import GraphSpec, NetworkSpec, TensorSpec
 from latentrt.cuda.array import DeviceArray
 from latentrt.cuda.gpu import Gpu
 from latentrt.model.inputs import Inputs
 from latentrt.runtime.base import Bound, DeviceNetwork, Network, call
+from latentrt.runtime.lazy import LazyNetwork
 from latentrt.runtime.signature import Shape, shape_of, sizes_of
 
 Float32 = NDArray[np.float32]
 OWN = ("sample", "timestep")  # inputs that a row fills itself
+DEEP = "deep"  # features that a shallow call reads again: see `latentrt_export.graphs.shallow`
 
 
 class Predictor:
-    """Networks in the order of their calls; the last one is the denoiser, whose output is "out"."""
+    """Networks in the order of their calls; the last one is the denoiser, whose output is "out".
 
-    def __init__(self, networks: Sequence[Network]) -> None:
+    Args:
+        networks: in the order of their calls.
+        without_depth: the shallow network: reads the denoiser's output "deep" in place of what is computed below. It is
+            loaded at its first use.
+    """
+
+    def __init__(self, networks: Sequence[Network], without_depth: LazyNetwork | None = None) -> None:
         self._networks = tuple(networks)
+        self._without_depth = without_depth
+
+    @property
+    def caches(self) -> bool:
+        """Whether rows may be shallow."""
+        return self._without_depth is not None
 
     @property
     def inputs(self) -> dict[str, TensorSpec]:
         """The predictor's inputs by name, "sample" and "timestep" among them."""
-        given: set[str] = set()
-        found: dict[str, TensorSpec] = {}
-        for network in self._networks:
-            found |= {tensor.name: tensor for tensor in network.graph.inputs if tensor.name not in given}
-            given |= {tensor.name for tensor in network.graph.outputs}
-        return found
+        return inputs_of([network.graph for network in self._networks])
 
     @property
     def output(self) -> TensorSpec:
         """The denoiser's output."""
         return next(tensor for tensor in self._networks[-1].graph.outputs if tensor.name == "out")
+
+    @property
+    def deep(self) -> TensorSpec:
+        """The denoiser's output that shallow calls read."""
+        return next(tensor for tensor in self._networks[-1].graph.outputs if tensor.name == DEEP)
 
     def __call__(self, sample: Float32, timestep: Float32, inputs: Inputs) -> Float32:
         """Predict.
@@ -55,10 +69,24 @@ class Predictor:
         Returns:
             The denoiser's output, float32 of the sample's shape.
         """
-        known = {"sample": sample, "timestep": timestep, **inputs}
-        for network in self._networks:
+        return self._called(self._networks, {"sample": sample, "timestep": timestep, **inputs})["out"]
+
+    def with_deep(self, sample: Float32, timestep: Float32, inputs: Inputs) -> tuple[Float32, Float32]:
+        """Predict; return the deep features too, (lanes, channels, height, width), for later `shallow` calls."""
+        known = self._called(self._networks, {"sample": sample, "timestep": timestep, **inputs})
+        return known["out"], known[DEEP]
+
+    def shallow(self, sample: Float32, timestep: Float32, inputs: Inputs, deep: Float32) -> Float32:
+        """Predict with the deep features of an earlier call of the same lanes."""
+        assert self._without_depth is not None, "see `caches`"
+        known = {"sample": sample, "timestep": timestep, **inputs, DEEP: deep}
+        return self._called([self._without_depth], known)["out"]
+
+    def _called(self, networks: Sequence[Network], known: Inputs) -> dict[str, NDArray[Any]]:
+        known = dict(known)
+        for network in networks:
             known |= call(network, known)
-        return known["out"]
+        return known
 
     # ---- On a device
 
@@ -97,9 +125,26 @@ class Predictor:
             raise
         return bound[0] if len(bound) == 1 else _InTurn(bound)
 
+    def bind_shallow(self, arrays: Mapping[str, DeviceArray]) -> Bound:
+        """Bind the shallow network to arrays, "deep" and "out" among them. Raise as `bind`."""
+        assert self._without_depth is not None, "see `caches`"
+        network = cast(DeviceNetwork, self._without_depth.open())
+        tensors = (*network.graph.inputs, *network.graph.outputs)
+        return network.bind({tensor.name: arrays[tensor.name] for tensor in tensors})
+
     @property
     def _on_device(self) -> tuple[DeviceNetwork, ...]:
         return cast(tuple[DeviceNetwork, ...], self._networks)
+
+
+def inputs_of(networks: Sequence[NetworkSpec | GraphSpec]) -> dict[str, TensorSpec]:
+    """Return the inputs of networks that are called in turn: those that no earlier one gives, by name."""
+    given: set[str] = set()
+    found: dict[str, TensorSpec] = {}
+    for network in networks:
+        found |= {tensor.name: tensor for tensor in network.inputs if tensor.name not in given}
+        given |= {tensor.name for tensor in network.outputs}
+    return found
 
 
 class _InTurn:

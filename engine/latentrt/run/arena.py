@@ -6,8 +6,9 @@ also increments the row index and writes the predictor's next input: nothing wai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import replace
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,10 @@ from latentrt.cuda.array import DeviceArray
 from latentrt.cuda.gpu import Graph
 from latentrt.cuda.kernels import BLEND, PREVIEW, PROGRESS, ROW_COLUMNS, SLOT, State
 from latentrt.errors import RequestError
-from latentrt.model.predictor import OWN, Predictor
+from latentrt.model.predictor import DEEP, OWN, Predictor
 from latentrt.run.job import Job, Shapes
 from latentrt.run.pool import Pool
+from latentrt.runtime.base import Bound
 from latentrt.runtime.signature import shape_of, sizes_of
 from latentrt.sampling.noise import TorchCudaNoise
 from latentrt.sampling.table import COLUMNS, SLOTS, Kept, Table
@@ -28,6 +30,19 @@ from latentrt.sampling.table import COLUMNS, SLOTS, Kept, Table
 MAX_ROWS = 2000  # of a table: Heun over a schedule of 1000 timesteps has 1999
 GRAPHS_KEPT = 8  # captured graphs of an arena
 ALIGNED = 64  # float32 numbers in 256 bytes, of which addresses of inputs are multiples
+
+
+class Depth(Enum):
+    """How a row calls the predictor: in full, in full for rows that use its deep features again, or with those."""
+
+    FULL, KEPT, SHALLOW = range(3)
+
+    @classmethod
+    def of(cls, jobs: Sequence[Job]) -> Depth:
+        """Return the depth of the next row of jobs that are moved together."""
+        if jobs[0].shallow:
+            return cls.SHALLOW
+        return cls.KEPT if any(job.table.shallow for job in jobs) else cls.FULL
 
 
 class Arena:
@@ -62,6 +77,8 @@ class Arena:
         self._capture = capture
         self._owned: list[DeviceArray] = []
         self._graphs: Pool[Hashable, Graph] = Pool(GRAPHS_KEPT)
+        self._predictor = predictor
+        self._shallow: Bound | None = None
         try:
             self._make(predictor, noises)
         except BaseException:
@@ -98,7 +115,11 @@ class Arena:
         for index, name in enumerate(scalars):
             assert self.state.scalars is not None
             named[name] = DeviceArray(self.state.scalars.part(index).pointer, (self.lanes,), np.dtype(np.float32))
-        self._bound = predictor.bind({**named, "out": self.state.out}, self.zeros)
+        if predictor.caches:
+            deep = predictor.deep
+            named[DEEP] = self.zeros(shape_of(deep, sizes), deep.dtype)
+        self._named: Mapping[str, DeviceArray] = {**named, "out": self.state.out}
+        self._bound = predictor.bind(self._named, self.zeros)
 
     def zeros(self, shape: Sequence[int], dtype: Any) -> DeviceArray:
         """Return memory that is freed with the arena."""
@@ -109,11 +130,13 @@ class Arena:
     # ---- Slots and lanes
 
     def make_room_for(self, jobs: Sequence[Job]) -> None:
-        """Allocate memory for what jobs keep of given pictures, where there is none yet and a job keeps something.
+        """Allocate memory for what jobs keep of given pictures, and of their full rows, where a job is the first to.
 
         Raises:
             DeviceMemoryError: there is not enough memory; nothing has changed.
         """
+        if self._shallow is None and any(job.table.shallow for job in jobs):
+            self._make_shallow()
         if self.state.mask is not None or all(job.kept is None for job in jobs):
             return
         shape = self.slots, *self.shapes.latents
@@ -121,6 +144,25 @@ class Arena:
         mask, known, noise = (held.part(k).reshape(*shape) for k in range(3))
         self.state = replace(self.state, mask=mask, known=known, known_noise=noise)
         self.close_graphs()  # they were captured without it
+
+    def _make_shallow(self) -> None:
+        deep = self._named[DEEP]
+        self._kept = self.zeros(deep.shape, deep.dtype)
+        turn = self.zeros((self.slots,), np.int32)
+        self._shallow = self._predictor.bind_shallow({**self._named, DEEP: self._kept})
+        self._turn = np.zeros(self.slots, np.int32)
+        self.state = replace(self.state, turn=turn)
+        self.take_turns(range(self.slots))
+        self.close_graphs()  # they were captured without it
+
+    def take_turns(self, slots: Collection[int]) -> None:
+        """Queue the copy that lets only these slots advance; without shallow rows all do, which is the same."""
+        if self.state.turn is None:
+            return
+        turn = np.isin(np.arange(self.slots), list(slots)).astype(np.int32)
+        if not np.array_equal(turn, self._turn):
+            self.gpu.upload(turn, self.state.turn)
+            self._turn = turn
 
     def place(self, slot: int, job: Job, lanes: Sequence[int]) -> None:
         """Queue the copies that put a job with its latents into a slot; its inputs are placed by `fill`."""
@@ -172,13 +214,17 @@ class Arena:
         """Queue the first input of newly placed jobs."""
         kernels.begin(self.gpu, self.state, first, count)
 
-    def call_network(self) -> None:
+    def call_network(self, depth: Depth = Depth.FULL) -> None:
         """Queue a call of the predictor on its current input."""
-        self._bound.enqueue()
+        bound = self._shallow if depth is Depth.SHALLOW else self._bound
+        assert bound is not None, "make_room_for comes first"
+        bound.enqueue()
 
-    def row(self, *, rescaled: bool) -> None:
-        """Queue one row of every job: a call of the predictor, then the kernel."""
-        self.call_network()
+    def row(self, *, rescaled: bool, depth: Depth = Depth.FULL) -> None:
+        """Queue one row of every job whose turn it is: a call of the predictor, then the kernel."""
+        self.call_network(depth)
+        if depth is Depth.KEPT:
+            kernels.keep(self.gpu, self.state, self._kept, self._named[DEEP])
         if rescaled:
             kernels.deviations(self.gpu, self.state)
         kernels.advance(self.gpu, self.state)
@@ -211,6 +257,8 @@ class Arena:
         """Free the memory."""
         self.close_graphs()
         self._bound.close()
+        if self._shallow is not None:
+            self._shallow.close()
         self._free()
 
     def _free(self) -> None:

@@ -68,15 +68,15 @@ class Denoiser:
             self._lanes.retire(job)
 
     def tick(self) -> list[Job]:
-        """Run one row of every job: one network call for the jobs of the same shapes.
+        """Run one row of every job: one network call for the jobs of the same shapes and depth.
 
         Returns:
             The jobs that moved; those among them that are done have been retired.
         """
         moved = list(self._jobs)
-        groups: dict[Shapes, list[Job]] = {}
+        groups: dict[tuple[Shapes, bool], list[Job]] = {}
         for job in moved:
-            groups.setdefault(job.shapes, []).append(job)
+            groups.setdefault((job.shapes, job.shallow), []).append(job)
         for group in groups.values():
             self._lanes.advance(group)
         for job in moved:

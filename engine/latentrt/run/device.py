@@ -6,7 +6,7 @@ from collections import deque
 from typing import Any
 
 from latentrt.model.predictor import Predictor
-from latentrt.run.arena import Arena, check_fresh
+from latentrt.run.arena import Arena, Depth, check_fresh
 from latentrt.run.job import Job, Shapes
 from latentrt.run.pool import Pool
 from latentrt.sampling.noise import TorchCudaNoise
@@ -49,7 +49,7 @@ class DeviceLanes:
         self._rooms[job.shapes].retire(job)
 
     def advance(self, jobs: list[Job]) -> None:
-        """Queue one row of all jobs of these shapes; wait only for those that are done or want previews."""
+        """Queue one row of these jobs, of the same shapes and depth; wait for those that are done or want previews."""
         self._rooms[jobs[0].shapes].advance(jobs)
 
     def close(self) -> None:
@@ -96,7 +96,8 @@ class _Room:
     def advance(self, jobs: list[Job]) -> None:
         for job in jobs:
             self._prepare(job)
-        self._tick(rescaled=any(job.guidance.rescale for job in jobs))
+        self._arena.take_turns([self.places[job][0] for job in jobs])
+        self._tick(Depth.of(jobs), rescaled=any(job.guidance.rescale for job in jobs))
         for job in jobs:
             job.row += 1
             if job.done or job.wants_preview:
@@ -111,12 +112,13 @@ class _Room:
             self._arena.add_noise(slot, self._noises[job], job.noise.normal(job.latents.shape))
             self._noises[job] += 1
 
-    def _tick(self, *, rescaled: bool) -> None:
+    def _tick(self, depth: Depth, *, rescaled: bool) -> None:
         """Queue a tick once fewer than TICKS_AHEAD earlier ones are unfinished, so that cancelling stays prompt."""
         while len(self._marks) >= TICKS_AHEAD:
             self._gpu.wait_for(self._marks.popleft())
         arena = self._arena
-        arena.launch(rescaled, lambda: arena.row(rescaled=rescaled), arena.call_network)
+        key = (rescaled, depth)
+        arena.launch(key, lambda: arena.row(rescaled=rescaled, depth=depth), lambda: arena.call_network(depth))
         self._marks.append(self._gpu.mark())
 
     def _fetch(self, job: Job) -> None:

@@ -42,6 +42,7 @@ class Job:
         tag: any value of the owner's.
         row: index of the next row.
         wants_preview: whether ticks leave the predicted clean latents in `preview`.
+        deep: the deep features of the last full row, (lanes, ...) float32, on the host, where later rows use them.
         error: why the job ended early, if it did.
         shapes: see `Shapes`.
     """
@@ -58,6 +59,7 @@ class Job:
     row: int = 0
     wants_preview: bool = False
     preview: Float32 | None = None
+    deep: Float32 | None = None
     error: LatentrtError | None = None
     memory: Float32 = field(init=False)
     shapes: Shapes = field(init=False)
@@ -76,6 +78,11 @@ class Job:
     def guided(self) -> bool:
         """Whether the next row takes two lanes."""
         return self.guidance.acts(self.row, len(self.table))
+
+    @property
+    def shallow(self) -> bool:
+        """Whether the next row uses deep features again."""
+        return bool(self.table.shallow) and self.table.shallow[self.row]
 
     @property
     def view(self) -> Float32:

@@ -35,7 +35,7 @@ class Lanes(Protocol):
         """Free an admitted job's room."""
 
     def advance(self, jobs: list[Job]) -> None:
-        """Move each of these jobs by one row: admitted, not done, of the same `shapes`."""
+        """Move each of these jobs by one row: admitted, not done, of the same `shapes`, all `shallow` or none."""
 
     def close(self) -> None:
         """Free all memory."""

@@ -45,7 +45,7 @@ def make_jobs(
         given = model.given(request.pictures, request.height, request.width)
     request = _placed(request, given)
     table = table_of(model, request)
-    guidance = Guidance(request.guidance or 1.0, request.guidance_rescale, request.guidance_interval)
+    guidance = _guidance(request)
     size = model.spec.latents.pixels_of(request.height, request.width)
     jobs = []
     for index in range(first, first + request.count):
@@ -77,7 +77,23 @@ def table_of(model: Model, request: Request) -> Table:
     strength = 1.0 if request.strength is None else request.strength
     table = tabulate(request.solver, model.schedule, request.steps or 1, strength=strength, **request.options)
     scalars = model.scalars(request, len(table))
-    return replace(table, scalars=scalars) if scalars else table
+    return replace(table, scalars=scalars, shallow=_shallow(request, len(table)))
+
+
+def _shallow(request: Request, rows: int) -> tuple[bool, ...]:
+    """Return `Table.shallow`: all rows but every `cache_interval`th, and those where guidance sets in."""
+    if request.cache_interval == 1:
+        return ()
+    guidance, kept, shallow = _guidance(request), False, list[bool]()
+    for row in range(rows):
+        guided = guidance.acts(row, rows)
+        shallow.append(row % request.cache_interval != 0 and guided <= kept)
+        kept = kept if shallow[-1] else guided
+    return tuple(shallow)
+
+
+def _guidance(request: Request) -> Guidance:
+    return Guidance(request.guidance or 1.0, request.guidance_rescale, request.guidance_interval)
 
 
 def _placed(request: Request, given: Given | None) -> Request:

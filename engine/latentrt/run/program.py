@@ -14,18 +14,20 @@ from typing import NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from latentrt.bundle.spec import DECODER, TEXT_ENCODER
+from latentrt.bundle.spec import CONDITIONER, DECODER, TEXT_ENCODER
 from latentrt.cuda import kernels
 from latentrt.cuda.array import DeviceArray
 from latentrt.cuda.kernels import PROGRESS
 from latentrt.errors import NetworkError, RequestError
 from latentrt.model.model import Model
-from latentrt.run.arena import Arena, check_fresh
+from latentrt.model.predictor import inputs_of
+from latentrt.run.arena import Arena, Depth, check_fresh
 from latentrt.run.job import Job, Shapes
 from latentrt.run.pool import Pool
 from latentrt.runtime.base import Bound, DeviceNetwork
 from latentrt.runtime.signature import shape_of, sizes_of
 from latentrt.sampling.noise import TorchCudaNoise
+from latentrt.sampling.table import Table
 
 Pixels = NDArray[np.uint8]
 KEPT = 4  # kinds of pictures whose memory and graphs are kept
@@ -44,7 +46,7 @@ class Course(NamedTuple):
     """What they must have in common besides to be drawn by the same graph."""
 
     pictures: int
-    rows: int
+    rows: tuple[Depth, ...]
     rescaled: bool
     zeros: bool
 
@@ -106,8 +108,10 @@ class _Canvas:
         self._ids: dict[str, DeviceArray] = {}
         self._states: list[DeviceArray] = []
         self._encoders: list[Bound] = []
+        self._hoisted: list[Bound] = []
         self._decoder: Bound | None = None
         try:
+            self._bind_hoisted([on_device(model, name) for name in model.spec.named(CONDITIONER)])
             encoders = model.spec.named(TEXT_ENCODER)
             for name in encoders:
                 self._bind_encoder(name, on_device(model, name), alone=len(encoders) == 1)
@@ -116,9 +120,19 @@ class _Canvas:
             self.close()
             raise
 
+    def _bind_hoisted(self, networks: Sequence[DeviceNetwork]) -> None:
+        """Bind what is computed once a picture to the predictor's inputs; what it alone reads gets memory here."""
+        self._inputs = dict(self._arena.inputs)
+        for name, tensor in inputs_of([network.graph for network in networks]).items():
+            if name not in self._inputs:
+                self._inputs[name] = self._arena.zeros(shape_of(tensor, {"batch": self._arena.lanes}), tensor.dtype)
+        for network in networks:
+            tensors = (*network.graph.inputs, *network.graph.outputs)
+            self._hoisted.append(network.bind({tensor.name: self._inputs[tensor.name] for tensor in tensors}))
+
     def _bind_encoder(self, name: str, encoder: DeviceNetwork, *, alone: bool) -> None:
         """Bind an encoder to the predictor's own inputs; states of several are copied side by side."""
-        zeros, inputs, lanes = self._arena.zeros, self._arena.inputs, self._arena.lanes
+        zeros, inputs, lanes = self._arena.zeros, self._inputs, self._arena.lanes
         (ids,) = encoder.graph.inputs
         outputs = {tensor.name: tensor for tensor in encoder.graph.outputs}
         tokens = dict(self._kind.shapes.inputs)[name]
@@ -153,17 +167,18 @@ class _Canvas:
     def draw(self, jobs: Sequence[Job]) -> list[Pixels]:
         """Run up to `count` jobs; slots beyond them stay idle."""
         zeros = bool(self._ids) and not set(self._ids) & set(jobs[0].uncond)
-        course = Course(len(jobs), len(jobs[0].table), jobs[0].guidance.rescale > 0, zeros)
+        course = Course(len(jobs), _depths(jobs[0].table), jobs[0].guidance.rescale > 0, zeros)
         self._arena.make_room_for(jobs)
         for slot, job in enumerate(jobs):
             self._place(slot, job)
         for slot in range(len(jobs), self.count):
             self._arena.empty(slot)
-        self._arena.launch(course, lambda: self._enqueue(course), self._warm_up)
+        self._arena.launch(course, lambda: self._enqueue(course), lambda: self._warm_up(course))
         return self._fetch(jobs)
 
-    def _warm_up(self) -> None:
-        self._arena.call_network()
+    def _warm_up(self, course: Course) -> None:
+        for depth in set(course.rows):
+            self._arena.call_network(depth)
         for bound in self._bounds:
             bound.enqueue()
 
@@ -183,24 +198,25 @@ class _Canvas:
         """Queue the work of whole pictures on the device."""
         self._encode(zeros=course.zeros)
         self._arena.begin()
-        for _ in range(course.rows):
-            self._arena.row(rescaled=course.rescaled)
+        for depth in course.rows:
+            self._arena.row(rescaled=course.rescaled, depth=depth)
         self._decode(course.pictures)
         self._gpu.copy(self._arena.state.progress, self._progress)
 
     def _encode(self, *, zeros: bool) -> None:
         for bound in self._encoders:
             bound.enqueue()
-        inputs = self._arena.inputs
         if len(self._states) > 1:
-            column, target = 0, _as_rows(inputs["encoder_hidden_states"])
+            column, target = 0, _as_rows(self._inputs["encoder_hidden_states"])
             for states in map(_as_rows, self._states):
                 self._gpu.copy_columns(states, target, column)
                 column += states.shape[1]
         if zeros and self._kind.guided:
             for name in TEXT_INPUTS:
-                if name in inputs:
-                    self._gpu.fill_zero(inputs[name].part(0, self.count))
+                if name in self._inputs:
+                    self._gpu.fill_zero(self._inputs[name].part(0, self.count))
+        for bound in self._hoisted:
+            bound.enqueue()
 
     def _decode(self, pictures: int) -> None:
         gpu, latents = self._gpu, self._latents
@@ -236,7 +252,7 @@ class _Canvas:
 
     @property
     def _bounds(self) -> list[Bound]:
-        return [*self._encoders, *([self._decoder] if self._decoder is not None else [])]
+        return [*self._encoders, *self._hoisted, *([self._decoder] if self._decoder is not None else [])]
 
     def close(self) -> None:
         """Free the memory."""
@@ -244,6 +260,12 @@ class _Canvas:
         for bound in self._bounds:
             bound.close()
         self._arena.close()
+
+
+def _depths(table: Table) -> tuple[Depth, ...]:
+    if not table.shallow:
+        return (Depth.FULL,) * len(table)
+    return tuple(Depth.SHALLOW if shallow else Depth.KEPT for shallow in table.shallow)
 
 
 def _as_rows(array: DeviceArray) -> DeviceArray:

@@ -9,7 +9,7 @@ from latentrt.cuda.gpu import Gpu
 from latentrt.errors import BackendError
 from latentrt.runtime.base import Backend
 
-BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx", "tensorrt-lean")
+BACKENDS = ("onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "tensorrt-lean")
 
 
 def open_backend(
@@ -20,16 +20,19 @@ def open_backend(
     precision: str | None = None,
     plans: str | Path | None = None,
     cache: bool = False,
+    spin: bool = True,
 ) -> Backend:
     """Open a backend on a device.
 
     Args:
         name: one of BACKENDS.
-        device: "cpu", "cuda" or "cuda:1"; None is the CPU for onnxruntime and "cuda" for TensorRT.
+        device: "cpu", "cuda" or "cuda:1"; None is "cuda" for TensorRT and the CPU for others. OpenVINO has others:
+            see `OpenVinoBackend`.
         threads: of a call on the CPU.
         precision: "fp32" or "fp16"; None is fp32 on a CPU and fp16 on a GPU.
         plans: a folder of TensorRT's plans; None is the bundle's place in the user's cache.
         cache: keep graphs that onnxruntime has optimized for this CPU in the user's cache, for quicker loading.
+        spin: whether threads of a call on the CPU wait for each other by spinning: see `OrtBackend`.
 
     Raises:
         BackendError: unknown name, device or precision, or the device cannot be used; nothing else is tried instead.
@@ -42,9 +45,13 @@ def open_backend(
 
         kind = (device or "cpu").partition(":")[0]
         if kind != "cuda":
-            return OrtBackend(kind, threads, precision=precision or "fp32", cache=cache)
+            return OrtBackend(kind, threads, precision=precision or "fp32", cache=cache, spin=spin)
         check_device(kind)  # before the driver is asked
         return _on(device, lambda gpu: OrtBackend(kind, threads, precision=precision or "fp16", gpu=gpu))
+    if name == "openvino":
+        from latentrt.runtime.openvino import OpenVinoBackend
+
+        return OpenVinoBackend(device or "cpu", threads, precision=precision or "fp32")
     if name in BACKENDS:
         from latentrt.runtime.tensorrt.backend import TensorRtBackend
         from latentrt.runtime.tensorrt.library import open_library

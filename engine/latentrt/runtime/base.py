@@ -47,12 +47,14 @@ class Facts(NamedTuple):
             different networks at the same time.
         exact: the numbers are those of the golden runs: float32 on a CPU.
         captures: calls are captured in CUDA graphs unless the caller says otherwise.
+        cores: a call with at least so many entries in its batch computes so many at the same time, one on each core.
     """
 
     fixed_lanes: bool = False
     one_stream: bool = False
     exact: bool = True
     captures: bool = False
+    cores: int = 1
 
 
 class Backend(Protocol):

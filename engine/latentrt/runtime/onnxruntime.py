@@ -14,11 +14,13 @@ from typing import Any
 from numpy.typing import NDArray
 
 from latentrt.bundle.bundle import Bundle
-from latentrt.bundle.spec import FP16_ORT_CUDA, FP32, GraphSpec
+from latentrt.bundle.spec import FP16, FP16_ORT_CUDA, FP32, FP32_ORT_CPU, GraphSpec
 from latentrt.cuda.array import DeviceArray
 from latentrt.cuda.gpu import Gpu
 from latentrt.errors import BackendError, MissingDependencyError, NetworkError
+from latentrt.runtime import spread
 from latentrt.runtime.base import Facts
+from latentrt.runtime.cores import usable_cores
 from latentrt.runtime.optimized import WEIGHTS, SavedGraph
 from latentrt.runtime.signature import Arrays, check_arrays, check_feeds
 
@@ -31,6 +33,7 @@ SHAPE_ARITHMETIC = {
     *("Add", "Cast", "Concat", "Constant", "ConstantOfShape", "Div", "Equal", "Expand", "Gather", "Identity", "Mul"),
     *("Range", "Reshape", "Shape", "Size", "Slice", "Squeeze", "Sub", "Unsqueeze", "Where"),
 }
+VARIANTS = {("cpu", FP32): (FP32_ORT_CPU, FP32), ("cpu", FP16): (FP16,), ("cuda", FP16): (FP16_ORT_CUDA,)}
 GUIDED_PICTURE = 2  # lanes
 
 
@@ -43,14 +46,15 @@ class OrtBackend:
 
     Args:
         device: "cpu" or "cuda".
-        threads: threads of one network call on the CPU; None for all physical cores.
+        threads: CPU threads of one network call; None for all cores that `usable_cores` counts. Where a batch has as
+            many entries, each thread computes its own (see `spread`); otherwise they share each operator.
         gpu: the opened device; its stream and memory are then used, and networks are `DeviceNetwork`s.
         precision: "fp32", or "fp16" for the bundle's half-precision graphs (on a CPU the slower ones; "cuda" has no
             others).
         spin: whether threads wait for each other by spinning within a call. On idle cores that is a fifth faster; where
             other processes hold cores, it is twice as slow. Between calls they never spin.
+        provider_options: for ONNX Runtime's provider, over PROVIDER_OPTIONS.
         cache: on "cpu", keep optimized graphs in the user's cache and load those: see `SavedGraph`.
-        provider_options: of ONNX Runtime's provider, over those set here; to measure what they do.
 
     Raises:
         MissingDependencyError: ONNX Runtime is not installed.
@@ -68,25 +72,29 @@ class OrtBackend:
         gpu: Gpu | None = None,
         spin: bool = True,
         cache: bool = False,
-        provider_options: Mapping[str, str] | None = None,
+        provider_options: Mapping[str, str] = {},
     ) -> None:
         check_device(device)
         if threads is not None and threads < 1:
             raise BackendError(f"threads is {threads!r}", needed="a whole number of 1 or more")
-        if device == "cuda" and precision != "fp16":
-            raise BackendError(
-                f"the precision is {precision!r}", needed="fp16 on cuda", fix="pass precision='fp16', or leave it out"
-            )
+        if (device, precision) not in VARIANTS:
+            needed, fix = "fp32 or fp16; on cuda fp16", "pass precision='fp16', or leave it out"
+            raise BackendError(f"the precision is {precision!r}", needed=needed, fix=fix)
         self.device = device
         self.precision = precision
-        self.variants: tuple[str, ...] = (FP16_ORT_CUDA if device == "cuda" else precision,)
+        self.variants: tuple[str, ...] = VARIANTS[device, precision]
         self.gpu = gpu
         on_gpu = gpu is not None
-        self.facts = Facts(fixed_lanes=on_gpu, one_stream=on_gpu, exact=not on_gpu and precision == FP32)
-        self.threads = threads
+        self.threads = threads or usable_cores()
+        self.facts = Facts(
+            fixed_lanes=on_gpu,
+            one_stream=on_gpu,
+            exact=not on_gpu and precision == FP32,
+            cores=1 if on_gpu else self.threads,
+        )
         self.spin = spin
         self.cache = cache and device == "cpu"
-        self.provider_options = dict(provider_options or {})
+        self.provider_options = dict(provider_options)
 
     def load(self, bundle: Bundle, network: str) -> OrtNetwork:
         """Load a network's graph and the weights it points to.
@@ -99,7 +107,7 @@ class OrtBackend:
         path, make = bundle.path(graph.path), partial(self.session, opset=graph.opset)
         session = SavedGraph(bundle, graph, _build()).session(path, make) if self.cache else make(path)
         if self.gpu is None:
-            return OrtNetwork(session, graph)
+            return OrtNetwork(session, graph, self.threads)
         return OrtDeviceNetwork(session, graph, self.gpu, self.device)
 
     def session(self, path: Path, opset: int, *, optimize: bool = True, save_to: Path | None = None) -> Any:
@@ -141,7 +149,7 @@ class OrtBackend:
     def _options(self) -> Any:
         options = load_onnxruntime().SessionOptions()
         options.log_severity_level = 3
-        options.intra_op_num_threads = self.threads or 0
+        options.intra_op_num_threads = self.threads
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(self.spin)))
         options.add_session_config_entry("session.force_spinning_stop", "1")  # idle networks would steal cores
         if self.gpu is not None:
@@ -203,11 +211,19 @@ def check_device(device: str) -> None:
 
 
 class OrtNetwork:
-    """One ONNX Runtime session."""
+    """One ONNX Runtime session.
 
-    def __init__(self, session: Any, graph: GraphSpec) -> None:
+    Args:
+        session: an `onnxruntime.InferenceSession` of the graph.
+        graph: its signature.
+        threads: the session's, over which the entries of a batch are spread.
+    """
+
+    def __init__(self, session: Any, graph: GraphSpec, threads: int = 1) -> None:
         self._session = session
         self.graph = graph
+        self._threads = threads
+        self._batch = spread.batch_of(graph)
         self._outputs = [tensor.name for tensor in graph.outputs]
 
     def __call__(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
@@ -216,9 +232,10 @@ class OrtNetwork:
         Raises:
             NetworkError: the feeds do not fit the signature, or ONNX Runtime fails.
         """
-        check_feeds(self.graph, feeds)
+        sizes = check_feeds(self.graph, feeds)
+        parts = spread.parts_of(sizes[self._batch], self._threads) if self._batch else 1
         try:
-            results = self._session.run(self._outputs, dict(feeds))
+            results = spread.run(self._session, self._outputs, feeds, parts)
         except Exception as error:
             raise _failed(self.graph.path, error) from error
         return dict(zip(self._outputs, results, strict=True))

@@ -69,7 +69,8 @@ class Table:
     normal noise is multiplied by to become the first latents. A row is a network call, not a step: Heun at N steps has
     2N - 1 rows. `known`, (rows + 1, 2) float64, has the weights of clean latents and of noise that make latents of the
     level before the first row, and after each row (`noised`). `scalars` are further columns by name, (rows,) float64:
-    inputs of the network that are one number for each lane, as the timestep is.
+    inputs of the network that are one number for each lane, as the timestep is. `shallow` says of each row whether it
+    uses the network's deep features of an earlier row again; empty where none does.
     """
 
     solver: str
@@ -78,6 +79,7 @@ class Table:
     array: NDArray[np.float64]
     known: NDArray[np.float64]
     scalars: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    shallow: tuple[bool, ...] = ()
 
     def __len__(self) -> int:
         return len(self.array)

@@ -23,6 +23,7 @@ from ray import serve as ray_serve
 
 from latentrt.errors import BackendError
 from latentrt.run.lanes import ON_A_CPU
+from latentrt.runtime.cores import usable_cores
 from latentrt.serve.core.scheduler import Scheduler
 from latentrt.serve.process.config import Settings, load_settings
 from latentrt.serve.process.logs import configure, logger
@@ -143,12 +144,12 @@ def _needs(settings: Settings) -> dict[str, int]:
             needed="cuda, or cpu",
             fix="leave the number out: Ray gives each replica its GPU",
         )
-    on_gpu = kind == "cuda" or settings.backend != "onnxruntime"
+    on_gpu = kind == "cuda" or settings.backend.startswith("tensorrt")
     return {"num_gpus": 1, "num_cpus": 1} if on_gpu else {"num_cpus": _threads(settings)}
 
 
 def _threads(settings: Settings) -> int:
-    return settings.threads or max(1, (os.cpu_count() or 1) // settings.most_replicas)
+    return settings.threads or max(1, usable_cores() // settings.most_replicas)
 
 
 def _build(settings: Settings) -> FastAPI:

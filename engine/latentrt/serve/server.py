@@ -92,6 +92,7 @@ def loaded(settings: Settings) -> Iterator[Engine]:
         threads=settings.threads,
         lanes=settings.lanes,
         cache=settings.cache,
+        spin=settings.spin,
     ) as engine:
         if settings.edits:
             pipeline.load_encoder(engine)

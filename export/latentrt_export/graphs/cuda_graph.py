@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from latentrt.bundle.spec import FP16, FP16_ORT_CUDA, ModelSpec, Variant
-from latentrt_export.graphs.fused import PASSES, Pass, fuse
+from latentrt_export.graphs.fused import PASSES, Pass, run_passes
 from latentrt_export.graphs.lower import Builder, check_attention, lower, number, replace
 
 OPSET = 21  # the last one with InstanceNormalization 6
@@ -28,7 +28,7 @@ def cuda_path(path: str) -> str:
     return str(PurePosixPath(path).with_suffix(".cuda.onnx"))
 
 
-def for_cuda(model: ir.Model, passes: Sequence[Pass] = PASSES) -> dict[str, int]:
+def for_cuda(model: ir.Model, passes: Sequence[Pass] = PASSES, *, fused: bool = True) -> dict[str, int]:
     """Turn a half graph into the graph for ONNX Runtime's CUDA provider, in place; types stay as they are.
 
     Opset 21 has no Attention. Where nothing is masked, MultiHeadAttention takes its place, with the same fused kernels
@@ -37,7 +37,8 @@ def for_cuda(model: ir.Model, passes: Sequence[Pass] = PASSES) -> dict[str, int]
 
     Args:
         model: a half graph of a bundle, read with `onnx_ir.load`; a float32 one is rewritten alike.
-        passes: of `latentrt_export.graphs.fused`; () for the plain graph, with MultiHeadAttention alone.
+        passes: of `latentrt_export.graphs.fused`.
+        fused: False for the plain graph, to compare with: attention alone is fused, as with no passes.
 
     Returns:
         How many places each pass changed, by its name.
@@ -46,13 +47,12 @@ def for_cuda(model: ir.Model, passes: Sequence[Pass] = PASSES) -> dict[str, int]
         ExportError: the graph has an Attention with what export never writes (see `latentrt_export.graphs.lower`).
     """
     for node in list(model.graph):
-        if node.op_type == "Attention" and _is_plain(node):
-            _fuse(model.graph, node)
-            model.opset_imports[CONTRIB] = 1
+        if node.op_type == "Attention" and is_plain(node):
+            fuse(model, node)
         elif node.op_type == "ArgMax" and _is_of_tokens(node):
             replace(model.graph, node, _first_of_largest)
     lower(model, OPSET)
-    return fuse(model, passes)
+    return run_passes(model, passes if fused else ())
 
 
 def cuda_variants(root: Path, spec: ModelSpec, name: str = "plain", passes: Sequence[Pass] = ()) -> ModelSpec:
@@ -80,19 +80,21 @@ def cuda_variants(root: Path, spec: ModelSpec, name: str = "plain", passes: Sequ
     return changed(spec, networks=networks)
 
 
-def _is_plain(node: ir.Node) -> bool:
+def is_plain(node: ir.Node) -> bool:
     """Return whether MultiHeadAttention can replace it: three axes, no mask, the kernels' own softmax."""
     check_attention(node)
     masked = any(value is not None for value in node.inputs[3:]) or number(node, "is_causal", 0)
     return not masked and not number(node, "softmax_precision", 0) and len(node.inputs[0].shape) == 3
 
 
-def _fuse(graph: ir.Graph, node: ir.Node) -> None:
+def fuse(model: ir.Model, node: ir.Node) -> None:
+    """Put MultiHeadAttention in the place of an Attention that `is_plain`."""
     attributes: dict[str, int | float] = {"num_heads": node.attributes["q_num_heads"].as_int()}
     if scale := number(node, "scale", 0.0):
         attributes["scale"] = scale
     fused = ir.node("MultiHeadAttention", node.inputs[:3], attributes, domain=CONTRIB, name=node.name)
-    ir.convenience.replace_nodes_and_values(graph, node, [node], [fused], node.outputs[:1], fused.outputs)
+    model.opset_imports[CONTRIB] = 1
+    ir.convenience.replace_nodes_and_values(model.graph, node, [node], [fused], node.outputs[:1], fused.outputs)
 
 
 def _is_of_tokens(node: ir.Node) -> bool:

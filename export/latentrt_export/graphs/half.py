@@ -35,7 +35,7 @@ def half_path(path: str) -> str:
     return str(PurePosixPath(path).with_suffix(".fp16.onnx"))
 
 
-def to_half(model: ir.Model, islands: Collection[str] = ()) -> None:
+def to_half(model: ir.Model, islands: Collection[str] = (), exact: Collection[str] = ()) -> None:
     """Turn a bundle's float32 graph into the float16 graph, in place.
 
     Inputs and outputs are float16 too, save for the two that hold times and sizes. Weights are read where they were:
@@ -44,6 +44,7 @@ def to_half(model: ir.Model, islands: Collection[str] = ()) -> None:
     Args:
         model: a graph as export writes it, read with `onnx_ir.load`.
         islands: names of nodes, or of their outputs, that stay in float32.
+        exact: names of inputs and outputs that stay float32 too.
     """
     common.ShapeInferencePass(data_prop=False)(model)
     graph = model.graph
@@ -52,14 +53,14 @@ def to_half(model: ir.Model, islands: Collection[str] = ()) -> None:
     single |= {n for n in graph if n.name in islands or any(value.name in islands for value in n.outputs)}
     _follow_consumers(graph, constants(graph, shapes=True), single)
     for value in graph.inputs:
-        if value.dtype == SINGLE and value.name not in TIME_INPUTS:
+        if value.dtype == SINGLE and value.name not in (*TIME_INPUTS, *exact):
             value.dtype = HALF
     retyped = _Retyped(graph)
     for node in list(graph):
         if not _is_weight_cast(node):
             _retype(node, SINGLE if node in single else HALF, retyped)
     for index, value in enumerate(graph.outputs):
-        if value.dtype == SINGLE:
+        if value.dtype == SINGLE and value.name not in exact:
             graph.outputs[index] = _under_its_name(value, retyped(value, HALF, None))
     common.RemoveUnusedNodesPass()(model)
 

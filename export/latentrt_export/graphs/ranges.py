@@ -56,11 +56,16 @@ def overflowing(model: ir.Model, ranges: Ranges, margin: float = MARGIN) -> tupl
     """Return the names of the nodes of a float32 graph that read or write a value within `margin` of float16's end."""
 
     def fits(node: ir.Node) -> bool:
-        names = [value.name for value in (*node.inputs, *node.outputs) if value is not None]
+        names = [str(value.name) for value in (*node.inputs, *node.outputs) if value is not None]
         names += [f"{value.name}{SCORES}" for value in node.outputs]
-        return all(ranges.get(name, 0.0) <= LARGEST / margin for name in names)  # a NaN does not fit
+        return not too_large(ranges, names, margin)
 
     return tuple(node.name for node in model.graph if not fits(node))
+
+
+def too_large(ranges: Ranges, names: Iterable[str], margin: float = MARGIN) -> tuple[str, ...]:
+    """Return those of the named tensors that are within `margin` of float16's end, or not finite."""
+    return tuple(name for name in names if not ranges.get(name, 0.0) <= LARGEST / margin)
 
 
 def measure_networks(root: Path, spec: ModelSpec) -> dict[str, dict[str, float]]:

@@ -13,7 +13,7 @@ from latentrt.bundle.bundle import Bundle
 from latentrt.command.terminal import show, table_of
 from latentrt.errors import MissingDependencyError
 from latentrt.runtime.tensorrt.plans import PlanStore
-from latentrt.runtime.tensorrt.record import REFITTABLE, STRIPPED, VERSION_COMPATIBLE, PlanRecord
+from latentrt.runtime.tensorrt.record import LEVEL, REFITTABLE, STRIPPED, VERSION_COMPATIBLE, PlanRecord
 
 if TYPE_CHECKING:
     from latentrt.cuda.gpu import Gpu
@@ -74,6 +74,7 @@ def _build(
     strip: bool,
     refittable: bool,
     version_compatible: bool,
+    optimization_level: int | None,
     rebuild: bool,
     ignore_estimate: bool,
     dry_run: bool,
@@ -82,6 +83,7 @@ def _build(
     from latentrt_export.plans.to_tensorrt import build_plans, estimates_of, free_memory, orders_of
 
     flags = {STRIPPED: strip, REFITTABLE: refittable, VERSION_COMPATIBLE: version_compatible}
+    levels = [] if optimization_level is None else [f"{LEVEL}{optimization_level}"]
     orders = orders_of(
         bundle,
         library,
@@ -89,7 +91,7 @@ def _build(
         shapes,
         precision=precision,
         networks=networks,
-        options=[name for name, wanted in flags.items() if wanted],
+        options=[name for name, wanted in flags.items() if wanted] + levels,
         workspace=None if workspace is None else int(workspace * 2**30),
         plans=plans,
     )

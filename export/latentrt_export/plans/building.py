@@ -7,8 +7,9 @@ from typing import Any
 
 from latentrt.errors import PlanError
 from latentrt.runtime.tensorrt.library import Library
-from latentrt.runtime.tensorrt.record import REFITTABLE, STRIPPED, VERSION_COMPATIBLE
+from latentrt.runtime.tensorrt.record import LEVEL, REFITTABLE, STRIPPED, VERSION_COMPATIBLE, PlanKey
 
+LEVELS = tuple("012345")
 BROKEN_REFIT = (11, 3)  # its own documentation: the bias of a product can get lost
 
 
@@ -67,6 +68,12 @@ def option_flags(library: Library, options: Collection[str]) -> list[str]:
     return flags
 
 
+def set_level(config: Any, key: PlanKey) -> None:
+    """Set the optimization level of an IBuilderConfig, where the key names one."""
+    if any(option.startswith(LEVEL) for option in key.options):
+        config.builder_optimization_level = key.level
+
+
 def aim(library: Library, config: Any, compute_capability: str) -> None:
     """Have RTX build for a compute capability; TensorRT builds for the GPU in use."""
     if library.rtx:
@@ -109,6 +116,13 @@ def _check_options(library: Library, options: Collection[str], flags: list[str])
     asked = f"{library.name} {library.version} was asked for a plan that is {' and '.join(options)}"
     if lacking := [name for name in flags if not hasattr(library.module.BuilderFlag, name)]:
         raise PlanError(asked, needed=f"a version that has {lacking[0]}", fix="update it, or leave that option out")
+    levels = [option for option in options if option.startswith(LEVEL)]
+    if unknown := [option for option in levels if option.removeprefix(LEVEL) not in LEVELS]:
+        raise PlanError(f"the option is {unknown[0]}", needed=f"{LEVEL}N with N from 0 to 5")
+    if levels and library.rtx:  # it takes the number, and writes the same plan
+        raise PlanError(
+            asked, needed="tensorrt: a level changes nothing in RTX", fix="build without --optimization-level"
+        )
     if VERSION_COMPATIBLE in options and library.rtx:
         raise PlanError(asked, needed="a plan for exactly this version", fix="build without --version-compatible")
     if VERSION_COMPATIBLE in options and {STRIPPED, REFITTABLE} & set(options):

@@ -124,6 +124,7 @@ class _Builder:
         building.let_attention_decompose(library, self._network)
         config = self._builder.create_builder_config()
         building.configure(library, config, key.options)
+        building.set_level(config, key)
         building.aim(library, config, key.compute_capability)
         building.limit(library, config, self._order.workspace)
         for profile in key.profiles:

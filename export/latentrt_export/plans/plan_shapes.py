@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from latentrt.bundle.spec import DENOISER, ENCODER, TEXT_ENCODER, LatentSpec, ModelSpec
+from latentrt.bundle.spec import CONDITIONER, DENOISER, ENCODER, SHALLOW, TEXT_ENCODER, LatentSpec, ModelSpec
 from latentrt.errors import PlanError, RequestError
 from latentrt.runtime.tensorrt.record import Profile, Range
 from latentrt.values import parse_size, parse_whole
@@ -44,7 +44,8 @@ def shapes_of(spec: ModelSpec, settings: Mapping[str, str], profiles: Sequence[s
 def profiles_of(spec: ModelSpec, network: str, asked: Sequence[Shapes]) -> tuple[Profile, ...]:
     """Return a network's profiles, each once: the ranges of its graph's symbolic dimensions.
 
-    Text encoders have two for each of `asked`: one prompt, and as many as the lanes, for a picture in one launch.
+    Text encoders and conditioners have two for each of `asked`: one prompt, and as many as the lanes, for a picture in
+    one launch.
 
     Raises:
         PlanError: its graph has an unknown symbolic dimension.
@@ -65,10 +66,10 @@ def profiles_of(spec: ModelSpec, network: str, asked: Sequence[Shapes]) -> tuple
 
 
 def _ranges(spec: ModelSpec, network: str, shapes: Shapes) -> list[dict[str, Range]]:
-    if spec.networks[network].role == TEXT_ENCODER:
+    if spec.networks[network].role in (TEXT_ENCODER, CONDITIONER):
         batches = [(1, 1, 1), shapes.lanes]
     else:
-        batches = [shapes.lanes if spec.networks[network].role == DENOISER else shapes.pictures]
+        batches = [shapes.lanes if spec.networks[network].role in (DENOISER, SHALLOW) else shapes.pictures]
     factor = 1 if spec.networks[network].role == ENCODER else spec.latents.factor  # it reads pixels, the others latents
     height, width = (_divided(side, factor) for side in (shapes.height, shapes.width))
     return [{"batch": batch, "height": height, "width": width} for batch in batches]

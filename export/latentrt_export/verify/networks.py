@@ -1,4 +1,4 @@
-"""The first depth: every graph against its torch module, and half graphs against float32 ones."""
+"""The first depth: every graph against its torch module, and a network's other graphs against the first."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from latentrt.bundle.spec import ENCODER, FP16, FP32, TEXT_ENCODER, GraphSpec
+from latentrt.bundle.spec import CONDITIONER, DENOISER, ENCODER, FP16, FP32, FP32_ORT_CPU, TEXT_ENCODER, GraphSpec
 from latentrt.engine import Engine
+from latentrt.model.predictor import inputs_of
 from latentrt.model.text import Text
+from latentrt.runtime.base import call
 from latentrt.runtime.signature import shape_of
 from latentrt_export.graphs.half import emulate
 from latentrt_export.graphs.ranges import open_session
@@ -31,57 +33,85 @@ def network_checks(engine: Engine, checkpoint: Path) -> Iterator[Check]:
     spec = engine.spec
     tokens = max((int(spec.networks[name].inputs[0].shape[1]) for name in spec.named(TEXT_ENCODER)), default=0)
     for name, own in spec.networks.items():
-        runs: list[tuple[Arrays, Arrays]] = []
+        if own.role == CONDITIONER:  # a part of the denoiser's module, compared with it
+            continue
+        runs: list[Arrays] = []
         with comparing(name):
             module = load_network(checkpoint, name, tokens=tokens).module
-        graph = own.graph(FP32)
-        network = engine.backend.load(engine.bundle, name)
-        pairs: dict[str, list[tuple[Array, Array]]] = {tensor.name: [] for tensor in graph.outputs}
+        parts = [*spec.named(CONDITIONER), name] if own.role == DENOISER else [name]
+        networks = {part: engine.backend.load(engine.bundle, part) for part in parts}
+        inputs = inputs_of([spec.networks[part] for part in parts])
+        pairs: dict[str, list[tuple[Array, Array]]] = {tensor.name: [] for tensor in own.outputs}
         for prompts, size in zip((PROMPTS, PROMPTS[:1]), _sizes(engine), strict=True):
-            feeds = make_feeds(engine, name, prompts, size)
-            ours = network(feeds)
-            runs.append((feeds, ours))
+            feeds = make_feeds(engine, parts, prompts, size)
+            known = dict(feeds)
+            for network in networks.values():
+                known |= call(network, known)
+            runs.append(known)
             with torch.no_grad(), comparing(name):
-                theirs = module(**{tensor.name: torch.from_numpy(feeds[tensor.name]) for tensor in graph.inputs})
+                theirs = module(**{key: torch.from_numpy(feeds[key]) for key in inputs})
             theirs = theirs if isinstance(theirs, tuple) else (theirs,)
-            for tensor, expected in zip(graph.outputs, theirs, strict=True):
-                pairs[tensor.name].append((ours[tensor.name], expected.numpy()))
+            for tensor, expected in zip(own.outputs, theirs, strict=True):
+                pairs[tensor.name].append((known[tensor.name], expected.numpy()))
         for output, values in pairs.items():
             with comparing(name):  # outputs of other shapes
                 l2 = worst([relative_l2(a, b) for a, b in values])
                 largest = worst([difference(a, b) for a, b in values])
             yield Check("network", f"{name}: {output}", "relative L2, worst of 2 sizes", l2, NETWORK_BOUND)
             yield Check("network", f"{name}: {output}", "max abs, relative to the largest", largest, LARGEST_BOUND)
-        network.close()
-        if FP16 in own.variants:
-            half = own.graph(FP16)
-            yield half_check(engine.bundle.path(half.path), half, name, runs)
+        for part, network in networks.items():
+            network.close()
+            plain, variants = spec.networks[part].graph(FP32), spec.networks[part].variants
+            if network.graph.path != plain.path:
+                yield plain_check(engine.bundle.path(plain.path), plain, part, runs)
+            if FP16 in variants:
+                half = spec.networks[part].graph(FP16)
+                yield half_check(engine.bundle.path(half.path), half, part, runs)
 
 
-def half_check(path: Path, graph: GraphSpec, name: str, runs: Sequence[tuple[Arrays, Arrays]]) -> Check:
-    """Measure a half graph against its float32 one, on the same feeds, rounding as a GPU would."""
+def plain_check(path: Path, graph: GraphSpec, name: str, runs: Sequence[Arrays]) -> Check:
+    """Measure the plain float32 graph, which other runtimes read, against the one that the engine ran."""
+    session = open_session(ir.load(path), path.parent)
+    names = [tensor.name for tensor in graph.outputs]
+    errors = [
+        relative_l2(array, known[output])
+        for known in runs
+        for output, array in zip(
+            names, session.run(names, {tensor.name: known[tensor.name] for tensor in graph.inputs}), strict=True
+        )
+    ]
+    what = f"{name} in {FP32}"
+    return Check("network", what, f"relative L2 to {FP32_ORT_CPU}, worst of 2 sizes", worst(errors), NETWORK_BOUND)
+
+
+def half_check(path: Path, graph: GraphSpec, name: str, runs: Sequence[Arrays]) -> Check:
+    """Measure a half graph against its float32 one, on the same feeds, rounding as a GPU would.
+
+    `runs` have its inputs, and what the float32 graph made of them.
+    """
     model = ir.load(path)
     emulate(model)
     session = open_session(model, path.parent)
     names = [tensor.name for tensor in graph.outputs]
     errors = []
-    for feeds, expected in runs:
-        narrow = {tensor.name: feeds[tensor.name].astype(tensor.dtype) for tensor in graph.inputs}
+    for expected in runs:
+        narrow = {tensor.name: expected[tensor.name].astype(tensor.dtype) for tensor in graph.inputs}
         for output, array in zip(names, session.run(names, narrow), strict=True):
             errors.append(relative_l2(array.astype(np.float32), expected[output]))
     return Check("network", f"{name} in float16", "relative L2 to float32, worst of 2 sizes", worst(errors), HALF_BOUND)
 
 
-def make_feeds(engine: Engine, name: str, prompts: Sequence[str], size: tuple[int, int]) -> dict[str, Array]:
-    """Return inputs of a graph: the prompts' tokens and text states, timesteps, and normal numbers for all others.
+def make_feeds(engine: Engine, parts: Sequence[str], prompts: Sequence[str], size: tuple[int, int]) -> dict[str, Array]:
+    """Return inputs of networks that are called in turn: the prompts' tokens and text states, timesteps, and normal
+    numbers for all others.
 
     `size` is the latents' (height, width).
     """
     spec, text, draw = engine.spec, engine.model.text, np.random.default_rng(0)
-    network = spec.networks[name]
+    network = spec.networks[parts[-1]]
     if network.role == TEXT_ENCODER:
         assert text is not None
-        (own,) = (encoder for encoder in text.encoders if encoder.name == name)
+        (own,) = (encoder for encoder in text.encoders if encoder.name == parts[-1])
         return {"input_ids": np.stack([own.tokenizer.encode(prompt).ids for prompt in prompts])}
     texts = _texts(text, prompts)
     scale = spec.latents.factor if network.role == ENCODER else 1
@@ -89,7 +119,7 @@ def make_feeds(engine: Engine, name: str, prompts: Sequence[str], size: tuple[in
     sizes = {"batch": len(prompts), "height": height, "width": width}
     pixels = [side * spec.latents.factor for side in size]
     feeds: dict[str, Array] = {}
-    for tensor in network.inputs:
+    for tensor in inputs_of([spec.networks[part] for part in parts]).values():
         shape = shape_of(tensor, sizes)
         if tensor.name in texts:
             feeds[tensor.name] = texts[tensor.name]

@@ -48,7 +48,7 @@ def test_half_graphs_of_a_bundle(exported: Exported, name: str) -> None:
         exact = {node for node in model.graph if any(value.dtype == SINGLE for value in node.outputs)}
         assert exact >= {node for node in timing(model.graph) if node.op_type != "Cast"}
         assert all(node.op_type != "Cast" for node in exact)
-        assert len(exact) == (TIMES.get(name, 8) if network == "unet" else 0)
+        assert len(exact) == (TIMES.get(name, 8) if network in ("unet", "unet_shallow") else 0)
         islands = spec.networks[network].variants["fp16"].islands
         assert islands is not None
         assert islands.nodes == ()

@@ -30,7 +30,7 @@ def _feeds(graph: GraphSpec) -> Arrays:
     sizes = {"batch": 2, "height": 13, "width": 10}
     if graph.inputs[0].name == "image":
         sizes |= {"height": 48, "width": 32}
-    if "encoder_hidden_states" not in {tensor.name for tensor in graph.inputs}:
+    if not any(tensor.name.startswith("text.") for tensor in graph.inputs):
         sizes |= {"height": 16, "width": 24}  # a pixel model's sides must halve evenly
     feeds: Arrays = {}
     for tensor in graph.inputs:

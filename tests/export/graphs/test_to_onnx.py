@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from safetensors.numpy import load_file, save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from latentrt.bundle.bundle import Bundle
-from latentrt.bundle.spec import GraphSpec
+from latentrt.bundle.spec import ModelSpec, TensorSpec
+from latentrt.model.predictor import inputs_of
 from latentrt.model.tokenizer import Tokenizer
 from latentrt_export.graphs import passes
 from latentrt_export.graphs.to_onnx import quiet, trace
@@ -39,17 +40,50 @@ def test_graphs_give_what_torch_gives(exported: Callable[[str], tuple[Path, Path
     _, root = exported(name)
     spec = Bundle.open(root).spec
     for network, graph in spec.graphs().items():
-        session = _session(root / graph.path)
+        if network in ("unet_text", "unet_shallow"):  # with the UNet
+            continue
+        parts = [name for name in ("unet_text",) if network == "unet" and name in spec.networks] + [network]
+        inputs = inputs_of([spec.networks[part] for part in parts])
         torch_network = _torch_network(root, network)
         for size in SIZES if spec.latents.multiple == 1 else MULTIPLES:
-            feeds = _feeds(root, graph, network, size, spec.latents.factor)
+            feeds = _feeds(root, tuple(inputs.values()), network, size, spec.latents.factor)
             with torch.no_grad():
                 wanted = torch_network({k: torch.from_numpy(v) for k, v in feeds.items()})
-            got = session.run(None, feeds)
-            assert [o.name for o in session.get_outputs()] == list(wanted)
-            for array, tensor in zip(got, wanted.values(), strict=True):
-                assert array.dtype == np.float32
-                np.testing.assert_allclose(array, tensor.numpy(), rtol=0, atol=BOUND, err_msg=f"{network} {size}")
+            got = _run(root, spec, parts, feeds)
+            assert {tensor.name for tensor in graph.outputs} - {"deep"} == set(wanted)
+            for name, tensor in wanted.items():
+                assert got[name].dtype == np.float32
+                np.testing.assert_allclose(got[name], tensor.numpy(), rtol=0, atol=BOUND, err_msg=f"{network} {size}")
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+def test_the_shallow_unet_goes_on_from_the_depth_of_the_whole(
+    exported: Callable[[str], tuple[Path, Path]], name: str
+) -> None:
+    """To the bit; and it is small."""
+    _, root = exported(name)
+    spec = Bundle.open(root).spec
+    parts = [name for name in ("unet_text", "unet") if name in spec.networks]
+    inputs = tuple(inputs_of([spec.networks[part] for part in parts]).values())
+    feeds = _feeds(root, inputs, "unet", (SIZES if spec.latents.multiple == 1 else MULTIPLES)[1], spec.latents.factor)
+    known = _run(root, spec, parts, feeds)
+    again = _run(root, spec, ["unet_shallow"], {**feeds, **known})
+    np.testing.assert_array_equal(again["out"], known["out"])
+    other = _run(root, spec, ["unet_shallow"], {**feeds, **known, "timestep": feeds["timestep"] * np.float32(0.5)})
+    assert not np.array_equal(other["out"], known["out"])
+    graphs = spec.graphs()
+    assert graphs["unet_shallow"].nodes < 0.5 * graphs["unet"].nodes
+
+
+def _run(root: Path, spec: ModelSpec, parts: Sequence[str], feeds: Arrays) -> Arrays:
+    """Run graphs in turn; return all that is then known."""
+    known = dict(feeds)
+    for part in parts:
+        session, graph = _session(root / spec.graphs()[part].path), spec.graphs()[part]
+        assert [o.name for o in session.get_outputs()] == [tensor.name for tensor in graph.outputs]
+        got = session.run(None, {tensor.name: known[tensor.name] for tensor in graph.inputs})
+        known |= dict(zip((tensor.name for tensor in graph.outputs), got, strict=True))
+    return known
 
 
 def _session(path: Path) -> onnxruntime.InferenceSession:
@@ -92,7 +126,7 @@ def _noise(unet: Any, x: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return unet(x["sample"], x["timestep"], x["encoder_hidden_states"], added_cond_kwargs=added).sample
 
 
-def _feeds(root: Path, graph: GraphSpec, network: str, size: tuple[int, int, int], factor: int) -> Arrays:
+def _feeds(root: Path, inputs: Sequence[TensorSpec], network: str, size: tuple[int, int, int], factor: int) -> Arrays:
     rng = np.random.default_rng(0)
     if network.startswith("text_encoder"):
         tokenizer = Tokenizer.open(root / network.replace("text_encoder", "tokenizer"))
@@ -100,7 +134,7 @@ def _feeds(root: Path, graph: GraphSpec, network: str, size: tuple[int, int, int
         return {"input_ids": np.stack([tokenizer.encode(p).ids for p in prompts[: size[0]]])}
     scale = factor if network == "vae_encoder" else 1
     sizes = {"batch": size[0], "height": size[1] * scale, "width": size[2] * scale}
-    shapes = {t.name: [sizes[d] if isinstance(d, str) else d for d in t.shape] for t in graph.inputs}
+    shapes = {t.name: [sizes[d] if isinstance(d, str) else d for d in t.shape] for t in inputs}
     ranges, feeds = {"timestep": 999.0, "time_ids": 1024.0}, {}
     for name, shape in shapes.items():
         if name in ranges:
@@ -115,17 +149,15 @@ def _feeds(root: Path, graph: GraphSpec, network: str, size: tuple[int, int, int
 def test_names_and_free_axes_are_the_engines_contract(exported: Callable[[str], tuple[Path, Path]]) -> None:
     spec = Bundle.open(exported("sdxl")[1]).spec
     inputs = {name: {t.name: t.shape for t in graph.inputs} for name, graph in spec.graphs().items()}
-    image = ("batch", 4, "height", "width")
+    image, deep = ("batch", 4, "height", "width"), ("batch", 32, "height", "width")
+    added = {"text_embeds": ("batch", 24), "time_ids": ("batch", 6)}
+    told = tuple(f"text.{index}" for index in range(6))
     assert inputs == {
         "text_encoder": {"input_ids": ("batch", 77)},
         "text_encoder_2": {"input_ids": ("batch", 77)},
-        "unet": {
-            "sample": image,
-            "timestep": ("batch",),
-            "encoder_hidden_states": ("batch", 77, 80),
-            "text_embeds": ("batch", 24),
-            "time_ids": ("batch", 6),
-        },
+        "unet_text": {"encoder_hidden_states": ("batch", 77, 80)},
+        "unet": {"sample": image, "timestep": ("batch",), **added, **dict.fromkeys(told, ("batch", 77, 32))},
+        "unet_shallow": {"sample": image, "timestep": ("batch",), **added, "deep": deep},
         "vae_decoder": {"latents": image},
         "vae_encoder": {"image": ("batch", 3, "height", "width")},
     }
@@ -133,7 +165,9 @@ def test_names_and_free_axes_are_the_engines_contract(exported: Callable[[str], 
     assert outputs == {
         "text_encoder": ["text_states"],
         "text_encoder_2": ["text_states", "text_embeds"],
-        "unet": ["out"],
+        "unet_text": list(told),
+        "unet": ["out", "deep"],
+        "unet_shallow": ["out"],
         "vae_decoder": ["image"],
         "vae_encoder": ["moments"],
     }

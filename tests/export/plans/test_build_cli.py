@@ -18,6 +18,7 @@ from latentrt.command import main as cli
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has wheels for Linux on x86-64, and Windows")
 Run = Callable[..., tuple[int, str, str]]
+NETWORKS = ["text_encoder", "unet_text", "unet", "unet_shallow", "vae_decoder", "vae_encoder"]
 AHEAD = ("build", "--library", "tensorrt-rtx", "--compute-capability", "8.9", "--plans", "plans")
 
 
@@ -59,7 +60,7 @@ def refused(run: Run, *arguments: str) -> str:
 def test_a_dry_run_estimates_and_builds_nothing(run: Run) -> None:
     answer = told(run, *AHEAD, "--dry-run", "--lanes", "2:8:16")
     assert answer["plans"] == []
-    assert [each["network"] for each in answer["estimates"]] == ["text_encoder", "unet", "vae_decoder", "vae_encoder"]
+    assert [each["network"] for each in answer["estimates"]] == NETWORKS
     assert (answer["library"], answer["compute_capability"], answer["gpu"]) == ("tensorrt-rtx", "8.9", "")
     code, out, _ = run(*AHEAD, "--dry-run")
     assert code == 0
@@ -166,6 +167,7 @@ def odd(*_: Any) -> Any:
         (["--strip"], "without a GPU"),
         (["--refittable"], "without a GPU"),
         (["--version-compatible"], "--version-compatible"),
+        (["--optimization-level", "5"], "a level changes nothing in RTX"),
     ],
 )
 def test_what_cannot_be_built_is_refused(run: Run, arguments: list[str], words: str) -> None:

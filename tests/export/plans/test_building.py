@@ -9,7 +9,7 @@ import pytest
 
 from latentrt.errors import PlanError
 from latentrt.runtime.tensorrt.library import Library
-from latentrt.runtime.tensorrt.record import REFITTABLE, STRIPPED, VERSION_COMPATIBLE
+from latentrt.runtime.tensorrt.record import LEVEL, REFITTABLE, STRIPPED, VERSION_COMPATIBLE
 from latentrt_export.plans import building
 
 ALL_FLAGS = ("TF32", "STRIP_PLAN", "REFIT", "REFIT_IDENTICAL", "REFIT_INDIVIDUAL", "VERSION_COMPATIBLE")
@@ -47,6 +47,8 @@ def test_version_compatible_plans_carry_no_host_code() -> None:
     [
         ("tensorrt-rtx", "1.0.0", NO_FLAGS, (STRIPPED,), "STRIP_PLAN"),
         ("tensorrt-rtx", "1.7.1.116", FLAGS, (VERSION_COMPATIBLE,), "without --version-compatible"),
+        ("tensorrt-rtx", "1.7.1.116", FLAGS, (f"{LEVEL}5",), "without --optimization-level"),
+        ("tensorrt", "11.4.0.106", FLAGS, (f"{LEVEL}6",), "from 0 to 5"),
         ("tensorrt", "11.4.0.106", FLAGS, (VERSION_COMPATIBLE, STRIPPED), "lean runtime cannot refit"),
         ("tensorrt", "11.4.0.106", FLAGS, (VERSION_COMPATIBLE, REFITTABLE), "lean runtime cannot refit"),
         ("tensorrt", "11.3.0.99", FLAGS, (REFITTABLE,), "not 11.3"),

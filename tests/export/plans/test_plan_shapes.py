@@ -21,7 +21,9 @@ def test_the_models_own_size_is_what_plans_serve_unasked() -> None:
     found = {name: "; ".join(map(str, profiles_of(EMOJI.spec, name, FIXED))) for name in EMOJI.spec.graphs()}
     assert found == {
         "text_encoder": "batch 1; batch 2",  # a prompt, and a picture in one launch
+        "unet_text": "batch 1; batch 2",
         "unet": "batch 2, height 16, width 16",
+        "unet_shallow": "batch 2, height 16, width 16",
         "vae_decoder": "batch 1, height 16, width 16",
         "vae_encoder": "batch 1, height 128, width 128",  # it reads pixels
     }

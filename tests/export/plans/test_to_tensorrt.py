@@ -19,7 +19,7 @@ from latentrt.bundle.bundle import Bundle, write_manifest
 from latentrt.errors import BackendError, BundleError, DeviceMemoryError, PlanError, UntrustedFileError
 from latentrt.runtime.tensorrt.library import Library, open_library
 from latentrt.runtime.tensorrt.plans import PlanStore
-from latentrt.runtime.tensorrt.record import REFITTABLE, STRIPPED, VERSION_COMPATIBLE
+from latentrt.runtime.tensorrt.record import LEVEL, REFITTABLE, STRIPPED, VERSION_COMPATIBLE
 from latentrt_export.plans import build_process, timing_cache, to_tensorrt
 from latentrt_export.plans.plan_builder import Order
 from latentrt_export.plans.plan_shapes import shapes_of
@@ -136,6 +136,17 @@ def test_stripped_plans_know_where_their_weights_lie(fake: Fake, tmp_path: Path)
     (told,) = built_plans(library, tmp_path / "plans", networks=["vae_decoder"], options=[VERSION_COMPATIBLE])
     assert told["flags"] == ["VERSION_COMPATIBLE", "EXCLUDE_LEAN_RUNTIME"]
     assert len(PlanStore(EMOJI, tmp_path / "plans").survey("vae_decoder")[0]) == 3
+
+
+def test_plans_of_every_level_lie_side_by_side(fake: Fake, tmp_path: Path) -> None:
+    library, plans = fake(), tmp_path / "plans"
+    for level in (None, 1, 5):
+        options = [] if level is None else [f"{LEVEL}{level}"]
+        (told,) = built_plans(library, plans, networks=["vae_decoder"], options=options)
+        assert told.get("level") == level
+    (order,) = plain_orders(library, plans, networks=["vae_decoder"])
+    found = PlanStore(EMOJI, plans).fitting(replace(order.key, profiles=()))
+    assert [record.key.level for record in found] == [5, 3, 1]
 
 
 @pytest.mark.parametrize(

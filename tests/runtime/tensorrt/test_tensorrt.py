@@ -20,7 +20,7 @@ from latentrt_export.plans.plan_shapes import profiles_of, shapes_of
 from tests.support.gpu.fake_plans import put_plan
 from tests.support.gpu.fake_tensorrt import FakeTensorRt
 from tests.support.gpu.host_gpu import HostGpu
-from tests.support.models import small_bundle
+from tests.support.models import small_bundle, texts
 from tests.support.models.small_bundle import BIG, SQUARE, WIDE, expected, feeds, load, rounded_once
 
 bundle, gpu, fake = small_bundle.bundle, small_bundle.gpu, small_bundle.fake
@@ -45,7 +45,7 @@ def test_the_embedded_unet_runs_as_on_onnx_runtime(gpu: HostGpu, fake: FakeTenso
     fed = {
         "sample": random.standard_normal((2, *bundle.spec.latents.shape_of(128, 128)), np.float32),
         "timestep": np.array([999, 1], np.float32),
-        "encoder_hidden_states": random.standard_normal((2, 77, 192), np.float32),
+        **texts.told(bundle, 2, random),
     }
     wanted = OrtBackend(threads=1).load(bundle, "unet")(fed)["out"]
     np.testing.assert_allclose(network(fed)["out"], wanted, atol=1e-6)
@@ -125,8 +125,9 @@ def test_the_whole_engine_draws_with_plans(gpu: HostGpu, tmp_path: Path, precisi
     }
     for network, profile in ranges.items():
         put_plan(embedded, network, fake, gpu, profile, folder=tmp_path, precision=precision)
-    texts = [profile.ranges for profile in profiles_of(embedded.spec, "text_encoder", shapes_of(embedded.spec, {}))]
-    put_plan(embedded, "text_encoder", fake, gpu, *texts, folder=tmp_path, precision=precision)
+    for network in ("text_encoder", "unet_text"):
+        own = [profile.ranges for profile in profiles_of(embedded.spec, network, shapes_of(embedded.spec, {}))]
+        put_plan(embedded, network, fake, gpu, *own, folder=tmp_path, precision=precision)
     backend = TensorRtBackend(gpu, fake.library, precision=precision, plans=tmp_path)
     pictures = []
     for options in ({"backend": backend}, {"threads": 1}):

@@ -170,6 +170,14 @@ class IBuilderConfig:
         self.told: dict[str, Any] = {"flags": ["TF32"], "limits": {}, "profiles": []}
         self.progress_monitor: Any = None
 
+    @property
+    def builder_optimization_level(self) -> int:
+        return int(self.told.get("level", 3))
+
+    @builder_optimization_level.setter
+    def builder_optimization_level(self, level: int) -> None:
+        self.told["level"] = level
+
     def set_flag(self, flag: Any) -> None:
         self.told["flags"].append(flag.name)
 

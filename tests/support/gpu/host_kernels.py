@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from latentrt.cuda.kernels import KERNELS
-from latentrt.cuda.nvrtc import SOURCE
+from latentrt.cuda.nvrtc import SOURCES
 
 ENTRY = (
     'extern "C" host::Launch* bind_{name}(void** parameters, unsigned x, unsigned y, unsigned threads)'
@@ -28,7 +28,7 @@ def compile_host(extra: str = "") -> ctypes.CDLL:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     shim = Path(__file__).with_name("host_cuda.h")
     entries = "".join(ENTRY.format(name=name) for name in KERNELS)
-    (folder / "host.cpp").write_text(f'#include "{shim}"\n#include "{SOURCE}"\n{entries}{extra}')
+    (folder / "host.cpp").write_text("".join(f'#include "{path}"\n' for path in (shim, *SOURCES)) + entries + extra)
     subprocess.run(["g++", *OPTIONS, "-o", str(folder / "host.so"), str(folder / "host.cpp")], check=True)
     return ctypes.CDLL(str(folder / "host.so"))
 

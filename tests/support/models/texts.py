@@ -26,6 +26,12 @@ def known() -> NDArray[np.float32]:
     return np.asarray(states)
 
 
+def told(bundle: Bundle, lanes: int, random: np.random.Generator) -> dict[str, NDArray[np.float32]]:
+    """Return what the embedded model's denoiser reads of some of `known`: their keys and values."""
+    network = OrtBackend(threads=1).load(bundle, "unet_text")
+    return call(network, {"encoder_hidden_states": random.permutation(known())[:lanes]})
+
+
 def states(shape: Sequence[int], random: np.random.Generator) -> NDArray[np.float32]:
     """Return some of `known` where they fit the embedded model; else normal numbers, as for random weights."""
     if tuple(shape[1:]) == known().shape[1:]:

@@ -84,8 +84,16 @@ class Fakes:
             raise RuntimeError("the text encoder is broken")
         return {"text_states": _states(ids)}
 
+    def unet_text(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
+        """Give the states as the first keys and values, and zeros as all others."""
+        lanes = len(feeds["encoder_hidden_states"])
+        graph = SPEC.networks["unet_text"]
+        found = {each.name: np.zeros((lanes, *map(int, each.shape[1:])), np.float32) for each in graph.outputs}
+        halves = np.split(feeds["encoder_hidden_states"], 2, axis=2)
+        return {**found, **dict(zip(("text.0", "text.1"), halves, strict=True))}
+
     def unet(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
-        sample, states = feeds["sample"], feeds["encoder_hidden_states"]
+        sample, states = feeds["sample"], np.concatenate([feeds["text.0"], feeds["text.1"]], axis=2)
         with self._changed:
             self.lanes.append(len(sample))
             self._changed.notify_all()
@@ -131,7 +139,12 @@ def fake_engine(fakes: Fakes, *, lanes: int = 8, seconds: float = 0.0) -> Engine
     bundle = Bundle.open(EMBEDDED, check_hashes=False)
     bundle = replace(bundle, spec=replace(bundle.spec, golden=()))
     graphs = bundle.spec.graphs()
-    functions = {"text_encoder": fakes.text, "unet": fakes.unet, "vae_decoder": fakes.vae}
+    functions = {
+        "text_encoder": fakes.text,
+        "unet_text": fakes.unet_text,
+        "unet": fakes.unet,
+        "vae_decoder": fakes.vae,
+    }
     backend = FakeBackend({graphs[name].path: function for name, function in functions.items()}, seconds)
     return Engine(bundle, backend, lanes=lanes)
 

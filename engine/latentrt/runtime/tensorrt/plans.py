@@ -49,7 +49,7 @@ class PlanStore:
             )
 
     def fitting(self, wanted: PlanKey) -> list[PlanRecord]:
-        """Return the records of all plans that serve `wanted`, with any profiles; fewest options first.
+        """Return the records of all plans that serve `wanted`, with any profiles, in order of preference.
 
         Raises:
             PlanError: there is none; the nearest one's differences are named.
@@ -57,7 +57,7 @@ class PlanStore:
         """
         records, refused = self.survey(wanted.network)
         if fitting := [record for record in records if not record.key.mismatches(wanted)]:
-            return sorted(fitting, key=lambda record: len(record.key.options))
+            return sorted(fitting, key=lambda record: record.key.preference)
         if refused:
             raise next(iter(refused.values()))
         if not records:

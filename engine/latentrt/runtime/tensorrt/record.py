@@ -14,6 +14,8 @@ from latentrt.bundle.spec import TensorSpec
 
 SCHEMA = 1
 STRIPPED, REFITTABLE, VERSION_COMPATIBLE = "stripped", "refittable", "version-compatible"
+LEVEL = "optimization-level-"  # an option, with the number behind it
+USUAL_LEVEL = 3  # TensorRT's own, where none is asked for
 Range = tuple[int, int, int]
 
 
@@ -76,6 +78,7 @@ class PlanKey:
         gpu, driver: empty in a plan of TensorRT-RTX, which compiles kernels where the plan runs.
         options: STRIPPED: its weights were left out and are read from the bundle. REFITTABLE: it takes any weights; one
             that is only stripped takes those that it was built with. VERSION_COMPATIBLE: the lean runtime runs it.
+            LEVEL and a number: how hard TensorRT looked for fast kernels.
         profiles: the shapes that it serves; empty in the key of a wanted plan.
     """
 
@@ -96,6 +99,17 @@ class PlanKey:
         """The name of its plan's record, without suffix: the network and a hash of the whole key."""
         key = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
         return f"{self.network}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+
+    @property
+    def level(self) -> int:
+        """How hard TensorRT looked for fast kernels, 0 to 5."""
+        asked = [int(option.removeprefix(LEVEL)) for option in self.options if option.startswith(LEVEL)]
+        return asked[0] if asked else USUAL_LEVEL
+
+    @property
+    def preference(self) -> tuple[int, int]:
+        """Sorts plans that serve the same: fewest flags first, since each may cost speed, then the highest level."""
+        return sum(not option.startswith(LEVEL) for option in self.options), -self.level
 
     def mismatches(self, wanted: PlanKey) -> list[tuple[str, str, str]]:
         """Return the differences that keep a plan of this key from serving `wanted`, as (what, found, needed).
@@ -178,6 +192,8 @@ class PlanRecord:
                 for profile in key["profiles"]
             )
             refit = {name: Weight(**weight) for name, weight in data["refit"].items()}
-            return cls(PlanKey(**key), data["sha256"], data["bytes"], refit, data["made"])
+            made = cls(PlanKey(**key), data["sha256"], data["bytes"], refit, data["made"])
+            _ = made.key.level  # a number
+            return made
         except (KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"not the record of a plan: {error!r}") from error

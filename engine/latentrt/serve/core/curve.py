@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import platform
 from collections.abc import Mapping
 from contextlib import suppress
@@ -23,6 +22,7 @@ import numpy as np
 from latentrt.bundle.bundle import MANIFEST, sha256_of
 from latentrt.engine import Engine
 from latentrt.errors import BundleError, OutputError
+from latentrt.runtime.cores import usable_cores
 from latentrt.serve.core.pipeline import GUIDED, Shape, most_lanes
 from latentrt.storage import cache_folder, write_atomic
 from latentrt.values import is_number, is_whole
@@ -167,7 +167,7 @@ def _machine() -> str:
     except OSError:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {usable_cores()} cores"
 
 
 def _to_dict(curve: Curve) -> dict[str, Any]:

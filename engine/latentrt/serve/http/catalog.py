@@ -94,6 +94,7 @@ class Catalog:
         scheduler: str | None,
         seed: int | None,
         class_label: int | None,
+        cache_interval: int = 1,
         strength: float | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> Request:
@@ -127,6 +128,7 @@ class Catalog:
             height=size[1],
             count=count,
             class_label=class_label,
+            cache_interval=cache_interval,
             strength=strength,
             options=options or {},
         )

@@ -66,11 +66,16 @@ class Settings(BaseSettings):
     bundle: Path = _field(EMBEDDED, "Model", "Bundle to serve.")
     model_name: str | None = _field(None, "Model", "The model's name for clients; the bundle's id if none is named.")
     aliases: Texts = _field(OTHER_NAMES, "Model", "Other names for it, with commas between them.")
-    backend: str = _field("onnxruntime", "Model", "onnxruntime, tensorrt or tensorrt-rtx.")
+    backend: str = _field("onnxruntime", "Model", "onnxruntime, openvino, tensorrt or tensorrt-rtx.")
     device: str | None = _field(None, "Model", "cpu, cuda or cuda:1.")
     precision: Literal["fp32", "fp16"] | None = _field(None, "Model", "Of the graphs: fp32 or fp16.")
     plans: Path | None = _field(None, "Model", "Folder of TensorRT plans; the user's cache if none is named.")
-    threads: Count | None = _field(None, "Model", "CPU threads of a network call; all cores if not given.")
+    threads: Count | None = _field(
+        None, "Model", "CPU threads of a network call; the cores that the process may use if not given."
+    )
+    spin: bool = _field(
+        False, "Model", "CPU threads wait for each other by spinning: for cores that serve nothing else."
+    )
     cache: bool = _field(True, "Model", "Keep graphs that are optimized for this CPU in the user's cache.")
     lanes: Count | None = _field(None, "Model", "Most lanes of a UNet call; guidance takes two a picture.")
     edits: bool = _field(True, "Model", "Take pictures to edit; without it the VAE's encoder is not loaded.")
