@@ -117,7 +117,7 @@ def test_another_variant_for_a_comparison(exported: Exported, tmp_path: Path) ->
     spec = Bundle.open(root).spec
     plain = cuda_variants(root, spec)
     new = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
-    names = {"text_encoder/model", "unet/model", "vae/decoder", "vae/encoder"}
+    names = {"text_encoder/model", "unet/model", "unet/text", "unet/shallow", "vae/decoder", "vae/encoder"}
     assert new - {path.relative_to(root).as_posix() for path in before} == {f"{n}.cuda-plain.onnx" for n in names}
     assert {path: path.read_bytes() for path in before} == before
     bundle = Bundle(root, plain, {})
