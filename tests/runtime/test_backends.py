@@ -136,7 +136,7 @@ def test_options_of_the_cuda_provider(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
     ours = {"use_tf32": "0", "enable_skip_layer_norm_strict_mode": "1", "cudnn_conv_algo_search": "HEURISTIC"}
     wanted = {"use_tf32": "1", "sdpa_kernel": "8"}
-    for options in (None, wanted):
+    for options in ({}, wanted):
         with pytest.raises(BackendError, match="no device"):
             OrtBackend("cuda", precision="fp16", provider_options=options).session(tmp_path / "model.onnx", 21)
     assert given == [("CUDAExecutionProvider", ours), ("CUDAExecutionProvider", ours | wanted)]

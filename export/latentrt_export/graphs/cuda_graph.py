@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from latentrt.bundle.spec import FP16, FP16_ORT_CUDA, ModelSpec, Variant
-from latentrt_export.graphs.fused import PASSES, Pass, fuse
+from latentrt_export.graphs.fused import PASSES, Pass, run_passes
 from latentrt_export.graphs.lower import Builder, check_attention, lower, number, replace
 
 OPSET = 21  # the last one with InstanceNormalization 6
@@ -51,7 +51,7 @@ def for_cuda(model: ir.Model, passes: Sequence[Pass] = PASSES) -> dict[str, int]
         elif node.op_type == "ArgMax" and _is_of_tokens(node):
             replace(model.graph, node, _first_of_largest)
     lower(model, OPSET)
-    return fuse(model, passes)
+    return run_passes(model, passes)
 
 
 def cuda_variants(root: Path, spec: ModelSpec, name: str = "plain", passes: Sequence[Pass] = ()) -> ModelSpec:

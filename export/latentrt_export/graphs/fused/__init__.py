@@ -38,6 +38,6 @@ PASSES: tuple[Pass, ...] = (
 )
 
 
-def fuse(model: ir.Model, passes: Sequence[Pass] = PASSES) -> dict[str, int]:
+def run_passes(model: ir.Model, passes: Sequence[Pass] = PASSES) -> dict[str, int]:
     """Run the passes on a graph of opset 21, in place; return how many places each changed, by its name."""
     return {run.__name__: run(model) for run in passes}
