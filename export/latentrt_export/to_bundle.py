@@ -225,7 +225,6 @@ def _add_half(root: Path, spec: ModelSpec) -> ModelSpec:
     Nodes that would overflow in one small run stay in float32.
     """
     networks, measured = {}, measure_networks(root, spec)
-    measured |= dict.fromkeys(spec.named(SHALLOW), measured[spec.denoiser])  # it computes some of the same tensors
     given = [spec.networks[name].outputs for name in (*spec.named(CONDITIONER), spec.denoiser)]
     passed = [tensor.name for tensors in given for tensor in tensors if tensor.name != "out"]
     between = {key: own[key] for own in measured.values() for key in passed if key in own}

@@ -149,7 +149,7 @@ def test_a_killed_lease_goes_on_where_it_ended(config: Config, fake: type[FakeCh
     FakeChild.open_ones = 0
     lease.run(replace(config, minutes=None), tmp_path)
     asked = [what for what in fake.asked if what.endswith("measure")]
-    assert asked[0] == "VariantSide:nhwc-bias:measure"
+    assert asked[0] == "VariantSide:sdpa-8:measure"
     assert asked[-1] == "VariantSide:nhwc:measure"  # it may have been what killed the lease
     assert not any("missing" in state for name, state in read(tmp_path)["jobs"].items() if name != "variant sdpa-1")
     assert not list(tmp_path.glob("*.part"))

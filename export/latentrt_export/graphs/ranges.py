@@ -18,7 +18,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from latentrt.bundle.bundle import Bundle
-from latentrt.bundle.spec import ENCODER, FP32, GraphSpec, ModelSpec
+from latentrt.bundle.spec import ENCODER, FP32, SHALLOW, GraphSpec, ModelSpec
 from latentrt.cuda.gpu import Gpu
 from latentrt.engine import Engine
 from latentrt.golden import example
@@ -87,7 +87,8 @@ def measure_networks(root: Path, spec: ModelSpec) -> dict[str, dict[str, float]]
         image = engine.model.codec.decode(jobs[0].latents[None])
     for name in spec.named(ENCODER):
         gauges.load(bundle, name)({"image": image})
-    return gauges.ranges
+    shallow = dict.fromkeys(spec.named(SHALLOW), gauges.ranges[spec.denoiser])  # some of the same tensors
+    return gauges.ranges | shallow
 
 
 class Gauges:

@@ -22,6 +22,7 @@ from latentrt.runtime.tensorrt.record import STRIPPED, PlanKey, Profile, Weight
 
 SCRATCH = 2**23  # bytes that every plan takes for its kernels
 CODE = 25_000  # bytes of kernels in a plan for each node of the graph
+LEAST_CODE = 2_000_000  # of any plan with products of matrices: 1.9 to 2.7 MB for the 14 of a text's keys and values
 HOST_BASE = 300_000_000  # bytes of host memory: the library, and the process that it works in
 HOST_PER_NODE = 400_000  # for compiling
 HOST_PER_WEIGHT = 3  # times the weights: parsed, cloned, serialized
@@ -62,7 +63,7 @@ def estimate(key: PlanKey, model: onnx.ModelProto, weights: Iterable[Weight], se
         key.network,
         held,
         activations,
-        plan=CODE * nodes + (0 if STRIPPED in key.options else held),
+        plan=max(CODE * nodes, LEAST_CODE) + (0 if STRIPPED in key.options else held),
         device=held + 2 * activations,  # tactics are tried on tensors of their own
         host=HOST_BASE + HOST_PER_NODE * nodes + HOST_PER_WEIGHT * held,
         seconds=seconds,

@@ -9,9 +9,19 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from latentrt.bundle.spec import CONDITIONER, DENOISER, ENCODER, FP16, FP32, FP32_ORT_CPU, TEXT_ENCODER, GraphSpec
+from latentrt.bundle.spec import (
+    CONDITIONER,
+    DENOISER,
+    ENCODER,
+    FP16,
+    FP32,
+    FP32_ORT_CPU,
+    SHALLOW,
+    TEXT_ENCODER,
+    GraphSpec,
+)
 from latentrt.engine import Engine
-from latentrt.model.predictor import inputs_of
+from latentrt.model.predictor import DEEP, inputs_of
 from latentrt.model.text import Text
 from latentrt.runtime.base import call
 from latentrt.runtime.signature import shape_of
@@ -33,7 +43,7 @@ def network_checks(engine: Engine, checkpoint: Path) -> Iterator[Check]:
     spec = engine.spec
     tokens = max((int(spec.networks[name].inputs[0].shape[1]) for name in spec.named(TEXT_ENCODER)), default=0)
     for name, own in spec.networks.items():
-        if own.role == CONDITIONER:  # a part of the denoiser's module, compared with it
+        if own.role in (CONDITIONER, SHALLOW):  # parts of the denoiser's module, compared with it
             continue
         runs: list[Arrays] = []
         with comparing(name):
@@ -41,7 +51,8 @@ def network_checks(engine: Engine, checkpoint: Path) -> Iterator[Check]:
         parts = [*spec.named(CONDITIONER), name] if own.role == DENOISER else [name]
         networks = {part: engine.backend.load(engine.bundle, part) for part in parts}
         inputs = inputs_of([spec.networks[part] for part in parts])
-        pairs: dict[str, list[tuple[Array, Array]]] = {tensor.name: [] for tensor in own.outputs}
+        outputs = [tensor.name for tensor in own.outputs if tensor.name != DEEP]
+        pairs: dict[str, list[tuple[Array, Array]]] = {output: [] for output in outputs}
         for prompts, size in zip((PROMPTS, PROMPTS[:1]), _sizes(engine), strict=True):
             feeds = make_feeds(engine, parts, prompts, size)
             known = dict(feeds)
@@ -51,14 +62,18 @@ def network_checks(engine: Engine, checkpoint: Path) -> Iterator[Check]:
             with torch.no_grad(), comparing(name):
                 theirs = module(**{key: torch.from_numpy(feeds[key]) for key in inputs})
             theirs = theirs if isinstance(theirs, tuple) else (theirs,)
-            for tensor, expected in zip(own.outputs, theirs, strict=True):
-                pairs[tensor.name].append((known[tensor.name], expected.numpy()))
+            for output, expected in zip(outputs, theirs, strict=True):
+                pairs[output].append((known[output], expected.numpy()))
         for output, values in pairs.items():
             with comparing(name):  # outputs of other shapes
                 l2 = worst([relative_l2(a, b) for a, b in values])
                 largest = worst([difference(a, b) for a, b in values])
             yield Check("network", f"{name}: {output}", "relative L2, worst of 2 sizes", l2, NETWORK_BOUND)
             yield Check("network", f"{name}: {output}", "max abs, relative to the largest", largest, LARGEST_BOUND)
+        for shallow in spec.named(SHALLOW) if own.role == DENOISER else ():
+            networks[shallow] = engine.backend.load(engine.bundle, shallow)
+            l2 = worst([relative_l2(call(networks[shallow], known)["out"], known["out"]) for known in runs])
+            yield Check("network", f"{shallow}: out", "relative L2 to the denoiser with that depth", l2, NETWORK_BOUND)
         for part, network in networks.items():
             network.close()
             plain, variants = spec.networks[part].graph(FP32), spec.networks[part].variants

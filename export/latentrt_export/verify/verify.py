@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from latentrt.bundle.bundle import Bundle
-from latentrt.bundle.spec import Golden, ModelSpec
+from latentrt.bundle.spec import CONDITIONER, SHALLOW, Golden, ModelSpec
 from latentrt.engine import Engine
 from latentrt.golden import TOLERANCE, measure, worst_error
 from latentrt.runtime import open_backend
@@ -46,8 +46,10 @@ def verify(
 
 
 def _verify(opened: Bundle, source: Checkpoint, steps: int) -> Iterator[Check]:
-    if sorted(networks_of(source)) != sorted(opened.spec.networks):
-        theirs, ours = ", ".join(networks_of(source)), ", ".join(opened.spec.networks)
+    cut = (*opened.spec.named(CONDITIONER), *opened.spec.named(SHALLOW))  # out of the denoiser
+    whole = [name for name in opened.spec.networks if name not in cut]
+    if sorted(networks_of(source)) != sorted(whole):
+        theirs, ours = ", ".join(networks_of(source)), ", ".join(whole)
         raise incomparable(f"{source.id} has the networks {theirs}, and {opened.root} {ours}")
     with plain_folder(source) as folder, Engine.load(opened.root, check_hashes=False, cache=False) as engine:
         if opened.spec.golden:

@@ -109,7 +109,9 @@ def test_verify_compares_it_with_the_plain_graph(written: Bundle) -> None:
     graph = written.spec.networks["unet"].graph(FP32)
     feeds = _feeds(graph)
     ours = OrtBackend().load(written, "unet")(feeds)
-    assert not plain_check(written.path(graph.path), graph, "unet", [(feeds, {"out": ours["out"] * 1.001})]).passed
+    assert not plain_check(
+        written.path(graph.path), graph, "unet", [{**feeds, **ours, "out": ours["out"] * 1.001}]
+    ).passed
     with Engine(written, OrtBackend()) as engine:
         checks = {check.what: check for check in network_checks(engine, EMBEDDED)}
     assert checks["unet in fp32"].passed

@@ -53,8 +53,9 @@ def test_only_dimensions_with_one_size_are_fixed() -> None:
     asked, channels = shapes_of(EMOJI.spec, {}, ["lanes=2", "lanes=4"]), str(EMOJI.spec.latents.channels)
     graph = EMOJI.spec.graphs()["unet"]
     model = load_graph(EMOJI, graph, profiles_of(EMOJI.spec, "unet", asked), 18)
-    sample, timestep, states = (list(map(str, value.shape or ())) for value in model.graph.inputs)
-    assert (sample, timestep, states) == (["batch", channels, "16", "16"], ["batch"], ["batch", "77", "192"])
+    sample, timestep, *told = (list(map(str, value.shape or ())) for value in model.graph.inputs)
+    assert (sample, timestep) == (["batch", channels, "16", "16"], ["batch"])
+    assert {tuple(each[:2]) for each in told} == {("batch", "77")}
     assert model.opset_imports[""] == 18
 
 

@@ -104,7 +104,7 @@ def test_a_build_puts_every_plan_in_its_place(fake: Fake, tmp_path: Path) -> Non
         assert each.record.made["activations"] == 4096
         assert each.record.made["host"] > 2**20
         assert each.record.made["estimate"]["network"] == order.key.network
-    unet = json.loads(store.read(built[1].record))
+    unet = json.loads(store.read(next(each.record for each in built if each.record.key.network == "unet")))
     assert unet["flags"] == []  # TF32 is off
     assert unet["limits"] == {"WORKSPACE": 2**30, "TACTIC_DRAM": 2**30}
     assert unet["inputs"]["sample"] == [2, *EMOJI.spec.latents.shape_of(128, 128)]
@@ -188,7 +188,7 @@ def test_an_interrupt_leaves_what_was_built(fake: Fake, tmp_path: Path, monkeypa
     assert not list(Path(os.environ.get("TMPDIR", "/tmp")).glob("latentrt-*/weights.bin"))
     library = fake()
     built = build_plans(EMOJI, orders, estimates_of(EMOJI, library, orders))
-    assert [each.seconds == 0 for each in built] == [True, False, False, False]
+    assert [each.seconds == 0 for each in built] == [True, *[False] * (len(orders) - 1)]
 
 
 @pytest.mark.parametrize(
@@ -304,7 +304,8 @@ def test_an_order_changes_with_everything_it_depends_on(tmp_path: Path) -> None:
     bundle = copy_of_emoji(tmp_path)
     changed = replace(bundle.spec, id="other")
     write_manifest(bundle.root, changed, bundle.files)
-    assert orders_of(Bundle.open(bundle.root), FAKE, GPU, FIXED, precision="fp32")[2].key == order.key
+    again = orders_of(Bundle.open(bundle.root), FAKE, GPU, FIXED, precision="fp32")
+    assert next(each.key for each in again if each.key.network == "vae_decoder") == order.key
     weights = bundle.path("vae/diffusion_pytorch_model.safetensors")
     weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
     write_manifest(bundle.root, changed, bundle.files)

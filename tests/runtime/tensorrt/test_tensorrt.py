@@ -137,7 +137,7 @@ def test_the_whole_engine_draws_with_plans(gpu: HostGpu, tmp_path: Path, precisi
             ticked = engine(["a red apple", "an owl"], steps=4, seed=1, on_tick=lambda job: None)  # a prompt at a time
             pictures.append([np.asarray(picture).astype(int) for picture in (*launched, *ticked)])
     assert np.abs(np.subtract(*pictures)).max() <= levels
-    assert fake.deserialized == 3
+    assert fake.deserialized == 4
     encoded = {context._shapes["input_ids"][0] for context in fake.contexts if "input_ids" in context._shapes}
     assert encoded == {1, 2}
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import onnx_ir as ir
 
-from benchmarks.gpu.variants import HOISTED
 from latentrt.bundle.bundle import Bundle
 from latentrt.bundle.spec import CONDITIONER, DENOISER, TEXT_ENCODER
 from latentrt.runtime.base import Backend
@@ -44,8 +43,6 @@ def open_backend(
     name: str, precision: str = "fp16", *, graph: str = "", options: Mapping[str, str] | None = None
 ) -> Backend:
     """Return a backend on an emulated GPU of its own; graphs for CUDA and its options are left to real ones."""
-    if graph == HOISTED:
-        raise RuntimeError("no graph is hoisted here")
     gpu = ClockedGpu()
     if name == "onnxruntime":
         return OrtBackend(threads=1, precision=precision, gpu=gpu)
