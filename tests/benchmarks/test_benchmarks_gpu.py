@@ -60,6 +60,7 @@ def test_the_whole_benchmark_runs(bundle: Path, tmp_path: Path, capfd: pytest.Ca
         assert side == "diffusers" or found.record["psnr_db"] > 40
     assert [plan["network"] for plan in data["sides"]["trt-loop"]["1"]["plans"]] == [
         "text_encoder",
+        "unet_text",
         "unet",
         "vae_decoder",
     ]

@@ -73,7 +73,7 @@ def network_checks(engine: Engine, checkpoint: Path) -> Iterator[Check]:
         for shallow in spec.named(SHALLOW) if own.role == DENOISER else ():
             networks[shallow] = engine.backend.load(engine.bundle, shallow)
             l2 = worst([relative_l2(call(networks[shallow], known)["out"], known["out"]) for known in runs])
-            yield Check("network", f"{shallow}: out", "relative L2 to the denoiser with that depth", l2, NETWORK_BOUND)
+            yield Check("network", f"{shallow}: out", "relative L2, to the denoiser with that depth", l2, NETWORK_BOUND)
         for part, network in networks.items():
             network.close()
             plain, variants = spec.networks[part].graph(FP32), spec.networks[part].variants

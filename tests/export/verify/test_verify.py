@@ -39,7 +39,7 @@ def test_networks(engine: Engine) -> None:
     every = list(network_checks(engine, EMBEDDED))
     checks, half = ([c for c in every if ("in float16" in c.what) == narrow] for narrow in (False, True))
     assert [check.what for check in half] == [f"{name} in float16" for name in engine.spec.graphs("fp16")]
-    assert {check.what.split(":")[0] for check in checks} == set(engine.spec.graphs())
+    assert {check.what.split(":")[0] for check in checks} == {*engine.spec.graphs()} - {"unet_text"}  # with the UNet
     assert {check.measure.split(",")[0] for check in checks} == {"relative L2", "max abs"}
     assert [check for check in checks if check.value is None or not check.value < 1e-5] == []
     assert [check for check in half if check.value is None or not check.value < 1.5e-3] == []
