@@ -128,4 +128,5 @@ def random_input(tensor: TensorSpec, shape: tuple[int, ...]) -> NDArray[Any]:
     random = np.random.default_rng(zlib.crc32(tensor.name.encode()))
     if tensor.name == "timestep" or "int" in tensor.dtype:
         return random.integers(1, 100, shape)
-    return random.standard_normal(shape).astype(np.float16)
+    scale = 0.25 if tensor.name == "encoder_hidden_states" else 1  # texts that are noise magnify rounding tenfold
+    return (scale * random.standard_normal(shape)).astype(np.float16)
