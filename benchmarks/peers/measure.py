@@ -24,7 +24,7 @@ from benchmarks.peers.config import SCRIPTS, THIS, Config, Model, Peer, requirem
 from benchmarks.peers.environments import Environments
 from benchmarks.peers.models import Folders, offline
 from benchmarks.peers.process import Drawn, PeerProcess
-from benchmarks.peers.results import BATCH, COLD, COLD_PEAK, FILE, ONE, READY, WARM_PEAK, Record, Results
+from benchmarks.peers.results import BATCH, COLD, COLD_PEAK, ONE, READY, WARM_PEAK, Record, Results
 from benchmarks.timing import machine, run_child
 from latentrt.bundle.bundle import Bundle
 from latentrt.sampling.noise import noise_source
@@ -59,7 +59,7 @@ def run(config: Config, folder: Path) -> Results:
         "titles": config.titles(),
         "differs": {name: peer.differs for name, peer in config.peers.items()},
     }
-    results = Results(folder / FILE, about)
+    results = Results.begin(folder, about)
     environments = Environments(config.folder / "environments", requirements())
     for model in config.models:
         with tempfile.TemporaryDirectory() as scratch:

@@ -70,6 +70,12 @@ def verdict(records: Mapping[str, Record], row: str) -> Verdict | None:
     return Verdict(closest, ratios[closest], ratios[closest].median >= GOAL)
 
 
+def _of(about: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what figures must have in common to stand on one page."""
+    machine = {key: value for key, value in about["machine"].items() if key != "load_before"}
+    return {**machine, "threads": about["threads"]}
+
+
 @dataclass
 class Results:
     """Records by model and peer, with what they depend on; written to the file as they grow."""
@@ -88,6 +94,17 @@ class Results:
             records[name] = {peer: Record(**record) for peer, record in part.pop("peers").items()}
             models[name] = part
         return cls(folder / FILE, data["about"], models, records)
+
+    @classmethod
+    def begin(cls, folder: Path, about: Mapping[str, Any]) -> Results:
+        """Return results that keep the models of earlier runs on the same machine, until they run again."""
+        if not (folder / FILE).is_file():
+            return cls(folder / FILE, dict(about))
+        before = cls.read(folder)
+        if _of(before.about) != _of(about):
+            return cls(folder / FILE, dict(about))
+        named = {key: {**before.about[key], **about[key]} for key in ("titles", "differs")}
+        return cls(folder / FILE, {**about, **named}, before.models, before.records)
 
     def write(self) -> None:
         """Replace the file."""

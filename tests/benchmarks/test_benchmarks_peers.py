@@ -21,7 +21,7 @@ from benchmarks.peers.environments import Environments, last_words
 from benchmarks.peers.measure import groups
 from benchmarks.peers.models import Folders, with_older_names
 from benchmarks.peers.process import PeerProcess
-from benchmarks.peers.results import BATCH, COLD, ONE, READY, UNITS, Record, Results, verdict
+from benchmarks.peers.results import BATCH, COLD, FILE, ONE, READY, UNITS, Record, Results, verdict
 from benchmarks.timing import run_child
 from latentrt.bundle.bundle import EMBEDDED
 
@@ -215,6 +215,22 @@ def test_the_page_says_what_was_missed(tmp_path: Path) -> None:
     assert "| stable-diffusion.cpp | – | – |" in text
     assert "Not measured: it does not know the structure." in text
     assert "90.0 dB" in text
+
+
+@pytest.mark.parametrize(("change", "kept"), [({}, ["emoji"]), ({"threads": 4}, []), ({"cpu": "y"}, [])], ids=str)
+def test_models_that_are_not_run_again_stay(tmp_path: Path, change: dict[str, Any], kept: list[str]) -> None:
+    machine = {"cpu": "x", "cores": 2, "load_before": 0.0}
+    about = {"machine": machine, "threads": 2, "titles": {"sdcpp": "sd.cpp"}, "differs": {}}
+    record = Record({ONE: {OURS: [2.0], "sdcpp": [1.0]}})
+    Results(tmp_path / FILE, about, {"emoji": {}}, {"emoji": {"sdcpp": record}}).write()
+    now = {**about, "machine": {**machine, "load_before": 1.0}, "titles": {"diffusers": "diffusers"}}
+    if "cpu" in change:
+        now["machine"] = {**machine, **change}
+    else:
+        now |= change
+    results = Results.begin(tmp_path, now)
+    assert list(results.models) == list(results.records) == kept
+    assert results.about["titles"] == {**({"sdcpp": "sd.cpp"} if kept else {}), "diffusers": "diffusers"}
 
 
 def test_the_page_is_there_before_anything_is_measured(tmp_path: Path) -> None:
