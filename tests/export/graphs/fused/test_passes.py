@@ -1,4 +1,4 @@
-"""Each pass on whole networks: the numbers stay, and it finds what is there. The fused operators run in numpy."""
+"""Each pass on whole networks: the same numbers, and counts by type. The fused operators are interpreted in numpy."""
 
 from __future__ import annotations
 
