@@ -18,9 +18,15 @@ FIRST = 8
 TOLERANCE = 1e-3  # of another CPU's or backend's float32, relative to the latents' standard deviation
 
 
+def solver_for(model: Model) -> str:
+    """Return the model's own solver, or Euler's where that is not served."""
+    own = model.spec.defaults.solver
+    return "euler" if own is None and model.schedule.not_served() else tabulate(own, model.schedule, 1).solver
+
+
 def measure(engine: Engine) -> tuple[Golden, ...]:
-    """Run the golden prompts with the solver of the bundle's own scheduler class; return them as golden runs."""
-    solver = tabulate(engine.spec.defaults.solver, engine.schedule, 1).solver
+    """Run the golden prompts with the solver of `solver_for`; return them as golden runs."""
+    solver = solver_for(engine.model)
     return tuple(_run(engine, solver, *run) for run in RUNS)
 
 
