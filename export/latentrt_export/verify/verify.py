@@ -55,9 +55,9 @@ def _verify(opened: Bundle, source: Checkpoint, steps: int) -> Iterator[Check]:
         if opened.spec.golden:
             yield Check("golden", "known runs", "relative error", worst_error(engine), TOLERANCE)
         yield from network_checks(engine, folder)
-        theirs = Theirs(folder, engine)
-        yield from step_checks(engine.schedule, steps, theirs.scheduler)
-        yield from image_checks(engine, theirs, steps)
+        pipelines = Theirs(folder, engine)
+        yield from step_checks(engine.schedule, steps, pipelines.scheduler)
+        yield from image_checks(engine, pipelines, steps)
         yield batch_check(engine)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -81,5 +82,5 @@ EDM_SOLVERS: dict[str, Solver] = {  # of EDM models, which no other solver serve
     "edm-euler": Solver(euler, "EDMEulerScheduler", edm_grid),
     "edm-dpmpp-2m": Solver(dpmpp_multistep, "EDMDPMSolverMultistepScheduler", edm_grid, {**_ODE, "solver_order": 2}),
 }
-EVERY_SOLVER = {**SOLVERS, **EDM_SOLVERS}
+EVERY_SOLVER: Mapping[str, Solver] = ChainMap(SOLVERS, EDM_SOLVERS)
 ALIASES = {"plms": "pndm", "euler-a": "euler-ancestral", "dpm2-a": "dpm2-ancestral", "dpmpp-2s-a": "dpmpp-2s-ancestral"}
