@@ -195,7 +195,7 @@ _REFUSED: dict[str, tuple[Any, str]] = {
     "solver_p": (None, "another scheduler as predictor is state that a table cannot hold"),
     "predict_x0": (True, "latentrt's UniPC predicts x0, as all published settings do"),
 }
-_NAME_A_SOLVER = "name another solver: solver=, --solver, or the server's setting `scheduler`"
+_NAME_A_SOLVER = "name a solver: solver=, --solver, latentrt serve --scheduler; latentrt solvers lists them"
 
 
 def class_of(config: Mapping[str, Any]) -> str:
@@ -224,7 +224,7 @@ def settings_of(scheduler: str, config: Mapping[str, Any], options: Mapping[str,
     if scheduler not in SERVED:
         raise NotServedError(
             f"the checkpoint's own {scheduler} is not served",
-            needed=f"a solver of {', '.join(DEFAULTS)}",
+            needed="another solver",
             fix=_NAME_A_SOLVER,
         )
     own = config.get("_class_name", scheduler)
