@@ -18,15 +18,10 @@ FIRST = 8
 TOLERANCE = 1e-3  # of another CPU's or backend's float32, relative to the latents' standard deviation
 
 
-def solver_for(model: Model) -> str:
-    """Return the model's own solver, or Euler's where that is not served."""
-    own = model.spec.defaults.solver
-    return "euler" if own is None and model.schedule.not_served() else tabulate(own, model.schedule, 1).solver
-
-
 def measure(engine: Engine) -> tuple[Golden, ...]:
-    """Run the golden prompts with the solver of `solver_for`; return them as golden runs."""
-    solver = solver_for(engine.model)
+    """Run the golden prompts with the bundle's own solver, or that of `example`; return them as golden runs."""
+    own = example(engine.model, SIDE)[0].get("solver", engine.spec.defaults.solver)
+    solver = tabulate(own, engine.schedule, 1).solver
     return tuple(_run(engine, solver, *run) for run in RUNS)
 
 
@@ -49,6 +44,8 @@ def example(model: Model, side: int) -> tuple[dict[str, Any], dict[str, Any]]:
     sides = [min(own, side) // latents.multiple * latents.multiple for own in (latents.height, latents.width)]
     height, width = (max(each, latents.multiple) * latents.factor for each in sides)
     settings: dict[str, Any] = {"height": height, "width": width}
+    if model.spec.defaults.solver is None and model.schedule.not_served():
+        settings["solver"] = "euler"
     if "class_label" in model.fields:
         settings["class_label"] = 0
     if not model.reads_masks:

@@ -21,7 +21,7 @@ from latentrt.bundle.bundle import Bundle
 from latentrt.bundle.spec import ENCODER, FP32, SHALLOW, GraphSpec, ModelSpec
 from latentrt.cuda.gpu import Gpu
 from latentrt.engine import Engine
-from latentrt.golden import example, solver_for
+from latentrt.golden import example
 from latentrt.runtime.base import Facts
 from latentrt.runtime.onnxruntime import load_onnxruntime
 from latentrt.runtime.signature import Arrays
@@ -77,7 +77,7 @@ def measure_networks(root: Path, spec: ModelSpec) -> dict[str, dict[str, float]]
     bundle = Bundle(root, spec, {})
     with Engine(bundle, gauges, resident=False) as engine:
         settings, pictures = example(engine.model, SIDE)
-        settings |= {"steps": STEPS, "solver": solver_for(engine.model)}
+        settings |= {"steps": STEPS}
         if engine.model.text is not None:
             settings |= {"guidance": 5.0, "negative_prompt": PROMPTS[2]}
             for prompt in PROMPTS:
