@@ -39,6 +39,8 @@ def run_export(
         sizes = (part.graph_bytes, part.shared_bytes, part.sidecar_bytes)
         table.add_row(name, f"{part.seconds:.1f}", str(part.nodes), *(f"{size / 1e6:.2f} MB" for size in sizes))
     show(table)
+    for note in summary.notes:
+        print(note)
     print(f"{target}: {summary.total_bytes / 1e6:.1f} MB")
 
 
