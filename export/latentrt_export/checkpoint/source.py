@@ -179,9 +179,17 @@ def _tokenizer(folder: Path) -> dict[str, Path]:
             with path.open("rb") as file:
                 check_pointer(path, file.read(len(LFS)))
         Tokenizer.open(folder)
-    except (BundleError, OSError) as error:
-        found, needed = (error.found, error.needed) if isinstance(error, BundleError) else (str(error), "its files")
-        raise ExportError(found, needed=needed, fix=AGAIN) from error
+    except BundleError as error:
+        raise ExportError(error.found, needed=error.needed, fix=AGAIN) from error
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        OSError,
+        TypeError,
+        ValueError,
+    ) as error:  # values of any kind
+        raise ExportError(f"{folder} cannot be read ({error})", needed="a CLIP tokenizer's files", fix=AGAIN) from error
     return files
 
 
@@ -277,9 +285,10 @@ def _parts(index: Mapping[str, Any]) -> tuple[str, ...]:
 def _check_class(index: Mapping[str, Any], part: str, classes: Sequence[str]) -> None:
     """Refuse a part of another class; model_index.json has ["library", "class"] for each."""
     entry = index.get(part)
-    name = entry[1] if isinstance(entry, list) and len(entry) == 2 else entry
-    if name not in classes:
-        raise unsupported(f"{part} {name!r} in model_index.json", " or ".join(classes))
+    named = isinstance(entry, list) and len(entry) == 2
+    if not named or entry[1] not in classes:
+        found = entry[1] if named else entry
+        raise unsupported(f"{part} {found!r} in model_index.json", " or ".join(classes))
 
 
 def _texts(root: Path) -> dict[str, Path]:

@@ -52,7 +52,7 @@ def damaged(text: bytes, random: Random) -> bytes:
         if random.random() < 0.2 and isinstance(container, dict):
             container.pop(key, None)
         else:
-            container[key] = random.choice(VALUES)
+            container[key] = copy.deepcopy(random.choice(VALUES))
     return json.dumps(data).encode()
 
 
@@ -107,14 +107,14 @@ def check_opening(fuzzed: Fuzzed, count: int, seed: int) -> dict[str, int]:
 
 @pytest.mark.parametrize("kind", ["sd", "xl", "pixels"])
 def test_opening_works_or_is_refused(tmp_path: Path, kind: str) -> None:
-    ends = check_opening(Fuzzed(make(kind, tmp_path / kind)), 400, seed=1)
-    assert min(ends.values()) > 40, ends
+    ends = check_opening(Fuzzed(make(kind, tmp_path / kind)), 200, seed=1)
+    assert min(ends.values()) > 20, ends
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sd", "xl", "pixels"])
 def test_opening_works_or_is_refused_thousands_of_times(tmp_path: Path, kind: str) -> None:
-    check_opening(Fuzzed(make(kind, tmp_path / kind)), 5000, seed=2)
+    check_opening(Fuzzed(make(kind, tmp_path / kind)), 2000, seed=2)
 
 
 def loaded(checkpoint: Checkpoint, root: Path, name: str) -> tuple[dict[str, NetworkSpec], NetworkSummary]:

@@ -77,7 +77,7 @@ def renamed(change: Callable[[str], str]) -> Callable[[Path], None]:
         (with_header(lambda header: first_of(header).update(shape=[3])), "a damaged header at"),
         (with_header(lambda header: first_of(header).update(dtype="F8", data_offsets=[2**62, 2**63])), "begin where"),
         (lambda path: (path.unlink(), path.mkdir()), "cannot be read"),
-        (renamed(lambda name: name.replace(".to_q.", ".to_q.base_layer.").replace("layer_norm", "base_layer")), "LoRA"),
+        (renamed(lambda name: name.replace(".weight", ".base_layer.weight")), "LoRA"),
         (renamed(lambda name: f"{name}.lora_A.default_0.weight"), "LoRA.*fuse_lora"),
         (renamed(lambda name: f"{name}.processor.to_q_lora.down.weight"), "LoRA"),
         (
