@@ -25,7 +25,8 @@ from latentrt_export.checkpoint.weights import stem_of
 
 Config = Mapping[str, Any]
 Shapes = Mapping[str, tuple[int, ...]]
-OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # until diffusers 0.12
+Maker = Callable[[str, Config], nn.Module]  # of a part's name, for errors, and its config
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # of 2022
 
 
 def check_complete(checkpoint: Checkpoint, part: str) -> None:
@@ -36,7 +37,7 @@ def check_complete(checkpoint: Checkpoint, part: str) -> None:
         Exception: whatever torch, diffusers or transformers raise where a config makes no network.
     """
     with torch.device("meta"):
-        network = MAKERS[_kind(checkpoint, part)](checkpoint.configs[part])
+        network = MAKERS[_kind(checkpoint, part)](part, checkpoint.configs[part])
     needed = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     stored = _stored(checkpoint, part)
     places = {name: _place(name, stored) for name in needed}
@@ -60,28 +61,35 @@ def _kind(checkpoint: Checkpoint, part: str) -> str:
     return "pixels" if pixels else part
 
 
-def _of_diffusers(kind: Any) -> Callable[[Config], nn.Module]:
-    def make(config: Config) -> nn.Module:
-        for name, parameter in inspect.signature(kind.__init__).parameters.items():
-            value = config.get(name)
-            # Some classes would take a text or an object for a number, and fail when they are used.
-            if is_number(parameter.default) and isinstance(value, (str, dict)):
-                raise ExportError(f"config.json has {name} {value!r}", needed="a number")
+def _of_diffusers(kind: Any) -> Maker:
+    defaults = {name: one.default for name, one in inspect.signature(kind.__init__).parameters.items()}
+
+    def make(part: str, config: Config) -> nn.Module:
+        _check_numbers(defaults, part, config)
         network: nn.Module = kind.from_config(dict(config))
         return network
 
     return make
 
 
-def _of_transformers(kind: Any) -> Callable[[Config], nn.Module]:
-    def make(config: Config) -> nn.Module:
+def _of_transformers(kind: Any) -> Maker:
+    def make(part: str, config: Config) -> nn.Module:
+        _check_numbers(CLIPTextConfig().to_dict(), part, config)
         network: nn.Module = kind(CLIPTextConfig.from_dict(dict(config)))
         return network
 
     return make
 
 
-MAKERS: Mapping[str, Callable[[Config], nn.Module]] = {
+def _check_numbers(defaults: Mapping[str, Any], part: str, config: Config) -> None:
+    """Refuse other values in the place of numbers: some classes take them, and fail when they are used."""
+    for name, default in defaults.items():
+        value = config.get(name, default)
+        if is_number(default) and (isinstance(value, (str, dict)) or (type(default) is float and not is_number(value))):
+            raise ExportError(f"{part}/config.json has {name} {value!r}", needed="a number")
+
+
+MAKERS: Mapping[str, Maker] = {
     TEXT: _of_transformers(CLIPTextModel),
     TEXT_2: _of_transformers(CLIPTextModelWithProjection),
     UNET: _of_diffusers(UNet2DConditionModel),
