@@ -285,9 +285,9 @@ def _parts(index: Mapping[str, Any]) -> tuple[str, ...]:
 def _check_class(index: Mapping[str, Any], part: str, classes: Sequence[str]) -> None:
     """Refuse a part of another class; model_index.json has ["library", "class"] for each."""
     entry = index.get(part)
-    named = isinstance(entry, list) and len(entry) == 2
-    if not named or entry[1] not in classes:
-        found = entry[1] if named else entry
+    name = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+    if name not in classes:
+        found = entry if name is None else name
         raise unsupported(f"{part} {found!r} in model_index.json", " or ".join(classes))
 
 
