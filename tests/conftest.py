@@ -72,6 +72,7 @@ def _make_checkpoint(name: str, folder: Path) -> None:
     index = {"_class_name": pipeline} if inpaints else {}
     if kind == "pixels":
         pixels.tiny_pixels(folder, flat=True)
+        checkpoints.rename_attentions(folder / "diffusion_pytorch_model.safetensors")
     elif kind == "classes":
         pixels.tiny_pixels(folder, unet={"num_class_embeds": 5}, scheduler={"beta_schedule": "squaredcos_cap_v2"})
     elif kind == "sd2":

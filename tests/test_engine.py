@@ -266,3 +266,34 @@ def test_no_warning_is_hidden_from_the_caller(fake: Engine) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fake("a short prompt", steps=1)
+
+
+def test_numpys_numbers_are_numbers(fake: Engine, tmp_path: Path) -> None:
+    asked = {
+        "steps": 2,
+        "seed": 5,
+        "guidance": 3.0,
+        "height": 64,
+        "width": 72,
+        "count": 2,
+        "solver": "ddim",
+        "eta": 0.5,
+    }
+    kinds: dict[str, Any] = {"steps": np.int8, "seed": np.int64, "guidance": np.float32, "eta": np.float32}
+    numbers = {name: kinds.get(name, np.array)(value) for name, value in asked.items()}
+    for ours, plain in zip(fake(np.array(["a"]), **numbers), fake("a", **asked), strict=True):
+        assert ours.info["latentrt"] == plain.info["latentrt"]
+        ours.save(tmp_path / "a.png")
+        assert read_settings(tmp_path / "a.png") == plain.info["latentrt"]
+
+
+@pytest.mark.parametrize("prompt", [None, [None], ["a", None], np.array(None)])
+def test_a_model_that_reads_prompts_needs_one(fake: Engine, prompt: Any) -> None:
+    with pytest.raises(RequestError, match=r"there is no prompt\. Needed: what to draw"):
+        fake(prompt)
+
+
+@pytest.mark.parametrize("prompt", [5, b"a", {"a": 1}, 0.5, [5], [b"a"], np.array([1, 2])])
+def test_a_prompt_is_text_or_several(fake: Engine, prompt: Any) -> None:
+    with pytest.raises(RequestError, match=r"prompt is .*Needed: text"):
+        fake(prompt)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentrt.errors import RequestError
-from latentrt.request import Request
+from latentrt.request import Request, facts_of
+from latentrt.values import plain
 
 
 @pytest.mark.parametrize(
@@ -70,3 +72,42 @@ def test_the_last_seed_is_in_range_too() -> None:
 def test_a_request_in_range_keeps_its_values(steps: int, seed: int, guidance: float, start: float, end: float) -> None:
     request = Request(prompt="a", steps=steps, seed=seed, guidance=guidance, guidance_interval=(start, end))
     assert (request.steps, request.seed, request.guidance) == (steps, seed, guidance)
+
+
+NUMPY: dict[str, Any] = {
+    "prompt": np.str_("a"),
+    "negative_prompt": np.str_("b"),
+    "steps": np.uint8(4),
+    "solver": np.str_("ddim"),
+    "seed": np.uint64(2**64 - 2),
+    "guidance": np.float32(3.5),
+    "guidance_rescale": np.float16(0.5),
+    "guidance_interval": np.array([0, 0.5], np.float32),
+    "cache_interval": np.int16(1),
+    "height": np.int32(64),
+    "width": np.int64(64),
+    "count": np.int8(2),
+    "class_label": np.int64(3),
+    "noise": np.str_("torch-cpu"),
+    "strength": np.float64(0.5),
+    "options": {"eta": np.float32(0.5), "use_karras_sigmas": np.False_, "disable_corrector": np.array([0, 1])},
+}
+
+
+def test_numpys_values_are_values() -> None:
+    request = Request(**NUMPY)
+    assert set(NUMPY) == set(Request.__dataclass_fields__) - {"pictures"}
+    wanted = {name: plain(value) for name, value in NUMPY.items()}
+    wanted["options"] = {"eta": 0.5, "use_karras_sigmas": False, "disable_corrector": [0, 1]}
+    for name, value in wanted.items():
+        made = getattr(request, name)
+        assert (made, type(made)) == (value, type(value)), name
+    json.dumps(facts_of(request, "ddim", request.seed, 0, (64, 64), "model"), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    "value", [np.float32("nan"), np.float32("inf"), np.True_, np.array([1.0, 2.0]), np.float32(-1)]
+)
+def test_numpys_values_are_checked(value: Any) -> None:
+    with pytest.raises(RequestError, match="guidance is"):
+        Request(prompt="a", guidance=value)

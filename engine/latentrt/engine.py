@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from latentrt.bundle.bundle import EMBEDDED, Bundle
 from latentrt.bundle.spec import CONDITIONER, DENOISER, ENCODER, SHALLOW, TEXT_ENCODER
 from latentrt.cuda.gpu import Gpu
+from latentrt.errors import RequestError
 from latentrt.images.pixels import to_picture, to_pil, to_uint8
 from latentrt.model.codec import decode_each
 from latentrt.model.given import Given
@@ -23,6 +24,7 @@ from latentrt.run.lanes import open_lanes
 from latentrt.run.make import make_jobs
 from latentrt.runtime import open_backend
 from latentrt.runtime.base import Backend
+from latentrt.values import plain
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -137,8 +139,8 @@ class Engine:
 
         Args:
             prompt: what to draw; several prompts share one batch. None for models that read no prompt.
-            image, mask: a picture to start from and what of it to repaint, white; PIL images or uint8 arrays. Without a
-                height and width the pictures have its size. `strength` says how far to leave it.
+            image, mask: a picture to start from and what of it to repaint, white; PIL images, or uint8 or uint16
+                arrays. Without a height and width the pictures have its size. `strength` says how far to leave it.
             on_tick: called after every row of every picture with its Job; an exception raised in it ends the run.
             settings: fields of `Request` (negative_prompt, steps, seed, guidance, height, width, count, ...); anything
                 else goes to `tabulate` (eta, use_karras_sigmas, timestep_spacing, ...).
@@ -150,7 +152,7 @@ class Engine:
             RequestError, UnknownSolverError, ScheduleError: a setting, the solver or one of its options does not fit.
             NetworkError: a network returned numbers that are not finite.
         """
-        prompts = [prompt] if prompt is None or isinstance(prompt, str) else prompt
+        prompts = _several(prompt)
         pictures = {name: one for name, one in (("image", image), ("mask", mask)) if one is not None}
         program = self._program if on_tick is None else None
         jobs = self.requests(prompts, settings, pictures, tokens=program is not None)
@@ -169,7 +171,8 @@ class Engine:
     ) -> list[Job]:
         """Return the jobs of several prompts, all else as in `__call__`; seeds count up over all of them."""
         asked = [request_from(prompt, settings) for prompt in prompts]  # checked before a picture is encoded
-        given = self.model.given(pictures or {}, settings.get("height"), settings.get("width"))
+        height, width = (asked[0].height, asked[0].width) if asked else (None, None)
+        given = self.model.given(pictures or {}, height, width)
         jobs: list[Job] = []
         for request in asked:
             jobs += self.jobs(request, first=len(jobs), given=given, tokens=tokens)
@@ -199,3 +202,13 @@ class Engine:
     def decode(self, latents: NDArray[np.float32]) -> Image:
         """Return latents (channels, height, width) as a PIL image."""
         return to_pil(to_uint8(self.model.codec.decode(latents[None]))[0])
+
+
+def _several(prompt: object) -> list[Any]:
+    """Return the prompts of a call as a list; what each of them is, a Request checks."""
+    prompt = plain(prompt)
+    if prompt is None or isinstance(prompt, str):
+        return [prompt]
+    if not isinstance(prompt, Iterable) or isinstance(prompt, (bytes, Mapping)):
+        raise RequestError(f"the prompt is {prompt!r}", needed="text, or a list of texts", fix='pass "a red apple"')
+    return list(prompt)

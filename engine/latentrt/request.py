@@ -9,7 +9,7 @@ from typing import Any
 from latentrt.errors import RequestError
 from latentrt.sampling.settings import KNOWN_KEYS
 from latentrt.sampling.solvers import SOLVERS
-from latentrt.values import did_you_mean, is_number, is_whole
+from latentrt.values import did_you_mean, is_number, is_whole, plain
 
 MAX_SEED = 2**64 - 1
 PICTURES = ("image", "mask")  # what a picture may be used for
@@ -33,7 +33,7 @@ _OTHER_NAMES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One picture, or `count` of them, as a user asks for it.
+    """One picture, or `count` of them, as a user asks for it. numpy's numbers and texts become Python's.
 
     Attributes:
         prompt: what to draw; None for models that read no prompt.
@@ -52,7 +52,7 @@ class Request:
         noise: the torch generator whose numbers the seed selects.
         strength: how much of the run is made on a given picture, above 0 to 1; None is 0.8, or 1 with a mask.
         pictures: the request's pictures by use: "image" to begin on, "mask" for what of it to repaint.
-            PIL images or uint8 arrays.
+            PIL images, or uint8 or uint16 arrays.
         options: settings of the solver: eta, use_karras_sigmas, timestep_spacing, ...
 
     Raises:
@@ -78,6 +78,8 @@ class Request:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in set(self.__dataclass_fields__) - {"pictures", "options"}:
+            object.__setattr__(self, name, plain(getattr(self, name)))
         _whole("count", self.count, 1, 10_000)
         _whole("cache_interval", self.cache_interval, 1, 10_000)
         _whole("seed", self.seed, 0, MAX_SEED)
@@ -106,6 +108,7 @@ class Request:
         if unknown := sorted(set(self.pictures) - set(PICTURES)):
             raise RequestError(f"there is a picture for {unknown[0]!r}", needed=f"one for {' or '.join(PICTURES)}")
         _check_options(self.options)
+        object.__setattr__(self, "options", {key: plain(value) for key, value in self.options.items()})
 
 
 def _check_options(options: object) -> None:

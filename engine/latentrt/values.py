@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
-import sys
+import math
 from collections.abc import Iterable
 from difflib import get_close_matches
+from numbers import Integral, Real
+from typing import Any
 
 from latentrt.errors import RequestError
 
 
 def is_whole(value: object) -> bool:
-    """Return whether it is an int, and no bool."""
-    return isinstance(value, int) and not isinstance(value, bool)
+    """Return whether it is an integer, of Python or of numpy, and no bool."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def is_number(value: object) -> bool:
-    """Return whether it is a finite int or float, and no bool."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    """Return whether it is a finite number, of Python or of numpy, and no bool."""
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(float(value))
+    except OverflowError:  # an int beyond all floats
+        return False
 
 
 def is_text(value: object) -> bool:
     """Return whether it is a str that is not empty."""
     return isinstance(value, str) and value != ""
+
+
+def plain(value: Any) -> Any:
+    """Return numpy's numbers, bools, texts and arrays as Python's, in lists and tuples too; else the value itself."""
+    if isinstance(value, Real) and not isinstance(value, (int, float)):
+        return int(value) if isinstance(value, Integral) else float(value)
+    if hasattr(value, "dtype") and hasattr(value, "tolist"):  # numpy is not imported for this: commands start sooner
+        return value.tolist()
+    if type(value) in (list, tuple):
+        return type(value)(map(plain, value))
+    return value
 
 
 MOST = 65_536

@@ -39,14 +39,14 @@ def model_spec(checkpoint: Checkpoint, networks: Mapping[str, NetworkSpec], how:
 
 
 def notes_of(checkpoint: Checkpoint, spec: ModelSpec) -> tuple[str, ...]:
-    """Return what a user should know of how the checkpoint's settings are taken, one sentence each."""
+    """Return what a user should know of how the checkpoint was opened and its settings are taken, one sentence each."""
     schedule = Schedule.from_config(checkpoint.scheduler, spec.corrected(SCHEDULE))
     ignored = (f"{SCHEDULE}: {key} is ignored; no scheduler has it" for key in schedule.unknown_keys)
     corrected = (
         f"{each.file}: {each.key} is {each.found!r}, and drawn with {each.value!r} ({each.why})"
         for each in spec.corrections
     )
-    return (*ignored, *corrected, *([f"{SCHEDULE}: {why}"] if (why := schedule.not_served()) else ()))
+    return (*checkpoint.notes, *ignored, *corrected, *([f"{SCHEDULE}: {why}"] if (why := schedule.not_served()) else ()))
 
 
 def made(checkpoint: Checkpoint, variant: str | None) -> dict[str, Any]:
@@ -70,8 +70,7 @@ def signature(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:
 
 def _corrections(checkpoint: Checkpoint) -> tuple[Correction, ...]:
     pipeline = drawn_by(checkpoint.pipeline, masked=beside(checkpoint.configs) > 0)
-    _, named = checkpoint.index.get("scheduler") or (None, None)
-    return corrections_of(pipeline, checkpoint.scheduler, checkpoint.configs["unet"], named)
+    return corrections_of(pipeline, checkpoint.scheduler, checkpoint.configs["unet"], checkpoint.scheduler_class)
 
 
 def _latents(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> LatentSpec:

@@ -95,7 +95,7 @@ class NetworkSummary:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """The result of an export: one entry per network, the bytes of the whole bundle, and how settings were taken."""
+    """The result of an export: one entry per network, the bytes of the whole bundle, and what a user should know."""
 
     networks: Mapping[str, NetworkSummary]
     total_bytes: int
@@ -153,6 +153,7 @@ def _export(
     parts = ("copy", *names, "half precision", "manifest")
     size = sum(path.stat().st_size for path in checkpoint.files.values()) + 2 * GRAPH_ROOM * len(names)
     with place(target, checkpoint.root, size, overwrite=overwrite) as root:
+        _check(checkpoint)
         progress("copy", 0, len(parts))
         _copy(checkpoint, root)
         networks, summaries = dict[str, NetworkSpec](), dict[str, NetworkSummary]()
@@ -166,6 +167,15 @@ def _export(
         _write_manifest(root, spec, golden)
         total = sum(path.stat().st_size for path in _files(root))
     return Summary(summaries, total, notes_of(checkpoint, spec))
+
+
+def _check(checkpoint: Checkpoint) -> None:
+    """Refuse networks that could not be loaded, all of them before the first one is exported."""
+    from latentrt_export.checkpoint.complete import check_complete  # brings torch
+
+    for part in checkpoint.configs:
+        with _named(part), quiet():
+            check_complete(checkpoint, part)
 
 
 def networks_of(checkpoint: Checkpoint) -> tuple[str, ...]:

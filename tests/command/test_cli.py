@@ -54,6 +54,22 @@ def test_generate_on_a_picture(run: Run) -> None:
         assert "Denoising strength: 1.0" in image.info["parameters"]
 
 
+def test_generate_on_pictures_of_sixteen_bits(run: Run) -> None:
+    """The same picture as of the 8 bits that they scale to; what is kept of it stays as dark as it was."""
+    mask = Image.new("I;16", (64, 64), 3000)
+    mask.paste(65535, (0, 0, 32, 64))
+    deep, flat = {"image": Image.new("I;16", (64, 64), 300), "mask": mask}, {"image": Image.new("L", (64, 64), 1)}
+    flat["mask"] = Image.new("L", (64, 64), 12)
+    flat["mask"].paste(255, (0, 0, 32, 64))
+    for name, pictures in (("deep", deep), ("flat", flat)):
+        for use, picture in pictures.items():
+            picture.save(f"{use}.png")
+        run("generate", "a cat", "--image", "image.png", "--mask", "mask.png", "--steps", "2", "-o", name)
+    assert read_settings("deep.png") == read_settings("flat.png")
+    with Image.open("deep.png") as ours, Image.open("flat.png") as theirs:
+        assert ours.tobytes() == theirs.tobytes()
+
+
 def test_generate_on_a_picture_that_is_not_there(run: Run) -> None:
     for option in ("--image", "--mask"):
         assert "gone.png cannot be read" in refused(run, "generate", "a", option, "gone.png")

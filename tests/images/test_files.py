@@ -191,7 +191,9 @@ def test_reading_what_is_not_ours(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x010E] = json.dumps(["a list"])
     picture().save(tmp_path / "list.jpg", exif=exif)
-    for name in ("missing.png", "text.png", "list.jpg"):
+    exif[0x010E] = "[" * 10_000
+    picture().save(tmp_path / "deep.jpg", exif=exif)
+    for name in ("missing.png", "text.png", "list.jpg", "deep.jpg"):
         with pytest.raises(RequestError, match=name):
             read_settings(tmp_path / name)
 

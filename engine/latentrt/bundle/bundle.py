@@ -161,7 +161,7 @@ def read_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise BundleError(f"{path} is missing", needed="a JSON file") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{path} cannot be read ({error})", needed="a JSON file") from error
     if not isinstance(data, dict):
         raise BundleError(f"{path} holds a {type(data).__name__}", needed="a JSON object")

@@ -97,7 +97,7 @@ def solvers(as_json: bool) -> None:
 @click.argument("source")
 @click.argument("target", type=FOLDER)
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
-@click.option("--variant", help="Weights variant, such as fp16.")
+@click.option("--variant", help="Weights variant, such as fp16; networks without it have their plain weights.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing bundle.")
 @option_json
 def export(

@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 
 from latentrt.bundle.spec import LatentSpec
 from latentrt.errors import RequestError
+from latentrt.images.depth import DEEP, scaled, to_eight_bits, white_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    Source = Image | NDArray[np.uint8]
+    Source = Image | NDArray[np.uint8] | NDArray[np.uint16]
 
 Pixels = NDArray[np.uint8]
 WHITE = 128  # of 255, the least value that repaints
@@ -27,8 +28,8 @@ def prepared(
     """Bring a picture and its mask to the run's size.
 
     Args:
-        image: a PIL image or uint8 (height, width, 3). Transparent parts become white.
-        mask: of the picture's own size, white where to repaint; a PIL image, or bool or uint8 (height, width).
+        image: a PIL image, or uint8 or uint16 (height, width, 3). Transparent parts become white.
+        mask: of the picture's own size, white where to repaint; a PIL image, or bool, uint8 or uint16 (height, width).
         height, width: of the run in pixels; None is the picture's own, rounded down to a size of the model's.
         latents: which sizes the model takes, and whether it draws in colour.
 
@@ -49,16 +50,18 @@ def prepared(
 
 
 def open_picture(path: str | Path) -> Image:
-    """Return the picture in a file, turned as its EXIF orientation says.
+    """Return the picture in a file, turned as its EXIF orientation says, with 8 bits a channel.
 
     Raises:
-        RequestError: PIL cannot read a picture there.
+        RequestError: PIL cannot read a picture there, or its values say no clear range.
     """
     from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image)
+            return to_eight_bits(ImageOps.exif_transpose(image), f"picture {path}", white_of(image))
+    except RequestError:
+        raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise RequestError(f"{path} cannot be read ({error})", needed="a picture, such as PNG or JPEG") from error
 
@@ -67,16 +70,19 @@ def _picture(source: Any, name: str) -> Image:
     from PIL import Image
 
     if isinstance(source, Image.Image):
-        if source.mode in MODES:
-            return source
+        if source.mode in MODES or source.mode in DEEP:
+            return to_eight_bits(source, name)
         found = f"the {name} has the mode {source.mode}"
         raise RequestError(found, needed=f"one of {', '.join(MODES)}", fix='convert it: image.convert("RGB")')
-    if name == "mask" and isinstance(source, np.ndarray) and source.ndim == 2 and source.dtype in (np.bool_, np.uint8):
-        return Image.fromarray(source if source.dtype == np.uint8 else source.astype(np.uint8) * np.uint8(255))
-    if isinstance(source, np.ndarray) and source.dtype == np.uint8 and source.ndim == 3 and source.shape[2] == 3:
-        return Image.fromarray(source)
+    if isinstance(source, np.ndarray):
+        deep = source.dtype.kind == "u" and source.dtype.itemsize == 2  # of either byte order
+        array = scaled(source) if deep else source
+        if name == "mask" and array.ndim == 2 and array.dtype in (np.bool_, np.uint8):
+            return Image.fromarray(array if array.dtype == np.uint8 else array.astype(np.uint8) * np.uint8(255))
+        if array.dtype == np.uint8 and array.ndim == 3 and array.shape[2] == 3:
+            return Image.fromarray(array)
     kind = f"{source.dtype} {source.shape}" if isinstance(source, np.ndarray) else type(source).__name__
-    shapes = "(height, width) of uint8 or bool" if name == "mask" else "(height, width, 3) of uint8"
+    shapes = "(height, width) of uint8, uint16 or bool" if name == "mask" else "(height, width, 3) of uint8 or uint16"
     raise RequestError(f"the {name} is {kind}", needed=f"a PIL image or an array {shapes}")
 
 

@@ -53,7 +53,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         settings = json.loads(text or "")
         if not isinstance(settings, dict):
             raise TypeError("the settings are no JSON object")
-    except (OSError, TypeError, ValueError) as error:
+    except (OSError, TypeError, ValueError, RecursionError) as error:
         raise RequestError(
             f"{path} has no settings to read ({error})",
             needed="a picture saved by latentrt, with its metadata",

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from latentrt.errors import ExportError
+from latentrt.values import is_number, is_whole
 
 Config = Mapping[str, Any]
 # Settings of a UNet2DConditionModel that must have these values.
@@ -16,6 +17,16 @@ CONDITIONAL = {
     "time_cond_proj_dim": None,
     "attention_type": "default",
 }
+
+
+LAYERS = (
+    "layers_per_block",
+    "transformer_layers_per_block",
+    "reverse_transformer_layers_per_block",
+    "num_hidden_layers",
+)
+MOST = 65_536  # channels, and sides of a picture
+MOST_LAYERS = 1_000  # far beyond any network; keeps a damaged config from making layers without end
 
 
 def unsupported(found: str, needed: str) -> ExportError:
@@ -33,6 +44,8 @@ def check_networks(configs: Mapping[str, Config], kind: str) -> None:
     Raises:
         ExportError: one of them cannot be served; it is named.
     """
+    for part, config in configs.items():
+        _check_kinds(part, config)
     unet = configs["unet"]
     if unet.get("_class_name", kind) != kind:
         raise unsupported(f"a UNet of the class {unet['_class_name']!r}", kind)
@@ -43,12 +56,58 @@ def check_networks(configs: Mapping[str, Config], kind: str) -> None:
     for part, config in configs.items():
         if config.get("use_attention_mask"):
             raise unsupported(f"a {part} with use_attention_mask", "use_attention_mask false")
+        if config.get("transformers_weights") is not None:
+            raise unsupported(f"a {part} with weights of another name (transformers_weights)", "model.safetensors")
+        if config.get("quantization_config") is not None:
+            raise unsupported(f"a {part} with quantized weights (quantization_config)", "float32, float16 or bfloat16")
+
+
+def text_config(config: Config) -> Config:
+    """Return the text encoder's part of a config; older checkpoints have CLIP's whole one, with pictures too."""
+    inner = config.get("text_config")
+    return inner if isinstance(inner, dict) else config
 
 
 def beside(configs: Mapping[str, Config]) -> int:
     """Return how many channels the UNet reads beside the latents."""
     unet, vae = configs["unet"], configs.get("vae")
     return 0 if vae is None else int(unet.get("in_channels", 4) - vae.get("latent_channels", 4))
+
+
+def _check_kinds(part: str, config: Config) -> None:
+    """Refuse a value of another kind among those that are read here, or that say how many layers there are."""
+    channels = f"a whole number from 1 to {MOST}"
+    kinds = {
+        **dict.fromkeys(("in_channels", "out_channels", "latent_channels"), (_is_size, channels)),
+        "cross_attention_dim": (_is_size, f"{channels} for all blocks"),
+        "num_class_embeds": (lambda value: value is None or _is_size(value), f"null, or {channels}"),
+        "sample_size": (_are_sides, f"null, {channels}, or two of them: height and width"),
+        "block_out_channels": (_are_sizes, "a list of whole numbers"),
+        "scaling_factor": (lambda value: is_number(value) and value != 0, "a finite number, not 0"),
+        "shift_factor": (lambda value: value is None or is_number(value), "null, or a finite number"),
+        **dict.fromkeys(LAYERS, (_are_layers, f"a whole number up to {MOST_LAYERS}, or a list of them")),
+    }
+    for key, (fits, needed) in kinds.items():
+        if key in config and not fits(config[key]):
+            raise ExportError(f"{part}/config.json has {key} {config[key]!r}", needed=needed)
+
+
+def _is_size(value: Any) -> bool:
+    return is_whole(value) and 1 <= value <= MOST
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(map(_is_size, value))
+
+
+def _are_sides(value: Any) -> bool:
+    return value is None or _is_size(value) or (_are_sizes(value) and len(value) == 2)
+
+
+def _are_layers(value: Any) -> bool:
+    if isinstance(value, list):
+        return len(value) <= MOST_LAYERS and all(map(_are_layers, value))
+    return value is None or (is_whole(value) and value <= MOST_LAYERS)
 
 
 def _check_pixels(unet: Config) -> None:
@@ -73,6 +132,9 @@ def _check_latents(unet: Config, vae: Config, *, xl: bool) -> None:
     for key, value in {**CONDITIONAL, "addition_embed_type": "text_time" if xl else None}.items():
         if unet.get(key, value if key == "attention_type" else None) != value:
             raise unsupported(f"a UNet with {key} {unet.get(key)!r}", f"{key} {value!r} in this pipeline")
+    for key in ("addition_time_embed_dim", "projection_class_embeddings_input_dim") if xl else ():
+        if not _is_size(unet.get(key)):
+            raise unsupported(f"a UNet with {key} {unet.get(key)!r}", "a whole number in an SDXL pipeline")
     for key in ("latents_mean", "latents_std"):
         if vae.get(key) is not None:
             raise unsupported(f"a VAE with {key}", f"{key} null (scaling_factor and shift_factor are served)")

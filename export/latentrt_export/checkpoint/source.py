@@ -5,7 +5,6 @@ Nothing is loaded here, and nothing of a checkpoint is executed: JSON is read, s
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,8 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from latentrt.bundle.bundle import PICKLES
-from latentrt.errors import ExportError, MissingDependencyError, UnsafeWeightsError
-from latentrt_export.checkpoint.served import check_networks, unsupported
+from latentrt.errors import BundleError, ExportError, MissingDependencyError, ScheduleError, UnsafeWeightsError
+from latentrt.model.tokenizer import Tokenizer
+from latentrt.sampling.schedule import Schedule
+from latentrt_export.checkpoint.files import AGAIN, check_pointer, read_json
+from latentrt_export.checkpoint.served import check_networks, text_config, unsupported
+from latentrt_export.checkpoint.tensors import LFS
+from latentrt_export.checkpoint.weights import choose_weights
 
 TEXT, TEXT_2, UNET, VAE = "text_encoder", "text_encoder_2", "unet", "vae"
 SD, XL, PIXELS = (TEXT, UNET, VAE), (TEXT, TEXT_2, UNET, VAE), (UNET,)
@@ -68,6 +72,7 @@ class Checkpoint:
         scheduler: scheduler_config.json.
         files: where each file of a bundle is now: configs, tokenizers and weights (safetensors, chosen variants under
             their plain names).
+        notes: what a user should know of how the checkpoint was opened, one sentence each.
     """
 
     root: Path
@@ -78,6 +83,7 @@ class Checkpoint:
     configs: Mapping[str, Mapping[str, Any]]
     scheduler: Mapping[str, Any]
     files: Mapping[str, Path]
+    notes: tuple[str, ...] = ()
 
     @property
     def pipeline(self) -> str:
@@ -109,30 +115,34 @@ def open_checkpoint(source: str | Path, revision: str | None = None, variant: st
     Args:
         source: a folder, or "owner/name".
         revision: branch, tag or commit of a hub id.
-        variant: which weights to use where there are several ("fp16"); None: the plain ones, or the only ones.
+        variant: which weights to use where there are several ("fp16"). Networks without that variant, and all networks
+            where it is None, have their plain ones, or the only ones.
 
     Raises:
         ExportError: it is no diffusers checkpoint, or one that the engine cannot serve; the message lists those it can.
+            Or a file is broken, a part of another kind than it should be, or not there; the message names it.
         UnsafeWeightsError: a network has pickled weights only.
     """
     root, name, commit = _locate(source, revision, variant)
     index = _index(root)
     parts = _parts(index)
-    for part in (*parts, *map(tokenizer_of, parts)):
-        _check_class(index, part)
+    for part in parts:
+        _check_class(index, part, (UNETS[parts],) if part == UNET else CLASSES[part])
     homes = {part: _home(root, part) for part in parts}
-    configs = {part: read_json(home / "config.json") for part, home in homes.items()}
+    configs = {part: _config(home, part) for part, home in homes.items()}
     check_networks(configs, UNETS[parts])
+    weights = choose_weights(homes, variant)
     schedule = root / SCHEDULE if (root / SCHEDULE).is_file() else root / "scheduler_config.json"
     files = {name: path for name, path in _texts(root).items() if path not in _flat(root, homes)}
     files[SCHEDULE] = schedule
     for part, home in homes.items():
-        files |= {f"{part}/{f}": path for f, path in _weights(home, part, variant).items()}
+        files |= {f"{part}/{f}": path for f, path in weights[part].files.items()}
         files[f"{part}/config.json"] = home / "config.json"
-        tokenizer = tokenizer_of(part)
-        here = {f: root / tokenizer / f for f in TOKENIZER_FILES} if tokenizer else {}
-        files |= {f"{tokenizer}/{f}": path for f, path in here.items() if path.is_file()}
-    return Checkpoint(root, name, commit, _license(root), index, configs, read_json(schedule), files)
+        if tokenizer := tokenizer_of(part):
+            _check_class(index, tokenizer, CLASSES[tokenizer])
+            files |= {f"{tokenizer}/{f}": path for f, path in _tokenizer(root / tokenizer).items()}
+    notes = tuple(each.note for each in weights.values() if each.note)
+    return Checkpoint(root, name, commit, _license(root), index, configs, _schedule(schedule), files, notes)
 
 
 def tokenizer_of(part: str) -> str:
@@ -151,25 +161,51 @@ def _index(root: Path) -> dict[str, Any]:
 
 def _home(root: Path, part: str) -> Path:
     """Return where a network lies: in a folder of its name or, where there is none, at the top, as diffusers has it."""
+    if not (root / part).is_dir() and not (root / "config.json").is_file():
+        raise ExportError(f"{root} has no folder {part}", needed=f"{part}/config.json and weights", fix=AGAIN)
     return root / part if (root / part).is_dir() else root
+
+
+def _config(home: Path, part: str) -> Mapping[str, Any]:
+    config = read_json(home / "config.json")
+    return text_config(config) if tokenizer_of(part) else config
+
+
+def _tokenizer(folder: Path) -> dict[str, Path]:
+    """Return the files of a tokenizer by name. Raise an ExportError where they make none."""
+    files = {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
+    try:
+        for path in files.values():
+            with path.open("rb") as file:
+                check_pointer(path, file.read(len(LFS)))
+        Tokenizer.open(folder)
+    except BundleError as error:
+        raise ExportError(error.found, needed=error.needed, fix=AGAIN) from error
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        OSError,
+        TypeError,
+        ValueError,
+    ) as error:  # values of any kind
+        raise ExportError(f"{folder} cannot be read ({error})", needed="a CLIP tokenizer's files", fix=AGAIN) from error
+    return files
+
+
+def _schedule(path: Path) -> dict[str, Any]:
+    """Return scheduler_config.json. Raise an ExportError where a value is of another kind than it should be."""
+    config = read_json(path)
+    try:
+        Schedule.from_config(config)
+    except ScheduleError as error:
+        raise ExportError(f"{path}: {error.found}", needed=error.needed, fix=error.fix) from error
+    return config
 
 
 def _flat(root: Path, homes: Mapping[str, Path]) -> list[Path]:
     """Return the files at the top that belong to a network or the scheduler."""
     return [root / name for name in ("config.json", "scheduler_config.json")] if root in homes.values() else []
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON object of a checkpoint. Raise an ExportError that names the file where it holds none."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ExportError(
-            f"{path} cannot be read ({error})", needed="a JSON file", fix="download the checkpoint again"
-        ) from error
-    if not isinstance(data, dict):
-        raise ExportError(f"{path} holds no JSON object", needed="a JSON object", fix="download the checkpoint again")
-    return data
 
 
 def _locate(source: str | Path, revision: str | None, variant: str | None) -> tuple[Path, str, str | None]:
@@ -239,17 +275,20 @@ def _has_weights(root: Path) -> bool:
 def _parts(index: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the networks of the checkpoint's pipeline."""
     kind = index.get("_class_name")
-    if kind not in PIPELINES:
+    if not isinstance(kind, str) or kind not in PIPELINES:
         raise ExportError(f"model_index.json names the pipeline {kind!r}", needed=f"one of {', '.join(PIPELINES)}")
     if index.get("requires_aesthetics_score"):
         raise unsupported("an SDXL refiner (requires_aesthetics_score)", "an SDXL base model")
     return PIPELINES[kind]
 
 
-def _check_class(index: Mapping[str, Any], part: str) -> None:
-    entry = index.get(part) or [None, None]
-    if part in CLASSES and entry[1] not in CLASSES[part]:
-        raise unsupported(f"{part} {entry[1]!r} in model_index.json", " or ".join(CLASSES[part]))
+def _check_class(index: Mapping[str, Any], part: str, classes: Sequence[str]) -> None:
+    """Refuse a part of another class; model_index.json has ["library", "class"] for each."""
+    entry = index.get(part)
+    name = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+    if name not in classes:
+        found = entry if name is None else name
+        raise unsupported(f"{part} {found!r} in model_index.json", " or ".join(classes))
 
 
 def _texts(root: Path) -> dict[str, Path]:
@@ -261,47 +300,6 @@ def _texts(root: Path) -> dict[str, Path]:
 def _is_text(path: Path) -> bool:
     generated = path.name in ("manifest.json", "model_index.json")
     return not generated and (path.suffix in (".md", ".txt", ".json") or path.name.startswith(("LICENSE", "NOTICE")))
-
-
-def _weights(folder: Path, part: str, variant: str | None) -> dict[str, Path]:
-    """Return the safetensors to use of a network, by name in the bundle: one file, or an index and its shards."""
-    stem = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
-    found = _variants(folder, stem)
-    if not found:
-        raise _no_weights(folder, stem)
-    chosen = variant if variant is not None else next(iter(found)) if len(found) == 1 else ""
-    if chosen not in found:
-        names = ", ".join(sorted(v or "(plain)" for v in found))
-        raise ExportError(f"{folder} has the weights {names}", needed=f"variant {chosen or '(plain)'}")
-    path = found[chosen]
-    if path.suffix == ".safetensors":
-        return {f"{stem}.safetensors": path}
-    shards = sorted(set(read_json(path)["weight_map"].values()))
-    for shard in shards:
-        if Path(shard).name != shard or not (folder / shard).is_file() or not shard.endswith(".safetensors"):
-            raise ExportError(
-                f"{path} names the shard {shard!r}", needed="a safetensors beside it", fix="download it again"
-            )
-    return {f"{stem}.safetensors.index.json": path} | {shard: folder / shard for shard in shards}
-
-
-def _variants(folder: Path, stem: str) -> dict[str, Path]:
-    """Return single files and shard indexes by variant ("" is the plain one); a single file wins."""
-    patterns = (rf"{stem}\.safetensors\.index(\.(?P<v>\w+))?\.json", rf"{stem}(\.(?P<v>\w+))?\.safetensors")
-    names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
-    matches = [m for pattern in patterns for name in names if (m := re.fullmatch(pattern, name))]
-    return {m["v"] or "": folder / m.string for m in matches}
-
-
-def _no_weights(folder: Path, stem: str) -> ExportError | UnsafeWeightsError:
-    pickles = [p for p in sorted(folder.glob("*")) if p.suffix in PICKLES]
-    if pickles:
-        return UnsafeWeightsError(
-            f"{pickles[0]} holds pickled weights, and there are no safetensors beside it",
-            needed="safetensors; pickles can run code",
-            fix="use a revision that has safetensors, or convert it where you trust it: save_pretrained(FOLDER)",
-        )
-    return ExportError(f"{folder} has no weights", needed=f"{stem}.safetensors", fix="download the checkpoint again")
 
 
 def _license(root: Path) -> str | None:

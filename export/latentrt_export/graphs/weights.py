@@ -7,11 +7,9 @@ https://github.com/huggingface/safetensors#format, https://onnx.ai/onnx/repo-doc
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -19,6 +17,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
+from latentrt_export.checkpoint.tensors import open_tensors
 from latentrt_export.graphs.wrap import PREFIX
 
 DTYPES: Mapping[str, type[np.generic]] = {
@@ -106,12 +105,8 @@ class Store:
 
 def read_header(path: Path) -> list[Stored]:
     """Return every tensor of a safetensors file whose dtype a graph can read."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header: dict[str, Any] = json.loads(file.read(size))
-    header.pop("__metadata__", None)
-    entries = [(name, e["dtype"], *e["data_offsets"]) for name, e in header.items() if e["dtype"] in DTYPES]
-    return [Stored(path, name, dtype, 8 + size + start, end - start) for name, dtype, start, end in entries]
+    entries = open_tensors(path).entries.items()
+    return [Stored(path, name, e.dtype, e.offset, e.length) for name, e in entries if e.dtype in DTYPES]
 
 
 def _same(stored: Stored, array: NDArray[np.generic]) -> bool:

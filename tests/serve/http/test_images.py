@@ -74,6 +74,24 @@ def test_any_mode_becomes_rgb(mode: str) -> None:
     assert (pixels.shape, pixels.dtype, mask) == ((8, 8, 3), np.uint8, None)
 
 
+@pytest.mark.parametrize(("value", "level"), [(0, 0), (300, 1), (32768, 128), (65535, 255)])
+def test_sixteen_bits_are_scaled(value: int, level: int) -> None:
+    data = file(Image.new("I;16", (16, 16), value))
+    pixels, area = run(files(data, data, white_mask))
+    _, inverted = run(files(data, data, partial(white_mask, inverted=True)))
+    assert (pixels == level).all()
+    assert (area == (255 if level >= 128 else 0)).all()
+    assert (inverted == 255 - area).all()
+
+
+def test_a_transparent_value_of_sixteen_bits() -> None:
+    values = np.repeat(np.uint16([700, 300]), 4)[None].repeat(8, axis=0)
+    clear = file(Image.fromarray(values), transparency=300)
+    pixels, area = run(files(clear, clear))
+    assert pixels[2].tolist() == [[3] * 3] * 4 + [[255] * 3] * 4
+    assert area[2].tolist() == [0] * 4 + [255] * 4
+
+
 def test_cmyk_jpegs_too() -> None:
     assert run(files(file(Image.new("CMYK", (16, 16)), "JPEG")))[0].shape == (8, 8, 3)
 

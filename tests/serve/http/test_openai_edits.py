@@ -30,6 +30,16 @@ def test_edits_decode_to_arrays(client: openai.OpenAI, scheduler: FakeScheduler)
     assert decoded(answer.data[0].b64_json).getpixel((0, 0)) == (255, 0, 0)
 
 
+@pytest.mark.parametrize(("value", "level"), [(300, 1), (32768, 128), (65535, 255)])
+def test_edits_of_sixteen_bits_are_scaled(
+    client: openai.OpenAI, scheduler: FakeScheduler, value: int, level: int
+) -> None:
+    buffer = BytesIO()
+    Image.new("I;16", (64, 64), value).save(buffer, "PNG")
+    client.images.edit(prompt="a", image=buffer.getvalue())
+    assert (scheduler.submitted[0].request.pictures["image"] == level).all()
+
+
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_edits_keep_the_shape_of_the_picture(client: openai.OpenAI, scheduler: FakeScheduler, kind: str) -> None:
     client.images.edit(prompt="a", image=[png(400, 100, kind=kind)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -176,15 +177,19 @@ def write_tokenizer(folder: Path, pad: str) -> int:
 
 def rename_as_of_old(folder: Path) -> None:
     """Give the weights of an SD checkpoint the names they have on the hub: those of the diffusers of 2022."""
-    attention = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     _rename(folder / "text_encoder" / "model.safetensors", lambda name: f"text_model.{name}")
+    rename_attentions(folder / "vae" / "diffusion_pytorch_model.safetensors")
 
-    def old_attention(name: str) -> str:
-        before, mark, after = name.partition("mid_block.attentions.0.")
-        part, _, kind = after.rpartition(".")
-        return f"{before}{mark}{attention.get(part, part)}.{kind}" if mark else name
 
-    _rename(folder / "vae" / "diffusion_pytorch_model.safetensors", old_attention)
+def rename_attentions(path: Path) -> None:
+    """Give the attentions of a VAE or a UNet of pixels their names of 2022."""
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+    def rename(name: str) -> str:
+        found = re.fullmatch(r"(.*\.attentions\.\d+)\.(.+)\.(weight|bias)", name)
+        return f"{found[1]}.{old.get(found[2], found[2])}.{found[3]}" if found else name
+
+    _rename(path, rename)
 
 
 def _rename(path: Path, rename: Callable[[str], str]) -> None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageOps
 
 from latentrt.bundle.spec import LatentSpec
+from latentrt.images.depth import to_eight_bits
 from latentrt.images.given import MODES, prepared
 from latentrt.serve.http.errors import Problem
 
@@ -133,12 +134,12 @@ def too_many_bytes(name: str, most: int) -> Problem:
 
 
 def _load(file: File, most_pixels: int) -> Image.Image:
-    """Return a file's picture upright, with palettes and their transparency resolved; close the file."""
+    """Return a file's picture upright, with 8 bits a channel, palettes and their transparency resolved; close it."""
     with file.open() as data:
         image = _opened(data, file.name, most_pixels)
         try:
             image.load()
-            upright = ImageOps.exif_transpose(image)
+            upright = to_eight_bits(ImageOps.exif_transpose(image), file.name)
             if "transparency" in upright.info:
                 return upright.convert("RGBA")
             return upright if upright.mode in MODES else upright.convert("RGB")

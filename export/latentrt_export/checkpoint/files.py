@@ -1,0 +1,33 @@
+"""JSON and other texts of a checkpoint, read with care."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from latentrt.errors import ExportError
+from latentrt_export.checkpoint.tensors import LFS
+
+AGAIN = "download the checkpoint again"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object of a checkpoint. Raise an ExportError that names the file where it holds none."""
+    try:
+        content = path.read_bytes()
+        check_pointer(path, content)
+        data = json.loads(content.decode("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ExportError(f"{path} cannot be read ({error})", needed="a JSON file", fix=AGAIN) from error
+    if not isinstance(data, dict):
+        raise ExportError(f"{path} holds no JSON object", needed="a JSON object", fix=AGAIN)
+    return data
+
+
+def check_pointer(path: Path, content: bytes) -> None:
+    """Raise an ExportError where a file's content is a Git LFS pointer, which stands for a file that is elsewhere."""
+    if content.startswith(LFS):
+        raise ExportError(
+            f"{path} is a Git LFS pointer, not the file itself", needed="the file", fix="git lfs pull, in its folder"
+        )
