@@ -91,6 +91,11 @@ class Checkpoint:
         return str(self.index["_class_name"])
 
     @property
+    def scheduler_class(self) -> str | None:
+        """The class that model_index.json names for the scheduler; None where it names none."""
+        return named_class(self.index.get("scheduler"))
+
+    @property
     def text_encoders(self) -> tuple[str, ...]:
         """The text encoders, in the order in which their states are concatenated."""
         return tuple(name for name in (TEXT, TEXT_2) if name in self.configs)
@@ -142,7 +147,8 @@ def open_checkpoint(source: str | Path, revision: str | None = None, variant: st
             _check_class(index, tokenizer, CLASSES[tokenizer])
             files |= {f"{tokenizer}/{f}": path for f, path in _tokenizer(root / tokenizer).items()}
     notes = tuple(each.note for each in weights.values() if each.note)
-    return Checkpoint(root, name, commit, _license(root), index, configs, _schedule(schedule), files, notes)
+    config = _schedule(schedule, named_class(index.get("scheduler")))
+    return Checkpoint(root, name, commit, _license(root), index, configs, config, files, notes)
 
 
 def tokenizer_of(part: str) -> str:
@@ -193,11 +199,14 @@ def _tokenizer(folder: Path) -> dict[str, Path]:
     return files
 
 
-def _schedule(path: Path) -> dict[str, Any]:
-    """Return scheduler_config.json. Raise an ExportError where a value is of another kind than it should be."""
+def _schedule(path: Path, named: str | None) -> dict[str, Any]:
+    """Return scheduler_config.json. Raise an ExportError where a value is of another kind than it should be.
+
+    `named` is the scheduler's class in model_index.json.
+    """
     config = read_json(path)
     try:
-        Schedule.from_config(config)
+        Schedule.from_config(config, {} if named is None else {"_class_name": named})
     except ScheduleError as error:
         raise ExportError(f"{path}: {error.found}", needed=error.needed, fix=error.fix) from error
     return config
@@ -284,11 +293,14 @@ def _parts(index: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _check_class(index: Mapping[str, Any], part: str, classes: Sequence[str]) -> None:
     """Refuse a part of another class; model_index.json has ["library", "class"] for each."""
-    entry = index.get(part)
-    name = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+    name = named_class(index.get(part))
     if name not in classes:
-        found = entry if name is None else name
-        raise unsupported(f"{part} {found!r} in model_index.json", " or ".join(classes))
+        raise unsupported(f"{part} {name or index.get(part)!r} in model_index.json", " or ".join(classes))
+
+
+def named_class(entry: object) -> str | None:
+    """Return the class of a part's entry in model_index.json, ["library", "class"]; None where it has another form."""
+    return entry[1] if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str) else None
 
 
 def _texts(root: Path) -> dict[str, Path]:
