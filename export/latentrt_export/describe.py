@@ -9,6 +9,7 @@ from typing import Any
 import onnx_ir as ir
 
 from latentrt.bundle.spec import Defaults, LatentSpec, ModelSpec, NetworkSpec, TensorSpec
+from latentrt_export.checkpoint.single.choices import Choices
 from latentrt_export.checkpoint.source import SCHEDULE, Checkpoint
 
 LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript")
@@ -32,11 +33,13 @@ def model_spec(checkpoint: Checkpoint, networks: Mapping[str, NetworkSpec], how:
     )
 
 
-def made(checkpoint: Checkpoint, variant: str | None) -> dict[str, Any]:
+def made(checkpoint: Checkpoint, variant: str | None, choices: Choices) -> dict[str, Any]:
     """Return how the bundle was made, without dates and paths: exporting twice gives the same bytes."""
     options = {"revision": checkpoint.revision, "variant": variant}
-    command = ["latentrt", "export", checkpoint.id, *(f"--{k}={v}" for k, v in options.items() if v)]
-    return {"command": " ".join(command), "versions": {name: version(name) for name in LIBRARIES}}
+    given = [*(f"--{k}={v}" for k, v in options.items() if v), *choices.options]
+    command = " ".join(["latentrt", "export", checkpoint.id, *given])
+    notes = {"notes": list(checkpoint.notes)} if checkpoint.notes else {}
+    return {"command": command, **notes, "versions": {name: version(name) for name in LIBRARIES}}
 
 
 def signature(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:

@@ -15,8 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from latentrt.bundle.bundle import PICKLES
-from latentrt.errors import ExportError, MissingDependencyError, UnsafeWeightsError
+from latentrt.errors import ExportError, LatentrtError, MissingDependencyError, OutputError, UnsafeWeightsError
 from latentrt_export.checkpoint.served import check_networks, unsupported
+from latentrt_export.checkpoint.single.choices import AS_THEY_ARE, Choices
+from latentrt_export.checkpoint.single.folder import make_folder
+from latentrt_export.checkpoint.single.vae_file import write_vae
 
 TEXT, TEXT_2, UNET, VAE = "text_encoder", "text_encoder_2", "unet", "vae"
 SD, XL, PIXELS = (TEXT, UNET, VAE), (TEXT, TEXT_2, UNET, VAE), (UNET,)
@@ -68,6 +71,7 @@ class Checkpoint:
         scheduler: scheduler_config.json.
         files: where each file of a bundle is now: configs, tokenizers and weights (safetensors, chosen variants under
             their plain names).
+        notes: what was decided about it, as lines to show.
     """
 
     root: Path
@@ -78,6 +82,7 @@ class Checkpoint:
     configs: Mapping[str, Mapping[str, Any]]
     scheduler: Mapping[str, Any]
     files: Mapping[str, Path]
+    notes: tuple[str, ...] = ()
 
     @property
     def pipeline(self) -> str:
@@ -91,16 +96,62 @@ class Checkpoint:
 
 
 @contextmanager
-def checkpoint_of(source: str | Path, revision: str | None = None, variant: str | None = None) -> Iterator[Checkpoint]:
-    """Yield `open_checkpoint`'s result; for "preset:NAME", a checkpoint with random weights, temporary."""
-    name = str(source)
-    if not name.startswith(PRESET):
-        yield open_checkpoint(source, revision, variant)
-        return
-    from latentrt_export.checkpoint.presets import make_checkpoint
+def checkpoint_of(
+    source: str | Path, revision: str | None = None, variant: str | None = None, choices: Choices = AS_THEY_ARE
+) -> Iterator[Checkpoint]:
+    """Yield the checkpoint of any source; of a preset, a single file and a VAE's file, folders are made and removed.
 
-    with tempfile.TemporaryDirectory(prefix="latentrt-") as folder:
-        yield replace(open_checkpoint(make_checkpoint(name.removeprefix(PRESET), Path(folder))), id=name)
+    Args:
+        source: as of `open_checkpoint`, "preset:NAME", or a single .safetensors file.
+        revision, variant: as of `open_checkpoint`.
+        choices: what the user decides about it.
+
+    Raises:
+        ExportError, UnsafeWeightsError: as of `open_checkpoint` and of `make_folder`.
+        OutputError: the temporary folder has no room.
+    """
+    with tempfile.TemporaryDirectory(prefix="latentrt-") as room:
+        try:
+            checkpoint = _checkpoint(source, revision, variant, choices, Path(room))
+        except OSError as error:
+            if isinstance(error, LatentrtError) or not error.errno:
+                raise
+            raise OutputError(
+                f"a temporary checkpoint cannot be written ({error})", needed="room", fix="set TMPDIR to another folder"
+            ) from error
+        yield checkpoint
+
+
+def _checkpoint(
+    source: str | Path, revision: str | None, variant: str | None, choices: Choices, room: Path
+) -> Checkpoint:
+    """Open any source; folders that have to be made go into `room`."""
+    name, path = str(source), Path(source)
+    if path.is_file() and path.suffix not in PICKLES:
+        if revision or variant:
+            raise ExportError(f"a revision or variant of the file {path}", needed="a folder, or the id of one")
+        notes = make_folder(path, room / "single", choices)
+        return replace(open_checkpoint(room / "single"), id=path.name, notes=notes)
+    choices.check_folder(name)
+    if name.startswith(PRESET):
+        from latentrt_export.checkpoint.presets import make_checkpoint
+
+        preset = make_checkpoint(name.removeprefix(PRESET), room / "preset")
+        checkpoint = replace(open_checkpoint(preset), id=name)
+    else:
+        checkpoint = open_checkpoint(source, revision, variant)
+    return _with_vae(checkpoint, Path(choices.vae), room) if choices.vae else checkpoint
+
+
+def _with_vae(checkpoint: Checkpoint, file: Path, room: Path) -> Checkpoint:
+    """Return the checkpoint with another VAE."""
+    if VAE not in checkpoint.configs:
+        raise ExportError(f"--vae with {checkpoint.id}", needed="a model that has a VAE", fix="leave out --vae")
+    config = write_vae(file, room, checkpoint.configs[VAE])
+    files = {name: path for name, path in checkpoint.files.items() if not name.startswith(f"{VAE}/")}
+    files |= {f"{VAE}/{path.name}": path for path in (room / VAE).iterdir()}
+    configs = {**checkpoint.configs, VAE: config}
+    return replace(checkpoint, configs=configs, files=files, notes=(*checkpoint.notes, f"VAE of {file.name}"))
 
 
 def open_checkpoint(source: str | Path, revision: str | None = None, variant: str | None = None) -> Checkpoint:
@@ -184,6 +235,8 @@ def _locate(source: str | Path, revision: str | None, variant: str | None) -> tu
         return path, path.resolve().name, None
     if path.is_file():
         raise _single_file(path)
+    if path.suffix == ".safetensors":
+        raise ExportError(f"there is no file {source}", needed="a single .safetensors file")
     if not HUB_ID.fullmatch(str(source)):
         raise ExportError(f"there is no folder {source}", needed="a diffusers checkpoint", fix=FOLDER_OR_ID)
     root = _download(str(source), revision, variant)
@@ -191,15 +244,13 @@ def _locate(source: str | Path, revision: str | None, variant: str | None) -> tu
 
 
 def _single_file(path: Path) -> ExportError | UnsafeWeightsError:
-    convert = (
-        'python -c "from diffusers import StableDiffusionPipeline as P; '
-        f"P.from_single_file('{path}').save_pretrained('FOLDER')\", then export FOLDER"
-    )
     if path.suffix in PICKLES:
         return UnsafeWeightsError(
-            f"{path} holds pickled weights", needed="safetensors; pickles can run code", fix=FOLDER_OR_ID
+            f"{path} holds pickled weights",
+            needed="safetensors; pickles can run code",
+            fix=f"get the model as .safetensors, or {FOLDER_OR_ID}",
         )
-    return ExportError(f"{path} is a single file", needed="a diffusers checkpoint folder", fix=convert)
+    return ExportError(f"{path} is a single file", needed="a diffusers checkpoint folder", fix="use checkpoint_of")
 
 
 def _download(repository: str, revision: str | None, variant: str | None) -> Path:
