@@ -19,7 +19,7 @@ from latentrt.errors import ExportError, LatentrtError, MissingDependencyError, 
 from latentrt_export.checkpoint.served import check_networks, unsupported
 from latentrt_export.checkpoint.single.choices import AS_THEY_ARE, Choices
 from latentrt_export.checkpoint.single.folder import make_folder
-from latentrt_export.checkpoint.single.vae_file import write_vae
+from latentrt_export.checkpoint.single.vae_file import vae_files
 
 TEXT, TEXT_2, UNET, VAE = "text_encoder", "text_encoder_2", "unet", "vae"
 SD, XL, PIXELS = (TEXT, UNET, VAE), (TEXT, TEXT_2, UNET, VAE), (UNET,)
@@ -102,13 +102,11 @@ def checkpoint_of(
     """Yield the checkpoint of any source; of a preset, a single file and a VAE's file, folders are made and removed.
 
     Args:
-        source: as of `open_checkpoint`, "preset:NAME", or a single .safetensors file.
-        revision, variant: as of `open_checkpoint`.
+        source: as of `open_checkpoint` (revision, variant: too), "preset:NAME", or a single .safetensors file.
         choices: what the user decides about it.
 
     Raises:
-        ExportError, UnsafeWeightsError: as of `open_checkpoint` and of `make_folder`.
-        OutputError: the temporary folder has no room.
+        ExportError, UnsafeWeightsError, OutputError: as of `open_checkpoint`, `make_folder`; or TMPDIR has no room.
     """
     with tempfile.TemporaryDirectory(prefix="latentrt-") as room:
         try:
@@ -116,9 +114,7 @@ def checkpoint_of(
         except OSError as error:
             if isinstance(error, LatentrtError) or not error.errno:
                 raise
-            raise OutputError(
-                f"a temporary checkpoint cannot be written ({error})", needed="room", fix="set TMPDIR to another folder"
-            ) from error
+            raise OutputError(f"no temporary checkpoint ({error})", needed="room", fix="set TMPDIR") from error
         yield checkpoint
 
 
@@ -130,28 +126,21 @@ def _checkpoint(
     if path.is_file() and path.suffix not in PICKLES:
         if revision or variant:
             raise ExportError(f"a revision or variant of the file {path}", needed="a folder, or the id of one")
-        notes = make_folder(path, room / "single", choices)
-        return replace(open_checkpoint(room / "single"), id=path.name, notes=notes)
+        notes = make_folder(path, room, choices)
+        return replace(open_checkpoint(room), id=path.name, notes=notes)
     choices.check_folder(name)
     if name.startswith(PRESET):
         from latentrt_export.checkpoint.presets import make_checkpoint
 
-        preset = make_checkpoint(name.removeprefix(PRESET), room / "preset")
-        checkpoint = replace(open_checkpoint(preset), id=name)
+        checkpoint = replace(open_checkpoint(make_checkpoint(name.removeprefix(PRESET), room / "preset")), id=name)
     else:
         checkpoint = open_checkpoint(source, revision, variant)
-    return _with_vae(checkpoint, Path(choices.vae), room) if choices.vae else checkpoint
-
-
-def _with_vae(checkpoint: Checkpoint, file: Path, room: Path) -> Checkpoint:
-    """Return the checkpoint with another VAE."""
-    if VAE not in checkpoint.configs:
-        raise ExportError(f"--vae with {checkpoint.id}", needed="a model that has a VAE", fix="leave out --vae")
-    config = write_vae(file, room, checkpoint.configs[VAE])
-    files = {name: path for name, path in checkpoint.files.items() if not name.startswith(f"{VAE}/")}
-    files |= {f"{VAE}/{path.name}": path for path in (room / VAE).iterdir()}
-    configs = {**checkpoint.configs, VAE: config}
-    return replace(checkpoint, configs=configs, files=files, notes=(*checkpoint.notes, f"VAE of {file.name}"))
+    if not choices.vae:
+        return checkpoint
+    other = vae_files(Path(choices.vae), room, checkpoint.configs.get(VAE))
+    files = {file: path for file, path in checkpoint.files.items() if not file.startswith(f"{VAE}/")}
+    configs = {**checkpoint.configs, VAE: read_json(other[f"{VAE}/config.json"])}
+    return replace(checkpoint, configs=configs, files=files | other, notes=(*checkpoint.notes, choices.vae_note))
 
 
 def open_checkpoint(source: str | Path, revision: str | None = None, variant: str | None = None) -> Checkpoint:
@@ -245,12 +234,9 @@ def _locate(source: str | Path, revision: str | None, variant: str | None) -> tu
 
 def _single_file(path: Path) -> ExportError | UnsafeWeightsError:
     if path.suffix in PICKLES:
-        return UnsafeWeightsError(
-            f"{path} holds pickled weights",
-            needed="safetensors; pickles can run code",
-            fix=f"get the model as .safetensors, or {FOLDER_OR_ID}",
-        )
-    return ExportError(f"{path} is a single file", needed="a diffusers checkpoint folder", fix="use checkpoint_of")
+        needed, fix = "safetensors; pickles can run code", "get the model as .safetensors"
+        return UnsafeWeightsError(f"{path} holds pickled weights", needed=needed, fix=fix)
+    return ExportError(f"{path} is a file", needed="a diffusers checkpoint folder", fix="use checkpoint_of")
 
 
 def _download(repository: str, revision: str | None, variant: str | None) -> Path:

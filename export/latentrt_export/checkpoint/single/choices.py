@@ -45,6 +45,11 @@ class Choices:
         options = [f"--{name}={value}" for name, value in named.items() if value]
         return [*options, *(["--ema"] if self.ema else []), *([f"--vae={Path(self.vae).name}"] if self.vae else [])]
 
+    @property
+    def vae_note(self) -> str:
+        """What to say of the VAE."""
+        return f"VAE of {Path(self.vae).name}" if self.vae else ""
+
     def check_folder(self, source: object) -> None:
         """Refuse options that only a single file has.
 

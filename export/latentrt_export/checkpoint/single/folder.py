@@ -160,7 +160,7 @@ def _told(single: Single, rule: str, prediction: Prediction, choices: Choices) -
     parts = [name, f"{prediction.kind} {prediction.rule}"]
     parts += ["zero terminal SNR by its key ztsnr"] if "ztsnr" in single.tensors.entries else []
     parts += ["averaged weights (EMA)"] if choices.ema else []
-    parts += [f"VAE of {Path(choices.vae).name}"] if choices.vae else []
+    parts += [choices.vae_note] if choices.vae else []
     return ", ".join(parts)
 
 

@@ -17,26 +17,29 @@ from latentrt_export.checkpoint.tensors import Tensors, open_tensors
 Settings = Mapping[str, Any]
 
 
-def write_vae(file: Path, folder: Path, base: Settings) -> Config:
+def vae_files(file: Path, folder: Path, base: Settings | None) -> dict[str, Path]:
     """Write the VAE of a file, which may be a whole model, as diffusers has it.
 
     Args:
         file: safetensors in LDM's or diffusers' names.
         folder: config and weights go to its vae/.
-        base: the config of the VAE in whose place it comes.
+        base: the config of the VAE in whose place it comes; None: there is none.
 
     Returns:
-        The new VAE's config.
+        What was written, by the names of a checkpoint's files.
 
     Raises:
-        ExportError: it is damaged, no VAE, or one of other latents.
+        ExportError: it is damaged, no VAE, or one of other latents; or the model has none.
     """
+    if base is None:
+        raise ExportError("--vae with a model that has no VAE", needed="one in the checkpoint", fix="leave out --vae")
     tensors = open_tensors(file)
     network = other_vae(tensors, base, base)
     check_weights({"vae": tensors}, {"vae": network})
-    write_weights(weights_path(folder, "vae", network.kind), tensors, network.pieces)
-    write_json(folder / "vae" / "config.json", network.config)
-    return network.config
+    weights, config = weights_path(folder, "vae", network.kind), folder / "vae" / "config.json"
+    write_weights(weights, tensors, network.pieces)
+    write_json(config, network.config)
+    return {path.relative_to(folder).as_posix(): path for path in (weights, config)}
 
 
 def own_vae(tensors: Tensors, base: Settings) -> Network:
