@@ -24,12 +24,21 @@ from latentrt_export.checkpoint.tensors import Tensors, open_tensors
 
 @dataclass(frozen=True, slots=True)
 class Single:
-    """A single file whose family is known: its networks, and the file that each comes from."""
+    """A single file that is understood.
+
+    Attributes:
+        tensors: the file.
+        family, rule: what it is, and why.
+        networks, sources: its networks, and the file that each comes from.
+        notes: more lines to show.
+    """
 
     tensors: Tensors
     family: Family
+    rule: str
     networks: Mapping[str, Network]
     sources: Mapping[str, Tensors]
+    notes: tuple[str, ...] = ()
 
     @property
     def inpaints(self) -> bool:
@@ -59,11 +68,7 @@ def make_folder(file: Path, folder: Path, choices: Choices) -> tuple[str, ...]:
         OSError: the folder cannot be written.
     """
     tensors = open_tensors(file)
-    family, rule = family_of(tensors.shapes, choices.model)
-    single = _single(tensors, family, choices)
-    check_weights(single.sources, single.networks)
-    placed = [piece.source for network in single.networks.values() for piece in network.pieces]
-    notes = leftovers(tensors.entries, placed, _parts(single, choices), family.name)
+    single = understand(tensors, choices)
     prediction = decide(tensors, choices.prediction_type, sd2=single.is_sd2, inpaints=single.inpaints)
     for name, network in single.networks.items():
         write_weights(weights_path(folder, name, network.kind), single.sources[name], network.pieces)
@@ -71,12 +76,25 @@ def make_folder(file: Path, folder: Path, choices: Choices) -> tuple[str, ...]:
     if prediction is None:
         prediction = probe(folder / "unet")
         write_configs(_model(single, prediction.kind), folder)
-    what = _told(single, rule, prediction, choices)
+    what = _told(single, prediction, choices)
     (folder / "README.md").write_text(_card(tensors, what), encoding="utf-8")
-    return (what, *notes)
+    return (what, *single.notes)
 
 
-def _single(tensors: Tensors, family: Family, choices: Choices) -> Single:
+def understand(tensors: Tensors, choices: Choices) -> Single:
+    """Return what a single file is, by its header: every weight of every network has its place.
+
+    Raises:
+        ExportError: it is no such model, or lacks weights, or has others.
+    """
+    family, rule = family_of(tensors.shapes, choices.model)
+    single = _single(tensors, family, rule, choices)
+    check_weights(single.sources, single.networks)
+    placed = [piece.source for network in single.networks.values() for piece in network.pieces]
+    return replace(single, notes=leftovers(tensors.entries, placed, _parts(single, choices), family.name))
+
+
+def _single(tensors: Tensors, family: Family, rule: str, choices: Choices) -> Single:
     shapes = tensors.shapes
     networks, sources = {}, dict.fromkeys(family.preset.networks, tensors)
     for name, text in family.texts.items():
@@ -90,7 +108,7 @@ def _single(tensors: Tensors, family: Family, choices: Choices) -> Single:
         networks["vae"] = other_vae(sources["vae"], base, like)
     else:
         networks["vae"] = own_vae(tensors, base)
-    return Single(tensors, family, networks, sources)
+    return Single(tensors, family, rule, networks, sources)
 
 
 def _unet(tensors: Tensors, family: Family, texts: Mapping[str, Network], *, ema: bool) -> Network:
@@ -154,9 +172,11 @@ def _parts(single: Single, choices: Choices) -> list[Part]:
     return parts
 
 
-def _told(single: Single, rule: str, prediction: Prediction, choices: Choices) -> str:
+def _told(single: Single, prediction: Prediction, choices: Choices) -> str:
     width = single.networks["unet"].config["cross_attention_dim"]
-    name = f"{single.family.name}{' inpainting' if single.inpaints else ''} ({rule}; cross-attention width {width})"
+    name = (
+        f"{single.family.name}{' inpainting' if single.inpaints else ''} ({single.rule}; cross-attention width {width})"
+    )
     parts = [name, f"{prediction.kind} {prediction.rule}"]
     parts += ["zero terminal SNR by its key ztsnr"] if "ztsnr" in single.tensors.entries else []
     parts += ["averaged weights (EMA)"] if choices.ema else []

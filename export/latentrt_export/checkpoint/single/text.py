@@ -87,7 +87,7 @@ def text_pieces(text: Text, config: Config, shapes: Shapes) -> list[Piece]:
 
 def harmless(text: Text, config: Config) -> list[str]:
     """Return what a text encoder may have that nothing reads: names, or beginnings that end with a point."""
-    names = ["logit_scale", "attn_mask", "embeddings.position_ids"]
+    names = ["logit_scale", "attn_mask", "embeddings.position_ids", "vision_model."]
     names += [] if text.projected else ["text_projection", "text_projection.weight"]
     names += [f"transformer.resblocks.{config['num_hidden_layers']}."] if text.cut else []
     return [*names, *(f"text_model.{name}" for name in names)]

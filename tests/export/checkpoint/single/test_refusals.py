@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,9 @@ import torch
 
 from latentrt.errors import ExportError, UnsafeWeightsError
 from latentrt_export.checkpoint.single.choices import Choices
-from latentrt_export.checkpoint.single.folder import make_folder
+from latentrt_export.checkpoint.single.folder import make_folder, understand
 from latentrt_export.checkpoint.source import checkpoint_of
+from latentrt_export.checkpoint.tensors import Entry, open_tensors
 from latentrt_export.to_bundle import export_bundle
 from tests.export.checkpoint.single.conftest import Make
 from tests.support.models.single_file import Tensors, write_single
@@ -187,6 +190,38 @@ def test_vaes_that_do_not_fit(made: Make, tmp_path: Path, shape: tuple[int, ...]
 def test_a_lora_is_no_vae(made: Make, tmp_path: Path) -> None:
     lora = write_single(tmp_path / "lora.safetensors", {"a.lora_down.weight": ONE})
     refused(made("sd1").file, r"lora\.safetensors has no VAE", Choices(vae=lora))
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "xl", "xl-refiner"])
+def test_no_damage_to_names_and_shapes_is_a_fault(made: Make, family: str) -> None:
+    """Tensors that are gone, renamed or reshaped, alone and in groups: understood or refused, never a traceback."""
+    chance, tensors = random.Random(7), open_tensors(made(family).file)
+    refusals = 0
+    for _ in range(60):
+        entries = dict(tensors.entries)
+        for name in chance.sample(list(entries), chance.choice((1, 1, 2, 10))):
+            damage(entries, name, chance)
+        try:
+            understand(replace(tensors, entries=entries), Choices(ema=chance.random() < 0.1))
+        except ExportError:
+            refusals += 1
+    assert refusals > 30
+
+
+def damage(entries: dict[str, Entry], name: str, chance: random.Random) -> None:
+    """Change one tensor, or all whose names begin alike."""
+    if name not in entries:
+        return
+    entry = entries[name]
+    if chance.random() < 0.3:
+        beginning = name.rsplit(".", chance.randrange(1, 5))[0]
+        for other in [other for other in entries if other.startswith(beginning)]:
+            del entries[other]
+    elif chance.random() < 0.5:
+        shape = tuple(chance.choice((0, 1, 3, 64)) for _ in range(chance.randrange(5)))
+        entries[name] = replace(entry, shape=shape)
+    else:
+        entries[name.replace(chance.choice("0123"), chance.choice("4567"), 1)] = entries.pop(name)
 
 
 def test_dtypes_that_no_graph_reads(made: Make, tmp_path: Path) -> None:
