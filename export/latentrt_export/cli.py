@@ -8,10 +8,18 @@ from pathlib import Path
 
 from latentrt.command.terminal import show, table_of
 from latentrt.errors import MissingDependencyError
+from latentrt_export.checkpoint.single.choices import Choices
 
 
 def run_export(
-    source: str, target: Path, *, revision: str | None, variant: str | None, overwrite: bool, as_json: bool
+    source: str,
+    target: Path,
+    *,
+    revision: str | None,
+    variant: str | None,
+    choices: Choices,
+    overwrite: bool,
+    as_json: bool,
 ) -> None:
     """Export with a line for each part, and a summary at the end."""
     _need_torch("export")
@@ -27,6 +35,7 @@ def run_export(
             target,
             revision=revision,
             variant=variant,
+            choices=choices,
             overwrite=overwrite,
             golden=golden_runs,
             progress=lambda part, done, total: status.update(f"{part} ({done + 1} of {total})"),
@@ -44,8 +53,8 @@ def run_export(
     print(f"{target}: {summary.total_bytes / 1e6:.1f} MB")
 
 
-def run_verify(bundle: Path, against: str | Path, *, steps: int, as_json: bool) -> int:
-    """Show every check against a checkpoint (a folder or a hub id); return 1 if any is beyond its bound, else 0."""
+def run_verify(bundle: Path, against: str | Path, *, steps: int, choices: Choices, as_json: bool) -> int:
+    """Show every check against a checkpoint, of any kind of source; return 1 if any is beyond its bound, else 0."""
     _need_torch("verify")
     from rich.console import Console
 
@@ -55,7 +64,7 @@ def run_verify(bundle: Path, against: str | Path, *, steps: int, as_json: bool) 
     console = Console(stderr=True, quiet=as_json)
     checks: list[Check] = []
     with console.status("measuring") as status:
-        for check in verify(bundle, against, steps=steps):
+        for check in verify(bundle, against, steps=steps, choices=choices):
             checks.append(check)
             status.update(f"measured {check.depth}: {check.what}")
     failed = sum(check.passed is False for check in checks)

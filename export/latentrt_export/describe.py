@@ -12,6 +12,7 @@ from latentrt.bundle.spec import Correction, Defaults, LatentSpec, ModelSpec, Ne
 from latentrt.sampling.schedule import Schedule
 from latentrt_export.checkpoint.corrections import UNET, corrections_of, drawn_by
 from latentrt_export.checkpoint.served import beside
+from latentrt_export.checkpoint.single.choices import Choices
 from latentrt_export.checkpoint.source import SCHEDULE, Checkpoint
 
 LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript")
@@ -46,14 +47,21 @@ def notes_of(checkpoint: Checkpoint, spec: ModelSpec) -> tuple[str, ...]:
         f"{each.file}: {each.key} is {each.found!r}, and drawn with {each.value!r} ({each.why})"
         for each in spec.corrections
     )
-    return (*checkpoint.notes, *ignored, *corrected, *([f"{SCHEDULE}: {why}"] if (why := schedule.not_served()) else ()))
+    return (
+        *checkpoint.notes,
+        *ignored,
+        *corrected,
+        *([f"{SCHEDULE}: {why}"] if (why := schedule.not_served()) else ()),
+    )
 
 
-def made(checkpoint: Checkpoint, variant: str | None) -> dict[str, Any]:
+def made(checkpoint: Checkpoint, variant: str | None, choices: Choices) -> dict[str, Any]:
     """Return how the bundle was made, without dates and paths: exporting twice gives the same bytes."""
     options = {"revision": checkpoint.revision, "variant": variant}
-    command = ["latentrt", "export", checkpoint.id, *(f"--{k}={v}" for k, v in options.items() if v)]
-    return {"command": " ".join(command), "versions": {name: version(name) for name in LIBRARIES}}
+    given = [*(f"--{k}={v}" for k, v in options.items() if v), *choices.options]
+    command = " ".join(["latentrt", "export", checkpoint.id, *given])
+    notes = {"notes": list(checkpoint.notes)} if checkpoint.notes else {}
+    return {"command": command, **notes, "versions": {name: version(name) for name in LIBRARIES}}
 
 
 def signature(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:

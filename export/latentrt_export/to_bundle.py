@@ -35,6 +35,7 @@ from latentrt.bundle.spec import (
 )
 from latentrt.errors import BundleError, ExportError, LatentrtError
 from latentrt.model.tokenizer import Tokenizer
+from latentrt_export.checkpoint.single.choices import AS_THEY_ARE, Choices
 from latentrt_export.checkpoint.source import Checkpoint, checkpoint_of, tokenizer_of
 from latentrt_export.describe import made, model_spec, notes_of, signature
 from latentrt_export.graphs import passes
@@ -118,6 +119,7 @@ def export_bundle(
     *,
     revision: str | None = None,
     variant: str | None = None,
+    choices: Choices = AS_THEY_ARE,
     progress: Progress = lambda part, done, total: None,
     overwrite: bool = False,
     golden: Measure | None = None,
@@ -125,9 +127,11 @@ def export_bundle(
     """Turn the checkpoint `source` into the bundle `target`.
 
     Args:
-        source: a diffusers folder, a hub id, or preset:NAME (see `latentrt_export.checkpoint.presets`).
+        source: a diffusers folder, a hub id, a single .safetensors file, or preset:NAME (see
+            `latentrt_export.checkpoint.presets`).
         target: a folder; `source` itself adds the graphs to the checkpoint (with `overwrite`).
         revision, variant: as in `open_checkpoint`.
+        choices: what the user decides about the source.
         progress: called before each part.
         overwrite: replace an existing bundle. A folder that is no bundle is never replaced.
         golden: measures golden runs on the finished bundle; they go into its manifest.
@@ -137,14 +141,15 @@ def export_bundle(
         UnsafeWeightsError: it has pickled weights only.
         OutputError: the target exists, or cannot be written, or has no room.
     """
-    with checkpoint_of(source, revision, variant) as checkpoint:
-        return _export(checkpoint, Path(target), variant, progress, overwrite, golden)
+    with checkpoint_of(source, revision, variant, choices) as checkpoint:
+        how = made(checkpoint, variant, choices)
+        return _export(checkpoint, Path(target), how, progress, overwrite, golden)
 
 
 def _export(
     checkpoint: Checkpoint,
     target: Path,
-    variant: str | None,
+    how: Mapping[str, Any],
     progress: Progress,
     overwrite: bool,
     golden: Measure | None,
@@ -162,7 +167,7 @@ def _export(
             made_of, summaries[name] = _export_network(checkpoint, root, name)
             networks |= made_of
         progress("half precision", len(parts) - 2, len(parts))
-        spec = _add_cpu(root, _add_half(root, model_spec(checkpoint, networks, made(checkpoint, variant))))
+        spec = _add_cpu(root, _add_half(root, model_spec(checkpoint, networks, how)))
         progress("manifest", len(parts) - 1, len(parts))
         _write_manifest(root, spec, golden)
         total = sum(path.stat().st_size for path in _files(root))

@@ -14,7 +14,7 @@ import click
 from latentrt import __version__
 from latentrt.command.build import build
 from latentrt.command.generate import generate
-from latentrt.command.options import AT_LEAST_ONE, FOLDER, argument_bundle, option_json, runs_networks
+from latentrt.command.options import AT_LEAST_ONE, FOLDER, argument_bundle, option_json, options_single, runs_networks
 from latentrt.command.serve import serve
 from latentrt.command.terminal import show, table_of
 from latentrt.errors import LatentrtError, PromptTruncatedWarning
@@ -98,35 +98,49 @@ def solvers(as_json: bool) -> None:
 @click.argument("target", type=FOLDER)
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @click.option("--variant", help="Weights variant, such as fp16; networks without it have their plain weights.")
+@options_single
 @click.option("--overwrite", is_flag=True, help="Replace an existing bundle.")
 @option_json
 def export(
-    source: str, target: Path, revision: str | None, variant: str | None, overwrite: bool, as_json: bool
+    source: str,
+    target: Path,
+    revision: str | None,
+    variant: str | None,
+    overwrite: bool,
+    as_json: bool,
+    **choices: Any,
 ) -> None:
-    """Turn the diffusers checkpoint SOURCE (a folder or a hub id) into the bundle TARGET.
+    """Turn the checkpoint SOURCE (a diffusers folder, a single .safetensors file or a hub id) into the bundle TARGET.
 
     Needs the extra `export`.
     """
+    from latentrt_export.checkpoint.single.choices import Choices
     from latentrt_export.cli import run_export
 
-    run_export(source, target, revision=revision, variant=variant, overwrite=overwrite, as_json=as_json)
+    chosen = Choices(**choices)
+    run_export(source, target, revision=revision, variant=variant, choices=chosen, overwrite=overwrite, as_json=as_json)
 
 
 @latentrt.command()
 @argument_bundle
-@click.option("--against", help="Checkpoint (a folder or a hub id)  [default: BUNDLE itself, opened by diffusers]")
+@click.option(
+    "--against",
+    help="Checkpoint (a folder, a single file or a hub id)  [default: BUNDLE itself, opened by diffusers]",
+)
+@options_single
 @click.option(
     "--steps", type=AT_LEAST_ONE, default=20, show_default=True, help="Solver steps of the step and image depths."
 )
 @option_json
-def verify(bundle: Path, against: str | None, steps: int, as_json: bool) -> None:
+def verify(bundle: Path, against: str | None, steps: int, as_json: bool, **choices: Any) -> None:
     """Measure a bundle against diffusers; exit code 1 beyond a bound.
 
     Needs the extra `export`.
     """
+    from latentrt_export.checkpoint.single.choices import Choices
     from latentrt_export.cli import run_verify
 
-    sys.exit(run_verify(bundle, against or str(bundle), steps=steps, as_json=as_json))
+    sys.exit(run_verify(bundle, against or str(bundle), steps=steps, choices=Choices(**choices), as_json=as_json))
 
 
 @latentrt.command()

@@ -73,3 +73,19 @@ def edits_pictures(verb: Verb) -> Verb:
     ):
         verb = option(verb)
     return verb
+
+
+def options_single(verb: Verb) -> Verb:
+    """Add what a user decides about a checkpoint; the names are those of `latentrt_export`'s `Choices`."""
+    for option in (
+        click.option("--vae", type=FOLDER, help="Safetensors file of the VAE to take instead of the checkpoint's."),
+        click.option("--ema", is_flag=True, help="Take a single file's averaged weights."),
+        click.option(
+            "--prediction-type", help="What a single file's UNet predicts: epsilon or v_prediction  [default: by rules]"
+        ),
+        click.option(
+            "--model", help="What a single file is: sd1, sd2, xl or xl-refiner  [default: by its text encoders]"
+        ),
+    ):
+        verb = option(verb)
+    return verb

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -31,3 +32,23 @@ def check_pointer(path: Path, content: bytes) -> None:
         raise ExportError(
             f"{path} is a Git LFS pointer, not the file itself", needed="the file", fix="git lfs pull, in its folder"
         )
+
+
+def texts_of(root: Path) -> dict[str, Path]:
+    """Return licence, model card and small data files at the top of a checkpoint: they are copied with the weights."""
+    kept = [p for p in sorted(root.iterdir()) if p.is_file() and _is_text(p)]
+    return {p.name: p for p in kept}
+
+
+def _is_text(path: Path) -> bool:
+    generated = path.name in ("manifest.json", "model_index.json")
+    return not generated and (path.suffix in (".md", ".txt", ".json") or path.name.startswith(("LICENSE", "NOTICE")))
+
+
+def license_of(root: Path) -> str | None:
+    """Return the licence in the model card's front matter."""
+    card = root / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    named = re.search(r"^license:\s*['\"]?([^'\"\n]+)", front[1], re.MULTILINE) if front else None
+    return named[1].strip() if named else None

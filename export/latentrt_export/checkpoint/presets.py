@@ -2,20 +2,15 @@
 
 Speed, memory and the whole way from export to picture are those of the real model; the pictures are noise. The
 configurations are in `preset_configs.py`; `sd15-small` is Stable Diffusion 1.5 with a tenth of the channels, for tests.
-
-The tokenizers are CLIP's in form and size (49,408 entries: bytes, bytes at a word's end, merges, start and end), but
-the merges are invented: pairs of letters, then pairs of pairs. A prompt has other, and more, tokens than with CLIP's.
+The tokenizers are CLIP's.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
-import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from string import ascii_lowercase
 from typing import Any
 
 import numpy as np
@@ -26,17 +21,17 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from latentrt.errors import ExportError
+from latentrt_export.checkpoint.configs import weights_path, write_configs
 from latentrt_export.checkpoint.preset_configs import PRESETS, Preset
+from latentrt_export.checkpoint.tensors import header_of
 
 BLOCK = 4_194_301  # numbers that are drawn once and repeated: a prime, so that no two rows of a weight are the same
 DTYPES = {"float16": ("F16", np.float16), "float32": ("F32", np.float32)}
-ENTRIES = 49_408  # of CLIP's vocabulary
-START, END = "<|startoftext|>", "<|endoftext|>"
 CARD = """---
 license: none (random weights)
 ---
-`preset:{name}` of latentrt: the configuration of {model}, random weights, an invented tokenizer. For measurements only:
-its pictures are noise.
+`preset:{name}` of latentrt: the configuration of {model}, random weights, CLIP's tokenizer. For measurements only: its
+pictures are noise.
 """
 CLASSES: Mapping[str, Callable[[Mapping[str, Any]], nn.Module]] = {
     "UNet2DConditionModel": lambda config: UNet2DConditionModel.from_config(dict(config)),
@@ -65,21 +60,11 @@ def make_checkpoint(preset: str, folder: Path, dtype: str = "float16", *, seed: 
         ExportError: there is no such preset.
     """
     chosen = find(preset)
-    index: dict[str, Any] = {"_class_name": chosen.pipeline, **chosen.index}
+    write_configs(chosen, folder)
     for name, (kind, config) in chosen.networks.items():
-        library = "transformers" if kind.startswith("CLIP") else "diffusers"
-        index[name] = [library, kind]
-        _write_json(folder / name / "config.json", {"_class_name": kind, "architectures": [kind], **config})
-        stem = "model" if library == "transformers" else "diffusion_pytorch_model"
         with torch.device("meta"):  # shapes only
             network = CLASSES[kind](config)
-        _write_weights(folder / name / f"{stem}.safetensors", network, dtype, seed)
-    for name, pad in chosen.tokenizers.items():
-        index[name] = ["transformers", "CLIPTokenizer"]
-        _write_tokenizer(folder / name, pad)
-    index["scheduler"] = ["diffusers", chosen.scheduler["_class_name"]]
-    _write_json(folder / "scheduler" / "scheduler_config.json", chosen.scheduler)
-    _write_json(folder / "model_index.json", index)
+        _write_weights(weights_path(folder, name, kind), network, dtype, seed)
     (folder / "README.md").write_text(CARD.format(name=preset, model=chosen.model), encoding="utf-8")
     return folder
 
@@ -101,16 +86,9 @@ def _write_weights(path: Path, network: nn.Module, dtype: str, seed: int) -> Non
     """Write a safetensors file tensor by tensor: never more than one block of numbers is in memory."""
     kind, scalar = DTYPES[dtype]
     shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    sizes = {name: math.prod(shape) * np.dtype(scalar).itemsize for name, shape in shapes.items()}
-    ends = dict(zip(sizes, itertools.accumulate(sizes.values()), strict=True))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    for name, shape in shapes.items():
-        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [ends[name] - sizes[name], ends[name]]}
-    data = json.dumps(header).encode()
-    data += b" " * (-len(data) % 8)
     block = np.random.default_rng(seed).standard_normal(BLOCK, np.float32)
     with path.open("wb") as file:
-        file.write(len(data).to_bytes(8, "little") + data)
+        file.write(header_of({name: (kind, shape) for name, shape in shapes.items()}))
         for name, shape in shapes.items():
             _write_numbers(file.write, name, shape, block, scalar)
 
@@ -133,30 +111,3 @@ def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
     if len(shape) > 1:
         return 1 / math.sqrt(math.prod(shape[1:])), 0.0
     return (0.05, 1.0) if name.endswith(".weight") else (0.02, 0.0)
-
-
-def _write_tokenizer(folder: Path, pad: str) -> None:
-    """Write vocab.json, merges.txt and tokenizer_config.json, as the published checkpoints have them."""
-    letters = _letters()
-    pairs = ["".join(pair) for pair in itertools.product(ascii_lowercase, repeat=2)]
-    merges = [" ".join(pair) + end for end in ("", "</w>") for pair in pairs]
-    merges += [f"{first} {second}" for first, second in itertools.product(pairs, repeat=2)]
-    merges = merges[: ENTRIES - 2 * len(letters) - 2]
-    merged = [merge.replace(" ", "") for merge in merges]
-    words = [*letters, *(f"{letter}</w>" for letter in letters), *merged, START, END]
-    _write_json(folder / "vocab.json", {word: i for i, word in enumerate(words)})
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
-    tokens = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pad}
-    rules = {"model_max_length": 77, "do_lower_case": True, "tokenizer_class": "CLIPTokenizer"}
-    _write_json(folder / "tokenizer_config.json", tokens | rules)
-
-
-def _letters() -> list[str]:
-    """Return the 256 characters for bytes in byte-level BPE: themselves where printable, else from 256 on."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    return [*map(chr, sorted(printable)), *(chr(256 + i) for i in range(256 - len(printable)))]
-
-
-def _write_json(path: Path, data: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(dict(data), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

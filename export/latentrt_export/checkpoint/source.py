@@ -14,11 +14,22 @@ from pathlib import Path
 from typing import Any
 
 from latentrt.bundle.bundle import PICKLES
-from latentrt.errors import BundleError, ExportError, MissingDependencyError, ScheduleError, UnsafeWeightsError
+from latentrt.errors import (
+    BundleError,
+    ExportError,
+    LatentrtError,
+    MissingDependencyError,
+    OutputError,
+    ScheduleError,
+    UnsafeWeightsError,
+)
 from latentrt.model.tokenizer import Tokenizer
 from latentrt.sampling.schedule import Schedule
-from latentrt_export.checkpoint.files import AGAIN, check_pointer, read_json
+from latentrt_export.checkpoint.files import AGAIN, check_pointer, license_of, read_json, texts_of
 from latentrt_export.checkpoint.served import check_networks, text_config, unsupported
+from latentrt_export.checkpoint.single.choices import AS_THEY_ARE, Choices
+from latentrt_export.checkpoint.single.folder import make_folder
+from latentrt_export.checkpoint.single.vae_file import vae_files
 from latentrt_export.checkpoint.tensors import LFS
 from latentrt_export.checkpoint.weights import choose_weights
 
@@ -102,16 +113,51 @@ class Checkpoint:
 
 
 @contextmanager
-def checkpoint_of(source: str | Path, revision: str | None = None, variant: str | None = None) -> Iterator[Checkpoint]:
-    """Yield `open_checkpoint`'s result; for "preset:NAME", a checkpoint with random weights, temporary."""
-    name = str(source)
-    if not name.startswith(PRESET):
-        yield open_checkpoint(source, revision, variant)
-        return
-    from latentrt_export.checkpoint.presets import make_checkpoint
+def checkpoint_of(
+    source: str | Path, revision: str | None = None, variant: str | None = None, choices: Choices = AS_THEY_ARE
+) -> Iterator[Checkpoint]:
+    """Yield the checkpoint of any source; of a preset, a single file and a VAE's file, folders are made and removed.
 
-    with tempfile.TemporaryDirectory(prefix="latentrt-") as folder:
-        yield replace(open_checkpoint(make_checkpoint(name.removeprefix(PRESET), Path(folder))), id=name)
+    Args:
+        source: as of `open_checkpoint` (revision, variant: too), "preset:NAME", or a single .safetensors file.
+        choices: what the user decides about it.
+
+    Raises:
+        ExportError, UnsafeWeightsError, OutputError: as of `open_checkpoint`, `make_folder`; or TMPDIR has no room.
+    """
+    with tempfile.TemporaryDirectory(prefix="latentrt-") as room:
+        try:
+            checkpoint = _checkpoint(source, revision, variant, choices, Path(room))
+        except OSError as error:
+            if isinstance(error, LatentrtError) or not error.errno:
+                raise
+            raise OutputError(f"no temporary checkpoint ({error})", needed="room", fix="set TMPDIR") from error
+        yield checkpoint
+
+
+def _checkpoint(
+    source: str | Path, revision: str | None, variant: str | None, choices: Choices, room: Path
+) -> Checkpoint:
+    """Open any source; folders that have to be made go into `room`."""
+    name, path = str(source), Path(source)
+    if path.is_file() and path.suffix not in PICKLES:
+        if revision or variant:
+            raise ExportError(f"a revision or variant of the file {path}", needed="a folder, or the id of one")
+        notes = make_folder(path, room, choices)
+        return replace(open_checkpoint(room), id=path.name, notes=notes)
+    choices.check_folder(name)
+    if name.startswith(PRESET):
+        from latentrt_export.checkpoint.presets import make_checkpoint
+
+        checkpoint = replace(open_checkpoint(make_checkpoint(name.removeprefix(PRESET), room / "preset")), id=name)
+    else:
+        checkpoint = open_checkpoint(source, revision, variant)
+    if not choices.vae:
+        return checkpoint
+    other = vae_files(Path(choices.vae), room, checkpoint.configs.get(VAE))
+    files = {file: path for file, path in checkpoint.files.items() if not file.startswith(f"{VAE}/")}
+    configs = {**checkpoint.configs, VAE: read_json(other[f"{VAE}/config.json"])}
+    return replace(checkpoint, configs=configs, files=files | other, notes=(*checkpoint.notes, choices.vae_note))
 
 
 def open_checkpoint(source: str | Path, revision: str | None = None, variant: str | None = None) -> Checkpoint:
@@ -138,7 +184,7 @@ def open_checkpoint(source: str | Path, revision: str | None = None, variant: st
     check_networks(configs, UNETS[parts])
     weights = choose_weights(homes, variant)
     schedule = root / SCHEDULE if (root / SCHEDULE).is_file() else root / "scheduler_config.json"
-    files = {name: path for name, path in _texts(root).items() if path not in _flat(root, homes)}
+    files = {name: path for name, path in texts_of(root).items() if path not in _flat(root, homes)}
     files[SCHEDULE] = schedule
     for part, home in homes.items():
         files |= {f"{part}/{f}": path for f, path in weights[part].files.items()}
@@ -148,7 +194,7 @@ def open_checkpoint(source: str | Path, revision: str | None = None, variant: st
             files |= {f"{tokenizer}/{f}": path for f, path in _tokenizer(root / tokenizer).items()}
     notes = tuple(each.note for each in weights.values() if each.note)
     config = _schedule(schedule, named_class(index.get("scheduler")))
-    return Checkpoint(root, name, commit, _license(root), index, configs, config, files, notes)
+    return Checkpoint(root, name, commit, license_of(root), index, configs, config, files, notes)
 
 
 def tokenizer_of(part: str) -> str:
@@ -229,6 +275,8 @@ def _locate(source: str | Path, revision: str | None, variant: str | None) -> tu
         return path, path.resolve().name, None
     if path.is_file():
         raise _single_file(path)
+    if path.suffix == ".safetensors":
+        raise ExportError(f"there is no file {source}", needed="a single .safetensors file")
     if not HUB_ID.fullmatch(str(source)):
         raise ExportError(f"there is no folder {source}", needed="a diffusers checkpoint", fix=FOLDER_OR_ID)
     root = _download(str(source), revision, variant)
@@ -236,15 +284,10 @@ def _locate(source: str | Path, revision: str | None, variant: str | None) -> tu
 
 
 def _single_file(path: Path) -> ExportError | UnsafeWeightsError:
-    convert = (
-        'python -c "from diffusers import StableDiffusionPipeline as P; '
-        f"P.from_single_file('{path}').save_pretrained('FOLDER')\", then export FOLDER"
-    )
     if path.suffix in PICKLES:
-        return UnsafeWeightsError(
-            f"{path} holds pickled weights", needed="safetensors; pickles can run code", fix=FOLDER_OR_ID
-        )
-    return ExportError(f"{path} is a single file", needed="a diffusers checkpoint folder", fix=convert)
+        needed, fix = "safetensors; pickles can run code", "get the model as .safetensors"
+        return UnsafeWeightsError(f"{path} holds pickled weights", needed=needed, fix=fix)
+    return ExportError(f"{path} is a file", needed="a diffusers checkpoint folder", fix="use checkpoint_of")
 
 
 def _download(repository: str, revision: str | None, variant: str | None) -> Path:
@@ -301,23 +344,3 @@ def _check_class(index: Mapping[str, Any], part: str, classes: Sequence[str]) ->
 def named_class(entry: object) -> str | None:
     """Return the class of a part's entry in model_index.json, ["library", "class"]; None where it has another form."""
     return entry[1] if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str) else None
-
-
-def _texts(root: Path) -> dict[str, Path]:
-    """Return licence, model card and small data files at the top of a checkpoint: they are copied with the weights."""
-    kept = [p for p in sorted(root.iterdir()) if p.is_file() and _is_text(p)]
-    return {p.name: p for p in kept}
-
-
-def _is_text(path: Path) -> bool:
-    generated = path.name in ("manifest.json", "model_index.json")
-    return not generated and (path.suffix in (".md", ".txt", ".json") or path.name.startswith(("LICENSE", "NOTICE")))
-
-
-def _license(root: Path) -> str | None:
-    """Return the licence in the model card's front matter."""
-    card = root / "README.md"
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
-    named = re.search(r"^license:\s*['\"]?([^'\"\n]+)", front[1], re.MULTILINE) if front else None
-    return named[1].strip() if named else None

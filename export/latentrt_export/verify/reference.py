@@ -21,7 +21,8 @@ from latentrt.errors import ExportError, LatentrtError
 from latentrt.sampling.schedule import Schedule
 from latentrt.sampling.solvers import EVERY_SOLVER
 from latentrt_export.checkpoint.corrections import drawn_by
-from latentrt_export.checkpoint.source import Checkpoint, read_json
+from latentrt_export.checkpoint.files import read_json
+from latentrt_export.checkpoint.source import Checkpoint
 from latentrt_export.graphs.to_onnx import quiet
 from latentrt_export.to_bundle import plain_index
 

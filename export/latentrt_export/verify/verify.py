@@ -10,6 +10,7 @@ from latentrt.bundle.spec import CONDITIONER, SHALLOW, Golden, ModelSpec
 from latentrt.engine import Engine
 from latentrt.golden import TOLERANCE, measure, worst_error
 from latentrt.runtime import open_backend
+from latentrt_export.checkpoint.single.choices import AS_THEY_ARE, Choices
 from latentrt_export.checkpoint.source import Checkpoint, checkpoint_of
 from latentrt_export.to_bundle import networks_of
 from latentrt_export.verify.checks import Check
@@ -26,14 +27,17 @@ def verify(
     steps: int = 20,
     revision: str | None = None,
     variant: str | None = None,
+    choices: Choices = AS_THEY_ARE,
 ) -> Iterator[Check]:
     """Measure a bundle against a diffusers checkpoint, one check at a time.
 
     Args:
         bundle: the bundle to measure; its hashes are checked.
-        checkpoint: the diffusers folder, hub id or preset:NAME that it must equal (a bundle is such a folder too).
+        checkpoint: the diffusers folder, hub id, single file or preset:NAME that it must equal (a bundle is such a
+            folder too).
         steps: solver steps of the step depth and of the image depth.
         revision, variant: of the checkpoint, as in `open_checkpoint`.
+        choices: what the user decided about the checkpoint when it was exported.
 
     Raises:
         BundleError: the bundle is none, or is damaged.
@@ -41,7 +45,7 @@ def verify(
         UnsafeWeightsError: the checkpoint has pickled weights only.
     """
     opened = Bundle.open(bundle)
-    with checkpoint_of(checkpoint, revision, variant) as source:
+    with checkpoint_of(checkpoint, revision, variant, choices) as source:
         yield from _verify(opened, source, steps)
 
 

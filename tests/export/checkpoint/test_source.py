@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from latentrt.bundle.bundle import Bundle
 from latentrt.errors import ExportError, UnsafeWeightsError
-from latentrt_export.checkpoint.source import open_checkpoint
+from latentrt_export.checkpoint.source import checkpoint_of, open_checkpoint
 from latentrt_export.graphs.to_onnx import quiet
 from latentrt_export.graphs.wrap import load_network
 from latentrt_export.to_bundle import export_bundle
@@ -41,14 +41,11 @@ def test_what_is_no_checkpoint(source: str, words: str, tmp_path: Path, monkeypa
         open_checkpoint(source)
 
 
-def test_single_files_are_refused_with_the_way_out(tmp_path: Path) -> None:
-    for name, kind, words in (
-        ("model.safetensors", ExportError, "from_single_file"),
-        ("model.ckpt", UnsafeWeightsError, "pickle"),
-    ):
+def test_pickles_are_refused(tmp_path: Path) -> None:
+    for name in ("model.ckpt", "model.pt"):
         (tmp_path / name).write_bytes(b"")
-        with pytest.raises(kind, match=words):
-            open_checkpoint(tmp_path / name)
+        with pytest.raises(UnsafeWeightsError, match="pickle"), checkpoint_of(tmp_path / name):
+            pass
 
 
 @pytest.mark.parametrize(
