@@ -1,4 +1,4 @@
-"""The verbs of `latentrt` that need torch: export and verify, with their output."""
+"""The verbs of `latentrt` that need the extra `export`: export and verify, with their output."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from pathlib import Path
 
 from latentrt.command.terminal import show, table_of
 from latentrt.errors import MissingDependencyError
+from latentrt_export.checkpoint.onnx_folder import is_onnx_folder
 
 
 def run_export(
     source: str, target: Path, *, revision: str | None, variant: str | None, overwrite: bool, as_json: bool
 ) -> None:
     """Export with a line for each part, and a summary at the end."""
-    _need_torch("export")
+    _need("export", torch=not is_onnx_folder(source))
     from rich.console import Console
 
+    from latentrt_export.golden import golden_runs
     from latentrt_export.to_bundle import export_bundle
-    from latentrt_export.verify.verify import golden_runs
 
     console = Console(stderr=True, quiet=as_json)
     with console.status("opening the checkpoint") as status:
@@ -39,12 +40,14 @@ def run_export(
         sizes = (part.graph_bytes, part.shared_bytes, part.sidecar_bytes)
         table.add_row(name, f"{part.seconds:.1f}", str(part.nodes), *(f"{size / 1e6:.2f} MB" for size in sizes))
     show(table)
+    for note in summary.notes:
+        print(f"note: {note}")
     print(f"{target}: {summary.total_bytes / 1e6:.1f} MB")
 
 
 def run_verify(bundle: Path, against: str | Path, *, steps: int, as_json: bool) -> int:
     """Show every check against a checkpoint (a folder or a hub id); return 1 if any is beyond its bound, else 0."""
-    _need_torch("verify")
+    _need("verify")
     from rich.console import Console
 
     from latentrt_export.verify.checks import Check
@@ -77,10 +80,15 @@ def run_verify(bundle: Path, against: str | Path, *, steps: int, as_json: bool) 
     return int(failed > 0)
 
 
-def _need_torch(verb: str) -> None:
+def _need(verb: str, *, torch: bool = True) -> None:
+    """Refuse where a library is missing; graphs that exist already need no torch."""
     try:
-        import diffusers  # noqa: F401
-        import torch  # noqa: F401
+        import onnxscript  # noqa: F401
+        import safetensors  # noqa: F401
+
+        if torch:
+            import diffusers  # noqa: F401
+            import torch as _  # noqa: F401
     except ImportError as error:
         raise MissingDependencyError(
             f"`latentrt {verb}` cannot import {error.name or error}",

@@ -105,7 +105,7 @@ def export(
 ) -> None:
     """Turn the diffusers checkpoint SOURCE (a folder or a hub id) into the bundle TARGET.
 
-    Needs the extra `export`.
+    SOURCE may also be optimum's ONNX export of one: torch is then not used. Needs the extra `export`.
     """
     from latentrt_export.cli import run_export
 

@@ -10,7 +10,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,8 @@ class Checkpoint:
         scheduler: scheduler_config.json.
         files: where each file of a bundle is now: configs, tokenizers and weights (safetensors, chosen variants under
             their plain names).
+        graphs: ONNX graphs that exist already, by network; empty where networks are traced.
+        notes: what of it is left out, for the summary.
     """
 
     root: Path
@@ -78,6 +80,8 @@ class Checkpoint:
     configs: Mapping[str, Mapping[str, Any]]
     scheduler: Mapping[str, Any]
     files: Mapping[str, Path]
+    graphs: Mapping[str, Path] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def pipeline(self) -> str:
@@ -132,7 +136,7 @@ def open_checkpoint(source: str | Path, revision: str | None = None, variant: st
         tokenizer = tokenizer_of(part)
         here = {f: root / tokenizer / f for f in TOKENIZER_FILES} if tokenizer else {}
         files |= {f"{tokenizer}/{f}": path for f, path in here.items() if path.is_file()}
-    return Checkpoint(root, name, commit, _license(root), index, configs, read_json(schedule), files)
+    return Checkpoint(root, name, commit, license_of(root), index, configs, read_json(schedule), files)
 
 
 def tokenizer_of(part: str) -> str:
@@ -304,7 +308,7 @@ def _no_weights(folder: Path, stem: str) -> ExportError | UnsafeWeightsError:
     return ExportError(f"{folder} has no weights", needed=f"{stem}.safetensors", fix="download the checkpoint again")
 
 
-def _license(root: Path) -> str | None:
+def license_of(root: Path) -> str | None:
     """Return the licence in the model card's front matter."""
     card = root / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""

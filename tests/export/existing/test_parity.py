@@ -1,0 +1,101 @@
+"""A bundle of an ONNX folder draws what a bundle of the checkpoint draws, and what diffusers draws."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+
+from latentrt import Engine
+from latentrt.bundle.bundle import Bundle
+from latentrt_export.graphs.to_onnx import quiet
+from latentrt_export.to_bundle import export_bundle
+from latentrt_export.verify.checks import difference, psnr
+from latentrt_export.verify.verify import verify
+from tests.export.existing.conftest import KINDS, Make
+from tests.support.gpu.cuda_kernels import without_kernel
+
+PROMPTS = ["a red apple", "a cat"]
+SETTINGS: dict[str, Any] = {"steps": 4, "guidance": 3.0, "negative_prompt": "blurry", "seed": 7}
+
+
+def drawn(bundle: Path, **settings: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return latents and pixels of both prompts."""
+    with Engine.load(bundle, cache=False) as engine:
+        jobs = engine.requests(PROMPTS, {**SETTINGS, **settings})
+        engine.run(jobs)
+        return np.stack([job.latents for job in jobs]), np.stack([np.asarray(engine.picture(job)) for job in jobs])
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_network_and_picture_is_diffusers_own(made: Make, name: str) -> None:
+    """Networks at two sizes, whole pictures of four solvers, and a batch against its own jobs to the bit."""
+    checkpoint, _, bundle = made(name)
+    checks = list(verify(bundle, checkpoint, steps=2))
+    assert {check.depth for check in checks} >= {"network", "image", "batch"}
+    assert [check for check in checks if check.passed is False] == []
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_pictures_are_those_of_the_checkpoint_s_bundle_and_of_its_pipeline(
+    made: Make, name: str, tmp_path: Path
+) -> None:
+    checkpoint, _, bundle = made(name)
+    export_bundle(checkpoint, tmp_path / "traced")
+    (ours, pictures), (theirs, expected) = drawn(bundle), drawn(tmp_path / "traced")
+    assert difference(ours, theirs) < 1e-5
+    assert psnr(pictures, expected) > 70
+    with quiet():
+        absent = {"safety_checker": None, "feature_extractor": None} if name == "sd" else {}
+        pipe = diffusers.DiffusionPipeline.from_pretrained(checkpoint, use_safetensors=True, **absent)
+        pipe.set_progress_bar_config(disable=True)
+        images = pipe(
+            PROMPTS,
+            negative_prompt=["blurry"] * 2,
+            num_inference_steps=4,
+            guidance_scale=3.0,
+            generator=[torch.Generator().manual_seed(7 + i) for i in range(2)],
+        ).images
+    assert psnr(pictures, np.stack([np.asarray(image) for image in images])) > 50
+
+
+@pytest.mark.parametrize("name", ["sd", "old-sd", "sdxl"])
+def test_lanes_have_timesteps_of_their_own(made: Make, name: str) -> None:
+    """Jobs that are at different steps share batches: to the bit what each gives alone."""
+    settings = [{"steps": 3, "solver": "euler"}, {"steps": 4, "solver": "dpmpp-2m"}]
+    with Engine.load(made(name).bundle, cache=False) as engine:
+        together = [engine.requests([PROMPTS[0]], {**SETTINGS, **own})[0] for own in settings]
+        engine.run(together)
+        for job, own in zip(together, settings, strict=True):
+            (alone,) = engine.requests([PROMPTS[0]], {**SETTINGS, **own})
+            engine.run([alone])
+            np.testing.assert_array_equal(job.latents, alone.latents)
+
+
+def test_timesteps_may_be_fractions(made: Make) -> None:
+    """The old graph takes whole numbers; its bundle does not."""
+    bundles = [made(name).bundle for name in ("old-sd", "sd")]
+    for one, other in zip(*(drawn(bundle, solver="euler", steps=7) for bundle in bundles), strict=True):
+        assert difference(one.astype(float), other.astype(float)) < 1e-5
+
+
+@pytest.mark.parametrize("name", [*KINDS])
+def test_graphs_are_in_the_forms_of_export_s_own(made: Make, name: str) -> None:
+    """What hoisting, step caching, and the CUDA and CPU graphs need is found; every node has a CUDA kernel."""
+    root = made(name).bundle
+    spec = Bundle.open(root).spec
+    assert {"unet_text", "unet_shallow"} <= set(spec.networks)
+    for network, own in spec.networks.items():
+        assert set(own.variants) >= {"fp32", "fp16", "fp16-ort-cuda"}, network
+        onnx.checker.check_model(root / own.variants["fp32"].path, full_check=True)
+        assert without_kernel(ir.load(root / own.variants["fp16-ort-cuda"].path)) == set(), network
+    unet = ir.load(root / spec.networks["unet"].variants["fp32"].path)
+    kinds = [node.op_type for node in unet.graph]
+    assert kinds.count("Attention") > 0
+    assert "Softmax" not in kinds
