@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import onnx_ir as ir
 
+from latentrt_export.graphs.fused.edit import only_reader, take_over
 from latentrt_export.graphs.passes import drop_unused
 
 SWAP, KEYS = [0, 2, 1, 3], [0, 2, 3, 1]  # (batch, tokens, heads, size) to heads first; keys with tokens last
@@ -40,7 +41,7 @@ def fuse_attention(model: ir.Model) -> int:
 def _fuse(graph: ir.Graph, softmax: ir.Node) -> bool:
     scores, scale = _scaled(softmax.inputs[0])
     product = scores.producer()
-    last = _only_reader(softmax.outputs[0])
+    last = only_reader(softmax.outputs[0])
     merged = _merged(last.outputs[0]) if last is not None and last.op_type == "MatMul" else None
     if product is None or product.op_type != "MatMul" or merged is None or not _along_last(softmax):
         return False
@@ -62,18 +63,15 @@ def _insert(graph: ir.Graph, merged: ir.Value, q: Heads, k: Heads, v: Heads, sca
     assert producer is not None
     node = ir.node("Attention", [q.value, k.value, v.value], attributes, name=f"{merged.name}.attention")
     result = node.outputs[0]
-    result.shape, result.type = merged.shape, merged.type
     graph.insert_before(producer, node)
-    name, merged.name = merged.name, f"{merged.name}.before"
-    ir.convenience.replace_all_uses_with(merged, result, replace_graph_outputs=True)
-    result.name = name
+    take_over(result, merged)
 
 
 def _scaled(value: ir.Value | None) -> tuple[ir.Value, float]:
     """Return what a value is a multiple of by a constant number, and that number."""
     assert value is not None
     node, scale = value.producer(), 1.0
-    while node is not None and node.op_type in ("Mul", "Div") and _only_reader(node.outputs[0]) is not None:
+    while node is not None and node.op_type in ("Mul", "Div") and only_reader(node.outputs[0]) is not None:
         numbers = [_number(each) for each in node.inputs]
         if numbers[1] is not None:
             scale, value = scale * (numbers[1] if node.op_type == "Mul" else 1 / numbers[1]), node.inputs[0]
@@ -121,8 +119,8 @@ def _keys(value: ir.Value | None) -> Heads | None:
 
 def _merged(value: ir.Value) -> ir.Value | None:
     """Return (batch, tokens, heads·size) that Transpose and Reshape make of (batch, heads, tokens, size)."""
-    swap = _only_reader(value)
-    reshape = _only_reader(swap.outputs[0]) if swap is not None and _transposes(swap, SWAP) else None
+    swap = only_reader(value)
+    reshape = only_reader(swap.outputs[0]) if swap is not None and _transposes(swap, SWAP) else None
     if swap is None or reshape is None or reshape.op_type != "Reshape":
         return None
     before, after = swap.outputs[0].shape, reshape.outputs[0].shape
@@ -135,11 +133,6 @@ def _merged(value: ir.Value) -> ir.Value | None:
 
 def _transposes(node: ir.Node, perm: list[int]) -> bool:
     return node.op_type == "Transpose" and "perm" in node.attributes and list(node.attributes["perm"].as_ints()) == perm
-
-
-def _only_reader(value: ir.Value) -> ir.Node | None:
-    readers = value.consumers()
-    return readers[0] if len(readers) == 1 and not value.is_graph_output() else None
 
 
 def _along_last(softmax: ir.Node) -> bool:

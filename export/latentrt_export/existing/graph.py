@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from latentrt_export.checkpoint.onnx_folder import ENCODER, is_onnx_folder, open_onnx_folder
 from latentrt_export.checkpoint.source import Checkpoint
 from latentrt_export.describe import GRAPHS, latents_of
+from latentrt_export.existing import forms
 from latentrt_export.existing.attention import fuse_attention
 from latentrt_export.existing.contract import Contract, contract_of, fulfil, gives_moments
 from latentrt_export.existing.probe import check_same, set_shapes
@@ -20,7 +20,6 @@ from latentrt_export.existing.widen import widen
 from latentrt_export.graphs import passes
 from latentrt_export.graphs.weights import share_weights
 
-Sides = list[int | ir.SymbolicDim]
 DATA, SIDECAR = ".onnx_data", ".weights.safetensors"
 
 
@@ -85,38 +84,16 @@ def _simplify(model: ir.Model, contract: Contract, path: Path, multiple: int) ->
     passes.fold_constants(model)
     passes.drop_no_ops(model)
     set_shapes(model, contract, path.parent, multiple, path.parent.name)
-    _static_sizes(model)
+    forms.static_sizes(model)
     passes.fold_constants(model)
     passes.drop_no_ops(model)
     passes.static_reshapes(model)
     passes.drop_unused(model)
     fuse_attention(model)
+    forms.fuse_gelu(model)
+    forms.split_halves(model)
+    forms.norms_of_their_own_shape(model)
     common.ShapeInferencePass(data_prop=False)(model)
-
-
-def _static_sizes(model: ir.Model) -> None:
-    """Put numbers in the place of sides that are taken from shapes and do not change."""
-    graph = model.graph
-    for node in list(graph):
-        if node.op_type != "Shape" or node.inputs[0] is None or node.inputs[0].shape is None or node.attributes:
-            continue
-        sides = list(node.inputs[0].shape)
-        for reader in list(node.outputs[0].consumers()):
-            picked = _picked(reader, sides)
-            if picked is not None and all(isinstance(side, int) for side in np.ravel(np.array(picked, object))):
-                array = np.array(picked, np.int64)
-                number = passes.constant(graph, f"{reader.outputs[0].name}.static", array)
-                ir.convenience.replace_all_uses_with(reader.outputs[0], number)
-
-
-def _picked(node: ir.Node, sides: Sides) -> Sides | int | ir.SymbolicDim | None:
-    """Return which sides Gather or Slice takes from a shape; None where that is not known."""
-    numbers = [v.const_value.numpy() if v is not None and v.const_value is not None else None for v in node.inputs[1:]]
-    if node.op_type == "Gather" and numbers[0] is not None and numbers[0].ndim == 0:
-        return sides[int(numbers[0])]
-    if node.op_type == "Slice" and all(n is not None and n.size == 1 for n in numbers) and len(numbers) < 4:
-        return sides[int(numbers[0].item()) : int(numbers[1].item())]
-    return None
 
 
 def _data(model: ir.Model) -> str | None:

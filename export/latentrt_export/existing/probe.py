@@ -47,7 +47,7 @@ def make_feeds(specs: Sequence[TensorSpec], sizes: Sizes) -> dict[str, NDArray[A
         if spec.name == "input_ids":
             feeds[spec.name] = draw.integers(0, IDS, shape)
         elif spec.name == "timestep":
-            feeds[spec.name] = np.linspace(981.0, 1.0, shape[0], dtype=np.float32)
+            feeds[spec.name] = np.linspace(981.0, 501.0, shape[0], dtype=np.float32)
         elif spec.name == "time_ids":
             feeds[spec.name] = draw.integers(0, 1024, shape).astype(np.float32)
         else:

@@ -16,7 +16,7 @@ OPSET = 23  # as `latentrt_export.graphs.to_onnx` writes
 CONTROL = ("If", "Loop", "Scan")
 POINTER = b"version https://git-lfs"
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-LARGEST_CONSTANT = 16  # elements
+LARGEST_CONSTANT = 64  # elements: group norms have ones and zeros for each group
 FIX = f"export it again, plain, without optimizing or quantizing: {EXPORT_AGAIN}"
 
 

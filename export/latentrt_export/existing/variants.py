@@ -18,11 +18,12 @@ from latentrt.bundle.spec import ENCODER, FP16, FP16_ORT_CUDA, FP32, FP32_ORT_CP
 from latentrt.errors import LatentrtError
 from latentrt_export.existing.probe import make_feeds
 from latentrt_export.graphs.half import emulate
-from latentrt_export.graphs.ranges import open_session
+from latentrt_export.graphs.ranges import SIDE, open_session
 
 Arrays = dict[str, NDArray[Any]]
 Add = Callable[[Path, ModelSpec], ModelSpec]
 GROUPS = ((FP16, FP16_ORT_CUDA), (FP32_ORT_CPU,))  # a GPU needs every network in half precision, or none
+STATES = "encoder_hidden_states"
 BOUNDS = {FP16: 1e-2, FP32_ORT_CPU: 1e-4}  # relative L2 to float32
 
 
@@ -62,6 +63,9 @@ def _worst(root: Path, spec: ModelSpec, variant: str) -> str:
         feeds = make_feeds(network.inputs, _sizes(spec, network))
         feeds |= {tensor.name: known[tensor.name] for tensor in network.inputs if tensor.name in known}
         exact = _run(root, network, FP32, feeds)
+        if "text_states" in exact:
+            states, before = exact["text_states"], [known[STATES]] if STATES in known else []
+            known[STATES] = np.concatenate([*before, states], axis=-1)
         known |= {key: array for key, array in exact.items() if key != "out"}
         if variant in network.variants:
             for key, array in _run(root, network, variant, feeds).items():
@@ -72,8 +76,10 @@ def _worst(root: Path, spec: ModelSpec, variant: str) -> str:
 
 
 def _sizes(spec: ModelSpec, network: NetworkSpec) -> Mapping[str, int]:
-    side = spec.latents.step if network.role == ENCODER else spec.latents.multiple
-    return {"batch": 2, "height": 2 * side, "width": side}
+    latents = spec.latents
+    sides = [max(min(own, SIDE) // latents.multiple, 1) * latents.multiple for own in (latents.height, latents.width)]
+    scale = latents.factor if network.role == ENCODER else 1
+    return {"batch": 2, "height": sides[0] * scale, "width": sides[1] * scale}
 
 
 def _run(root: Path, network: NetworkSpec, variant: str, feeds: Arrays) -> Arrays:

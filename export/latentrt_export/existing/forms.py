@@ -1,0 +1,111 @@
+"""Bring what exporters spell out into the forms that export's passes know; numbers stay, to the last bits."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import onnx_ir as ir
+
+from latentrt_export.graphs import passes
+from latentrt_export.graphs.fused.edit import Editor, made_by, numbers, only_reader, same_sizes, take_over
+
+Side = int | ir.SymbolicDim
+
+
+def static_sizes(model: ir.Model) -> None:
+    """Put numbers in the place of sides that are taken from shapes and do not change, in place."""
+    for node in [node for node in model.graph if node.op_type == "Shape" and not node.attributes]:
+        shape = node.inputs[0].shape
+        for reader in list(node.outputs[0].consumers()) if shape is not None else ():
+            sides = _picked(reader, list(shape))
+            if sides is not None and all(isinstance(side, int) for side in sides):
+                array = np.array(sides if reader.op_type == "Slice" else sides[0], np.int64)
+                fixed = passes.constant(model.graph, f"{reader.outputs[0].name}.static", array)
+                ir.convenience.replace_all_uses_with(reader.outputs[0], fixed)
+
+
+def _picked(node: ir.Node, sides: list[Side]) -> list[Side] | None:
+    """Return which sides Gather or Slice takes from a shape; None where that is not known."""
+    given = [numbers(value) for value in node.inputs[1:]]
+    if node.op_type == "Gather" and given[0] is not None and given[0].ndim == 0:
+        return [sides[int(given[0])]]
+    if node.op_type == "Slice" and len(given) < 4 and all(array is not None and array.size == 1 for array in given):
+        return sides[int(given[0].item()) : int(given[1].item())]
+    return None
+
+
+def norms_of_their_own_shape(model: ir.Model) -> None:
+    """Let every group norm go back to the shape of its own input, as `graphs.passes` writes it, in place."""
+    edit = Editor(model)
+    for node in [node for node in model.graph if node.op_type == "InstanceNormalization"]:
+        flat, back = made_by(node.inputs[0], "Reshape"), only_reader(node.outputs[0], "Reshape")
+        if flat is not None and back is not None and same_sizes(flat.inputs[0], back.outputs[0]):
+            name = f"{back.outputs[0].name}.own_shape"
+            rank = [len(flat.inputs[0].shape)]
+            shape = edit(back, "Shape", [flat.inputs[0]], name, rank, dtype=ir.DataType.INT64)
+            back.replace_input_with(1, shape)
+    edit.tidy()
+
+
+def fuse_gelu(model: ir.Model) -> None:
+    """Write x · (1 + erf(x / √2)) / 2 as Gelu, in place."""
+    edit = Editor(model)
+    for erf in [node for node in model.graph if node.op_type == "Erf"]:
+        divide, add = made_by(erf.inputs[0], "Div"), only_reader(erf.outputs[0], "Add")
+        product = only_reader(add.outputs[0], "Mul") if add is not None else None
+        if divide is None or add is None or product is None or not _is(divide.inputs[1], math.sqrt(2)):
+            continue
+        x, other = divide.inputs[0], next(value for value in product.inputs if value is not add.outputs[0])
+        one = any(_is(value, 1.0) for value in add.inputs)
+        if one and other is x:
+            halved = only_reader(product.outputs[0], "Mul")
+            if halved is not None and any(_is(value, 0.5) for value in halved.inputs):
+                _as_gelu(edit, halved, x)
+        elif one and (half := made_by(other, "Mul")) is not None and x in half.inputs and _halves(half):
+            _as_gelu(edit, product, x)
+    edit.tidy()
+
+
+def _as_gelu(edit: Editor, last: ir.Node, x: ir.Value) -> None:
+    result = last.outputs[0]
+    take_over(edit(last, "Gelu", [x], f"{result.name}.gelu", x.shape), result)
+
+
+def _halves(node: ir.Node) -> bool:
+    return any(_is(value, 0.5) for value in node.inputs)
+
+
+def _is(value: ir.Value | None, wanted: float) -> bool:
+    """Return whether a value is a constant number, as float32 has it."""
+    array = numbers(value)
+    return array is not None and array.size == 1 and math.isclose(float(array.reshape(())), wanted, rel_tol=1e-6)
+
+
+def split_halves(model: ir.Model) -> None:
+    """Write two Slices that take the halves of the last axis as one Split, in place."""
+    edit = Editor(model)
+    for first in [node for node in model.graph if node.op_type == "Slice"]:
+        x = first.inputs[0]
+        width = x.shape[-1] if x.shape is not None else None
+        if not isinstance(width, int) or width % 2 or _taken(first, len(x.shape)) != (0, width // 2):
+            continue
+        second = [node for node, _ in x.uses() if node.op_type == "Slice" and node is not first]
+        second = [node for node in second if _taken(node, len(x.shape)) == (width // 2, width)]
+        if len(second) != 1:
+            continue
+        split = ir.node("Split", [x], {"axis": -1, "num_outputs": 2}, num_outputs=2, name=f"{x.name}.halves")
+        model.graph.insert_before(min((first, second[0]), key=list(model.graph).index), split)
+        for value, old in zip(split.outputs, (first.outputs[0], second[0].outputs[0]), strict=True):
+            take_over(value, old)
+    edit.tidy()
+
+
+def _taken(node: ir.Node, rank: int) -> tuple[int, int] | None:
+    """Return from where to where a Slice takes the last axis; None if it does something else."""
+    given = [numbers(value) for value in node.inputs[1:]]
+    if len(given) < 3 or any(array is None or array.size != 1 for array in given):
+        return None
+    start, end, axis, *step = (int(array.item()) for array in given if array is not None)
+    width = node.inputs[0].shape[-1]
+    return (start, min(end, width)) if axis in (-1, rank - 1) and step in ([], [1]) else None
