@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path, PurePosixPath
 
 import onnx_ir as ir
@@ -108,10 +109,14 @@ def _convert(model: ir.Model, path: Path) -> None:
     found = model.opset_imports.get("", 0)
     if found > OPSET:
         raise ExportError(f"{path} has opset {found}", needed=f"at most {OPSET}", fix="export it again with --opset 18")
+    logger = logging.getLogger(version_converter.__name__)
+    logger.setLevel(logging.ERROR)  # it tells which of its two converters it takes
     try:
         version_converter.convert_version(model, OPSET, fallback=True)
     except Exception as error:  # the converters' errors share no base class
         raise _unconverted(path, found) from error
+    finally:
+        logger.setLevel(logging.NOTSET)
     if model.opset_imports.get("") != OPSET:
         raise _unconverted(path, found)
 

@@ -16,7 +16,7 @@ from tests.conftest import locked
 from tests.support.models import checkpoints, onnx_folders
 
 # A VAE and a UNet of four levels: the only sizes that diffusers' ONNX pipeline of 2022 knows.
-FOUR = {"block_out_channels": (8, 8, 8, 16), "down_block_types": ["DownEncoderBlock2D"] * 4}
+FOUR = {"block_out_channels": (16,) * 4, "norm_num_groups": 4, "down_block_types": ["DownEncoderBlock2D"] * 4}
 DEEP_VAE = {**FOUR, "up_block_types": ["UpDecoderBlock2D"] * 4}
 
 
