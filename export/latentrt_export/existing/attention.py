@@ -12,10 +12,12 @@ from typing import NamedTuple
 
 import onnx_ir as ir
 
-from latentrt_export.graphs.fused.edit import only_reader, take_over
-from latentrt_export.graphs.passes import drop_unused
+from latentrt_export.graphs.fused.edit import made_by, numbers, only_reader, take_over
+from latentrt_export.graphs.passes import constant, drop_unused
 
 SWAP, KEYS = [0, 2, 1, 3], [0, 2, 3, 1]  # (batch, tokens, heads, size) to heads first; keys with tokens last
+
+BLOCKS = -1e4  # added to a score, it leaves nothing of the token
 
 
 class Heads(NamedTuple):
@@ -28,7 +30,9 @@ class Heads(NamedTuple):
 
 
 def fuse_attention(model: ir.Model) -> int:
-    """Write every attention without a mask as Attention over three axes, in place; return how many there were.
+    """Write every attention as Attention over three axes, in place; return how many there were.
+
+    A mask must be a constant that keeps or blocks tokens: added zeros and large negative numbers.
 
     Args:
         model: with the shapes of its values.
@@ -39,7 +43,8 @@ def fuse_attention(model: ir.Model) -> int:
 
 
 def _fuse(graph: ir.Graph, softmax: ir.Node) -> bool:
-    scores, scale = _scaled(softmax.inputs[0])
+    scores, mask = _unmasked(graph, softmax.inputs[0])
+    scores, scale = _scaled(scores)
     product = scores.producer()
     last = only_reader(softmax.outputs[0])
     merged = _merged(last.outputs[0]) if last is not None and last.op_type == "MatMul" else None
@@ -51,20 +56,36 @@ def _fuse(graph: ir.Graph, softmax: ir.Node) -> bool:
     q, k, v = _split(product.inputs[0], SWAP), _keys(product.inputs[1]), _split(last.inputs[1], SWAP)
     if q is None or k is None or v is None or v.scale != 1.0 or {q.count, k.count, v.count} != {q.count}:
         return False
-    _insert(graph, merged, q, k, v, scale * q.scale * k.scale)
+    _insert(graph, merged, (q, k, v), scale * q.scale * k.scale, mask)
     return True
 
 
-def _insert(graph: ir.Graph, merged: ir.Value, q: Heads, k: Heads, v: Heads, scale: float) -> None:
+def _insert(
+    graph: ir.Graph, merged: ir.Value, heads: tuple[Heads, Heads, Heads], scale: float, mask: ir.Value | None
+) -> None:
+    q = heads[0]
     attributes: dict[str, int | float] = {"q_num_heads": q.count, "kv_num_heads": q.count}
     if not math.isclose(scale, 1 / math.sqrt(q.size), rel_tol=1e-6):  # Attention's own
         attributes["scale"] = scale
     producer = merged.producer()
     assert producer is not None
-    node = ir.node("Attention", [q.value, k.value, v.value], attributes, name=f"{merged.name}.attention")
+    inputs = [each.value for each in heads] + ([] if mask is None else [mask])
+    node = ir.node("Attention", inputs, attributes, name=f"{merged.name}.attention")
     result = node.outputs[0]
     graph.insert_before(producer, node)
     take_over(result, merged)
+
+
+def _unmasked(graph: ir.Graph, value: ir.Value) -> tuple[ir.Value, ir.Value | None]:
+    """Return scores before a mask, and the mask in booleans: true where a token is kept. None where there is none."""
+    add = made_by(value, "Add")
+    for scores, mask in (add.inputs, add.inputs[::-1]) if add is not None else ():
+        array = numbers(mask)
+        if array is not None and array.ndim == 4 and array.shape[:2] == (1, 1) and only_reader(scores) is not None:
+            kept = array == 0
+            if (array[~kept] < BLOCKS).all() and kept.any(axis=-1).all():
+                return scores, constant(graph, f"{mask.name}.kept", kept)
+    return value, None
 
 
 def _scaled(value: ir.Value | None) -> tuple[ir.Value, float]:

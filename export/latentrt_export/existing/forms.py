@@ -35,6 +35,54 @@ def _picked(node: ir.Node, sides: list[Side]) -> list[Side] | None:
     return None
 
 
+def fills(model: ir.Model) -> None:
+    """Compute tensors of one number whose size is known, such as a mask before its triangle, in place."""
+    for node in [node for node in model.graph if node.op_type == "ConstantOfShape"]:
+        target, result = numbers(node.inputs[0]), node.outputs[0]
+        if target is not None and np.prod(target) <= passes.FOLD_LIMIT:
+            value = (
+                node.attributes["value"].as_tensor().numpy() if "value" in node.attributes else np.zeros(1, np.float32)
+            )
+            fixed = passes.constant(model.graph, f"{result.name}.static", np.full(target, value.reshape(())))
+            ir.convenience.replace_all_uses_with(result, fixed)
+
+
+BROADCASTING = ("Add", "And", "Cast", "Mul", "Or", "Sub", "Where")
+
+
+def drop_expansions(model: ir.Model) -> None:
+    """Drop Expands of something to the batch where all that reads it would repeat it for each lane anyway, in place.
+
+    What is behind one is then a constant, as a causal mask is.
+    """
+    for node in [node for node in model.graph if node.op_type == "Expand"]:
+        before, after = node.inputs[0], node.outputs[0]
+        if before.shape is None or after.shape is None or len(before.shape) != len(after.shape) or not before.shape:
+            continue
+        rest = list(before.shape)[1:] == list(after.shape)[1:]
+        between = _until_repeated(after)
+        if rest and before.shape[0] == 1 and between is not None:
+            for value in between:
+                value.shape = ir.Shape([1, *list(value.shape)[1:]])
+            ir.convenience.replace_all_uses_with(after, before)
+
+
+def _until_repeated(value: ir.Value) -> list[ir.Value] | None:
+    """Return the values that would have one lane if `value` had; None if a reader needs all of its lanes."""
+    found: list[ir.Value] = []
+    for node in value.consumers():
+        result = node.outputs[0]
+        if value.is_graph_output() or node.op_type not in BROADCASTING or result.shape is None or not result.shape:
+            return None
+        shapes = [other.shape for other in node.inputs if other is not None and other is not value]
+        if any(shape is not None and list(shape)[:1] == [result.shape[0]] for shape in shapes if len(shape or ()) > 1):
+            continue
+        if (behind := _until_repeated(result)) is None:
+            return None
+        found += [result, *behind]
+    return found
+
+
 def norms_of_their_own_shape(model: ir.Model) -> None:
     """Let every group norm go back to the shape of its own input, as `graphs.passes` writes it, in place."""
     edit = Editor(model)

@@ -81,12 +81,14 @@ def _multiple(checkpoint: Checkpoint, name: str) -> int:
 
 def _simplify(model: ir.Model, contract: Contract, path: Path, multiple: int) -> None:
     """Bring a graph into the forms that export's passes know, in place."""
-    passes.fold_constants(model)
-    passes.drop_no_ops(model)
+    _fold(model)
     set_shapes(model, contract, path.parent, multiple, path.parent.name)
     forms.static_sizes(model)
-    passes.fold_constants(model)
-    passes.drop_no_ops(model)
+    forms.fills(model)
+    _fold(model)
+    forms.fills(model)
+    forms.drop_expansions(model)
+    _fold(model)
     passes.static_reshapes(model)
     passes.drop_unused(model)
     fuse_attention(model)
@@ -94,6 +96,11 @@ def _simplify(model: ir.Model, contract: Contract, path: Path, multiple: int) ->
     forms.split_halves(model)
     forms.norms_of_their_own_shape(model)
     common.ShapeInferencePass(data_prop=False)(model)
+
+
+def _fold(model: ir.Model) -> None:
+    passes.fold_constants(model)
+    passes.drop_no_ops(model)
 
 
 def _data(model: ir.Model) -> str | None:
