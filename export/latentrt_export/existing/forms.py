@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from latentrt_export.graphs import passes
-from latentrt_export.graphs.fused.edit import Editor, made_by, numbers, only_reader, same_sizes, take_over
+from latentrt_export.graphs.fused.edit import Editor, is_vector, made_by, numbers, only_reader, same_sizes, take_over
 
 Side = int | ir.SymbolicDim
 
@@ -96,6 +96,62 @@ def norms_of_their_own_shape(model: ir.Model) -> None:
     edit.tidy()
 
 
+def flat_by_reshape(model: ir.Model) -> None:
+    """Write Flatten as Reshape, which every runtime has for every type, in place."""
+    edit = Editor(model)
+    for node in [node for node in model.graph if node.op_type == "Flatten"]:
+        x, axis = node.inputs[0], node.attributes["axis"].as_int() if "axis" in node.attributes else 1
+        rest = list(x.shape)[axis:] if x.shape is not None and axis > 0 else ["unknown"]
+        if all(isinstance(side, int) for side in rest):
+            result, target = node.outputs[0], edit.whole(-1, int(np.prod(rest)))
+            take_over(edit(node, "Reshape", [x, target], f"{result.name}.flat", None), result)
+    edit.tidy()
+
+
+def fuse_layer_norm(model: ir.Model) -> None:
+    """Write (x - mean) / √(variance + ε) · weight + bias over the last axis as LayerNormalization, in place."""
+    edit = Editor(model)
+    for divide in [node for node in model.graph if node.op_type == "Div"]:
+        root, less = made_by(divide.inputs[1], "Sqrt"), made_by(divide.inputs[0], "Sub")
+        shifted = made_by(root.inputs[0], "Add") if root is not None else None
+        if less is None or shifted is None or not _is_mean(less.inputs[1], less.inputs[0]):
+            continue
+        epsilon, variance = numbers(shifted.inputs[1]), made_by(shifted.inputs[0], "ReduceMean")
+        square = variance.inputs[0].producer() if variance is not None else None
+        if epsilon is None or epsilon.size != 1 or square is None or not _is_mean(shifted.inputs[0], square.outputs[0]):
+            continue
+        of = less.outputs[0]
+        squares = square.op_type == "Pow" and square.inputs[0] is of and _is(square.inputs[1], 2.0)
+        if squares or (square.op_type == "Mul" and set(square.inputs) == {of}):
+            _as_layer_norm(edit, divide, less.inputs[0], float(epsilon.reshape(())))
+    edit.tidy()
+
+
+def _is_mean(value: ir.Value, x: ir.Value) -> bool:
+    """Return whether a value is the mean of another over the last axis, which it keeps."""
+    node = made_by(value, "ReduceMean")
+    axes = numbers(node.inputs[1]) if node is not None and len(node.inputs) > 1 else None
+    if node is None or axes is None or axes.size != 1 or node.inputs[0] is not x or x.shape is None:
+        return False
+    kept = "keepdims" not in node.attributes or node.attributes["keepdims"].as_int() == 1
+    return kept and int(axes.item()) in (-1, len(x.shape) - 1)
+
+
+def _as_layer_norm(edit: Editor, divide: ir.Node, x: ir.Value, epsilon: float) -> None:
+    scaled = only_reader(divide.outputs[0], "Mul")
+    moved = only_reader(scaled.outputs[0], "Add") if scaled is not None else None
+    if scaled is None or moved is None:
+        return
+    weight, bias = (
+        next((value for value in node.inputs if is_vector(value, x.shape[-1])), None) for node in (scaled, moved)
+    )
+    if weight is not None and bias is not None:
+        result, options = moved.outputs[0], {"axis": -1, "epsilon": epsilon}
+        take_over(
+            edit(moved, "LayerNormalization", [x, weight, bias], f"{result.name}.norm", x.shape, **options), result
+        )
+
+
 def fuse_gelu(model: ir.Model) -> None:
     """Write x · (1 + erf(x / √2)) / 2 as Gelu, in place."""
     edit = Editor(model)
@@ -125,9 +181,9 @@ def _halves(node: ir.Node) -> bool:
 
 
 def _is(value: ir.Value | None, wanted: float) -> bool:
-    """Return whether a value is a constant number, as float32 has it."""
+    """Return whether a value is a constant number, as float16 has it or better."""
     array = numbers(value)
-    return array is not None and array.size == 1 and math.isclose(float(array.reshape(())), wanted, rel_tol=1e-6)
+    return array is not None and array.size == 1 and math.isclose(float(array.reshape(())), wanted, rel_tol=5e-4)
 
 
 def split_halves(model: ir.Model) -> None:

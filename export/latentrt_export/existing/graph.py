@@ -92,6 +92,8 @@ def _simplify(model: ir.Model, contract: Contract, path: Path, multiple: int) ->
     passes.static_reshapes(model)
     passes.drop_unused(model)
     fuse_attention(model)
+    forms.flat_by_reshape(model)
+    forms.fuse_layer_norm(model)
     forms.fuse_gelu(model)
     forms.split_halves(model)
     forms.norms_of_their_own_shape(model)

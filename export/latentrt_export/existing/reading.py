@@ -97,6 +97,23 @@ def _check_operators(model: ir.Model, path: Path) -> None:
 
 
 def _name_weights(graph: ir.Graph) -> None:
+    """Begin the names of weights, and no others, with PREFIX: passes tell them from constants by it."""
+    for value in list(graph.initializers.values()):
+        tensor, name = value.const_value, str(value.name).removeprefix(PREFIX)
+        weight = tensor is not None and tensor.dtype in FLOATS and tensor.size > LARGEST_CONSTANT
+        new = f"{PREFIX}{name}" if weight else name
+        if new not in graph.initializers:
+            value.name = new
+
+
+def _check_operators(model: ir.Model, path: Path) -> None:
+    for node in model.graph.all_nodes():
+        if node.domain not in ("", "ai.onnx") or node.op_type in CONTROL:
+            operator = f"{node.domain}.{node.op_type}".removeprefix(".").removeprefix("ai.onnx.")
+            raise ExportError(f"{path} has the operator {operator}", needed="ONNX's own, without control flow", fix=FIX)
+
+
+def _name_weights(graph: ir.Graph) -> None:
     """Begin the names of weights with PREFIX: passes tell them from constants by it."""
     for value in list(graph.initializers.values()):
         tensor = value.const_value
