@@ -24,7 +24,7 @@ class Heads(NamedTuple):
     """A value (batch, tokens, heads·size) that is split into heads, and the scale that is applied on the way."""
 
     value: ir.Value
-    count: int
+    number: int
     size: int
     scale: float
 
@@ -54,7 +54,7 @@ def _fuse(graph: ir.Graph, softmax: ir.Node) -> bool:
     if last.inputs[0] is not softmax.outputs[0]:
         return False
     q, k, v = _split(product.inputs[0], SWAP), _keys(product.inputs[1]), _split(last.inputs[1], SWAP)
-    if q is None or k is None or v is None or v.scale != 1.0 or {q.count, k.count, v.count} != {q.count}:
+    if q is None or k is None or v is None or v.scale != 1.0 or {q.number, k.number, v.number} != {q.number}:
         return False
     _insert(graph, merged, (q, k, v), scale * q.scale * k.scale, mask)
     return True
@@ -64,7 +64,7 @@ def _insert(
     graph: ir.Graph, merged: ir.Value, heads: tuple[Heads, Heads, Heads], scale: float, mask: ir.Value | None
 ) -> None:
     q = heads[0]
-    attributes: dict[str, int | float] = {"q_num_heads": q.count, "kv_num_heads": q.count}
+    attributes: dict[str, int | float] = {"q_num_heads": q.number, "kv_num_heads": q.number}
     if not math.isclose(scale, 1 / math.sqrt(q.size), rel_tol=1e-6):  # Attention's own
         attributes["scale"] = scale
     producer = merged.producer()
@@ -93,11 +93,11 @@ def _scaled(value: ir.Value | None) -> tuple[ir.Value, float]:
     assert value is not None
     node, scale = value.producer(), 1.0
     while node is not None and node.op_type in ("Mul", "Div") and only_reader(node.outputs[0]) is not None:
-        numbers = [_number(each) for each in node.inputs]
-        if numbers[1] is not None:
-            scale, value = scale * (numbers[1] if node.op_type == "Mul" else 1 / numbers[1]), node.inputs[0]
-        elif numbers[0] is not None and node.op_type == "Mul":
-            scale, value = scale * numbers[0], node.inputs[1]
+        factors = [_number(each) for each in node.inputs]
+        if factors[1] is not None:
+            scale, value = scale * (factors[1] if node.op_type == "Mul" else 1 / factors[1]), node.inputs[0]
+        elif factors[0] is not None and node.op_type == "Mul":
+            scale, value = scale * factors[0], node.inputs[1]
         else:
             break
         assert value is not None

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from latentrt_export.graphs import passes
 from latentrt_export.graphs.fused.edit import Editor, is_vector, made_by, numbers, only_reader, same_sizes, take_over
-
-Side = int | ir.SymbolicDim
 
 
 def static_sizes(model: ir.Model) -> None:
@@ -25,13 +24,14 @@ def static_sizes(model: ir.Model) -> None:
                 ir.convenience.replace_all_uses_with(reader.outputs[0], fixed)
 
 
-def _picked(node: ir.Node, sides: list[Side]) -> list[Side] | None:
+def _picked(node: ir.Node, sides: list[Any]) -> list[Any] | None:
     """Return which sides Gather or Slice takes from a shape; None where that is not known."""
     given = [numbers(value) for value in node.inputs[1:]]
     if node.op_type == "Gather" and given[0] is not None and given[0].ndim == 0:
         return [sides[int(given[0])]]
-    if node.op_type == "Slice" and len(given) < 4 and all(array is not None and array.size == 1 for array in given):
-        return sides[int(given[0].item()) : int(given[1].item())]
+    known = [int(array.item()) for array in given if array is not None and array.size == 1]
+    if node.op_type == "Slice" and len(known) == len(given) < 4:
+        return sides[known[0] : known[1]]
     return None
 
 
@@ -101,9 +101,9 @@ def flat_by_reshape(model: ir.Model) -> None:
     edit = Editor(model)
     for node in [node for node in model.graph if node.op_type == "Flatten"]:
         x, axis = node.inputs[0], node.attributes["axis"].as_int() if "axis" in node.attributes else 1
-        rest = list(x.shape)[axis:] if x.shape is not None and axis > 0 else ["unknown"]
+        rest: list[Any] = list(x.shape)[axis:] if x.shape is not None and axis > 0 else [None]
         if all(isinstance(side, int) for side in rest):
-            result, target = node.outputs[0], edit.whole(-1, int(np.prod(rest)))
+            result, target = node.outputs[0], edit.whole(-1, math.prod(rest))
             take_over(edit(node, "Reshape", [x, target], f"{result.name}.flat", None), result)
     edit.tidy()
 
@@ -146,10 +146,9 @@ def _as_layer_norm(edit: Editor, divide: ir.Node, x: ir.Value, epsilon: float) -
         next((value for value in node.inputs if is_vector(value, x.shape[-1])), None) for node in (scaled, moved)
     )
     if weight is not None and bias is not None:
-        result, options = moved.outputs[0], {"axis": -1, "epsilon": epsilon}
-        take_over(
-            edit(moved, "LayerNormalization", [x, weight, bias], f"{result.name}.norm", x.shape, **options), result
-        )
+        old, given = moved.outputs[0], [x, weight, bias]
+        norm = edit(moved, "LayerNormalization", given, f"{old.name}.norm", x.shape, axis=-1, epsilon=epsilon)
+        take_over(norm, old)
 
 
 def fuse_gelu(model: ir.Model) -> None:

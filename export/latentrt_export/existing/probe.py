@@ -177,7 +177,7 @@ def _check_close(what: str, ours: NDArray[Any], theirs: NDArray[Any], bound: flo
     if ours.shape != theirs.shape:
         raise ExportError(f"{what} has the shape {theirs.shape}", needed=f"{ours.shape}", fix=EXPORT_AGAIN)
     exact = theirs.astype(np.float64)
-    error = float(np.linalg.norm(ours - exact) / max(np.linalg.norm(exact), 1e-30))
+    error = float(np.linalg.norm(ours - exact)) / max(float(np.linalg.norm(exact)), 1e-30)
     if not error <= bound:
         raise ExportError(
             f"{what} differs by {error:.1e} (relative L2) when its inputs are named and shaped as the engine's",

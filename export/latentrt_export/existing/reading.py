@@ -106,21 +106,6 @@ def _name_weights(graph: ir.Graph) -> None:
             value.name = new
 
 
-def _check_operators(model: ir.Model, path: Path) -> None:
-    for node in model.graph.all_nodes():
-        if node.domain not in ("", "ai.onnx") or node.op_type in CONTROL:
-            operator = f"{node.domain}.{node.op_type}".removeprefix(".").removeprefix("ai.onnx.")
-            raise ExportError(f"{path} has the operator {operator}", needed="ONNX's own, without control flow", fix=FIX)
-
-
-def _name_weights(graph: ir.Graph) -> None:
-    """Begin the names of weights with PREFIX: passes tell them from constants by it."""
-    for value in list(graph.initializers.values()):
-        tensor = value.const_value
-        if tensor is not None and tensor.dtype in FLOATS and tensor.size > LARGEST_CONSTANT:
-            value.name = f"{PREFIX}{str(value.name).removeprefix(PREFIX)}"
-
-
 def _convert(model: ir.Model, path: Path) -> None:
     """Bring a graph to the opset of export's own."""
     found = model.opset_imports.get("", 0)
