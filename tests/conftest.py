@@ -45,7 +45,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
         from latentrt_export.to_bundle import export_bundle
 
         source, target = root / name, root / f"{name}-bundle"
-        with _locked(root / f"{name}.lock"):
+        with locked(root / f"{name}.lock"):
             if not target.exists():
                 with quiet():
                     _make_checkpoint(name, source)
@@ -56,7 +56,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Keep other workers out."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

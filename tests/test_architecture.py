@@ -21,7 +21,10 @@ ROOMS = (
     *("bundle", "sampling", "request", "cuda", "runtime", "images", "model", "run", "engine", "golden"),
     *("serve.core", "serve.process", "serve.http", "serve", "command", "__main__"),
 )
-EXPORT_ROOMS = ("checkpoint", "graphs", "place", "describe", "to_bundle", "plans", "verify", "cli")
+EXPORT_ROOMS = (
+    *("checkpoint", "graphs", "place", "describe", "existing", "golden", "to_bundle"),
+    *("plans", "verify", "cli"),
+)
 MOST_FILES, MOST_LINES = 13, 350
 
 

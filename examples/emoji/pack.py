@@ -15,8 +15,8 @@ from torch import nn
 from transformers import CLIPTextModel
 from unet import schedule
 
+from latentrt_export.golden import golden_runs
 from latentrt_export.to_bundle import export_bundle
-from latentrt_export.verify.verify import golden_runs
 
 CARD = Path(__file__).with_name("CARD.md")
 NAME = "emoji"  # the checkpoint's folder, and so the bundle's id

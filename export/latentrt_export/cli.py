@@ -1,4 +1,4 @@
-"""The verbs of `latentrt` that need torch: export and verify, with their output."""
+"""The verbs of `latentrt` that need the extra `export`: export and verify, with their output."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from latentrt.command.terminal import show, table_of
 from latentrt.errors import MissingDependencyError
+from latentrt_export.checkpoint.onnx_folder import is_onnx_folder
 from latentrt_export.checkpoint.single.choices import Choices
 
 
@@ -22,11 +23,11 @@ def run_export(
     as_json: bool,
 ) -> None:
     """Export with a line for each part, and a summary at the end."""
-    _need_torch("export")
+    _need("export", torch=not is_onnx_folder(source))
     from rich.console import Console
 
+    from latentrt_export.golden import golden_runs
     from latentrt_export.to_bundle import export_bundle
-    from latentrt_export.verify.verify import golden_runs
 
     console = Console(stderr=True, quiet=as_json)
     with console.status("opening the checkpoint") as status:
@@ -55,7 +56,7 @@ def run_export(
 
 def run_verify(bundle: Path, against: str | Path, *, steps: int, choices: Choices, as_json: bool) -> int:
     """Show every check against a checkpoint, of any kind of source; return 1 if any is beyond its bound, else 0."""
-    _need_torch("verify")
+    _need("verify")
     from rich.console import Console
 
     from latentrt_export.verify.checks import Check
@@ -88,10 +89,15 @@ def run_verify(bundle: Path, against: str | Path, *, steps: int, choices: Choice
     return int(failed > 0)
 
 
-def _need_torch(verb: str) -> None:
+def _need(verb: str, *, torch: bool = True) -> None:
+    """Refuse where a library is missing; graphs that exist already need no torch."""
     try:
-        import diffusers  # noqa: F401
-        import torch  # noqa: F401
+        import onnxscript  # noqa: F401
+        import safetensors  # noqa: F401
+
+        if torch:
+            import diffusers  # noqa: F401
+            import torch as _  # noqa: F401
     except ImportError as error:
         raise MissingDependencyError(
             f"`latentrt {verb}` cannot import {error.name or error}",

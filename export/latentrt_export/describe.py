@@ -3,38 +3,68 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
 import onnx_ir as ir
 
-from latentrt.bundle.spec import Correction, Defaults, LatentSpec, ModelSpec, NetworkSpec, TensorSpec
+from latentrt.bundle.spec import (
+    CONDITIONER,
+    DECODER,
+    DENOISER,
+    ENCODER,
+    SHALLOW,
+    Correction,
+    Defaults,
+    LatentSpec,
+    ModelSpec,
+    NetworkSpec,
+    TensorSpec,
+)
+from latentrt.errors import BundleError, ExportError
+from latentrt.model.tokenizer import Tokenizer
 from latentrt.sampling.schedule import Schedule
 from latentrt_export.checkpoint.corrections import UNET, corrections_of, drawn_by
 from latentrt_export.checkpoint.served import beside
 from latentrt_export.checkpoint.single.choices import Choices
-from latentrt_export.checkpoint.source import SCHEDULE, Checkpoint
+from latentrt_export.checkpoint.source import SCHEDULE, Checkpoint, tokenizer_of
 
-LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript")
+GRAPHS = {  # where a bundle has each network's graph
+    "text_encoder": "text_encoder/model.onnx",
+    "text_encoder_2": "text_encoder_2/model.onnx",
+    "unet_text": "unet/text.onnx",
+    "unet": "unet/model.onnx",
+    "unet_shallow": "unet/shallow.onnx",
+    "vae_decoder": "vae/decoder.onnx",
+    "vae_encoder": "vae/encoder.onnx",
+}
+ROLES = {  # all others are text encoders
+    "unet_text": CONDITIONER,
+    "unet": DENOISER,
+    "unet_shallow": SHALLOW,
+    "vae_decoder": DECODER,
+    "vae_encoder": ENCODER,
+}
+
+TRACING, WRITING = ("torch", "diffusers", "transformers"), ("onnx", "onnx-ir", "onnxscript")  # libraries
 
 
 def model_spec(checkpoint: Checkpoint, networks: Mapping[str, NetworkSpec], how: Mapping[str, Any]) -> ModelSpec:
     """Return the manifest's model part."""
     configs = checkpoint.configs
     xl = "text_encoder_2" in configs
-    corrections = _corrections(checkpoint)
-    unet = {**configs["unet"], **{each.key: each.value for each in corrections if each.file == UNET}}
     return ModelSpec(
         id=checkpoint.id,
         revision=checkpoint.revision,
         license=checkpoint.license,
-        latents=_latents(unet, configs["vae"]) if "vae" in configs else _pixels(unet),
+        latents=latents_of(checkpoint),
         schedule=SCHEDULE,
         networks=networks,
         zero_negative=bool(checkpoint.index.get("force_zeros_for_empty_prompt", xl)),
         classes=configs["unet"].get("num_class_embeds"),
         defaults=_defaults(checkpoint),
-        corrections=corrections,
+        corrections=_corrections(checkpoint),
         made=how,
     )
 
@@ -61,7 +91,22 @@ def made(checkpoint: Checkpoint, variant: str | None, choices: Choices) -> dict[
     given = [*(f"--{k}={v}" for k, v in options.items() if v), *choices.options]
     command = " ".join(["latentrt", "export", checkpoint.id, *given])
     notes = {"notes": list(checkpoint.notes)} if checkpoint.notes else {}
-    return {"command": command, **notes, "versions": {name: version(name) for name in LIBRARIES}}
+    libraries = WRITING if checkpoint.graphs else (*TRACING, *WRITING)
+    return {"command": command, **notes, "versions": {name: version(name) for name in libraries}}
+
+
+def open_tokenizer(checkpoint: Checkpoint, folder: str) -> Tokenizer:
+    """Return the tokenizer in a folder of the checkpoint. Raise ExportError where it is damaged."""
+    try:
+        return Tokenizer.open(checkpoint.root / folder)
+    except BundleError as error:
+        raise ExportError(error.found, needed=error.needed, fix="download the checkpoint again") from error
+
+
+def tokens_of(checkpoint: Checkpoint) -> int:
+    """Return the length of a text chunk, as the engine will see it; 0 where the model reads no text."""
+    folders = list(map(tokenizer_of, checkpoint.text_encoders))
+    return len(open_tokenizer(checkpoint, folders[0]).encode("").ids) if folders else 0
 
 
 def signature(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:
@@ -81,6 +126,19 @@ def _corrections(checkpoint: Checkpoint) -> tuple[Correction, ...]:
     return corrections_of(pipeline, checkpoint.scheduler, checkpoint.configs["unet"], checkpoint.scheduler_class)
 
 
+def latents_of(checkpoint: Checkpoint) -> LatentSpec:
+    """Return the shape and range of what a checkpoint's UNet denoises.
+
+    Graphs that exist already double what they halved: sides must halve evenly. Those of `graphs.wrap` take all sides.
+    """
+    corrected = {each.key: each.value for each in _corrections(checkpoint) if each.file == UNET}
+    unet, vae = {**checkpoint.configs["unet"], **corrected}, checkpoint.configs.get("vae")
+    if vae is None:
+        return _pixels(unet)
+    latents = _latents(unet, vae)
+    return replace(latents, multiple=_halved(unet, (320, 640, 1280, 1280))) if checkpoint.graphs else latents
+
+
 def _latents(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> LatentSpec:
     height, width = _size(unet)
     return LatentSpec(
@@ -96,8 +154,13 @@ def _latents(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> LatentSpec:
 def _pixels(unet: Mapping[str, Any]) -> LatentSpec:
     """Return a UNet2DModel's latents. Its upsamplers get no sizes: sides must halve evenly once for each block down."""
     height, width = _size(unet)
-    multiple = 2 ** (len(unet.get("block_out_channels", (224, 448, 672, 896))) - 1)
+    multiple = _halved(unet, (224, 448, 672, 896))
     return LatentSpec(unet.get("in_channels", 3), 1, 1.0, 0.0, height, width, multiple)
+
+
+def _halved(unet: Mapping[str, Any], default: Sequence[int]) -> int:
+    """Return what a UNet's levels divide sides by; `default` are its channels where the config has none."""
+    return int(2 ** (len(unet.get("block_out_channels", default)) - 1))
 
 
 def _size(unet: Mapping[str, Any]) -> tuple[int, int]:

@@ -7,7 +7,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,9 +18,7 @@ import onnx_ir as ir
 from latentrt.bundle.bundle import write_manifest
 from latentrt.bundle.spec import (
     CONDITIONER,
-    DECODER,
     DENOISER,
-    ENCODER,
     FP16,
     FP16_ORT_CUDA,
     FP32,
@@ -33,39 +31,21 @@ from latentrt.bundle.spec import (
     NetworkSpec,
     Variant,
 )
-from latentrt.errors import BundleError, ExportError, LatentrtError
-from latentrt.model.tokenizer import Tokenizer
+from latentrt.errors import ExportError, LatentrtError
 from latentrt_export.checkpoint.single.choices import AS_THEY_ARE, Choices
 from latentrt_export.checkpoint.source import Checkpoint, checkpoint_of, tokenizer_of
-from latentrt_export.describe import made, model_spec, notes_of, signature
-from latentrt_export.graphs import passes
+from latentrt_export.describe import GRAPHS, ROLES, made, model_spec, notes_of, open_tokenizer, signature, tokens_of
+from latentrt_export.existing.graph import existing_graph, open_graphs
+from latentrt_export.existing.variants import checked
 from latentrt_export.graphs.cpu_graph import cpu_path, for_cpu
 from latentrt_export.graphs.cuda_graph import cuda_path, for_cuda
 from latentrt_export.graphs.half import half_path, to_half
 from latentrt_export.graphs.hoist import hoist
 from latentrt_export.graphs.ranges import measure_networks, overflowing, too_large
 from latentrt_export.graphs.shallow import shallow
-from latentrt_export.graphs.to_onnx import quiet, trace
 from latentrt_export.graphs.weights import share_weights
-from latentrt_export.graphs.wrap import load_network
 from latentrt_export.place import place
 
-GRAPHS = {
-    "text_encoder": "text_encoder/model.onnx",
-    "text_encoder_2": "text_encoder_2/model.onnx",
-    "unet_text": "unet/text.onnx",
-    "unet": "unet/model.onnx",
-    "unet_shallow": "unet/shallow.onnx",
-    "vae_decoder": "vae/decoder.onnx",
-    "vae_encoder": "vae/encoder.onnx",
-}
-ROLES = {  # all others are text encoders
-    "unet_text": CONDITIONER,
-    "unet": DENOISER,
-    "unet_shallow": SHALLOW,
-    "vae_decoder": DECODER,
-    "vae_encoder": ENCODER,
-}
 NOT_EXPORTED = ("safety_checker", "feature_extractor", "image_encoder")
 GRAPH_ROOM = 4 * 2**20  # bytes per network for its graph, when free space is checked
 
@@ -104,7 +84,7 @@ class Summary:
 
     @property
     def shared_bytes(self) -> int:
-        """Weight bytes that graphs read from the checkpoint's safetensors."""
+        """Weight bytes that graphs read from the checkpoint's own files."""
         return sum(n.shared_bytes for n in self.networks.values())
 
     @property
@@ -127,8 +107,9 @@ def export_bundle(
     """Turn the checkpoint `source` into the bundle `target`.
 
     Args:
-        source: a diffusers folder, a hub id, a single .safetensors file, or preset:NAME (see
-            `latentrt_export.checkpoint.presets`).
+        source: a diffusers folder, a hub id, a single .safetensors file, preset:NAME (see
+            `latentrt_export.checkpoint.presets`), or a folder of ONNX graphs (see
+            `latentrt_export.checkpoint.onnx_folder`), which needs no torch.
         target: a folder; `source` itself adds the graphs to the checkpoint (with `overwrite`).
         revision, variant: as in `open_checkpoint`.
         choices: what the user decides about the source.
@@ -141,7 +122,7 @@ def export_bundle(
         UnsafeWeightsError: it has pickled weights only.
         OutputError: the target exists, or cannot be written, or has no room.
     """
-    with checkpoint_of(source, revision, variant, choices) as checkpoint:
+    with _opened(source, revision, variant, choices) as checkpoint:
         how = made(checkpoint, variant, choices)
         return _export(checkpoint, Path(target), how, progress, overwrite, golden)
 
@@ -156,9 +137,11 @@ def _export(
 ) -> Summary:
     names = networks_of(checkpoint)
     parts = ("copy", *names, "half precision", "manifest")
-    size = sum(path.stat().st_size for path in checkpoint.files.values()) + 2 * GRAPH_ROOM * len(names)
+    sources = {*checkpoint.files.values(), *checkpoint.graphs.values()}
+    size = sum(path.stat().st_size for path in sources) + 2 * GRAPH_ROOM * len(names)
     with place(target, checkpoint.root, size, overwrite=overwrite) as root:
-        _check(checkpoint)
+        if not checkpoint.graphs:
+            _check(checkpoint)
         progress("copy", 0, len(parts))
         _copy(checkpoint, root)
         networks, summaries = dict[str, NetworkSpec](), dict[str, NetworkSummary]()
@@ -167,16 +150,30 @@ def _export(
             made_of, summaries[name] = _export_network(checkpoint, root, name)
             networks |= made_of
         progress("half precision", len(parts) - 2, len(parts))
-        spec = _add_cpu(root, _add_half(root, model_spec(checkpoint, networks, how)))
+        spec, left_out = model_spec(checkpoint, networks, how), tuple[str, ...]()
+        if checkpoint.graphs:
+            spec, left_out = checked(root, spec, (_add_half, _add_cpu))
+        else:
+            spec = _add_cpu(root, _add_half(root, spec))
         progress("manifest", len(parts) - 1, len(parts))
         _write_manifest(root, spec, golden)
         total = sum(path.stat().st_size for path in _files(root))
-    return Summary(summaries, total, notes_of(checkpoint, spec))
+    return Summary(summaries, total, (*notes_of(checkpoint, spec), *left_out))
+
+
+@contextmanager
+def _opened(source: str | Path, revision: str | None, variant: str | None, choices: Choices) -> Iterator[Checkpoint]:
+    """Yield a folder of ONNX graphs, or else a checkpoint."""
+    graphs = open_graphs(source)
+    opened = checkpoint_of(source, revision, variant, choices) if graphs is None else nullcontext(graphs)
+    with opened as checkpoint:
+        yield checkpoint
 
 
 def _check(checkpoint: Checkpoint) -> None:
     """Refuse networks that could not be loaded, all of them before the first one is exported."""
     from latentrt_export.checkpoint.complete import check_complete  # brings torch
+    from latentrt_export.graphs.to_onnx import quiet
 
     for part in checkpoint.configs:
         with _named(part), quiet():
@@ -185,6 +182,8 @@ def _check(checkpoint: Checkpoint) -> None:
 
 def networks_of(checkpoint: Checkpoint) -> tuple[str, ...]:
     """Return the names of the networks that a bundle of this checkpoint has."""
+    if checkpoint.graphs:
+        return tuple(checkpoint.graphs)
     return (*checkpoint.text_encoders, "unet", *(("vae_decoder", "vae_encoder") if "vae" in checkpoint.configs else ()))
 
 
@@ -195,9 +194,10 @@ def _copy(checkpoint: Checkpoint, root: Path) -> None:
         shutil.copyfile(path, root / name)
     for folder in map(tokenizer_of, checkpoint.text_encoders):
         if not (root / folder / "tokenizer.json").is_file():
-            _tokenizer(checkpoint, folder).write_json(root / folder / "tokenizer.json")
-    index = plain_index(checkpoint)
-    (root / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            open_tokenizer(checkpoint, folder).write_json(root / folder / "tokenizer.json")
+    if not checkpoint.graphs:  # diffusers opens no ONNX
+        index = plain_index(checkpoint)
+        (root / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def plain_index(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -210,9 +210,8 @@ def _export_network(checkpoint: Checkpoint, root: Path, name: str) -> tuple[dict
     """Write a network's graphs: its own, and beside a UNet's that of the text and the shallow one."""
     start, summary = time.perf_counter(), NetworkSummary(0.0, 0, 0, 0, 0)
     specs = {}
-    with _named(name), quiet():
-        model = trace(load_network(root, name, tokens=_tokens(checkpoint)))
-        passes.clean(model)
+    with _named(name):
+        model = _graph(checkpoint, root, name)
         graphs: dict[str, ir.Model | None] = {name: model}
         if name == "unet":
             graphs = {"unet_text": hoist(model, ["encoder_hidden_states"]), **graphs, "unet_shallow": shallow(model)}
@@ -221,6 +220,15 @@ def _export_network(checkpoint: Checkpoint, root: Path, name: str) -> tuple[dict
                 specs[each], size = _write(checkpoint, root, each, graph)
                 summary = summary.and_(size if each != "unet_shallow" else replace(size, shared_bytes=0))  # unet's own
     return specs, replace(summary, seconds=time.perf_counter() - start)
+
+
+def _graph(checkpoint: Checkpoint, root: Path, name: str) -> ir.Model:
+    """Return a network's float32 graph: the folder's own, or one that is traced."""
+    if checkpoint.graphs:
+        return existing_graph(checkpoint, root, name)
+    from latentrt_export.graphs.traced import traced_graph  # brings torch
+
+    return traced_graph(root, name, tokens_of(checkpoint))
 
 
 def _write(checkpoint: Checkpoint, root: Path, name: str, model: ir.Model) -> tuple[NetworkSpec, NetworkSummary]:
@@ -290,27 +298,14 @@ def _named(network: str) -> Iterator[None]:
             raise  # transformers has OSErrors of its own, without a number
         raise ExportError(
             f"the {network} cannot be exported ({type(error).__name__}: {error})",
-            needed="a network that diffusers can load and torch can trace",
-            fix="check that diffusers can run the checkpoint; latentrt doctor shows the versions",
+            needed="a network that diffusers can load and torch can trace, or a graph that optimum exported",
+            fix="check that diffusers, or optimum, can run it; latentrt doctor shows the versions",
         ) from error
 
 
 def _weights(checkpoint: Checkpoint, root: Path, folder: Path) -> list[Path]:
     paths = (root / name for name in checkpoint.files if name.endswith(".safetensors"))
     return sorted(path for path in paths if path.parent == folder)
-
-
-def _tokenizer(checkpoint: Checkpoint, folder: str) -> Tokenizer:
-    try:
-        return Tokenizer.open(checkpoint.root / folder)
-    except BundleError as error:
-        raise ExportError(error.found, needed=error.needed, fix="download the checkpoint again") from error
-
-
-def _tokens(checkpoint: Checkpoint) -> int:
-    """Return the length of a text chunk, as the engine will see it."""
-    folders = list(map(tokenizer_of, checkpoint.text_encoders))
-    return len(_tokenizer(checkpoint, folders[0]).encode("").ids) if folders else 0
 
 
 def _write_manifest(root: Path, spec: ModelSpec, golden: Measure | None) -> None:

@@ -112,7 +112,7 @@ def export(
 ) -> None:
     """Turn the checkpoint SOURCE (a diffusers folder, a single .safetensors file or a hub id) into the bundle TARGET.
 
-    Needs the extra `export`.
+    SOURCE may also be optimum's ONNX export of one: torch is then not used. Needs the extra `export`.
     """
     from latentrt_export.checkpoint.single.choices import Choices
     from latentrt_export.cli import run_export

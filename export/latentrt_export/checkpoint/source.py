@@ -9,7 +9,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,7 @@ class Checkpoint:
         files: where each file of a bundle is now: configs, tokenizers and weights (safetensors, chosen variants under
             their plain names).
         notes: what a user should know of how the checkpoint was opened, one sentence each.
+        graphs: ONNX graphs that exist already, by network; empty where networks are traced.
     """
 
     root: Path
@@ -95,6 +96,7 @@ class Checkpoint:
     scheduler: Mapping[str, Any]
     files: Mapping[str, Path]
     notes: tuple[str, ...] = ()
+    graphs: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def pipeline(self) -> str:

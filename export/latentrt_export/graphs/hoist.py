@@ -48,13 +48,23 @@ def hoist(model: ir.Model, names: Collection[str]) -> ir.Model | None:
 
 
 def _following(graph: ir.Graph, given: Collection[ir.Value]) -> list[ir.Node]:
-    """Return the nodes that read what follows from `given`, and nothing else that is not constant."""
+    """Return the nodes that read what follows from `given`, and nothing else that is not constant.
+
+    What they give has the axis of the batch first, so that each lane of it is what the lane's text gives.
+    """
     constant, known, nodes = set(graph.initializers.values()), set(given), list[ir.Node]()
     for node in graph:
         read = [value for value in node.inputs if value is not None]
         if all(value in constant for value in read):
             constant.update(node.outputs)
-        elif all(value in constant or value in known for value in read):
+        elif all(value in constant or value in known for value in read) and _by_lane(node, given):
             known.update(node.outputs)
             nodes.append(node)
     return nodes
+
+
+def _by_lane(node: ir.Node, given: Collection[ir.Value]) -> bool:
+    """Return whether all that a node gives has the first axis of the inputs."""
+    lanes = {value.shape[0] for value in given if value.shape is not None}
+    shapes = [value.shape for value in node.outputs]
+    return all(shape is not None and len(shape) > 0 and shape[0] in lanes for shape in shapes)

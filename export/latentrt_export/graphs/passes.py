@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 from onnxscript import optimizer, rewriter
 from onnxscript.rewriter.rules import common as rules
 
-from latentrt_export.graphs.wrap import PREFIX
-
 Sizes = tuple[int | ir.SymbolicDim, ...]
+PREFIX = "model."  # of a weight's name in a graph; the rest is its name in the checkpoint
 FOLD_LIMIT = 16_384  # elements: enough for a causal mask of 77 x 77
 NO_OPS = (
     *rules.mul_by_1_rule.commute(),

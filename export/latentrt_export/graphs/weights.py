@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from latentrt_export.checkpoint.tensors import open_tensors
-from latentrt_export.graphs.wrap import PREFIX
+from latentrt_export.graphs.passes import PREFIX, is_weight
 
 DTYPES: Mapping[str, type[np.generic]] = {
     "F32": np.float32,
@@ -51,26 +51,30 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """Bytes that a graph reads from the checkpoint's safetensors, and from its sidecar."""
+    """Bytes that a graph reads from files that were there before, and from its sidecar."""
 
     shared: int
     sidecar: int
 
 
-def share_weights(model: ir.Model, files: Sequence[Path], sidecar: Path) -> Shared:
+def share_weights(model: ir.Model, files: Sequence[Path], sidecar: Path, *, small: bool = False) -> Shared:
     """Point every weight of the graph at its bytes in `files`, which lie in the folder of the graph.
 
     Weights stored in half precision are read through a Cast to float32, which a runtime folds when it loads the graph.
-    Small constants stay in the graph; all else that is not in the files is written to `sidecar`, another safetensors.
+    Small constants stay in the graph, and small weights unless `small`; all else that is not in the files is written to
+    `sidecar`, another safetensors. Weights that lie outside the graph already stay where they are.
     """
     store = Store(files)
-    found = {v: s for v in model.graph.initializers.values() if (s := store.find(v))}
-    shared = sum(s.length for s in set(found.values()))
-    rest = [v for v in model.graph.initializers.values() if v not in found and _size(v) > INLINE]
+    others = [v for v in model.graph.initializers.values() if isinstance(v.const_value, ir.ExternalTensor)]
+    own = [v for v in model.graph.initializers.values() if v not in others]
+    found = {v: s for v in own if (s := store.find(v))}
+    there = {(v.const_value.location, v.const_value.offset, v.const_value.nbytes) for v in others}
+    shared = sum(s.length for s in set(found.values())) + sum(size for _, _, size in there)
+    rest = [v for v in own if v not in found and (_size(v) > INLINE or (small and is_weight(v)))]
     if rest:
         save_file({_plain_name(v): np.ascontiguousarray(_array(v)) for v in rest}, sidecar)
-        own = {s.name: s for s in read_header(sidecar)}
-        found |= {v: own[_plain_name(v)] for v in rest}
+        written = {s.name: s for s in read_header(sidecar)}
+        found |= {v: written[_plain_name(v)] for v in rest}
     casts = [cast for value, stored in found.items() if (cast := _point_at(model.graph, value, stored))]
     model.graph.insert_before(model.graph[0], casts)
     return Shared(shared, sidecar.stat().st_size if rest else 0)

@@ -23,8 +23,7 @@ IMAGE_AXES: Axes = {0: "batch", 2: "height", 3: "width"}
 BATCH: Axes = {0: "batch"}
 # Tracing with a batch of 1 would make torch.export take the batch for a constant.
 TRACE_BATCH = 2
-# Every wrapper keeps its model in this attribute, so that parameter names are PREFIX + the name in the checkpoint.
-PREFIX = "model."
+# Every wrapper keeps its model in the attribute `model`: names of parameters are passes.PREFIX + the checkpoint's.
 
 
 @dataclass(frozen=True, slots=True)

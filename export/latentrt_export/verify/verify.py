@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from latentrt.bundle.bundle import Bundle
-from latentrt.bundle.spec import CONDITIONER, SHALLOW, Golden, ModelSpec
+from latentrt.bundle.spec import CONDITIONER, SHALLOW
 from latentrt.engine import Engine
-from latentrt.golden import TOLERANCE, measure, worst_error
-from latentrt.runtime import open_backend
+from latentrt.golden import TOLERANCE, worst_error
 from latentrt_export.checkpoint.single.choices import AS_THEY_ARE, Choices
 from latentrt_export.checkpoint.source import Checkpoint, checkpoint_of
 from latentrt_export.to_bundle import networks_of
@@ -63,9 +62,3 @@ def _verify(opened: Bundle, source: Checkpoint, steps: int) -> Iterator[Check]:
         yield from step_checks(engine.schedule, steps, pipelines.scheduler)
         yield from image_checks(engine, pipelines, steps)
         yield batch_check(engine)
-
-
-def golden_runs(root: Path, spec: ModelSpec) -> tuple[Golden, ...]:
-    """Measure the golden runs of a bundle that has no manifest yet (the hook of `export_bundle`)."""
-    with Engine(Bundle(root, spec, {}), open_backend("onnxruntime")) as engine:
-        return measure(engine)
