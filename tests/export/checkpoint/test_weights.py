@@ -148,11 +148,12 @@ def test_one_file_or_shards_beside_it_is_each_librarys_choice(checkpoint: Path) 
 def test_the_command_prints_and_returns_what_was_chosen(
     checkpoint: Path, tmp_path: Path, fast: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    from latentrt_export.checkpoint.single.choices import AS_THEY_ARE
     from latentrt_export.cli import run_export
 
-    fast.setattr("latentrt_export.verify.verify.golden_runs", lambda root, spec: ())
+    fast.setattr("latentrt_export.golden.golden_runs", lambda root, spec: ())
     as_variant(weights_of(checkpoint / "unet"), "fp16", 1)
-    options: dict[str, Any] = {"revision": None, "variant": "fp16", "overwrite": True}
+    options: dict[str, Any] = {"revision": None, "variant": "fp16", "choices": AS_THEY_ARE, "overwrite": True}
     run_export(str(checkpoint), tmp_path / "bundle", **options, as_json=False)
     assert "vae: no fp16 weights, taking the plain ones" in capsys.readouterr().out
     run_export(str(checkpoint), tmp_path / "bundle", **options, as_json=True)
