@@ -39,6 +39,11 @@ class Tensors:
     entries: Mapping[str, Entry]
     metadata: Mapping[str, str]
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor."""
+        return {name: entry.shape for name, entry in self.entries.items()}
+
     def bytes_of(self, name: str) -> bytes:
         """Return a tensor's bytes."""
         entry = self.entries[name]
