@@ -103,7 +103,7 @@ def _stored(checkpoint: Checkpoint, part: str) -> Shapes:
     files = {name: path for name, path in checkpoint.files.items() if name.startswith(f"{part}/")}
     index = files.get(f"{part}/{stem_of(part)}.safetensors.index.json")
     weights = [path for name, path in files.items() if name.endswith(".safetensors")]
-    shapes = {name: entry.shape for path in weights for name, entry in open_tensors(path).entries.items()}
+    shapes = {name: shape for path in weights for name, shape in open_tensors(path).shapes.items()}
     if index is not None:
         named = read_json(index)["weight_map"]
         return {name: shape for name, shape in shapes.items() if name in named}

@@ -26,7 +26,7 @@ LAYERS = (
     "num_hidden_layers",
 )
 MOST = 65_536  # channels, and sides of a picture
-MOST_LAYERS = 1_000  # far beyond any network; keeps a damaged config from making layers without end
+MOST_LAYERS = 100  # far beyond any network; keeps a damaged config from making layers without end
 
 
 def unsupported(found: str, needed: str) -> ExportError:

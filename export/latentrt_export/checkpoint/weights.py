@@ -7,7 +7,8 @@
     diffusion_pytorch_model.safetensors.fp16.index.json      diffusion_pytorch_model-00001-of-00002.fp16.safetensors
     diffusion_pytorch_model.fp16.safetensors.index.json      as huggingface_hub writes it
 
-Text encoders have `model` in place of `diffusion_pytorch_model`. The third form is of diffusers before 0.31.
+Text encoders have `model` in place of `diffusion_pytorch_model`. The form with `.fp16.index.json` is an older one of
+diffusers, which it still reads.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from latentrt_export.checkpoint.tensors import open_tensors
 
 Variants = Mapping[str, Path]  # a file or the index of shards for each variant; "" is the plain one
 _VARIANT = r"\.(?P<variant>(?!\w+-\d{5}-of-\d{5}\.)[^.]+)"
-_INDEXES = (rf"\.safetensors\.index({_VARIANT})?\.json", rf"\.safetensors{_VARIANT}\.index\.json")
+_INDEX = rf"\.safetensors\.index({_VARIANT})?\.json"
+_OLD_INDEX = rf"\.safetensors{_VARIANT}\.index\.json"
 _INDEX_OF_HUB = rf"{_VARIANT}\.safetensors\.index\.json"
 _FILE = rf"({_VARIANT})?\.safetensors"
 _ADAPTER = re.compile(r"(^|[._])lora([._]|$)|lora_|(^|\.)base_layer\.|hada_w|lokr_w", re.IGNORECASE)
@@ -73,8 +75,8 @@ def _variants(folder: Path, part: str) -> Variants:
     diffusers takes shards where one file is beside them, transformers the file.
     """
     stem = stem_of(part)
-    order = [_INDEX_OF_HUB, *reversed(_INDEXES)]  # what comes later wins
-    order = [*order, _FILE] if stem == "model" else [_FILE, *order]
+    indexes = (_OLD_INDEX, _INDEX)
+    order = (_INDEX_OF_HUB, *((*indexes, _FILE) if stem == "model" else (_FILE, *indexes)))  # the last one wins
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     matches = [m for pattern in order for name in names if (m := re.fullmatch(re.escape(stem) + pattern, name))]
     found = {m["variant"] or "": folder / m.string for m in matches}
