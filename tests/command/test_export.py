@@ -23,7 +23,7 @@ def test_a_single_file_is_exported(
     run: Run, fast: pytest.MonkeyPatch, tensors: Tensors, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """What it is taken for is printed, and the manifest has it with the options, without folders."""
-    fast.setattr("latentrt_export.verify.verify.golden_runs", lambda root, spec: ())
+    fast.setattr("latentrt_export.golden.golden_runs", lambda root, spec: ())
     file = write_single(tmp_path_factory.mktemp("files") / "my.safetensors", tensors)
     vae = write_single(file.with_name("vae.safetensors"), tensors)
     options = ("--prediction-type", "v_prediction", "--vae", str(vae), "--model", "sd1")

@@ -62,9 +62,9 @@ class Tokenizer:
         Raises:
             BundleError: a file is missing or cannot be read, or a special token is not in the vocabulary.
         """
-        config = _configuration(folder)
         source = folder / "tokenizer.json"
         try:
+            config = _configuration(folder)
             core = _read_core(source) if source.is_file() else _build_core(folder, config)
             _add_special_tokens(core, config, folder)
             start, end, pad = (_id(core, config[f"{name}_token"], folder) for name in ("bos", "eos", "pad"))

@@ -167,7 +167,7 @@ def test_what_passes_the_checks_loads_hundreds_of_times(tmp_path: Path, fast: py
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sd", "xl", "pixels"])
 def test_whole_exports_work_or_are_refused(tmp_path: Path, kind: str) -> None:
-    from latentrt_export.verify.verify import golden_runs
+    from latentrt_export.golden import golden_runs
 
     begun: set[str] = set()
     for path, content in Fuzzed(make(kind, tmp_path / kind)).cases(300, seed=5):

@@ -70,7 +70,7 @@ def test_pickles_are_refused(tmp_path: Path) -> None:
         ("tokenizer/tokenizer_config.json", {"model_max_length": "long"}, "tokenizer_config.json"),
         ("tokenizer/tokenizer_config.json", {"pad_token": 5}, "tokenizer_config.json"),
         ("scheduler/scheduler_config.json", {"beta_start": "small"}, "scheduler_config.json: .*beta_start"),
-        ("scheduler/scheduler_config.json", {"_class_name": None}, "scheduler_config.json: .*class is None"),
+        ("model_index.json", {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}, "class is 'FlowMatch"),
         ("scheduler/scheduler_config.json", {"num_train_timesteps": [1]}, "num_train_timesteps"),
         ("unet/config.json", {"in_channels": 8}, "in_channels 8.*9 for inpainting"),
         ("unet/config.json", {"out_channels": 8}, "learned variance"),
