@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import diffusers
@@ -21,14 +22,25 @@ from tests.export.checkpoint.single.conftest import Make
 
 PSNR_BOUND = 50.0
 SIZE = {"height": 32, "width": 48}
+SLOW = [("sd1", 4, False), ("sd1", 9, False), ("sd1", 4, True), ("xl", 4, False), ("xl", 4, True)]
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("a connection")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
 @pytest.mark.parametrize(
-    ("family", "channels"),
-    [("sd2", 4), *(pytest.param(*kind, marks=pytest.mark.slow) for kind in (("sd1", 4), ("xl", 4), ("sd1", 9)))],
+    ("family", "channels", "distilled"),
+    [("sd2", 4, False), *(pytest.param(*kind, marks=pytest.mark.slow) for kind in SLOW)],
 )
-def test_pictures_are_those_of_from_single_file(made: Make, tmp_path: Path, family: str, channels: int) -> None:
-    file, _, folder = made(family, channels)
+def test_pictures_are_those_of_from_single_file(
+    made: Make, tmp_path: Path, no_network: None, family: str, channels: int, distilled: bool
+) -> None:
+    file, _, folder = made(family, channels, distilled)
     choices = Choices(prediction_type="v_prediction" if family == "sd2" else "epsilon")
     export_bundle(file, tmp_path / "bundle", choices=choices)
     picture = Image.effect_noise((48, 32), 60).convert("RGB")
