@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 from benchmarks.measures import OURS, Measure, Result
@@ -25,9 +26,8 @@ def draw(result: Result, path: Path) -> None:
     panels = [list(group) for _, group in groupby(result.measures, key=lambda measure: measure.unit)]
     colours = colours_of(list(result.measures[0].samples))
     widths = [1 + len(panel) for panel in panels]
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(8, 3.4), width_ratios=widths, squeeze=False, layout="constrained"
-    )
+    size = (max(8.0, 0.3 * len(colours) * sum(map(len, panels))), 3.4)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, width_ratios=widths, squeeze=False, layout="constrained")
     for panel, ax in zip(panels, axes[0], strict=True):
         _bars(ax, panel, colours)
     handles, labels = axes[0][0].get_legend_handles_labels()
@@ -51,8 +51,11 @@ def _bars(ax: Axes, panel: Sequence[Measure], colours: dict[str, str]) -> None:
         places = [group + (number - (len(colours) - 1) / 2) * width for group in range(len(panel))]
         bars = ax.bar(places, medians, width, yerr=whiskers, label=side, color=colour, ecolor="#444444", capsize=2)
         ax.bar_label(bars, fmt=lambda value: f"{value:.3g}" if value < 100 else f"{value:.0f}", fontsize=7, padding=2)
-    ax.set_xticks(range(len(panel)), [measure.name for measure in panel], fontsize=8)
+    names = [fill(measure.name, max(8, 60 // len(panel)), break_long_words=False) for measure in panel]
+    ax.set_xticks(range(len(panel)), names, fontsize=8)
     ax.set_title(f"{panel[0].unit} ({panel[0].better} is better)", fontsize=9)
     ax.tick_params(axis="y", labelsize=8)
     ax.margins(y=0.15)
+    tallest = max(measure.spread(side).median for side in colours for measure in panel)
+    ax.set_ylim(top=min(ax.get_ylim()[1], 2 * tallest))  # a whisker may leave the picture: the table has its end
     ax.spines[["top", "right"]].set_visible(False)

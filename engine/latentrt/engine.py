@@ -87,7 +87,7 @@ class Engine:
             resident: keep all networks loaded; False drops each after use: the least memory, on a CPU.
             capture: on a GPU, launch ticks and whole pictures as CUDA graphs, not call by call. None: only TensorRT's.
             plans: a folder of TensorRT plans that you trust; None is the bundle's place in your cache.
-            cache: keep graphs that onnxruntime has optimized for this CPU in your cache, for quicker loading.
+            cache: keep in your cache, for quicker loading, graphs that onnxruntime has optimized, and what was hashed.
             check_hashes: compare every file's SHA-256 with the manifest (sizes are always compared).
 
         Raises:
@@ -95,7 +95,7 @@ class Engine:
             BackendError, MissingDependencyError: the backend or device cannot be used here.
             PlanError: there is no plan for this device, bundle and precision; the message names the command.
         """
-        opened = Bundle.open(bundle, check_hashes=check_hashes)
+        opened = Bundle.open(bundle, check_hashes=check_hashes, cache=cache)
         if not isinstance(backend, str):
             return cls(opened, backend, lanes=lanes, resident=resident, capture=capture)
         own = open_backend(backend, device, threads, precision=precision, plans=plans, cache=cache, spin=spin)

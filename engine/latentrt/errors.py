@@ -47,6 +47,10 @@ class ScheduleError(LatentrtError, ValueError):
     """A scheduler class or option that latentrt does not know or that a table cannot express."""
 
 
+class NotServedError(ScheduleError):
+    """A scheduler class or setting that diffusers has and latentrt does not serve; another solver may do."""
+
+
 class TraceError(LatentrtError):
     """A solver function did something that rows cannot hold (two noises a row, too much history)."""
 

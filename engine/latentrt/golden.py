@@ -19,8 +19,9 @@ TOLERANCE = 1e-3  # of another CPU's or backend's float32, relative to the laten
 
 
 def measure(engine: Engine) -> tuple[Golden, ...]:
-    """Run the golden prompts with the solver of the bundle's own scheduler class; return them as golden runs."""
-    solver = tabulate(engine.spec.defaults.solver, engine.schedule, 1).solver
+    """Run the golden prompts with the bundle's own solver, or that of `example`; return them as golden runs."""
+    own = example(engine.model, SIDE)[0].get("solver", engine.spec.defaults.solver)
+    solver = tabulate(own, engine.schedule, 1).solver
     return tuple(_run(engine, solver, *run) for run in RUNS)
 
 
@@ -43,6 +44,8 @@ def example(model: Model, side: int) -> tuple[dict[str, Any], dict[str, Any]]:
     sides = [min(own, side) // latents.multiple * latents.multiple for own in (latents.height, latents.width)]
     height, width = (max(each, latents.multiple) * latents.factor for each in sides)
     settings: dict[str, Any] = {"height": height, "width": width}
+    if model.spec.defaults.solver is None and model.schedule.not_served():
+        settings["solver"] = "euler"
     if "class_label" in model.fields:
         settings["class_label"] = 0
     if not model.reads_masks:

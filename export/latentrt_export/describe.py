@@ -8,7 +8,10 @@ from typing import Any
 
 import onnx_ir as ir
 
-from latentrt.bundle.spec import Defaults, LatentSpec, ModelSpec, NetworkSpec, TensorSpec
+from latentrt.bundle.spec import Correction, Defaults, LatentSpec, ModelSpec, NetworkSpec, TensorSpec
+from latentrt.sampling.schedule import Schedule
+from latentrt_export.checkpoint.corrections import UNET, corrections_of, drawn_by
+from latentrt_export.checkpoint.served import beside
 from latentrt_export.checkpoint.single.choices import Choices
 from latentrt_export.checkpoint.source import SCHEDULE, Checkpoint
 
@@ -19,18 +22,32 @@ def model_spec(checkpoint: Checkpoint, networks: Mapping[str, NetworkSpec], how:
     """Return the manifest's model part."""
     configs = checkpoint.configs
     xl = "text_encoder_2" in configs
+    corrections = _corrections(checkpoint)
+    unet = {**configs["unet"], **{each.key: each.value for each in corrections if each.file == UNET}}
     return ModelSpec(
         id=checkpoint.id,
         revision=checkpoint.revision,
         license=checkpoint.license,
-        latents=_latents(configs["unet"], configs["vae"]) if "vae" in configs else _pixels(configs["unet"]),
+        latents=_latents(unet, configs["vae"]) if "vae" in configs else _pixels(unet),
         schedule=SCHEDULE,
         networks=networks,
         zero_negative=bool(checkpoint.index.get("force_zeros_for_empty_prompt", xl)),
         classes=configs["unet"].get("num_class_embeds"),
         defaults=_defaults(checkpoint),
+        corrections=corrections,
         made=how,
     )
+
+
+def notes_of(checkpoint: Checkpoint, spec: ModelSpec) -> tuple[str, ...]:
+    """Return what a user should know of how the checkpoint's settings are taken, one sentence each."""
+    schedule = Schedule.from_config(checkpoint.scheduler, spec.corrected(SCHEDULE))
+    ignored = (f"{SCHEDULE}: {key} is ignored; no scheduler has it" for key in schedule.unknown_keys)
+    corrected = (
+        f"{each.file}: {each.key} is {each.found!r}, and drawn with {each.value!r} ({each.why})"
+        for each in spec.corrections
+    )
+    return (*ignored, *corrected, *([f"{SCHEDULE}: {why}"] if (why := schedule.not_served()) else ()))
 
 
 def made(checkpoint: Checkpoint, variant: str | None, choices: Choices) -> dict[str, Any]:
@@ -52,6 +69,12 @@ def signature(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:
         )
         for value in values
     )
+
+
+def _corrections(checkpoint: Checkpoint) -> tuple[Correction, ...]:
+    pipeline = drawn_by(checkpoint.pipeline, masked=beside(checkpoint.configs) > 0)
+    _, named = checkpoint.index.get("scheduler") or (None, None)
+    return corrections_of(pipeline, checkpoint.scheduler, checkpoint.configs["unet"], named)
 
 
 def _latents(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> LatentSpec:

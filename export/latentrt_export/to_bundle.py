@@ -37,7 +37,7 @@ from latentrt.errors import BundleError, ExportError, LatentrtError
 from latentrt.model.tokenizer import Tokenizer
 from latentrt_export.checkpoint.single.choices import AS_THEY_ARE, Choices
 from latentrt_export.checkpoint.source import Checkpoint, checkpoint_of, tokenizer_of
-from latentrt_export.describe import made, model_spec, signature
+from latentrt_export.describe import made, model_spec, notes_of, signature
 from latentrt_export.graphs import passes
 from latentrt_export.graphs.cpu_graph import cpu_path, for_cpu
 from latentrt_export.graphs.cuda_graph import cuda_path, for_cuda
@@ -96,7 +96,7 @@ class NetworkSummary:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """The result of an export: one entry per network, the bytes of the bundle, what was decided about the source."""
+    """The result of an export: one entry per network, the bytes of the bundle, how source and settings were taken."""
 
     networks: Mapping[str, NetworkSummary]
     total_bytes: int
@@ -170,7 +170,7 @@ def _export(
         progress("manifest", len(parts) - 1, len(parts))
         _write_manifest(root, spec, golden)
         total = sum(path.stat().st_size for path in _files(root))
-    return Summary(summaries, total, checkpoint.notes)
+    return Summary(summaries, total, (*checkpoint.notes, *notes_of(checkpoint, spec)))
 
 
 def networks_of(checkpoint: Checkpoint) -> tuple[str, ...]:

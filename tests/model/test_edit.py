@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import pytest
 import torch
@@ -27,7 +26,7 @@ from latentrt.runtime.fake import FakeBackend
 from latentrt_export.checkpoint.source import open_checkpoint
 from latentrt_export.graphs.to_onnx import quiet
 from latentrt_export.verify.checks import psnr
-from latentrt_export.verify.reference import diffusers_scheduler, open_pipeline, plain_folder
+from latentrt_export.verify.reference import Theirs, plain_folder
 
 LATENTS_BOUND = 1e-5  # of every row, relative to the largest latent; 2.8e-6 was measured
 PSNR_BOUND = 70.0  # dB; 84 was measured
@@ -64,7 +63,7 @@ class Pair:
         self.engine = Engine.load(bundle, threads=1, check_hashes=False)
         self.xl = "text_encoder_2" in self.engine.spec.networks
         with plain_folder(open_checkpoint(source)) as folder:
-            self._pipe = open_pipeline(folder, self.engine, None)
+            self._theirs = Theirs(folder, self.engine)
 
     def ours(self, **asked: Any) -> tuple[list[np.ndarray], np.ndarray]:
         """Return latents after every row, and pixels, of two prompts."""
@@ -79,7 +78,6 @@ class Pair:
         self, *, image: Image.Image, mask: Image.Image | None = None, solver: str | None, steps: int, **asked: Any
     ) -> tuple[list[np.ndarray], np.ndarray]:
         """Return diffusers' own, given two pictures: it would encode one of them by the first generator alone."""
-        kind = getattr(diffusers, PIPELINES[self.xl, mask is not None])
         rows: list[np.ndarray] = []
 
         def keep(pipe: Any, index: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -92,10 +90,7 @@ class Pair:
             size = {name: getattr(image, name) // factor * factor for name in ("height", "width")}
             more |= {"mask_image": [mask] * 2, **size}
         with quiet():
-            checker = {} if self.xl else {"requires_safety_checker": False}
-            pipe = kind(**self._pipe.components, **checker)
-            pipe.scheduler = diffusers_scheduler(solver, self.engine.schedule)
-            pipe.set_progress_bar_config(disable=True)
+            pipe = self._theirs.pipeline(solver, PIPELINES[self.xl, mask is not None])
             made = pipe(
                 PROMPTS,
                 negative_prompt=["a"] * 2,

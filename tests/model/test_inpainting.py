@@ -16,7 +16,7 @@ from latentrt.runtime.onnxruntime import OrtBackend
 from latentrt_export.checkpoint.source import open_checkpoint
 from latentrt_export.verify.checks import difference, psnr
 from latentrt_export.verify.images import run_engine
-from latentrt_export.verify.reference import Run, open_pipeline, plain_folder, run_pipeline
+from latentrt_export.verify.reference import Run, Theirs, plain_folder, run_pipeline
 from tests.support.gpu.host_gpu import HostGpu
 
 PROMPTS = ["a cat", "a dog"]
@@ -49,7 +49,7 @@ def test_pictures_are_those_of_the_pipeline(
     settings = {**ASKED, "steps": 6, "solver": solver, "strength": strength, "guidance": guidance}
     run = Run(PROMPTS, settings, {"image": PICTURE, "mask": MASK})
     ours, pictures = run_engine(engine, run)
-    theirs, expected = run_pipeline(open_pipeline(folder, engine, solver), run)
+    theirs, expected = run_pipeline(Theirs(folder, engine).pipeline(solver), run)
     assert max(difference(a, b) for a, b in zip(ours, theirs, strict=True)) < LATENTS_BOUND
     assert psnr(pictures, expected) > PSNR_BOUND
 

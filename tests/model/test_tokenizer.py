@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from diffusers.loaders import TextualInversionLoaderMixin
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import CLIPTokenizer
@@ -327,3 +328,17 @@ def test_bytes_that_were_not_utf8_are_shown_with_their_place(emoji: Tokenizer) -
     typed = b"an \xff apple".decode("utf-8", "surrogateescape")  # as Python decodes a command line
     with pytest.raises(RequestError, match=r"'\\udcff', at character 3"):
         emoji.encode(typed)
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a <toy> on a <hat>, <toy>", "<toy>_1 only", "a<toy>b <TOY>", "<|endoftext|> <cap>"]
+)
+def test_a_textual_inversion_of_several_vectors_stands_for_all_of_them(tmp_path: Path, prompt: str) -> None:
+    """As diffusers' pipelines replace it in the prompt before they tokenize it."""
+    reference = CLIPTokenizer.from_pretrained(EMOJI)
+    reference.add_tokens(["<toy>", "<toy>_1", "<toy>_2", "<hat>", "<cap>", "<cap>_2"])
+    reference.save_pretrained(tmp_path)
+    converted = TextualInversionLoaderMixin().maybe_convert_prompt(prompt, reference)
+    ids = reference(converted, padding="max_length", max_length=77, truncation=True).input_ids
+    assert Tokenizer.open(tmp_path).encode(prompt).ids.tolist() == ids
+    assert ids.count(reference.convert_tokens_to_ids("<toy>_2")) == prompt.count("<toy>") - prompt.count("<toy>_1")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from latentrt.bundle.checked import remember, states_of, was_checked
 from latentrt.bundle.manifest import SCHEMA, SCHEMAS, model_from
 from latentrt.bundle.spec import ModelSpec
 from latentrt.errors import EXPORT, BundleError, HashMismatchError, UnsafePathError, UnsafeWeightsError
@@ -44,10 +45,11 @@ class Bundle:
     checked: bool = False
 
     @classmethod
-    def open(cls, root: str | Path = EMBEDDED, *, check_hashes: bool = True) -> Bundle:
+    def open(cls, root: str | Path = EMBEDDED, *, check_hashes: bool = True, cache: bool = False) -> Bundle:
         """Open and check the bundle at `root`: a folder, or an embedded model's name.
 
-        `check_hashes=False` still compares every file's size; it saves reading full-size weights twice.
+        `check_hashes=False` still compares every file's size; it saves reading full-size weights twice. With `cache`, a
+        large bundle is hashed once: see `latentrt.bundle.checked`.
 
         Raises:
             BundleError: the folder or its manifest is missing or not readable, or a file that the engine would read
@@ -66,7 +68,7 @@ class Bundle:
         bundle._check_listed()
         bundle._check_sizes()
         if check_hashes:
-            bundle._check_hashes()
+            bundle._check_hashes(cache=cache)
         return bundle
 
     def path(self, name: str) -> Path:
@@ -111,13 +113,18 @@ class Bundle:
             if size != record.bytes:
                 raise HashMismatchError(f"{path} has {size} bytes", needed=f"{record.bytes}, as in the manifest")
 
-    def _check_hashes(self) -> None:
-        paths = [self.path(name) for name in self.files]
+    def _check_hashes(self, *, cache: bool) -> None:
+        paths = {name: self.path(name) for name in self.files}
+        states, needed = states_of(paths), {name: record.sha256 for name, record in self.files.items()}
+        if cache and was_checked(self.root, states, needed):
+            return
         with ThreadPoolExecutor(max_workers=4) as pool:  # hashlib releases the interpreter lock
-            for path, record, sha256 in zip(paths, self.files.values(), pool.map(sha256_of, paths), strict=True):
-                if sha256 != record.sha256:
+            for (name, path), sha256 in zip(paths.items(), pool.map(sha256_of, paths.values()), strict=True):
+                if sha256 != needed[name]:
                     found = f"{path} has SHA-256 {sha256}"
-                    raise HashMismatchError(found, needed=f"{record.sha256}, as in the manifest")
+                    raise HashMismatchError(found, needed=f"{needed[name]}, as in the manifest")
+        if cache:
+            remember(self.root, states, needed)
 
 
 def located(bundle: str | Path) -> Path:

@@ -17,6 +17,7 @@ from latentrt.bundle.spec import (
     ROLES,
     SHALLOW,
     TEXT_ENCODER,
+    Correction,
     Defaults,
     Golden,
     Islands,
@@ -56,8 +57,16 @@ def _read(data: Mapping[str, Any]) -> ModelSpec:
     fields = dict(data)
     networks = {name: _network(part) for name, part in fields.pop("networks").items()}
     golden = (Golden(**{**g, "first": tuple(map(float, g["first"]))}) for g in fields.pop("golden", ()))
+    corrections = tuple(Correction(**each) for each in fields.pop("corrections", ()))
     latents, defaults = LatentSpec(**fields.pop("latents")), Defaults(**fields.pop("defaults", {}))
-    return ModelSpec(**fields, latents=latents, networks=networks, defaults=defaults, golden=tuple(golden))
+    return ModelSpec(
+        **fields,
+        latents=latents,
+        networks=networks,
+        defaults=defaults,
+        corrections=corrections,
+        golden=tuple(golden),
+    )
 
 
 def _network(data: Mapping[str, Any]) -> NetworkSpec:
@@ -99,6 +108,9 @@ def check(spec: ModelSpec) -> None:
     _need(len(spec.named(DENOISER)) == 1, "networks", list(spec.networks), f"one with the role {DENOISER!r}")
     for role in (SHALLOW, DECODER, ENCODER):
         _need(len(spec.named(role)) <= 1, "networks", list(spec.networks), f"at most one with the role {role!r}")
+    for correction in spec.corrections:
+        texts = (correction.file, correction.key, correction.why)
+        _need(all(map(is_text, texts)), "corrections' file, key and why", texts, "text")
     for golden in spec.golden:
         _check_golden(golden)
 

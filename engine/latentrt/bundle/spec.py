@@ -170,6 +170,24 @@ class Defaults:
 
 
 @dataclass(frozen=True, slots=True)
+class Correction:
+    """A setting that diffusers' pipeline changes when it is made with the checkpoint; the file keeps the old one.
+
+    Attributes:
+        file, key: the setting's place in the bundle.
+        found: its value there, or its class's default where it is missing.
+        value: what the pipeline makes of it.
+        why: who does it, and where.
+    """
+
+    file: str
+    key: str
+    found: Any
+    value: Any
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class Golden:
     """A run whose latents are known: the cheapest test that a bundle still gives the results it gave when exported."""
 
@@ -197,6 +215,7 @@ class ModelSpec:
         zero_negative: whether the states of a missing negative prompt are zeros.
         classes: how many classes a class-conditional model was trained with.
         defaults: for requests that do not set them.
+        corrections: settings that are not used as the bundle's files have them.
         made: how the bundle was made.
         golden: runs whose latents are known.
     """
@@ -210,12 +229,17 @@ class ModelSpec:
     zero_negative: bool = False
     classes: int | None = None
     defaults: Defaults = Defaults()
+    corrections: tuple[Correction, ...] = ()
     made: Mapping[str, Any] = field(default_factory=dict)
     golden: tuple[Golden, ...] = ()
 
     def named(self, role: str) -> tuple[str, ...]:
         """Return the names of the networks of a role, in their order."""
         return tuple(name for name, network in self.networks.items() if network.role == role)
+
+    def corrected(self, file: str) -> dict[str, Any]:
+        """Return the corrections of a file's settings, by their names."""
+        return {each.key: each.value for each in self.corrections if each.file == file}
 
     @property
     def denoiser(self) -> str:

@@ -33,7 +33,7 @@ EXPORT_PACKAGES = (
     "huggingface_hub",
 )
 BUILD_PACKAGES = ("onnx", "onnx-ir")
-CACHES = ("graphs", "kernels", "plans")  # folders in the user's cache
+CACHES = ("checked", "graphs", "kernels", "plans")  # folders in the user's cache
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,7 +55,8 @@ class Model:
 
     def __init__(self, bundle: Bundle, backend: Backend, *, resident: bool = True) -> None:
         self.spec, self.resident = bundle.spec, resident
-        self.schedule = Schedule.from_config(bundle.json(self.spec.schedule))
+        schedule = self.spec.schedule
+        self.schedule = Schedule.from_config(bundle.json(schedule), self.spec.corrected(schedule))
         self.networks = {name: LazyNetwork(partial(backend.load, bundle, name)) for name in self.spec.networks}
         if resident:
             self._load()

@@ -11,6 +11,7 @@ collapsed, lower case, split into words, then byte pair encoding of each word, t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import count, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,7 @@ class Tokenizer:
         """Take the byte pair encoder, the ids of its start, end and padding token, and the number of ids per prompt."""
         self._core = core
         self._start, self._end, self._pad, self._length = start, end, pad, length
+        self._vectors = _vectors({token.content for token in core.get_added_tokens_decoder().values()})
 
     @classmethod
     def open(cls, folder: Path) -> Tokenizer:
@@ -78,6 +80,10 @@ class Tokenizer:
         """
         _check_text(text)
         encoding = self._core.encode(text, add_special_tokens=False)
+        if several := sorted(self._vectors.keys() & set(encoding.tokens)):
+            for token in several:
+                text = text.replace(token, self._vectors[token])
+            encoding = self._core.encode(text, add_special_tokens=False)
         room = self._length - 2
         used = [self._start, *encoding.ids[:room], self._end]
         ids = np.full(self._length, self._pad, np.int64)
@@ -95,6 +101,20 @@ class Tokenizer:
             path.write_text(self._core.to_str(), encoding="utf-8")
         except OSError as error:
             raise OutputError(f"{path} cannot be written ({error.strerror})", needed="a writable folder") from error
+
+
+def _vectors(added: set[str]) -> dict[str, str]:
+    """Return what stands for each textual inversion of several vectors: "<toy>" for "<toy> <toy>_1 <toy>_2".
+
+    diffusers' pipelines replace the text so before it is tokenized (TextualInversionLoaderMixin.maybe_convert_prompt).
+    """
+    found = {}
+    for token in added:
+        numbered = takewhile(added.__contains__, (f"{token}_{i}" for i in count(1)))
+        text = " ".join([token, *numbered])
+        if text != token:
+            found[token] = text
+    return found
 
 
 def _configuration(folder: Path) -> dict[str, Any]:

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from latentrt.errors import ScheduleError
-from latentrt.sampling.settings import class_of, settings_of
+from latentrt.errors import NotServedError, ScheduleError
+from latentrt.sampling.settings import KNOWN_KEYS, SERVED, class_of, settings_of
 
 Float64 = NDArray[np.float64]
 TINY_ALPHA_CUMPROD = 2.0**-24  # diffusers' stand-in for zero where a solver divides by alpha
@@ -26,17 +26,19 @@ TINY_ALPHA_CUMPROD = 2.0**-24  # diffusers' stand-in for zero where a solver div
 class Point:
     """A noise level: x = alpha * x0 + sigma * epsilon, and the timestep that the network gets there.
 
-    Variance-preserving solvers have alpha² + sigma² = 1; k-diffusion's ("variance-exploding") have alpha = 1.
+    Variance-preserving solvers have alpha² + sigma² = 1; k-diffusion's ("variance-exploding") have alpha = 1. `spread`
+    is the standard deviation of x0 that the network counts with: EDM's sigma_data, 1 for all others.
     """
 
     timestep: float
     alpha: float
     sigma: float
+    spread: float = 1.0
 
     @property
     def c_in(self) -> float:
         """The factor of x before the network reads it (Karras et al. 2022, table 1)."""
-        return 1.0 / math.hypot(self.alpha, self.sigma)
+        return 1.0 / math.hypot(self.alpha * self.spread, self.sigma)
 
     @property
     def lam(self) -> float:
@@ -52,19 +54,32 @@ class Schedule:
 
     Make one with `Schedule.from_config(config)`. `config` keeps the settings as they were read, because each solver
     takes from them what its own diffusers class would take (see `latentrt.sampling.settings`).
+
+    Attributes:
+        config: `scheduler_config.json`.
+        corrections: settings that diffusers' pipeline changes when it is made. Of a setting that the config does not
+            have, only the config's own class gets the correction: diffusers' `from_config` does not pass it on.
     """
 
     config: Mapping[str, Any]
+    corrections: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Schedule:
+    def from_config(cls, config: Mapping[str, Any], corrections: Mapping[str, Any] | None = None) -> Schedule:
         """Read a diffusers scheduler config (the dict in `scheduler_config.json`) as it is.
 
+        A config whose own class or settings are not served is read too: other solvers may serve it.
+
         Raises:
-            ScheduleError: an unknown class or key, or a value that latentrt cannot serve, each by its name.
+            ScheduleError: an unknown class, or a value of another kind, each by its name.
         """
-        schedule = cls(dict(config))
-        schedule.settings(class_of(config))  # raises for what it cannot serve
+        changes = dict(corrections or {})
+        named = {key: changes.pop(key) for key in ("_class_name",) if key in changes}
+        schedule = cls({**config, **named}, changes)
+        if schedule.scheduler in SERVED:
+            schedule.not_served()
+        else:
+            schedule.settings("DDIMScheduler")
         return schedule
 
     @property
@@ -78,8 +93,28 @@ class Schedule:
         return str(self.config.get("prediction_type", "epsilon"))
 
     def settings(self, scheduler: str, **options: Any) -> dict[str, Any]:
-        """Return the settings that diffusers' `scheduler.from_config(config, **options)` would have."""
-        return settings_of(scheduler, self.config, options)
+        """Return the settings that diffusers' `scheduler.from_config(pipeline.scheduler.config, **options)` would have.
+
+        Raises:
+            ScheduleError: an option that the class lacks, or a value of another kind.
+            NotServedError: the class, or one of its settings, cannot be served.
+        """
+        own = scheduler == self.config.get("_class_name")
+        corrected = {key: value for key, value in self.corrections.items() if own or key in self.config}
+        return settings_of(scheduler, {**self.config, **corrected}, options)
+
+    def not_served(self) -> str:
+        """Return why the config's own solver is not served; empty if it is. Raise ScheduleError as `settings`."""
+        try:
+            self.settings(self.scheduler)
+        except NotServedError as error:
+            return str(error)
+        return ""
+
+    @property
+    def unknown_keys(self) -> tuple[str, ...]:
+        """The config's keys that no scheduler has; they are ignored, as diffusers does."""
+        return tuple(key for key in self.config if not key.startswith("_") and key not in KNOWN_KEYS)
 
     def add_noise(self, clean: NDArray[np.float32], noise: NDArray[np.float32], timestep: int) -> NDArray[np.float32]:
         """Return sqrt(ᾱ)·clean + sqrt(1 - ᾱ)·noise: the forward process at a training timestep (Ho et al. 2020, eq. 4).
@@ -107,7 +142,12 @@ class Schedule:
 
         The values are float32's, held in float64: training and sampling code computes them in float32, and at t = 0 the
         rounding moves 1 - ᾱ by up to 7e-5 of its size.
+
+        Raises:
+            NotServedError: the settings are of an EDM model, which has no betas.
         """
+        if "beta_schedule" not in settings:
+            raise NotServedError("an EDM model's schedule", needed="one with betas")
         betas = settings["trained_betas"]
         key = (
             None if betas is None else tuple(betas),

@@ -1,8 +1,7 @@
 """The settings that each diffusers scheduler class reads from `scheduler_config.json`, with their defaults.
 
-Pure data and its checks. A key that another class has is ignored, as diffusers' `from_config` does when one
-scheduler is made from another's config; a key that no class has is refused by name, and so is a value that a table of
-rows cannot express.
+Pure data and its checks. A key that the class lacks is ignored, as diffusers' `from_config` does. A value of another
+kind is refused by name (ScheduleError), and so is one that a table of rows cannot express (NotServedError).
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from latentrt.errors import ScheduleError
+from latentrt.errors import NotServedError, ScheduleError
 from latentrt.values import did_you_mean
 
 _TRAINING: dict[str, Any] = {
@@ -114,10 +113,43 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "TCDScheduler": _CONSISTENCY,  # it has the keys to clip and to threshold too, and does neither
 }
 
+_EDM = {
+    "sigma_min": 0.002,
+    "sigma_max": 80.0,
+    "sigma_data": 0.5,
+    "sigma_schedule": "karras",
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "rho": 7.0,
+    "final_sigmas_type": "zero",
+}
+EDM_DEFAULTS: dict[str, dict[str, Any]] = {  # of models with sigmas in place of betas (Karras et al. 2022)
+    "EDMEulerScheduler": _EDM,
+    "EDMDPMSolverMultistepScheduler": {
+        **_EDM,
+        **_THRESHOLDING,
+        "solver_order": 2,
+        "algorithm_type": "dpmsolver++",
+        "solver_type": "midpoint",
+        "lower_order_final": True,
+        "euler_at_final": False,
+    },
+}
+SERVED = {**DEFAULTS, **EDM_DEFAULTS}
+# diffusers' other classes for models with betas. Their configs serve the solvers of the classes above.
+OTHER_CLASSES = (
+    "DDIMParallelScheduler",
+    "DDPMParallelScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverSDEScheduler",
+    "DPMSolverSinglestepScheduler",
+    "SASolverScheduler",
+)
+
 _LISTS = ("trained_betas", "disable_corrector")
 MAX_TIMESTEPS = 1_000_000  # far beyond any model; keeps a damaged config from using all memory
 
-KNOWN_KEYS = frozenset(key for defaults in DEFAULTS.values() for key in defaults)
+KNOWN_KEYS = frozenset(key for defaults in SERVED.values() for key in defaults)
 
 _FIXED_VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large")
 _NOISE_OR_V = {"prediction_type": ("epsilon", "v_prediction")}
@@ -129,6 +161,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "interpolation_type": ("linear", "log_linear"),
     "final_sigmas_type": ("zero", "sigma_min"),
     "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
+    "sigma_schedule": ("karras", "exponential"),
     "solver_order": (1, 2, 3),
 }
 _PER_CLASS: dict[str, dict[str, tuple[Any, ...]]] = {
@@ -139,6 +172,14 @@ _PER_CLASS: dict[str, dict[str, tuple[Any, ...]]] = {
     "KDPM2AncestralDiscreteScheduler": _NOISE_OR_V,
     "DPMSolverMultistepScheduler": {"variance_type": (None, *_FIXED_VARIANCES), "solver_type": ("midpoint", "heun")},
     "UniPCMultistepScheduler": {"solver_type": ("bh1", "bh2")},
+    "EDMEulerScheduler": _NOISE_OR_V,
+    "EDMDPMSolverMultistepScheduler": {"solver_type": ("midpoint", "heun")},
+}
+# Values that diffusers has and no solver of a class here.
+_UNSERVED = {
+    "algorithm_type": ("dpmsolver", "sde-dpmsolver"),
+    "prediction_type": ("sample",),
+    "solver_type": ("logrho",),
 }
 # What a value means to diffusers in each class's own terms when it comes from another class's config.
 _TRANSLATED: dict[str, dict[str, dict[Any, Any]]] = {
@@ -154,20 +195,21 @@ _REFUSED: dict[str, tuple[Any, str]] = {
     "solver_p": (None, "another scheduler as predictor is state that a table cannot hold"),
     "predict_x0": (True, "latentrt's UniPC predicts x0, as all published settings do"),
 }
+_NAME_A_SOLVER = "name a solver: solver=, --solver, latentrt serve --scheduler; latentrt solvers lists them"
 
 
 def class_of(config: Mapping[str, Any]) -> str:
-    """Return the diffusers class that a config names.
+    """Return the diffusers class that a config names: one of SERVED, or of OTHER_CLASSES.
 
     Raises:
-        ScheduleError: the class is missing or not one that latentrt serves.
+        ScheduleError: the class is missing or another one.
     """
     name = config.get("_class_name")
-    if not isinstance(name, str) or name not in DEFAULTS:
+    if not isinstance(name, str) or name not in (*SERVED, *OTHER_CLASSES):
         raise ScheduleError(
             f"the scheduler class is {name!r}",
-            needed=f"_class_name: one of {', '.join(DEFAULTS)}",
-            fix=did_you_mean(name, DEFAULTS, "choose one of these; flow-matching and EDM models are not served"),
+            needed=f"_class_name: one of {', '.join(SERVED)}",
+            fix=did_you_mean(name, SERVED, "choose one of these; flow-matching models are not served"),
         )
     return str(name)
 
@@ -176,16 +218,23 @@ def settings_of(scheduler: str, config: Mapping[str, Any], options: Mapping[str,
     """Return a class's defaults, overlaid with a config (of any class) and then with explicit options.
 
     Raises:
-        ScheduleError: a key that no class has, an option that this class lacks, or a value that cannot be served.
+        ScheduleError: an option that this class lacks, or a value of another kind.
+        NotServedError: the class, or a value of one of its settings, cannot be served.
     """
-    defaults = DEFAULTS[scheduler]
-    for key in config:
-        if not key.startswith("_") and key not in KNOWN_KEYS:
-            raise ScheduleError(
-                f"the scheduler config has the unknown key {key!r}",
-                needed="only keys of the known schedulers",
-                fix=did_you_mean(key, KNOWN_KEYS, f"remove {key} from scheduler_config.json if it has no effect"),
-            )
+    if scheduler not in SERVED:
+        raise NotServedError(
+            f"the checkpoint's own {scheduler} is not served",
+            needed="another solver",
+            fix=_NAME_A_SOLVER,
+        )
+    own = config.get("_class_name", scheduler)
+    if (own in EDM_DEFAULTS) != (scheduler in EDM_DEFAULTS):
+        raise NotServedError(
+            f"{scheduler} on the schedule of {own}",
+            needed=f"{'a solver of ' + ', '.join(EDM_DEFAULTS) if own in EDM_DEFAULTS else 'an EDM model'}",
+            fix="leave the solver out, for the model's own",
+        )
+    defaults = SERVED[scheduler]
     for key in options:
         if key not in defaults:
             raise ScheduleError(
@@ -210,20 +259,9 @@ def settings_of(scheduler: str, config: Mapping[str, Any], options: Mapping[str,
 def _check(scheduler: str, settings: Mapping[str, Any]) -> None:
     choices = {**_CHOICES, **_PER_CLASS.get(scheduler, {})}
     for key, allowed in choices.items():
-        if key in settings and settings[key] not in allowed:
-            raise ScheduleError(
-                f"{scheduler} has {key} = {settings[key]!r}",
-                needed=f"one of {', '.join(repr(value) for value in allowed)}",
-                fix=f"set {key} to one of these",
-            )
-    for key, (needed, reason) in _REFUSED.items():
-        if key in settings and settings[key] != needed:
-            raise ScheduleError(
-                f"{scheduler} has {key} = {settings[key]!r}; {reason}",
-                needed=f"{key} = {needed!r}",
-                fix=f"set {key} to {needed!r}",
-            )
-    for key, default in DEFAULTS[scheduler].items():
+        if key in settings and settings[key] not in (*allowed, *_UNSERVED.get(key, ())):
+            raise _not_among(ScheduleError, scheduler, key, settings[key], allowed)
+    for key, default in SERVED[scheduler].items():
         if key not in choices:
             _check_kind(scheduler, key, default, settings[key])
     chosen = [key for key in _RESPACINGS if settings.get(key)]
@@ -232,6 +270,31 @@ def _check(scheduler: str, settings: Mapping[str, Any]) -> None:
             f"{' and '.join(chosen)} are both set", needed="one choice of sigmas", fix="keep one of them"
         )
     _check_ranges(settings)
+    _check_served(scheduler, settings)
+
+
+def _check_served(scheduler: str, settings: Mapping[str, Any]) -> None:
+    """Refuse what diffusers can do and a table cannot. It comes last: settings with nothing else wrong may be kept."""
+    for key, allowed in {**_CHOICES, **_PER_CLASS.get(scheduler, {})}.items():
+        if key in settings and settings[key] not in allowed:
+            raise _not_among(NotServedError, scheduler, key, settings[key], allowed)
+    for key, (needed, reason) in _REFUSED.items():
+        if key in settings and settings[key] != needed:
+            raise NotServedError(
+                f"{scheduler} has {key} = {settings[key]!r}; {reason}",
+                needed=f"{key} = {needed!r}",
+                fix=f"set {key} to {needed!r}, or {_NAME_A_SOLVER}",
+            )
+
+
+def _not_among(
+    kind: type[ScheduleError], scheduler: str, key: str, value: object, allowed: tuple[Any, ...]
+) -> ScheduleError:
+    return kind(
+        f"{scheduler} has {key} = {value!r}",
+        needed=f"one of {', '.join(repr(value) for value in allowed)}",
+        fix=f"set {key} to one of these",
+    )
 
 
 def _check_kind(scheduler: str, key: str, default: object, value: object) -> None:
@@ -267,6 +330,8 @@ def _check_ranges(settings: Mapping[str, Any]) -> None:
             needed="0 < sigma_min < sigma_max",
             fix="correct them, or leave both out",
         )
+    if "beta_schedule" not in settings:
+        return
     start, end = settings["beta_start"], settings["beta_end"]
     if settings["beta_schedule"] == "scaled_linear" and min(start, end) < 0:
         raise ScheduleError(

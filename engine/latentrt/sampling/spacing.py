@@ -181,6 +181,23 @@ def lambda_grid(schedule: Schedule, settings: Mapping[str, Any], steps: int, *, 
     return Grid(tuple(points[:-1]), tuple(points[1:]), 1.0, levels, settings)
 
 
+def edm_grid(schedule: Schedule, settings: Mapping[str, Any], steps: int) -> Grid:
+    """Return an EDM model's grid: alpha = 1, sigmas of its own, and ln(sigma) / 4 as timestep (Karras et al. 2022)."""
+    low, high, spread = settings["sigma_min"], settings["sigma_max"], settings["sigma_data"]
+    if settings["sigma_schedule"] == "karras":
+        sigmas = _karras(low, high, steps, settings["rho"])
+    else:
+        sigmas = np.exp(np.linspace(math.log(high), math.log(low), steps))
+    last = sigmas[-1] if settings["final_sigmas_type"] == "sigma_min" else 0.0
+    sigmas = _float32(np.append(sigmas, last))
+    timesteps = [*(0.25 * np.log(sigmas[:-1])), 0.0]
+    points = [Point(float(t), 1.0, s, spread) for s, t in zip(sigmas.tolist(), timesteps, strict=True)]
+    prediction = {"epsilon": "edm"}.get(settings["prediction_type"], settings["prediction_type"])
+    levels = Levels(*[np.empty(0)] * 3)  # it was trained at any sigma
+    own = {**settings, "prediction_type": prediction}
+    return Grid(tuple(points[:-1]), tuple(points[1:]), math.hypot(high, 1.0), levels, own)
+
+
 def _whole_timesteps(settings: Mapping[str, Any], levels: Levels, sigmas: Float64, *, cut_cosine: bool) -> Float64:
     """Return the network's timesteps at respaced sigmas: diffusers rounds for Karras and Lu, and cuts for the others.
 
@@ -240,15 +257,19 @@ def _respaced(settings: Mapping[str, Any], sigma_max: float, sigma_min: float, s
     """Return Karras', exponential or beta sigmas from sigma_max to sigma_min, or None for the timesteps' own."""
     low = float(sigma_min) if settings.get("sigma_min") is None else settings["sigma_min"]
     high = float(sigma_max) if settings.get("sigma_max") is None else settings["sigma_max"]
-    ramp = np.linspace(0, 1, steps)
-    if settings.get("use_karras_sigmas"):  # Karras et al. 2022, equation 5
-        rho = 7.0
-        return np.asarray((high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho)
+    if settings.get("use_karras_sigmas"):
+        return _karras(low, high, steps)
     if settings.get("use_exponential_sigmas"):
         return np.exp(np.linspace(math.log(high), math.log(low), steps))
     if settings.get("use_beta_sigmas"):  # Lee et al. 2024
-        return low + _beta_quantile(1 - ramp) * (high - low)
+        return low + _beta_quantile(1 - np.linspace(0, 1, steps)) * (high - low)
     return None
+
+
+def _karras(low: float, high: float, steps: int, rho: float = 7.0) -> Float64:
+    """Return Karras et al. 2022, equation 5."""
+    ramp = np.linspace(0, 1, steps)
+    return np.asarray((high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho)
 
 
 def _beta_quantile(probability: Float64, shape: float = 0.6) -> Float64:

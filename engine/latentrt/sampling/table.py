@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from latentrt.errors import LatentrtError, RequestError, ScheduleError, TraceError, UnknownSolverError
 from latentrt.sampling.schedule import Schedule
-from latentrt.sampling.solvers import ALIASES, SOLVERS, Solver
+from latentrt.sampling.solvers import ALIASES, EVERY_SOLVER, SOLVERS, Solver
 from latentrt.sampling.spacing import CLEAN, Grid
 from latentrt.sampling.trace import Call, trace, x0_from
 from latentrt.values import did_you_mean
@@ -118,7 +118,7 @@ def tabulate(solver: str | None, schedule: Schedule, steps: int, *, strength: fl
     """Return the table of a solver over a schedule.
 
     Args:
-        solver: a name of `SOLVERS`; None, or the class itself, for the one that the schedule's config names.
+        solver: a name of `EVERY_SOLVER`; None, or the class itself, for the one that the schedule's config names.
         schedule: from `Schedule.from_config`.
         steps: how many steps, 1 or more; the table has a row for each network call.
         strength: how much of the run is made, above 0 to 1: its last int(steps * strength) steps, as diffusers counts.
@@ -266,19 +266,19 @@ def _find(solver: str | None, schedule: Schedule) -> tuple[str, Solver]:
     if solver is None or solver == schedule.scheduler:
         return _configured(schedule)
     name = ALIASES.get(solver, solver)
-    if name not in SOLVERS:
+    if name not in EVERY_SOLVER:
         raise UnknownSolverError(
             f"there is no solver {solver!r}",
             needed=f"one of {', '.join(SOLVERS)}",
             fix=did_you_mean(solver, [*SOLVERS, *ALIASES]),
         )
-    return name, SOLVERS[name]
+    return name, EVERY_SOLVER[name]
 
 
 def _configured(schedule: Schedule) -> tuple[str, Solver]:
     """Return the solver of the config's class: by name if one fixes just its settings, else by the class's name."""
     settings = schedule.settings(schedule.scheduler)
-    candidates = {name: s for name, s in SOLVERS.items() if s.scheduler == schedule.scheduler}
+    candidates = {name: s for name, s in EVERY_SOLVER.items() if s.scheduler == schedule.scheduler}
     for name, solver in candidates.items():
         if all(settings[key] == value for key, value in solver.settings.items()):
             return name, solver

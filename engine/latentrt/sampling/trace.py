@@ -153,11 +153,15 @@ def trace(solver: Solver, grid: Grid, clip: float, arguments: Mapping[str, Any])
 
 
 def x0_from(prediction: str, here: Point) -> tuple[float, float]:
-    """Return (p, q) with x0 = p * x + q * out for the network's prediction type (Salimans and Ho 2022 for v)."""
+    """Return (p, q) with x0 = p * x + q * out for the network's prediction type.
+
+    Source: Salimans and Ho 2022 for v; Karras et al. 2022, table 1, for EDM's "edm", which is v with its sign turned.
+    """
     if prediction == "epsilon":
         return 1 / here.alpha, -here.sigma / here.alpha
-    if prediction == "v_prediction":
-        return here.alpha * here.c_in**2, -here.sigma * here.c_in
+    if prediction in ("v_prediction", "edm"):
+        q = here.sigma * here.spread * here.c_in
+        return here.alpha * here.spread**2 * here.c_in**2, q if prediction == "edm" else -q
     return 0.0, 1.0
 
 
@@ -165,6 +169,7 @@ def epsilon_from(prediction: str, here: Point) -> tuple[float, float]:
     """Return (p, q) with epsilon = p * x + q * out."""
     if prediction == "epsilon":
         return 0.0, 1.0
-    if prediction == "v_prediction":
-        return here.sigma * here.c_in**2, here.alpha * here.c_in
+    if prediction in ("v_prediction", "edm"):
+        q = here.alpha * here.spread * here.c_in
+        return here.sigma * here.c_in**2, -q if prediction == "edm" else q
     return 1 / here.sigma, -here.alpha / here.sigma

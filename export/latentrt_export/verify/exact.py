@@ -52,7 +52,7 @@ class Walk:
     ) -> None:
         self.scheduler, self.exact, self._arguments = scheduler, exact, arguments
         self._generator = torch.Generator().manual_seed(seed)
-        if exact:
+        if exact and hasattr(scheduler, "alphas_cumprod"):
             scheduler.alphas_cumprod = _levels(scheduler)
         with quiet():
             scheduler.set_timesteps(steps)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from latentrt.errors import RequestError, ScheduleError
 from latentrt.golden import example
 from latentrt.run.job import Job
 from latentrt_export.verify.checks import Array, Check, difference, not_served, psnr, worst
-from latentrt_export.verify.reference import PROMPTS, Run, comparing, open_pipeline, run_pipeline
+from latentrt_export.verify.reference import PROMPTS, Run, Theirs, comparing, run_pipeline
 
 LATENTS_BOUND = 1e-3  # relative to the largest latent, of the whole pipeline
 PSNR_BOUND = 50.0  # dB, of the final pixels
@@ -26,7 +25,7 @@ GUIDANCES = (3.0, 1.0)
 
 def image_checks(
     engine: Engine,
-    checkpoint: Path,
+    pipelines: Theirs,
     steps: int,
     *,
     prompts: Sequence[str] = PROMPTS,
@@ -50,7 +49,7 @@ def image_checks(
                 yield not_served("image", what, LATENTS_BOUND, error)
                 continue
             with comparing("pipeline"):
-                theirs, expected = run_pipeline(open_pipeline(checkpoint, engine, solver), run)
+                theirs, expected = run_pipeline(pipelines.pipeline(solver), run)
             largest = worst([difference(a, b) for a, b in zip(ours, theirs, strict=True)])
             yield Check("image", what, f"latents, worst of {len(theirs)} steps", largest, LATENTS_BOUND)
             yield Check("image", what, "PSNR, dB", psnr(pictures, expected), PSNR_BOUND, at_least=True)

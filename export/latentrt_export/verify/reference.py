@@ -19,8 +19,9 @@ from PIL import Image
 from latentrt.engine import Engine
 from latentrt.errors import ExportError, LatentrtError
 from latentrt.sampling.schedule import Schedule
-from latentrt.sampling.solvers import SOLVERS
-from latentrt_export.checkpoint.source import Checkpoint
+from latentrt.sampling.solvers import EVERY_SOLVER
+from latentrt_export.checkpoint.corrections import drawn_by
+from latentrt_export.checkpoint.source import Checkpoint, read_json
 from latentrt_export.graphs.to_onnx import quiet
 from latentrt_export.to_bundle import plain_index
 
@@ -64,32 +65,63 @@ def incomparable(found: str) -> ExportError:
     return ExportError(found, needed="the checkpoint that the bundle was exported from")
 
 
-def open_pipeline(checkpoint: Path, engine: Engine, solver: str | None) -> Any:
-    """Return the diffusers pipeline of a plain folder, in float32 on the CPU, with the scheduler of a solver's name."""
-    name = pipeline_of(engine, solver)
-    with comparing("pipeline"):
-        pipe = getattr(diffusers, name).from_pretrained(
-            checkpoint, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True
-        )
-    pipe.set_progress_bar_config(disable=True)
-    if name != "DDIMPipeline":  # which makes its own
-        pipe.scheduler = diffusers_scheduler(solver, engine.schedule)
-    return pipe
+class Theirs:
+    """A checkpoint's diffusers pipeline as `from_pretrained` loads it, in float32 on the CPU.
+
+    Args:
+        checkpoint: a plain folder.
+        engine: has the bundle that is compared with it.
+    """
+
+    def __init__(self, checkpoint: Path, engine: Engine) -> None:
+        named = read_json(checkpoint / "model_index.json")["_class_name"]
+        kind = drawn_by(named, masked=engine.model.reads_masks)
+        with comparing("pipeline"):
+            self._loaded = getattr(diffusers, kind).from_pretrained(
+                checkpoint, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True
+            )
+        self._own = engine.spec.defaults.solver
+        self.scheduler = self._loaded.scheduler
+
+    def pipeline(self, solver: str | None = None, kind: str | None = None) -> Any:
+        """Return the pipeline with the scheduler of a solver of ours; None is the checkpoint's own.
+
+        `kind` is the diffusers class, where it is not the one that draws from a prompt.
+        """
+        pipe = self._loaded
+        if not hasattr(pipe, "vae"):  # pixels: these pipelines belong to their schedulers
+            ddim = (solver or self._own) == "ddim"
+            pipe = (diffusers.DDIMPipeline if ddim else diffusers.DDPMPipeline)(pipe.unet, self.scheduler)
+            pipe.scheduler = pipe.scheduler if ddim else diffusers_scheduler(solver, self.scheduler)
+        else:
+            pipe = pipe if kind is None else getattr(diffusers, kind).from_pipe(pipe)
+            pipe.scheduler = diffusers_scheduler(solver, self.scheduler)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
 
 
-def pipeline_of(engine: Engine, solver: str | None) -> str:
-    """Return the diffusers class that draws with such a model."""
-    if engine.model.text is None:
-        return "DDIMPipeline" if (solver or engine.spec.defaults.solver) == "ddim" else "DDPMPipeline"
-    xl = "XL" if len(engine.model.text.encoders) > 1 else ""
-    return f"StableDiffusion{xl}{'Inpaint' if engine.model.reads_masks else ''}Pipeline"
+def diffusers_scheduler(solver: str | None, loaded: Any, **settings: Any) -> Any:
+    """Return the scheduler that a solver of ours stands for, as a user makes it from the pipeline's own.
 
-
-def diffusers_scheduler(name: str | None, schedule: Schedule, **settings: Any) -> Any:
-    """Return the diffusers scheduler that a solver name stands for, made from the same config as a user would."""
-    scheduler, own = (SOLVERS[name].scheduler, SOLVERS[name].settings) if name else (schedule.scheduler, {})
+    Args:
+        solver: by name; None is the pipeline's own.
+        loaded: the pipeline's own scheduler; it is not changed. One of its own class keeps what the pipeline corrected.
+        settings: of the scheduler.
+    """
+    config = dict(loaded.config)
+    kind, own = (
+        (getattr(diffusers, EVERY_SOLVER[solver].scheduler), EVERY_SOLVER[solver].settings) if solver else (None, {})
+    )
+    if kind is None or isinstance(loaded, kind):
+        config.pop("_use_default_values", None)
     with quiet():
-        return getattr(diffusers, scheduler).from_config(dict(schedule.config), **{**own, **settings})
+        return (kind or type(loaded)).from_config(config, **{**own, **settings})
+
+
+def scheduler_of(schedule: Schedule) -> Any:
+    """Return the diffusers scheduler of a schedule that has no pipeline."""
+    with quiet():
+        return getattr(diffusers, schedule.scheduler).from_config(dict(schedule.config))
 
 
 def run_pipeline(pipe: Any, run: Run) -> tuple[list[Array], Array]:

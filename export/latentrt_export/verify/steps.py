@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 
 from latentrt.errors import RequestError, ScheduleError
 from latentrt.sampling.schedule import Schedule
-from latentrt.sampling.solvers import SOLVERS
+from latentrt.sampling.settings import EDM_DEFAULTS
+from latentrt.sampling.solvers import EDM_SOLVERS, SOLVERS
 from latentrt.sampling.table import Table, advance, tabulate
 from latentrt_export.verify.checks import Array, Check, difference, not_served, worst
 from latentrt_export.verify.exact import Walk, noises, numpy_of
-from latentrt_export.verify.reference import comparing, diffusers_scheduler
+from latentrt_export.verify.reference import comparing, diffusers_scheduler, scheduler_of
 
 STEP_BOUND = 1e-5  # in float32, relative to the largest latent, at every step
 EXACT_BOUND = 1e-8  # in float64; 6e-10 was measured with cosine betas, where sigma is 20 000, else 2e-12
 COARSE_GRID_BOUND = 1e-6  # the same, where diffusers makes the sigmas themselves from float32 logarithms
+EDM_GRID_BOUND = 1e-5  # where it makes EDM's sigmas in float32, up to 120; 6e-6 was measured
 SHAPE = (1, 4, 8, 8)
 SEED = 2
 NO_DIFFUSERS_TWIN = ("dpmpp-2s-ancestral", "dpmpp-3m-sde-kdiffusion")
@@ -26,9 +29,16 @@ NO_DIFFUSERS_TWIN = ("dpmpp-2s-ancestral", "dpmpp-3m-sde-kdiffusion")
 Network = Callable[[int, Array], Array]  # of a row's index and what the network is shown
 
 
-def step_checks(schedule: Schedule, steps: int) -> Iterator[Check]:
-    """Measure every solver's table on a schedule against its diffusers scheduler."""
-    for name, solver in SOLVERS.items():
+def step_checks(schedule: Schedule, steps: int, loaded: Any = None) -> Iterator[Check]:
+    """Measure every solver's table on a schedule against its diffusers scheduler.
+
+    Args:
+        schedule: ours.
+        steps: of each table.
+        loaded: the scheduler of the diffusers pipeline; None: one made of the schedule's config.
+    """
+    edm = schedule.scheduler in EDM_DEFAULTS
+    for name, solver in (EDM_SOLVERS if edm else SOLVERS).items():
         if name in NO_DIFFUSERS_TWIN:
             continue
         try:
@@ -37,14 +47,15 @@ def step_checks(schedule: Schedule, steps: int) -> Iterator[Check]:
             yield not_served("step", name, STEP_BOUND, error)
             continue
         with comparing(solver.scheduler):
-            checks = list(table_checks(table, schedule))
+            checks = list(table_checks(table, schedule, loaded))
         yield from checks
 
 
-def table_checks(table: Table, schedule: Schedule) -> Iterator[Check]:
-    """Measure a table twice: its coefficients in float64, and in float32 what rounding adds."""
-    walk = walk_of(table, schedule, exact=True)
-    if walk.timesteps[-1] < 0:
+def table_checks(table: Table, schedule: Schedule, loaded: Any = None) -> Iterator[Check]:
+    """Measure a table twice: its coefficients in float64, and in float32 what rounding adds. See `step_checks`."""
+    loaded = scheduler_of(schedule) if loaded is None else loaded
+    walk = walk_of(table, loaded, exact=True)
+    if schedule.scheduler not in EDM_DEFAULTS and walk.timesteps[-1] < 0:
         yield not_compared(table, f"diffusers' trailing spacing makes a rounding error and {table.steps + 1} steps")
         return
     if len(walk.timesteps) != len(table):
@@ -57,20 +68,20 @@ def table_checks(table: Table, schedule: Schedule) -> Iterator[Check]:
         return
     value = distance(run_table(table, network, np.float64), exact)
     yield Check("step", table.solver, f"float64, worst of {len(table)} rows", value, exact_bound(schedule))
-    yield rounding_check(table, schedule)
+    yield rounding_check(table, loaded)
 
 
-def rounding_check(table: Table, schedule: Schedule) -> Check:
+def rounding_check(table: Table, loaded: Any) -> Check:
     """Measure a table in float32 against its diffusers scheduler as shipped, in float32 too.
 
     Where they differ by more than the bound, both are measured against the scheduler in float64, to tell which rounds
     more. The table has to keep the bound there, or be no further off than diffusers.
     """
     ours = run_table(table, smooth, np.float32)
-    theirs = run_walk(walk_of(table, schedule, exact=False), smooth)
+    theirs = run_walk(walk_of(table, loaded, exact=False), smooth)
     value, bound, note = distance(ours, theirs), STEP_BOUND, ""
     if not value <= bound:
-        exact = run_walk(walk_of(table, schedule, exact=True), smooth)
+        exact = run_walk(walk_of(table, loaded, exact=True), smooth)
         value, shipped = distance(ours, exact), distance(theirs, exact)
         coarser = "the table" if value > shipped else "diffusers"
         theirs_is = f"off by {shipped:.1e}" if math.isfinite(shipped) else "not finite"
@@ -89,6 +100,8 @@ def not_compared(table: Table, note: str) -> Check:
 def exact_bound(schedule: Schedule) -> float:
     """Return the bound of float64 on a schedule."""
     config = schedule.config
+    if schedule.scheduler in EDM_DEFAULTS:
+        return EDM_GRID_BOUND
     coarse = config.get("use_lu_lambdas") or config.get("interpolation_type") == "log_linear"
     return COARSE_GRID_BOUND if coarse else EXACT_BOUND
 
@@ -105,9 +118,9 @@ def run_table(table: Table, network: Network, dtype: type[np.floating]) -> list[
     return latents
 
 
-def walk_of(table: Table, schedule: Schedule, *, exact: bool) -> Walk:
+def walk_of(table: Table, loaded: Any, *, exact: bool) -> Walk:
     """Return the table's diffusers scheduler, ready to walk as many steps."""
-    return Walk(diffusers_scheduler(table.solver, schedule), table.steps, exact=exact, seed=SEED)
+    return Walk(diffusers_scheduler(table.solver, loaded), table.steps, exact=exact, seed=SEED)
 
 
 def run_walk(walk: Walk, network: Network) -> list[Array]:

@@ -16,7 +16,7 @@ from latentrt_export.to_bundle import networks_of
 from latentrt_export.verify.checks import Check
 from latentrt_export.verify.images import batch_check, image_checks
 from latentrt_export.verify.networks import network_checks
-from latentrt_export.verify.reference import incomparable, plain_folder
+from latentrt_export.verify.reference import Theirs, incomparable, plain_folder
 from latentrt_export.verify.steps import step_checks
 
 
@@ -59,8 +59,9 @@ def _verify(opened: Bundle, source: Checkpoint, steps: int) -> Iterator[Check]:
         if opened.spec.golden:
             yield Check("golden", "known runs", "relative error", worst_error(engine), TOLERANCE)
         yield from network_checks(engine, folder)
-        yield from step_checks(engine.schedule, steps)
-        yield from image_checks(engine, folder, steps)
+        pipelines = Theirs(folder, engine)
+        yield from step_checks(engine.schedule, steps, pipelines.scheduler)
+        yield from image_checks(engine, pipelines, steps)
         yield batch_check(engine)
 
 

@@ -21,6 +21,7 @@ from latentrt_export.verify import verify as module
 from latentrt_export.verify.checks import Check, psnr
 from latentrt_export.verify.images import batch_check, image_checks
 from latentrt_export.verify.networks import network_checks
+from latentrt_export.verify.reference import Theirs
 from latentrt_export.verify.verify import verify
 
 PROMPTS = (
@@ -33,6 +34,11 @@ PROMPTS = (
 def engine() -> Iterator[Engine]:
     with Engine.load(check_hashes=False) as engine:
         yield engine
+
+
+@pytest.fixture(scope="module")
+def theirs(engine: Engine) -> Theirs:
+    return Theirs(EMBEDDED, engine)
 
 
 def test_networks(engine: Engine) -> None:
@@ -62,9 +68,9 @@ def test_families(exported: Callable[[str], tuple[Path, Path]], name: str) -> No
 
 
 @pytest.mark.parametrize("solver", [None, "dpmpp-2m", "euler-ancestral", "unipc"])
-def test_image(engine: Engine, solver: str | None) -> None:
+def test_image(engine: Engine, theirs: Theirs, solver: str | None) -> None:
     """Eight prompts in one batch, guided and not, with a negative prompt: latents at every step, pixels."""
-    checks = list(image_checks(engine, EMBEDDED, 12, prompts=PROMPTS, solvers=[solver], negative="blurry"))
+    checks = list(image_checks(engine, theirs, 12, prompts=PROMPTS, solvers=[solver], negative="blurry"))
     assert len(checks) == 4
     for check in checks:
         assert check.passed, check
@@ -72,8 +78,8 @@ def test_image(engine: Engine, solver: str | None) -> None:
         assert check.value >= 70 if check.at_least else check.value <= 1e-5, check
 
 
-def test_the_image_depth_says_what_is_not_served(engine: Engine) -> None:
-    checks = list(image_checks(engine, EMBEDDED, 60, prompts=PROMPTS[:1], solvers=["lcm"], guidances=[1.0]))
+def test_the_image_depth_says_what_is_not_served(engine: Engine, theirs: Theirs) -> None:
+    checks = list(image_checks(engine, theirs, 60, prompts=PROMPTS[:1], solvers=["lcm"], guidances=[1.0]))
     assert [(check.depth, check.passed) for check in checks] == [("image", None)]
     assert "original_inference_steps" in checks[0].note
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latentrt.errors import PlanError, RequestError, ScheduleError
+from latentrt.bundle.bundle import EMBEDDED, Bundle, write_manifest
+from latentrt.engine import Engine
+from latentrt.errors import NotServedError, PlanError, RequestError, ScheduleError
 from latentrt.request import Request
 from latentrt.runtime.tensorrt.record import Profile
 from latentrt.sampling.solvers import SOLVERS
+from latentrt.serve.core.pipeline import check
 from latentrt.serve.http.catalog import LEAST_LATENTS, Catalog
 from latentrt.serve.http.errors import Problem
 from tests.support.serve.fakes import catalog_of
@@ -174,3 +179,16 @@ def test_names() -> None:
     with pytest.raises(Problem, match="did you mean other") as caught:
         catalog.check_model("othre")
     assert (caught.value.status, caught.value.code) == (404, "model_not_found")
+
+
+def test_a_schedule_that_is_not_served_needs_a_default_solver(tmp_path: Path) -> None:
+    bundle = shutil.copytree(EMBEDDED, tmp_path / "bundle")
+    schedule = bundle / "scheduler" / "scheduler_config.json"
+    schedule.write_text(schedule.read_text().replace("DDIMScheduler", "DEISMultistepScheduler"))
+    opened = Bundle.open(EMBEDDED, check_hashes=False)
+    write_manifest(bundle, opened.spec, opened.files)
+    with Engine.load(bundle, threads=1) as engine:
+        with pytest.raises(NotServedError, match=r"DEISMultistepScheduler is not served.*latentrt serve --scheduler"):
+            catalog_of(engine.model)
+        assert catalog_of(engine.model, scheduler="euler").defaults.solver == "euler"
+        check(engine)

@@ -20,7 +20,7 @@ from latentrt.sampling.solvers import SOLVERS
 from latentrt.sampling.table import Table, advance, blend, noised
 from latentrt_export.verify.checks import Array, difference
 from latentrt_export.verify.exact import Walk, noises, numpy_of
-from latentrt_export.verify.reference import diffusers_scheduler
+from latentrt_export.verify.reference import diffusers_scheduler, scheduler_of
 
 SHAPE = (1, 4, 8, 8)
 
@@ -64,7 +64,7 @@ def scheduler(name: str, base: Mapping[str, Any], **options: Any) -> Any:
 
 @lru_cache(maxsize=4)  # some of them need 50 ms to be made
 def _made(name: str, base: str, settings: str) -> Any:
-    return diffusers_scheduler(name, Schedule(json.loads(base)), **json.loads(settings))
+    return diffusers_scheduler(name, scheduler_of(Schedule(json.loads(base))), **json.loads(settings))
 
 
 def walk(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,6 +17,7 @@ from latentrt.sampling.spacing import (
     Grid,
     consistency_grid,
     dpm2_grid,
+    edm_grid,
     lambda_grid,
     plms_grid,
     sigma_grid,
@@ -76,4 +78,9 @@ SOLVERS: dict[str, Solver] = {
     "unipc": Solver(unipc, _UNIPC, unipc_grid, {"solver_order": 2}),
     "unipc-3": Solver(unipc, _UNIPC, unipc_grid, {"solver_order": 3}),
 }
+EDM_SOLVERS: dict[str, Solver] = {  # of EDM models, which no other solver serves
+    "edm-euler": Solver(euler, "EDMEulerScheduler", edm_grid),
+    "edm-dpmpp-2m": Solver(dpmpp_multistep, "EDMDPMSolverMultistepScheduler", edm_grid, {**_ODE, "solver_order": 2}),
+}
+EVERY_SOLVER: Mapping[str, Solver] = ChainMap(SOLVERS, EDM_SOLVERS)
 ALIASES = {"plms": "pndm", "euler-a": "euler-ancestral", "dpm2-a": "dpm2-ancestral", "dpmpp-2s-a": "dpmpp-2s-ancestral"}

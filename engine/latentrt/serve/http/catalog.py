@@ -35,6 +35,7 @@ class Catalog:
 
     Raises:
         RequestError: the settings list a size, name a solver or have a default that cannot be.
+        NotServedError: the model's own solver is not served, and the settings name no other.
         PlanError: no plans draw any size.
     """
 
@@ -54,6 +55,7 @@ class Catalog:
         self.solvers = _solver_names(model.schedule)
         solver = self.solver(settings.scheduler) if settings.scheduler else None
         self.defaults = model.filled(Request(steps=settings.steps, guidance=settings.guidance, solver=solver))
+        tabulate(self.defaults.solver, model.schedule, 1)
         self.max_steps = self._max_steps(self.defaults.steps or 1)
         self._work = lru_cache(maxsize=4096)(partial(_work, model.schedule))
 
