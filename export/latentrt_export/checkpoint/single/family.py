@@ -100,7 +100,6 @@ OTHERS = (
     ("PixArt or Sana", rf"{_TOP}(?:y_embedder|caption_projection)\.", ""),
     ("Stable Cascade", rf"{_TOP}(?:clip_txt_mapper|effnet_mapper)\.|\.channelwise\.", ""),
     ("Playground 2.5 (EDM)", r"^edm_(?:mean|std)$", ""),
-    ("an EDM model (CosXL)", r"^edm_vpred\.", ""),
     ("Stable Video Diffusion", rf"^conditioner\.embedders\.0\.open_clip\.|{_TOP}.*\.time_stack\.", ""),
     ("Stable Diffusion unCLIP", r"^embedder\.model\.visual\.|^noise_augmentor\.", ""),
     ("Stable Diffusion 2 depth", r"^depth_model\.", ""),

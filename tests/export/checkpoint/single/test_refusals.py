@@ -103,7 +103,6 @@ def test_cut_files(made: Make, tmp_path: Path, kept: float) -> None:
         (["blocks.0.modulation", "head.modulation"], "Wan"),
         (["effnet_mapper.0.weight"], "Stable Cascade"),
         (["edm_mean", "edm_std", f"{UNET}input_blocks.0.0.weight"], "Playground 2.5"),
-        (["edm_vpred.sigma_max", f"{UNET}input_blocks.0.0.weight"], "an EDM model"),
         (["conditioner.embedders.0.open_clip.model.ln_final.weight"], "Stable Video Diffusion"),
         (["embedder.model.visual.class_embedding"], "unCLIP"),
         (["depth_model.model.scratch.layer1_rn.weight"], "Stable Diffusion 2 depth"),
