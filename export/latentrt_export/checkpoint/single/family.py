@@ -134,8 +134,9 @@ def family_of(shapes: Shapes, model: str | None) -> tuple[Family, str]:
         ExportError: it is something else, which is named, or a part of a model.
     """
     _refuse(shapes, OTHERS)
-    if not any(name.startswith(UNET) for name in shapes):
-        _refuse(shapes, PARTS)
+    if not any(name.startswith(f"{UNET}input_blocks.") for name in shapes):
+        if not any(name.startswith(UNET) for name in shapes):
+            _refuse(shapes, PARTS)
         first = min(shapes, default="nothing")
         raise ExportError(f"a file of {len(shapes)} tensors that no known model has ({first}, ...)", needed=NEEDED)
     if model:

@@ -114,6 +114,7 @@ def test_cut_files(made: Make, tmp_path: Path, kept: float) -> None:
         ([f"{UNET}input_blocks.0.0.weight", f"{VAE}decoder.conv_in.weight"], "a UNet without its text encoders"),
         (["model_ema.diffusion_modelinput_blocks00weight"], "averaged .EMA. weights only"),
         (["text_model.encoder.layers.0.layer_norm1.weight"], "a text encoder"),
+        ([f"{UNET}x_blocks.0.weight", f"{VAE}decoder.conv_in.weight"], "2 tensors that no known model has"),
         (["body.0.rdb1.conv1.weight"], r"1 tensors that no known model has \(body\.0"),
         ([], "0 tensors that no known model has"),
     ],
