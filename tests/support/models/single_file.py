@@ -66,6 +66,14 @@ UNET = {
     **UNET,
     "xl-refiner": {**UNET["xl"], "cross_attention_dim": 128, "projection_class_embeddings_input_dim": 5 * 16 + 64},
 }
+DISTILLED: Mapping[str, Mapping[str, Any]] = {
+    "sd1": {"mid_block_type": None},  # as segmind/tiny-sd
+    "xl": {  # as segmind/SSD-1B
+        "mid_block_type": "UNetMidBlock2D",
+        "transformer_layers_per_block": [1, 1, 2],
+        "reverse_transformer_layers_per_block": [[3, 2], [1, 2], 1],
+    },
+}
 TEXTS = {  # name: width, layers, activation, whether it has OpenCLIP's names
     "sd1": {"text_encoder": (64, 2, "quick_gelu", "")},
     "sd2": {"text_encoder": (64, 2, "gelu", "cond_stage_model.model.")},
@@ -107,8 +115,14 @@ OPEN_CLIP = {
 }
 
 
-def networks_of(family: str, *, channels: int = 4) -> dict[str, nn.Module]:
-    """Return a family's small networks with random weights; UNets of nine channels inpaint."""
+def networks_of(family: str, *, channels: int = 4, distilled: bool = False) -> dict[str, nn.Module]:
+    """Return a family's small networks with random weights.
+
+    Args:
+        family: sd1, sd2, xl or xl-refiner.
+        channels: that the UNet reads; nine for inpainting.
+        distilled: leave layers out of the UNet as distilled models do.
+    """
     torch.manual_seed(0)
     networks: dict[str, nn.Module] = {}
     for name, (width, layers, activation, _) in TEXTS[family].items():
@@ -126,7 +140,10 @@ def networks_of(family: str, *, channels: int = 4) -> dict[str, nn.Module]:
         )
         networks[name] = (CLIPTextModelWithProjection if name.endswith("2") else CLIPTextModel)(config)
     scale = {"scaling_factor": 0.13025} if family.startswith("xl") else {}
-    networks["unet"] = UNet2DConditionModel(**UNET[family], in_channels=channels, layers_per_block=LAYERS)
+    changes = DISTILLED[family] if distilled else {}
+    networks["unet"] = UNet2DConditionModel(
+        **{**UNET[family], **changes}, in_channels=channels, layers_per_block=LAYERS
+    )
     networks["vae"] = AutoencoderKL(**VAE, **scale)
     for network in networks.values():
         with torch.no_grad():

@@ -100,7 +100,6 @@ OTHERS = (
     ("PixArt or Sana", rf"{_TOP}(?:y_embedder|caption_projection)\.", ""),
     ("Stable Cascade", rf"{_TOP}(?:clip_txt_mapper|effnet_mapper)\.|\.channelwise\.", ""),
     ("Playground 2.5 (EDM)", r"^edm_(?:mean|std)$", ""),
-    ("an EDM model (CosXL)", r"^edm_vpred\.", ""),
     ("Stable Video Diffusion", rf"^conditioner\.embedders\.0\.open_clip\.|{_TOP}.*\.time_stack\.", ""),
     ("Stable Diffusion unCLIP", r"^embedder\.model\.visual\.|^noise_augmentor\.", ""),
     ("Stable Diffusion 2 depth", r"^depth_model\.", ""),
@@ -135,8 +134,9 @@ def family_of(shapes: Shapes, model: str | None) -> tuple[Family, str]:
         ExportError: it is something else, which is named, or a part of a model.
     """
     _refuse(shapes, OTHERS)
-    if not any(name.startswith(UNET) for name in shapes):
-        _refuse(shapes, PARTS)
+    if not any(name.startswith(f"{UNET}input_blocks.") for name in shapes):
+        if not any(name.startswith(UNET) for name in shapes):
+            _refuse(shapes, PARTS)
         first = min(shapes, default="nothing")
         raise ExportError(f"a file of {len(shapes)} tensors that no known model has ({first}, ...)", needed=NEEDED)
     if model:

@@ -14,6 +14,7 @@ from latentrt_export.checkpoint.single.family import EMA, FAMILIES, UNET, Family
 from latentrt_export.checkpoint.single.leftovers import Part, leftovers
 from latentrt_export.checkpoint.single.pieces import Config, Network, prefixed, size, without
 from latentrt_export.checkpoint.single.prediction import EPSILON, Prediction, decide, probe
+from latentrt_export.checkpoint.single.schedule import ZERO_SNR, schedule_of
 from latentrt_export.checkpoint.single.text import harmless, text_config, text_pieces
 from latentrt_export.checkpoint.single.unet import unet_config, unet_pieces
 from latentrt_export.checkpoint.single.vae import IGNORED_OF_VAE, PREFIXES, prefix_of
@@ -153,11 +154,7 @@ def _model(single: Single, prediction: str) -> Preset:
     base = single.is_sd2 and prediction == EPSILON
     sizes = {"unet": {"sample_size": 64}, "vae": {"sample_size": 512}} if base else {}
     networks = {name: (n.kind, {**n.config, **sizes.get(name, {})}) for name, n in single.networks.items()}
-    scheduler = {**preset.scheduler, "prediction_type": prediction}
-    if "ztsnr" in single.tensors.entries:
-        scheduler |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-        if scheduler["_class_name"] == "PNDMScheduler":  # which cannot begin at pure noise
-            scheduler["_class_name"] = "DDIMScheduler"
+    scheduler = schedule_of(single.tensors, preset.scheduler, prediction)
     pipeline = single.family.inpainting if single.inpaints else preset.pipeline
     return replace(preset, pipeline=pipeline or preset.pipeline, networks=networks, scheduler=scheduler)
 
@@ -178,7 +175,7 @@ def _told(single: Single, prediction: Prediction, choices: Choices) -> str:
         f"{single.family.name}{' inpainting' if single.inpaints else ''} ({single.rule}; cross-attention width {width})"
     )
     parts = [name, f"{prediction.kind} {prediction.rule}"]
-    parts += ["zero terminal SNR by its key ztsnr"] if "ztsnr" in single.tensors.entries else []
+    parts += [f"zero terminal SNR by its key {ZERO_SNR}"] if ZERO_SNR in single.tensors.entries else []
     parts += ["averaged weights (EMA)"] if choices.ema else []
     parts += [choices.vae_note] if choices.vae else []
     return ", ".join(parts)

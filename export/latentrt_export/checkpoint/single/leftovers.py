@@ -9,7 +9,19 @@ from latentrt.errors import ExportError
 
 # What files have beside networks, and nothing reads: names, or beginnings that end with a point.
 IGNORED = (
-    *("model_ema.", "loss.", "denoiser.", "global_step", "epoch", "scale_factor", "v_pred", "ztsnr", "logvar", "betas"),
+    *(
+        "model_ema.",
+        "loss.",
+        "denoiser.",
+        "global_step",
+        "epoch",
+        "scale_factor",
+        "v_pred",
+        "ztsnr",
+        "edm_vpred.",
+        "logvar",
+        "betas",
+    ),
     *("alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"),
     *("log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "lvlb_weights"),
     *("posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2"),

@@ -10,13 +10,13 @@ import numpy as np
 
 from latentrt.errors import ExportError
 from latentrt_export.checkpoint.single.choices import PREDICTIONS
+from latentrt_export.checkpoint.single.schedule import EDM, scalar
 from latentrt_export.checkpoint.tensors import Tensors
 
 EPSILON, V = PREDICTIONS
 HEADERS = ("modelspec.prediction_type", "modelspec.predict_key")  # sd-scripts', ComfyUI's
 WORDS = {"epsilon": EPSILON, "eps": EPSILON, "v": V, "v_prediction": V, "v-prediction": V, "velocity": V}
 BASE_STEP = 875_000  # global_step of Stable Diffusion 2's 512-base-ema
-NUMBERS = {"I64": np.int64, "I32": np.int32, "F32": np.float32, "F64": np.float64}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ def decide(tensors: Tensors, chosen: str | None, *, sd2: bool, inpaints: bool) -
         return Prediction(EPSILON, "as its family does")
     if inpaints:
         return Prediction(EPSILON, "as Stable Diffusion 2's inpainting does")
-    if _step(tensors) == BASE_STEP:
+    if scalar(tensors, "global_step") == BASE_STEP:
         return Prediction(EPSILON, f"by its global_step {BASE_STEP}")
     return None
 
@@ -97,13 +97,6 @@ def _header(tensors: Tensors) -> Iterator[Prediction]:
 
 
 def _markers(tensors: Tensors) -> Iterator[Prediction]:
-    if "v_pred" in tensors.entries:
-        yield Prediction(V, "by its key v_pred")
-
-
-def _step(tensors: Tensors) -> int | None:
-    """Return the training step that a file of LDM's trainer names."""
-    entry = tensors.entries.get("global_step")
-    if entry is None or entry.dtype not in NUMBERS or entry.length != np.dtype(NUMBERS[entry.dtype]).itemsize:
-        return None
-    return int(np.frombuffer(tensors.bytes_of("global_step"), NUMBERS[entry.dtype])[0])
+    for key in ("v_pred", EDM):
+        if key in tensors.entries:
+            yield Prediction(V, f"by its key {key}")

@@ -102,7 +102,7 @@ def _depths(down: Rows, up: Rows, middle: int) -> Config:
     blocks = [row[0] for row in down]
     if down != _alike(blocks, down) or up != _alike(blocks[::-1], up):
         ways = {"transformer_layers_per_block": down, "reverse_transformer_layers_per_block": up}
-        return {key: [row if any(row) else 1 for row in rows] for key, rows in ways.items()}
+        return {key: [row if len(set(row)) > 1 else row[0] or 1 for row in rows] for key, rows in ways.items()}
     blocks[-1] = blocks[-1] or middle  # the middle's, in a config
     used = {depth for depth in (*blocks, middle) if depth}
     if len(used) < 2:

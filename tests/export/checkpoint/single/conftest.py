@@ -29,10 +29,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Make:
     """Return a function that makes, once each, a family's file: made("sd1"), made("sd1", 9) for inpainting."""
 
     @cache
-    def make(family: str, channels: int = 4) -> Made:
+    def make(family: str, channels: int = 4, distilled: bool = False) -> Made:
         root = tmp_path_factory.mktemp(f"{family}-{channels}")
         with quiet():
-            networks = networks_of(family, channels=channels)
+            networks = networks_of(family, channels=channels, distilled=distilled)
             folder = write_reference(family, root / "folder", networks)
         tensors = single_tensors(family, networks)
         return Made(write_single(root / f"{family}.safetensors", tensors), tensors, folder)

@@ -21,7 +21,11 @@ from tests.export.checkpoint.single.conftest import Make
 from tests.support.models.single_file import averaged, vae_tensors, write_single
 
 NETWORKS = ("text_encoder", "text_encoder_2", "unet", "vae")
-KINDS = [("sd1", 4), ("sd1", 9), ("sd2", 4), ("sd2", 9), ("xl", 4), ("xl", 9), ("xl-refiner", 4)]
+KINDS = [
+    *(("sd1", 4, False), ("sd1", 9, False), ("sd1", 4, True)),
+    *(("sd2", 4, False), ("sd2", 9, False)),
+    *(("xl", 4, False), ("xl", 9, False), ("xl", 4, True), ("xl-refiner", 4, False)),
+]
 V = Choices(prediction_type="v_prediction")
 
 
@@ -50,11 +54,11 @@ def equal(ours: Any, theirs: Any) -> bool:
     return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
 
 
-@pytest.mark.parametrize(("family", "channels"), KINDS)
+@pytest.mark.parametrize(("family", "channels", "distilled"), KINDS)
 def test_weights_and_configs_are_those_of_from_single_file(
-    made: Make, tmp_path: Path, family: str, channels: int
+    made: Make, tmp_path: Path, family: str, channels: int, distilled: bool
 ) -> None:
-    file, _, folder = made(family, channels)
+    file, _, folder = made(family, channels, distilled)
     index = read_json(folder / "model_index.json")
     with quiet():
         theirs = getattr(diffusers, index["_class_name"]).from_single_file(

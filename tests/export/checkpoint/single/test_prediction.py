@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import EDMEulerScheduler
 
 from latentrt.errors import ExportError
 from latentrt.sampling.schedule import Schedule
+from latentrt.sampling.table import tabulate
 from latentrt_export.checkpoint.single.choices import Choices
 from latentrt_export.checkpoint.source import Checkpoint, checkpoint_of
 from tests.export.checkpoint.single.conftest import Make
@@ -88,6 +90,21 @@ def test_zero_terminal_snr(made: Make, tmp_path: Path, family: str, solver: str)
     wanted = {"_class_name": solver, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     assert {key: scheduler[key] for key in wanted} == wanted
     assert Schedule.from_config(scheduler).prediction == "v_prediction"
+
+
+def test_edm_models_have_sigmas(made: Make, tmp_path: Path) -> None:
+    """As stabilityai/cosxl, which diffusers' users draw with EDMEulerScheduler."""
+    sigmas = {"edm_vpred.sigma_max": torch.tensor(100.0), "edm_vpred.sigma_min": torch.tensor(0.002)}
+    checkpoint = opened(made, tmp_path, "xl", sigmas)
+    own = {"sigma_min": 0.002, "sigma_max": 100.0, "sigma_data": 1.0, "sigma_schedule": "exponential"}
+    scheduler = EDMEulerScheduler(**own, prediction_type="v_prediction")
+    config = {key: value for key, value in checkpoint.scheduler.items() if key != "_class_name"}
+    assert checkpoint.scheduler["_class_name"] == "EDMEulerScheduler"
+    assert {key: scheduler.config[key] for key in config} == config
+    assert "v_prediction by its key edm_vpred.sigma_max" in checkpoint.notes[0]
+    assert len(tabulate(None, Schedule.from_config(checkpoint.scheduler), 4).rows) == 4
+    with pytest.raises(ExportError, match=r"edm_vpred\.sigma_max None.*above 0"):
+        opened(made, tmp_path, "xl", {"edm_vpred.sigma_max": torch.zeros(2)})
 
 
 @pytest.mark.parametrize(
