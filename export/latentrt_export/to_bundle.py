@@ -160,6 +160,8 @@ def _export(
 def _opened(source: str | Path, revision: str | None, variant: str | None) -> Iterator[Checkpoint]:
     """Yield a folder of ONNX graphs, or else a checkpoint."""
     graphs = open_graphs(source)
+    if graphs is not None and variant is not None:
+        raise ExportError(f"{source} has ONNX graphs, without variants", needed="no variant", fix="leave --variant out")
     with checkpoint_of(source, revision, variant) if graphs is None else nullcontext(graphs) as checkpoint:
         yield checkpoint
 
