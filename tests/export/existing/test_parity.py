@@ -20,7 +20,7 @@ from latentrt_export.graphs.ranges import open_session
 from latentrt_export.graphs.to_onnx import quiet
 from latentrt_export.verify.checks import difference, psnr, relative_l2
 from latentrt_export.verify.verify import verify
-from tests.export.existing.conftest import KINDS, Make
+from tests.export.existing.conftest import Make
 from tests.support.gpu.cuda_kernels import without_kernel
 from tests.support.ort.contrib import interpret
 
@@ -98,9 +98,12 @@ def test_timesteps_may_be_fractions(made: Make) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in KINDS if name != "plain"])
+@pytest.mark.parametrize("name", ["sd", "old-sd", "sd2", "sdxl", "inpainting"])
 def test_every_network_and_picture_is_diffusers_own(made: Make, name: str) -> None:
-    """Networks at two sizes, whole pictures of four solvers, and a batch against its own jobs to the bit."""
+    """Networks at two sizes, whole pictures of four solvers, and a batch against its own jobs to the bit.
+
+    Not a graph that was traced in float16: it has rounded constants (1.702 of CLIP's activation), 4e-5 of the states.
+    """
     checkpoint, _, bundle = made(name)
     checks = list(verify(bundle, checkpoint, steps=2))
     assert {check.depth for check in checks} >= {"network", "image", "batch"}
