@@ -165,6 +165,9 @@ def _export(
 def _opened(source: str | Path, revision: str | None, variant: str | None, choices: Choices) -> Iterator[Checkpoint]:
     """Yield a folder of ONNX graphs, or else a checkpoint."""
     graphs = open_graphs(source)
+    if graphs is not None and (variant is not None or choices.options):
+        given = " ".join([*([f"--variant={variant}"] if variant else []), *choices.options])
+        raise ExportError(f"{given} for the ONNX graphs in {source}", needed="none of them", fix="leave it out")
     opened = checkpoint_of(source, revision, variant, choices) if graphs is None else nullcontext(graphs)
     with opened as checkpoint:
         yield checkpoint

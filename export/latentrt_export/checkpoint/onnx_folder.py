@@ -20,11 +20,14 @@ from latentrt_export.checkpoint.source import (
     PIPELINES,
     PIXELS,
     SCHEDULE,
-    TOKENIZER_FILES,
     UNET,
     UNETS,
     VAE,
     Checkpoint,
+    check_class,
+    named_class,
+    read_schedule,
+    tokenizer_files,
     tokenizer_of,
 )
 
@@ -71,7 +74,9 @@ def open_onnx_folder(root: Path) -> Checkpoint:
     check_networks(configs, UNETS[parts])
     files = {SCHEDULE: root / SCHEDULE, **_texts(root)}
     for part in texts:
-        files |= _tokenizer(root, index, tokenizer_of(part))
+        folder = tokenizer_of(part)
+        check_class(index, folder, CLASSES[folder])
+        files |= {f"{folder}/{name}": path for name, path in tokenizer_files(root / folder).items()}
     homes = {part: DECODER if part == VAE else part for part in configs}
     own = {f"{part}/config.json": root / home / "config.json" for part, home in homes.items()}
     files |= {name: path for name, path in own.items() if path.is_file()}
@@ -82,7 +87,7 @@ def open_onnx_folder(root: Path) -> Checkpoint:
         license=license_of(root),
         index=index,
         configs=configs,
-        scheduler=read_json(root / SCHEDULE),
+        scheduler=read_schedule(root / SCHEDULE, named_class(index.get("scheduler"))),
         files=files,
         graphs={name: path for name, path in graphs.items() if name not in missing},
         notes=tuple(f"{name}: the folder has none; pictures are drawn from prompts only" for name in missing),
@@ -110,16 +115,6 @@ def _configs(root: Path, texts: list[str], pipeline: str, *, plain: bool) -> dic
         path = root / home / "config.json"
         configs[part] = dict(known.get(part, {})) if plain and not path.is_file() else read_json(path)
     return configs
-
-
-def _tokenizer(root: Path, index: Mapping[str, Any], name: str) -> dict[str, Path]:
-    """Return a tokenizer's files by their names in the bundle."""
-    entry = index.get(name)
-    kind = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
-    if kind not in CLASSES[name]:
-        raise unsupported(f"{name} {kind!r} in model_index.json", " or ".join(CLASSES[name]))
-    files = {f"{name}/{file}": root / name / file for file in TOKENIZER_FILES}
-    return {file: path for file, path in files.items() if path.is_file()}
 
 
 def _texts(root: Path) -> dict[str, Path]:

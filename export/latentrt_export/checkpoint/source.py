@@ -180,7 +180,7 @@ def open_checkpoint(source: str | Path, revision: str | None = None, variant: st
     index = _index(root)
     parts = _parts(index)
     for part in parts:
-        _check_class(index, part, (UNETS[parts],) if part == UNET else CLASSES[part])
+        check_class(index, part, (UNETS[parts],) if part == UNET else CLASSES[part])
     homes = {part: _home(root, part) for part in parts}
     configs = {part: _config(home, part) for part, home in homes.items()}
     check_networks(configs, UNETS[parts])
@@ -192,10 +192,10 @@ def open_checkpoint(source: str | Path, revision: str | None = None, variant: st
         files |= {f"{part}/{f}": path for f, path in weights[part].files.items()}
         files[f"{part}/config.json"] = home / "config.json"
         if tokenizer := tokenizer_of(part):
-            _check_class(index, tokenizer, CLASSES[tokenizer])
-            files |= {f"{tokenizer}/{f}": path for f, path in _tokenizer(root / tokenizer).items()}
+            check_class(index, tokenizer, CLASSES[tokenizer])
+            files |= {f"{tokenizer}/{f}": path for f, path in tokenizer_files(root / tokenizer).items()}
     notes = tuple(each.note for each in weights.values() if each.note)
-    config = _schedule(schedule, named_class(index.get("scheduler")))
+    config = read_schedule(schedule, named_class(index.get("scheduler")))
     return Checkpoint(root, name, commit, license_of(root), index, configs, config, files, notes)
 
 
@@ -225,7 +225,7 @@ def _config(home: Path, part: str) -> Mapping[str, Any]:
     return text_config(config) if tokenizer_of(part) else config
 
 
-def _tokenizer(folder: Path) -> dict[str, Path]:
+def tokenizer_files(folder: Path) -> dict[str, Path]:
     """Return the files of a tokenizer by name. Raise an ExportError where they make none."""
     files = {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
     try:
@@ -247,7 +247,7 @@ def _tokenizer(folder: Path) -> dict[str, Path]:
     return files
 
 
-def _schedule(path: Path, named: str | None) -> dict[str, Any]:
+def read_schedule(path: Path, named: str | None) -> dict[str, Any]:
     """Return scheduler_config.json. Raise an ExportError where a value is of another kind than it should be.
 
     `named` is the scheduler's class in model_index.json.
@@ -336,7 +336,7 @@ def _parts(index: Mapping[str, Any]) -> tuple[str, ...]:
     return PIPELINES[kind]
 
 
-def _check_class(index: Mapping[str, Any], part: str, classes: Sequence[str]) -> None:
+def check_class(index: Mapping[str, Any], part: str, classes: Sequence[str]) -> None:
     """Refuse a part of another class; model_index.json has ["library", "class"] for each."""
     name = named_class(index.get(part))
     if name not in classes:

@@ -72,7 +72,10 @@ def share_weights(model: ir.Model, files: Sequence[Path], sidecar: Path, *, smal
     shared = sum(s.length for s in set(found.values())) + sum(size for _, _, size in there)
     rest = [v for v in own if v not in found and (_size(v) > INLINE or (small and is_weight(v)))]
     if rest:
+        sidecar.touch()
+        mode = sidecar.stat().st_mode  # safetensors would let nobody else read it
         save_file({_plain_name(v): np.ascontiguousarray(_array(v)) for v in rest}, sidecar)
+        sidecar.chmod(mode)
         written = {s.name: s for s in read_header(sidecar)}
         found |= {v: written[_plain_name(v)] for v in rest}
     casts = [cast for value, stored in found.items() if (cast := _point_at(model.graph, value, stored))]

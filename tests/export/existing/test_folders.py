@@ -103,6 +103,8 @@ def test_a_checkpoint_with_graphs_beside_its_weights_is_a_checkpoint(made: Make,
     assert not is_onnx_folder(both)
     with pytest.raises(ExportError, match="is a bundle"):
         open_graphs(made("sd").bundle)
+    with pytest.raises(ExportError, match="without variants"):
+        export_bundle(made("sd").folder, tmp_path / "bundle", variant="fp16")
 
 
 # ---- Refusals, before a network is exported
