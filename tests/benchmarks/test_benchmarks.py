@@ -48,7 +48,11 @@ def test_sides_take_turns() -> None:
     assert {frozenset(side for side, _ in order[i : i + 2]) for i in (0, 2, 4)} == {frozenset((OURS, THEIRS))}
 
 
-@pytest.mark.parametrize("name", command.QUESTIONS)
+IN_CI = ("cold_start", "shared_batch")
+EVERY = [pytest.param(name, marks=() if name in IN_CI else pytest.mark.slow) for name in command.QUESTIONS]
+
+
+@pytest.mark.parametrize("name", EVERY)
 def test_every_question_is_answered(name: str, tmp_path: Path) -> None:
     arguments = [sys.executable, "-m", "benchmarks", name, "report", "--quick", "--results", str(tmp_path)]
     subprocess.run(arguments, cwd=ROOT, check=True, capture_output=True)

@@ -42,6 +42,7 @@ def small(bundle: Path, **options: Any) -> Config:
     return Config(bundle=bundle, **{**chosen, "hardware": "tests.support.gpu.emulated", **options})
 
 
+@pytest.mark.slow
 def test_the_whole_benchmark_runs(bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     results = benchmark.run(small(bundle, sides=CHEAP), tmp_path)
     assert set(results.measured()) == set(CHEAP), capfd.readouterr().out

@@ -272,6 +272,7 @@ def test_a_page_without_a_lease_says_so(tmp_path: Path) -> None:
     assert any(goal.reached is False for goal in figures.goals(data))
 
 
+@pytest.mark.slow
 def test_real_children_on_an_emulated_gpu(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

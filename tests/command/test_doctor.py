@@ -53,7 +53,7 @@ def test_doctor_finds_what_is_here(run: Run) -> None:
 
 def test_doctor_shows_and_empties_the_cache(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert doctor._cache().found == f"{tmp_path}/latentrt: graphs 0 MB, kernels 0 MB, plans 0 MB"
+    assert doctor._cache().found == f"{tmp_path}/latentrt: checked 0 MB, graphs 0 MB, kernels 0 MB, plans 0 MB"
     for name in ("graphs/a/weights.bin", "kernels/a.cubin", "plans/b/c.plan", "curves/d.json"):
         write_atomic(tmp_path / "latentrt" / name, bytes(3_000_000))
     (tmp_path / "latentrt" / "graphs" / "link").symlink_to(tmp_path)

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 ONLY_HARDWARE = "tests/gpu/test_cuda_gpu.py"  # its arithmetic is tested by test_kernels and test_cuda
 
@@ -29,6 +31,7 @@ def test_the_gpu_tests_pass_on_the_emulated_device() -> None:
     assert all("only plans are refitted" in line for line in skipped), skipped
 
 
+@pytest.mark.slow
 def test_the_gpu_tests_need_no_torch(tmp_path: Path) -> None:
     """A GPU's machine may lack all that other tests need; comparisons with diffusers are then skipped."""
     (tmp_path / "blocked.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({HEAVY!r}))\n")

@@ -28,7 +28,9 @@ MASK = (np.hypot(x - 0.4, y - 0.3) < 0.2).astype(np.uint8) * 255
 ASKED = {"seed": 7, "width": 24, "height": 16, "negative_prompt": "a"}
 
 
-@pytest.fixture(scope="module", params=["sd-inpainting", "sd2-inpainting", "sdxl-inpainting"])
+@pytest.fixture(
+    scope="module", params=["sd-inpainting", pytest.param("sd2-inpainting", marks=pytest.mark.slow), "sdxl-inpainting"]
+)
 def pair(exported: Exported, request: pytest.FixtureRequest) -> Iterator[tuple[Engine, Path]]:
     """Yield our engine, and the checkpoint as diffusers opens it."""
     source, bundle = exported(request.param)

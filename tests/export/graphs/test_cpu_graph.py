@@ -39,7 +39,9 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
         return Bundle(root, to_bundle._add_cpu(root, Bundle.open(root).spec), {})
 
 
-@pytest.mark.parametrize("name", BUNDLES)
+@pytest.mark.parametrize(
+    "name", ["sd", "emoji", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd2", "sdxl"))]
+)
 def test_self_attention_changes_and_nothing_else(exported: Exported, tmp_path: Path, name: str) -> None:
     _, root = exported(name)
     graph = Bundle.open(root).spec.graphs()["unet"]

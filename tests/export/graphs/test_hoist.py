@@ -27,7 +27,7 @@ def whole(root: Path) -> ir.Model:
     return model
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl"])
+@pytest.mark.parametrize("name", ["sd", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_the_numbers_are_the_same_to_the_bit(exported: Exported, name: str) -> None:
     _, root = exported(name)
     model = whole(root)

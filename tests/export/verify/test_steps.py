@@ -78,7 +78,7 @@ def test_diffusers_may_be_not_finite_in_float32() -> None:
     assert "diffusers' float32 is not finite, the table's is off by" in rounding.note
 
 
-@pytest.mark.parametrize("steps", [2, 12])
+@pytest.mark.parametrize("steps", [2, pytest.param(12, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("solver", NAMES)
 def test_a_wrong_coefficient_is_caught(solver: str, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each alone, off by 1e-5 of itself; one may be missed, with a weight so small that the latents hardly change."""

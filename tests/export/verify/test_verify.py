@@ -16,6 +16,7 @@ from latentrt import Engine
 from latentrt.bundle.bundle import EMBEDDED, Bundle, write_manifest
 from latentrt.command import main as cli
 from latentrt.errors import ExportError, UnsafeWeightsError
+from latentrt_export.checkpoint.single.choices import AS_THEY_ARE
 from latentrt_export.cli import run_verify
 from latentrt_export.verify import verify as module
 from latentrt_export.verify.checks import Check, psnr
@@ -106,7 +107,7 @@ def test_the_table_shows_what_is_not_served(
         Check("step", "ddim", "worst", 0.5, 1.0, note="coarse"),
     ]
     monkeypatch.setattr(module, "verify", lambda *_, **__: iter(checks))
-    assert run_verify(EMBEDDED, "owner/name", steps=2, as_json=as_json) == 0
+    assert run_verify(EMBEDDED, "owner/name", steps=2, choices=AS_THEY_ARE, as_json=as_json) == 0
     out = capsys.readouterr().out
     if as_json:
         report = json.loads(out)

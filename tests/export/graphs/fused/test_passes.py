@@ -63,7 +63,11 @@ def at_run_time(model: ir.Model) -> Counter[str]:
     return Counter(node.op_type for node in model.graph if not fixed.issuperset(node.outputs))
 
 
-@pytest.mark.parametrize("case", CASES, ids="-".join)
+LONG = (("sdxl", "text_encoder"), ("wide", "unet"))  # minutes on a busy machine
+EVERY = [pytest.param(case, marks=pytest.mark.slow if case in LONG else (), id="-".join(case)) for case in CASES]
+
+
+@pytest.mark.parametrize("case", EVERY)
 def test_each_pass_keeps_the_numbers(exported: Exported, case: tuple[str, str]) -> None:
     """In float32, to its last bits, against ONNX Runtime before the passes."""
     _, root = exported(case[0])
