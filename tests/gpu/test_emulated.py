@@ -26,6 +26,7 @@ def run(*words: str, **env: str) -> list[str]:
     return re.findall(r"^SKIPPED.*", done.stdout, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_the_gpu_tests_pass_on_the_emulated_device() -> None:
     skipped = run(f"--ignore={ONLY_HARDWARE}")
     assert all("only plans are refitted" in line for line in skipped), skipped

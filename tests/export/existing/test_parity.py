@@ -61,7 +61,7 @@ def drawn_by_diffusers(checkpoint: Path, side: int) -> tuple[np.ndarray, np.ndar
     return latents.numpy(), np.stack([np.asarray(image) for image in images])
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", ["sd", *(pytest.param(name, marks=pytest.mark.slow) for name in QUICK[1:])])
 def test_pictures_are_those_of_the_pipeline(made: Make, name: str) -> None:
     side = SIDES.get(name, 16)
     ours, pictures = drawn(made(name).bundle, side)

@@ -68,7 +68,9 @@ def test_families(exported: Callable[[str], tuple[Path, Path]], name: str) -> No
     assert [(what, value) for what, value in values if value > (3e-3 if "in float16" in what else 4e-6)] == []
 
 
-@pytest.mark.parametrize("solver", [None, "dpmpp-2m", "euler-ancestral", "unipc"])
+@pytest.mark.parametrize(
+    "solver", [None, "euler-ancestral", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dpmpp-2m", "unipc"))]
+)
 def test_image(engine: Engine, theirs: Theirs, solver: str | None) -> None:
     """Eight prompts in one batch, guided and not, with a negative prompt: latents at every step, pixels."""
     checks = list(image_checks(engine, theirs, 12, prompts=PROMPTS, solvers=[solver], negative="blurry"))
