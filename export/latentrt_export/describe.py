@@ -73,14 +73,10 @@ def notes_of(checkpoint: Checkpoint, spec: ModelSpec) -> tuple[str, ...]:
     """Return what a user should know of how the checkpoint was opened and its settings are taken, one sentence each."""
     schedule = Schedule.from_config(checkpoint.scheduler, spec.corrected(SCHEDULE))
     ignored = (f"{SCHEDULE}: {key} is ignored; no scheduler has it" for key in schedule.unknown_keys)
-    corrected = (
-        f"{each.file}: {each.key} is {each.found!r}, and drawn with {each.value!r} ({each.why})"
-        for each in spec.corrections
-    )
     return (
         *checkpoint.notes,
         *ignored,
-        *corrected,
+        *map(str, spec.corrections),
         *([f"{SCHEDULE}: {why}"] if (why := schedule.not_served()) else ()),
     )
 

@@ -229,7 +229,7 @@ def _graph(checkpoint: Checkpoint, root: Path, name: str) -> ir.Model:
     """Return a network's float32 graph: the folder's own, or one that is traced."""
     if checkpoint.graphs:
         return existing_graph(checkpoint, root, name)
-    from latentrt_export.graphs.traced import traced_graph  # brings torch
+    from latentrt_export.graphs.to_onnx import traced_graph  # brings torch
 
     return traced_graph(root, name, tokens_of(checkpoint))
 

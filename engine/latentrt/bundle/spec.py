@@ -186,6 +186,9 @@ class Correction:
     value: Any
     why: str
 
+    def __str__(self) -> str:
+        return f"{self.file}: {self.key} is {self.found!r}, and drawn with {self.value!r} ({self.why})"
+
 
 @dataclass(frozen=True, slots=True)
 class Golden:

@@ -171,6 +171,8 @@ def inspect(bundle: Path, as_json: bool) -> None:
     show(table)
     schedule = opened.json(spec.schedule)
     print(f"schedule: {schedule['_class_name']}, {schedule.get('prediction_type', 'epsilon')}")
+    for correction in spec.corrections:
+        print(correction)
 
 
 @latentrt.command()

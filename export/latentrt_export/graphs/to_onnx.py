@@ -6,15 +6,29 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import diffusers.utils as diffusers
 import onnx_ir as ir
 import torch
 import transformers.utils as transformers
 
-from latentrt_export.graphs.wrap import Network
+from latentrt_export.graphs import passes
+from latentrt_export.graphs.wrap import Network, load_network
 
 OPSET = 23
+
+
+def traced_graph(root: Path, name: str, tokens: int) -> ir.Model:
+    """Return a network's lean float32 graph; its initializers have the names of the parameters, after `passes.PREFIX`.
+
+    Args:
+        root, name, tokens: as in `load_network`.
+    """
+    with quiet():
+        model = trace(load_network(root, name, tokens=tokens))
+        passes.clean(model)
+    return model
 
 
 def trace(network: Network) -> ir.Model:

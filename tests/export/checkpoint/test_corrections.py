@@ -14,6 +14,7 @@ import pytest
 
 from latentrt import Engine
 from latentrt.bundle.bundle import Bundle, write_manifest
+from latentrt.command.main import latentrt
 from latentrt.errors import NotServedError
 from latentrt.golden import measure
 from latentrt.sampling.schedule import Schedule
@@ -202,7 +203,9 @@ def test_a_schedule_that_is_not_served_serves_other_solvers(
     assert psnr(ours, np.asarray(theirs)) > 60
 
 
-def test_the_class_in_the_index_wins(checkpoint: Path, fast: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_class_in_the_index_wins(
+    checkpoint: Path, fast: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """diffusers takes the scheduler's class from model_index.json, and only its settings from its own file."""
     name_scheduler(checkpoint, {"_class_name": "EulerDiscreteScheduler"})
     config = {"_class_name": "DEISMultistepScheduler", **BETAS, "steps_offset": 1}
@@ -212,6 +215,8 @@ def test_the_class_in_the_index_wins(checkpoint: Path, fast: pytest.MonkeyPatch,
     (correction,) = spec.corrections
     named = ("DEISMultistepScheduler", "EulerDiscreteScheduler")
     assert (correction.key, correction.found, correction.value) == ("_class_name", *named)
+    latentrt(["inspect", str(tmp_path / "bundle")], standalone_mode=False)
+    assert f"\n{correction}\n" in capsys.readouterr().out
     schedule = Schedule.from_config(config, spec.corrected(SCHEDULE))
     with quiet(), plain_folder(open_checkpoint(checkpoint)) as folder:
         pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
