@@ -12,7 +12,7 @@ import pytest
 from latentrt.errors import NotServedError, ScheduleError
 from latentrt.sampling.schedule import Schedule
 from latentrt.sampling.settings import EDM_DEFAULTS
-from latentrt.sampling.solvers import EDM_SOLVERS, SOLVERS
+from latentrt.sampling.solvers import EDM_SOLVERS, SOLVERS, solvers_of
 from latentrt.sampling.table import tabulate
 from latentrt_export.verify.steps import step_checks
 from tests.support.sampling.scheduler_configs import SD15
@@ -48,6 +48,11 @@ def test_the_first_latents_and_levels_are_those_of_diffusers(strength: float) ->
     assert table.start == pytest.approx(theirs.init_noise_sigma)
     assert table.timesteps == pytest.approx(theirs.timesteps[first:].numpy(), rel=1e-6)
     np.testing.assert_allclose(table.known[:-1], [(1.0, float(sigma)) for sigma in theirs.sigmas[first:-1]], rtol=1e-6)
+
+
+def test_a_kind_of_model_has_its_solvers() -> None:
+    assert solvers_of(Schedule.from_config({"_class_name": "EDMEulerScheduler", **COSXL})) is EDM_SOLVERS
+    assert solvers_of(Schedule.from_config(SD15)) is SOLVERS
 
 
 def test_other_solvers_and_other_schedules_are_refused() -> None:

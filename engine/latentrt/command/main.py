@@ -78,11 +78,11 @@ def latentrt() -> None:
 @option_json
 def solvers(as_json: bool) -> None:
     """List the solvers."""
-    from latentrt.sampling.solvers import SOLVERS
+    from latentrt.sampling.solvers import EDM_SOLVERS, SOLVERS
 
     facts: dict[str, dict[str, Any]] = {
         name: {"scheduler": s.scheduler, "settings": dict(s.settings), "arguments": dict(s.arguments)}
-        for name, s in SOLVERS.items()
+        for name, s in {**SOLVERS, **EDM_SOLVERS}.items()
     }
     if as_json:
         print(json.dumps(facts))

@@ -12,7 +12,7 @@ import torch
 from latentrt.errors import RequestError, ScheduleError
 from latentrt.sampling.schedule import Schedule
 from latentrt.sampling.settings import EDM_DEFAULTS
-from latentrt.sampling.solvers import EDM_SOLVERS, SOLVERS
+from latentrt.sampling.solvers import solvers_of
 from latentrt.sampling.table import Table, advance, tabulate
 from latentrt_export.verify.checks import Array, Check, difference, not_served, worst
 from latentrt_export.verify.exact import Walk, noises, numpy_of
@@ -37,8 +37,7 @@ def step_checks(schedule: Schedule, steps: int, loaded: Any = None) -> Iterator[
         steps: of each table.
         loaded: the scheduler of the diffusers pipeline; None: one made of the schedule's config.
     """
-    edm = schedule.scheduler in EDM_DEFAULTS
-    for name, solver in (EDM_SOLVERS if edm else SOLVERS).items():
+    for name, solver in solvers_of(schedule).items():
         if name in NO_DIFFUSERS_TWIN:
             continue
         try:

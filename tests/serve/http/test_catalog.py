@@ -16,9 +16,10 @@ from latentrt.engine import Engine
 from latentrt.errors import NotServedError, PlanError, RequestError, ScheduleError
 from latentrt.request import Request
 from latentrt.runtime.tensorrt.record import Profile
-from latentrt.sampling.solvers import SOLVERS
+from latentrt.sampling.schedule import Schedule
+from latentrt.sampling.solvers import EDM_SOLVERS, SOLVERS
 from latentrt.serve.core.pipeline import check
-from latentrt.serve.http.catalog import LEAST_LATENTS, Catalog
+from latentrt.serve.http.catalog import LEAST_LATENTS, Catalog, _solver_names
 from latentrt.serve.http.errors import Problem
 from tests.support.serve.fakes import catalog_of
 
@@ -179,6 +180,11 @@ def test_names() -> None:
     with pytest.raises(Problem, match="did you mean other") as caught:
         catalog.check_model("othre")
     assert (caught.value.status, caught.value.code) == (404, "model_not_found")
+
+
+def test_an_edm_model_offers_its_own_solvers() -> None:
+    names = _solver_names(Schedule.from_config({"_class_name": "EDMEulerScheduler"}))
+    assert set(names) == {*EDM_SOLVERS, *(solver.scheduler for solver in EDM_SOLVERS.values())}
 
 
 def test_a_schedule_that_is_not_served_needs_a_default_solver(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from latentrt.sampling.schedule import Schedule
+from latentrt.sampling.settings import EDM_DEFAULTS
 from latentrt.sampling.solvers.base import Vector
 from latentrt.sampling.solvers.exponential import dpmpp_multistep, unipc
 from latentrt.sampling.solvers.sigma import dpm2, dpmpp_2s_ancestral, euler, euler_ancestral, heun, lms
@@ -83,4 +84,11 @@ EDM_SOLVERS: dict[str, Solver] = {  # of EDM models, which no other solver serve
     "edm-dpmpp-2m": Solver(dpmpp_multistep, "EDMDPMSolverMultistepScheduler", edm_grid, {**_ODE, "solver_order": 2}),
 }
 EVERY_SOLVER: Mapping[str, Solver] = ChainMap(SOLVERS, EDM_SOLVERS)
+
+
+def solvers_of(schedule: Schedule) -> Mapping[str, Solver]:
+    """Return the solvers that a schedule's kind of model has: one with betas, or an EDM model."""
+    return EDM_SOLVERS if schedule.scheduler in EDM_DEFAULTS else SOLVERS
+
+
 ALIASES = {"plms": "pndm", "euler-a": "euler-ancestral", "dpm2-a": "dpm2-ancestral", "dpmpp-2s-a": "dpmpp-2s-ancestral"}

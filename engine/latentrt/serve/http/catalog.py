@@ -13,7 +13,7 @@ from latentrt.model.model import Model
 from latentrt.request import MAX_SEED, Request
 from latentrt.runtime.tensorrt.record import Profile
 from latentrt.sampling.schedule import Schedule
-from latentrt.sampling.solvers import ALIASES, SOLVERS
+from latentrt.sampling.solvers import ALIASES, solvers_of
 from latentrt.sampling.table import tabulate
 from latentrt.serve.http.errors import Problem
 from latentrt.serve.process.config import Settings
@@ -55,7 +55,7 @@ class Catalog:
         self.solvers = _solver_names(model.schedule)
         solver = self.solver(settings.scheduler) if settings.scheduler else None
         self.defaults = model.filled(Request(steps=settings.steps, guidance=settings.guidance, solver=solver))
-        tabulate(self.defaults.solver, model.schedule, 1)
+        tabulate(self.defaults.solver, model.schedule, 1)  # a server that cannot draw by default says so at its start
         self.max_steps = self._max_steps(self.defaults.steps or 1)
         self._work = lru_cache(maxsize=4096)(partial(_work, model.schedule))
 
@@ -297,9 +297,10 @@ def _solver_names(schedule: Schedule) -> dict[str, str]:
     """Return every name that clients may give a solver, with the engine's: a diffusers class stands for its first
     solver, but the bundle's own class for the one that its settings choose.
     """
-    names = {name: name for name in SOLVERS}
-    names |= ALIASES
-    for name, solver in SOLVERS.items():
+    known = solvers_of(schedule)
+    names = {name: name for name in known}
+    names |= {alias: name for alias, name in ALIASES.items() if name in known}
+    for name, solver in known.items():
         names.setdefault(solver.scheduler, name)
     names[schedule.scheduler] = schedule.scheduler
     return names
