@@ -13,6 +13,8 @@ from latentrt.values import did_you_mean, is_number, is_whole, plain
 
 MAX_SEED = 2**64 - 1
 PICTURES = ("image", "mask")  # what a picture may be used for
+HIRES_STRENGTH = 0.7
+HANDOFF = 0.8  # of a run with a refiner, where nothing else is said
 
 # What users of other tools type, and the name of it here.
 _OTHER_NAMES = {
@@ -53,6 +55,10 @@ class Request:
         strength: how much of the run is made on a given picture, above 0 to 1; None is 0.8, or 1 with a mask.
         pictures: the request's pictures by use: "image" to begin on, "mask" for what of it to repaint.
             PIL images, or uint8 or uint16 arrays.
+        hires_scale: by how much the finished latents are enlarged, 1 to 8, to be drawn on (hires fix); None: not.
+        hires_steps: of the second run; None is as many as of the first.
+        hires_strength: how much of the second run is made, above 0 to 1.
+        handoff: the part of the run, 0 to 1, after which the engine's refiner takes over; None: it does not.
         options: settings of the solver: eta, use_karras_sigmas, timestep_spacing, ...
 
     Raises:
@@ -75,6 +81,10 @@ class Request:
     noise: str = "torch-cpu"
     strength: float | None = None
     pictures: Mapping[str, Any] = field(default_factory=dict)
+    hires_scale: float | None = None
+    hires_steps: int | None = None
+    hires_strength: float = HIRES_STRENGTH
+    handoff: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -84,7 +94,8 @@ class Request:
         _whole("cache_interval", self.cache_interval, 1, 10_000)
         _whole("seed", self.seed, 0, MAX_SEED)
         _whole("the last picture's seed (seed + count - 1)", self.seed + self.count - 1, 0, MAX_SEED)
-        for name, low, high in (("steps", 1, 10_000), ("height", 1, 65_536), ("width", 1, 65_536)):
+        wholes = (("steps", 1, 10_000), ("hires_steps", 1, 10_000), ("height", 1, 65_536), ("width", 1, 65_536))
+        for name, low, high in wholes:
             if getattr(self, name) is not None:
                 _whole(name, getattr(self, name), low, high)
         if self.class_label is not None:
@@ -93,9 +104,10 @@ class Request:
             value = getattr(self, name)
             if not isinstance(value, str) and not (optional and value is None):
                 raise RequestError(f"{name} is {value!r}", needed="text or None" if optional else "text")
-        for name, most in (("guidance", 1e6), ("guidance_rescale", 1.0), ("strength", 1.0)):
+        ones = (*(("guidance", 1e6), ("guidance_rescale", 1.0), ("strength", 1.0)), ("hires_strength", 1.0))
+        for name, most in (*ones, ("handoff", 1.0), ("hires_scale", 8.0)):
             if getattr(self, name) is not None:
-                _number(name, getattr(self, name), 0.0, most)
+                _number(name, getattr(self, name), 1.0 if name == "hires_scale" else 0.0, most)
         interval = self.guidance_interval
         if not isinstance(interval, (list, tuple)) or len(interval) != 2:
             raise RequestError(
@@ -169,8 +181,17 @@ def facts_of(request: Request, solver: str, seed: int, index: int, size: tuple[i
         "model": model,
         **({} if request.strength is None else {"strength": request.strength}),
         **({} if request.cache_interval == 1 else {"cache_interval": request.cache_interval}),
+        **({} if request.handoff is None else {"handoff": request.handoff}),
+        **_of_hires(request),
         **request.options,
     }
+
+
+def _of_hires(request: Request) -> dict[str, Any]:
+    if request.hires_scale is None:
+        return {}
+    steps = {} if request.hires_steps is None else {"hires_steps": request.hires_steps}
+    return {"hires_scale": request.hires_scale, "hires_strength": request.hires_strength, **steps}
 
 
 def _of_prompt(request: Request) -> dict[str, Any]:
