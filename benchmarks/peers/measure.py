@@ -106,7 +106,7 @@ class ModelRun:
         before = self._results.records.get(self._model.name, {}).get(name, Record())
         rows = {STARTS: (COLD, READY, COLD_PEAK), LOADED: (ONE, BATCH, WARM_PEAK)}
         kept = [row for part in rows if part not in self._config.parts for row in rows[part] if row in before.samples]
-        return Record({row: before.samples[row] for row in kept})
+        return Record({row: before.samples[row] for row in kept}, versions=before.versions)
 
     def _need(self, side: Side, of: str | None = None) -> float:
         """Return what a side, or ours beside it, needs in MiB to draw a batch; all there is where it is not known."""
@@ -212,7 +212,9 @@ class ModelRun:
     def _load(self, sides: Sequence[Side], processes: dict[str, PeerProcess]) -> None:
         for side in sides:
             try:
-                processes[side.name].load(side.settings, self._config.first_limit)
+                versions = processes[side.name].load(side.settings, self._config.first_limit)
+                if side.name != OURS:
+                    self._records[side.name].versions = versions
             except NotMeasuredError as error:
                 self._drop(side.name, processes, error)
 

