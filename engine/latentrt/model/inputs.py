@@ -1,7 +1,7 @@
 """Inputs of a denoiser besides latents and timestep. One small conditioner fills each of them.
 
-A denoiser declares its inputs by name in its signature; `conditioners.py` finds who fills which. A conditioner turns a
-request into arrays for the lane without the prompt (uncond) and the lane with it (cond).
+A denoiser declares its inputs by name in its signature; `conditioners/registry.py` finds who fills which. A conditioner
+turns a request into arrays for the lane without the prompt (uncond) and the lane with it (cond).
 """
 
 from __future__ import annotations

@@ -14,9 +14,9 @@ from latentrt.bundle.bundle import Bundle
 from latentrt.bundle.spec import CONDITIONER, DECODER, DENOISER, ENCODER, ROLES, SHALLOW
 from latentrt.errors import RequestError
 from latentrt.images.given import prepared
-from latentrt.model.beside import Repainted
 from latentrt.model.codec import AutoencoderKL, Codec, Identity
-from latentrt.model.conditioners import Parts, conditioners_of
+from latentrt.model.conditioners.beside import Repainted
+from latentrt.model.conditioners.registry import Parts, conditioners_of
 from latentrt.model.given import Given
 from latentrt.model.hoisted import Hoisted
 from latentrt.model.inputs import Sides

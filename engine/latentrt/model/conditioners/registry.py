@@ -8,12 +8,12 @@ from typing import NamedTuple
 from latentrt.bundle.bundle import Bundle
 from latentrt.bundle.spec import TEXT_ENCODER, TensorSpec
 from latentrt.errors import BundleError
-from latentrt.model.beside import Repainted
-from latentrt.model.class_label import ClassLabel
 from latentrt.model.codec import Codec
+from latentrt.model.conditioners.beside import Repainted
+from latentrt.model.conditioners.class_label import ClassLabel
+from latentrt.model.conditioners.sizes import Sizes
 from latentrt.model.inputs import Conditioner
 from latentrt.model.predictor import OWN
-from latentrt.model.sizes import Sizes
 from latentrt.model.text import Encoder, Text
 from latentrt.model.tokenizer import Tokenizer
 from latentrt.runtime.base import Network
