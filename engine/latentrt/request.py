@@ -14,6 +14,8 @@ from latentrt.values import did_you_mean, is_number, is_whole, plain
 MAX_SEED = 2**64 - 1
 PICTURES = ("image", "mask")  # what a picture may be used for
 
+_OWN = ("strength", "aesthetic_score", "negative_aesthetic_score")  # settings of a picture where they are set
+
 # What users of other tools type, and the name of it here.
 _OTHER_NAMES = {
     "num_inference_steps": "steps",
@@ -49,6 +51,8 @@ class Request:
         height, width: in pixels; None is the size that the model was trained at.
         count: how many pictures.
         class_label: the number of a class, for models that were trained with classes.
+        aesthetic_score, negative_aesthetic_score: how good a picture SDXL's refiner is told to draw, and what to keep
+            away from; None is 6 and 2.5.
         noise: the torch generator whose numbers the seed selects.
         strength: how much of the run is made on a given picture, above 0 to 1; None is 0.8, or 1 with a mask.
         pictures: the request's pictures by use: "image" to begin on, "mask" for what of it to repaint.
@@ -72,6 +76,8 @@ class Request:
     width: int | None = None
     count: int = 1
     class_label: int | None = None
+    aesthetic_score: float | None = None
+    negative_aesthetic_score: float | None = None
     noise: str = "torch-cpu"
     strength: float | None = None
     pictures: Mapping[str, Any] = field(default_factory=dict)
@@ -93,7 +99,8 @@ class Request:
             value = getattr(self, name)
             if not isinstance(value, str) and not (optional and value is None):
                 raise RequestError(f"{name} is {value!r}", needed="text or None" if optional else "text")
-        for name, most in (("guidance", 1e6), ("guidance_rescale", 1.0), ("strength", 1.0)):
+        scores = dict.fromkeys(("aesthetic_score", "negative_aesthetic_score"), 1000.0)
+        for name, most in {"guidance": 1e6, "guidance_rescale": 1.0, "strength": 1.0, **scores}.items():
             if getattr(self, name) is not None:
                 _number(name, getattr(self, name), 0.0, most)
         interval = self.guidance_interval
@@ -167,7 +174,7 @@ def facts_of(request: Request, solver: str, seed: int, index: int, size: tuple[i
         "width": size[1],
         "height": size[0],
         "model": model,
-        **({} if request.strength is None else {"strength": request.strength}),
+        **{name: getattr(request, name) for name in _OWN if getattr(request, name) is not None},
         **({} if request.cache_interval == 1 else {"cache_interval": request.cache_interval}),
         **request.options,
     }

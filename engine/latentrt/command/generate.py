@@ -24,7 +24,18 @@ if TYPE_CHECKING:
     from latentrt.run.job import Job
 
 
-SETTINGS = ("steps", "solver", "seed", "guidance", "count", "strength", "class_label", "cache_interval")
+SETTINGS = (
+    "steps",
+    "solver",
+    "seed",
+    "guidance",
+    "count",
+    "strength",
+    "class_label",
+    "cache_interval",
+    "aesthetic_score",
+    "negative_aesthetic_score",
+)
 
 
 @click.command()

@@ -41,10 +41,12 @@ class Conditioner:
     Attributes:
         inputs: names of the inputs that it fills.
         fields: fields of a request that only models with this conditioner read.
+        pictures: pictures of a request that its models' pipelines draw from.
     """
 
     inputs: tuple[str, ...] = ()
     fields: tuple[str, ...] = ()
+    pictures: tuple[str, ...] = ()
 
     def __call__(self, request: Request, given: Given | None, noise: NoiseSource) -> Sides:
         """Return the inputs of one picture.

@@ -32,7 +32,13 @@ from latentrt.sampling.schedule import Schedule
 if TYPE_CHECKING:
     from latentrt.images.given import Source
 
-CONDITIONED = ("prompt", "negative_prompt", "class_label")  # fields of a request that some models do not read
+CONDITIONED = (  # fields of a request that some models do not read
+    "prompt",
+    "negative_prompt",
+    "class_label",
+    "aesthetic_score",
+    "negative_aesthetic_score",
+)
 
 
 class Model:
@@ -90,6 +96,11 @@ class Model:
     def fields(self) -> tuple[str, ...]:
         """The fields of CONDITIONED that the model reads."""
         return tuple(field for one in self.conditioners for field in one.fields)
+
+    @property
+    def pictures(self) -> tuple[str, ...]:
+        """The pictures that the model's pipeline draws from; see `Conditioner`."""
+        return tuple(name for one in self.conditioners for name in one.pictures)
 
     @property
     def reads_masks(self) -> bool:
