@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 SETTINGS = (
     *("steps", "solver", "seed", "guidance", "count", "strength", "class_label", "cache_interval"),
     *("hires_scale", "hires_steps", "hires_strength", "handoff"),
+    *("aesthetic_score", "negative_aesthetic_score"),
 )
 
 

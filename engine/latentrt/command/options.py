@@ -71,6 +71,12 @@ def edits_pictures(verb: Verb) -> Verb:
             help="How much of the run is made on it, above 0 to 1  [default: 0.8; 1 with a --mask]",
         ),
         click.option("--image", type=FOLDER, help="Picture to begin on."),
+        click.option(
+            "--negative-aesthetic-score", type=float, help="The score to keep away from, for the same  [default: 2.5]"
+        ),
+        click.option(
+            "--aesthetic-score", type=float, help="How good a picture SDXL's refiner is told to draw  [default: 6]"
+        ),
     ):
         verb = option(verb)
     return verb

@@ -1,7 +1,7 @@
 """Inputs of a denoiser besides latents and timestep. One small conditioner fills each of them.
 
-A denoiser declares its inputs by name in its signature; `conditioners.py` finds who fills which. A conditioner turns a
-request into arrays for the lane without the prompt (uncond) and the lane with it (cond).
+A denoiser declares its inputs by name in its signature; `conditioners/registry.py` finds who fills which. A conditioner
+turns a request into arrays for the lane without the prompt (uncond) and the lane with it (cond).
 """
 
 from __future__ import annotations
@@ -41,10 +41,12 @@ class Conditioner:
     Attributes:
         inputs: names of the inputs that it fills.
         fields: fields of a request that only models with this conditioner read.
+        pictures: pictures of a request that its models' pipelines draw from.
     """
 
     inputs: tuple[str, ...] = ()
     fields: tuple[str, ...] = ()
+    pictures: tuple[str, ...] = ()
 
     def __call__(self, request: Request, given: Given | None, noise: NoiseSource) -> Sides:
         """Return the inputs of one picture.

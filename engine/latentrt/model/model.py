@@ -14,9 +14,9 @@ from latentrt.bundle.bundle import Bundle
 from latentrt.bundle.spec import CONDITIONER, DECODER, DENOISER, ENCODER, ROLES, SHALLOW
 from latentrt.errors import RequestError
 from latentrt.images.given import prepared
-from latentrt.model.beside import Repainted
 from latentrt.model.codec import AutoencoderKL, Codec, Identity
-from latentrt.model.conditioners import Parts, conditioners_of
+from latentrt.model.conditioners.beside import Repainted
+from latentrt.model.conditioners.registry import Parts, conditioners_of
 from latentrt.model.given import Given
 from latentrt.model.hoisted import Hoisted
 from latentrt.model.inputs import Sides
@@ -32,7 +32,13 @@ from latentrt.sampling.schedule import Schedule
 if TYPE_CHECKING:
     from latentrt.images.given import Source
 
-CONDITIONED = ("prompt", "negative_prompt", "class_label")  # fields of a request that some models do not read
+CONDITIONED = (  # fields of a request that some models do not read
+    "prompt",
+    "negative_prompt",
+    "class_label",
+    "aesthetic_score",
+    "negative_aesthetic_score",
+)
 
 
 class Model:
@@ -90,6 +96,11 @@ class Model:
     def fields(self) -> tuple[str, ...]:
         """The fields of CONDITIONED that the model reads."""
         return tuple(field for one in self.conditioners for field in one.fields)
+
+    @property
+    def pictures(self) -> tuple[str, ...]:
+        """The pictures that the model's pipeline draws from; see `Conditioner`."""
+        return tuple(name for one in self.conditioners for name in one.pictures)
 
     @property
     def reads_masks(self) -> bool:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from latentrt.errors import ExportError
+from latentrt_export.checkpoint.files import read_json
+from latentrt_export.checkpoint.served import sizes_read, text_config
 
 Axes = Mapping[int, str]
 IMAGE_AXES: Axes = {0: "batch", 2: "height", 3: "width"}
@@ -157,7 +159,7 @@ def load_network(root: Path, name: str, *, tokens: int = 77) -> Network:
 
 
 def is_xl(root: Path) -> bool:
-    """Return whether a checkpoint has two text encoders: their text states are then those before the last layer."""
+    """Return whether a checkpoint has SDXL's second text encoder: text states are then those before the last layer."""
     return (root / "text_encoder_2").is_dir()
 
 
@@ -182,8 +184,10 @@ def _unet(root: Path, name: str, tokens: int) -> Network:
         "encoder_hidden_states": ((tokens, config.cross_attention_dim), TEXT_AXES),
     }
     if is_xl(root):
-        embeds = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        sizes |= {"text_embeds": ((embeds,), BATCH), "time_ids": ((6,), BATCH)}
+        text = text_config(read_json(root / "text_encoder_2" / "config.json"))
+        numbers = sizes_read(config, text)
+        embeds = config.projection_class_embeddings_input_dim - numbers * config.addition_time_embed_dim
+        sizes |= {"text_embeds": ((embeds,), BATCH), "time_ids": ((numbers,), BATCH)}
     if config.in_channels > config.out_channels:
         sizes["beside"] = ((config.in_channels - config.out_channels, 16, 24), IMAGE_AXES)
     return Network(UNet(model), _examples(sizes), ("out",), "unet")

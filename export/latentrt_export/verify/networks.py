@@ -21,6 +21,7 @@ from latentrt.bundle.spec import (
     GraphSpec,
 )
 from latentrt.engine import Engine
+from latentrt.model.conditioners.sizes import ScoredSizes, Sizes
 from latentrt.model.predictor import DEEP, inputs_of
 from latentrt.model.text import Text
 from latentrt.runtime.base import call
@@ -138,7 +139,8 @@ def make_feeds(engine: Engine, parts: Sequence[str], prompts: Sequence[str], siz
         if tensor.name in texts:
             feeds[tensor.name] = texts[tensor.name]
         elif tensor.name == "time_ids":
-            feeds[tensor.name] = np.array([[*pixels, 0, 0, *pixels]] * len(prompts), np.float32)
+            last = pixels if shape[1] == len(Sizes.NUMBERS) else ScoredSizes.DEFAULTS[:1]
+            feeds[tensor.name] = np.array([[*pixels, 0, 0, *last]] * len(prompts), np.float32)
         elif tensor.name == "timestep":
             feeds[tensor.name] = draw.uniform(0, 1000, shape).astype(np.float32)
         elif tensor.name == "class_labels":

@@ -19,6 +19,7 @@ class Repainted(Conditioner):
     """Fills "beside" (1 + channels, height, width): the mask, 1 where to repaint, and the masked picture's latents."""
 
     inputs = ("beside",)
+    pictures = ("image", "mask")
 
     def __init__(self, codec: Codec) -> None:
         self._codec = codec
