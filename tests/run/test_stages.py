@@ -12,11 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline, StableDiffusionXLImg2ImgPipeline
+from diffusers import (
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
+)
 from diffusers import schedulers as diffusers_schedulers
 
 from latentrt import Engine
-from latentrt.errors import RequestError, ScheduleError
+from latentrt.errors import BundleError, RequestError, ScheduleError
 from latentrt.run.stages import enlarged
 from latentrt.runtime.onnxruntime import OrtBackend
 from latentrt.sampling.schedule import Schedule
@@ -138,3 +143,54 @@ def test_what_has_no_parts_is_refused(exported: Exported) -> None:
             engine("a cat", handoff=0.8, hires_scale=2.0)
         with pytest.raises(RequestError, match=r"hires_scale is 0\.5"):
             engine("a cat", hires_scale=0.5)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("solver", ["euler", "dpmpp-2m", "heun", "euler-ancestral"])
+def test_a_refiner_takes_over_as_in_diffusers(exported: Exported, solver: str) -> None:
+    (base_source, base), (refiner_source, refiner) = exported("sdxl"), exported("refiner")
+    kind = getattr(diffusers_schedulers, SOLVERS[solver].scheduler)
+    with quiet():
+        first = StableDiffusionXLPipeline.from_pretrained(base_source)
+        second = StableDiffusionXLImg2ImgPipeline.from_pretrained(refiner_source, vae=first.vae)
+        for pipe in (first, second):
+            pipe.set_progress_bar_config(disable=True)
+            pipe.scheduler = kind.from_config(pipe.scheduler.config)
+        generator = torch.Generator().manual_seed(3)
+        same: dict[str, Any] = {"negative_prompt": "a", "guidance_scale": 4.0, "num_inference_steps": 10}
+        same["generator"] = generator
+        latents = first("a cat", height=16, width=24, denoising_end=0.7, output_type="latent", **same).images
+        (theirs,) = second("a cat", image=latents, denoising_start=0.7, **same).images
+    asked: dict[str, Any] = {"steps": 10, "guidance": 4.0, "negative_prompt": "a", "seed": 3, "height": 16, "width": 24}
+    with Engine.load(base, refiner=refiner, threads=1, check_hashes=False) as engine:
+        (ours,) = engine("a cat", solver=solver, handoff=0.7, **asked)
+        (plain,) = engine("a cat", solver=solver, **asked)
+        (scored,) = engine("a cat", solver=solver, handoff=0.7, aesthetic_score=1.0, **asked)
+    assert psnr(np.asarray(ours), np.asarray(theirs)) >= 60
+    assert not np.array_equal(np.asarray(ours), np.asarray(plain))
+    assert not np.array_equal(np.asarray(ours), np.asarray(scored))
+
+
+def test_a_refiner_on_a_device_and_in_company(exported: Exported) -> None:
+    base, refiner = exported("sdxl")[1], exported("refiner")[1]
+    asked: dict[str, Any] = {"steps": 5, "guidance": 4.0, "seed": 3, "height": 16, "width": 24, "solver": "euler"}
+    gpu = HostGpu()
+    backend = OrtBackend(threads=1, gpu=gpu)
+    with (
+        Engine.load(base, refiner=refiner, backend=backend, lanes=4, check_hashes=False) as there,
+        Engine.load(base, refiner=refiner, threads=1, check_hashes=False) as here,
+    ):
+        (ours,), (theirs,) = (engine("a cat", handoff=0.5, **asked) for engine in (there, here))
+        assert psnr(np.asarray(ours), np.asarray(theirs)) > 60
+        together = [here.requests(["a cat"], {**asked, **more})[0] for more in ({}, {"handoff": 0.5}, {"handoff": 0.8})]
+        here.run(together)
+        (alone,) = here.requests(["a cat"], {**asked, "handoff": 0.5})
+        here.run([alone])
+        np.testing.assert_array_equal(together[1].latents, alone.latents)
+    assert gpu.in_use == 0
+    gpu.close()
+
+
+def test_a_refiner_of_other_latents_is_refused(exported: Exported) -> None:
+    with pytest.raises(BundleError, match=r"the refiner .+ has"):
+        Engine.load(exported("sd")[1], refiner=exported("refiner")[1], threads=1, check_hashes=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -112,14 +112,16 @@ class Model:
         """Whether runs may begin on a given picture: there is an encoder, or none is needed."""
         return bool(self.spec.named(ENCODER)) or not self.spec.named(DECODER)
 
-    def filled(self, request: Request) -> Request:
+    def filled(self, request: Request, others: Collection[str] = ()) -> Request:
         """Return the request with the model's own defaults for what it does not set.
+
+        `others` are the fields that a second model reads.
 
         Raises:
             RequestError: it sets a field that the model does not read.
         """
         for field in CONDITIONED:
-            if getattr(request, field) is not None and field not in self.fields:
+            if getattr(request, field) is not None and field not in (*self.fields, *others):
                 raise RequestError(f"{self.spec.id} reads no {field}", needed="a request without one")
         if request.cache_interval > 1 and not self.predictor.caches:
             raise RequestError(

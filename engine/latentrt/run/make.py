@@ -40,7 +40,7 @@ def make_jobs(
         RequestError: a setting is out of range, or the model cannot do it.
         UnknownSolverError, ScheduleError: the solver or one of its options is unknown or does not fit.
     """
-    request = model.filled(request)
+    request = model.filled(request, refiner.fields if refiner is not None and request.handoff is not None else ())
     if given is None:
         given = model.given(request.pictures, request.height, request.width)
     request = _placed(request, given)

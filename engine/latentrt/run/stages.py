@@ -73,7 +73,7 @@ def later_stages(model: Model, request: Request, given: Given | None, refiner: M
         raise RequestError("there is a handoff and no refiner", needed="one", fix="load it: refiner=, --refiner")
     if given is not None and given.mask is not None:
         raise RequestError("there are a handoff and a mask", needed="one of them")
-    return (_refined(refiner, request, request.handoff),)
+    return (_refined(model, refiner, request, request.handoff),)
 
 
 def refiner_of(model: Model, bundle: Bundle, backend: Backend, *, resident: bool) -> Model:
@@ -111,9 +111,9 @@ def _hires(model: Model, request: Request, scale: float) -> Stage:
     return Stage(table, uncond, cond, begin, guidance_of(second))
 
 
-def _refined(refiner: Model, request: Request, handoff: float) -> Stage:
+def _refined(model: Model, refiner: Model, request: Request, handoff: float) -> Stage:
     """Return the rest of the run by a refiner, as diffusers' denoising_start has it."""
-    own = refiner.filled(replace(request, handoff=None, strength=None))
+    own = refiner.filled(replace(request, handoff=None, strength=None), model.fields)
     table = table_of(refiner, own, denoising_start=handoff)
     uncond, cond = refiner.inputs(own, None, noise_source(request.noise, request.seed))
     return Stage(table, uncond, cond, lambda latents, noise: latents, guidance_of(own), refiner.predictor)
