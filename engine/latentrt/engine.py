@@ -17,6 +17,7 @@ from latentrt.images.pixels import to_picture, to_pil, to_uint8
 from latentrt.model.codec import decode_each
 from latentrt.model.given import Given
 from latentrt.model.model import Model
+from latentrt.model.other_vae import OWN, VaeOptions
 from latentrt.request import Request, request_from
 from latentrt.run.denoiser import Denoiser, OnTick
 from latentrt.run.job import Job
@@ -51,9 +52,10 @@ class Engine:
         lanes: int | None = None,
         resident: bool = True,
         capture: bool | None = None,
+        vae: VaeOptions = OWN,
     ) -> None:
         self.bundle, self.backend = bundle, backend
-        self.model = Model(bundle, backend, resident=resident or backend.gpu is not None)
+        self.model = Model(bundle, backend, resident=resident or backend.gpu is not None, vae=vae)
         self.spec, self.schedule = self.model.spec, self.model.schedule
         self._lanes, self._program = open_lanes(self.model, backend, lanes, capture)
         self.denoiser = Denoiser(self._lanes)
@@ -75,6 +77,9 @@ class Engine:
         cache: bool = True,
         spin: bool = True,
         check_hashes: bool = True,
+        vae: str | Path | None = None,
+        preview_vae: str | Path | None = None,
+        tile: int | None = None,
     ) -> Engine:
         """Open a bundle and load its networks.
 
@@ -91,18 +96,23 @@ class Engine:
             plans: a folder of TensorRT plans that you trust; None is the bundle's place in your cache.
             cache: keep in your cache, for quicker loading, graphs that onnxruntime has optimized, and what was hashed.
             check_hashes: compare every file's SHA-256 with the manifest (sizes are always compared).
+            vae: a bundle whose VAE takes the place of the model's own.
+            preview_vae: a bundle whose decoder makes the previews, such as AutoencoderTiny's.
+            tile: decode and encode pictures with a longer side in tiles of so many pixels; None: at once.
 
         Raises:
-            BundleError: the bundle is missing, damaged or unsafe.
+            BundleError: a bundle is missing, damaged or unsafe.
+            RequestError: a VAE or the tiles do not fit the model.
             BackendError, MissingDependencyError: the backend or device cannot be used here.
             PlanError: there is no plan for this device, bundle and precision; the message names the command.
         """
         opened = Bundle.open(bundle, check_hashes=check_hashes, cache=cache)
+        vaes = VaeOptions.open(vae, preview_vae, tile, check_hashes=check_hashes, cache=cache)
         if not isinstance(backend, str):
-            return cls(opened, backend, lanes=lanes, resident=resident, capture=capture)
+            return cls(opened, backend, lanes=lanes, resident=resident, capture=capture, vae=vaes)
         own = open_backend(backend, device, threads, precision=precision, plans=plans, cache=cache, spin=spin)
         try:
-            engine = cls(opened, own, lanes=lanes, resident=resident, capture=capture)
+            engine = cls(opened, own, lanes=lanes, resident=resident, capture=capture, vae=vaes)
         except BaseException:
             if own.gpu is not None:
                 own.gpu.close()
@@ -154,8 +164,10 @@ class Engine:
         """
         prompts = _several(prompt)
         pictures = {name: one for name, one in (("image", image), ("mask", mask)) if one is not None}
-        program = self._program if on_tick is None else None
-        jobs = self.requests(prompts, settings, pictures, tokens=program is not None)
+        asked, given = self._asked(prompts, settings, pictures)
+        whole = on_tick is None and not self._in_tiles(asked, given)
+        program = self._program if whole else None
+        jobs = self._jobs_of(asked, given, tokens=program is not None)
         if program is None:
             self.run(jobs, on_tick)
             return list(self.pictures(jobs))
@@ -166,13 +178,25 @@ class Engine:
         prompts: Iterable[str | None],
         settings: Mapping[str, Any],
         pictures: Mapping[str, Source] | None = None,
-        *,
-        tokens: bool = False,
     ) -> list[Job]:
         """Return the jobs of several prompts, all else as in `__call__`; seeds count up over all of them."""
+        return self._jobs_of(*self._asked(prompts, settings, pictures or {}))
+
+    def _asked(
+        self, prompts: Iterable[str | None], settings: Mapping[str, Any], pictures: Mapping[str, Source]
+    ) -> tuple[list[Request], Given | None]:
         asked = [request_from(prompt, settings) for prompt in prompts]  # checked before a picture is encoded
         height, width = (asked[0].height, asked[0].width) if asked else (None, None)
-        given = self.model.given(pictures or {}, height, width)
+        return asked, self.model.given(pictures, height, width)
+
+    def _in_tiles(self, asked: Sequence[Request], given: Given | None) -> bool:
+        """Return whether pictures are decoded in tiles, which no graph of a whole picture does."""
+        if self.model.tiles is None or not asked:
+            return False
+        size = (asked[0].height, asked[0].width) if given is None else given.image.shape[1:]
+        return self.model.tiles.cut(*self.spec.latents.shape_of(*size)[1:])
+
+    def _jobs_of(self, asked: Sequence[Request], given: Given | None, *, tokens: bool = False) -> list[Job]:
         jobs: list[Job] = []
         for request in asked:
             jobs += self.jobs(request, first=len(jobs), given=given, tokens=tokens)
@@ -202,6 +226,10 @@ class Engine:
     def decode(self, latents: NDArray[np.float32]) -> Image:
         """Return latents (channels, height, width) as a PIL image."""
         return to_pil(to_uint8(self.model.codec.decode(latents[None]))[0])
+
+    def preview(self, latents: NDArray[np.float32]) -> Image:
+        """Return latents (channels, height, width) as a PIL image that the decoder of previews made."""
+        return to_pil(to_uint8(self.model.preview.decode(latents[None]))[0])
 
 
 def _several(prompt: object) -> list[Any]:

@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from latentrt.bundle.bundle import EMBEDDED, embedded
-from latentrt.command.options import AT_LEAST_ONE, FOLDER, LOADING, edits_pictures, option_json, runs_networks
+from latentrt.command.options import (
+    AT_LEAST_ONE,
+    FOLDER,
+    LOADING,
+    VAES,
+    decodes_pictures,
+    edits_pictures,
+    option_json,
+    runs_networks,
+)
 from latentrt.command.terminal import progress
 from latentrt.command.watch import KINDS, Asked, Watch
 from latentrt.errors import RequestError
@@ -75,6 +84,7 @@ SETTINGS = ("steps", "solver", "seed", "guidance", "count", "strength", "class_l
     help="Most lanes of a call; guidance takes two a picture  [default: 16; on a GPU the plan's]",
 )
 @edits_pictures
+@decodes_pictures
 @runs_networks
 @option_json
 def generate(prompts: tuple[str, ...], bundle: Path, lanes: int | None, as_json: bool, **asked: Any) -> None:
@@ -84,11 +94,13 @@ def generate(prompts: tuple[str, ...], bundle: Path, lanes: int | None, as_json:
     from latentrt.images.given import open_picture
     from latentrt.runtime.onnxruntime import return_freed_pages
 
-    loading = {name: asked.pop(name) for name in LOADING}
+    loading = {name: asked.pop(name) for name in (*LOADING, *VAES)}
     pattern = with_suffix(asked["output"] or ("{prompt}-{seed}" if prompts else "{model}-{seed}"), asked["format"])
     check_folder(pattern)
     check_grid(asked["grid"])
     check_animation(asked["animate"])
+    if loading["preview_vae"] and not asked["preview_every"] and not asked["animate"]:
+        raise RequestError("--preview-vae without previews", needed="--preview-every or --animate")
     settings = settings_of(asked)
     pictures = {name: open_picture(asked[name]) for name in ("image", "mask") if asked[name] is not None}
     return_freed_pages()

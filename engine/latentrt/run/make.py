@@ -39,6 +39,7 @@ def make_jobs(
     Raises:
         RequestError: a setting is out of range, or the model cannot do it.
         UnknownSolverError, ScheduleError: the solver or one of its options is unknown or does not fit.
+        PlanError: the decoder has no plan for the picture's tiles.
     """
     request = model.filled(request)
     if given is None:
@@ -47,6 +48,9 @@ def make_jobs(
     table = table_of(model, request)
     guidance = _guidance(request)
     size = model.spec.latents.pixels_of(request.height, request.width)
+    sides = model.spec.latents.shape_of(*size)[1:]
+    model.check_tiles(*sides)
+    facts = {**model.facts(*sides), **(given.facts if given else {})}
     jobs = []
     for index in range(first, first + request.count):
         seed = request.seed + index
@@ -66,7 +70,7 @@ def make_jobs(
                 guidance,
                 kept=kept,
                 start=start,
-                tag={**tag, **(given.facts if given else {})},
+                tag={**tag, **facts},
             )
         )
     return jobs

@@ -93,6 +93,9 @@ def loaded(settings: Settings) -> Iterator[Engine]:
         lanes=settings.lanes,
         cache=settings.cache,
         spin=settings.spin,
+        vae=settings.vae,
+        preview_vae=settings.preview_vae,
+        tile=settings.tile,
     ) as engine:
         if settings.edits:
             pipeline.load_encoder(engine)
