@@ -26,7 +26,7 @@ from latentrt.errors import BundleError, ExportError
 from latentrt.model.tokenizer import Tokenizer
 from latentrt.sampling.schedule import Schedule
 from latentrt_export.checkpoint.corrections import UNET, corrections_of, drawn_by
-from latentrt_export.checkpoint.served import beside
+from latentrt_export.checkpoint.served import TINY, beside, vae_class, vae_factor
 from latentrt_export.checkpoint.single.choices import Choices
 from latentrt_export.checkpoint.source import SCHEDULE, Checkpoint, tokenizer_of
 
@@ -59,10 +59,10 @@ def model_spec(checkpoint: Checkpoint, networks: Mapping[str, NetworkSpec], how:
         revision=checkpoint.revision,
         license=checkpoint.license,
         latents=latents_of(checkpoint),
-        schedule=SCHEDULE,
+        schedule=SCHEDULE if checkpoint.scheduler else None,
         networks=networks,
         zero_negative=bool(checkpoint.index.get("force_zeros_for_empty_prompt", xl)),
-        classes=configs["unet"].get("num_class_embeds"),
+        classes=configs.get("unet", {}).get("num_class_embeds"),
         defaults=_defaults(checkpoint),
         corrections=_corrections(checkpoint),
         made=how,
@@ -71,6 +71,8 @@ def model_spec(checkpoint: Checkpoint, networks: Mapping[str, NetworkSpec], how:
 
 def notes_of(checkpoint: Checkpoint, spec: ModelSpec) -> tuple[str, ...]:
     """Return what a user should know of how the checkpoint was opened and its settings are taken, one sentence each."""
+    if not spec.draws:
+        return checkpoint.notes
     schedule = Schedule.from_config(checkpoint.scheduler, spec.corrected(SCHEDULE))
     ignored = (f"{SCHEDULE}: {key} is ignored; no scheduler has it" for key in schedule.unknown_keys)
     return (
@@ -118,6 +120,8 @@ def signature(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:
 
 
 def _corrections(checkpoint: Checkpoint) -> tuple[Correction, ...]:
+    if "unet" not in checkpoint.configs:
+        return ()
     pipeline = drawn_by(checkpoint.pipeline, masked=beside(checkpoint.configs) > 0)
     return corrections_of(pipeline, checkpoint.scheduler, checkpoint.configs["unet"], checkpoint.scheduler_class)
 
@@ -127,6 +131,8 @@ def latents_of(checkpoint: Checkpoint) -> LatentSpec:
 
     Graphs that exist already double what they halved: sides must halve evenly. Those of `graphs.wrap` take all sides.
     """
+    if "unet" not in checkpoint.configs:
+        return _alone(checkpoint.configs["vae"])
     corrected = {each.key: each.value for each in _corrections(checkpoint) if each.file == UNET}
     unet, vae = {**checkpoint.configs["unet"], **corrected}, checkpoint.configs.get("vae")
     if vae is None:
@@ -139,12 +145,20 @@ def _latents(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> LatentSpec:
     height, width = _size(unet)
     return LatentSpec(
         channels=vae.get("latent_channels", 4),
-        factor=2 ** (len(vae.get("block_out_channels", (64,))) - 1),
-        scale=float(vae.get("scaling_factor", 0.18215)),
+        factor=vae_factor(vae),
+        scale=float(vae.get("scaling_factor", 1.0 if vae_class(vae) == TINY else 0.18215)),
         shift=float(vae.get("shift_factor") or 0.0),
         height=height,
         width=width,
     )
+
+
+def _alone(vae: Mapping[str, Any]) -> LatentSpec:
+    """Return the latents of a VAE without a model; AutoencoderTiny's config has no size."""
+    factor = vae_factor(vae)
+    size = vae.get("sample_size", 64 * factor if vae_class(vae) == TINY else 32)
+    sides = size if isinstance(size, (list, tuple)) else (size, size)
+    return _latents({"sample_size": [max(1, side // factor) for side in sides]}, vae)
 
 
 def _pixels(unet: Mapping[str, Any]) -> LatentSpec:
