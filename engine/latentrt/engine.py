@@ -17,6 +17,7 @@ from latentrt.images.pixels import to_picture, to_pil, to_uint8
 from latentrt.model.codec import decode_each
 from latentrt.model.given import Given
 from latentrt.model.model import Model
+from latentrt.model.prompts.embeddings import files_of
 from latentrt.request import Request, request_from
 from latentrt.run.denoiser import Denoiser, OnTick
 from latentrt.run.job import Job
@@ -72,6 +73,7 @@ class Engine:
         resident: bool = True,
         capture: bool | None = None,
         plans: str | Path | None = None,
+        embeddings: Mapping[str, str | Path] | Iterable[str | Path] = (),
         cache: bool = True,
         spin: bool = True,
         check_hashes: bool = True,
@@ -89,6 +91,8 @@ class Engine:
             resident: keep all networks loaded; False drops each after use: the least memory, on a CPU.
             capture: on a GPU, launch ticks and whole pictures as CUDA graphs, not call by call. None: only TensorRT's.
             plans: a folder of TensorRT plans that you trust; None is the bundle's place in your cache.
+            embeddings: files of textual inversion (.safetensors) for all prompts, by the words that stand for them, or
+                a list of files: see docs/prompts.md. A call's own `embeddings` come on top.
             cache: keep in your cache, for quicker loading, graphs that onnxruntime has optimized, and what was hashed.
             check_hashes: compare every file's SHA-256 with the manifest (sizes are always compared).
 
@@ -98,17 +102,28 @@ class Engine:
             PlanError: there is no plan for this device, bundle and precision; the message names the command.
         """
         opened = Bundle.open(bundle, check_hashes=check_hashes, cache=cache)
-        if not isinstance(backend, str):
-            return cls(opened, backend, lanes=lanes, resident=resident, capture=capture)
-        own = open_backend(backend, device, threads, precision=precision, plans=plans, cache=cache, spin=spin)
+        if isinstance(backend, str):
+            own = open_backend(backend, device, threads, precision=precision, plans=plans, cache=cache, spin=spin)
+        else:
+            own = backend
         try:
             engine = cls(opened, own, lanes=lanes, resident=resident, capture=capture)
         except BaseException:
-            if own.gpu is not None:
+            if own.gpu is not None and own is not backend:
                 own.gpu.close()
             raise
-        engine._own_gpu = own.gpu
+        engine._own_gpu = own.gpu if own is not backend else None
+        try:
+            engine._learn(embeddings)
+        except BaseException:
+            engine.close()
+            raise
         return engine
+
+    def _learn(self, embeddings: Mapping[str, str | Path] | Iterable[str | Path]) -> None:
+        files = files_of(embeddings)
+        if files:
+            self.model.learn(files)
 
     def __enter__(self) -> Engine:
         return self
@@ -154,8 +169,10 @@ class Engine:
         """
         prompts = _several(prompt)
         pictures = {name: one for name, one in (("image", image), ("mask", mask)) if one is not None}
-        program = self._program if on_tick is None else None
-        jobs = self.requests(prompts, settings, pictures, tokens=program is not None)
+        asked = [request_from(one, settings) for one in prompts]
+        whole = on_tick is None and self._program is not None and all(map(self.model.draws_at_once, asked))
+        program = self._program if whole else None
+        jobs = self.requests(prompts, settings, pictures, tokens=whole)
         if program is None:
             self.run(jobs, on_tick)
             return list(self.pictures(jobs))

@@ -15,6 +15,7 @@ from latentrt.command.options import AT_LEAST_ONE, FOLDER, LOADING, edits_pictur
 from latentrt.command.terminal import progress
 from latentrt.command.watch import KINDS, Asked, Watch
 from latentrt.errors import RequestError
+from latentrt.request import SYNTAXES
 from latentrt.values import parse_size
 
 if TYPE_CHECKING:
@@ -24,13 +25,30 @@ if TYPE_CHECKING:
     from latentrt.run.job import Job
 
 
-SETTINGS = ("steps", "solver", "seed", "guidance", "count", "strength", "class_label", "cache_interval")
+SETTINGS = (
+    *("steps", "solver", "seed", "guidance", "count", "strength", "class_label", "cache_interval"),
+    *("prompt_syntax", "clip_skip"),
+)
 
 
 @click.command()
 @click.argument("prompts", nargs=-1, metavar="[PROMPT]...")
 @click.option("--bundle", "-b", type=FOLDER, default=EMBEDDED, help=f"Bundle, or one of {', '.join(embedded())}.")
 @click.option("--negative", "-n", help="What to keep out.")
+@click.option(
+    "--prompt-syntax",
+    type=click.Choice(SYNTAXES),
+    default=SYNTAXES[0],
+    show_default=True,
+    help="How prompts are read: as typed, or with the weights of A1111's web UI or of compel.",
+)
+@click.option("--clip-skip", type=click.IntRange(min=0), help="Layers of the text encoder to leave out at the end.")
+@click.option(
+    "--embedding",
+    multiple=True,
+    metavar="[NAME=]FILE",
+    help="Textual inversion, a .safetensors file, and the word for it in prompts; repeatable.",
+)
 @click.option("--class-label", type=click.IntRange(min=0), help="Class, of models that were trained with classes.")
 @click.option("--steps", "-s", type=int, help="Solver steps  [default: the model's own]")
 @click.option("--solver", help="`latentrt solvers` lists them  [default: the bundle's own]")
@@ -108,6 +126,10 @@ def settings_of(asked: Mapping[str, Any]) -> dict[str, Any]:
     width, height = (None, None) if asked["size"] is None else parse_size(asked["size"], "--size")
     own = {name: asked[name] for name in SETTINGS}
     own |= {"negative_prompt": asked["negative"], "width": width, "height": height}
+    if asked["embedding"]:
+        from latentrt.model.prompts.embeddings import embeddings_of
+
+        own["embeddings"] = embeddings_of(asked["embedding"])
     return own | options_of(asked["option"])
 
 

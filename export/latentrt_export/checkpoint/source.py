@@ -23,7 +23,7 @@ from latentrt.errors import (
     ScheduleError,
     UnsafeWeightsError,
 )
-from latentrt.model.tokenizer import Tokenizer
+from latentrt.model.prompts.tokenizer import Tokenizer
 from latentrt.sampling.schedule import Schedule
 from latentrt_export.checkpoint.files import AGAIN, check_pointer, license_of, read_json, texts_of
 from latentrt_export.checkpoint.served import check_networks, text_config, unsupported

@@ -103,6 +103,7 @@ def _request(context: Context, wanted: Wanted, size: tuple[int, int], strength: 
         scheduler=wanted.scheduler,
         seed=wanted.seed,
         class_label=wanted.class_label,
+        prompt_syntax=wanted.prompt_syntax or "plain",
         cache_interval=wanted.cache_interval or 1,
         strength=strength,
     )

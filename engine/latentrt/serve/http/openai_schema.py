@@ -2,7 +2,7 @@
 
 A field whose type is None alone is one that the client knows and that is not supported: null passes, anything else is
 refused by name. `seed`, `negative_prompt`, `num_inference_steps`, `guidance_scale`, `scheduler`, `class_label`,
-`cache_interval`, `strength` and `timeout` are latentrt's own (`extra_body` in the client).
+`prompt_syntax`, `cache_interval`, `strength` and `timeout` are latentrt's own (`extra_body` in the client).
 
 Source: openai.types.image_generate_params, image_edit_params, images_response and the stream events, openai 3.54.
 """
@@ -84,6 +84,9 @@ class Wanted(BaseModel):
     num_inference_steps: Count | None = None
     guidance_scale: Guidance | None = None
     scheduler: Annotated[str | None, Field(description="A name of `latentrt solvers`, or a diffusers class.")] = None
+    prompt_syntax: Annotated[
+        Literal["plain", "a1111", "compel"] | None, Field(description="How prompts are read: with which weights.")
+    ] = None
     class_label: Annotated[Label | None, Field(description="Number of a class, for models that have classes.")] = None
     cache_interval: Annotated[
         Annotated[int, Field(ge=1, le=10_000), WHOLE] | None,

@@ -78,6 +78,7 @@ class Settings(BaseSettings):
     )
     cache: bool = _field(True, "Model", "Keep graphs that are optimized for this CPU in the user's cache.")
     lanes: Count | None = _field(None, "Model", "Most lanes of a UNet call; guidance takes two a picture.")
+    embedding: Texts = _field((), "Model", "Files of textual inversion, FILE or NAME=FILE, with commas between them.")
     edits: bool = _field(True, "Model", "Take pictures to edit; without it the VAE's encoder is not loaded.")
 
     queue: Count = _field(64, "Load", "Most pictures that wait.")
