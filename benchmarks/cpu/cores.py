@@ -24,6 +24,7 @@ from benchmarks.measures import OURS, Goal, Measure, Result
 from benchmarks.timing import paired
 from latentrt.bundle.bundle import Bundle
 from latentrt.model.predictor import OWN
+from latentrt.model.prompts.encoder import feeds_of
 from latentrt.runtime.onnxruntime import OrtBackend, OrtNetwork
 
 TITLE = "Cores"
@@ -98,7 +99,7 @@ def _sides(bundle: Bundle, name: str, threads: int) -> dict[str, OrtNetwork]:
 def _feeds(bundle: Bundle, case: Case) -> Feeds:
     rng, count, spec = np.random.default_rng(0), case.entries, bundle.spec.latents
     if case.network == TEXT:
-        return {"input_ids": rng.integers(0, 100, (count, 77))}
+        return feeds_of(bundle.spec.networks[TEXT].inputs, rng.integers(0, 100, (count, 77)))
     shape = (count, spec.channels, case.side or spec.height, case.side or spec.width)
     latents = rng.standard_normal(shape, np.float32)
     if case.network == DECODER:

@@ -142,8 +142,8 @@ class Engine:
 
     def _learn(self, embeddings: Mapping[str, str | Path] | Iterable[str | Path]) -> None:
         files = files_of(embeddings)
-        if files:
-            self.model.learn(files)
+        for model in self._models if files else ():
+            model.learn(files)
 
     def __enter__(self) -> Engine:
         return self

@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from latentrt import read_settings
 from latentrt.engine import request_from
@@ -49,6 +51,19 @@ def test_generate_with_vaes_and_tiles(run: Run) -> None:
     assert (made["vae"], made["tile"]) == ("emoji", 64)
     with Image.open("cat.png") as image, Image.open("cat-002-current.png") as preview:
         assert image.tobytes() == preview.tobytes()
+
+
+def test_generate_with_weights_clip_skip_and_embeddings(run: Run) -> None:
+    save_file({"emb_params": np.ones((2, 192), np.float32)}, "toy.safetensors")
+    reading = ["--prompt-syntax", "a1111", "--clip-skip", "1", "--embedding", "<toy>=toy.safetensors"]
+    code, _, told = run("generate", "a (cat:1.4) BREAK <toy>", "--steps", "1", "-o", "cat", *reading)
+    assert (code, "note:" in told) == (0, False)
+    made = read_settings("cat.png")
+    assert (made["prompt_syntax"], made["clip_skip"]) == ("a1111", 1)
+    assert made["embeddings"] == {"<toy>": "toy.safetensors"}
+    code, _, told = run("generate", "a (cat:1.4)", "a (cat:1.5)", "--steps", "1")
+    assert code == 0
+    assert told.count("--prompt-syntax a1111) reads it") == 1
 
 
 def test_generate_on_a_picture(run: Run) -> None:

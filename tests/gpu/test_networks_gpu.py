@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from latentrt.bundle.bundle import Bundle
 from latentrt.model.predictor import inputs_of
+from latentrt.model.prompts import encoder
 from latentrt.model.prompts.tokenizer import Tokenizer
 from latentrt.runtime.base import Backend, call
 from latentrt.runtime.onnxruntime import OrtBackend
@@ -32,7 +33,8 @@ def feeds_of(bundle: Bundle, *parts: str) -> Arrays:
     prompts = ["a red apple", "", "a cat face", "an owl"][: 1 if parts[-1].startswith("vae") else LANES]
     if parts[-1] == "text_encoder":
         tokenizer = Tokenizer.open(bundle.path(str(spec.networks["text_encoder"].tokenizer)))
-        return {"input_ids": np.stack([tokenizer.encode(prompt).ids for prompt in prompts])}
+        ids = np.stack([tokenizer.encode(prompt).ids for prompt in prompts])
+        return encoder.feeds_of(spec.networks["text_encoder"].inputs, ids)
     side = SCALE.pixels // (1 if parts[-1] == "vae_encoder" else spec.latents.factor)
     sizes = {"batch": len(prompts), "height": side, "width": side}
     feeds = {}

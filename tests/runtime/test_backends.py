@@ -14,6 +14,7 @@ import pytest
 from latentrt.bundle.bundle import EMBEDDED, Bundle
 from latentrt.bundle.spec import GraphSpec, TensorSpec
 from latentrt.errors import BackendError, NetworkError
+from latentrt.model.prompts.encoder import feeds_of
 from latentrt.runtime import open_backend
 from latentrt.runtime.fake import FakeNetwork, zeros
 from latentrt.runtime.lazy import LazyNetwork
@@ -63,7 +64,7 @@ def test_onnxruntime_names_what_it_cannot_load(tmp_path: Path) -> None:
 
 def test_onnxruntime_results_do_not_depend_on_threads_or_spinning() -> None:
     bundle = Bundle.open(check_hashes=False)
-    feeds = {"input_ids": np.arange(77, dtype=np.int64)[None]}
+    feeds = feeds_of(bundle.spec.networks["text_encoder"].inputs, np.arange(77, dtype=np.int64)[None])
     results = [
         OrtBackend(threads=threads, spin=spin).load(bundle, "text_encoder")(feeds)["text_states"]
         for threads, spin in ((1, True), (2, True), (2, False))

@@ -17,6 +17,7 @@ from latentrt.bundle.spec import FP16, FP32, GraphSpec, ModelSpec, NetworkSpec, 
 from latentrt.engine import Engine
 from latentrt.errors import BackendError, BundleError, MissingDependencyError, NetworkError
 from latentrt.golden import TOLERANCE, worst_error
+from latentrt.model.prompts.encoder import feeds_of
 from latentrt.runtime import open_backend
 from latentrt.runtime.base import Facts
 from latentrt.runtime.onnxruntime import OrtBackend
@@ -113,7 +114,7 @@ class TestInstalled:
     def test_feeds_are_checked(self) -> None:
         network = open_backend("openvino").load(Bundle.open(check_hashes=False), "text_encoder")
         with pytest.raises(NetworkError, match="float32"):
-            network({"input_ids": np.zeros((1, 77), np.float32)})
+            network(feeds_of(network.graph.inputs, np.zeros((1, 77), np.float32)))
 
     def test_nothing_is_reported_to_anybody(self, tmp_path: Path) -> None:
         """Importing openvino with openvino_telemetry would make an id of the machine and report the import."""

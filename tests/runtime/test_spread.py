@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from latentrt.bundle.bundle import Bundle
 from latentrt.bundle.spec import GraphSpec, TensorSpec
 from latentrt.errors import NetworkError
+from latentrt.model.prompts import encoder
 from latentrt.runtime import spread
 from latentrt.runtime.onnxruntime import OrtBackend, OrtNetwork
 from latentrt.runtime.signature import shape_of, symbols
@@ -176,16 +177,20 @@ def test_an_interrupt_is_raised_when_no_part_runs() -> None:
 
 
 def test_onnxruntimes_own_error_of_any_part_names_the_graph(networks: dict[tuple[str, int], OrtNetwork]) -> None:
-    """Token 10**6 is none of the vocabulary: a failure in the middle of a call."""
+    """Token -10**6 is none of the vocabulary: a failure in the middle of a call."""
     network = networks["text_encoder", 2]
     good = np.zeros((2, 77), np.int64)
+
+    def feeds(ids: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        return encoder.feeds_of(network.graph.inputs, ids)
+
     for entry in (0, 1):
         bad = good.copy()
-        bad[entry, 5] = 10**6
+        bad[entry, 5] = -(10**6)
         with pytest.raises(NetworkError, match=r"text_encoder.*failed in ONNX Runtime"):
-            network({"input_ids": bad})
-    wanted = one_by_one(network, {"input_ids": good})
-    np.testing.assert_array_equal(network({"input_ids": good})["text_states"], wanted["text_states"])
+            network(feeds(bad))
+    wanted = one_by_one(network, feeds(good))
+    np.testing.assert_array_equal(network(feeds(good))["text_states"], wanted["text_states"])
 
 
 def test_a_graph_whose_tensors_do_not_all_have_the_batch_is_not_spread() -> None:
@@ -209,7 +214,7 @@ def test_a_closed_network_leaves_no_thread() -> None:
     bundle = Bundle.open(check_hashes=False)
     before = count()
     network = OrtBackend(threads=4, spin=False).load(bundle, "text_encoder")
-    network({"input_ids": np.zeros((4, 77), np.int64)})
+    network(encoder.feeds_of(network.graph.inputs, np.zeros((4, 77), np.int64)))
     assert count() > before
     network.close()
     assert count() == before

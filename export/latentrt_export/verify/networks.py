@@ -130,7 +130,7 @@ def make_feeds(engine: Engine, parts: Sequence[str], prompts: Sequence[str], siz
         assert text is not None
         (own,) = (encoder for encoder in text.encoders if encoder.name == parts[-1])
         ids = np.stack([own.tokenizer.encode(prompt).ids for prompt in prompts])
-        return feeds_of(own.network, ids)
+        return feeds_of(own.network.graph.inputs, ids)
     texts = _texts(text, prompts)
     scale = spec.latents.factor if network.role == ENCODER else 1
     height, width = (side * scale for side in size)

@@ -151,9 +151,10 @@ def test_states_are_multiplied_and_their_mean_is_kept(exported: Exported, name: 
                 np.testing.assert_allclose(ours["text_embeds"], pooled, atol=1e-5)
 
 
-def test_pictures_are_those_of_the_pipeline_with_these_states(exported: Exported) -> None:
+@pytest.mark.parametrize("more", ["", " BREAK (b:0.7)"])
+def test_pictures_are_those_of_the_pipeline_with_these_states(exported: Exported, more: str) -> None:
     _, bundle = exported("sd")
-    pipe, prompt, negative = pipeline(bundle, "sd"), "a (cat:1.4)", "[a dog]"
+    pipe, prompt, negative = pipeline(bundle, "sd"), f"a (cat:1.4){more}", f"[a dog]{more}"
     with Engine.load(bundle, threads=1, check_hashes=False) as engine:
         assert engine.model.text is not None
         tokenizers = [engine.model.text.encoders[0].tokenizer]

@@ -68,6 +68,14 @@ def test_what_the_model_does_not_read_is_told(serve: Serve) -> None:
     assert handle.warnings == []
 
 
+@pytest.mark.filterwarnings("ignore::latentrt.errors.PromptSyntaxWarning")
+def test_syntax_that_is_drawn_as_letters_is_told(serve: Serve) -> None:
+    handle = submit(serve(), handle_of("a (red:1.3) owl"))
+    wait(events(handle))
+    (told,) = handle.warnings
+    assert told.startswith("the prompt has '(red:1.3)', which is drawn as letters; prompt_syntax=\"a1111\"")
+
+
 def test_pictures_come_in_their_order(serve: Serve) -> None:
     made = wait(submit(serve(), handle_of(count=3, seed=5, steps=2)).pictures())
     assert [picture.info["latentrt"]["seed"] for picture in made] == [5, 6, 7]

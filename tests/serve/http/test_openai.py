@@ -164,6 +164,14 @@ def test_a_prompt_that_is_cut_is_told_to_whoever_wrote_it(client: openai.OpenAI,
     assert "xxx" not in str(log)
 
 
+def test_a_prompt_may_have_a_syntax(client: openai.OpenAI, scheduler: FakeScheduler) -> None:
+    client.images.generate(prompt="a cat++", extra_body={"prompt_syntax": "compel"})
+    client.images.generate(prompt="a cat++")
+    assert [handle.request.prompt_syntax for handle in scheduler.submitted] == ["compel", "plain"]
+    with pytest.raises(openai.BadRequestError, match="prompt_syntax"):
+        client.images.generate(prompt="a", extra_body={"prompt_syntax": "comfy"})
+
+
 def test_where_nothing_is_to_be_said_there_are_no_warnings(client: openai.OpenAI) -> None:
     assert "warnings" not in client.images.generate(prompt="a").to_dict()
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from latentrt.bundle.spec import TensorSpec
 from latentrt.errors import EXPORT, RequestError
 from latentrt.model.prompts.embeddings import Embedding
 from latentrt.model.prompts.reading import Float32, Ids, Reading, Row
@@ -74,7 +75,8 @@ class Encoder:
         return reading.combine(np.stack(states)), pooled
 
     def _encode(self, row: Row) -> dict[str, Float32]:
-        return call(self.network, feeds_of(self.network, row.ids[None], table=self.table, mask=row.mask))
+        feeds = feeds_of(self.network.graph.inputs, row.ids[None], table=self.table, mask=row.mask)
+        return call(self.network, feeds)
 
     def _inputs(self, name: str, what: str) -> tuple[int | str, ...]:
         """Return the shape of an input. Raise RequestError where the network has none of that name."""
@@ -89,18 +91,18 @@ class Encoder:
 
 
 def feeds_of(
-    network: Network, ids: Ids, *, table: Float32 | None = None, mask: Ids | None = None
+    inputs: Sequence[TensorSpec], ids: Ids, *, table: Float32 | None = None, mask: Ids | None = None
 ) -> dict[str, NDArray[Any]]:
     """Return a text encoder's inputs for ids (batch, 77): those of `IDS`, `VECTORS` and `MASK` that it has.
 
     Args:
-        network: the text encoder.
+        inputs: of the text encoder.
         ids: those from GIVEN on stand for rows of `table`.
         table: (n, dim).
         mask: (77,), 1 or 0; None is 1.
     """
     feeds: dict[str, NDArray[Any]] = {}
-    for tensor in network.graph.inputs:
+    for tensor in inputs:
         if tensor.name == IDS:
             feeds[IDS] = ids
         elif tensor.name == MASK:
