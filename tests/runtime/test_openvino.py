@@ -129,7 +129,7 @@ def _feeds(graph: GraphSpec, lanes: int) -> dict[str, np.ndarray[Any, Any]]:
     """Return inputs with odd sides; token ids where the graph reads whole numbers."""
     draw = np.random.default_rng(0)
     scale = 8 if "image" in {tensor.name for tensor in graph.inputs} else 1
-    sizes = {"batch": lanes, "height": 13 * scale, "width": 10 * scale}
+    sizes = {"batch": lanes, "height": 13 * scale, "width": 10 * scale, "tokens": 77}
     shapes = {tensor.name: (shape_of(tensor, sizes), np.dtype(tensor.dtype)) for tensor in graph.inputs}
     return {
         name: draw.integers(0, 400, shape) if dtype.kind == "i" else draw.standard_normal(shape, np.float32)
