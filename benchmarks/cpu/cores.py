@@ -26,6 +26,7 @@ from latentrt.bundle.bundle import Bundle
 from latentrt.model.predictor import OWN
 from latentrt.model.prompts.encoder import feeds_of
 from latentrt.runtime.onnxruntime import OrtBackend, OrtNetwork
+from latentrt.runtime.signature import shape_of
 
 TITLE = "Cores"
 SLEEPING, SHARED, SHARED_SLEEPING = f"{OURS}, no spin", "shared", "shared, no spin"
@@ -105,7 +106,8 @@ def _feeds(bundle: Bundle, case: Case) -> Feeds:
     if case.network == DECODER:
         return {"latents": latents}
     others = (tensor for tensor in bundle.spec.networks[UNET].inputs if tensor.name not in OWN)
-    told = {each.name: rng.standard_normal((count, *map(int, each.shape[1:])), np.float32) for each in others}
+    sizes = {"batch": count, "tokens": bundle.spec.tokens}
+    told = {each.name: rng.standard_normal(shape_of(each, sizes), np.float32) for each in others}
     return {"sample": latents, "timestep": np.full(count, 500, np.float32), **told}
 
 

@@ -81,7 +81,7 @@ def test_numbers_stay(exported: Exported, name: str) -> None:
 def test_a_lane_alone_equals_the_lane_in_company(written: Bundle, threads: int) -> None:
     """To the bit, where the scores are computed in several blocks: 256 queries of 4 heads, and 48 in a block."""
     network, draw = OrtBackend(threads=threads).load(written, "unet"), np.random.default_rng(0)
-    sizes = {"batch": 3, "height": 32, "width": 32}
+    sizes = {"batch": 3, "height": 32, "width": 32, "tokens": 77}
     feeds = {t.name: draw.standard_normal(shape_of(t, sizes), np.float32) for t in network.graph.inputs}
     together = network(feeds)["out"]
     one_thread = OrtBackend(threads=1).load(written, "unet")(feeds)["out"]

@@ -27,7 +27,7 @@ FLOATS = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bool": 
 
 def _feeds(graph: GraphSpec) -> Arrays:
     draw = np.random.default_rng(0)
-    sizes = {"batch": 2, "height": 13, "width": 10}
+    sizes = {"batch": 2, "height": 13, "width": 10, "tokens": 77}
     if graph.inputs[0].name == "image":
         sizes |= {"height": 48, "width": 32}
     if not any(tensor.name.startswith("text.") for tensor in graph.inputs):
@@ -35,7 +35,9 @@ def _feeds(graph: GraphSpec) -> Arrays:
     feeds: Arrays = {}
     for tensor in graph.inputs:
         shape = [sizes[side] if isinstance(side, str) else side for side in tensor.shape]
-        if tensor.dtype == "int64":
+        if tensor.name == "attention_mask":
+            feeds[tensor.name] = np.broadcast_to(np.arange(shape[1]) % 9 != 5, shape).astype(np.int64)
+        elif tensor.dtype == "int64":
             feeds[tensor.name] = draw.integers(0, 400, shape)
         elif tensor.name == "encoder_hidden_states":
             feeds[tensor.name] = texts.states(shape, draw).astype(tensor.dtype)

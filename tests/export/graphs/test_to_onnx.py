@@ -19,6 +19,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from latentrt.bundle.bundle import Bundle
 from latentrt.bundle.spec import ModelSpec, TensorSpec
 from latentrt.model.predictor import inputs_of
+from latentrt.model.prompts.encoder import feeds_of
 from latentrt.model.prompts.tokenizer import Tokenizer
 from latentrt_export.graphs import passes
 from latentrt_export.graphs.to_onnx import quiet, trace
@@ -115,9 +116,13 @@ def _torch_network(root: Path, name: str) -> Callable[[Mapping[str, torch.Tensor
 
 def _text_states(model: Any, ids: torch.Tensor, *, penultimate: bool) -> dict[str, torch.Tensor]:
     out = model(ids, output_hidden_states=True)
+    layers = model.config.num_hidden_layers
     if not penultimate:
-        return {"text_states": out.last_hidden_state}
-    states = {"text_states": out.hidden_states[-2]}
+        norm = getattr(model, "text_model", model).final_layer_norm
+        skipped = [norm(out.hidden_states[-(skip + 1)]) for skip in range(1, layers + 1)]
+        return {"text_states": out.last_hidden_state, "skipped": torch.stack(skipped, dim=1)}
+    skipped = [out.hidden_states[-(skip + 2)] for skip in range(1, layers)]
+    states = {"text_states": out.hidden_states[-2], "skipped": torch.stack(skipped, dim=1)}
     return states | {"text_embeds": out.text_embeds} if hasattr(out, "text_embeds") else states
 
 
@@ -131,9 +136,9 @@ def _feeds(root: Path, inputs: Sequence[TensorSpec], network: str, size: tuple[i
     if network.startswith("text_encoder"):
         tokenizer = Tokenizer.open(root / network.replace("text_encoder", "tokenizer"))
         prompts = ["a cat on a dog", "", "can " * 90]
-        return {"input_ids": np.stack([tokenizer.encode(p).ids for p in prompts[: size[0]]])}
+        return feeds_of(inputs, np.stack([tokenizer.encode(p).ids for p in prompts[: size[0]]]))
     scale = factor if network == "vae_encoder" else 1
-    sizes = {"batch": size[0], "height": size[1] * scale, "width": size[2] * scale}
+    sizes = {"batch": size[0], "height": size[1] * scale, "width": size[2] * scale, "tokens": 77}
     shapes = {t.name: [sizes[d] if isinstance(d, str) else d for d in t.shape] for t in inputs}
     ranges, feeds = {"timestep": 999.0, "time_ids": 1024.0}, {}
     for name, shape in shapes.items():
@@ -153,12 +158,15 @@ def test_names_and_free_axes_are_the_engines_contract(exported: Callable[[str], 
     assert (deep[0], *deep[2:]) == ("batch", "height", "width")
     added = {"text_embeds": ("batch", 24), "time_ids": ("batch", 6)}
     told = {tensor.name: tensor.shape for tensor in spec.networks["unet_text"].outputs}
-    assert set(told.values()) == {("batch", 77, 32)}
+    assert set(told.values()) == {("batch", "tokens", 32)}
+    encoders = {
+        name: {"input_ids": ("batch", 77), "vectors": ("batch", 77, width), "attention_mask": ("batch", 77)}
+        for name, width in (("text_encoder", 32), ("text_encoder_2", 48))
+    }
     last = {tensor.name: told[tensor.name] for tensor in spec.networks["unet_shallow"].inputs if tensor.name in told}
     assert inputs == {
-        "text_encoder": {"input_ids": ("batch", 77)},
-        "text_encoder_2": {"input_ids": ("batch", 77)},
-        "unet_text": {"encoder_hidden_states": ("batch", 77, 80)},
+        **encoders,
+        "unet_text": {"encoder_hidden_states": ("batch", "tokens", 80)},
         "unet": {"sample": image, "timestep": ("batch",), **added, **told},
         "unet_shallow": {"sample": image, "timestep": ("batch",), **added, **last, "deep": deep},
         "vae_decoder": {"latents": image},
@@ -166,8 +174,8 @@ def test_names_and_free_axes_are_the_engines_contract(exported: Callable[[str], 
     }
     outputs = {name: [t.name for t in graph.outputs] for name, graph in spec.graphs().items()}
     assert outputs == {
-        "text_encoder": ["text_states"],
-        "text_encoder_2": ["text_states", "text_embeds"],
+        "text_encoder": ["text_states", "skipped"],
+        "text_encoder_2": ["text_states", "text_embeds", "skipped"],
         "unet_text": list(told),
         "unet": ["out", "deep"],
         "unet_shallow": ["out"],
@@ -217,9 +225,9 @@ def test_a_weight_that_matches_nothing_goes_to_a_sidecar(
     assert list(load_file(tmp_path / "model.extra.safetensors")) == [changed.removeprefix("text_model.")]
     assert size < shared.sidecar < size + 200
     assert shared.shared == sum(t.nbytes for t in tensors.values()) - size
-    feeds = {"input_ids": np.arange(77, dtype=np.int64)[None]}
+    feeds = feeds_of(Bundle.open(bundle).spec.networks["text_encoder"].inputs, np.arange(77, dtype=np.int64)[None])
     for array, wanted in zip(
-        _session(tmp_path / "model.onnx").run(None, feeds),
+        _session(tmp_path / "model.onnx").run(None, {"input_ids": feeds["input_ids"]}),
         _session(bundle / "text_encoder" / "model.onnx").run(None, feeds),
         strict=True,
     ):

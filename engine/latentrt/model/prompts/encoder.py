@@ -106,7 +106,7 @@ def feeds_of(
         if tensor.name == IDS:
             feeds[IDS] = ids
         elif tensor.name == MASK:
-            feeds[MASK] = np.broadcast_to(np.ones_like(ids) if mask is None else mask, ids.shape)
+            feeds[MASK] = np.ones_like(ids) * (1 if mask is None else mask)
         elif tensor.name == VECTORS:
             feeds[VECTORS] = np.zeros((*ids.shape, int(tensor.shape[2])), np.float32)
             if table is not None:
