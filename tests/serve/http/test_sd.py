@@ -81,16 +81,6 @@ def test_every_sampler_listed_is_drawn_with(app: Any) -> None:
     assert {post(app, "txt2img", {"prompt": "a", "sampler_name": name}).status_code for name in names} == {200}
 
 
-def test_prompts_are_read_as_the_web_ui_reads_them(app: Any, scheduler: FakeScheduler) -> None:
-    """Its clip skip counts the last layer too."""
-    body = {"prompt": "a (cat:1.3)", "override_settings": {"CLIP_stop_at_last_layers": 2}}
-    assert post(app, "txt2img", body).status_code == 200
-    request = scheduler.submitted[0].request
-    assert (request.prompt_syntax, request.clip_skip) == ("a1111", 1)
-    answer = post(app, "txt2img", {"prompt": "a <lora:x:1>"})
-    assert (answer.status_code, "<lora:x:1>" in answer.json()["error"]["message"]) == (400, True)
-
-
 @pytest.mark.parametrize(
     ("body", "param"),
     [
@@ -101,7 +91,6 @@ def test_prompts_are_read_as_the_web_ui_reads_them(app: Any, scheduler: FakeSche
         ({"enable_hr": True, "hr_resize_x": 512}, "hr_resize_x"),
         ({"refiner_checkpoint": "another"}, "refiner_checkpoint"),
         ({"override_settings": {"CLIP_stop_at_last_layers": 0}}, "CLIP_stop_at_last_layers"),
-        ({"override_settings": {"CLIP_stop_at_last_layers": 2.5}}, "CLIP_stop_at_last_layers"),
         ({"override_settings": {"sd_vae": "other.pt"}}, "sd_vae"),
         ({"styles": ["x"]}, "styles"),
         ({"alwayson_scripts": {"controlnet": {}}}, "alwayson_scripts"),

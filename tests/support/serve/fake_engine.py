@@ -87,8 +87,8 @@ class Fakes:
 
     def unet_text(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
         """Give the states as the first keys and values, and zeros as all others."""
-        lanes, tokens, _ = feeds["encoder_hidden_states"].shape
-        graph, sizes = SPEC.networks["unet_text"], {"batch": lanes, "tokens": tokens}
+        graph = SPEC.networks["unet_text"]
+        sizes = dict(zip(("batch", "tokens"), feeds["encoder_hidden_states"].shape, strict=False))
         found = {each.name: np.zeros(shape_of(each, sizes), np.float32) for each in graph.outputs}
         halves = np.split(feeds["encoder_hidden_states"], 2, axis=2)
         return {**found, **dict(zip(("text.0", "text.1"), halves, strict=True))}
