@@ -135,7 +135,7 @@ def test_cuda_graphs_give_the_numbers_of_float32(made: Make, network: str) -> No
     root = made("sd").bundle
     spec = Bundle.open(root).spec
     graphs = [spec.networks[network].graph(variant) for variant in ("fp32", "fp16-ort-cuda")]
-    feeds = make_feeds(graphs[0].inputs, {"batch": 2, "height": 8, "width": 4})
+    feeds = make_feeds(graphs[0].inputs, {"batch": 2, "height": 8, "width": 4, "tokens": 77})
     models = [ir.load(root / graph.path) for graph in graphs]
     folder = (root / graphs[0].path).parent
     exact = open_session(models[0], folder).run(None, feeds)

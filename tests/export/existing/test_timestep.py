@@ -111,14 +111,15 @@ def test_others_are_refused(kind: int, shape: list[Any], nodes: list[Node], word
         per_lane(model.graph, model.graph.inputs[0], new)
 
 
-SIDES: dict[str | int, Callable[[int, int, int], int]] = {
-    77: lambda b, h, w: 77,
-    "batch": lambda b, h, w: b,
-    "8*batch": lambda b, h, w: 8 * b,
-    "height//8": lambda b, h, w: h // 8,
-    "8*width": lambda b, h, w: 8 * w,
-    "height*width//16": lambda b, h, w: h * w // 16,
-    "3*height*width//2": lambda b, h, w: 3 * h * w // 2,
+SIDES: dict[str | int, Callable[[int, int, int, int], int]] = {
+    77: lambda b, h, w, t: 77,
+    "batch": lambda b, h, w, t: b,
+    "8*batch": lambda b, h, w, t: 8 * b,
+    "height//8": lambda b, h, w, t: h // 8,
+    "8*width": lambda b, h, w, t: 8 * w,
+    "height*width//16": lambda b, h, w, t: h * w // 16,
+    "tokens": lambda b, h, w, t: t,
+    "3*height*width//2": lambda b, h, w, t: 3 * h * w // 2,
 }
 
 

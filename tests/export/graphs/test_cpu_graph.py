@@ -56,8 +56,8 @@ def test_self_attention_changes_and_nothing_else(exported: Exported, tmp_path: P
     others = [(a, b) for a, b in pairs if b.op_type != "MultiHeadAttention"]
     assert all((a.op_type, a.name, a.attributes.keys()) == (b.op_type, b.name, b.attributes.keys()) for a, b in others)
     kept = [b for _, b in others if b.op_type == "Attention"]
-    assert len(kept) == changed  # as many look at the prompt, of a fixed number of tokens
-    assert all(node.inputs[1].shape[1] == 77 for node in kept)
+    assert len(kept) == changed  # as many look at the prompt
+    assert all(str(node.inputs[1].shape[1]) == "tokens" for node in kept)
     for file in (root / "unet").glob("*.safetensors"):
         shutil.copyfile(file, tmp_path / file.name)
     ir.save(after, tmp_path / "model.onnx")

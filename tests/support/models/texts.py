@@ -24,7 +24,7 @@ def known() -> NDArray[np.float32]:
     tokenizer = Tokenizer.open(bundle.path(str(bundle.spec.networks["text_encoder"].tokenizer)))
     ids = np.stack([tokenizer.encode(prompt).ids for prompt in PROMPTS])
     encoder = OrtBackend(threads=1).load(bundle, "text_encoder")
-    return np.asarray(call(encoder, feeds_of(encoder, ids))["text_states"])
+    return np.asarray(call(encoder, feeds_of(encoder.graph.inputs, ids))["text_states"])
 
 
 def told(bundle: Bundle, lanes: int, random: np.random.Generator) -> dict[str, NDArray[np.float32]]:
