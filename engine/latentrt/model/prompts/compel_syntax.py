@@ -203,11 +203,11 @@ class _Parser:
         return self._at == len(self._text)
 
 
-def _fragment(text: str) -> Fragment:
-    """Return a fragment of weight 1, its parentheses and quotes without their backslashes."""
+def _fragment(text: str, weight: float = 1.0) -> Fragment:
+    """Return a fragment, its parentheses and quotes without their backslashes."""
     for symbol in '()"':
         text = text.replace(f"\\{symbol}", symbol)
-    return Fragment(text, 1.0)
+    return Fragment(text, weight)
 
 
 def _weight(signs: str | None) -> float:
@@ -216,11 +216,14 @@ def _weight(signs: str | None) -> float:
 
 
 def _fused(fragments: Prompt) -> Prompt:
-    """Return fragments; neighbours of the same weight are one, with a space between."""
+    """Return fragments; neighbours of the same weight are one, with a space between.
+
+    compel drops backslashes whenever it makes a fragment: here once more, and again where it joins two.
+    """
     fused: Prompt = []
-    for one in fragments:
+    for one in (_fragment(*each) for each in fragments):
         if fused and fused[-1].weight == one.weight:
-            fused[-1] = Fragment(f"{fused[-1].text} {one.text}", one.weight)
+            fused[-1] = _fragment(f"{fused[-1].text} {one.text}", one.weight)
         else:
             fused.append(one)
     return fused
