@@ -20,7 +20,7 @@ CONVERTING = 3600.0  # seconds
 MAKE = """
 import sys
 from pathlib import Path
-from latentrt_export.checkpoint.presets import make_checkpoint
+from latentrt_export.checkpoint.presets.make import make_checkpoint
 make_checkpoint(sys.argv[1], Path(sys.argv[2]))
 """
 

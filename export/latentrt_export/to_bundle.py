@@ -50,9 +50,9 @@ from latentrt_export.existing.variants import checked
 from latentrt_export.graphs.cpu_graph import cpu_path, for_cpu
 from latentrt_export.graphs.cuda_graph import cuda_path, for_cuda
 from latentrt_export.graphs.half import half_path, to_half
-from latentrt_export.graphs.hoist import hoist
+from latentrt_export.graphs.parts.hoist import hoist
+from latentrt_export.graphs.parts.shallow import shallow
 from latentrt_export.graphs.ranges import measure_networks, overflowing, too_large
-from latentrt_export.graphs.shallow import shallow
 from latentrt_export.graphs.text_inputs import add_text_inputs
 from latentrt_export.graphs.weights import share_weights
 from latentrt_export.place import place
@@ -119,7 +119,7 @@ def export_bundle(
 
     Args:
         source: a diffusers folder, of a model or of a VAE alone, a hub id, a single .safetensors file, preset:NAME
-            (see `latentrt_export.checkpoint.presets`), or a folder of ONNX graphs (see
+            (see `latentrt_export.checkpoint.presets.make`), or a folder of ONNX graphs (see
             `latentrt_export.checkpoint.onnx_folder`), which needs no torch.
         target: a folder; `source` itself adds the graphs to the checkpoint (with `overwrite`).
         revision, variant: as in `open_checkpoint`.

@@ -55,7 +55,7 @@ def test_a_pack_is_a_bundle_without_weights(bundle: Path, tmp_path: Path, monkey
     sizes = bundles.pack([bundle], tmp_path / "pack")
     assert sizes["bundle"] < 4e6
     assert not [path for path in (tmp_path / "pack").rglob("*.safetensors") if ".extra." not in path.name]
-    make = "latentrt_export.checkpoint.presets.make_checkpoint"
+    make = "latentrt_export.checkpoint.presets.make.make_checkpoint"
     monkeypatch.setattr(make, weights_of_emoji())
     bundles.Unpacker().unpack("sd15-small", tmp_path / "pack" / "bundle", tmp_path / "made")
     assert Bundle.open(tmp_path / "made").spec == Bundle.open(bundle).spec

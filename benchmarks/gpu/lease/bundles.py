@@ -60,7 +60,7 @@ class Unpacker:
         Raises:
             HashMismatchError: the weights are not those that the pack was made with.
         """
-        from latentrt_export.checkpoint.presets import make_checkpoint
+        from latentrt_export.checkpoint.presets.make import make_checkpoint
 
         part = root.with_name(f"{root.name}.part")
         shutil.rmtree(part, ignore_errors=True)

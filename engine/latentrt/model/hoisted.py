@@ -1,6 +1,6 @@
 """What every row would compute alike, computed once a picture: keys and values of the text, for cross attention.
 
-Export takes it out of the denoiser (`latentrt_export.graphs.hoist`); the manifest gives these networks the role
+Export takes it out of the denoiser (`latentrt_export.graphs.parts.hoist`); the manifest gives these networks the role
 "conditioner". They read inputs that conditioners fill, and give inputs of the denoiser.
 """
 

@@ -22,7 +22,7 @@ from latentrt.runtime.signature import Shape, shape_of, sizes_of
 
 Float32 = NDArray[np.float32]
 OWN = ("sample", "timestep")  # inputs that a row fills itself
-DEEP = "deep"  # features that a shallow call reads again: see `latentrt_export.graphs.shallow`
+DEEP = "deep"  # features that a shallow call reads again: see `latentrt_export.graphs.parts.shallow`
 
 
 class Predictor:

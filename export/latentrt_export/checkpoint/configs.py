@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from latentrt_export.checkpoint.preset_configs import Preset
+from latentrt_export.checkpoint.presets.configs import Preset
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 MERGES = Path(__file__).with_name("clip") / "merges.txt.gz"

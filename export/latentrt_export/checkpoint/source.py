@@ -131,7 +131,7 @@ def _checkpoint(
         return _with_vae(single, Path(folder), room, choices.vae_note) if folder else single
     choices.check_folder(name)
     if name.startswith(PRESET):
-        from latentrt_export.checkpoint.presets import make_checkpoint
+        from latentrt_export.checkpoint.presets.make import make_checkpoint
 
         checkpoint = replace(open_checkpoint(make_checkpoint(name.removeprefix(PRESET), room / "preset")), id=name)
     else:

@@ -12,7 +12,7 @@ import pytest
 from latentrt.bundle.bundle import Bundle
 from latentrt.runtime.onnxruntime import OrtBackend
 from latentrt_export.graphs import passes
-from latentrt_export.graphs.hoist import hoist
+from latentrt_export.graphs.parts.hoist import hoist
 from latentrt_export.graphs.ranges import open_session
 from latentrt_export.graphs.to_onnx import quiet, trace
 from latentrt_export.graphs.wrap import load_network

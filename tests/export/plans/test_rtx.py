@@ -47,7 +47,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]
         if name == "emoji":
             return Bundle.open(EMBEDDED)
         if not (root / name).exists():
-            from latentrt_export.checkpoint.presets import make_checkpoint
+            from latentrt_export.checkpoint.presets.make import make_checkpoint
 
             make_checkpoint(name, root / "checkpoint")
             export_bundle(root / "checkpoint", root / name)

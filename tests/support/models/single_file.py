@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from latentrt_export.checkpoint.configs import write_json, write_tokenizer
-from latentrt_export.checkpoint.preset_configs import PRESETS
+from latentrt_export.checkpoint.presets.configs import PRESETS
 
 Tensors = dict[str, Tensor]
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}

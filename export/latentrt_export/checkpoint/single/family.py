@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from latentrt.errors import ExportError
-from latentrt_export.checkpoint.preset_configs import PRESETS, Preset
+from latentrt_export.checkpoint.presets.configs import PRESETS, Preset
 from latentrt_export.checkpoint.single.pieces import Shapes
 from latentrt_export.checkpoint.single.text import Text, is_there
 

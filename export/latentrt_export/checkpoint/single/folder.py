@@ -8,7 +8,7 @@ from pathlib import Path
 
 from latentrt.errors import ExportError
 from latentrt_export.checkpoint.configs import weights_path, write_configs
-from latentrt_export.checkpoint.preset_configs import Preset
+from latentrt_export.checkpoint.presets.configs import Preset
 from latentrt_export.checkpoint.single.choices import Choices
 from latentrt_export.checkpoint.single.family import EMA, FAMILIES, UNET, Family, check_unet, family_of
 from latentrt_export.checkpoint.single.leftovers import Part, leftovers

@@ -9,8 +9,8 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from latentrt_export.checkpoint.preset_configs import PRESETS
-from latentrt_export.checkpoint.presets import CLASSES
+from latentrt_export.checkpoint.presets.configs import PRESETS
+from latentrt_export.checkpoint.presets.make import CLASSES
 from latentrt_export.checkpoint.single.family import FAMILIES, family_of
 from latentrt_export.checkpoint.single.pieces import without
 from latentrt_export.checkpoint.single.text import text_config

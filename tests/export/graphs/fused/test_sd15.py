@@ -49,7 +49,7 @@ DECODER = {
     ("network", "before", "after", "kinds"), [("unet", 914, 481, UNET), ("vae_decoder", 215, 80, DECODER)]
 )
 def test_computing_nodes(tmp_path: Path, network: str, before: int, after: int, kinds: dict[str, int]) -> None:
-    from latentrt_export.checkpoint.presets import make_checkpoint
+    from latentrt_export.checkpoint.presets.make import make_checkpoint
     from latentrt_export.graphs import passes
     from latentrt_export.graphs.half import to_half
     from latentrt_export.graphs.to_onnx import quiet, trace

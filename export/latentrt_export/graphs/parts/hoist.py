@@ -11,7 +11,7 @@ from collections.abc import Collection
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from latentrt_export.graphs.cut import cut, drop_unused_inputs
+from latentrt_export.graphs.parts.cut import cut, drop_unused_inputs
 
 PREFIX = "text."  # of the names of what is taken out
 

@@ -1,7 +1,7 @@
 """Checkpoints with random weights and the true shapes of published models: for benchmarks where no weights can be had.
 
 Speed, memory and the whole way from export to picture are those of the real model; the pictures are noise. The
-configurations are in `preset_configs.py`; `sd15-small` is Stable Diffusion 1.5 with a tenth of the channels, for tests.
+configurations are in `configs.py`; `sd15-small` is Stable Diffusion 1.5 with a tenth of the channels, for tests.
 The tokenizers are CLIP's.
 """
 
@@ -22,7 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from latentrt.errors import ExportError
 from latentrt_export.checkpoint.configs import weights_path, write_configs
-from latentrt_export.checkpoint.preset_configs import PRESETS, Preset
+from latentrt_export.checkpoint.presets.configs import PRESETS, Preset
 from latentrt_export.checkpoint.tensors import header_of
 
 BLOCK = 4_194_301  # numbers that are drawn once and repeated: a prime, so that no two rows of a weight are the same

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from latentrt_export.graphs.cut import cut
+from latentrt_export.graphs.parts.cut import cut
 
 DEEP = "deep"
 
