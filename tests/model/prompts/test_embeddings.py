@@ -68,7 +68,7 @@ def test_it_draws_what_the_pipeline_draws(exported: Exported, tmp_path: Path, co
 
 
 def test_sdxl_reads_a_vector_for_each_encoder(exported: Exported, tmp_path: Path) -> None:
-    """Its small second encoder pools at its end token; SDXL's own at the highest id, as `test_pooling` has it."""
+    """Its small second encoder pools at its end token; SDXL's own, of an older config, at the highest id."""
     _, bundle = exported("sdxl")
     path, pipe = tmp_path / "toy.safetensors", pipeline(bundle, "sdxl")
     own = {"clip_l": vectors(2, 32), "clip_g": vectors(2, 48, seed=1)}
