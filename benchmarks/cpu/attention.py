@@ -136,7 +136,7 @@ def load(bundle: Bundle, side: str, threads: int) -> Callable[[Arrays], np.ndarr
 def examples(bundle: Bundle, size: int, lanes: int) -> Arrays:
     """Return the UNet's inputs: normal numbers, and a timestep."""
     side, draw = size // bundle.spec.latents.factor, np.random.default_rng(0)
-    sizes = {"batch": lanes, "height": side, "width": side}
+    sizes = {"batch": lanes, "height": side, "width": side, "tokens": bundle.spec.tokens}
     inputs = inputs_of([bundle.spec.networks[name] for name in (*bundle.spec.named(CONDITIONER), bundle.spec.denoiser)])
     feeds = {name: draw.standard_normal(shape_of(tensor, sizes), np.float32) for name, tensor in inputs.items()}
     return feeds | {"timestep": np.full(lanes, 500, np.float32)}

@@ -21,6 +21,7 @@ import torch
 
 from benchmarks.timing import paired
 from latentrt.bundle.bundle import EMBEDDED, Bundle
+from latentrt.model.prompts.encoder import feeds_of
 from latentrt.model.prompts.tokenizer import Tokenizer
 from latentrt.runtime.signature import shape_of
 from latentrt_export.graphs.to_onnx import quiet
@@ -55,9 +56,12 @@ def compare(bundle: Path, name: str, paths: dict[str, Path], threads: int, repea
     with quiet(), torch.no_grad():
         network = load_network(bundle, name)
         inputs = examples(bundle, name)
-        wanted = network.module(*map(torch.from_numpy, inputs.values())).numpy()
+        made = network.module(*map(torch.from_numpy, inputs.values()))
+    wanted = (made[0] if isinstance(made, tuple) else made).numpy()
+    specs = Bundle.open(bundle, check_hashes=False).spec.networks[name].inputs
+    ours = feeds_of(specs, inputs["input_ids"]) if "input_ids" in inputs else inputs
     sessions = {exporter: load(path, threads) for exporter, path in paths.items()}
-    feeds = {"latentrt": inputs, "optimum": in_their_words(inputs)}
+    feeds = {"latentrt": ours, "optimum": in_their_words(inputs)}
     loads = in_both_orders({k: lambda _, p=path: load(p, threads) for k, path in paths.items()}, 7)
     calls = in_both_orders({k: lambda _, k=k: sessions[k].run(None, feeds[k]) for k in paths}, repeats)
     rows = {}
@@ -93,6 +97,7 @@ def examples(bundle: Path, name: str) -> dict[str, np.ndarray]:
         return {"input_ids": np.stack([tokenizer.encode(prompt).ids for prompt in PROMPTS])}
     scale = spec.latents.factor if name == "vae_encoder" else 1
     sizes = {"batch": 2, "height": spec.latents.height * scale, "width": spec.latents.width * scale}
+    sizes["tokens"] = spec.tokens
     shapes = {tensor.name: shape_of(tensor, sizes) for tensor in spec.graphs()[name].inputs}
     values = {k: rng.standard_normal(shape, np.float32) for k, shape in shapes.items()}
     return values | ({"timestep": np.full(2, 500, np.float32)} if name == "unet" else {})

@@ -120,7 +120,8 @@ def sizes_of(spec: ModelSpec, config: Config, batch: int) -> dict[str, int]:
     """Return the sizes of a network's symbolic dimensions, for a batch."""
     latents = spec.latents
     width, height = config.size or (latents.width * latents.factor, latents.height * latents.factor)
-    return {"batch": batch, "height": height // latents.factor, "width": width // latents.factor}
+    sides = {"height": height // latents.factor, "width": width // latents.factor}
+    return {"batch": batch, **sides, "tokens": spec.tokens}
 
 
 def random_input(tensor: TensorSpec, shape: tuple[int, ...]) -> NDArray[Any]:

@@ -131,7 +131,7 @@ def _macs(config: Config) -> dict[str, int]:
     assert config.size is not None
     spec = Bundle.open(config.bundle, check_hashes=False).spec
     height, width = config.size[1] // spec.latents.factor, config.size[0] // spec.latents.factor
-    sizes = {"batch": 1, "height": height, "width": width}
+    sizes = {"batch": 1, "height": height, "width": width, "tokens": spec.tokens}
     names = [name for role in DRAWING for name in spec.named(role)]
     return {name: macs(config.bundle / spec.graphs()[name].path, sizes) for name in names}
 

@@ -36,7 +36,7 @@ def test_macs_are_those_that_torch_counts() -> None:
     paths = [EMBEDDED / "unet" / name for name in ("text.onnx", "model.onnx")]
     for batch, height, width in ((1, 16, 16), (3, 8, 12)):
         theirs = flops(emoji, (batch, config["in_channels"], height, width), (batch, 77, config["cross_attention_dim"]))
-        sizes = {"batch": batch, "height": height, "width": width}
+        sizes = {"batch": batch, "height": height, "width": width, "tokens": 77}
         assert 2 * sum(macs(path, sizes) for path in paths) == theirs
     assert flops(sd15, (1, 4, 64, 64), (1, 77, 768)) == 2 * 401_636_720_640
 
