@@ -132,6 +132,7 @@ class Engine:
         *,
         image: Source | None = None,
         mask: Source | None = None,
+        depth: Source | None = None,
         on_tick: OnTick | None = None,
         **settings: Any,
     ) -> list[Picture]:
@@ -141,6 +142,8 @@ class Engine:
             prompt: what to draw; several prompts share one batch. None for models that read no prompt.
             image, mask: a picture to start from and what of it to repaint, white; PIL images, or uint8 or uint16
                 arrays. Without a height and width the pictures have its size. `strength` says how far to leave it.
+                Upscalers draw it larger.
+            depth: its depth map, grey, near is white, for models that draw by depth.
             on_tick: called after every row of every picture with its Job; an exception raised in it ends the run.
             settings: fields of `Request` (negative_prompt, steps, seed, guidance, height, width, count, ...); anything
                 else goes to `tabulate` (eta, use_karras_sigmas, timestep_spacing, ...).
@@ -153,7 +156,7 @@ class Engine:
             NetworkError: a network returned numbers that are not finite.
         """
         prompts = _several(prompt)
-        pictures = {name: one for name, one in (("image", image), ("mask", mask)) if one is not None}
+        pictures = {name: one for name, one in (("image", image), ("mask", mask), ("depth", depth)) if one is not None}
         program = self._program if on_tick is None else None
         jobs = self.requests(prompts, settings, pictures, tokens=program is not None)
         if program is None:

@@ -50,7 +50,12 @@ def example(model: Model, side: int) -> tuple[dict[str, Any], dict[str, Any]]:
         settings["class_label"] = 0
     ramp = np.add.outer(np.linspace(0, 128, height), np.linspace(0, 127, width)).astype(np.uint8)
     mask = np.broadcast_to(np.arange(width) < width // 2, (height, width))
-    pictures = {"image": np.stack([ramp, ramp[::-1], ramp[:, ::-1]], axis=-1), "mask": mask}
+    image = np.stack([ramp, ramp[::-1], ramp[:, ::-1]], axis=-1)
+    pictures = {
+        "image": image[:: latents.factor, :: latents.factor] if model.enlarges else image,
+        "mask": mask,
+        "depth": ramp,
+    }
     return settings, {name: pictures[name] for name in model.pictures}
 
 

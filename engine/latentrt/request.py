@@ -12,9 +12,9 @@ from latentrt.sampling.solvers import SOLVERS
 from latentrt.values import did_you_mean, is_number, is_whole, plain
 
 MAX_SEED = 2**64 - 1
-PICTURES = ("image", "mask")  # what a picture may be used for
+PICTURES = ("image", "mask", "depth")  # what a picture may be used for
 
-_OWN = ("strength", "aesthetic_score", "negative_aesthetic_score")  # settings of a picture where they are set
+_OWN = ("strength", "aesthetic_score", "negative_aesthetic_score", "noise_level")  # of a picture where they are set
 
 # What users of other tools type, and the name of it here.
 _OTHER_NAMES = {
@@ -51,12 +51,13 @@ class Request:
         height, width: in pixels; None is the size that the model was trained at.
         count: how many pictures.
         class_label: the number of a class, for models that were trained with classes.
+        noise_level: how much noise a model that enlarges pictures adds to the given one, a timestep; None is 20.
         aesthetic_score, negative_aesthetic_score: how good a picture SDXL's refiner is told to draw, and what to keep
             away from; None is 6 and 2.5.
         noise: the torch generator whose numbers the seed selects.
         strength: how much of the run is made on a given picture, above 0 to 1; None is 0.8, or 1 with a mask.
-        pictures: the request's pictures by use: "image" to begin on, "mask" for what of it to repaint.
-            PIL images, or uint8 or uint16 arrays.
+        pictures: the request's pictures by use: "image" to begin on, "mask" for what of it to repaint, "depth" for its
+            depth map. PIL images, or uint8 or uint16 arrays.
         options: settings of the solver: eta, use_karras_sigmas, timestep_spacing, ...
 
     Raises:
@@ -76,6 +77,7 @@ class Request:
     width: int | None = None
     count: int = 1
     class_label: int | None = None
+    noise_level: int | None = None
     aesthetic_score: float | None = None
     negative_aesthetic_score: float | None = None
     noise: str = "torch-cpu"
@@ -93,8 +95,9 @@ class Request:
         for name, low, high in (("steps", 1, 10_000), ("height", 1, 65_536), ("width", 1, 65_536)):
             if getattr(self, name) is not None:
                 _whole(name, getattr(self, name), low, high)
-        if self.class_label is not None:
-            _whole("class_label", self.class_label, 0, 2**31 - 1)
+        for name in ("class_label", "noise_level"):
+            if getattr(self, name) is not None:
+                _whole(name, getattr(self, name), 0, 2**31 - 1)
         for name, optional in (("prompt", True), ("negative_prompt", True), ("solver", True), ("noise", False)):
             value = getattr(self, name)
             if not isinstance(value, str) and not (optional and value is None):

@@ -25,10 +25,12 @@ from latentrt.bundle.spec import (
 from latentrt.errors import BundleError, ExportError
 from latentrt.model.tokenizer import Tokenizer
 from latentrt.sampling.schedule import Schedule
-from latentrt_export.checkpoint.corrections import UNET, corrections_of, drawn_by
-from latentrt_export.checkpoint.served import beside
+from latentrt.values import is_whole
+from latentrt_export.checkpoint.corrections import corrections_of, drawn_by
+from latentrt_export.checkpoint.files import read_json
+from latentrt_export.checkpoint.served import INPAINTING, LOW, beside
 from latentrt_export.checkpoint.single.choices import Choices
-from latentrt_export.checkpoint.source import SCHEDULE, Checkpoint, tokenizer_of
+from latentrt_export.checkpoint.source import LOW_SCHEDULE, SCHEDULE, Checkpoint, tokenizer_of
 
 GRAPHS = {  # where a bundle has each network's graph
     "text_encoder": "text_encoder/model.onnx",
@@ -47,12 +49,13 @@ ROLES = {  # all others are text encoders
     "vae_encoder": ENCODER,
 }
 
+MAX_NOISE_LEVEL = 350  # diffusers' own default
 TRACING, WRITING = ("torch", "diffusers", "transformers"), ("onnx", "onnx-ir", "onnxscript")  # libraries
 
 
 def model_spec(checkpoint: Checkpoint, networks: Mapping[str, NetworkSpec], how: Mapping[str, Any]) -> ModelSpec:
     """Return the manifest's model part."""
-    configs = checkpoint.configs
+    configs, enlarges = checkpoint.configs, beside(checkpoint.configs) == LOW
     xl = "text_encoder_2" in configs
     return ModelSpec(
         id=checkpoint.id,
@@ -62,7 +65,9 @@ def model_spec(checkpoint: Checkpoint, networks: Mapping[str, NetworkSpec], how:
         schedule=SCHEDULE,
         networks=networks,
         zero_negative=bool(checkpoint.index.get("force_zeros_for_empty_prompt", xl)),
-        classes=configs["unet"].get("num_class_embeds"),
+        classes=None if enlarges else configs["unet"].get("num_class_embeds"),
+        low_schedule=LOW_SCHEDULE if enlarges else None,
+        max_noise_level=_max_noise_level(checkpoint) if enlarges else None,
         defaults=_defaults(checkpoint),
         corrections=_corrections(checkpoint),
         made=how,
@@ -118,8 +123,10 @@ def signature(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:
 
 
 def _corrections(checkpoint: Checkpoint) -> tuple[Correction, ...]:
-    pipeline = drawn_by(checkpoint.pipeline, masked=beside(checkpoint.configs) > 0)
-    return corrections_of(pipeline, checkpoint.scheduler, checkpoint.configs["unet"], checkpoint.scheduler_class)
+    configs = checkpoint.configs
+    pipeline = drawn_by(checkpoint.pipeline, masked=beside(configs) == INPAINTING)
+    vae = configs.get("vae", {})
+    return corrections_of(pipeline, checkpoint.scheduler, configs["unet"], checkpoint.scheduler_class, vae)
 
 
 def latents_of(checkpoint: Checkpoint) -> LatentSpec:
@@ -127,12 +134,25 @@ def latents_of(checkpoint: Checkpoint) -> LatentSpec:
 
     Graphs that exist already double what they halved: sides must halve evenly. Those of `graphs.wrap` take all sides.
     """
-    corrected = {each.key: each.value for each in _corrections(checkpoint) if each.file == UNET}
-    unet, vae = {**checkpoint.configs["unet"], **corrected}, checkpoint.configs.get("vae")
-    if vae is None:
+    unet, vae = ({**checkpoint.configs.get(name, {}), **_corrected(checkpoint, name)} for name in ("unet", "vae"))
+    if "vae" not in checkpoint.configs:
         return _pixels(unet)
     latents = _latents(unet, vae)
     return replace(latents, multiple=_halved(unet, (320, 640, 1280, 1280))) if checkpoint.graphs else latents
+
+
+def _corrected(checkpoint: Checkpoint, network: str) -> dict[str, Any]:
+    file = f"{network}/config.json"
+    return {each.key: each.value for each in _corrections(checkpoint) if each.file == file}
+
+
+def _max_noise_level(checkpoint: Checkpoint) -> int:
+    """Return how much noise the picture to enlarge may get: as diffusers' pipeline allows and its UNet knows."""
+    most = checkpoint.index.get("max_noise_level", MAX_NOISE_LEVEL)
+    if not is_whole(most) or most < 0:
+        raise ExportError(f"model_index.json has max_noise_level {most!r}", needed="a whole number")
+    levels = read_json(checkpoint.files[LOW_SCHEDULE]).get("num_train_timesteps", 1000)
+    return int(min(most, levels - 1, checkpoint.configs["unet"]["num_class_embeds"] - 1))
 
 
 def _latents(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> LatentSpec:

@@ -46,7 +46,7 @@ from latentrt_export.graphs.shallow import shallow
 from latentrt_export.graphs.weights import share_weights
 from latentrt_export.place import place
 
-NOT_EXPORTED = ("safety_checker", "feature_extractor", "image_encoder")
+NOT_EXPORTED = ("safety_checker", "feature_extractor", "image_encoder", "depth_estimator", "watermarker")
 GRAPH_ROOM = 4 * 2**20  # bytes per network for its graph, when free space is checked
 
 

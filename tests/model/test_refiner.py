@@ -104,6 +104,8 @@ def test_a_device_draws_the_same(pair: tuple[Engine, Path]) -> None:
     gpu = HostGpu()
     with Engine.load(here.bundle.root, backend=OrtBackend(threads=1, gpu=gpu), check_hashes=False) as there:
         for more in ({}, {"on_tick": lambda job: None}):
-            ours, theirs = (np.asarray(one("a cat", image=PICTURE, **ASKED, **SCORES, **more)[0]) for one in (there, here))
+            ours, theirs = (
+                np.asarray(one("a cat", image=PICTURE, **ASKED, **SCORES, **more)[0]) for one in (there, here)
+            )
             assert psnr(ours, theirs) > 60
     gpu.close()

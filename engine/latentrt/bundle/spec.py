@@ -217,6 +217,9 @@ class ModelSpec:
             order in which their states are concatenated. A model without a decoder denoises pixels.
         zero_negative: whether the states of a missing negative prompt are zeros.
         classes: how many classes a class-conditional model was trained with.
+        low_schedule: of a model that enlarges pictures, the path of the scheduler_config.json of the noise that the
+            given picture gets.
+        max_noise_level: how much of it at most, a timestep.
         defaults: for requests that do not set them.
         corrections: settings that are not used as the bundle's files have them.
         made: how the bundle was made.
@@ -231,6 +234,8 @@ class ModelSpec:
     networks: Mapping[str, NetworkSpec]
     zero_negative: bool = False
     classes: int | None = None
+    low_schedule: str | None = None
+    max_noise_level: int | None = None
     defaults: Defaults = Defaults()
     corrections: tuple[Correction, ...] = ()
     made: Mapping[str, Any] = field(default_factory=dict)

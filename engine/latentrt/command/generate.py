@@ -15,6 +15,7 @@ from latentrt.command.options import AT_LEAST_ONE, FOLDER, LOADING, edits_pictur
 from latentrt.command.terminal import progress
 from latentrt.command.watch import KINDS, Asked, Watch
 from latentrt.errors import RequestError
+from latentrt.request import PICTURES
 from latentrt.values import parse_size
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ SETTINGS = (
     "strength",
     "class_label",
     "cache_interval",
+    "noise_level",
     "aesthetic_score",
     "negative_aesthetic_score",
 )
@@ -101,7 +103,7 @@ def generate(prompts: tuple[str, ...], bundle: Path, lanes: int | None, as_json:
     check_grid(asked["grid"])
     check_animation(asked["animate"])
     settings = settings_of(asked)
-    pictures = {name: open_picture(asked[name]) for name in ("image", "mask") if asked[name] is not None}
+    pictures = {name: open_picture(asked[name], deep=name == "depth") for name in PICTURES if asked[name]}
     return_freed_pages()
     with Engine.load(bundle, lanes=lanes, resident=False, **loading) as engine:
         jobs = engine.requests(prompts or (None,), settings, pictures)

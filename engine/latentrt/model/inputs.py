@@ -42,11 +42,18 @@ class Conditioner:
         inputs: names of the inputs that it fills.
         fields: fields of a request that only models with this conditioner read.
         pictures: pictures of a request that its models' pipelines draw from.
+        shows_picture: whether it shows the denoiser the given picture itself: there has to be one, and runs begin on
+            noise.
+        enlarges: whether that picture is drawn larger, by the latents' factor.
+        draws_first: whether its noise is drawn before that of the first latents.
     """
 
     inputs: tuple[str, ...] = ()
     fields: tuple[str, ...] = ()
     pictures: tuple[str, ...] = ()
+    shows_picture = False
+    enlarges = False
+    draws_first = False
 
     def __call__(self, request: Request, given: Given | None, noise: NoiseSource) -> Sides:
         """Return the inputs of one picture.
@@ -54,8 +61,8 @@ class Conditioner:
         Args:
             request: with the model's defaults filled in.
             given: the picture that it begins on, if any.
-            noise: the picture's own, after its first latents were drawn. A conditioner draws what its diffusers
-                pipeline draws.
+            noise: the picture's own, after its first latents were drawn, or before (`draws_first`). A conditioner draws
+                what its diffusers pipeline draws.
 
         Raises:
             RequestError: the request lacks what the denoiser needs.

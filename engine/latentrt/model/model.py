@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from latentrt.bundle.bundle import Bundle
 from latentrt.bundle.spec import CONDITIONER, DECODER, DENOISER, ENCODER, ROLES, SHALLOW
 from latentrt.errors import RequestError
-from latentrt.images.given import prepared
+from latentrt.images.depth_map import depth_of
+from latentrt.images.given import prepared, prepared_low
 from latentrt.model.codec import AutoencoderKL, Codec, Identity
 from latentrt.model.conditioners.beside import Repainted
 from latentrt.model.conditioners.registry import Parts, conditioners_of
@@ -32,10 +33,12 @@ from latentrt.sampling.schedule import Schedule
 if TYPE_CHECKING:
     from latentrt.images.given import Source
 
+NAMES = {"depth": "depth map"}  # of pictures, by their use
 CONDITIONED = (  # fields of a request that some models do not read
     "prompt",
     "negative_prompt",
     "class_label",
+    "noise_level",
     "aesthetic_score",
     "negative_aesthetic_score",
 )
@@ -108,6 +111,16 @@ class Model:
         return any(isinstance(one, Repainted) for one in self.conditioners)
 
     @property
+    def shows_picture(self) -> bool:
+        """Whether the denoiser reads the given picture itself; see `Conditioner`."""
+        return any(one.shows_picture for one in self.conditioners)
+
+    @property
+    def enlarges(self) -> bool:
+        """Whether the given picture is drawn larger; see `Conditioner`."""
+        return any(one.enlarges for one in self.conditioners)
+
+    @property
     def edits(self) -> bool:
         """Whether runs may begin on a given picture: there is an encoder, or none is needed."""
         return bool(self.spec.named(ENCODER)) or not self.spec.named(DECODER)
@@ -121,6 +134,9 @@ class Model:
         for field in CONDITIONED:
             if getattr(request, field) is not None and field not in self.fields:
                 raise RequestError(f"{self.spec.id} reads no {field}", needed="a request without one")
+        if self.shows_picture and request.strength is not None:
+            found = f"strength is {request.strength:g}, and {self.spec.id} begins on noise with the picture beside it"
+            raise RequestError(found, needed="a request without strength")
         if request.cache_interval > 1 and not self.predictor.caches:
             raise RequestError(
                 f"cache_interval is {request.cache_interval}, and the bundle of {self.spec.id} has no shallow graph",
@@ -145,25 +161,48 @@ class Model:
             RequestError: a kind, size or mask that cannot be used; a mask without its picture.
             BundleError, PlanError: there is no encoder that can be used here.
         """
-        if "image" in pictures:
-            pixels, repaint = prepared(pictures["image"], pictures.get("mask"), height, width, self.spec.latents)
-            return Given.of(pixels, repaint, self.codec)
-        if pictures:
-            raise RequestError(
-                "there is a mask and no picture", needed="the one it belongs to", fix="pass it: image=, --image"
-            )
-        return None
+        latents = self.spec.latents
+        self._check_uses(pictures)
+        if "image" not in pictures:
+            return None
+        if self.enlarges:
+            return Given.small(prepared_low(pictures["image"], height, width, latents), latents.factor)
+        depth = depth_of(pictures["depth"]) if "depth" in pictures else None
+        pixels, repaint = prepared(pictures["image"], pictures.get("mask"), height, width, latents)
+        return Given.of(pixels, repaint, self.codec, depth)
 
-    def inputs(self, request: Request, given: Given | None, noise: NoiseSource, *, tokens: bool = False) -> Sides:
+    def _check_uses(self, pictures: Mapping[str, Source]) -> None:
+        read = self.pictures if self.shows_picture else (*self.pictures, "image", "mask")
+        for name in pictures:
+            what = NAMES.get(name, name)
+            if name not in read:
+                raise RequestError(f"there is a {what}, and {self.spec.id} reads none", needed="a request without one")
+            if "image" not in pictures:
+                found, fix = f"there is a {what} and no picture", "pass it: image=, --image"
+                raise RequestError(found, needed="the one it belongs to", fix=fix)
+
+    def drawn_first(self, request: Request, given: Given | None, noise: NoiseSource) -> Sides:
+        """Return the inputs of one picture whose noise comes before that of its first latents; see `Conditioner`."""
+        sides = Sides.same({})
+        for one in self.conditioners:
+            sides = sides.and_(one(request, given, noise)) if one.draws_first else sides
+        return sides
+
+    def inputs(
+        self, request: Request, given: Given | None, noise: NoiseSource, first: Sides, *, tokens: bool = False
+    ) -> Sides:
         """Return all inputs of the predictor for one picture; see `Conditioner`.
 
-        With `tokens`, texts are left as the ids that the text encoders read: see `Text.tokens`.
+        Args:
+            request, given, noise: of the picture.
+            first: those of `drawn_first`.
+            tokens: leave texts as the ids that the text encoders read: see `Text.tokens`.
         """
-        sides = Sides.same({})
+        sides = first
         for one in self.conditioners:
             if tokens and isinstance(one, Text):
                 sides = sides.and_(one.tokens(request))
-            else:
+            elif not one.draws_first:
                 sides = sides.and_(one(request, given, noise))
         return sides if tokens else self.hoisted(sides)
 

@@ -12,13 +12,13 @@ Config = Mapping[str, Any]
 # Settings of a UNet2DConditionModel that must have these values.
 CONDITIONAL = {
     "class_embed_type": None,
-    "num_class_embeds": None,
     "encoder_hid_dim_type": None,
     "time_cond_proj_dim": None,
     "attention_type": "default",
 }
 
 
+INPAINTING, DEPTH, LOW = "beside", "depth_map", "low_picture"  # inputs beside the latents
 LAYERS = (
     "layers_per_block",
     "transformer_layers_per_block",
@@ -34,12 +34,13 @@ def unsupported(found: str, needed: str) -> ExportError:
     return ExportError(f"the checkpoint has {found}", needed=needed)
 
 
-def check_networks(configs: Mapping[str, Config], kind: str) -> None:
+def check_networks(configs: Mapping[str, Config], kind: str, extra: str = INPAINTING) -> None:
     """Refuse networks that the engine cannot serve.
 
     Args:
         configs: by the networks' names.
         kind: the diffusers class that the UNet must have.
+        extra: what the pipeline gives the UNet beside the latents, an input's name; a UNet without it inpaints too.
 
     Raises:
         ExportError: one of them cannot be served; it is named.
@@ -53,7 +54,7 @@ def check_networks(configs: Mapping[str, Config], kind: str) -> None:
         _check_pixels(unet)
     else:
         xl = "text_encoder_2" in configs
-        _check_latents(unet, configs["vae"], xl=xl)
+        _check_latents(unet, configs["vae"], extra, xl=xl)
         if xl:
             _check_sizes(unet, configs["text_encoder_2"])
     for part, config in configs.items():
@@ -71,10 +72,20 @@ def text_config(config: Config) -> Config:
     return inner if isinstance(inner, dict) else config
 
 
-def beside(configs: Mapping[str, Config]) -> int:
-    """Return how many channels the UNet reads beside the latents."""
+def beside(configs: Mapping[str, Config]) -> str | None:
+    """Return the name of the input for what the UNet reads beside the latents; None where it reads nothing."""
     unet, vae = configs["unet"], configs.get("vae")
-    return 0 if vae is None else int(unet.get("in_channels", 4) - vae.get("latent_channels", 4))
+    channels = 4 if vae is None else vae.get("latent_channels", 4)
+    return None if vae is None else input_beside(unet.get("in_channels", 4) - channels, channels)
+
+
+def input_beside(extra: int, latents: int) -> str | None:
+    """Return the name of the input for so many channels beside those of the latents; None for any other number."""
+    return next((name for name, count in _channels(latents).items() if count == extra), None)
+
+
+def _channels(latents: int) -> dict[str, int]:
+    return {INPAINTING: 1 + latents, DEPTH: 1, LOW: 3}
 
 
 def sizes_read(unet: Config, text: Config) -> int:
@@ -137,15 +148,13 @@ def _check_pixels(unet: Config) -> None:
         raise unsupported(f"a UNet with time_embedding_type {unet['time_embedding_type']!r}", "'positional'")
 
 
-def _check_latents(unet: Config, vae: Config, *, xl: bool) -> None:
-    channels = vae.get("latent_channels", 4)
-    inputs, outputs = unet.get("in_channels", 4), unet.get("out_channels", 4)
-    if inputs not in (channels, 2 * channels + 1):
-        needed = f"in_channels {channels}, the VAE's latent channels, or {2 * channels + 1} for inpainting"
-        raise unsupported(f"a UNet with in_channels {inputs}", needed)
-    if outputs != channels:
-        raise unsupported(f"a UNet with out_channels {outputs}", f"out_channels {channels} (no learned variance)")
-    for key, value in {**CONDITIONAL, "addition_embed_type": "text_time" if xl else None}.items():
+def _check_latents(unet: Config, vae: Config, extra: str, *, xl: bool) -> None:
+    _check_channels(unet, vae.get("latent_channels", 4), extra)
+    levels = unet.get("num_class_embeds") if extra == LOW else None
+    if extra == LOW and not _is_size(levels):
+        raise unsupported(f"a UNet with num_class_embeds {levels!r}", "the number of noise levels in this pipeline")
+    wanted = {**CONDITIONAL, "num_class_embeds": levels, "addition_embed_type": "text_time" if xl else None}
+    for key, value in wanted.items():
         if unet.get(key, value if key == "attention_type" else None) != value:
             raise unsupported(f"a UNet with {key} {unet.get(key)!r}", f"{key} {value!r} in this pipeline")
     for key in ("addition_time_embed_dim", "projection_class_embeddings_input_dim") if xl else ():
@@ -154,6 +163,19 @@ def _check_latents(unet: Config, vae: Config, *, xl: bool) -> None:
     for key in ("latents_mean", "latents_std"):
         if vae.get(key) is not None:
             raise unsupported(f"a VAE with {key}", f"{key} null (scaling_factor and shift_factor are served)")
+
+
+def _check_channels(unet: Config, channels: int, extra: str) -> None:
+    """Refuse a UNet that does not denoise so many channels, with those that its pipeline gives it beside them."""
+    inputs, outputs = unet.get("in_channels", 4), unet.get("out_channels", 4)
+    whole = channels + _channels(channels)[extra]
+    if inputs != whole and not (extra == INPAINTING and inputs == channels):
+        needed = f"in_channels {whole} in this pipeline"
+        if extra == INPAINTING:
+            needed = f"in_channels {channels}, the VAE's latent channels, or {whole} for inpainting"
+        raise unsupported(f"a UNet with in_channels {inputs}", needed)
+    if outputs != channels:
+        raise unsupported(f"a UNet with out_channels {outputs}", f"out_channels {channels} (no learned variance)")
 
 
 def _check_sizes(unet: Config, text: Config) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from latentrt.bundle.bundle import PICKLES
 from latentrt.errors import ExportError, LatentrtError, MissingDependencyError, OutputError, UnsafeWeightsError
 from latentrt_export.checkpoint.files import AGAIN, license_of, read_json, read_schedule, texts_of, tokenizer_files
-from latentrt_export.checkpoint.served import check_networks, text_config, unsupported
+from latentrt_export.checkpoint.served import DEPTH, INPAINTING, LOW, check_networks, text_config, unsupported
 from latentrt_export.checkpoint.single.choices import AS_THEY_ARE, Choices
 from latentrt_export.checkpoint.single.folder import make_folder
 from latentrt_export.checkpoint.single.vae_file import vae_files
@@ -32,6 +32,8 @@ PIPELINES = {  # the networks of each
     "StableDiffusionXLPipeline": XL,
     "StableDiffusionXLImg2ImgPipeline": XL,
     "StableDiffusionXLInpaintPipeline": XL,
+    "StableDiffusionDepth2ImgPipeline": SD,
+    "StableDiffusionUpscalePipeline": SD,
     "DDPMPipeline": PIXELS,
     "DDIMPipeline": PIXELS,
 }
@@ -41,9 +43,15 @@ CLASSES = {
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
     "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
     VAE: ("AutoencoderKL",),
+    "low_res_scheduler": ("DDPMScheduler", "DDIMScheduler"),  # whose add_noise keeps the variance
+}
+EXTRA = {  # what a pipeline gives its UNet beside the latents, where that is no picture to repaint
+    "StableDiffusionDepth2ImgPipeline": DEPTH,
+    "StableDiffusionUpscalePipeline": LOW,
 }
 UNETS = {**dict.fromkeys((SD, XL, REFINER), "UNet2DConditionModel"), PIXELS: "UNet2DModel"}
 SCHEDULE = "scheduler/scheduler_config.json"
+LOW_SCHEDULER, LOW_SCHEDULE = "low_res_scheduler", "low_res_scheduler/scheduler_config.json"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_WEIGHTS = ("text_encoder*/*.safetensors", "unet/*.safetensors", "vae/*.safetensors", "*.safetensors")
 HUB_PATTERNS = ("*.json", "*.txt", "README.md", "LICENSE*", *HUB_WEIGHTS)
@@ -164,11 +172,16 @@ def open_checkpoint(source: str | Path, revision: str | None = None, variant: st
         check_class(index, part, (UNETS[parts],) if part == UNET else CLASSES[part])
     homes = {part: _home(root, part) for part in parts}
     configs = {part: _config(home, part) for part, home in homes.items()}
-    check_networks(configs, UNETS[parts])
+    extra = EXTRA.get(str(index["_class_name"]), INPAINTING)
+    check_networks(configs, UNETS[parts], extra)
     weights = choose_weights(homes, variant)
     schedule = root / SCHEDULE if (root / SCHEDULE).is_file() else root / "scheduler_config.json"
     files = {name: path for name, path in texts_of(root).items() if path not in _flat(root, homes)}
     files[SCHEDULE] = schedule
+    if extra == LOW:
+        check_class(index, LOW_SCHEDULER, CLASSES[LOW_SCHEDULER])
+        read_schedule(root / LOW_SCHEDULE, named_class(index[LOW_SCHEDULER]))
+        files[LOW_SCHEDULE] = root / LOW_SCHEDULE
     for part, home in homes.items():
         files |= {f"{part}/{f}": path for f, path in weights[part].files.items()}
         files[f"{part}/config.json"] = home / "config.json"

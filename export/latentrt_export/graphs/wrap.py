@@ -18,7 +18,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from latentrt.errors import ExportError
 from latentrt_export.checkpoint.files import read_json
-from latentrt_export.checkpoint.served import sizes_read, text_config
+from latentrt_export.checkpoint.served import LOW, input_beside, sizes_read, text_config
 
 Axes = Mapping[int, str]
 IMAGE_AXES: Axes = {0: "batch", 2: "height", 3: "width"}
@@ -98,12 +98,17 @@ class UNet(nn.Module):
         text_embeds: Tensor | None = None,
         time_ids: Tensor | None = None,
         beside: Tensor | None = None,
+        depth_map: Tensor | None = None,
+        low_picture: Tensor | None = None,
+        noise_level: Tensor | None = None,
     ) -> Tensor:
         """Map sample (batch, channels, height, width) to out of the same shape."""
         added = None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
-        if beside is not None:
-            sample = torch.cat([sample, beside], dim=1)
-        out: Tensor = self.model(sample, timestep, encoder_hidden_states, added_cond_kwargs=added).sample
+        extra = [one for one in (beside, depth_map, low_picture) if one is not None]
+        sample = torch.cat([sample, *extra], dim=1) if extra else sample
+        out: Tensor = self.model(
+            sample, timestep, encoder_hidden_states, class_labels=noise_level, added_cond_kwargs=added
+        ).sample
         return out
 
 
@@ -187,9 +192,14 @@ def _unet(root: Path, name: str, tokens: int) -> Network:
         numbers = sizes_read(config, text)
         embeds = config.projection_class_embeddings_input_dim - numbers * config.addition_time_embed_dim
         sizes |= {"text_embeds": ((embeds,), BATCH), "time_ids": ((numbers,), BATCH)}
-    if config.in_channels > config.out_channels:
-        sizes["beside"] = ((config.in_channels - config.out_channels, 16, 24), IMAGE_AXES)
-    return Network(UNet(model), _examples(sizes), ("out",), "unet")
+    extra = config.in_channels - config.out_channels
+    name_beside = input_beside(extra, config.out_channels)
+    if name_beside is not None:
+        sizes[name_beside] = ((extra, 16, 24), IMAGE_AXES)
+    inputs = _examples(sizes)
+    if name_beside == LOW:
+        inputs = (*inputs, Input("noise_level", torch.zeros(TRACE_BATCH, dtype=torch.int64), BATCH))
+    return Network(UNet(model), inputs, ("out",), "unet")
 
 
 def _pixel_unet(root: Path) -> Network:

@@ -7,16 +7,19 @@ from typing import NamedTuple
 
 from latentrt.bundle.bundle import Bundle
 from latentrt.bundle.spec import TEXT_ENCODER, TensorSpec
-from latentrt.errors import BundleError
+from latentrt.errors import EXPORT, BundleError
 from latentrt.model.codec import Codec
 from latentrt.model.conditioners.beside import Repainted
 from latentrt.model.conditioners.class_label import ClassLabel
+from latentrt.model.conditioners.depth_map import DepthMap
+from latentrt.model.conditioners.low_picture import LowPicture
 from latentrt.model.conditioners.sizes import ScoredSizes, Sizes
 from latentrt.model.inputs import Conditioner
 from latentrt.model.predictor import OWN
 from latentrt.model.text import Encoder, Text
 from latentrt.model.tokenizer import Tokenizer
 from latentrt.runtime.base import Network
+from latentrt.sampling.schedule import Schedule
 
 
 class Parts(NamedTuple):
@@ -75,6 +78,19 @@ def _beside(parts: Parts) -> Conditioner:
     return Repainted(parts.codec)
 
 
+def _depth_map(parts: Parts) -> Conditioner:
+    return DepthMap()
+
+
+def _low_picture(parts: Parts) -> Conditioner:
+    spec = parts.bundle.spec
+    if spec.low_schedule is None or spec.max_noise_level is None:
+        needed = "low_schedule and max_noise_level in its manifest"
+        raise BundleError(f"the denoiser of {spec.id} reads a noisy picture", needed=needed, fix=EXPORT)
+    schedule = Schedule.from_config(parts.bundle.json(spec.low_schedule))
+    return LowPicture(schedule, spec.max_noise_level, parts.inputs["noise_level"].dtype)
+
+
 def _unknown(parts: Parts, found: str, needed: str) -> BundleError:
     return BundleError(f"the denoiser of {parts.bundle.spec.id} {found}", needed=needed, fix="update latentrt")
 
@@ -85,4 +101,7 @@ MAKERS: Mapping[str, Callable[[Parts], Conditioner]] = {
     "time_ids": _sizes,
     "class_labels": _class_label,
     "beside": _beside,
+    "depth_map": _depth_map,
+    "low_picture": _low_picture,
+    "noise_level": _low_picture,
 }
