@@ -13,8 +13,17 @@ from latentrt.values import did_you_mean, is_number, is_whole, plain
 
 MAX_SEED = 2**64 - 1
 PICTURES = ("image", "mask", "depth")  # what a picture may be used for
+HIRES_STRENGTH = 0.7
+HANDOFF = 0.8  # of a run with a refiner, where nothing else is said
 
-_OWN = ("strength", "aesthetic_score", "negative_aesthetic_score", "noise_level")  # of a picture where they are set
+_WHOLE = {"steps": 10_000, "hires_steps": 10_000, "height": 65_536, "width": 65_536}  # from 1 to these
+_NUMBERS = {
+    "guidance": (0.0, 1e6),
+    **dict.fromkeys(("guidance_rescale", "strength", "hires_strength", "handoff"), (0.0, 1.0)),
+    "hires_scale": (1.0, 8.0),
+    **dict.fromkeys(("aesthetic_score", "negative_aesthetic_score"), (0.0, 1000.0)),
+}
+_OWN = ("strength", "handoff", "aesthetic_score", "negative_aesthetic_score", "noise_level")  # of a picture, where set
 
 # What users of other tools type, and the name of it here.
 _OTHER_NAMES = {
@@ -58,6 +67,10 @@ class Request:
         strength: how much of the run is made on a given picture, above 0 to 1; None is 0.8, or 1 with a mask.
         pictures: the request's pictures by use: "image" to begin on, "mask" for what of it to repaint, "depth" for its
             depth map. PIL images, or uint8 or uint16 arrays.
+        hires_scale: by how much the finished latents are enlarged, 1 to 8, to be drawn on (hires fix); None: not.
+        hires_steps: of the second run; None is as many as of the first.
+        hires_strength: how much of the second run is made, above 0 to 1.
+        handoff: the part of the run, 0 to 1, after which the engine's refiner takes over; None: it does not.
         options: settings of the solver: eta, use_karras_sigmas, timestep_spacing, ...
 
     Raises:
@@ -83,6 +96,10 @@ class Request:
     noise: str = "torch-cpu"
     strength: float | None = None
     pictures: Mapping[str, Any] = field(default_factory=dict)
+    hires_scale: float | None = None
+    hires_steps: int | None = None
+    hires_strength: float = HIRES_STRENGTH
+    handoff: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -92,9 +109,9 @@ class Request:
         _whole("cache_interval", self.cache_interval, 1, 10_000)
         _whole("seed", self.seed, 0, MAX_SEED)
         _whole("the last picture's seed (seed + count - 1)", self.seed + self.count - 1, 0, MAX_SEED)
-        for name, low, high in (("steps", 1, 10_000), ("height", 1, 65_536), ("width", 1, 65_536)):
+        for name, most in _WHOLE.items():
             if getattr(self, name) is not None:
-                _whole(name, getattr(self, name), low, high)
+                _whole(name, getattr(self, name), 1, most)
         for name in ("class_label", "noise_level"):
             if getattr(self, name) is not None:
                 _whole(name, getattr(self, name), 0, 2**31 - 1)
@@ -102,10 +119,9 @@ class Request:
             value = getattr(self, name)
             if not isinstance(value, str) and not (optional and value is None):
                 raise RequestError(f"{name} is {value!r}", needed="text or None" if optional else "text")
-        scores = dict.fromkeys(("aesthetic_score", "negative_aesthetic_score"), 1000.0)
-        for name, most in {"guidance": 1e6, "guidance_rescale": 1.0, "strength": 1.0, **scores}.items():
+        for name, (least, most) in _NUMBERS.items():
             if getattr(self, name) is not None:
-                _number(name, getattr(self, name), 0.0, most)
+                _number(name, getattr(self, name), least, most)
         interval = self.guidance_interval
         if not isinstance(interval, (list, tuple)) or len(interval) != 2:
             raise RequestError(
@@ -179,8 +195,16 @@ def facts_of(request: Request, solver: str, seed: int, index: int, size: tuple[i
         "model": model,
         **{name: getattr(request, name) for name in _OWN if getattr(request, name) is not None},
         **({} if request.cache_interval == 1 else {"cache_interval": request.cache_interval}),
+        **_of_hires(request),
         **request.options,
     }
+
+
+def _of_hires(request: Request) -> dict[str, Any]:
+    if request.hires_scale is None:
+        return {}
+    steps = {} if request.hires_steps is None else {"hires_steps": request.hires_steps}
+    return {"hires_scale": request.hires_scale, "hires_strength": request.hires_strength, **steps}
 
 
 def _of_prompt(request: Request) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -125,14 +125,16 @@ class Model:
         """Whether runs may begin on a given picture: there is an encoder, or none is needed."""
         return bool(self.spec.named(ENCODER)) or not self.spec.named(DECODER)
 
-    def filled(self, request: Request) -> Request:
+    def filled(self, request: Request, others: Collection[str] = ()) -> Request:
         """Return the request with the model's own defaults for what it does not set.
+
+        `others` are the fields that a second model reads.
 
         Raises:
             RequestError: it sets a field that the model does not read.
         """
         for field in CONDITIONED:
-            if getattr(request, field) is not None and field not in self.fields:
+            if getattr(request, field) is not None and field not in (*self.fields, *others):
                 raise RequestError(f"{self.spec.id} reads no {field}", needed="a request without one")
         if self.shows_picture and request.strength is not None:
             found = f"strength is {request.strength:g}, and {self.spec.id} begins on noise with the picture beside it"
@@ -189,16 +191,22 @@ class Model:
         return sides
 
     def inputs(
-        self, request: Request, given: Given | None, noise: NoiseSource, first: Sides, *, tokens: bool = False
+        self,
+        request: Request,
+        given: Given | None,
+        noise: NoiseSource,
+        first: Sides | None = None,
+        *,
+        tokens: bool = False,
     ) -> Sides:
         """Return all inputs of the predictor for one picture; see `Conditioner`.
 
         Args:
             request, given, noise: of the picture.
-            first: those of `drawn_first`.
+            first: those of `drawn_first`; None where there are none.
             tokens: leave texts as the ids that the text encoders read: see `Text.tokens`.
         """
-        sides = first
+        sides = first or Sides.same({})
         for one in self.conditioners:
             if tokens and isinstance(one, Text):
                 sides = sides.and_(one.tokens(request))

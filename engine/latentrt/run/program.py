@@ -103,7 +103,16 @@ class _Canvas:
         self.count = lanes // (2 if kind.guided else 1)
         self._latents, self._kind = model.spec.latents, kind
         noises = max(1, kind.noises)
-        self._arena = Arena(model.predictor, kind.shapes, lanes, slots=self.count, noises=noises, capture=capture)
+        self._sizes = {"batch": lanes, "tokens": model.spec.tokens}
+        self._arena = Arena(
+            model.predictor,
+            kind.shapes,
+            lanes,
+            slots=self.count,
+            noises=noises,
+            capture=capture,
+            sizes=self._sizes,
+        )
         self._gpu = self._arena.gpu
         self._ids: dict[str, DeviceArray] = {}
         self._states: list[DeviceArray] = []
@@ -125,7 +134,7 @@ class _Canvas:
         self._inputs = dict(self._arena.inputs)
         for name, tensor in inputs_of([network.graph for network in networks]).items():
             if name not in self._inputs:
-                self._inputs[name] = self._arena.zeros(shape_of(tensor, {"batch": self._arena.lanes}), tensor.dtype)
+                self._inputs[name] = self._arena.zeros(shape_of(tensor, self._sizes), tensor.dtype)
         for network in networks:
             tensors = (*network.graph.inputs, *network.graph.outputs)
             self._hoisted.append(network.bind({tensor.name: self._inputs[tensor.name] for tensor in tensors}))
@@ -135,7 +144,7 @@ class _Canvas:
         zeros, inputs, lanes = self._arena.zeros, self._inputs, self._arena.lanes
         (ids,) = encoder.graph.inputs
         outputs = {tensor.name: tensor for tensor in encoder.graph.outputs}
-        tokens = dict(self._kind.shapes.inputs)[name]
+        tokens = dict(self._kind.shapes.sides[0])[name]
         self._ids[name] = zeros((lanes, *tokens), ids.dtype)
         states = inputs["encoder_hidden_states"]
         if not alone:

@@ -23,6 +23,7 @@ from latentrt_export.checkpoint.served import LOW, input_beside, sizes_read, tex
 Axes = Mapping[int, str]
 IMAGE_AXES: Axes = {0: "batch", 2: "height", 3: "width"}
 BATCH: Axes = {0: "batch"}
+TEXT_AXES: Axes = {0: "batch", 1: "tokens"}
 # Tracing with a batch of 1 would make torch.export take the batch for a constant.
 TRACE_BATCH = 2
 # Every wrapper keeps its model in the attribute `model`: names of parameters are passes.PREFIX + the checkpoint's.
@@ -185,7 +186,7 @@ def _unet(root: Path, name: str, tokens: int) -> Network:
     sizes = {
         "sample": ((config.out_channels, 16, 24), IMAGE_AXES),
         "timestep": ((), BATCH),
-        "encoder_hidden_states": ((tokens, config.cross_attention_dim), BATCH),
+        "encoder_hidden_states": ((tokens, config.cross_attention_dim), TEXT_AXES),
     }
     if is_xl(root):
         text = text_config(read_json(root / "text_encoder_2" / "config.json"))
