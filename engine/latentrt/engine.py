@@ -18,6 +18,8 @@ from latentrt.images.pixels import to_picture, to_pil, to_uint8
 from latentrt.model.codec import decode_each
 from latentrt.model.given import Given
 from latentrt.model.model import Model
+from latentrt.model.other_vae import OWN, VaeOptions
+from latentrt.model.prompts.embeddings import files_of
 from latentrt.request import Request, request_from
 from latentrt.run.denoiser import Denoiser, OnTick
 from latentrt.run.job import Job
@@ -54,10 +56,11 @@ class Engine:
         resident: bool = True,
         capture: bool | None = None,
         refiner: Bundle | None = None,
+        vae: VaeOptions = OWN,
     ) -> None:
         self.bundle, self.backend = bundle, backend
         resident = resident or backend.gpu is not None
-        self.model = Model(bundle, backend, resident=resident)
+        self.model = Model(bundle, backend, resident=resident, vae=vae)
         self.refiner = None if refiner is None else refiner_of(self.model, refiner, backend, resident=resident)
         self.spec, self.schedule = self.model.spec, self.model.schedule
         self._lanes, self._program = open_lanes(self.model, backend, lanes, capture)
@@ -77,10 +80,14 @@ class Engine:
         resident: bool = True,
         capture: bool | None = None,
         plans: str | Path | None = None,
+        embeddings: Mapping[str, str | Path] | Iterable[str | Path] = (),
         cache: bool = True,
         spin: bool = True,
         check_hashes: bool = True,
         refiner: str | Path | None = None,
+        vae: str | Path | None = None,
+        preview_vae: str | Path | None = None,
+        tile: int | None = None,
     ) -> Engine:
         """Open a bundle and load its networks.
 
@@ -95,29 +102,48 @@ class Engine:
             resident: keep all networks loaded; False drops each after use: the least memory, on a CPU.
             capture: on a GPU, launch ticks and whole pictures as CUDA graphs, not call by call. None: only TensorRT's.
             plans: a folder of TensorRT plans that you trust; None is the bundle's place in your cache.
+            embeddings: files of textual inversion (.safetensors) for all prompts, by the words that stand for them, or
+                a list of files: see docs/prompts.md. A call's own `embeddings` come on top.
             cache: keep in your cache, for quicker loading, graphs that onnxruntime has optimized, and what was hashed.
             check_hashes: compare every file's SHA-256 with the manifest (sizes are always compared).
             refiner: the bundle of a model that takes over at a request's `handoff`.
+            vae: a bundle whose VAE takes the place of the model's own.
+            preview_vae: a bundle whose decoder makes the previews, such as AutoencoderTiny's.
+            tile: decode and encode pictures with a longer side in tiles of so many pixels; None: at once.
 
         Raises:
-            BundleError: the bundle is missing, damaged or unsafe.
+            BundleError: a bundle is missing, damaged or unsafe.
+            RequestError: a VAE or the tiles do not fit the model.
             BackendError, MissingDependencyError: the backend or device cannot be used here.
             PlanError: there is no plan for this device, bundle and precision; the message names the command.
         """
         opened = partial(Bundle.open, check_hashes=check_hashes, cache=cache)
         second = None if refiner is None else opened(refiner)
-        make = partial(cls, opened(bundle), lanes=lanes, resident=resident, capture=capture, refiner=second)
-        if not isinstance(backend, str):
-            return make(backend)
-        own = open_backend(backend, device, threads, precision=precision, plans=plans, cache=cache, spin=spin)
+        vaes = VaeOptions.open(vae, preview_vae, tile, check_hashes=check_hashes, cache=cache)
+        first = opened(bundle)
+        make = partial(cls, first, lanes=lanes, resident=resident, capture=capture, refiner=second, vae=vaes)
+        if isinstance(backend, str):
+            own = open_backend(backend, device, threads, precision=precision, plans=plans, cache=cache, spin=spin)
+        else:
+            own = backend
         try:
             engine = make(own)
         except BaseException:
-            if own.gpu is not None:
+            if own.gpu is not None and own is not backend:
                 own.gpu.close()
             raise
-        engine._own_gpu = own.gpu
+        engine._own_gpu = own.gpu if own is not backend else None
+        try:
+            engine._learn(embeddings)
+        except BaseException:
+            engine.close()
+            raise
         return engine
+
+    def _learn(self, embeddings: Mapping[str, str | Path] | Iterable[str | Path]) -> None:
+        files = files_of(embeddings)
+        if files:
+            self.model.learn(files)
 
     def __enter__(self) -> Engine:
         return self
@@ -167,9 +193,10 @@ class Engine:
         """
         prompts = _several(prompt)
         pictures = {name: one for name, one in (("image", image), ("mask", mask), ("depth", depth)) if one is not None}
-        stages = settings.get("hires_scale") is not None or settings.get("handoff") is not None
-        program = self._program if on_tick is None and not stages else None
-        jobs = self.requests(prompts, settings, pictures, tokens=program is not None)
+        asked, given = self._asked(prompts, settings, pictures)
+        whole = self._program is not None and on_tick is None and self._at_once(asked, given)
+        program = self._program if whole else None
+        jobs = self._jobs_of(asked, given, tokens=whole)
         if program is None:
             self.run(jobs, on_tick)
             return list(self.pictures(jobs))
@@ -180,13 +207,30 @@ class Engine:
         prompts: Iterable[str | None],
         settings: Mapping[str, Any],
         pictures: Mapping[str, Source] | None = None,
-        *,
-        tokens: bool = False,
     ) -> list[Job]:
         """Return the jobs of several prompts, all else as in `__call__`; seeds count up over all of them."""
+        return self._jobs_of(*self._asked(prompts, settings, pictures or {}))
+
+    def _asked(
+        self, prompts: Iterable[str | None], settings: Mapping[str, Any], pictures: Mapping[str, Source]
+    ) -> tuple[list[Request], Given | None]:
         asked = [request_from(prompt, settings) for prompt in prompts]  # checked before a picture is encoded
         height, width = (asked[0].height, asked[0].width) if asked else (None, None)
-        given = self.model.given(pictures or {}, height, width)
+        return asked, self.model.given(pictures, height, width)
+
+    def _at_once(self, asked: Sequence[Request], given: Given | None) -> bool:
+        """Return whether one graph draws the pictures."""
+        stages = any(one.hires_scale is not None or one.handoff is not None for one in asked)
+        return not stages and not self._in_tiles(asked, given) and all(map(self.model.draws_at_once, asked))
+
+    def _in_tiles(self, asked: Sequence[Request], given: Given | None) -> bool:
+        """Return whether pictures are decoded in tiles, which no graph of a whole picture does."""
+        if self.model.tiles is None or not asked:
+            return False
+        size = (asked[0].height, asked[0].width) if given is None else given.size
+        return self.model.tiles.cut(*self.spec.latents.shape_of(*size)[1:])
+
+    def _jobs_of(self, asked: Sequence[Request], given: Given | None, *, tokens: bool = False) -> list[Job]:
         jobs: list[Job] = []
         for request in asked:
             jobs += self.jobs(request, first=len(jobs), given=given, tokens=tokens)
@@ -231,6 +275,10 @@ class Engine:
     def _end_of(self, *roles: str) -> None:
         for model in self._models:
             model.end_of(*roles)
+
+    def preview(self, latents: NDArray[np.float32]) -> Image:
+        """Return latents (channels, height, width) as a PIL image that the decoder of previews made."""
+        return to_pil(to_uint8(self.model.preview.decode(latents[None]))[0])
 
 
 def _several(prompt: object) -> list[Any]:

@@ -23,12 +23,12 @@ from latentrt.bundle.spec import (
     TensorSpec,
 )
 from latentrt.errors import BundleError, ExportError
-from latentrt.model.tokenizer import Tokenizer
+from latentrt.model.prompts.tokenizer import Tokenizer
 from latentrt.sampling.schedule import Schedule
 from latentrt.values import is_whole
 from latentrt_export.checkpoint.corrections import corrections_of, drawn_by
 from latentrt_export.checkpoint.files import read_json
-from latentrt_export.checkpoint.served import INPAINTING, LOW, beside
+from latentrt_export.checkpoint.served import INPAINTING, LOW, TINY, beside, vae_class, vae_factor
 from latentrt_export.checkpoint.single.choices import Choices
 from latentrt_export.checkpoint.source import LOW_SCHEDULE, SCHEDULE, Checkpoint, tokenizer_of
 
@@ -62,10 +62,10 @@ def model_spec(checkpoint: Checkpoint, networks: Mapping[str, NetworkSpec], how:
         revision=checkpoint.revision,
         license=checkpoint.license,
         latents=latents_of(checkpoint),
-        schedule=SCHEDULE,
+        schedule=SCHEDULE if checkpoint.scheduler else None,
         networks=networks,
         zero_negative=bool(checkpoint.index.get("force_zeros_for_empty_prompt", xl)),
-        classes=None if enlarges else configs["unet"].get("num_class_embeds"),
+        classes=None if enlarges else configs.get("unet", {}).get("num_class_embeds"),
         low_schedule=LOW_SCHEDULE if enlarges else None,
         max_noise_level=_max_noise_level(checkpoint) if enlarges else None,
         defaults=_defaults(checkpoint),
@@ -76,6 +76,8 @@ def model_spec(checkpoint: Checkpoint, networks: Mapping[str, NetworkSpec], how:
 
 def notes_of(checkpoint: Checkpoint, spec: ModelSpec) -> tuple[str, ...]:
     """Return what a user should know of how the checkpoint was opened and its settings are taken, one sentence each."""
+    if not spec.draws:
+        return checkpoint.notes
     schedule = Schedule.from_config(checkpoint.scheduler, spec.corrected(SCHEDULE))
     ignored = (f"{SCHEDULE}: {key} is ignored; no scheduler has it" for key in schedule.unknown_keys)
     return (
@@ -124,6 +126,8 @@ def signature(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:
 
 def _corrections(checkpoint: Checkpoint) -> tuple[Correction, ...]:
     configs = checkpoint.configs
+    if "unet" not in configs:
+        return ()
     pipeline = drawn_by(checkpoint.pipeline, masked=beside(configs) == INPAINTING)
     vae = configs.get("vae", {})
     return corrections_of(pipeline, checkpoint.scheduler, configs["unet"], checkpoint.scheduler_class, vae)
@@ -134,6 +138,8 @@ def latents_of(checkpoint: Checkpoint) -> LatentSpec:
 
     Graphs that exist already double what they halved: sides must halve evenly. Those of `graphs.wrap` take all sides.
     """
+    if "unet" not in checkpoint.configs:
+        return _alone(checkpoint.configs["vae"])
     unet, vae = ({**checkpoint.configs.get(name, {}), **_corrected(checkpoint, name)} for name in ("unet", "vae"))
     if "vae" not in checkpoint.configs:
         return _pixels(unet)
@@ -159,12 +165,20 @@ def _latents(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> LatentSpec:
     height, width = _size(unet)
     return LatentSpec(
         channels=vae.get("latent_channels", 4),
-        factor=2 ** (len(vae.get("block_out_channels", (64,))) - 1),
-        scale=float(vae.get("scaling_factor", 0.18215)),
+        factor=vae_factor(vae),
+        scale=float(vae.get("scaling_factor", 1.0 if vae_class(vae) == TINY else 0.18215)),
         shift=float(vae.get("shift_factor") or 0.0),
         height=height,
         width=width,
     )
+
+
+def _alone(vae: Mapping[str, Any]) -> LatentSpec:
+    """Return the latents of a VAE without a model; AutoencoderTiny's config has no size."""
+    factor = vae_factor(vae)
+    size = vae.get("sample_size", 64 * factor if vae_class(vae) == TINY else 32)
+    sides = size if isinstance(size, (list, tuple)) else (size, size)
+    return _latents({"sample_size": [max(1, side // factor) for side in sides]}, vae)
 
 
 def _pixels(unet: Mapping[str, Any]) -> LatentSpec:

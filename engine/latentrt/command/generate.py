@@ -15,6 +15,8 @@ from latentrt.command.options import (
     AT_LEAST_ONE,
     FOLDER,
     LOADING,
+    VAES,
+    decodes_pictures,
     edits_pictures,
     option_json,
     runs_in_stages,
@@ -23,7 +25,7 @@ from latentrt.command.options import (
 from latentrt.command.terminal import progress
 from latentrt.command.watch import KINDS, Asked, Watch
 from latentrt.errors import RequestError
-from latentrt.request import HANDOFF, PICTURES
+from latentrt.request import HANDOFF, PICTURES, SYNTAXES
 from latentrt.values import parse_size
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ SETTINGS = (
     *("steps", "solver", "seed", "guidance", "count", "strength", "class_label", "cache_interval"),
     *("hires_scale", "hires_steps", "hires_strength", "handoff"),
     *("noise_level", "aesthetic_score", "negative_aesthetic_score"),
+    *("prompt_syntax", "clip_skip"),
 )
 
 
@@ -44,6 +47,20 @@ SETTINGS = (
 @click.argument("prompts", nargs=-1, metavar="[PROMPT]...")
 @click.option("--bundle", "-b", type=FOLDER, default=EMBEDDED, help=f"Bundle, or one of {', '.join(embedded())}.")
 @click.option("--negative", "-n", help="What to keep out.")
+@click.option(
+    "--prompt-syntax",
+    type=click.Choice(SYNTAXES),
+    default=SYNTAXES[0],
+    show_default=True,
+    help="How prompts are read: as typed, or with the weights of A1111's web UI or of compel.",
+)
+@click.option("--clip-skip", type=click.IntRange(min=0), help="Layers of the text encoder to leave out at the end.")
+@click.option(
+    "--embedding",
+    multiple=True,
+    metavar="[NAME=]FILE",
+    help="Textual inversion, a .safetensors file, and the word for it in prompts; repeatable.",
+)
 @click.option("--class-label", type=click.IntRange(min=0), help="Class, of models that were trained with classes.")
 @click.option("--steps", "-s", type=int, help="Solver steps  [default: the model's own]")
 @click.option("--solver", help="`latentrt solvers` lists them  [default: the bundle's own]")
@@ -89,6 +106,7 @@ SETTINGS = (
 )
 @edits_pictures
 @runs_in_stages
+@decodes_pictures
 @runs_networks
 @option_json
 def generate(prompts: tuple[str, ...], bundle: Path, lanes: int | None, as_json: bool, **asked: Any) -> None:
@@ -98,13 +116,15 @@ def generate(prompts: tuple[str, ...], bundle: Path, lanes: int | None, as_json:
     from latentrt.images.given import open_picture
     from latentrt.runtime.onnxruntime import return_freed_pages
 
-    loading = {name: asked.pop(name) for name in (*LOADING, "refiner")}
+    loading = {name: asked.pop(name) for name in (*LOADING, *VAES, "refiner")}
     if loading["refiner"] is not None and asked["handoff"] is None:
         asked["handoff"] = HANDOFF
     pattern = with_suffix(asked["output"] or ("{prompt}-{seed}" if prompts else "{model}-{seed}"), asked["format"])
     check_folder(pattern)
     check_grid(asked["grid"])
     check_animation(asked["animate"])
+    if loading["preview_vae"] and not asked["preview_every"] and not asked["animate"]:
+        raise RequestError("--preview-vae without previews", needed="--preview-every or --animate")
     settings = settings_of(asked)
     pictures = {name: open_picture(asked[name], deep=name == "depth") for name in PICTURES if asked[name]}
     return_freed_pages()
@@ -124,6 +144,10 @@ def settings_of(asked: Mapping[str, Any]) -> dict[str, Any]:
     width, height = (None, None) if asked["size"] is None else parse_size(asked["size"], "--size")
     own = {name: asked[name] for name in SETTINGS}
     own |= {"negative_prompt": asked["negative"], "width": width, "height": height}
+    if asked["embedding"]:
+        from latentrt.model.prompts.embeddings import embeddings_of
+
+        own["embeddings"] = embeddings_of(asked["embedding"])
     return own | options_of(asked["option"])
 
 

@@ -94,6 +94,12 @@ class Given:
         """Take pixels (height, width, channels) that the denoiser reads, to make pictures `factor` times as large."""
         return cls(from_uint8(pixels[None])[0], None, None, None, {"image": _hash(pixels)}, factor=factor)
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """The (height, width) in pixels of pictures made from it."""
+        _, height, width = self.image.shape
+        return height * self.factor, width * self.factor
+
     def on(self, request: Request) -> Request:
         """Return the request with this picture's size, and with a strength.
 
@@ -107,7 +113,7 @@ class Given:
 
     def sized(self, request: Request) -> Request:
         """Return the request with the size of pictures made from this one. Raise RequestError as `on`."""
-        size = [side * self.factor for side in self.image.shape[1:]]
+        size = self.size
         for side, own, wanted in zip(("height", "width"), size, (request.height, request.width), strict=True):
             if wanted not in (None, own):
                 raise RequestError(f"{side} is {wanted}, and the picture was encoded at {own}", needed=f"{side} {own}")

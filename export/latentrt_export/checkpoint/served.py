@@ -19,12 +19,14 @@ CONDITIONAL = {
 
 
 INPAINTING, DEPTH, LOW = "beside", "depth_map", "low_picture"  # inputs beside the latents
+KL, TINY = VAES = ("AutoencoderKL", "AutoencoderTiny")
 LAYERS = (
     "layers_per_block",
     "transformer_layers_per_block",
     "reverse_transformer_layers_per_block",
     "num_hidden_layers",
 )
+CHANNELS = ("block_out_channels", "encoder_block_out_channels", "decoder_block_out_channels")
 MOST = 65_536  # channels, and sides of a picture
 MOST_LAYERS = 100  # far beyond any network; keeps a damaged config from making layers without end
 
@@ -74,9 +76,10 @@ def text_config(config: Config) -> Config:
 
 def beside(configs: Mapping[str, Config]) -> str | None:
     """Return the name of the input for what the UNet reads beside the latents; None where it reads nothing."""
-    unet, vae = configs["unet"], configs.get("vae")
-    channels = 4 if vae is None else vae.get("latent_channels", 4)
-    return None if vae is None else input_beside(unet.get("in_channels", 4) - channels, channels)
+    if "unet" not in configs or "vae" not in configs:
+        return None
+    channels = configs["vae"].get("latent_channels", 4)
+    return input_beside(configs["unet"].get("in_channels", 4) - channels, channels)
 
 
 def input_beside(extra: int, latents: int) -> str | None:
@@ -100,6 +103,35 @@ def sizes_read(unet: Config, text: Config) -> int:
     return 0 if rest else int(numbers)
 
 
+def vae_class(vae: Config) -> str:
+    """Return the diffusers class of a VAE. Raise ExportError where it is not one of VAES."""
+    kind = vae.get("_class_name", KL)
+    if kind not in VAES:
+        raise unsupported(f"a VAE of the class {kind!r}", " or ".join(VAES))
+    return str(kind)
+
+
+def vae_factor(vae: Config) -> int:
+    """Return how many pixels a side each of a VAE's latents has."""
+    key, default = ("block_out_channels", (64,)) if vae_class(vae) == KL else ("encoder_block_out_channels", (64,) * 4)
+    return int(2 ** (len(vae.get(key, default)) - 1))
+
+
+def check_vae(vae: Config) -> None:
+    """Refuse a VAE that the engine cannot serve. Raise as `check_networks`."""
+    _check_kinds("vae", vae)
+    for key in ("latents_mean", "latents_std"):
+        if vae.get(key) is not None:
+            raise unsupported(f"a VAE with {key}", f"{key} null (scaling_factor and shift_factor are served)")
+    if vae_class(vae) == KL:
+        return
+    if vae.get("upsampling_scaling_factor", 2) != 2:
+        raise unsupported(f"a VAE with upsampling_scaling_factor {vae['upsampling_scaling_factor']!r}", "2")
+    for key in ("decoder_block_out_channels", "block_out_channels"):
+        if len(vae.get(key, (64,) * 4)) != len(vae.get("encoder_block_out_channels", (64,) * 4)):
+            raise unsupported(f"a VAE with {key} {vae.get(key)!r}", "as many as encoder_block_out_channels has")
+
+
 def _check_kinds(part: str, config: Config) -> None:
     """Refuse a value of another kind among those that are read here, or that say how many layers there are."""
     channels = f"a whole number from 1 to {MOST}"
@@ -109,7 +141,7 @@ def _check_kinds(part: str, config: Config) -> None:
         "projection_dim": (_is_size, channels),
         "num_class_embeds": (lambda value: value is None or _is_size(value), f"null, or {channels}"),
         "sample_size": (_are_sides, f"null, {channels}, or two of them: height and width"),
-        "block_out_channels": (_are_sizes, "a list of whole numbers"),
+        **dict.fromkeys(CHANNELS, (_are_sizes, "a list of whole numbers")),
         "scaling_factor": (lambda value: is_number(value) and value != 0, "a finite number, not 0"),
         "shift_factor": (lambda value: value is None or is_number(value), "null, or a finite number"),
         **dict.fromkeys(LAYERS, (_are_layers, f"a whole number up to {MOST_LAYERS}, or a list of them")),
@@ -149,6 +181,7 @@ def _check_pixels(unet: Config) -> None:
 
 
 def _check_latents(unet: Config, vae: Config, extra: str, *, xl: bool) -> None:
+    check_vae(vae)
     _check_channels(unet, vae.get("latent_channels", 4), extra)
     levels = unet.get("num_class_embeds") if extra == LOW else None
     if extra == LOW and not _is_size(levels):
@@ -160,9 +193,6 @@ def _check_latents(unet: Config, vae: Config, extra: str, *, xl: bool) -> None:
     for key in ("addition_time_embed_dim", "projection_class_embeddings_input_dim") if xl else ():
         if not _is_size(unet.get(key)):
             raise unsupported(f"a UNet with {key} {unet.get(key)!r}", "a whole number in an SDXL pipeline")
-    for key in ("latents_mean", "latents_std"):
-        if vae.get(key) is not None:
-            raise unsupported(f"a VAE with {key}", f"{key} null (scaling_factor and shift_factor are served)")
 
 
 def _check_channels(unet: Config, channels: int, extra: str) -> None:

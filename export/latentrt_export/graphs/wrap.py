@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from latentrt.errors import ExportError
 from latentrt_export.checkpoint.files import read_json
-from latentrt_export.checkpoint.served import LOW, input_beside, sizes_read, text_config
+from latentrt_export.checkpoint.served import KL, LOW, TINY, input_beside, sizes_read, text_config, vae_class
 
 Axes = Mapping[int, str]
 IMAGE_AXES: Axes = {0: "batch", 2: "height", 3: "width"}
@@ -26,6 +26,7 @@ BATCH: Axes = {0: "batch"}
 TEXT_AXES: Axes = {0: "batch", 1: "tokens"}
 # Tracing with a batch of 1 would make torch.export take the batch for a constant.
 TRACE_BATCH = 2
+MOST_SKIPS = 11  # layers of a text encoder that a request may leave out: as many as A1111's web UI offers
 # Every wrapper keeps its model in the attribute `model`: names of parameters are passes.PREFIX + the checkpoint's.
 
 
@@ -52,33 +53,44 @@ class Network:
 
 
 class TextEncoder(nn.Module):
-    """CLIP's text model as StableDiffusionPipeline uses it: states after the final layer norm."""
+    """CLIP's text model as StableDiffusionPipeline uses it: states after the final layer norm.
 
-    def __init__(self, model: Any) -> None:
+    `skips` are the layers that may be left out at the end (clip skip).
+    """
+
+    def __init__(self, model: Any, skips: int) -> None:
         super().__init__()
-        self.model = model
+        self.model, self._skips = model, skips
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """Map input_ids (batch, tokens) int64 to text_states (batch, tokens, dim)."""
-        states: Tensor = self.model(input_ids).last_hidden_state
-        return states
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
+        """Map input_ids (batch, tokens) int64 to text_states (batch, tokens, dim) and skipped.
+
+        skipped, (batch, skips, tokens, dim), has at k - 1 the states without the last k layers.
+        """
+        out = self.model(input_ids, output_hidden_states=True)
+        norm = getattr(self.model, "text_model", self.model).final_layer_norm
+        layers = self.model.config.num_hidden_layers  # the first hidden state is that of the embedding
+        skipped = [norm(out.hidden_states[layers - skip]) for skip in range(1, self._skips + 1)]
+        return out.last_hidden_state, torch.stack(skipped, dim=1)
 
 
 class PenultimateTextEncoder(nn.Module):
     """CLIP's text model as StableDiffusionXLPipeline uses it: the states before the last layer.
 
-    A model with a projection also gives the projected, pooled text_embeds (batch, dim).
+    A model with a projection also gives the projected, pooled text_embeds (batch, dim). `skips` as of `TextEncoder`.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, skips: int) -> None:
         super().__init__()
-        self.model = model
+        self.model, self._skips = model, skips
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
-        """Map input_ids (batch, tokens) int64 to text_states (batch, tokens, dim) and perhaps text_embeds."""
+        """Map input_ids (batch, tokens) int64 to text_states (batch, tokens, dim), perhaps text_embeds, and skipped."""
         out = self.model(input_ids, output_hidden_states=True)
-        states = out.hidden_states[-2]
-        return (states, out.text_embeds) if isinstance(self.model, CLIPTextModelWithProjection) else (states,)
+        layers = self.model.config.num_hidden_layers
+        pooled = (out.text_embeds,) if isinstance(self.model, CLIPTextModelWithProjection) else ()
+        skipped = [out.hidden_states[layers - 1 - skip] for skip in range(1, self._skips + 1)]
+        return out.hidden_states[layers - 1], *pooled, *([torch.stack(skipped, dim=1)] if skipped else ())
 
 
 class UNet(nn.Module):
@@ -150,6 +162,18 @@ class VaeEncoder(nn.Module):
         return moments
 
 
+class TinyEncoder(nn.Module):
+    """An image (batch, 3, height, width) to its unscaled latents (batch, channels, ...), which no noise is added to."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> Tensor:
+        latents: Tensor = self.model.encode(image).latents
+        return latents
+
+
 def load_network(root: Path, name: str, *, tokens: int = 77) -> Network:
     """Load one network of the checkpoint at `root` in float32, on the CPU, ready for tracing.
 
@@ -172,9 +196,11 @@ def _text_encoder(root: Path, name: str, tokens: int) -> Network:
     pooled = name == "text_encoder_2"
     kind = CLIPTextModelWithProjection if pooled else CLIPTextModel
     model = _load(kind, root / name)
-    module = PenultimateTextEncoder(model) if is_xl(root) else TextEncoder(model)
+    layers = model.config.num_hidden_layers
+    skips = min(MOST_SKIPS, layers - 1 if is_xl(root) else layers)
+    module = PenultimateTextEncoder(model, skips) if is_xl(root) else TextEncoder(model, skips)
     ids = torch.arange(TRACE_BATCH * tokens).reshape(TRACE_BATCH, tokens) % model.config.vocab_size
-    outputs = ("text_states", "text_embeds") if pooled else ("text_states",)
+    outputs = ("text_states", *(["text_embeds"] if pooled else []), *(["skipped"] if skips else []))
     return Network(module, (Input("input_ids", ids, BATCH),), outputs, name)
 
 
@@ -215,15 +241,22 @@ def _pixel_unet(root: Path) -> Network:
 
 
 def _vae_decoder(root: Path, name: str, tokens: int) -> Network:
-    model = _load(AutoencoderKL, root / "vae")
+    model = _vae(root)
     inputs = _examples({"latents": ((model.config.latent_channels, 16, 24), IMAGE_AXES)})
     return Network(VaeDecoder(model), inputs, ("image",), "vae")
 
 
 def _vae_encoder(root: Path, name: str, tokens: int) -> Network:
-    model = _load(AutoencoderKL, root / "vae")
+    model = _vae(root)
     inputs = _examples({"image": ((model.config.in_channels, 128, 192), IMAGE_AXES)})
+    if isinstance(model, AutoencoderTiny):
+        return Network(TinyEncoder(model), inputs, ("latents",), "vae")
     return Network(VaeEncoder(model), inputs, ("moments",), "vae")
+
+
+def _vae(root: Path) -> Any:
+    kinds = {KL: AutoencoderKL, TINY: AutoencoderTiny}
+    return _load(kinds[vae_class(read_json(root / "vae" / "config.json"))], root / "vae")
 
 
 _LOADERS: Mapping[str, Callable[[Path, str, int], Network]] = {

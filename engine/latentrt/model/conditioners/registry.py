@@ -16,8 +16,9 @@ from latentrt.model.conditioners.low_picture import LowPicture
 from latentrt.model.conditioners.sizes import ScoredSizes, Sizes
 from latentrt.model.inputs import Conditioner
 from latentrt.model.predictor import OWN
-from latentrt.model.text import Encoder, Text
-from latentrt.model.tokenizer import Tokenizer
+from latentrt.model.prompts.encoder import Encoder
+from latentrt.model.prompts.tokenizer import Tokenizer
+from latentrt.model.text import Text
 from latentrt.runtime.base import Network
 from latentrt.sampling.schedule import Schedule
 
@@ -56,7 +57,8 @@ def _text(parts: Parts) -> Conditioner:
     ]
     if not encoders:
         raise BundleError(f"{spec.id} has no text encoder", needed="one: its denoiser reads texts")
-    return Text(encoders, zero_negative=spec.zero_negative)
+    tokens = parts.inputs["encoder_hidden_states"].shape[1]
+    return Text(encoders, zero_negative=spec.zero_negative, most=tokens if isinstance(tokens, int) else None)
 
 
 def _sizes(parts: Parts) -> Conditioner:

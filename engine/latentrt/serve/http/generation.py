@@ -74,6 +74,8 @@ async def generating(
         raise Problem("there is a picture", needed, fix="leave it out", param="image")
     if catalog.needs_mask and "mask" not in files:
         raise Problem("there is no mask", needed="a picture and a mask: the model repaints", param="mask")
+    if files and request.hires_scale is not None:
+        raise Problem("there are hires_scale and a picture", needed="one of them", param="hires_scale")
     rows, solver = catalog.work(request)
     height, width = catalog.latents.pixels_of(request.height, request.width)
     final = catalog.final_size(request)
