@@ -52,7 +52,8 @@ def relative(depth: Float32, size: tuple[int, int]) -> Float32:
     low, high = resized.min(), resized.max()
     if not low < high:
         raise RequestError("the depth map has the same value everywhere", needed=NEEDED)
-    return (np.float32(2) * (resized - low) / (high - low) - np.float32(1))[None]
+    unit: Float32 = (resized - low) / (high - low)
+    return (np.float32(2) * unit - np.float32(1))[None]
 
 
 def _grey(picture: Image) -> NDArray[Any]:
@@ -60,10 +61,10 @@ def _grey(picture: Image) -> NDArray[Any]:
         return np.asarray(picture)
     if picture.has_transparency_data and np.asarray(picture.convert("RGBA"))[..., 3].min() < 255:
         raise RequestError("the depth map has transparent pixels", needed=NEEDED, fix="flatten it")
-    red, green, blue = np.moveaxis(np.asarray(picture.convert("RGB")), -1, 0)
-    if not (np.array_equal(red, green) and np.array_equal(red, blue)):
+    colours = np.asarray(picture.convert("RGB"))
+    if (colours != colours[..., :1]).any():
         raise RequestError("the depth map has colours", needed=NEEDED, fix="take the map before it was coloured")
-    return red
+    return colours[..., 0]
 
 
 def _resized(values: Float32, count: int) -> Float32:
