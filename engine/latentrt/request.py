@@ -18,6 +18,7 @@ PICTURES = ("image", "mask")  # what a picture may be used for
 _OTHER_NAMES = {
     "num_inference_steps": "steps",
     "guidance_scale": "guidance",
+    "image_guidance_scale": "image_guidance",
     "num_images_per_prompt": "count",
     "schedule": "solver",
     "scheduler": "solver",
@@ -42,8 +43,11 @@ class Request:
         solver: a name of `latentrt solvers`; None is the class that the bundle's scheduler_config.json names.
         seed: of the first picture. Picture i has seed + i, so a picture never depends on its siblings.
         guidance: scale of classifier-free guidance: 1 or less runs one lane, above 1 two; None is the model's default.
+            Models that read it (LCM) run one lane at any scale.
         guidance_rescale: 0 to 1, see `Guidance`.
         guidance_interval: the part of the run, as fractions of its rows, in which guidance acts.
+        image_guidance: how closely pictures stay to the given one, 1 or more, of models that edit it as the prompt says
+            (InstructPix2Pix); None is 1.5. It acts with `guidance`, in three lanes.
         cache_interval: 1 computes every row in full; N, only every Nth: rows between use deep features again
             (DeepCache), which is faster and changes the picture.
         height, width: in pixels; None is the size that the model was trained at.
@@ -67,6 +71,7 @@ class Request:
     guidance: float | None = None
     guidance_rescale: float = 0.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    image_guidance: float | None = None
     cache_interval: int = 1
     height: int | None = None
     width: int | None = None
@@ -96,6 +101,8 @@ class Request:
         for name, most in (("guidance", 1e6), ("guidance_rescale", 1.0), ("strength", 1.0)):
             if getattr(self, name) is not None:
                 _number(name, getattr(self, name), 0.0, most)
+        if self.image_guidance is not None:
+            _number("image_guidance", self.image_guidance, 1.0, 1e6)
         interval = self.guidance_interval
         if not isinstance(interval, (list, tuple)) or len(interval) != 2:
             raise RequestError(
@@ -168,6 +175,7 @@ def facts_of(request: Request, solver: str, seed: int, index: int, size: tuple[i
         "height": size[0],
         "model": model,
         **({} if request.strength is None else {"strength": request.strength}),
+        **({} if request.image_guidance is None else {"image_guidance": request.image_guidance}),
         **({} if request.cache_interval == 1 else {"cache_interval": request.cache_interval}),
         **request.options,
     }

@@ -26,7 +26,7 @@ from latentrt.errors import BundleError, ExportError
 from latentrt.model.tokenizer import Tokenizer
 from latentrt.sampling.schedule import Schedule
 from latentrt_export.checkpoint.corrections import UNET, corrections_of, drawn_by
-from latentrt_export.checkpoint.served import beside
+from latentrt_export.checkpoint.served import INSTRUCTED, reads_mask
 from latentrt_export.checkpoint.single.choices import Choices
 from latentrt_export.checkpoint.source import SCHEDULE, Checkpoint, tokenizer_of
 
@@ -47,6 +47,7 @@ ROLES = {  # all others are text encoders
     "vae_encoder": ENCODER,
 }
 
+LCM, PIX2PIX, XL_PIX2PIX = (4, 8.5), (20, 7.5), (20, 5.0)  # steps and guidance
 TRACING, WRITING = ("torch", "diffusers", "transformers"), ("onnx", "onnx-ir", "onnxscript")  # libraries
 
 
@@ -62,6 +63,8 @@ def model_spec(checkpoint: Checkpoint, networks: Mapping[str, NetworkSpec], how:
         schedule=SCHEDULE,
         networks=networks,
         zero_negative=bool(checkpoint.index.get("force_zeros_for_empty_prompt", xl)),
+        scaled_picture=bool(checkpoint.index.get("is_cosxl_edit")),
+        keeps_steps=checkpoint.pipeline.startswith("LatentConsistencyModel"),  # with an image-to-image of its own
         classes=configs["unet"].get("num_class_embeds"),
         defaults=_defaults(checkpoint),
         corrections=_corrections(checkpoint),
@@ -118,7 +121,7 @@ def signature(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:
 
 
 def _corrections(checkpoint: Checkpoint) -> tuple[Correction, ...]:
-    pipeline = drawn_by(checkpoint.pipeline, masked=beside(checkpoint.configs) > 0)
+    pipeline = drawn_by(checkpoint.pipeline, masked=reads_mask(checkpoint.configs))
     return corrections_of(pipeline, checkpoint.scheduler, checkpoint.configs["unet"], checkpoint.scheduler_class)
 
 
@@ -166,10 +169,16 @@ def _size(unet: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _defaults(checkpoint: Checkpoint) -> Defaults:
-    """Return the pipeline's defaults: 1000 steps for DDPMPipeline; 50 for DDIMPipeline, by DDIM with any scheduler."""
+    """Return the pipeline's defaults: 1000 steps for DDPMPipeline; 50 for DDIMPipeline, by DDIM with any scheduler;
+    those of LatentConsistencyModelPipeline for UNets that read the guidance scale; InstructPix2Pix's guidance.
+    """
     trained = int(checkpoint.scheduler.get("num_train_timesteps", 1000))
     if checkpoint.pipeline == "DDPMPipeline":
         return Defaults(min(1000, trained), 1.0)
     if checkpoint.pipeline == "DDIMPipeline":
         return Defaults(min(50, trained), 1.0, "ddim")
+    if checkpoint.configs["unet"].get("time_cond_proj_dim") is not None:
+        return Defaults(*LCM)
+    if INSTRUCTED in checkpoint.pipeline:
+        return Defaults(*(XL_PIX2PIX if "text_encoder_2" in checkpoint.configs else PIX2PIX))
     return Defaults()

@@ -163,6 +163,8 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("revision", 1),
         ("license", ["mit"]),
         ("zero_negative", "no"),
+        ("keeps_steps", 1),
+        ("scaled_picture", None),
         ("classes", "ten"),
         ("made", "by hand"),
         *(("latents.factor", value) for value in (0, -8, "8", 8.0, True, None)),

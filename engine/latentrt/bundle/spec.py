@@ -216,6 +216,8 @@ class ModelSpec:
         networks: by name ("text_encoder", "unet", "vae_decoder", ...). One is the denoiser. Text encoders are in the
             order in which their states are concatenated. A model without a decoder denoises pixels.
         zero_negative: whether the states of a missing negative prompt are zeros.
+        scaled_picture: whether a picture that is edited by instruction is shown scaled as latents are (CosXL Edit).
+        keeps_steps: whether LCM's runs on a given picture make all steps at any strength; see `tabulate`.
         classes: how many classes a class-conditional model was trained with.
         defaults: for requests that do not set them.
         corrections: settings that are not used as the bundle's files have them.
@@ -230,6 +232,8 @@ class ModelSpec:
     schedule: str
     networks: Mapping[str, NetworkSpec]
     zero_negative: bool = False
+    scaled_picture: bool = False
+    keeps_steps: bool = False
     classes: int | None = None
     defaults: Defaults = Defaults()
     corrections: tuple[Correction, ...] = ()

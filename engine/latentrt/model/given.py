@@ -75,14 +75,18 @@ class Given:
         Raises:
             RequestError: the request wants another size.
         """
+        strength = request.strength
+        if strength is None:
+            strength = STRENGTH if self.mask is None else MASKED_STRENGTH
+        return replace(self.sized(request), strength=strength)
+
+    def sized(self, request: Request) -> Request:
+        """Return the request with this picture's size. Raise RequestError as `on`."""
         size = self.image.shape[1:]
         for side, own, wanted in zip(("height", "width"), size, (request.height, request.width), strict=True):
             if wanted not in (None, own):
                 raise RequestError(f"{side} is {wanted}, and the picture was encoded at {own}", needed=f"{side} {own}")
-        strength = request.strength
-        if strength is None:
-            strength = STRENGTH if self.mask is None else MASKED_STRENGTH
-        return replace(request, height=size[0], width=size[1], strength=strength)
+        return replace(request, height=size[0], width=size[1])
 
     def begin(self, table: Table, noise: NoiseSource, strength: float, *, blends: bool) -> tuple[Float32, Kept | None]:
         """Return a job's first latents, and the part of the picture that it keeps.

@@ -1,7 +1,7 @@
 """Inputs of a denoiser besides latents and timestep. One small conditioner fills each of them.
 
 A denoiser declares its inputs by name in its signature; `conditioners/registry.py` finds who fills which. A conditioner
-turns a request into arrays for the lane without the prompt (uncond) and the lane with it (cond).
+turns a request into arrays for the lanes without the prompt (uncond) and the lane with it (cond).
 """
 
 from __future__ import annotations
@@ -17,13 +17,21 @@ from latentrt.request import Request
 from latentrt.sampling.noise import NoiseSource
 
 Inputs = Mapping[str, NDArray[Any]]
+LANES = {1: slice(2, 3), 2: slice(0, 3, 2), 3: slice(0, 3)}  # of (uncond, image, cond)
 
 
 class Sides(NamedTuple):
-    """Inputs of the denoiser by name, without the lane axis, for the two lanes of a guided picture."""
+    """Inputs of the denoiser by name, without the lane axis, for the lanes of a guided picture.
+
+    Attributes:
+        uncond: without the prompt and, where three lanes run, without the given picture.
+        cond: with all.
+        image: with the picture and without the prompt, of a third lane; None: as `uncond`.
+    """
 
     uncond: Inputs
     cond: Inputs
+    image: Inputs | None = None
 
     @classmethod
     def same(cls, inputs: Inputs) -> Sides:
@@ -32,7 +40,14 @@ class Sides(NamedTuple):
 
     def and_(self, other: Sides) -> Sides:
         """Return both sides with another conditioner's inputs added."""
-        return Sides({**self.uncond, **other.uncond}, {**self.cond, **other.cond})
+        uncond, cond = {**self.uncond, **other.uncond}, {**self.cond, **other.cond}
+        if self.image is None and other.image is None:
+            return Sides(uncond, cond)
+        return Sides(uncond, cond, {**self.lanes(3)[1], **other.lanes(3)[1]})
+
+    def lanes(self, count: int) -> tuple[Inputs, ...]:
+        """Return the inputs of 1, 2 or 3 lanes: those with the prompt are the last."""
+        return (self.uncond, self.uncond if self.image is None else self.image, self.cond)[LANES[count]]
 
 
 class Conditioner:
@@ -41,10 +56,13 @@ class Conditioner:
     Attributes:
         inputs: names of the inputs that it fills.
         fields: fields of a request that only models with this conditioner read.
+        shows_picture: whether it shows the denoiser the given picture itself: there has to be one, and runs begin on
+            noise.
     """
 
     inputs: tuple[str, ...] = ()
     fields: tuple[str, ...] = ()
+    shows_picture = False
 
     def __call__(self, request: Request, given: Given | None, noise: NoiseSource) -> Sides:
         """Return the inputs of one picture.
@@ -59,6 +77,16 @@ class Conditioner:
             RequestError: the request lacks what the denoiser needs.
         """
         raise NotImplementedError
+
+    def check(self, request: Request) -> None:
+        """Refuse settings that models with this conditioner cannot use.
+
+        Args:
+            request: with the model's defaults filled in.
+
+        Raises:
+            RequestError: it has one.
+        """
 
     def scalars(self, request: Request, rows: int) -> Mapping[str, NDArray[np.float64]]:
         """Return inputs of one number for each lane that change with the row, (rows,) each: columns of the table."""

@@ -16,6 +16,7 @@ from latentrt.errors import RequestError
 from latentrt.images.given import prepared
 from latentrt.model.codec import AutoencoderKL, Codec, Identity
 from latentrt.model.conditioners.beside import Repainted
+from latentrt.model.conditioners.guidance_embedding import GuidanceEmbedding
 from latentrt.model.conditioners.registry import Parts, conditioners_of
 from latentrt.model.given import Given
 from latentrt.model.hoisted import Hoisted
@@ -26,13 +27,16 @@ from latentrt.request import Request
 from latentrt.runtime.base import Backend
 from latentrt.runtime.lazy import LazyNetwork
 from latentrt.runtime.tensorrt.record import Profile, drawn_by
+from latentrt.sampling.guidance import Guidance
 from latentrt.sampling.noise import NoiseSource
 from latentrt.sampling.schedule import Schedule
 
 if TYPE_CHECKING:
     from latentrt.images.given import Source
 
-CONDITIONED = ("prompt", "negative_prompt", "class_label")  # fields of a request that some models do not read
+# Fields of a request that some models do not read.
+CONDITIONED = ("prompt", "negative_prompt", "class_label", "image_guidance")
+IMAGE_GUIDANCE = 1.5  # of StableDiffusionInstructPix2PixPipeline
 
 
 class Model:
@@ -97,6 +101,23 @@ class Model:
         return any(isinstance(one, Repainted) for one in self.conditioners)
 
     @property
+    def shows_picture(self) -> bool:
+        """Whether the denoiser reads the given picture itself; see `Conditioner`."""
+        return any(one.shows_picture for one in self.conditioners)
+
+    @property
+    def most_lanes(self) -> int:
+        """The most lanes that a picture of this model takes."""
+        if self.text is None or self.embeds_guidance:
+            return 1
+        return 3 if "image_guidance" in self.fields else 2
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the denoiser reads the guidance scale itself: its pictures take one lane at any scale."""
+        return any(isinstance(one, GuidanceEmbedding) for one in self.conditioners)
+
+    @property
     def edits(self) -> bool:
         """Whether runs may begin on a given picture: there is an encoder, or none is needed."""
         return bool(self.spec.named(ENCODER)) or not self.spec.named(DECODER)
@@ -105,7 +126,7 @@ class Model:
         """Return the request with the model's own defaults for what it does not set.
 
         Raises:
-            RequestError: it sets a field that the model does not read.
+            RequestError: it sets a field that the model does not read, or to a value that it cannot use.
         """
         for field in CONDITIONED:
             if getattr(request, field) is not None and field not in self.fields:
@@ -125,7 +146,19 @@ class Model:
             guidance = 1.0
         steps = self.spec.defaults.steps if request.steps is None else request.steps
         solver = self.spec.defaults.solver if request.solver is None else request.solver
-        return replace(request, steps=steps, solver=solver, guidance=guidance)
+        request = replace(request, steps=steps, solver=solver, guidance=guidance)
+        for one in self.conditioners:
+            one.check(request)
+        if "image_guidance" in self.fields and request.image_guidance is None and guidance > 1:
+            return replace(request, image_guidance=IMAGE_GUIDANCE)
+        return request
+
+    def guidance(self, request: Request) -> Guidance:
+        """Return how the lanes of a request's pictures are combined; its defaults are filled in."""
+        if self.embeds_guidance:
+            return Guidance()
+        own = request.guidance_rescale, request.guidance_interval, request.image_guidance
+        return Guidance(request.guidance or 1.0, *own)
 
     def given(self, pictures: Mapping[str, Source], height: int | None, width: int | None) -> Given | None:
         """Encode the pictures of a request; None where it brings none.

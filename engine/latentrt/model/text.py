@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,21 +38,22 @@ class Text(Conditioner):
     Args:
         encoders: in the order in which their states are concatenated.
         zero_negative: whether zeros stand for no negative prompt.
+        guided: whether the model's pictures may have a lane without the prompt, and so a negative prompt.
     """
 
     inputs = ("encoder_hidden_states", "text_embeds")
-    fields = ("prompt", "negative_prompt")
 
-    def __init__(self, encoders: Sequence[Encoder], *, zero_negative: bool = False) -> None:
+    def __init__(self, encoders: Sequence[Encoder], *, zero_negative: bool = False, guided: bool = True) -> None:
         self.encoders = tuple(encoders)
-        self._zero_negative = zero_negative
+        self.fields = ("prompt", "negative_prompt") if guided else ("prompt",)
+        self._zero_negative, self._guides = zero_negative, guided
         self._known: dict[str, dict[str, Float32]] = {}  # the least recently used first
         self._lock = Lock()
 
     def __call__(self, request: Request, given: Given | None, noise: NoiseSource) -> Sides:
         """See `Conditioner`. Without guidance both sides are the prompt's."""
         cond = self.encode(_prompt(request))
-        if not _guided(request):
+        if not self._guided(request):
             return Sides.same(cond)
         uncond = self.encode(request.negative_prompt or "")
         if self._zeros(request):
@@ -65,14 +66,14 @@ class Text(Conditioner):
         The uncond side is empty where the states are zeros.
         """
         cond = self._by_name(_prompt(request))
-        if not _guided(request):
+        if not self._guided(request):
             return Sides.same(cond)
         return Sides({} if self._zeros(request) else self._by_name(request.negative_prompt or ""), cond)
 
     def texts(self, request: Request) -> Mapping[str, str]:
         """Return the texts that a request's pictures need, by the request's fields."""
         texts = {"prompt": _prompt(request)}
-        return {**texts, "negative_prompt": request.negative_prompt or ""} if _guided(request) else texts
+        return {**texts, "negative_prompt": request.negative_prompt or ""} if self._guided(request) else texts
 
     def dropped(self, text: str) -> str:
         """Return the end of a text that the model does not read; empty where it reads all."""
@@ -96,6 +97,9 @@ class Text(Conditioner):
             for old in list(self._known)[:-CACHED_PROMPTS]:
                 del self._known[old]
         return inputs
+
+    def _guided(self, request: Request) -> bool:
+        return self._guides and request.guidance is not None and request.guidance > 1
 
     def _zeros(self, request: Request) -> bool:
         return request.negative_prompt is None and self._zero_negative
@@ -130,7 +134,3 @@ def _prompt(request: Request) -> str:
     if request.prompt is None:
         raise RequestError("there is no prompt", needed="what to draw", fix='pass one: "a red apple"')
     return request.prompt
-
-
-def _guided(request: Request) -> Any:
-    return request.guidance is not None and request.guidance > 1

@@ -43,25 +43,25 @@ def make_jobs(
     request = model.filled(request)
     if given is None:
         given = model.given(request.pictures, request.height, request.width)
-    request = _placed(request, given)
+    request = _placed(model, request, given)
     table = table_of(model, request)
-    guidance = _guidance(request)
+    guidance = model.guidance(request)
     size = model.spec.latents.pixels_of(request.height, request.width)
     jobs = []
     for index in range(first, first + request.count):
         seed = request.seed + index
         noise = noise_source(request.noise, seed)
-        on_device = draws_on_device and given is None and isinstance(noise, TorchCudaNoise)
+        on_device = draws_on_device and (given is None or model.shows_picture) and isinstance(noise, TorchCudaNoise)
         latents, kept = _begin(model, request, table, given, noise, on_device=on_device)
-        uncond, cond = model.inputs(request, given, noise, tokens=tokens)
+        sides = model.inputs(request, given, noise, tokens=tokens)
         tag = facts_of(request, table.solver, seed, index, size, model.spec.id)
         start = table.start if on_device else 0.0
         jobs.append(
             Job(
                 table,
                 latents,
-                uncond,
-                cond,
+                sides.uncond,
+                sides.cond,
                 noise,
                 guidance,
                 kept=kept,
@@ -75,16 +75,18 @@ def make_jobs(
 def table_of(model: Model, request: Request) -> Table:
     """Return the table of a request whose defaults are filled in. Raise as `tabulate`."""
     strength = 1.0 if request.strength is None else request.strength
-    table = tabulate(request.solver, model.schedule, request.steps or 1, strength=strength, **request.options)
+    keeps = model.spec.keeps_steps
+    steps, options = request.steps or 1, request.options
+    table = tabulate(request.solver, model.schedule, steps, strength=strength, keeps_steps=keeps, **options)
     scalars = model.scalars(request, len(table))
-    return replace(table, scalars=scalars, shallow=_shallow(request, len(table)))
+    return replace(table, scalars=scalars, shallow=_shallow(request, model.guidance(request), len(table)))
 
 
-def _shallow(request: Request, rows: int) -> tuple[bool, ...]:
+def _shallow(request: Request, guidance: Guidance, rows: int) -> tuple[bool, ...]:
     """Return `Table.shallow`: all rows but every `cache_interval`th, and those where guidance sets in."""
     if request.cache_interval == 1:
         return ()
-    guidance, kept, shallow = _guidance(request), False, list[bool]()
+    kept, shallow = False, list[bool]()
     for row in range(rows):
         guided = guidance.acts(row, rows)
         shallow.append(row % request.cache_interval != 0 and guided <= kept)
@@ -92,14 +94,10 @@ def _shallow(request: Request, rows: int) -> tuple[bool, ...]:
     return tuple(shallow)
 
 
-def _guidance(request: Request) -> Guidance:
-    return Guidance(request.guidance or 1.0, request.guidance_rescale, request.guidance_interval)
-
-
-def _placed(request: Request, given: Given | None) -> Request:
+def _placed(model: Model, request: Request, given: Given | None) -> Request:
     """Return the request with the size and the strength that a given picture sets."""
     if given is not None:
-        return given.on(request)
+        return given.sized(request) if model.shows_picture else given.on(request)
     if request.strength is not None:
         raise RequestError(
             f"strength is {request.strength:g} and there is no picture",
@@ -113,7 +111,7 @@ def _begin(
     model: Model, request: Request, table: Table, given: Given | None, noise: NoiseSource, *, on_device: bool
 ) -> tuple[NDArray[np.float32], Kept | None]:
     """Return a job's first latents, and what it keeps of a given picture."""
-    if given is not None:
+    if given is not None and not model.shows_picture:
         return given.begin(table, noise, request.strength or 1.0, blends=not model.reads_masks)
     shape = model.spec.latents.shape_of(request.height, request.width)
     if on_device:

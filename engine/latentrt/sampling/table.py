@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 from latentrt.errors import LatentrtError, RequestError, ScheduleError, TraceError, UnknownSolverError
 from latentrt.sampling.schedule import Schedule
 from latentrt.sampling.solvers import ALIASES, EVERY_SOLVER, SOLVERS, Solver
-from latentrt.sampling.spacing import CLEAN, Grid
+from latentrt.sampling.spacing import CLEAN, DISTILLED_PART, Grid
+from latentrt.sampling.strength import check_strength, left_out
 from latentrt.sampling.trace import Call, trace, x0_from
 from latentrt.values import did_you_mean
 
@@ -114,7 +115,15 @@ class Kept:
     noise: Float32
 
 
-def tabulate(solver: str | None, schedule: Schedule, steps: int, *, strength: float = 1.0, **options: Any) -> Table:
+def tabulate(
+    solver: str | None,
+    schedule: Schedule,
+    steps: int,
+    *,
+    strength: float = 1.0,
+    keeps_steps: bool = False,
+    **options: Any,
+) -> Table:
     """Return the table of a solver over a schedule.
 
     Args:
@@ -122,6 +131,8 @@ def tabulate(solver: str | None, schedule: Schedule, steps: int, *, strength: fl
         schedule: from `Schedule.from_config`.
         steps: how many steps, 1 or more; the table has a row for each network call.
         strength: how much of the run is made, above 0 to 1: its last int(steps * strength) steps, as diffusers counts.
+        keeps_steps: whether lcm makes all steps at any strength, on the lower part of the distilled timesteps, as
+            LatentConsistencyModelImg2ImgPipeline does.
         options: the solver's own arguments (`eta`, `order`) and any setting of its diffusers class
             (`use_karras_sigmas=True`, `timestep_spacing="trailing"`, ...), which overrule the config.
 
@@ -140,11 +151,14 @@ def tabulate(solver: str | None, schedule: Schedule, steps: int, *, strength: fl
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise RequestError(f"steps is {steps!r}", needed="a whole number of 1 or more")
     name, chosen = _find(solver, schedule)
-    first = _first(name, chosen, steps, strength)
+    check_strength(strength)
+    respaced = keeps_steps and chosen.scheduler == "LCMScheduler"
+    first = 0 if respaced else left_out(name, chosen, steps, strength)
     arguments = {**chosen.arguments, **{key: value for key, value in options.items() if key in chosen.arguments}}
     wanted = {key: value for key, value in options.items() if key not in chosen.arguments}
     _check_arguments(name, arguments)
     settings = schedule.settings(chosen.scheduler, **{**chosen.settings, **wanted})
+    settings |= {DISTILLED_PART: strength} if respaced else {}
     try:
         grid = chosen.grid(schedule, settings, steps).since(first)
         array = _array(chosen, grid, arguments)
@@ -159,26 +173,6 @@ def tabulate(solver: str | None, schedule: Schedule, steps: int, *, strength: fl
             fix="take fewer steps, or another timestep_spacing, final_sigmas_type or sigmas",
         ) from error
     return Table(name, steps, grid.start, array, _known(grid, len(array), chosen.calls))
-
-
-def _first(name: str, solver: Solver, steps: int, strength: float) -> int:
-    """Return how many steps of the whole run are left out."""
-    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 < strength <= 1:
-        raise RequestError(f"strength is {strength!r}", needed="a number above 0 and at most 1")
-    first = steps - int(steps * strength)
-    if first == steps:
-        raise RequestError(
-            f"a strength of {strength:g} leaves none of {steps} steps",
-            needed=f"1 / {steps} or more",
-            fix="raise strength, or take more steps",
-        )
-    if first and solver.only_whole:
-        raise ScheduleError(
-            f"{name} cannot begin midway ({solver.only_whole})",
-            needed="a strength of 1 or another solver",
-            fix="take dpmpp-2m",
-        )
-    return first
 
 
 def _known(grid: Grid, rows: int, calls: int) -> NDArray[np.float64]:

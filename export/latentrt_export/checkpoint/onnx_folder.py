@@ -71,7 +71,7 @@ def open_onnx_folder(root: Path) -> Checkpoint:
         if name != ENCODER:
             raise ExportError(f"{root} has no {name}/{GRAPH}", needed="a graph for every network", fix=EXPORT_AGAIN)
     configs = _configs(root, texts, index["_class_name"], plain=plain)
-    check_networks(configs, UNETS[parts])
+    check_networks(configs, UNETS[parts], index["_class_name"])
     files = {SCHEDULE: root / SCHEDULE, **_texts(root)}
     for part in texts:
         folder = tokenizer_of(part)

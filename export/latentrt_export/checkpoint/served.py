@@ -14,7 +14,6 @@ CONDITIONAL = {
     "class_embed_type": None,
     "num_class_embeds": None,
     "encoder_hid_dim_type": None,
-    "time_cond_proj_dim": None,
     "attention_type": "default",
 }
 
@@ -25,7 +24,9 @@ LAYERS = (
     "reverse_transformer_layers_per_block",
     "num_hidden_layers",
 )
+INSTRUCTED = "InstructPix2Pix"  # in the names of pipelines whose UNets read a picture's latents beside their own
 MOST = 65_536  # channels, and sides of a picture
+LEAST_EMBEDDING = 4  # numbers of a guidance embedding: fewer have no frequencies
 MOST_LAYERS = 100  # far beyond any network; keeps a damaged config from making layers without end
 
 
@@ -34,12 +35,13 @@ def unsupported(found: str, needed: str) -> ExportError:
     return ExportError(f"the checkpoint has {found}", needed=needed)
 
 
-def check_networks(configs: Mapping[str, Config], kind: str) -> None:
+def check_networks(configs: Mapping[str, Config], kind: str, pipeline: str) -> None:
     """Refuse networks that the engine cannot serve.
 
     Args:
         configs: by the networks' names.
         kind: the diffusers class that the UNet must have.
+        pipeline: the diffusers class that draws with them.
 
     Raises:
         ExportError: one of them cannot be served; it is named.
@@ -52,6 +54,7 @@ def check_networks(configs: Mapping[str, Config], kind: str) -> None:
     if kind == "UNet2DModel":
         _check_pixels(unet)
     else:
+        _check_channels(unet, configs["vae"], pipeline)
         _check_latents(unet, configs["vae"], xl="text_encoder_2" in configs)
     for part, config in configs.items():
         if config.get("use_attention_mask"):
@@ -72,6 +75,11 @@ def beside(configs: Mapping[str, Config]) -> int:
     """Return how many channels the UNet reads beside the latents."""
     unet, vae = configs["unet"], configs.get("vae")
     return 0 if vae is None else int(unet.get("in_channels", 4) - vae.get("latent_channels", 4))
+
+
+def reads_mask(configs: Mapping[str, Config]) -> bool:
+    """Return whether the UNet reads a mask and a masked picture's latents beside the latents."""
+    return "vae" in configs and beside(configs) == 1 + configs["vae"].get("latent_channels", 4)
 
 
 def _check_kinds(part: str, config: Config) -> None:
@@ -121,17 +129,31 @@ def _check_pixels(unet: Config) -> None:
         raise unsupported(f"a UNet with time_embedding_type {unet['time_embedding_type']!r}", "'positional'")
 
 
+def _check_channels(unet: Config, vae: Config, pipeline: str) -> None:
+    """Refuse a UNet that reads other channels than its pipeline gives it."""
+    channels, inputs = vae.get("latent_channels", 4), unet.get("in_channels", 4)
+    own = f"in_channels {channels}, the VAE's latent channels, or {2 * channels + 1} for inpainting"
+    if INSTRUCTED in pipeline:
+        if inputs != 2 * channels:
+            raise unsupported(f"a UNet with in_channels {inputs}", f"in_channels {2 * channels} in a {pipeline}")
+    elif inputs == 2 * channels:
+        found, needed = f"a UNet with in_channels {inputs}", f"{own}, or an InstructPix2Pix pipeline"
+        raise unsupported(f"{found} in a {pipeline}", needed)
+    elif inputs not in (channels, 2 * channels + 1):
+        raise unsupported(f"a UNet with in_channels {inputs}", own)
+
+
 def _check_latents(unet: Config, vae: Config, *, xl: bool) -> None:
-    channels = vae.get("latent_channels", 4)
-    inputs, outputs = unet.get("in_channels", 4), unet.get("out_channels", 4)
-    if inputs not in (channels, 2 * channels + 1):
-        needed = f"in_channels {channels}, the VAE's latent channels, or {2 * channels + 1} for inpainting"
-        raise unsupported(f"a UNet with in_channels {inputs}", needed)
+    channels, outputs = vae.get("latent_channels", 4), unet.get("out_channels", 4)
     if outputs != channels:
         raise unsupported(f"a UNet with out_channels {outputs}", f"out_channels {channels} (no learned variance)")
     for key, value in {**CONDITIONAL, "addition_embed_type": "text_time" if xl else None}.items():
         if unet.get(key, value if key == "attention_type" else None) != value:
             raise unsupported(f"a UNet with {key} {unet.get(key)!r}", f"{key} {value!r} in this pipeline")
+    guidance = unet.get("time_cond_proj_dim")
+    if guidance is not None and not (_is_size(guidance) and guidance >= LEAST_EMBEDDING):
+        needed = f"null, or a whole number from {LEAST_EMBEDDING} (LCM, TCD)"
+        raise unsupported(f"a UNet with time_cond_proj_dim {guidance!r}", needed)
     for key in ("addition_time_embed_dim", "projection_class_embeddings_input_dim") if xl else ():
         if not _is_size(unet.get(key)):
             raise unsupported(f"a UNet with {key} {unet.get(key)!r}", "a whole number in an SDXL pipeline")

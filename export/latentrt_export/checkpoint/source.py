@@ -40,9 +40,12 @@ PIPELINES = {  # the networks of each
     "StableDiffusionImg2ImgPipeline": SD,
     "StableDiffusionInpaintPipeline": SD,
     "LatentConsistencyModelPipeline": SD,
+    "LatentConsistencyModelImg2ImgPipeline": SD,
+    "StableDiffusionInstructPix2PixPipeline": SD,
     "StableDiffusionXLPipeline": XL,
     "StableDiffusionXLImg2ImgPipeline": XL,
     "StableDiffusionXLInpaintPipeline": XL,
+    "StableDiffusionXLInstructPix2PixPipeline": XL,
     "DDPMPipeline": PIXELS,
     "DDIMPipeline": PIXELS,
 }
@@ -183,7 +186,7 @@ def open_checkpoint(source: str | Path, revision: str | None = None, variant: st
         check_class(index, part, (UNETS[parts],) if part == UNET else CLASSES[part])
     homes = {part: _home(root, part) for part in parts}
     configs = {part: _config(home, part) for part, home in homes.items()}
-    check_networks(configs, UNETS[parts])
+    check_networks(configs, UNETS[parts], index["_class_name"])
     weights = choose_weights(homes, variant)
     schedule = root / SCHEDULE if (root / SCHEDULE).is_file() else root / "scheduler_config.json"
     files = {name: path for name, path in texts_of(root).items() if path not in _flat(root, homes)}

@@ -96,12 +96,15 @@ class UNet(nn.Module):
         text_embeds: Tensor | None = None,
         time_ids: Tensor | None = None,
         beside: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
     ) -> Tensor:
         """Map sample (batch, channels, height, width) to out of the same shape."""
         added = None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
         if beside is not None:
             sample = torch.cat([sample, beside], dim=1)
-        out: Tensor = self.model(sample, timestep, encoder_hidden_states, added_cond_kwargs=added).sample
+        out: Tensor = self.model(
+            sample, timestep, encoder_hidden_states, timestep_cond=timestep_cond, added_cond_kwargs=added
+        ).sample
         return out
 
 
@@ -185,6 +188,8 @@ def _unet(root: Path, name: str, tokens: int) -> Network:
         sizes |= {"text_embeds": ((embeds,), BATCH), "time_ids": ((6,), BATCH)}
     if config.in_channels > config.out_channels:
         sizes["beside"] = ((config.in_channels - config.out_channels, 16, 24), IMAGE_AXES)
+    if config.time_cond_proj_dim is not None:
+        sizes["timestep_cond"] = ((config.time_cond_proj_dim,), BATCH)
     return Network(UNet(model), _examples(sizes), ("out",), "unet")
 
 

@@ -150,16 +150,23 @@ def run_pipeline(pipe: Any, run: Run) -> tuple[list[Array], Array]:
     return steps, np.stack([np.asarray(image) for image in result.images])
 
 
+def _is_negated(settings: Mapping[str, Any]) -> bool:
+    return settings["guidance"] > 1 and "negative_prompt" in settings
+
+
 def _prompted(run: Run) -> dict[str, Any]:
     """What pipelines with a prompt are called with."""
     settings, count = run.settings, len(run.prompts)
     own = {
         "prompt": list(run.prompts),
-        "negative_prompt": [settings["negative_prompt"]] * count if settings["guidance"] > 1 else None,
+        "negative_prompt": [settings["negative_prompt"]] * count if _is_negated(settings) else None,
         "guidance_scale": settings["guidance"],
         "height": settings["height"],
         "width": settings["width"],
     }
+    if "mask" not in run.pictures and "image" in run.pictures:  # edited as the prompt says
+        own |= {"image": [Image.fromarray(run.pictures["image"])] * count}
+        own |= {"image_guidance_scale": settings["image_guidance"]} if "image_guidance" in settings else {}
     if "mask" in run.pictures:
         image, mask = (Image.fromarray(run.pictures[name]) for name in ("image", "mask"))
         own |= {"image": [image] * count, "mask_image": [mask] * count, "strength": settings.get("strength", 1.0)}

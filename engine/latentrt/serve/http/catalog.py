@@ -46,7 +46,7 @@ class Catalog:
         self.prompted = model.text is not None
         self.class_labels, self.classes = "class_label" in model.fields, model.spec.classes
         self.edits = settings.edits and model.edits
-        self.needs_mask = model.reads_masks
+        self.needs_mask, self.needs_picture = model.reads_masks, model.shows_picture
         self.latents = model.spec.latents
         self._least = -(-LEAST_LATENTS // self.latents.multiple) * self.latents.step
         self._plans = None if profiles is None else [self._ends(profile) for profile in profiles]
@@ -57,7 +57,7 @@ class Catalog:
         self.defaults = model.filled(Request(steps=settings.steps, guidance=settings.guidance, solver=solver))
         tabulate(self.defaults.solver, model.schedule, 1)  # a server that cannot draw by default says so at its start
         self.max_steps = self._max_steps(self.defaults.steps or 1)
-        self._work = lru_cache(maxsize=4096)(partial(_work, model.schedule))
+        self._work = lru_cache(maxsize=4096)(partial(_work, model.schedule, model.spec.keeps_steps))
 
     # ---- Names
 
@@ -109,10 +109,12 @@ class Catalog:
         limits = self.settings
         count = n or 1
         steps = steps or self.defaults.steps or 1
-        if not self.prompted:  # clients send empty ones
-            prompt, negative_prompt = prompt or None, negative_prompt or None
+        if not self.prompted:  # clients send empty texts
+            prompt = prompt or None
         elif prompt is None:
             raise Problem("prompt is missing", needed="what to draw", param="prompt")
+        if "negative_prompt" not in self._model.fields:
+            negative_prompt = negative_prompt or None
         self._check_class(class_label)
         _at_most("n", count, limits.most_pictures)
         _at_most("num_inference_steps", steps, self.max_steps)
@@ -150,6 +152,14 @@ class Catalog:
             found, fix = f"a picture takes {default} steps where no number is given", "set steps, or max_steps"
             raise RequestError(found, needed=f"at most max_steps: {most}", fix=fix)
         return most
+
+    def strength(self, asked: float | None, default: float) -> float | None:
+        """Return the strength of an edit: the client's or the default, where the model's edits have one."""
+        return asked or (None if self.needs_picture else default)
+
+    def lanes(self, request: Request) -> int:
+        """Return the most lanes that each of a request's pictures takes."""
+        return self._model.guidance(request).lanes
 
     def work(self, request: Request) -> tuple[int, str]:
         """Return how many network calls each of a request's pictures takes, and the solver that makes them.
@@ -287,9 +297,14 @@ def _unlike(one: Size, other: Size) -> float:
 
 
 def _work(
-    schedule: Schedule, solver: str | None, steps: int, strength: float, options: tuple[tuple[str, Any], ...]
+    schedule: Schedule,
+    keeps_steps: bool,
+    solver: str | None,
+    steps: int,
+    strength: float,
+    options: tuple[tuple[str, Any], ...],
 ) -> tuple[int, str]:
-    table = tabulate(solver, schedule, steps, strength=strength, **dict(options))
+    table = tabulate(solver, schedule, steps, strength=strength, keeps_steps=keeps_steps, **dict(options))
     return len(table), table.solver
 
 
