@@ -90,6 +90,12 @@ NUMPY: dict[str, Any] = {
     "class_label": np.int64(3),
     "noise": np.str_("torch-cpu"),
     "strength": np.float64(0.5),
+    "hires_scale": np.float32(1.5),
+    "hires_steps": np.int8(3),
+    "hires_strength": np.float16(0.5),
+    "handoff": np.float64(0.75),
+    "aesthetic_score": np.float32(6.5),
+    "negative_aesthetic_score": np.float32(2.5),
     "options": {"eta": np.float32(0.5), "use_karras_sigmas": np.False_, "disable_corrector": np.array([0, 1])},
 }
 

@@ -119,6 +119,9 @@ PEERS: Mapping[str, Peer] = {
 THIS = Peer("latentrt", "", "run_latentrt.py", ("numpy", "onnxruntime"))
 
 
+STARTS, LOADED = PARTS = "starts", "loaded"  # the rows of a process that starts, and of one that is loaded
+
+
 @dataclass(frozen=True, slots=True)
 class Model:
     """A model with its task.
@@ -156,7 +159,7 @@ class Model:
 
 MODELS: Mapping[str, Model] = {
     "emoji": Model("emoji", "The embedded model", (128, 128), steps=20, rounds=5, bundle=EMBEDDED),
-    "sd15": Model("sd15", "Stable Diffusion 1.5's structure, random weights", (256, 256), steps=2, rounds=2),
+    "sd15": Model("sd15", "Stable Diffusion 1.5's structure, random weights", (256, 256), steps=2, rounds=2, batch=4),
 }
 
 
@@ -170,6 +173,7 @@ class Config:
         limit: seconds that one request to a peer may take; what takes longer is recorded as such.
         first_limit: the same while caches are filled, before the first round, and for ours.
         folder: of environments, converted models and the peers' caches.
+        parts: of PARTS; samples of a part that is left out are kept from an earlier run.
     """
 
     models: tuple[Model, ...] = tuple(MODELS.values())
@@ -178,6 +182,7 @@ class Config:
     limit: float = 300.0
     first_limit: float = 1200.0
     folder: Path = FOLDER
+    parts: tuple[str, ...] = PARTS
 
     def titles(self) -> dict[str, str]:
         """Return the titles of all sides by name, ours first."""

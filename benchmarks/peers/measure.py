@@ -20,7 +20,7 @@ import numpy as np
 from benchmarks.cases import Task, psnr, task
 from benchmarks.gpu.child import NotMeasuredError
 from benchmarks.measures import OURS
-from benchmarks.peers.config import SCRIPTS, THIS, Config, Model, Peer, requirements
+from benchmarks.peers.config import LOADED, SCRIPTS, STARTS, THIS, Config, Model, Peer, requirements
 from benchmarks.peers.environments import Environments
 from benchmarks.peers.models import Folders, offline
 from benchmarks.peers.process import Drawn, PeerProcess
@@ -83,7 +83,7 @@ class ModelRun:
     ) -> None:
         self._config, self._model, self._results, self._scratch = config, model, results, scratch
         self._environments, self._folders = environments, Folders(config, model, environments)
-        self._records = {name: Record() for name in config.peers}
+        self._records = {name: self._kept(name) for name in config.peers}
         results.models[model.name] = model.to_dict()
         results.records[model.name] = self._records
 
@@ -93,11 +93,25 @@ class ModelRun:
         bundle = self._folders.bundle()
         latents = Bundle.open(bundle, check_hashes=False).spec.latents
         self._shape = latents.shape_of(self._model.size[1], self._model.size[0])
-        ours = self._side(OURS, THIS, [sys.executable], bundle)
-        needs = self._starts(ours, list(self._prepared()))
-        room = available()
-        for group in groups(needs.pop(ours), needs, room):
-            self._warm(ours, group)
+        ours, peers = self._side(OURS, THIS, [sys.executable], bundle), list(self._prepared())
+        if STARTS in self._config.parts:
+            peers = self._starts(ours, peers)
+        if LOADED in self._config.parts:
+            needs = {side: self._need(side) for side in peers}
+            for group in groups(max((self._need(side, OURS) for side in peers), default=0), needs, available()):
+                self._warm(ours, group)
+
+    def _kept(self, name: str) -> Record:
+        """Return a peer's record with the samples of an earlier run for the parts that are left out of this one."""
+        before = self._results.records.get(self._model.name, {}).get(name, Record())
+        rows = {STARTS: (COLD, READY, COLD_PEAK), LOADED: (ONE, BATCH, WARM_PEAK)}
+        kept = [row for part in rows if part not in self._config.parts for row in rows[part] if row in before.samples]
+        return Record({row: before.samples[row] for row in kept}, versions=before.versions)
+
+    def _need(self, side: Side, of: str | None = None) -> float:
+        """Return what a side, or ours beside it, needs in MiB to draw a batch; all there is where it is not known."""
+        known = self._records[side.name].samples.get(COLD_PEAK)
+        return GROWTH * max(known[of or side.name]) if known else available()
 
     def _prepared(self) -> list[Side]:
         """Return the peers that have an environment and a model to load."""
@@ -129,13 +143,12 @@ class ModelRun:
         print(f"  {name}: {where}{error}", flush=True)
         self._results.write()
 
-    def _starts(self, ours: Side, sides: Sequence[Side]) -> dict[Side, float]:
-        """Start every side in turn; return what each one needs in MiB. The round before the first fills caches."""
-        alive, needs = list(sides), dict[str, float]()
+    def _starts(self, ours: Side, sides: Sequence[Side]) -> list[Side]:
+        """Start every side in turn; return those that could. The round before the first fills caches."""
+        alive = list(sides)
         for round_ in range(1 + self._model.rounds):
             limit = self._config.limit if round_ else self._config.first_limit
             first = self._start_ours(ours, round_)
-            needs[OURS] = first.mebibytes
             for side in list(alive):
                 try:
                     found = self._start(side, round_, limit)
@@ -143,7 +156,6 @@ class ModelRun:
                     self._miss(side.name, error)
                     alive.remove(side)
                     continue
-                needs[side.name] = found.mebibytes
                 if round_:
                     record = self._records[side.name]
                     record.add(COLD, first.seconds, found.seconds, side.name)
@@ -151,7 +163,7 @@ class ModelRun:
                     record.add(COLD_PEAK, first.mebibytes, found.mebibytes, side.name)
             self._results.write()
             print(f"  start {round_}: {OURS} {first.seconds:.2f} s", flush=True)
-        return {side: GROWTH * needs[side.name] for side in (ours, *alive)}
+        return alive
 
     def _start_ours(self, ours: Side, round_: int) -> Start:
         """Start the command, as a user types it, and then the engine, which says when it is loaded."""
@@ -200,7 +212,9 @@ class ModelRun:
     def _load(self, sides: Sequence[Side], processes: dict[str, PeerProcess]) -> None:
         for side in sides:
             try:
-                processes[side.name].load(side.settings, self._config.first_limit)
+                versions = processes[side.name].load(side.settings, self._config.first_limit)
+                if side.name != OURS:
+                    self._records[side.name].versions = versions
             except NotMeasuredError as error:
                 self._drop(side.name, processes, error)
 

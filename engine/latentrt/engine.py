@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from latentrt.run.denoiser import Denoiser, OnTick
 from latentrt.run.job import Job
 from latentrt.run.lanes import open_lanes
 from latentrt.run.make import make_jobs
+from latentrt.run.stages import refiner_of
 from latentrt.runtime import open_backend
 from latentrt.runtime.base import Backend
 from latentrt.values import plain
@@ -51,9 +53,12 @@ class Engine:
         lanes: int | None = None,
         resident: bool = True,
         capture: bool | None = None,
+        refiner: Bundle | None = None,
     ) -> None:
         self.bundle, self.backend = bundle, backend
-        self.model = Model(bundle, backend, resident=resident or backend.gpu is not None)
+        resident = resident or backend.gpu is not None
+        self.model = Model(bundle, backend, resident=resident)
+        self.refiner = None if refiner is None else refiner_of(self.model, refiner, backend, resident=resident)
         self.spec, self.schedule = self.model.spec, self.model.schedule
         self._lanes, self._program = open_lanes(self.model, backend, lanes, capture)
         self.denoiser = Denoiser(self._lanes)
@@ -75,6 +80,7 @@ class Engine:
         cache: bool = True,
         spin: bool = True,
         check_hashes: bool = True,
+        refiner: str | Path | None = None,
     ) -> Engine:
         """Open a bundle and load its networks.
 
@@ -91,18 +97,21 @@ class Engine:
             plans: a folder of TensorRT plans that you trust; None is the bundle's place in your cache.
             cache: keep in your cache, for quicker loading, graphs that onnxruntime has optimized, and what was hashed.
             check_hashes: compare every file's SHA-256 with the manifest (sizes are always compared).
+            refiner: the bundle of a model that takes over at a request's `handoff`.
 
         Raises:
             BundleError: the bundle is missing, damaged or unsafe.
             BackendError, MissingDependencyError: the backend or device cannot be used here.
             PlanError: there is no plan for this device, bundle and precision; the message names the command.
         """
-        opened = Bundle.open(bundle, check_hashes=check_hashes, cache=cache)
+        opened = partial(Bundle.open, check_hashes=check_hashes, cache=cache)
+        second = None if refiner is None else opened(refiner)
+        make = partial(cls, opened(bundle), lanes=lanes, resident=resident, capture=capture, refiner=second)
         if not isinstance(backend, str):
-            return cls(opened, backend, lanes=lanes, resident=resident, capture=capture)
+            return make(backend)
         own = open_backend(backend, device, threads, precision=precision, plans=plans, cache=cache, spin=spin)
         try:
-            engine = cls(opened, own, lanes=lanes, resident=resident, capture=capture)
+            engine = make(own)
         except BaseException:
             if own.gpu is not None:
                 own.gpu.close()
@@ -121,7 +130,8 @@ class Engine:
         if self._program is not None:
             self._program.close()
         self._lanes.close()
-        self.model.close()
+        for model in self._models:
+            model.close()
         if self._own_gpu is not None:
             self._own_gpu.close()
             self._own_gpu = None
@@ -154,7 +164,8 @@ class Engine:
         """
         prompts = _several(prompt)
         pictures = {name: one for name, one in (("image", image), ("mask", mask)) if one is not None}
-        program = self._program if on_tick is None else None
+        stages = settings.get("hires_scale") is not None or settings.get("handoff") is not None
+        program = self._program if on_tick is None and not stages else None
         jobs = self.requests(prompts, settings, pictures, tokens=program is not None)
         if program is None:
             self.run(jobs, on_tick)
@@ -176,17 +187,19 @@ class Engine:
         jobs: list[Job] = []
         for request in asked:
             jobs += self.jobs(request, first=len(jobs), given=given, tokens=tokens)
-        self.model.end_of(ENCODER)
+        self._end_of(ENCODER)
         return jobs
 
     def jobs(self, request: Request, *, first: int = 0, given: Given | None = None, tokens: bool = False) -> list[Job]:
         """Return the jobs of a request, not yet admitted; see `make_jobs`."""
         gpu = self.backend.gpu is not None
-        return make_jobs(self.model, request, given, first=first, draws_on_device=gpu, tokens=tokens)
+        return make_jobs(
+            *(self.model, request, given), first=first, draws_on_device=gpu, tokens=tokens, refiner=self.refiner
+        )
 
     def run(self, jobs: Iterable[Job], on_tick: OnTick | None = None) -> None:
         """Denoise jobs to their end; see `Denoiser.run`."""
-        self.model.end_of(TEXT_ENCODER, CONDITIONER)
+        self._end_of(TEXT_ENCODER, CONDITIONER)
         self.denoiser.run(jobs, on_tick)
 
     def picture(self, job: Job) -> Picture:
@@ -195,13 +208,26 @@ class Engine:
 
     def pictures(self, jobs: Sequence[Job]) -> Iterator[Picture]:
         """Yield the pictures of several jobs; small ones are decoded at the same time (`decode_each`)."""
-        self.model.end_of(DENOISER, SHALLOW)
+        self._end_of(DENOISER, SHALLOW)
         decoded = decode_each(self.model.codec, [job.latents for job in jobs], self.backend.facts.cores)
         yield from (to_picture(to_uint8(one[None])[0], job.tag) for one, job in zip(decoded, jobs, strict=True))
 
     def decode(self, latents: NDArray[np.float32]) -> Image:
         """Return latents (channels, height, width) as a PIL image."""
         return to_pil(to_uint8(self.model.codec.decode(latents[None]))[0])
+
+    @property
+    def refiner_name(self) -> str | None:
+        """The refiner's model id; None where there is none."""
+        return None if self.refiner is None else self.refiner.spec.id
+
+    @property
+    def _models(self) -> list[Model]:
+        return [self.model, *([] if self.refiner is None else [self.refiner])]
+
+    def _end_of(self, *roles: str) -> None:
+        for model in self._models:
+            model.end_of(*roles)
 
 
 def _several(prompt: object) -> list[Any]:

@@ -48,12 +48,11 @@ def example(model: Model, side: int) -> tuple[dict[str, Any], dict[str, Any]]:
         settings["solver"] = "euler"
     if "class_label" in model.fields:
         settings["class_label"] = 0
-    if not (model.reads_masks or model.shows_picture):
-        return settings, {}
     ramp = np.add.outer(np.linspace(0, 128, height), np.linspace(0, 127, width)).astype(np.uint8)
     image = np.stack([ramp, ramp[::-1], ramp[:, ::-1]], axis=-1)
     mask = np.broadcast_to(np.arange(width) < width // 2, (height, width))
-    return settings, {"image": image, **({"mask": mask} if model.reads_masks else {})}
+    pictures = {"image": image, "mask": mask}
+    return settings, {name: pictures[name] for name in model.pictures}
 
 
 def _run(engine: Engine, solver: str, prompt: str, negative: str, steps: int, seed: int, guidance: float) -> Golden:

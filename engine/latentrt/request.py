@@ -13,6 +13,19 @@ from latentrt.values import did_you_mean, is_number, is_whole, plain
 
 MAX_SEED = 2**64 - 1
 PICTURES = ("image", "mask")  # what a picture may be used for
+HIRES_STRENGTH = 0.7
+HANDOFF = 0.8  # of a run with a refiner, where nothing else is said
+
+_WHOLE = {"steps": 10_000, "hires_steps": 10_000, "height": 65_536, "width": 65_536}  # from 1 to these
+_NUMBERS = {
+    "guidance": (0.0, 1e6),
+    **dict.fromkeys(("guidance_rescale", "strength", "hires_strength", "handoff"), (0.0, 1.0)),
+    "hires_scale": (1.0, 8.0),
+    "image_guidance": (1.0, 1e6),
+    **dict.fromkeys(("aesthetic_score", "negative_aesthetic_score"), (0.0, 1000.0)),
+}
+# Of a picture, where they are set.
+_OWN = ("strength", "handoff", "image_guidance", "aesthetic_score", "negative_aesthetic_score")
 
 # What users of other tools type, and the name of it here.
 _OTHER_NAMES = {
@@ -53,10 +66,16 @@ class Request:
         height, width: in pixels; None is the size that the model was trained at.
         count: how many pictures.
         class_label: the number of a class, for models that were trained with classes.
+        aesthetic_score, negative_aesthetic_score: how good a picture SDXL's refiner is told to draw, and what to keep
+            away from; None is 6 and 2.5.
         noise: the torch generator whose numbers the seed selects.
         strength: how much of the run is made on a given picture, above 0 to 1; None is 0.8, or 1 with a mask.
         pictures: the request's pictures by use: "image" to begin on, "mask" for what of it to repaint.
             PIL images, or uint8 or uint16 arrays.
+        hires_scale: by how much the finished latents are enlarged, 1 to 8, to be drawn on (hires fix); None: not.
+        hires_steps: of the second run; None is as many as of the first.
+        hires_strength: how much of the second run is made, above 0 to 1.
+        handoff: the part of the run, 0 to 1, after which the engine's refiner takes over; None: it does not.
         options: settings of the solver: eta, use_karras_sigmas, timestep_spacing, ...
 
     Raises:
@@ -77,9 +96,15 @@ class Request:
     width: int | None = None
     count: int = 1
     class_label: int | None = None
+    aesthetic_score: float | None = None
+    negative_aesthetic_score: float | None = None
     noise: str = "torch-cpu"
     strength: float | None = None
     pictures: Mapping[str, Any] = field(default_factory=dict)
+    hires_scale: float | None = None
+    hires_steps: int | None = None
+    hires_strength: float = HIRES_STRENGTH
+    handoff: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -89,20 +114,18 @@ class Request:
         _whole("cache_interval", self.cache_interval, 1, 10_000)
         _whole("seed", self.seed, 0, MAX_SEED)
         _whole("the last picture's seed (seed + count - 1)", self.seed + self.count - 1, 0, MAX_SEED)
-        for name, low, high in (("steps", 1, 10_000), ("height", 1, 65_536), ("width", 1, 65_536)):
+        for name, most in _WHOLE.items():
             if getattr(self, name) is not None:
-                _whole(name, getattr(self, name), low, high)
+                _whole(name, getattr(self, name), 1, most)
         if self.class_label is not None:
             _whole("class_label", self.class_label, 0, 2**31 - 1)
         for name, optional in (("prompt", True), ("negative_prompt", True), ("solver", True), ("noise", False)):
             value = getattr(self, name)
             if not isinstance(value, str) and not (optional and value is None):
                 raise RequestError(f"{name} is {value!r}", needed="text or None" if optional else "text")
-        for name, most in (("guidance", 1e6), ("guidance_rescale", 1.0), ("strength", 1.0)):
+        for name, (low, high) in _NUMBERS.items():
             if getattr(self, name) is not None:
-                _number(name, getattr(self, name), 0.0, most)
-        if self.image_guidance is not None:
-            _number("image_guidance", self.image_guidance, 1.0, 1e6)
+                _number(name, getattr(self, name), low, high)
         interval = self.guidance_interval
         if not isinstance(interval, (list, tuple)) or len(interval) != 2:
             raise RequestError(
@@ -174,11 +197,18 @@ def facts_of(request: Request, solver: str, seed: int, index: int, size: tuple[i
         "width": size[1],
         "height": size[0],
         "model": model,
-        **({} if request.strength is None else {"strength": request.strength}),
-        **({} if request.image_guidance is None else {"image_guidance": request.image_guidance}),
+        **{name: getattr(request, name) for name in _OWN if getattr(request, name) is not None},
         **({} if request.cache_interval == 1 else {"cache_interval": request.cache_interval}),
+        **_of_hires(request),
         **request.options,
     }
+
+
+def _of_hires(request: Request) -> dict[str, Any]:
+    if request.hires_scale is None:
+        return {}
+    steps = {} if request.hires_steps is None else {"hires_steps": request.hires_steps}
+    return {"hires_scale": request.hires_scale, "hires_strength": request.hires_strength, **steps}
 
 
 def _of_prompt(request: Request) -> dict[str, Any]:

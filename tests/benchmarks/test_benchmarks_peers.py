@@ -95,6 +95,11 @@ def test_peers_are_measured_in_turn_and_failures_are_rows(
     assert str(tmp_path) not in text + results.path.read_text(encoding="utf-8")
     assert (tmp_path / page.plot_of("emoji")).stat().st_size > 1000
 
+    measure.run(replace(config, peers={"black": fake(script)}, parts=("loaded",)), tmp_path)
+    again, first = Results.read(tmp_path).records["emoji"]["black"].samples, records["black"].samples
+    assert again[COLD] == first[COLD], "samples of a part that is left out are kept"
+    assert again[ONE] != first[ONE]
+
 
 def python(self: Environments, name: str) -> list[str]:
     if name == "absent":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latentrt.errors import NetworkError, RequestError
+from latentrt.model.predictor import Predictor
 from latentrt.run.denoiser import Denoiser
 from latentrt.run.host import HostLanes
-from latentrt.run.job import Job
+from latentrt.run.job import Job, Stage
 from latentrt.sampling.guidance import Guidance
-from latentrt.sampling.noise import TorchCpuNoise
+from latentrt.sampling.noise import NoiseSource, TorchCpuNoise
 from latentrt.sampling.schedule import Schedule
 from latentrt.sampling.table import advance, tabulate
 
@@ -32,13 +33,36 @@ def network(sample: np.ndarray, timestep: np.ndarray, conditioning: Mapping[str,
     return np.tanh(sample) * np.float32(0.7) + pull + (timestep / 1000)[:, None, None, None]
 
 
-def make(seed: int, solver: str = "ddim", steps: int = 4, scale: float = 3.0, side: int = 4) -> Job:
+def make(
+    seed: int,
+    solver: str = "ddim",
+    steps: int = 4,
+    scale: float = 3.0,
+    side: int = 4,
+    tokens: int = 77,
+    later: str = "",
+) -> Job:
+    """Return a job; `tokens` are of the lane without the prompt, `later` names what comes after its first stage."""
     table = tabulate(solver, SCHEDULE, steps)
     noise = TorchCpuNoise(seed)
     latents = noise.normal((4, side, side)) * np.float32(table.start)
     states = np.random.default_rng(seed).standard_normal((2, 77, 8), np.float32)
-    cond, uncond = ({"encoder_hidden_states": state} for state in states)
-    return Job(table, latents, uncond, cond, noise, Guidance(scale))
+    cond, uncond = ({"encoder_hidden_states": state[:count]} for state, count in zip(states, (77, tokens), strict=True))
+    stages = {
+        "": (),
+        "larger": (Stage(table, uncond, cond, twice, Guidance(scale)),),
+        "another": (Stage(table, cond, cond, lambda x, noise: x, Guidance(1.0), cast(Predictor, another)),),
+    }
+    return Job(table, latents, uncond, cond, noise, Guidance(scale), later=stages[later])
+
+
+def twice(latents: np.ndarray, noise: NoiseSource) -> np.ndarray:
+    large = latents.repeat(2, axis=1).repeat(2, axis=2)
+    return large + noise.normal(large.shape)
+
+
+def another(sample: np.ndarray, timestep: np.ndarray, conditioning: Mapping[str, np.ndarray]) -> np.ndarray:
+    return -network(sample, timestep, conditioning)
 
 
 def alone(job: Job) -> np.ndarray:
@@ -67,6 +91,8 @@ jobs = st.tuples(
     st.integers(1, 6),  # steps
     st.sampled_from([1.0, 3.0]),  # guidance scale
     st.sampled_from([4, 6]),  # side of the latents
+    st.sampled_from([77, 33]),  # tokens of the negative prompt
+    st.sampled_from(["", "", "larger", "another"]),  # what comes after the first stage
     st.integers(0, 12),  # the tick from which it waits for lanes
 )
 
@@ -103,6 +129,43 @@ def test_guidance_interval_frees_lanes() -> None:
     while denoiser.jobs:
         denoiser.tick()
     assert sizes == [1, 2, 2, 1]
+
+
+def test_texts_of_other_lengths_are_calls_of_their_own() -> None:
+    calls: list[tuple[int, int]] = []
+
+    def counting(sample: np.ndarray, timestep: np.ndarray, conditioning: Mapping[str, np.ndarray]) -> np.ndarray:
+        calls.append(conditioning["encoder_hidden_states"].shape[:2])
+        return network(sample, timestep, conditioning)
+
+    job, twin = make(1, tokens=33, steps=1), make(1, tokens=33, steps=1)
+    denoiser = Denoiser(HostLanes(counting))
+    for each in (job, twin, make(2, steps=1)):
+        denoiser.admit(each)
+    denoiser.tick()
+    assert sorted(calls) == [(2, 33), (2, 77), (2, 77)]
+    np.testing.assert_array_equal(job.latents, twin.latents)
+    start, row = make(1).latents, job.table.rows[0]
+    outs = [
+        network(row.c_in * start[None], np.array([row.timestep]), {n: a[None] for n, a in each.items()})[0]
+        for each in (job.uncond, job.cond)
+    ]
+    memory = np.zeros((4, *start.shape), np.float32)
+    np.testing.assert_allclose(job.latents, advance(row, start, outs[0] + 3 * (outs[1] - outs[0]), memory), rtol=1e-6)
+
+
+def test_a_run_goes_on_in_another_size() -> None:
+    job = make(3, later="larger")
+    first, noise = make(3), TorchCpuNoise(3)
+    noise.normal((4, 4, 4))
+    second = replace_latents(make(3), twice(alone(first), noise))
+    assert (job.rows, job.moved) == (8, 0)
+    np.testing.assert_array_equal(alone(job), alone(second))
+    assert (job.rows, job.moved, job.done) == (8, 8, True)
+
+
+def replace_latents(job: Job, latents: np.ndarray) -> Job:
+    return Job(job.table, latents, job.uncond, job.cond, job.noise, job.guidance)
 
 
 def test_lanes_are_never_overbooked() -> None:

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from latentrt.errors import RequestError, ScheduleError, UnknownSolverError
+from latentrt.sampling.rows import SLOTS
 from latentrt.sampling.schedule import Schedule
 from latentrt.sampling.solvers import ALIASES, SOLVERS
-from latentrt.sampling.table import COLUMNS, SLOTS, Row, Table, advance, blend, noised, preview, tabulate
+from latentrt.sampling.table import COLUMNS, Row, Table, advance, blend, noised, preview, tabulate
 from tests.support.sampling.scheduler_configs import BASES, SD15, SDXL
 
 Float64 = NDArray[np.float64]

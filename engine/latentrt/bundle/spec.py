@@ -159,6 +159,11 @@ class LatentSpec:
         _, rows, columns = self.shape_of(height, width)
         return rows * self.factor, columns * self.factor
 
+    def enlarged(self, height: int | None, width: int | None, scale: float) -> tuple[int, int]:
+        """Return a picture's (height, width) in pixels, enlarged, down to a multiple of `step`. Raise as `shape_of`."""
+        height, width = (int(side * scale) // self.step * self.step for side in self.pixels_of(height, width))
+        return height, width
+
 
 @dataclass(frozen=True, slots=True)
 class Defaults:
@@ -243,6 +248,11 @@ class ModelSpec:
     def named(self, role: str) -> tuple[str, ...]:
         """Return the names of the networks of a role, in their order."""
         return tuple(name for name, network in self.networks.items() if network.role == role)
+
+    @property
+    def tokens(self) -> int:
+        """The length of a chunk of a prompt: how many tokens the text encoders read; 0 where there are none."""
+        return max((int(self.networks[name].inputs[0].shape[1]) for name in self.named(TEXT_ENCODER)), default=0)
 
     def corrected(self, file: str) -> dict[str, Any]:
         """Return the corrections of a file's settings, by their names."""

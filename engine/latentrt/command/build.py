@@ -19,6 +19,7 @@ FOLDER = click.Path(path_type=Path)
 @click.option("--lanes", help="Lanes of the UNet, as 2 or 2:8:16 (least:best:most); a picture takes two  [default: 2]")
 @click.option("--pictures", help="Pictures that the VAE decodes at once  [default: 1]")
 @click.option("--size", help="WIDTHxHEIGHT, or least:best:most of them  [default: the model's own]")
+@click.option("--tokens", help="Tokens of a text, as 77, or 77:77:231 for up to three chunks  [default: one chunk]")
 @click.option(
     "--profile",
     "profiles",

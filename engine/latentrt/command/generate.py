@@ -11,10 +11,19 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from latentrt.bundle.bundle import EMBEDDED, embedded
-from latentrt.command.options import AT_LEAST_ONE, FOLDER, LOADING, edits_pictures, option_json, runs_networks
+from latentrt.command.options import (
+    AT_LEAST_ONE,
+    FOLDER,
+    LOADING,
+    edits_pictures,
+    option_json,
+    runs_in_stages,
+    runs_networks,
+)
 from latentrt.command.terminal import progress
 from latentrt.command.watch import KINDS, Asked, Watch
 from latentrt.errors import RequestError
+from latentrt.request import HANDOFF
 from latentrt.values import parse_size
 
 if TYPE_CHECKING:
@@ -26,6 +35,8 @@ if TYPE_CHECKING:
 
 SETTINGS = (
     *("steps", "solver", "seed", "guidance", "image_guidance", "count", "strength", "class_label", "cache_interval"),
+    *("hires_scale", "hires_steps", "hires_strength", "handoff"),
+    *("aesthetic_score", "negative_aesthetic_score"),
 )
 
 
@@ -80,6 +91,7 @@ SETTINGS = (
     help="Most lanes of a call; guidance takes two a picture  [default: 16; on a GPU the plan's]",
 )
 @edits_pictures
+@runs_in_stages
 @runs_networks
 @option_json
 def generate(prompts: tuple[str, ...], bundle: Path, lanes: int | None, as_json: bool, **asked: Any) -> None:
@@ -89,7 +101,9 @@ def generate(prompts: tuple[str, ...], bundle: Path, lanes: int | None, as_json:
     from latentrt.images.given import open_picture
     from latentrt.runtime.onnxruntime import return_freed_pages
 
-    loading = {name: asked.pop(name) for name in LOADING}
+    loading = {name: asked.pop(name) for name in (*LOADING, "refiner")}
+    if loading["refiner"] is not None and asked["handoff"] is None:
+        asked["handoff"] = HANDOFF
     pattern = with_suffix(asked["output"] or ("{prompt}-{seed}" if prompts else "{model}-{seed}"), asked["format"])
     check_folder(pattern)
     check_grid(asked["grid"])

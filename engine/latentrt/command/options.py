@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from latentrt.bundle.bundle import EMBEDDED
+from latentrt.request import HIRES_STRENGTH
 
 Verb = Callable[..., None]
 FOLDER = click.Path(path_type=Path)
@@ -70,6 +71,31 @@ def edits_pictures(verb: Verb) -> Verb:
             help="How much of the run is made on it, above 0 to 1  [default: 0.8; 1 with a --mask]",
         ),
         click.option("--image", type=FOLDER, help="Picture to begin on."),
+        click.option(
+            "--negative-aesthetic-score", type=float, help="The score to keep away from, for the same  [default: 2.5]"
+        ),
+        click.option(
+            "--aesthetic-score", type=float, help="How good a picture SDXL's refiner is told to draw  [default: 6]"
+        ),
+    ):
+        verb = option(verb)
+    return verb
+
+
+def runs_in_stages(verb: Verb) -> Verb:
+    """Add the options of runs that go on in another size, or with another model."""
+    for option in (
+        click.option(
+            "--hires-strength",
+            type=click.FloatRange(0, 1, min_open=True),
+            default=HIRES_STRENGTH,
+            show_default=True,
+            help="How much of the second run is made.",
+        ),
+        click.option("--hires-steps", type=AT_LEAST_ONE, help="Steps of the second run  [default: as of the first]"),
+        click.option("--hires-scale", type=float, help="Enlarge the latents by this, 2 say, and draw on (hires fix)."),
+        click.option("--handoff", type=float, help="Part of the run after which it takes over  [default: 0.8]"),
+        click.option("--refiner", type=FOLDER, help="Bundle of a model that draws the last part of the run."),
     ):
         verb = option(verb)
     return verb

@@ -21,7 +21,7 @@ def progress(jobs: list[Job], *, quiet: bool) -> Iterator[Callable[[Job], None]]
         return
     import click
 
-    with click.progressbar(length=sum(len(job.table) for job in jobs), label="drawing", file=sys.stderr) as bar:
+    with click.progressbar(length=sum(job.rows for job in jobs), label="drawing", file=sys.stderr) as bar:
         yield lambda job: bar.update(1)
 
 

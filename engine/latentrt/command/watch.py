@@ -38,7 +38,7 @@ class Watch:
     def __init__(self, engine: Engine, jobs: Sequence[Job], paths: Sequence[Path], sheet: Path | None, asked: Asked):
         self._engine, self._jobs, self._asked, self._sheet = engine, tuple(jobs), asked, sheet
         self._paths = dict(zip(jobs, paths, strict=True))
-        self._animated = _spread(max(len(job.table) for job in jobs)) if asked.animation else frozenset[int]()
+        self._animated = _spread(max(job.rows for job in jobs)) if asked.animation else frozenset[int]()
         self._seen: dict[int, dict[Job, tuple[Image, Image]]] = {}
         for job in jobs:
             job.wants_preview = self._wants(job)
@@ -57,10 +57,10 @@ class Watch:
 
         if job.preview is not None and job.wants_preview:
             images = self._engine.decode(job.view), self._engine.decode(job.preview)
-            self._seen.setdefault(job.row, {})[job] = images
-            if job.row in self._rows(job):
+            self._seen.setdefault(job.moved, {})[job] = images
+            if job.moved in self._rows(job):
                 for kind, image in zip(KINDS, images, strict=True):
-                    save(image, beside(self._paths[job], job.row, kind), settings=job.tag)
+                    save(image, beside(self._paths[job], job.moved, kind), settings=job.tag)
         job.wants_preview = self._wants(job)
 
     def finish(self) -> None:
@@ -91,11 +91,11 @@ class Watch:
 
     def _rows(self, job: Job) -> Collection[int]:
         every = self._asked.every
-        return range(every, len(job.table) + 1, every) if every else ()
+        return range(every, job.rows + 1, every) if every else ()
 
     def _wants(self, job: Job) -> bool:
-        row = job.row + 1
-        return row in self._rows(job) or row in self._animated or (bool(self._animated) and row == len(job.table))
+        row = job.moved + 1
+        return row in self._rows(job) or row in self._animated or (bool(self._animated) and row == job.rows)
 
 
 def beside(path: Path, row: int, kind: str) -> Path:

@@ -17,7 +17,6 @@ from latentrt.request import Request
 from latentrt.sampling.noise import NoiseSource
 
 Inputs = Mapping[str, NDArray[Any]]
-LANES = {1: slice(2, 3), 2: slice(0, 3, 2), 3: slice(0, 3)}  # of (uncond, image, cond)
 
 
 class Sides(NamedTuple):
@@ -47,7 +46,8 @@ class Sides(NamedTuple):
 
     def lanes(self, count: int) -> tuple[Inputs, ...]:
         """Return the inputs of 1, 2 or 3 lanes: those with the prompt are the last."""
-        return (self.uncond, self.uncond if self.image is None else self.image, self.cond)[LANES[count]]
+        image = self.uncond if self.image is None else self.image
+        return {1: (self.cond,), 2: (self.uncond, self.cond), 3: (self.uncond, image, self.cond)}[count]
 
 
 class Conditioner:
@@ -56,13 +56,14 @@ class Conditioner:
     Attributes:
         inputs: names of the inputs that it fills.
         fields: fields of a request that only models with this conditioner read.
-        shows_picture: whether it shows the denoiser the given picture itself: there has to be one, and runs begin on
-            noise.
+        pictures: pictures of a request that its models' pipelines draw from.
+        shows_picture: whether it shows the denoiser the given picture itself, so that runs begin on noise.
     """
 
     inputs: tuple[str, ...] = ()
     fields: tuple[str, ...] = ()
     shows_picture = False
+    pictures: tuple[str, ...] = ()
 
     def __call__(self, request: Request, given: Given | None, noise: NoiseSource) -> Sides:
         """Return the inputs of one picture.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -34,8 +34,14 @@ from latentrt.sampling.schedule import Schedule
 if TYPE_CHECKING:
     from latentrt.images.given import Source
 
-# Fields of a request that some models do not read.
-CONDITIONED = ("prompt", "negative_prompt", "class_label", "image_guidance")
+CONDITIONED = (  # fields of a request that some models do not read
+    "prompt",
+    "negative_prompt",
+    "class_label",
+    "image_guidance",
+    "aesthetic_score",
+    "negative_aesthetic_score",
+)
 IMAGE_GUIDANCE = 1.5  # of StableDiffusionInstructPix2PixPipeline
 
 
@@ -96,6 +102,11 @@ class Model:
         return tuple(field for one in self.conditioners for field in one.fields)
 
     @property
+    def pictures(self) -> tuple[str, ...]:
+        """The pictures that the model's pipeline draws from; see `Conditioner`."""
+        return tuple(name for one in self.conditioners for name in one.pictures)
+
+    @property
     def reads_masks(self) -> bool:
         """Whether the denoiser itself reads the mask; otherwise what is kept is put back after every row."""
         return any(isinstance(one, Repainted) for one in self.conditioners)
@@ -122,14 +133,16 @@ class Model:
         """Whether runs may begin on a given picture: there is an encoder, or none is needed."""
         return bool(self.spec.named(ENCODER)) or not self.spec.named(DECODER)
 
-    def filled(self, request: Request) -> Request:
+    def filled(self, request: Request, others: Collection[str] = ()) -> Request:
         """Return the request with the model's own defaults for what it does not set.
+
+        `others` are the fields that a second model reads.
 
         Raises:
             RequestError: it sets a field that the model does not read, or to a value that it cannot use.
         """
         for field in CONDITIONED:
-            if getattr(request, field) is not None and field not in self.fields:
+            if getattr(request, field) is not None and field not in (*self.fields, *others):
                 raise RequestError(f"{self.spec.id} reads no {field}", needed="a request without one")
         if request.cache_interval > 1 and not self.predictor.caches:
             raise RequestError(
@@ -157,8 +170,8 @@ class Model:
         """Return how the lanes of a request's pictures are combined; its defaults are filled in."""
         if self.embeds_guidance:
             return Guidance()
-        own = request.guidance_rescale, request.guidance_interval, request.image_guidance
-        return Guidance(request.guidance or 1.0, *own)
+        image = request.image_guidance if "image_guidance" in self.fields else None  # it may be another model's
+        return Guidance(request.guidance or 1.0, request.guidance_rescale, request.guidance_interval, image)
 
     def given(self, pictures: Mapping[str, Source], height: int | None, width: int | None) -> Given | None:
         """Encode the pictures of a request; None where it brings none.

@@ -14,18 +14,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from latentrt.bundle.spec import TensorSpec
 from latentrt.cuda import kernels
 from latentrt.cuda.array import DeviceArray
 from latentrt.cuda.gpu import Graph
 from latentrt.cuda.kernels import BLEND, PREVIEW, PROGRESS, ROW_COLUMNS, SLOT, State
 from latentrt.errors import RequestError
 from latentrt.model.predictor import DEEP, OWN, Predictor
-from latentrt.run.job import Job, Shapes
+from latentrt.run.job import InputShapes, Job, Shapes
+from latentrt.run.parts import Parts, parts_of
 from latentrt.run.pool import Pool
 from latentrt.runtime.base import Bound
 from latentrt.runtime.signature import shape_of, sizes_of
 from latentrt.sampling.noise import TorchCudaNoise
-from latentrt.sampling.table import COLUMNS, SLOTS, Kept, Table
+from latentrt.sampling.rows import SLOTS
+from latentrt.sampling.table import COLUMNS, Kept, Table
 
 MAX_ROWS = 2000  # of a table: Heun over a schedule of 1000 timesteps has 1999
 GRAPHS_KEPT = 8  # captured graphs of an arena
@@ -56,6 +59,7 @@ class Arena:
         slots: the most jobs.
         noises: the most noises of the host's that a job may have waiting.
         capture: whether work is captured once as a CUDA graph and launched as a whole, or queued call by call.
+        sizes: of symbolic dimensions that the jobs' inputs do not tell.
 
     Raises:
         DeviceMemoryError: there is not enough memory; nothing is kept.
@@ -71,8 +75,11 @@ class Arena:
         slots: int | None = None,
         noises: int = 1,
         capture: bool = True,
+        sizes: Mapping[str, int] | None = None,
     ) -> None:
         self.gpu, self.shapes, self.lanes = predictor.gpu, shapes, lanes
+        self.parts = parts_of(lanes, len(shapes.sides))
+        self._sizes = dict(sizes or {})
         self.slots = lanes if slots is None else slots
         self._capture = capture
         self._owned: list[DeviceArray] = []
@@ -87,16 +94,14 @@ class Arena:
 
     def _make(self, predictor: Predictor, noises: int) -> None:
         inputs, latents, slots = predictor.inputs, self.shapes.latents, self.slots
-        shapes = {name: (self.lanes, *shape) for name, shape in self.shapes.inputs}
-        sizes = sizes_of(list(inputs.values()), {**shapes, "sample": (self.lanes, *latents)})
+        sizes = sizes_of(list(inputs.values()), {"sample": (self.lanes, *latents)})
         scalars = self.shapes.scalars
         stride = -(-self.lanes // ALIGNED) * ALIGNED
-        named = {
-            name: self.zeros(shapes.get(name) or shape_of(tensor, sizes), tensor.dtype)
-            for name, tensor in inputs.items()
-            if name not in scalars
-        }
-        self.inputs: Mapping[str, DeviceArray] = {n: array for n, array in named.items() if n not in OWN}
+        named = {name: self.zeros(shape_of(inputs[name], sizes), inputs[name].dtype) for name in OWN}
+        self._inputs = [
+            self._make_inputs({name: tensor for name, tensor in inputs.items() if name not in (*OWN, *scalars)}, *each)
+            for each in zip(self.parts, self.shapes.sides, strict=True)
+        ]
         self.state = State(
             sample=named["sample"],
             timestep=named["timestep"],
@@ -119,7 +124,31 @@ class Arena:
             deep = predictor.deep
             named[DEEP] = self.zeros(shape_of(deep, sizes), deep.dtype)
         self._named: Mapping[str, DeviceArray] = {**named, "out": self.state.out}
-        self._bound = predictor.bind(self._named, self.zeros)
+        self._bound = self._bind(lambda arrays: predictor.bind(arrays, self.zeros), self._named, {"out", DEEP})
+
+    def _make_inputs(self, tensors: Mapping[str, TensorSpec], lanes: range, own: InputShapes) -> dict[str, DeviceArray]:
+        """Return memory for what a part of the lanes reads besides what the rows fill."""
+        shapes = {name: (len(lanes), *shape) for name, shape in own}
+        known = {"sample": (len(lanes), *self.shapes.latents), **shapes}
+        sizes = {**self._sizes, **sizes_of(list(self._predictor.inputs.values()), known)}
+        return {
+            name: self.zeros(shapes.get(name) or shape_of(tensor, sizes), tensor.dtype)
+            for name, tensor in tensors.items()
+        }
+
+    def _bind(
+        self, bind: Callable[[Mapping[str, DeviceArray]], Bound], named: Mapping[str, DeviceArray], given: set[str]
+    ) -> Bound:
+        """Bind all lanes, or each part of them; `given` are the names of what is computed."""
+        if len(self.parts) == 1:
+            return bind({**named, **self._inputs[0]})
+        return Parts(self.gpu, bind, self.zeros, self.parts, self._inputs, named, given)
+
+    @property
+    def inputs(self) -> Mapping[str, DeviceArray]:
+        """The predictor's inputs besides what the rows fill, where all lanes have the same shapes."""
+        (own,) = self._inputs
+        return own
 
     def zeros(self, shape: Sequence[int], dtype: Any) -> DeviceArray:
         """Return memory that is freed with the arena."""
@@ -149,7 +178,7 @@ class Arena:
         deep = self._named[DEEP]
         self._kept = self.zeros(deep.shape, deep.dtype)
         turn = self.zeros((self.slots,), np.int32)
-        self._shallow = self._predictor.bind_shallow({**self._named, DEEP: self._kept})
+        self._shallow = self._bind(self._predictor.bind_shallow, {**self._named, DEEP: self._kept}, {"out"})
         self._turn = np.zeros(self.slots, np.int32)
         self.state = replace(self.state, turn=turn)
         self.take_turns(range(self.slots))
@@ -193,10 +222,10 @@ class Arena:
 
     def fill(self, lane: int, inputs: Mapping[str, NDArray[Any]]) -> None:
         """Queue the copies of one lane's inputs; names that are not inputs of the predictor are left out."""
+        part, own = next(pair for pair in zip(self.parts, self._inputs, strict=True) if lane in pair[0])
         for name, array in inputs.items():
-            if name in self.inputs:
-                target = self.inputs[name]
-                self.gpu.upload(array.astype(target.dtype)[None], target.part(lane))
+            if name in own:
+                self.gpu.upload(array.astype(own[name].dtype)[None], own[name].part(lane - part.start))
 
     def empty(self, slot: int) -> None:
         """Queue the copy that makes a slot idle."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from latentrt.errors import RequestError
+from latentrt.errors import LatentrtError, RequestError
 from latentrt.run.job import Job, Shapes
 from latentrt.run.lanes import Lanes
 
@@ -80,9 +80,21 @@ class Denoiser:
         for group in groups.values():
             self._lanes.advance(group)
         for job in moved:
+            if job.ended and not job.done:
+                self._go_on(job)
             if job.done:
                 self.retire(job)
         return moved
+
+    def _go_on(self, job: Job) -> None:
+        """Begin a job's next stage; where its lanes cannot be had, the job fails."""
+        self._lanes.retire(job)
+        job.go_on()
+        try:
+            self._lanes.admit(job)
+        except LatentrtError as error:
+            self._jobs.remove(job)
+            job.error = error
 
     def run(self, jobs: Iterable[Job], on_tick: OnTick | None = None) -> None:
         """Denoise jobs to their end, as many at once as there are lanes; jobs of other callers move with them.

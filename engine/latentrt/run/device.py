@@ -57,7 +57,7 @@ class DeviceLanes:
         self._rooms.close()
 
     def _room(self, shapes: Shapes) -> _Room:
-        return _Room(Arena(self._predictor, shapes, self.count, capture=self._capture))
+        return _Room(Arena(shapes.predictor or self._predictor, shapes, self.count, capture=self._capture))
 
 
 class _Room:
@@ -66,7 +66,7 @@ class _Room:
     def __init__(self, arena: Arena) -> None:
         self._arena, self._gpu = arena, arena.gpu
         self._marks: deque[Any] = deque()
-        self._free_lanes = list(range(arena.lanes))
+        self._free_lanes = [list(part) for part in arena.parts]
         self._free_slots = list(range(arena.slots))
         self.places: dict[Job, tuple[int, list[int]]] = {}
         self._noises: dict[Job, int] = {}
@@ -75,10 +75,10 @@ class _Room:
     def admit(self, job: Job) -> None:
         self._arena.make_room_for([job])
         slot = self._free_slots.pop(0)
-        lanes = [self._free_lanes.pop(0) for _ in range(job.most_lanes)]
+        lanes = [self._free_lanes[number % len(self._free_lanes)].pop(0) for number in range(job.most_lanes)]
         self.places[job] = slot, lanes
         self._noises[job] = 0
-        for lane, inputs in zip(lanes, (job.uncond, job.cond)[-len(lanes) :], strict=True):
+        for lane, inputs in zip(lanes, job.sides, strict=True):
             self._arena.fill(lane, inputs)
         self._arena.place(slot, job, lanes)
         if job.wants_preview:
@@ -87,11 +87,15 @@ class _Room:
 
     def retire(self, job: Job) -> None:
         slot, lanes = self.places.pop(job)
+        if isinstance(job.noise, TorchCudaNoise):  # the device drew them
+            noises = sum(row.c != 0 for row in job.table.rows[: job.row]) + (job.start != 0)
+            job.noise.skip(job.latents.size, noises)
         self._noises.pop(job)
         self._previewed.discard(job)
         self._arena.empty(slot)
         self._free_slots = sorted([*self._free_slots, slot])
-        self._free_lanes = sorted([*self._free_lanes, *lanes])
+        for part, free in zip(self._arena.parts, self._free_lanes, strict=True):
+            free[:] = sorted([*free, *(lane for lane in lanes if lane in part)])
 
     def advance(self, jobs: list[Job]) -> None:
         for job in jobs:
@@ -100,7 +104,7 @@ class _Room:
         self._tick(Depth.of(jobs), rescaled=any(job.guidance.rescale for job in jobs))
         for job in jobs:
             job.row += 1
-            if job.done or job.wants_preview:
+            if job.ended or job.wants_preview:
                 self._fetch(job)
 
     def _prepare(self, job: Job) -> None:

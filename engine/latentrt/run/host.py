@@ -8,13 +8,14 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from latentrt.model.predictor import Predictor
+from latentrt.model.predictor import DEEP, Predictor
 from latentrt.run.job import Job
 from latentrt.sampling.table import Row, advance, blend, preview
 
 Float32 = NDArray[np.float32]
 Inputs = Mapping[str, NDArray[Any]]
 Predict = Callable[[Float32, Float32, Inputs], Float32]
+Predicted = tuple[Float32, Float32 | None]
 
 
 class HostLanes:
@@ -22,7 +23,8 @@ class HostLanes:
     on the other lanes' contents.
 
     Args:
-        predict: a `Predictor`: (sample, timestep, inputs) with a leading lane axis to its output.
+        predict: a `Predictor`: (sample, timestep, inputs) with a leading lane axis to its output. A job may bring its
+            own.
         count: the most lanes that one call may have.
     """
 
@@ -31,7 +33,7 @@ class HostLanes:
     def __init__(self, predict: Predict, count: int = 16) -> None:
         self.count = count
         self._predict = predict
-        self._stacked: dict[bool, tuple[list[Inputs], dict[str, NDArray[Any]]]] = {}  # by depth
+        self._stacked: dict[tuple[int, bool], tuple[list[Inputs], dict[str, NDArray[Any]]]] = {}  # by call of a tick
 
     def admit(self, job: Job) -> None:
         """Do nothing: a job brings its arrays."""
@@ -43,42 +45,68 @@ class HostLanes:
         """Do nothing."""
 
     def advance(self, jobs: list[Job]) -> None:
-        """Call the predictor once over the lanes that these rows need, then apply each job's row."""
-        guided = [job.guided for job in jobs]
+        """Call the predictor over the lanes that these rows need, then apply each job's row.
+
+        That is one call, or one for each length of text where the lanes of a job differ in it.
+        """
         rows = [job.table.rows[job.row] for job in jobs]
-        counts = [2 if two else 1 for two in guided]
+        counts = [job.lanes for job in jobs]
+        sides = [job.sides[-count:] for job, count in zip(jobs, counts, strict=True)]
         scaled = np.stack([row.c_in * job.latents for job, row in zip(jobs, rows, strict=True)])
-        sample = np.repeat(scaled, counts, axis=0)
-        timestep = np.repeat(np.array([row.timestep for row in rows], np.float32), counts)
-        out = self._call(jobs, counts, sample, timestep, {**self._inputs(jobs, guided), **_scalars(jobs, counts)})
-        lane = 0
-        for job, row, two in zip(jobs, rows, guided, strict=True):
-            own = job.guidance.combine(out[lane], out[lane + 1]) if two else out[lane]
-            lane += 2 if two else 1
-            _advance(job, row, own)
-
-    def _call(self, jobs: list[Job], counts: list[int], sample: Float32, timestep: Float32, inputs: Inputs) -> Float32:
-        """Call the predictor, and keep deep features for those jobs whose later rows use them again."""
+        fed = {
+            "sample": np.repeat(scaled, counts, axis=0),
+            "timestep": np.repeat(np.array([row.timestep for row in rows], np.float32), counts),
+            **_scalars(jobs, counts),
+        }
         if jobs[0].shallow:
-            deep = np.concatenate([_deep_of(job, count) for job, count in zip(jobs, counts, strict=True)])
-            return cast(Predictor, self._predict).shallow(sample, timestep, inputs, deep)
-        if not any(job.table.shallow for job in jobs):
-            return self._predict(sample, timestep, inputs)
-        out, deep = cast(Predictor, self._predict).with_deep(sample, timestep, inputs)
-        for job, own in zip(jobs, np.split(deep, np.cumsum(counts)[:-1]), strict=True):
-            job.deep = own.copy() if job.table.shallow else None
-        return out
+            fed[DEEP] = np.concatenate([_deep_of(job, count) for job, count in zip(jobs, counts, strict=True)])
+        keeps = any(job.table.shallow for job in jobs) and not jobs[0].shallow
+        predict = jobs[0].predictor or self._predict
+        out, deep = self._predicted(predict, [side for each in sides for side in each], fed, keeps=keeps)
+        ends = np.cumsum(counts).tolist()
+        for job, row, count, end in zip(jobs, rows, counts, ends, strict=True):
+            if deep is not None:
+                job.deep = deep[end - count : end].copy() if job.table.shallow else None
+            own = out[end - count : end]
+            _advance(job, row, job.guidance.combine(*own) if count > 1 else own[0])
 
-    def _inputs(self, jobs: list[Job], guided: list[bool]) -> dict[str, NDArray[Any]]:
-        """Return every lane's inputs, stacked; kept as long as the lanes stay the same."""
-        lanes: list[Inputs] = []
-        for job, two in zip(jobs, guided, strict=True):
-            lanes += (job.uncond, job.cond) if two else (job.cond,)
-        known, stacked = self._stacked.get(jobs[0].shallow, ([], {}))
+    def _predicted(self, predict: Predict, lanes: list[Inputs], fed: Inputs, *, keeps: bool) -> Predicted:
+        """Return the predictor's outputs for all lanes, and where it `keeps` them its deep features."""
+        parts = _alike(lanes)
+        if len(parts) == 1:
+            return self._call(predict, 0, lanes, fed, keeps=keeps)
+        calls = []
+        for number, part in enumerate(parts):
+            own = {name: array[part] for name, array in fed.items()}
+            calls.append(self._call(predict, number, [lanes[lane] for lane in part], own, keeps=keeps))
+        order = np.argsort(np.concatenate(parts))
+        outs, deeps = zip(*calls, strict=True)
+        return np.concatenate(outs)[order], np.concatenate(deeps)[order] if keeps else None
+
+    def _call(self, predict: Predict, number: int, lanes: list[Inputs], fed: Inputs, *, keeps: bool) -> Predicted:
+        inputs = {**self._inputs((number, DEEP in fed), lanes), **fed}
+        sample, timestep, deep = inputs.pop("sample"), inputs.pop("timestep"), inputs.pop(DEEP, None)
+        if deep is not None:
+            return cast(Predictor, predict).shallow(sample, timestep, inputs, deep), None
+        if keeps:
+            return cast(Predictor, predict).with_deep(sample, timestep, inputs)
+        return predict(sample, timestep, inputs), None
+
+    def _inputs(self, call: tuple[int, bool], lanes: list[Inputs]) -> dict[str, NDArray[Any]]:
+        """Return every lane's inputs, stacked; kept as long as the lanes of a call stay the same."""
+        known, stacked = self._stacked.get(call, ([], {}))
         if len(lanes) != len(known) or any(a is not b for a, b in zip(lanes, known, strict=True)):
             stacked = {name: np.stack([lane[name] for lane in lanes]) for name in lanes[0]}
-            self._stacked[jobs[0].shallow] = (lanes, stacked)
+            self._stacked[call] = (lanes, stacked)
         return stacked
+
+
+def _alike(lanes: list[Inputs]) -> list[list[int]]:
+    """Return the numbers of the lanes, those together whose inputs have the same shapes."""
+    parts: dict[tuple[Any, ...], list[int]] = {}
+    for number, lane in enumerate(lanes):
+        parts.setdefault(tuple(array.shape for array in lane.values()), []).append(number)
+    return list(parts.values())
 
 
 def _deep_of(job: Job, lanes: int) -> Float32:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -12,9 +10,9 @@ from latentrt.model.given import Given
 from latentrt.model.model import Model
 from latentrt.request import Request, facts_of
 from latentrt.run.job import Job
-from latentrt.sampling.guidance import Guidance
+from latentrt.run.stages import later_stages, table_of
 from latentrt.sampling.noise import NoiseSource, TorchCudaNoise, noise_source
-from latentrt.sampling.table import Kept, Table, tabulate
+from latentrt.sampling.table import Kept, Table
 
 
 def make_jobs(
@@ -25,6 +23,7 @@ def make_jobs(
     first: int = 0,
     draws_on_device: bool = False,
     tokens: bool = False,
+    refiner: Model | None = None,
 ) -> list[Job]:
     """Return the jobs of a request, not yet admitted; picture i has seed `request.seed + first + i`.
 
@@ -35,16 +34,18 @@ def make_jobs(
         first: the number of pictures before these.
         draws_on_device: leave first latents to the device where it can make their noise itself.
         tokens: leave texts to text encoders on the device; see `Model.inputs`.
+        refiner: the model that takes over where the request has a handoff.
 
     Raises:
         RequestError: a setting is out of range, or the model cannot do it.
         UnknownSolverError, ScheduleError: the solver or one of its options is unknown or does not fit.
     """
-    request = model.filled(request)
+    request = model.filled(request, refiner.fields if refiner is not None and request.handoff is not None else ())
     if given is None:
         given = model.given(request.pictures, request.height, request.width)
     request = _placed(model, request, given)
-    table = table_of(model, request)
+    table = table_of(model, request, denoising_end=1.0 if request.handoff is None else request.handoff)
+    later = later_stages(model, request, given, refiner)
     guidance = model.guidance(request)
     size = model.spec.latents.pixels_of(request.height, request.width)
     jobs = []
@@ -64,34 +65,14 @@ def make_jobs(
                 sides.cond,
                 noise,
                 guidance,
+                sides.image,
                 kept=kept,
                 start=start,
+                later=later,
                 tag={**tag, **(given.facts if given else {})},
             )
         )
     return jobs
-
-
-def table_of(model: Model, request: Request) -> Table:
-    """Return the table of a request whose defaults are filled in. Raise as `tabulate`."""
-    strength = 1.0 if request.strength is None else request.strength
-    keeps = model.spec.keeps_steps
-    steps, options = request.steps or 1, request.options
-    table = tabulate(request.solver, model.schedule, steps, strength=strength, keeps_steps=keeps, **options)
-    scalars = model.scalars(request, len(table))
-    return replace(table, scalars=scalars, shallow=_shallow(request, model.guidance(request), len(table)))
-
-
-def _shallow(request: Request, guidance: Guidance, rows: int) -> tuple[bool, ...]:
-    """Return `Table.shallow`: all rows but every `cache_interval`th, and those where guidance sets in."""
-    if request.cache_interval == 1:
-        return ()
-    kept, shallow = False, list[bool]()
-    for row in range(rows):
-        guided = guidance.acts(row, rows)
-        shallow.append(row % request.cache_interval != 0 and guided <= kept)
-        kept = kept if shallow[-1] else guided
-    return tuple(shallow)
 
 
 def _placed(model: Model, request: Request, given: Given | None) -> Request:

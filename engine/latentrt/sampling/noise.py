@@ -153,6 +153,10 @@ class TorchCudaNoise:
         """Return the number of threads that torch launches for a tensor of `numel` numbers."""
         return 256 * min(self._max_blocks, -(-numel // 256))
 
+    def skip(self, numel: int, times: int = 1) -> None:
+        """Leave out noises of so many numbers: they were drawn elsewhere."""
+        self.draws += times * -(-numel // (4 * self.threads(numel)))
+
     def normal(self, shape: Sequence[int]) -> Float32:
         """See `NoiseSource.normal`.
 
@@ -164,11 +168,10 @@ class TorchCudaNoise:
             raise RequestError(f"a noise of {numel} numbers", needed="less than 2**29")
         if numel == 0:
             return np.empty(shape, np.float32)
-        threads = self.threads(numel)
-        draws = -(-numel // (4 * threads))
-        draw = np.arange(self.draws, self.draws + draws, dtype=np.uint64)[:, None]
-        thread = np.arange(threads, dtype=np.uint64)
-        self.draws += draws
+        first = self.draws
+        self.skip(numel)
+        draw = np.arange(first, self.draws, dtype=np.uint64)[:, None]
+        thread = np.arange(self.threads(numel), dtype=np.uint64)
         words = philox4x32_10((draw & _LOW_32_BITS, draw >> _32, thread, thread >> _32), self.seed)
         pairs = [*_curand_pair(*words[:2]), *_curand_pair(*words[2:])]
         return np.stack(pairs, axis=1).reshape(-1)[:numel].reshape(shape)

@@ -22,17 +22,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from latentrt.errors import LatentrtError, RequestError, ScheduleError, TraceError, UnknownSolverError
+from latentrt.errors import LatentrtError, RequestError, ScheduleError, UnknownSolverError
+from latentrt.sampling.rows import SLOTS, rows_of
 from latentrt.sampling.schedule import Schedule
 from latentrt.sampling.solvers import ALIASES, EVERY_SOLVER, SOLVERS, Solver
 from latentrt.sampling.spacing import CLEAN, DISTILLED_PART, Grid
-from latentrt.sampling.strength import check_strength, left_out
-from latentrt.sampling.trace import Call, trace, x0_from
-from latentrt.values import did_you_mean
+from latentrt.sampling.trace import trace
+from latentrt.values import did_you_mean, is_number
 
 Float32 = NDArray[np.float32]
-SLOTS = 4
-FIX = "use another solver"
 COLUMNS = (
     *("timestep", "c_in", "p", "q", "clip", "slot", "a", "o"),
     *(f"b{k}" for k in range(SLOTS)),
@@ -122,6 +120,8 @@ def tabulate(
     *,
     strength: float = 1.0,
     keeps_steps: bool = False,
+    denoising_start: float = 0.0,
+    denoising_end: float = 1.0,
     **options: Any,
 ) -> Table:
     """Return the table of a solver over a schedule.
@@ -133,6 +133,8 @@ def tabulate(
         strength: how much of the run is made, above 0 to 1: its last int(steps * strength) steps, as diffusers counts.
         keeps_steps: whether lcm makes all steps at any strength, on the lower part of the distilled timesteps, as
             LatentConsistencyModelImg2ImgPipeline does.
+        denoising_start, denoising_end: the part of the schedule that is run, from 0, noise, to 1, clean latents: what
+            another model did before, or does afterwards, on the same steps. With a start, the strength does not count.
         options: the solver's own arguments (`eta`, `order`) and any setting of its diffusers class
             (`use_karras_sigmas=True`, `timestep_spacing="trailing"`, ...), which overrule the config.
 
@@ -151,9 +153,12 @@ def tabulate(
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise RequestError(f"steps is {steps!r}", needed="a whole number of 1 or more")
     name, chosen = _find(solver, schedule)
-    check_strength(strength)
     respaced = keeps_steps and chosen.scheduler == "LCMScheduler"
-    first = 0 if respaced else left_out(name, chosen, steps, strength)
+    if denoising_start:
+        first = _first_below(_cutoff(schedule, denoising_start), tabulate(solver, schedule, steps, **options), chosen)
+        _check_midway(name, chosen, first)
+    else:
+        first = _first(name, chosen, steps, strength, respaced=respaced)
     arguments = {**chosen.arguments, **{key: value for key, value in options.items() if key in chosen.arguments}}
     wanted = {key: value for key, value in options.items() if key not in chosen.arguments}
     _check_arguments(name, arguments)
@@ -172,7 +177,60 @@ def tabulate(
             needed="distinct levels, and v_prediction or sample prediction where the signal is zero",
             fix="take fewer steps, or another timestep_spacing, final_sigmas_type or sigmas",
         ) from error
-    return Table(name, steps, grid.start, array, _known(grid, len(array), chosen.calls))
+    table = Table(name, steps, grid.start, array, _known(grid, len(array), chosen.calls))
+    return table if denoising_end == 1 else _above(_cutoff(schedule, denoising_end), table)
+
+
+def _cutoff(schedule: Schedule, part: float) -> int:
+    """Return the training timestep at which a part of the schedule ends, as diffusers' SDXL pipelines count."""
+    if not is_number(part) or not 0 < part < 1:
+        raise RequestError(f"a part of the denoising is {part!r}", needed="a number between 0 and 1")
+    trained = int(schedule.config.get("num_train_timesteps", 1000))
+    return round(trained - part * trained)
+
+
+def _first_below(cutoff: int, whole: Table, solver: Solver) -> int:
+    """Return the step with which the rows below a timestep begin. Raise RequestError where there are none.
+
+    A step of two rows of which one is above is run again: diffusers does that.
+    """
+    left = int((whole.timesteps < cutoff).sum())
+    if not left:
+        raise RequestError(f"no row is below timestep {cutoff}", needed="one or more", fix="take more steps")
+    points = -(-len(whole) // solver.calls)
+    return points - (left // solver.calls + solver.calls - 1)
+
+
+def _above(cutoff: int, table: Table) -> Table:
+    """Return the first rows, those that are not below a timestep. Raise RequestError where there are none."""
+    rows = int((table.timesteps >= cutoff).sum())
+    if not rows:
+        raise RequestError(f"no row is above timestep {cutoff}", needed="one or more", fix="take more steps")
+    return replace(table, array=table.array[:rows], known=table.known[: rows + 1])
+
+
+def _first(name: str, solver: Solver, steps: int, strength: float, *, respaced: bool) -> int:
+    """Return how many steps of the whole run are left out."""
+    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 < strength <= 1:
+        raise RequestError(f"strength is {strength!r}", needed="a number above 0 and at most 1")
+    first = 0 if respaced else steps - int(steps * strength)
+    if first == steps:
+        raise RequestError(
+            f"a strength of {strength:g} leaves none of {steps} steps",
+            needed=f"1 / {steps} or more",
+            fix="raise strength, or take more steps",
+        )
+    _check_midway(name, solver, first)
+    return first
+
+
+def _check_midway(name: str, solver: Solver, first: int) -> None:
+    if first and solver.only_whole:
+        raise ScheduleError(
+            f"{name} cannot begin midway ({solver.only_whole})",
+            needed="a whole run or another solver",
+            fix="take dpmpp-2m",
+        )
 
 
 def _known(grid: Grid, rows: int, calls: int) -> NDArray[np.float64]:
@@ -193,7 +251,7 @@ def _is_arithmetic(error: Exception) -> bool:
 
 def _array(solver: Solver, grid: Grid, arguments: Mapping[str, Any]) -> NDArray[np.float64]:
     clip = float(grid.settings["clip_sample_range"]) if grid.settings.get("clip_sample") else 0.0
-    array = np.array(_rows(trace(solver, grid, clip, arguments), grid.settings["prediction_type"]))
+    array = np.array(rows_of(trace(solver, grid, clip, arguments), grid.settings["prediction_type"]))
     if not np.isfinite(array).all():
         raise OverflowError("a coefficient is not finite")
     return array
@@ -286,59 +344,3 @@ def _check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
         raise ScheduleError(f"{name} has eta = {eta!r}", needed="a number from 0 to 1")
     if isinstance(order, bool) or not isinstance(order, int) or not 1 <= order <= SLOTS:
         raise ScheduleError(f"{name} has order = {order!r}", needed=f"a whole number from 1 to {SLOTS}")
-
-
-def _rows(calls: list[Call], prediction: str) -> list[list[float]]:
-    slots = _allocate(calls)
-    noises: set[int] = set()
-    rows = []
-    for k, call in enumerate(calls):
-        a, o = _own(call, k)
-        weights, c = [0.0] * SLOTS, 0.0
-        for (kind, index), value in call.leaves.terms.items():
-            if kind == "m" and (index < k or call.clip):
-                weights[slots[index]] = value
-            elif kind == "noise":
-                if c or index in noises:
-                    raise TraceError(
-                        f"row {k} needs two noises or an earlier one", needed="one new noise a row", fix=FIX
-                    )
-                noises.add(index)
-                c = value
-            elif index != k:
-                raise TraceError(
-                    f"row {k} uses {kind} of row {index}", needed="this row's own", fix="let the solver remember it"
-                )
-        here = call.here
-        remembers = [call.p, call.q, call.clip, float(slots[k])]
-        rows.append([here.timestep, here.c_in, *remembers, a, o, *weights, c, *x0_from(prediction, here)])
-    return rows
-
-
-def _own(call: Call, k: int) -> tuple[float, float]:
-    """Return the weights of this row's x and out. The memory it writes is made of both; unless clipped it is put in
-    here, where large terms that cancel do so in float64.
-    """
-    a, o = call.leaves[("x", k)], call.leaves[("out", k)]
-    if call.clip:
-        return a, o
-    remembered = call.leaves[("m", k)]
-    return a + remembered * call.p, o + remembered * call.q
-
-
-def _allocate(calls: list[Call]) -> list[int]:
-    """Return a memory slot for every call's quantity, free again after the last row that reads it."""
-    last_use = list(range(len(calls)))
-    for k, call in enumerate(calls):
-        for kind, index in call.leaves.terms:
-            if kind == "m":
-                last_use[index] = k
-    slots: list[int] = []
-    busy_until = [-1] * SLOTS
-    for k, end in enumerate(last_use):
-        slot = next((slot for slot in range(SLOTS) if busy_until[slot] < k), None)
-        if slot is None:
-            raise TraceError(f"row {k} needs more than {SLOTS} memories", needed=f"at most {SLOTS}", fix=FIX)
-        busy_until[slot] = end
-        slots.append(slot)
-    return slots

@@ -65,7 +65,9 @@ def assembled(settings: Settings, kind: type[Metrics] = Metrics, lifespan: Lifes
     configure(settings)
     warnings.simplefilter("ignore", PromptTruncatedWarning)  # its text is what a client wrote
     with loaded(settings) as engine:
-        catalog = Catalog(engine.model, engine.model.profiles(engine.denoiser.lanes), settings)
+        catalog = Catalog(
+            engine.model, engine.model.profiles(engine.denoiser.lanes), settings, refiner=engine.refiner_name
+        )
         metrics, measured = kind(catalog.name), curve.load(engine)
         if measured is None:
             logger().info("no curve was measured: every step may have all lanes", fix="latentrt bench BUNDLE --save")
@@ -93,6 +95,7 @@ def loaded(settings: Settings) -> Iterator[Engine]:
         lanes=settings.lanes,
         cache=settings.cache,
         spin=settings.spin,
+        refiner=settings.refiner,
     ) as engine:
         if settings.edits:
             pipeline.load_encoder(engine)

@@ -57,13 +57,16 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
 }
 
 
-def drawn_by(pipeline: str, *, masked: bool) -> str:
-    """Return the pipeline class that draws from a prompt with a checkpoint of a class.
+def drawn_by(pipeline: str, *, masked: bool = False, scored: bool = False) -> str:
+    """Return the pipeline class that draws with a checkpoint of a class: from a prompt, where one does that.
 
     Args:
         pipeline: the class that model_index.json names.
         masked: whether the UNet reads a mask beside the latents.
+        scored: whether it reads an aesthetic score; the one pipeline that gives it begins on a picture.
     """
+    if scored:
+        return "StableDiffusionXLImg2ImgPipeline"
     plain = pipeline.replace("Img2Img", "").replace("Inpaint", "").replace("LatentConsistencyModel", "StableDiffusion")
     return plain.replace("Pipeline", "InpaintPipeline") if masked else plain
 

@@ -7,10 +7,20 @@ import re
 from pathlib import Path
 from typing import Any
 
-from latentrt.errors import ExportError
+from latentrt.errors import BundleError, ExportError, ScheduleError
+from latentrt.model.tokenizer import Tokenizer
+from latentrt.sampling.schedule import Schedule
 from latentrt_export.checkpoint.tensors import LFS
 
 AGAIN = "download the checkpoint again"
+TOKENIZER_FILES = (
+    "added_tokens.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -52,3 +62,38 @@ def license_of(root: Path) -> str | None:
     front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
     named = re.search(r"^license:\s*['\"]?([^'\"\n]+)", front[1], re.MULTILINE) if front else None
     return named[1].strip() if named else None
+
+
+def tokenizer_files(folder: Path) -> dict[str, Path]:
+    """Return the files of a tokenizer by name. Raise an ExportError where they make none."""
+    files = {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
+    try:
+        for path in files.values():
+            with path.open("rb") as file:
+                check_pointer(path, file.read(len(LFS)))
+        Tokenizer.open(folder)
+    except BundleError as error:
+        raise ExportError(error.found, needed=error.needed, fix=AGAIN) from error
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        OSError,
+        TypeError,
+        ValueError,
+    ) as error:  # values of any kind
+        raise ExportError(f"{folder} cannot be read ({error})", needed="a CLIP tokenizer's files", fix=AGAIN) from error
+    return files
+
+
+def read_schedule(path: Path, named: str | None) -> dict[str, Any]:
+    """Return scheduler_config.json. Raise an ExportError where a value is of another kind than it should be.
+
+    `named` is the scheduler's class in model_index.json.
+    """
+    config = read_json(path)
+    try:
+        Schedule.from_config(config, {} if named is None else {"_class_name": named})
+    except ScheduleError as error:
+        raise ExportError(f"{path}: {error.found}", needed=error.needed, fix=error.fix) from error
+    return config

@@ -13,7 +13,7 @@ from typing import Any
 
 from latentrt.bundle.bundle import MANIFEST
 from latentrt.errors import ExportError
-from latentrt_export.checkpoint.files import license_of, read_json
+from latentrt_export.checkpoint.files import license_of, read_json, read_schedule, tokenizer_files
 from latentrt_export.checkpoint.served import check_networks, unsupported
 from latentrt_export.checkpoint.source import (
     CLASSES,
@@ -26,8 +26,6 @@ from latentrt_export.checkpoint.source import (
     Checkpoint,
     check_class,
     named_class,
-    read_schedule,
-    tokenizer_files,
     tokenizer_of,
 )
 

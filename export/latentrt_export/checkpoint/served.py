@@ -54,8 +54,11 @@ def check_networks(configs: Mapping[str, Config], kind: str, pipeline: str) -> N
     if kind == "UNet2DModel":
         _check_pixels(unet)
     else:
+        xl = "text_encoder_2" in configs
         _check_channels(unet, configs["vae"], pipeline)
-        _check_latents(unet, configs["vae"], xl="text_encoder_2" in configs)
+        _check_latents(unet, configs["vae"], xl=xl)
+        if xl:
+            _check_sizes(unet, configs["text_encoder_2"])
     for part, config in configs.items():
         if config.get("use_attention_mask"):
             raise unsupported(f"a {part} with use_attention_mask", "use_attention_mask false")
@@ -82,12 +85,25 @@ def reads_mask(configs: Mapping[str, Config]) -> bool:
     return "vae" in configs and beside(configs) == 1 + configs["vae"].get("latent_channels", 4)
 
 
+def sizes_read(unet: Config, text: Config) -> int:
+    """Return how many sizes an SDXL UNet reads: 6, or 5 where the last is an aesthetic score; 0 where there is no sum.
+
+    Args:
+        unet: its config.
+        text: of the text encoder whose pooled text is embedded with them.
+    """
+    width = unet["projection_class_embeddings_input_dim"] - text.get("projection_dim", 512)
+    numbers, rest = divmod(width, unet["addition_time_embed_dim"])
+    return 0 if rest else int(numbers)
+
+
 def _check_kinds(part: str, config: Config) -> None:
     """Refuse a value of another kind among those that are read here, or that say how many layers there are."""
     channels = f"a whole number from 1 to {MOST}"
     kinds = {
         **dict.fromkeys(("in_channels", "out_channels", "latent_channels"), (_is_size, channels)),
         "cross_attention_dim": (_is_size, f"{channels} for all blocks"),
+        "projection_dim": (_is_size, channels),
         "num_class_embeds": (lambda value: value is None or _is_size(value), f"null, or {channels}"),
         "sample_size": (_are_sides, f"null, {channels}, or two of them: height and width"),
         "block_out_channels": (_are_sizes, "a list of whole numbers"),
@@ -160,3 +176,12 @@ def _check_latents(unet: Config, vae: Config, *, xl: bool) -> None:
     for key in ("latents_mean", "latents_std"):
         if vae.get(key) is not None:
             raise unsupported(f"a VAE with {key}", f"{key} null (scaling_factor and shift_factor are served)")
+
+
+def _check_sizes(unet: Config, text: Config) -> None:
+    """Refuse a UNet that reads neither SDXL's six sizes beside the pooled text, nor the refiner's five."""
+    if sizes_read(unet, text) not in (5, 6):
+        own, width = unet["projection_class_embeddings_input_dim"], unet["addition_time_embed_dim"]
+        found = f"a UNet with projection_class_embeddings_input_dim {own}"
+        pooled = text.get("projection_dim", 512)
+        raise unsupported(found, f"{pooled + 6 * width}, or {pooled + 5 * width} of a refiner: pooled text and sizes")

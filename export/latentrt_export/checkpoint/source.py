@@ -14,27 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from latentrt.bundle.bundle import PICKLES
-from latentrt.errors import (
-    BundleError,
-    ExportError,
-    LatentrtError,
-    MissingDependencyError,
-    OutputError,
-    ScheduleError,
-    UnsafeWeightsError,
-)
-from latentrt.model.tokenizer import Tokenizer
-from latentrt.sampling.schedule import Schedule
-from latentrt_export.checkpoint.files import AGAIN, check_pointer, license_of, read_json, texts_of
+from latentrt.errors import ExportError, LatentrtError, MissingDependencyError, OutputError, UnsafeWeightsError
+from latentrt_export.checkpoint.files import AGAIN, license_of, read_json, read_schedule, texts_of, tokenizer_files
 from latentrt_export.checkpoint.served import check_networks, text_config, unsupported
 from latentrt_export.checkpoint.single.choices import AS_THEY_ARE, Choices
 from latentrt_export.checkpoint.single.folder import make_folder
 from latentrt_export.checkpoint.single.vae_file import vae_files
-from latentrt_export.checkpoint.tensors import LFS
 from latentrt_export.checkpoint.weights import choose_weights
 
 TEXT, TEXT_2, UNET, VAE = "text_encoder", "text_encoder_2", "unet", "vae"
-SD, XL, PIXELS = (TEXT, UNET, VAE), (TEXT, TEXT_2, UNET, VAE), (UNET,)
+SD, XL, REFINER, PIXELS = (TEXT, UNET, VAE), (TEXT, TEXT_2, UNET, VAE), (TEXT_2, UNET, VAE), (UNET,)
 PIPELINES = {  # the networks of each
     "StableDiffusionPipeline": SD,
     "StableDiffusionImg2ImgPipeline": SD,
@@ -56,15 +45,7 @@ CLASSES = {
     "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
     VAE: ("AutoencoderKL",),
 }
-UNETS = {SD: "UNet2DConditionModel", XL: "UNet2DConditionModel", PIXELS: "UNet2DModel"}
-TOKENIZER_FILES = (
-    "added_tokens.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-)
+UNETS = {**dict.fromkeys((SD, XL, REFINER), "UNet2DConditionModel"), PIXELS: "UNet2DModel"}
 SCHEDULE = "scheduler/scheduler_config.json"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_WEIGHTS = ("text_encoder*/*.safetensors", "unet/*.safetensors", "vae/*.safetensors", "*.safetensors")
@@ -228,41 +209,6 @@ def _config(home: Path, part: str) -> Mapping[str, Any]:
     return text_config(config) if tokenizer_of(part) else config
 
 
-def tokenizer_files(folder: Path) -> dict[str, Path]:
-    """Return the files of a tokenizer by name. Raise an ExportError where they make none."""
-    files = {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
-    try:
-        for path in files.values():
-            with path.open("rb") as file:
-                check_pointer(path, file.read(len(LFS)))
-        Tokenizer.open(folder)
-    except BundleError as error:
-        raise ExportError(error.found, needed=error.needed, fix=AGAIN) from error
-    except (
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        OSError,
-        TypeError,
-        ValueError,
-    ) as error:  # values of any kind
-        raise ExportError(f"{folder} cannot be read ({error})", needed="a CLIP tokenizer's files", fix=AGAIN) from error
-    return files
-
-
-def read_schedule(path: Path, named: str | None) -> dict[str, Any]:
-    """Return scheduler_config.json. Raise an ExportError where a value is of another kind than it should be.
-
-    `named` is the scheduler's class in model_index.json.
-    """
-    config = read_json(path)
-    try:
-        Schedule.from_config(config, {} if named is None else {"_class_name": named})
-    except ScheduleError as error:
-        raise ExportError(f"{path}: {error.found}", needed=error.needed, fix=error.fix) from error
-    return config
-
-
 def _flat(root: Path, homes: Mapping[str, Path]) -> list[Path]:
     """Return the files at the top that belong to a network or the scheduler."""
     return [root / name for name in ("config.json", "scheduler_config.json")] if root in homes.values() else []
@@ -330,13 +276,12 @@ def _has_weights(root: Path) -> bool:
 
 
 def _parts(index: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the networks of the checkpoint's pipeline."""
+    """Return the networks of the checkpoint's pipeline; SDXL's refiner has the second text encoder alone."""
     kind = index.get("_class_name")
     if not isinstance(kind, str) or kind not in PIPELINES:
         raise ExportError(f"model_index.json names the pipeline {kind!r}", needed=f"one of {', '.join(PIPELINES)}")
-    if index.get("requires_aesthetics_score"):
-        raise unsupported("an SDXL refiner (requires_aesthetics_score)", "an SDXL base model")
-    return PIPELINES[kind]
+    parts = PIPELINES[kind]
+    return REFINER if parts == XL and index.get(TEXT) == [None, None] else parts
 
 
 def check_class(index: Mapping[str, Any], part: str, classes: Sequence[str]) -> None:

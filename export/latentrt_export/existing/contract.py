@@ -146,6 +146,12 @@ def _last(value: ir.Value, config: Mapping[str, Any], key: str, graph: Named) ->
     return width
 
 
+def _tokens(states: ir.Value, checkpoint: Checkpoint) -> int | str:
+    """Return the length of a text: its name where the graph leaves it open."""
+    fixed = states.shape is not None and isinstance(states.shape[1], int)
+    return tokens_of(checkpoint) if fixed else "tokens"
+
+
 def _unet(graph: Named, checkpoint: Checkpoint, name: str) -> Contract:
     unet, channels = checkpoint.configs["unet"], latents_of(checkpoint).channels
     beside = int(unet.get("in_channels", 4)) - channels
@@ -153,7 +159,10 @@ def _unet(graph: Named, checkpoint: Checkpoint, name: str) -> Contract:
     inputs = {"sample": sample, "timestep": graph.input("timestep")}
     inputs["encoder_hidden_states"] = states = graph.input("encoder_hidden_states")
     shapes: dict[str, Shape] = {"sample": ("batch", channels, "height", "width"), "timestep": ("batch",)}
-    shapes["encoder_hidden_states"] = ("batch", tokens_of(checkpoint), _last(graph.inputs[states], unet, CROSS, graph))
+    shapes["encoder_hidden_states"] = (
+        *("batch", _tokens(graph.inputs[states], checkpoint)),
+        _last(graph.inputs[states], unet, CROSS, graph),
+    )
     if len(checkpoint.text_encoders) > 1:
         inputs |= {"text_embeds": graph.input("text_embeds"), "time_ids": graph.input("time_ids")}
         embeds = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]

@@ -27,15 +27,19 @@ Arrays = Mapping[str, NDArray[Any]]
 Sizes = Mapping[str, int]
 SUFFIX = ".shape"
 # Sides are products of these; in the two runs of `sizes_of_runs` each grows by a factor of its own.
-PRODUCTS = ((), ("batch",), ("height",), ("width",), ("height", "width"), ("batch", "height", "width"))
+PRODUCTS = (
+    *((), ("batch",), ("height",), ("width",), ("tokens",)),
+    *(("height", "width"), ("batch", "height", "width"), ("batch", "tokens")),
+)
+TOKENS = 77
 IDS = 256  # token ids below it; every vocabulary has them
 BOUNDS = {"float16": 3e-2, "float32": 1e-4}  # relative L2, by what theirs computes in
 
 
 def sizes_of_runs(multiple: int) -> tuple[Sizes, Sizes]:
-    """Return batch, height and width of the two runs, for sides that are multiples of a number."""
-    first = {"batch": 2, "height": multiple, "width": 3 * multiple}
-    return first, {"batch": 5, "height": 2 * multiple, "width": multiple}
+    """Return batch, height, width and tokens of the two runs, for sides that are multiples of a number."""
+    first = {"batch": 2, "height": multiple, "width": 3 * multiple, "tokens": TOKENS}
+    return first, {"batch": 5, "height": 2 * multiple, "width": multiple, "tokens": 3 * TOKENS}
 
 
 def make_feeds(specs: Sequence[TensorSpec], sizes: Sizes) -> dict[str, NDArray[Any]]:
@@ -141,7 +145,7 @@ def check_same(model: ir.Model, contract: Contract, path: Path, folder: Path, mu
     Raises:
         ExportError: they differ, or one does not run.
     """
-    name, sizes = path.parent.name, {"batch": 2, "height": 2 * multiple, "width": multiple}
+    name, sizes = path.parent.name, {"batch": 2, "height": 2 * multiple, "width": multiple, "tokens": 2 * TOKENS}
     feeds, outputs = make_feeds(contract.specs(), sizes), list(contract.outputs)
     with failing(name, [sizes]):
         session = open_session(model, folder)

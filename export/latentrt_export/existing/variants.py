@@ -79,7 +79,7 @@ def _sizes(spec: ModelSpec, network: NetworkSpec) -> Mapping[str, int]:
     latents = spec.latents
     sides = [max(min(own, SIDE) // latents.multiple, 1) * latents.multiple for own in (latents.height, latents.width)]
     scale = latents.factor if network.role == ENCODER else 1
-    return {"batch": 2, "height": sides[0] * scale, "width": sides[1] * scale}
+    return {"batch": 2, "height": sides[0] * scale, "width": sides[1] * scale, "tokens": spec.tokens}
 
 
 def _run(root: Path, network: NetworkSpec, variant: str, feeds: Arrays) -> Arrays:

@@ -17,10 +17,13 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from latentrt.errors import ExportError
+from latentrt_export.checkpoint.files import read_json
+from latentrt_export.checkpoint.served import sizes_read, text_config
 
 Axes = Mapping[int, str]
 IMAGE_AXES: Axes = {0: "batch", 2: "height", 3: "width"}
 BATCH: Axes = {0: "batch"}
+TEXT_AXES: Axes = {0: "batch", 1: "tokens"}
 # Tracing with a batch of 1 would make torch.export take the batch for a constant.
 TRACE_BATCH = 2
 # Every wrapper keeps its model in the attribute `model`: names of parameters are passes.PREFIX + the checkpoint's.
@@ -159,7 +162,7 @@ def load_network(root: Path, name: str, *, tokens: int = 77) -> Network:
 
 
 def is_xl(root: Path) -> bool:
-    """Return whether a checkpoint has two text encoders: their text states are then those before the last layer."""
+    """Return whether a checkpoint has SDXL's second text encoder: text states are then those before the last layer."""
     return (root / "text_encoder_2").is_dir()
 
 
@@ -181,11 +184,13 @@ def _unet(root: Path, name: str, tokens: int) -> Network:
     sizes = {
         "sample": ((config.out_channels, 16, 24), IMAGE_AXES),
         "timestep": ((), BATCH),
-        "encoder_hidden_states": ((tokens, config.cross_attention_dim), BATCH),
+        "encoder_hidden_states": ((tokens, config.cross_attention_dim), TEXT_AXES),
     }
     if is_xl(root):
-        embeds = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        sizes |= {"text_embeds": ((embeds,), BATCH), "time_ids": ((6,), BATCH)}
+        text = text_config(read_json(root / "text_encoder_2" / "config.json"))
+        numbers = sizes_read(config, text)
+        embeds = config.projection_class_embeddings_input_dim - numbers * config.addition_time_embed_dim
+        sizes |= {"text_embeds": ((embeds,), BATCH), "time_ids": ((numbers,), BATCH)}
     if config.in_channels > config.out_channels:
         sizes["beside"] = ((config.in_channels - config.out_channels, 16, 24), IMAGE_AXES)
     if config.time_cond_proj_dim is not None:

@@ -30,6 +30,7 @@ def run_build(
     lanes: str | None,
     pictures: str | None,
     size: str | None,
+    tokens: str | None,
     profiles: Sequence[str],
     library: str,
     device: str,
@@ -50,7 +51,7 @@ def run_build(
     from latentrt_export.plans.plan_shapes import shapes_of
     from latentrt_export.plans.to_tensorrt import open_target
 
-    asked = {"lanes": lanes, "pictures": pictures, "size": size}
+    asked = {"lanes": lanes, "pictures": pictures, "size": size, "tokens": tokens}
     shapes = shapes_of(opened.spec, {name: text for name, text in asked.items() if text is not None}, profiles)
     if check:
         return _check(opened, library, how["precision"], how["networks"], shapes, as_json)

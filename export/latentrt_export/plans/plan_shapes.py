@@ -13,12 +13,15 @@ from latentrt.values import parse_size, parse_whole
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
-    """The shapes that one profile serves, as (least, best, most): lanes of the UNet, pictures of the VAE, pixels."""
+    """The shapes that one profile serves, as (least, best, most): lanes of the UNet, pictures of the VAE, pixels, and
+    tokens of a text.
+    """
 
     lanes: Range
     pictures: Range
     height: Range
     width: Range
+    tokens: Range
 
 
 def shapes_of(spec: ModelSpec, settings: Mapping[str, str], profiles: Sequence[str] = ()) -> tuple[Shapes, ...]:
@@ -26,9 +29,9 @@ def shapes_of(spec: ModelSpec, settings: Mapping[str, str], profiles: Sequence[s
 
     Args:
         spec: the model; its own size is the default.
-        settings: "lanes", "pictures" and "size" as typed: one value ("2", "512x512"), or least:best:most. What is
-            missing is two lanes (one guided picture), one picture, and the model's own size: fixed shapes, which make
-            the fastest plans.
+        settings: "lanes", "pictures", "size" and "tokens" as typed: one value ("2", "512x512"), or least:best:most.
+            What is missing is two lanes (one guided picture), one picture, the model's own size, and prompts of one
+            chunk: fixed shapes, which make the fastest plans.
         profiles: further settings for each of several profiles, as "lanes=2,size=512x512".
 
     Raises:
@@ -36,7 +39,8 @@ def shapes_of(spec: ModelSpec, settings: Mapping[str, str], profiles: Sequence[s
         PlanError: the model has no latents of such a size.
     """
     latents = spec.latents
-    own = Shapes((2,) * 3, (1,) * 3, (latents.height * latents.factor,) * 3, (latents.width * latents.factor,) * 3)
+    sides = latents.height * latents.factor, latents.width * latents.factor
+    own = Shapes(*((size,) * 3 for size in (2, 1, *sides, spec.tokens)))
     base = _with(own, settings, latents)
     return tuple(_with(base, _pairs(text), latents) for text in profiles) or (base,)
 
@@ -72,7 +76,7 @@ def _ranges(spec: ModelSpec, network: str, shapes: Shapes) -> list[dict[str, Ran
         batches = [shapes.lanes if spec.networks[network].role in (DENOISER, SHALLOW) else shapes.pictures]
     factor = 1 if spec.networks[network].role == ENCODER else spec.latents.factor  # it reads pixels, the others latents
     height, width = (_divided(side, factor) for side in (shapes.height, shapes.width))
-    return [{"batch": batch, "height": height, "width": width} for batch in batches]
+    return [{"batch": batch, "height": height, "width": width, "tokens": shapes.tokens} for batch in batches]
 
 
 def _divided(side: Range, factor: int) -> Range:
@@ -88,7 +92,7 @@ def _pairs(text: str) -> dict[str, str]:
 
 
 def _with(shapes: Shapes, settings: Mapping[str, str], latents: LatentSpec) -> Shapes:
-    known = ("lanes", "pictures", "size")
+    known = ("lanes", "pictures", "size", "tokens")
     for name, text in settings.items():
         if name not in known:
             raise RequestError(f"a profile has the setting {name!r}", needed=f"one of {', '.join(known)}")

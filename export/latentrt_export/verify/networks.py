@@ -21,6 +21,7 @@ from latentrt.bundle.spec import (
     GraphSpec,
 )
 from latentrt.engine import Engine
+from latentrt.model.conditioners.sizes import ScoredSizes, Sizes
 from latentrt.model.predictor import DEEP, inputs_of
 from latentrt.model.text import Text
 from latentrt.runtime.base import call
@@ -41,13 +42,12 @@ ODD_SIDE = 16  # of the second, odd size's latents at most, so that full-size mo
 def network_checks(engine: Engine, checkpoint: Path) -> Iterator[Check]:
     """Measure every graph against its torch module in float32, at the model's own size and at an odd one."""
     spec = engine.spec
-    tokens = max((int(spec.networks[name].inputs[0].shape[1]) for name in spec.named(TEXT_ENCODER)), default=0)
     for name, own in spec.networks.items():
         if own.role in (CONDITIONER, SHALLOW):  # parts of the denoiser's module, compared with it
             continue
         runs: list[Arrays] = []
         with comparing(name):
-            module = load_network(checkpoint, name, tokens=tokens).module
+            module = load_network(checkpoint, name, tokens=spec.tokens).module
         parts = [*spec.named(CONDITIONER), name] if own.role == DENOISER else [name]
         networks = {part: engine.backend.load(engine.bundle, part) for part in parts}
         inputs = inputs_of([spec.networks[part] for part in parts])
@@ -131,7 +131,7 @@ def make_feeds(engine: Engine, parts: Sequence[str], prompts: Sequence[str], siz
     texts = _texts(text, prompts)
     scale = spec.latents.factor if network.role == ENCODER else 1
     height, width = (side * scale for side in size)
-    sizes = {"batch": len(prompts), "height": height, "width": width}
+    sizes = {"batch": len(prompts), "height": height, "width": width, "tokens": spec.tokens}
     pixels = [side * spec.latents.factor for side in size]
     feeds: dict[str, Array] = {}
     for tensor in inputs_of([spec.networks[part] for part in parts]).values():
@@ -139,7 +139,8 @@ def make_feeds(engine: Engine, parts: Sequence[str], prompts: Sequence[str], siz
         if tensor.name in texts:
             feeds[tensor.name] = texts[tensor.name]
         elif tensor.name == "time_ids":
-            feeds[tensor.name] = np.array([[*pixels, 0, 0, *pixels]] * len(prompts), np.float32)
+            last = pixels if shape[1] == len(Sizes.NUMBERS) else ScoredSizes.DEFAULTS[:1]
+            feeds[tensor.name] = np.array([[*pixels, 0, 0, *last]] * len(prompts), np.float32)
         elif tensor.name == "timestep":
             feeds[tensor.name] = draw.uniform(0, 1000, shape).astype(np.float32)
         elif tensor.name == "class_labels":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from PIL import Image
 
 from latentrt.engine import Engine
 from latentrt.errors import ExportError, LatentrtError
+from latentrt.model.given import MASKED_STRENGTH, STRENGTH
 from latentrt.sampling.schedule import Schedule
 from latentrt.sampling.solvers import EVERY_SOLVER
 from latentrt_export.checkpoint.corrections import drawn_by
@@ -28,6 +30,7 @@ from latentrt_export.to_bundle import plain_index
 
 Array = NDArray[Any]
 PROMPTS = ("a red apple", "a cat face")
+SCORES = ("aesthetic_score", "negative_aesthetic_score")
 
 
 class Run(NamedTuple):
@@ -76,7 +79,8 @@ class Theirs:
 
     def __init__(self, checkpoint: Path, engine: Engine) -> None:
         named = read_json(checkpoint / "model_index.json")["_class_name"]
-        kind = drawn_by(named, masked=engine.model.reads_masks)
+        model = engine.model
+        kind = drawn_by(named, masked=model.reads_masks, scored="aesthetic_score" in model.fields)
         with comparing("pipeline"):
             self._loaded = getattr(diffusers, kind).from_pretrained(
                 checkpoint, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True
@@ -138,7 +142,7 @@ def run_pipeline(pipe: Any, run: Run) -> tuple[list[Array], Array]:
     pipe.scheduler.step = functools.update_wrapper(keep, step)  # pipelines look at its signature
     count, settings = len(run.prompts), run.settings
     generators = [torch.Generator().manual_seed(settings["seed"] + i) for i in range(count)]
-    own = {"batch_size": count} if run.prompts[0] is None else _prompted(run)
+    own = {"batch_size": count} if run.prompts[0] is None else _prompted(pipe, run)
     if "class_label" in settings:  # no pipeline passes one: people call the UNet themselves
         labels = torch.full((count,), settings["class_label"])
         pipe.unet.forward = functools.partial(pipe.unet.forward, class_labels=labels)
@@ -154,20 +158,23 @@ def _is_negated(settings: Mapping[str, Any]) -> bool:
     return settings["guidance"] > 1 and "negative_prompt" in settings
 
 
-def _prompted(run: Run) -> dict[str, Any]:
-    """What pipelines with a prompt are called with."""
+def _prompted(pipe: Any, run: Run) -> dict[str, Any]:
+    """What a pipeline with a prompt is called with: of all that the run has, what this pipeline takes."""
     settings, count = run.settings, len(run.prompts)
+    masked = "mask" in run.pictures
     own = {
         "prompt": list(run.prompts),
         "negative_prompt": [settings["negative_prompt"]] * count if _is_negated(settings) else None,
         "guidance_scale": settings["guidance"],
         "height": settings["height"],
         "width": settings["width"],
+        "strength": settings.get("strength", MASKED_STRENGTH if masked else STRENGTH),
+        **{name: settings[name] for name in SCORES if name in settings},
     }
-    if "mask" not in run.pictures and "image" in run.pictures:  # edited as the prompt says
-        own |= {"image": [Image.fromarray(run.pictures["image"])] * count}
-        own |= {"image_guidance_scale": settings["image_guidance"]} if "image_guidance" in settings else {}
-    if "mask" in run.pictures:
-        image, mask = (Image.fromarray(run.pictures[name]) for name in ("image", "mask"))
-        own |= {"image": [image] * count, "mask_image": [mask] * count, "strength": settings.get("strength", 1.0)}
-    return own
+    if "image_guidance" in settings:
+        own["image_guidance_scale"] = settings["image_guidance"]
+    for name, theirs in (("image", "image"), ("mask", "mask_image")):
+        if name in run.pictures:
+            own[theirs] = [Image.fromarray(run.pictures[name])] * count
+    taken = inspect.signature(pipe.__call__).parameters
+    return {name: value for name, value in own.items() if name in taken}

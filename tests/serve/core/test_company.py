@@ -36,6 +36,7 @@ def draw_request(dice: random.Random, most_steps: int) -> Request:
         count=dice.randint(1, 3),
         height=side,
         width=side,
+        **dice.choice(({}, {}, {"hires_scale": 2.0, "hires_steps": 2, "hires_strength": 0.5})),
     )
 
 
@@ -120,6 +121,7 @@ def _key(tag: dict[str, Any]) -> str:
 def _alone(engine: Engine, tag: dict[str, Any]) -> tuple[Any, Any]:
     """The latents and the picture that settings stand for, made without company."""
     own = {name: tag[name] for name in ("prompt", "steps", "solver", "seed", "guidance", "height", "width")}
+    own |= {name: value for name, value in tag.items() if name.startswith("hires")}
     (job,) = engine.jobs(Request(**own, guidance_interval=tuple(tag["guidance_interval"])))
     denoiser = Denoiser(HostLanes(engine.model.predictor, 2))
     denoiser.admit(job)

@@ -17,7 +17,7 @@ SHAPES = ((4, 8, 8), (4, 16, 16))
 def slot(
     lanes: int = 2, shape: Any = SHAPES[0], *, prepared: bool = True, submitted: bool = True, running: bool = False
 ) -> Slot:
-    job: Any = SimpleNamespace(row=0) if prepared else None
+    job: Any = SimpleNamespace(moved=0) if prepared else None
     handle: Any = SimpleNamespace(shape=shape, lanes=lanes, rows=4, due=0.0, submitted=submitted)
     return Slot(handle, 0, 100.0, Stage.RUNNING if running else Stage.WAITING, job)
 
@@ -33,9 +33,9 @@ def test_no_more_is_prepared_than_can_have_lanes_soon() -> None:
     small = slot(shape=SHAPES[1], prepared=False)
     waiting = [first, second, third, small]
     for prepared, expected in ((first, second), (second, small)):
-        prepared.job = SimpleNamespace(row=0)  # type: ignore[assignment]
+        prepared.job = SimpleNamespace(moved=0)  # type: ignore[assignment]
         assert next_to_prepare(waiting, 2) is expected.handle
-    small.job = SimpleNamespace(row=0)  # type: ignore[assignment]
+    small.job = SimpleNamespace(moved=0)  # type: ignore[assignment]
     assert next_to_prepare(waiting, 2) is None
     assert next_to_prepare(waiting[1:], 2) is third.handle
 

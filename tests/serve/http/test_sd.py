@@ -84,7 +84,12 @@ def test_every_sampler_listed_is_drawn_with(app: Any) -> None:
 @pytest.mark.parametrize(
     ("body", "param"),
     [
-        ({"enable_hr": True}, "enable_hr"),
+        ({"enable_hr": True, "hr_upscaler": "R-ESRGAN 4x+"}, "hr_upscaler"),
+        ({"enable_hr": True, "hr_scale": 20}, "hr_scale"),
+        ({"enable_hr": True, "hr_scale": 8, "width": 512, "height": 512}, "hr_scale"),
+        ({"enable_hr": True, "hr_second_pass_steps": 1000}, "hr_second_pass_steps"),
+        ({"enable_hr": True, "hr_resize_x": 512}, "hr_resize_x"),
+        ({"refiner_checkpoint": "another"}, "refiner_checkpoint"),
         ({"override_settings": {"CLIP_stop_at_last_layers": 2}}, "CLIP_stop_at_last_layers"),
         ({"override_settings": {"sd_vae": "other.pt"}}, "sd_vae"),
         ({"styles": ["x"]}, "styles"),
@@ -103,6 +108,18 @@ def test_every_sampler_listed_is_drawn_with(app: Any) -> None:
 def test_what_is_not_offered_is_refused_by_name(app: Any, body: dict[str, Any], param: str) -> None:
     answer = post(app, "txt2img", {"prompt": "a", **body})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
+def test_hires_fix_is_asked_for_as_there(app: Any, scheduler: FakeScheduler) -> None:
+    body = {"prompt": "a", "enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": 0.4}
+    assert post(app, "txt2img", {**body, "hr_second_pass_steps": 7, "width": 64, "height": 96}).status_code == 200
+    assert post(app, "txt2img", {"prompt": "a", "enable_hr": True}).status_code == 200
+    assert post(app, "txt2img", {**body, "enable_hr": False}).status_code == 200
+    own, usual, without = (handle.request for handle in scheduler.submitted)
+    assert (own.hires_scale, own.hires_steps, own.hires_strength, own.strength) == (1.5, 7, 0.4, None)
+    assert (usual.hires_scale, usual.hires_steps, usual.hires_strength) == (2.0, None, 0.75)
+    assert without.hires_scale is None
+    assert [handle.shape for handle in scheduler.submitted][:2] == [(4, 18, 12), (4, 32, 32)]
 
 
 def test_pictures_are_edited(app: Any, scheduler: FakeScheduler) -> None:

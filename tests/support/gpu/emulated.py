@@ -67,7 +67,12 @@ def build_plans(
         graph, divisor = opened.spec.graphs("fp16")[network], 1 if network == "vae_encoder" else factor
         role = opened.spec.networks[network].role
         batch = (1, 1, lanes) if role in (TEXT_ENCODER, CONDITIONER) else (lanes if role == DENOISER else 1,) * 3
-        ranges = {"batch": batch, "height": (size[1] // divisor,) * 3, "width": (size[0] // divisor,) * 3}
+        ranges = {
+            "tokens": (77,) * 3,
+            "batch": batch,
+            "height": (size[1] // divisor,) * 3,
+            "width": (size[0] // divisor,) * 3,
+        }
         names = {side for tensor in graph.inputs for side in tensor.shape if isinstance(side, str)}
         settable = {"stripped", "refittable"} & set(options)
         refit = weights_of(ir.load(opened.path(graph.path)), graph) if settable else {}

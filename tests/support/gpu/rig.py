@@ -13,8 +13,9 @@ from latentrt.cuda.gpu import Gpu
 from latentrt.cuda.kernels import BLEND, PREVIEW, PROGRESS, ROW_COLUMNS, SLOT, State
 from latentrt.sampling.guidance import Guidance
 from latentrt.sampling.noise import NoiseSource, TorchCpuNoise, TorchCudaNoise
+from latentrt.sampling.rows import SLOTS
 from latentrt.sampling.schedule import Schedule
-from latentrt.sampling.table import COLUMNS, SLOTS, Table, advance, preview, tabulate
+from latentrt.sampling.table import COLUMNS, Table, advance, preview, tabulate
 from tests.support.sampling.scheduler_configs import SD15
 
 Float32 = NDArray[np.float32]

@@ -89,21 +89,45 @@ def tiny_sdxl(folder: Path, *, unet: Options = AS_IT_IS, index: Options = AS_IT_
     size = write_tokenizer(folder / "tokenizer", END)
     write_tokenizer(folder / "tokenizer_2", "!")
     torch.manual_seed(0)
+    networks = {
+        "text_encoder": CLIPTextModel(text_config(size)),
+        **_xl_networks(size, {"cross_attention_dim": 32 + 48, **unet}, sizes=6),
+    }
+    return _write_xl(folder, networks, {"_class_name": "StableDiffusionXLPipeline", **index})
+
+
+def tiny_refiner(folder: Path) -> Path:
+    """Write one like SDXL's refiner: the second text encoder alone, and an aesthetic score as the last of five sizes."""
+    size = write_tokenizer(folder / "tokenizer_2", "!")
+    torch.manual_seed(0)
+    networks = _xl_networks(size, {"cross_attention_dim": 48}, sizes=5)
+    index = {
+        "_class_name": "StableDiffusionXLImg2ImgPipeline",
+        "text_encoder": [None, None],
+        "tokenizer": [None, None],
+        "requires_aesthetics_score": True,
+        "force_zeros_for_empty_prompt": False,
+    }
+    return _write_xl(folder, networks, index)
+
+
+def _xl_networks(vocabulary: int, unet: Options, sizes: int) -> dict[str, nn.Module]:
     added = {
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": 8,
-        "projection_class_embeddings_input_dim": 6 * 8 + 24,
-        "cross_attention_dim": 32 + 48,
+        "projection_class_embeddings_input_dim": sizes * 8 + 24,
         "use_linear_projection": True,
         "transformer_layers_per_block": [1, 2],
     }
-    second = text_config(size, hidden_size=48, intermediate_size=96, hidden_act="gelu", projection_dim=24)
-    networks: dict[str, nn.Module] = {
-        "text_encoder": CLIPTextModel(text_config(size)),
+    second = text_config(vocabulary, hidden_size=48, intermediate_size=96, hidden_act="gelu", projection_dim=24)
+    return {
         "text_encoder_2": CLIPTextModelWithProjection(second),
         "unet": UNet2DConditionModel(**(UNET | added | unet)),
         "vae": AutoencoderKL(**(VAE | {"scaling_factor": 0.13025})),
     }
+
+
+def _write_xl(folder: Path, networks: dict[str, nn.Module], index: Options) -> Path:
     _save(folder, networks, torch.float32, {})
     euler = {"_class_name": "EulerDiscreteScheduler", "steps_offset": 1, "timestep_spacing": "leading"}
     _json(folder / "scheduler" / "scheduler_config.json", euler | BETAS)
@@ -117,7 +141,7 @@ def tiny_sdxl(folder: Path, *, unet: Options = AS_IT_IS, index: Options = AS_IT_
         "vae": ["diffusers", "AutoencoderKL"],
         "force_zeros_for_empty_prompt": True,
     }
-    _json(folder / "model_index.json", {"_class_name": "StableDiffusionXLPipeline"} | VERSION | parts | index)
+    _json(folder / "model_index.json", {**VERSION, **parts, **index})
     return folder
 
 

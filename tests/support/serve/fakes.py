@@ -113,13 +113,13 @@ class FakeScheduler(Scheduler):
         super().fail(handle, error)
 
     async def _draw(self, handle: Handle) -> None:
-        job: Any = SimpleNamespace(row=0)
+        job: Any = SimpleNamespace(moved=0)
         handle.rows, handle.cut = ROWS, self.cut
         for row in range(1, ROWS + 1):
             await asyncio.sleep(self.delay)
             if self.hold is not None and row > 1:
                 await self.hold.wait()
-            job.row = row
+            job.moved = row
             for slot in handle.slots:
                 slot.job, slot.stage = job, Stage.RUNNING
                 if row <= handle.previews:

@@ -21,6 +21,7 @@ class Repainted(Conditioner):
     """Fills "beside" (1 + channels, height, width): the mask, 1 where to repaint, and the masked picture's latents."""
 
     inputs = ("beside",)
+    pictures = ("image", "mask")
 
     def __init__(self, codec: Codec) -> None:
         self._codec = codec
@@ -53,6 +54,7 @@ class Edited(Conditioner):
 
     inputs = ("beside",)
     fields = ("image_guidance",)
+    pictures = ("image",)
     shows_picture = True
 
     def __init__(self, latents: LatentSpec, *, scaled: bool) -> None:

@@ -12,7 +12,7 @@ from latentrt.model.codec import Codec
 from latentrt.model.conditioners.beside import Edited, Repainted
 from latentrt.model.conditioners.class_label import ClassLabel
 from latentrt.model.conditioners.guidance_embedding import GuidanceEmbedding
-from latentrt.model.conditioners.sizes import Sizes
+from latentrt.model.conditioners.sizes import ScoredSizes, Sizes
 from latentrt.model.inputs import Conditioner
 from latentrt.model.predictor import OWN
 from latentrt.model.text import Encoder, Text
@@ -58,10 +58,10 @@ def _text(parts: Parts) -> Conditioner:
 
 
 def _sizes(parts: Parts) -> Conditioner:
-    count = parts.inputs["time_ids"].shape[1]
-    if count != len(Sizes.NUMBERS):
-        raise _unknown(parts, f"reads {count} sizes", f"{len(Sizes.NUMBERS)}: {', '.join(Sizes.NUMBERS)}")
-    return Sizes(parts.bundle.spec.latents)
+    count, kinds = parts.inputs["time_ids"].shape[1], {len(kind.NUMBERS): kind for kind in (Sizes, ScoredSizes)}
+    if count not in kinds:
+        raise _unknown(parts, f"reads {count} sizes", f"{' or '.join(map(str, kinds))}: {', '.join(Sizes.NUMBERS)}")
+    return kinds[count](parts.bundle.spec.latents)
 
 
 def _guidance_embedding(parts: Parts) -> Conditioner:

@@ -1,4 +1,4 @@
-"""SDXL's size input: the picture's size and crop."""
+"""SDXL's size input: the picture's size and crop; its refiner's also has an aesthetic score."""
 
 from __future__ import annotations
 
@@ -22,5 +22,31 @@ class Sizes(Conditioner):
 
     def __call__(self, request: Request, given: Given | None, noise: NoiseSource) -> Sides:
         """See `Conditioner`."""
-        height, width = self._latents.pixels_of(request.height, request.width)
-        return Sides.same({"time_ids": np.array([height, width, 0, 0, height, width], np.float32)})
+        size = self._latents.pixels_of(request.height, request.width)
+        return Sides.same({"time_ids": np.array([*size, 0, 0, *size], np.float32)})
+
+
+class ScoredSizes(Conditioner):
+    """Fills "time_ids" (5,) of the refiner: original size, crop corner and aesthetic score, another for each lane.
+
+    Source: diffusers' StableDiffusionXLImg2ImgPipeline with requires_aesthetics_score.
+    """
+
+    inputs = ("time_ids",)
+    fields = ("aesthetic_score", "negative_aesthetic_score")
+    pictures = ("image",)
+    NUMBERS = (*Sizes.NUMBERS[:4], "aesthetic score")
+    DEFAULTS = 6.0, 2.5  # of the prompt's lane, and of the other one
+
+    def __init__(self, latents: LatentSpec) -> None:
+        self._latents = latents
+
+    def __call__(self, request: Request, given: Given | None, noise: NoiseSource) -> Sides:
+        """See `Conditioner`."""
+        size = self._latents.pixels_of(request.height, request.width)
+        asked = request.aesthetic_score, request.negative_aesthetic_score
+        cond, uncond = (
+            {"time_ids": np.array([*size, 0, 0, own if score is None else score], np.float32)}
+            for score, own in zip(asked, self.DEFAULTS, strict=True)
+        )
+        return Sides(uncond, cond)

@@ -70,7 +70,7 @@ class Slot:
     def row(self) -> int:
         """Rows that have run."""
         job = self.job
-        return self.handle.rows if self.stage is Stage.OVER else 0 if job is None else job.row
+        return self.handle.rows if self.stage is Stage.OVER else 0 if job is None else job.moved
 
 
 @dataclass(slots=True, eq=False)

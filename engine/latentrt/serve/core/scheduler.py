@@ -221,7 +221,7 @@ class Scheduler:
             if not handle.over:
                 channels, height, width = jobs[0].latents.shape
                 handle.shape, handle.lanes = (channels, height, width), jobs[0].most_lanes
-                handle.rows, handle.cut = len(jobs[0].table), cut
+                handle.rows, handle.cut = jobs[0].rows, cut
                 for slot, job in zip(handle.slots, jobs, strict=True):
                     slot.job = job
                 self._changed.notify_all()

@@ -132,10 +132,10 @@ class Worker:
             self._slots[job] = slot
 
     def _tick(self) -> None:
-        slots, rows = dict(self._slots), {job: job.row for job in self._slots}
+        slots, rows = dict(self._slots), {job: job.moved for job in self._slots}
         for job, slot in slots.items():
-            job.wants_preview = slot.handle.preview_at(job.row + 1) is not None
-        lanes = sum(2 if job.guided else 1 for job in slots)
+            job.wants_preview = slot.handle.preview_at(job.moved + 1) is not None
+        lanes = sum(job.lanes for job in slots)
         start = time.monotonic()
         with self._scheduler.watched("step"):
             try:
@@ -144,7 +144,7 @@ class Worker:
                 self._rescue(rows, error)
         self._scheduler.ticked(list(slots.values()), lanes, time.monotonic() - start)
         for job, slot in slots.items():
-            if job in self._slots and (job.row > rows[job] or job.done):
+            if job in self._slots and (job.moved > rows[job] or job.done):
                 self._hand_over(job, slot)
 
     def _hand_over(self, job: Job, slot: Slot) -> None:
@@ -155,7 +155,7 @@ class Worker:
             self._scheduler.fail(slot.handle, job.error)
         elif job.done:
             self._scheduler.hand_over(slot)
-        elif job.preview is not None and (number := slot.handle.preview_at(job.row)) is not None:
+        elif job.preview is not None and (number := slot.handle.preview_at(job.moved)) is not None:
             self._scheduler.hand_over(slot, (number, job.preview))
 
     # ---- Faults
@@ -172,7 +172,7 @@ class Worker:
             self._denoiser.retire(job)
         failed = dict.fromkeys(self._slots, error)
         if self._denoiser.resumable:
-            failed = self._one_by_one([job for job, row in rows.items() if job.row == row])
+            failed = self._one_by_one([job for job, row in rows.items() if job.moved == row])
         for job, raised in failed.items():
             self._scheduler.fail(self._slots[job].handle, as_error(raised))
         self._retire(list(failed))

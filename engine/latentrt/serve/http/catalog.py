@@ -32,6 +32,7 @@ class Catalog:
         model: what the engine draws with.
         profiles: the sizes of latents ("height", "width") that plans draw; None: all.
         settings: what this server allows.
+        refiner: the name of the engine's refiner, if it has one.
 
     Raises:
         RequestError: the settings list a size, name a solver or have a default that cannot be.
@@ -39,14 +40,21 @@ class Catalog:
         PlanError: no plans draw any size.
     """
 
-    def __init__(self, model: Model, profiles: Sequence[Profile] | None, settings: Settings) -> None:
+    def __init__(
+        self,
+        model: Model,
+        profiles: Sequence[Profile] | None,
+        settings: Settings,
+        *,
+        refiner: str | None = None,
+    ) -> None:
         self._model, self.settings = model, settings
         self.name = settings.model_name or model.spec.id
         self.names = (self.name, *(alias for alias in settings.aliases if alias != self.name))
         self.prompted = model.text is not None
         self.class_labels, self.classes = "class_label" in model.fields, model.spec.classes
         self.edits = settings.edits and model.edits
-        self.needs_mask, self.needs_picture = model.reads_masks, model.shows_picture
+        self.needs_mask, self.needs_picture, self.refiner = model.reads_masks, model.shows_picture, refiner
         self.latents = model.spec.latents
         self._least = -(-LEAST_LATENTS // self.latents.multiple) * self.latents.step
         self._plans = None if profiles is None else [self._ends(profile) for profile in profiles]
@@ -96,11 +104,12 @@ class Catalog:
         scheduler: str | None,
         seed: int | None,
         class_label: int | None,
-        cache_interval: int = 1,
-        strength: float | None = None,
         options: Mapping[str, Any] | None = None,
+        **more: Any,
     ) -> Request:
         """Return the engine's request, with the defaults of this server and within its limits.
+
+        `more` are other fields of the request, by its own names; None is not set.
 
         Raises:
             Problem: a value is missing or beyond a limit; `param` is its name in the OpenAI API.
@@ -132,11 +141,26 @@ class Catalog:
             height=size[1],
             count=count,
             class_label=class_label,
-            cache_interval=cache_interval,
-            strength=strength,
             options=options or {},
+            **{name: value for name, value in more.items() if value is not None},
         )
+        self._check_stages(request)
         return self._model.filled(request)
+
+    def _check_stages(self, request: Request) -> None:
+        if request.handoff is not None and self.refiner is None:
+            raise Problem("there is a handoff and no refiner", needed="a server that has one", param="handoff")
+        if request.hires_scale is not None:
+            _at_most("hires_steps", request.hires_steps or 1, self.max_steps)
+            width, height = self.final_size(request)
+            if not self._drawn(width, height):
+                found = f"hires_scale is {request.hires_scale:g}, which makes {width}x{height}"
+                raise Problem(found, needed=f"{self._needed()}, enlarged", param="hires_scale")
+
+    def final_size(self, request: Request) -> Size:
+        """Return width and height of a request's pictures."""
+        height, width = self.latents.enlarged(request.height, request.width, request.hires_scale or 1.0)
+        return width, height
 
     def _check_class(self, label: int | None) -> None:
         """Refuse a missing or too large one here: the engine would do so only when the request's turn has come."""

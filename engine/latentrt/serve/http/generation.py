@@ -76,12 +76,15 @@ async def generating(
         raise Problem("there is no picture", needed="one: the model edits pictures as the prompt says", param="image")
     if catalog.needs_mask and "mask" not in files:
         raise Problem("there is no mask", needed="a picture and a mask: the model repaints", param="mask")
+    if files and request.hires_scale is not None:
+        raise Problem("there are hires_scale and a picture", needed="one of them", param="hires_scale")
     rows, solver = catalog.work(request)
     height, width = catalog.latents.pixels_of(request.height, request.width)
+    final = catalog.final_size(request)
     facts.update(n=request.count, steps=request.steps, solver=solver, rows=rows, size=f"{width}x{height}")
     if context.settings.log_prompts:
         facts["prompt"] = request.prompt
-    shape, deadline = catalog.latents.shape_of(height, width), time.monotonic() + timeout
+    shape, deadline = catalog.latents.shape_of(final[1], final[0]), time.monotonic() + timeout
     handle = Handle(request, shape, rows, previews, deadline, facts["id"], facts["owner"], api, task)
     handle.lanes = catalog.lanes(request)
     context.scheduler.reserve(handle)

@@ -24,6 +24,7 @@ from latentrt.serve.http.errors import Problem, answer_to, documented
 from latentrt.serve.http.generation import Context, Served, all_pictures, generating
 from latentrt.serve.http.images import File, Files, alpha_mask, encode, in_thread, shape_of, too_many_bytes
 from latentrt.serve.http.openai_schema import (
+    OWN,
     USAGE,
     EditRequest,
     GenerateRequest,
@@ -103,8 +104,8 @@ def _request(context: Context, wanted: Wanted, size: tuple[int, int], strength: 
         scheduler=wanted.scheduler,
         seed=wanted.seed,
         class_label=wanted.class_label,
-        cache_interval=wanted.cache_interval or 1,
         strength=strength,
+        **{name: getattr(wanted, name) for name in OWN},
     )
 
 

@@ -2,7 +2,7 @@
 
 A field whose type is None alone is one that the client knows and that is not supported: null passes, anything else is
 refused by name. `seed`, `negative_prompt`, `num_inference_steps`, `guidance_scale`, `scheduler`, `class_label`,
-`cache_interval`, `strength` and `timeout` are latentrt's own (`extra_body` in the client).
+`strength`, `timeout` and OWN are latentrt's own (`extra_body` in the client).
 
 Source: openai.types.image_generate_params, image_edit_params, images_response and the stream events, openai 3.54.
 """
@@ -35,6 +35,7 @@ def _without_null(schema: dict[str, Any]) -> None:
             field.pop("default", None)
 
 
+OWN = ("cache_interval", "hires_scale", "hires_steps", "hires_strength", "handoff")  # named as a Request names them
 WHOLE = BeforeValidator(_whole)  # last in its type: bounds must stand next to int to be in the schema
 Text = Annotated[str, Field(min_length=0)]  # with any bound, half a surrogate pair is refused
 Count = Annotated[int, Field(ge=1), WHOLE]
@@ -88,6 +89,15 @@ class Wanted(BaseModel):
     cache_interval: Annotated[
         Annotated[int, Field(ge=1, le=10_000), WHOLE] | None,
         Field(description="Compute only every Nth row in full: faster, and another picture."),
+    ] = None
+    hires_scale: Annotated[
+        Annotated[float, Field(ge=1, le=8)] | None,
+        Field(description="Enlarge the latents by this and draw on (hires fix); `size` is that before."),
+    ] = None
+    hires_steps: Count | None = None
+    hires_strength: Annotated[Part | None, Field(description="How much of the second run is made.")] = None
+    handoff: Annotated[
+        Part | None, Field(description="Part of the run after which the server's refiner takes over.")
     ] = None
     timeout: Annotated[
         Annotated[float, Field(gt=0, le=86_400)] | None, Field(description="Seconds: refuse what would take longer.")

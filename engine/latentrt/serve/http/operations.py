@@ -117,6 +117,7 @@ async def model(context: Served) -> dict[str, Any]:
         "schedulers": tuple(catalog.solvers),
         "prompted": catalog.prompted,
         "class_labels": catalog.class_labels,
+        "refiner": catalog.refiner,
         "classes": catalog.classes,
         "edits": catalog.edits,
         "needs_mask": catalog.needs_mask,

@@ -17,7 +17,7 @@ from fastapi.responses import JSONResponse
 from latentrt.images.metadata import prose
 from latentrt.images.picture import Picture
 from latentrt.model.given import STRENGTH
-from latentrt.request import Request
+from latentrt.request import HANDOFF, HIRES_STRENGTH, Request
 from latentrt.sampling.solvers import SOLVERS
 from latentrt.serve.core.handle import Handle
 from latentrt.serve.http.catalog import unknown
@@ -28,6 +28,7 @@ from latentrt.serve.http.sd_schema import (
     IDLE,
     SAMPLERS,
     SCHEDULERS,
+    UPSCALERS,
     Checkpoint,
     Images,
     ImageToImage,
@@ -50,6 +51,9 @@ _NAMES = {
     "size": "width",
     "scheduler": "sampler_name",
     "strength": "denoising_strength",
+    "hires_scale": "hr_scale",
+    "hires_steps": "hr_second_pass_steps",
+    "handoff": "refiner_switch_at",
     "model": "sd_model_checkpoint",
     "image": "init_images",
 }
@@ -196,7 +200,26 @@ def _request(
         class_label=wanted.class_label,
         strength=strength,
         options=options,
+        **_stages(context, wanted),
     )
+
+
+def _stages(context: Context, wanted: TextToImage) -> dict[str, Any]:
+    """Return the request's fields for hires fix and the refiner."""
+    fields: dict[str, Any] = {}
+    if wanted.enable_hr:
+        if wanted.hr_upscaler not in (None, "", *UPSCALERS):
+            raise unknown("hr_upscaler", wanted.hr_upscaler, UPSCALERS)
+        steps = wanted.hr_second_pass_steps or None
+        strength = wanted.denoising_strength or HIRES_STRENGTH
+        fields = {"hires_scale": wanted.hr_scale or 2.0, "hires_steps": steps, "hires_strength": strength}
+    name = wanted.refiner_checkpoint
+    if name and name != "None":
+        known = [] if context.catalog.refiner is None else [context.catalog.refiner]
+        if name not in known:
+            raise unknown("refiner_checkpoint", name, known or ["None"])
+        fields["handoff"] = wanted.refiner_switch_at or HANDOFF
+    return fields
 
 
 def _check_idle(wanted: TextToImage) -> None:

@@ -40,10 +40,10 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
     "Exponential": {"use_exponential_sigmas": True},
     "Beta": {"use_beta_sigmas": True},
 }
+UPSCALERS = ("Latent",)  # of hires fix
 # Fields and overridden settings that would make another picture than the one drawn here, with the values at which they
 # do nothing.
 IDLE: dict[str, tuple[Any, ...]] = {
-    "enable_hr": (False,),
     "restore_faces": (False,),
     "tiling": (False,),
     "styles": ([],),
@@ -51,7 +51,13 @@ IDLE: dict[str, tuple[Any, ...]] = {
     "alwayson_scripts": ({},),
     "subseed_strength": (0,),
     "firstpass_image": ("",),
-    "refiner_checkpoint": ("", "None"),
+    "hr_resize_x": (0,),
+    "hr_resize_y": (0,),
+    "hr_checkpoint_name": ("", "Use same checkpoint"),
+    "hr_sampler_name": ("", "Use same sampler"),
+    "hr_scheduler": ("", "Use same scheduler"),
+    "hr_prompt": ("",),
+    "hr_negative_prompt": ("",),
     "resize_mode": (0,),
     "inpaint_full_res": (False, 0),
     "initial_noise_multiplier": (1,),
@@ -85,6 +91,13 @@ class TextToImage(BaseModel):
     override_settings: Annotated[
         dict[str, Any] | None, Field(description="sd_model_checkpoint; what would change the picture is refused.")
     ] = None
+    denoising_strength: Annotated[Part | None, Field(description="Of a picture, or of hires fix's second run.")] = 0.75
+    enable_hr: bool | None = False
+    hr_scale: Annotated[float, Field(ge=1, le=8)] | None = 2.0
+    hr_upscaler: Annotated[str | None, Field(description="Latent alone.")] = None
+    hr_second_pass_steps: Annotated[Annotated[int, Field(ge=0), WHOLE] | None, Field(description="0: as many.")] = 0
+    refiner_checkpoint: Annotated[str | None, Field(description="The server's refiner, by its name or id.")] = None
+    refiner_switch_at: Annotated[Part | None, Field(description="Part of the run after which it takes over.")] = None
     send_images: bool | None = True
     force_task_id: Annotated[
         Annotated[str, Field(max_length=128)] | None, Field(description="For /sdapi/v1/progress.")
@@ -97,7 +110,6 @@ class ImageToImage(TextToImage):
     init_images: Annotated[list[str], Field(min_length=1, max_length=1, description="Base64; never a URL.")]
     mask: Annotated[str | None, Field(description="Base64; white is repainted.")] = None
     inpainting_mask_invert: Annotated[int, Field(ge=0, le=1), WHOLE] | bool | None = 0
-    denoising_strength: Part | None = 0.75
 
 
 class Images(BaseModel):

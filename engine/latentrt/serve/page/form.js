@@ -3,7 +3,10 @@
 import { find, make } from "./dom.js";
 
 const DRAFT = "latentrt.draft";
-const NUMBERS = ["n", "num_inference_steps", "guidance_scale", "seed", "class_label", "strength", "partial_images"];
+const NUMBERS = [
+  ...["n", "num_inference_steps", "guidance_scale", "seed", "class_label", "strength", "partial_images"],
+  ...["hires_scale", "handoff"],
+];
 const TEXTS = ["prompt", "negative_prompt", "scheduler", "model"];
 const SHAPES = [[1, 1], [3, 2], [2, 3], [16, 9], [9, 16]];
 const OTHER = "other";
@@ -22,6 +25,7 @@ export function offered(model) {
   const { limits, step, prompted } = model;
   for (const name of ["prompt", "negative_prompt", "guidance_scale"]) show(name, prompted);
   show("class_label", model.class_labels);
+  show("handoff", model.refiner !== null);
   const bounds = {
     n: { max: limits.max_n },
     num_inference_steps: { max: limits.max_steps },
@@ -58,6 +62,7 @@ function solvers({ schedulers, defaults }) {
 /** With a picture to start from, the automatic size has its shape. */
 export function startsFrom(picture) {
   fromPicture = picture;
+  show("hires_scale", !picture);
   if (offer) sizes();
 }
 

@@ -110,6 +110,8 @@ function facts({ wanted, facts: own, size, made, edited, warnings }) {
     ["Guidance", own.guidance ?? wanted.guidance_scale],
     ["Seed", wanted.seed],
     ["Starts from", edited ? `a picture, strength ${own.strength ?? wanted.strength ?? "automatic"}` : undefined],
+    ["Enlarged", own.hires_scale && `${own.hires_scale} times, strength ${own.hires_strength}`],
+    ["Refiner from", own.handoff],
     ["Model", own.model ?? wanted.model],
     ["Made", new Date(made).toLocaleString()],
     ...warnings.map((warning) => ["Note", warning]),

@@ -66,6 +66,7 @@ class Settings(BaseSettings):
     bundle: Path = _field(EMBEDDED, "Model", "Bundle to serve.")
     model_name: str | None = _field(None, "Model", "The model's name for clients; the bundle's id if none is named.")
     aliases: Texts = _field(OTHER_NAMES, "Model", "Other names for it, with commas between them.")
+    refiner: Path | None = _field(None, "Model", "Bundle of a model that may draw the last part of a run.")
     backend: str = _field("onnxruntime", "Model", "onnxruntime, openvino, tensorrt or tensorrt-rtx.")
     device: str | None = _field(None, "Model", "cpu, cuda or cuda:1.")
     precision: Literal["fp32", "fp16"] | None = _field(None, "Model", "Of the graphs: fp32 or fp16.")

@@ -11,12 +11,13 @@ import pytest
 import torch
 from transformers import CLIPTokenizer
 
-from latentrt.bundle.bundle import sha256_of
+from latentrt.bundle.bundle import Bundle, sha256_of
 from latentrt.errors import ExportError
 from latentrt_export.checkpoint.single.choices import Choices
 from latentrt_export.checkpoint.single.folder import make_folder
 from latentrt_export.checkpoint.source import checkpoint_of, open_checkpoint, read_json
 from latentrt_export.graphs.to_onnx import quiet
+from latentrt_export.to_bundle import export_bundle
 from tests.export.checkpoint.single.conftest import Make
 from tests.support.models.single_file import averaged, vae_tensors, write_single
 
@@ -202,6 +203,13 @@ def test_a_file_is_a_source_of_its_own(made: Make, tmp_path: Path) -> None:
             "Stable Diffusion 1 (by its text encoder, CLIP; cross-attention width 64), epsilon as its family does",
         )
     assert not root.exists()
+
+
+def test_a_refiner_is_exported_with_its_one_text_encoder(made: Make, fast: Any, tmp_path: Path) -> None:
+    export_bundle(made("xl-refiner").file, tmp_path / "bundle")
+    spec = Bundle.open(tmp_path / "bundle").spec
+    assert list(spec.networks) == ["text_encoder_2", "unet", "vae_decoder", "vae_encoder"]
+    assert not spec.zero_negative
 
 
 def test_text_encoders_without_text_model_in_their_names(made: Make, tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from latentrt_export.checkpoint.single.choices import Choices
 from latentrt_export.checkpoint.single.folder import make_folder, understand
 from latentrt_export.checkpoint.source import checkpoint_of
 from latentrt_export.checkpoint.tensors import Entry, open_tensors
-from latentrt_export.to_bundle import export_bundle
 from tests.export.checkpoint.single.conftest import Make
 from tests.support.models.single_file import Tensors, write_single
 
@@ -257,12 +256,6 @@ def test_the_users_word_on_the_model_counts(made: Make, tmp_path: Path) -> None:
 def test_unknown_words(choices: dict[str, str], words: str) -> None:
     with pytest.raises(ExportError, match=words):
         Choices(**choices)
-
-
-def test_the_refiner_is_refused_by_name_for_now(made: Make, fast: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="an SDXL refiner"):
-        export_bundle(made("xl-refiner").file, tmp_path / "bundle")
-    assert not list(tmp_path.iterdir())
 
 
 def test_options_of_single_files_do_not_fit_folders(made: Make, checkpoint: Path) -> None:
