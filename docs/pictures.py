@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
+from PIL import Image
+
 from latentrt import Engine, grid, save
 from latentrt.bundle.bundle import EMBEDDED
 
@@ -66,6 +69,19 @@ def step_caching(engine: Engine) -> None:
     )
 
 
+def tiles(prompt: str = "a red apple", tile: int = 128) -> None:
+    """A picture decoded at once, the same in tiles, and where they differ, amplified to half of the range."""
+    drawn = []
+    for side in (None, tile):
+        with Engine.load(tile=side) as engine:
+            drawn += engine(prompt, width=256, height=256, **SETTINGS)
+    whole, tiled = (np.asarray(image).astype(int) for image in drawn)
+    gain = max(1, 127 // max(1, abs(tiled - whole).max()))
+    apart = Image.fromarray((127 + gain * (tiled - whole)).astype(np.uint8))
+    under = ["at once", f"tiles of {tile}", f"difference x{gain}"]
+    save(grid([*drawn, apart], 3, under), IMAGES / "tiles.png", settings={"prompt": prompt, **SETTINGS})
+
+
 if __name__ == "__main__":
     with Engine.load() as engine:
         sheet(engine)
@@ -75,3 +91,4 @@ if __name__ == "__main__":
     by_command("pixels.png", "--bundle", "pixels", "--count", "64", "--steps", "50")
     by_command("denoising.webp", *spread(4), "--guidance", "2.5", shown="--animate")
     forward_noise()
+    tiles()

@@ -81,6 +81,10 @@ def _make_checkpoint(name: str, folder: Path) -> None:
         checkpoints.tiny_sd(folder, unet={"block_out_channels": (320, 320), "norm_num_groups": 32})
     elif kind == "refiner":
         checkpoints.tiny_refiner(folder)
+    elif kind == "tiny-vae":
+        checkpoints.with_tiny_vae(checkpoints.tiny_sd(folder))
+    elif kind == "taesd":
+        checkpoints.tiny_vae(folder)
     elif kind == "sdxl":
         checkpoints.tiny_sdxl(folder, unet=unet, index=index)
     elif name in kinds.MAKERS:

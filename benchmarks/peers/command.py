@@ -28,7 +28,9 @@ def _config(asked: argparse.Namespace) -> Config:
     models = tuple(replace(MODELS[name], **own) for name in asked.models)
     chosen = {name: getattr(asked, name) for name in ("threads", "limit") if getattr(asked, name)}
     return replace(
-        Config(models=models, peers={name: PEERS[name] for name in asked.peers}, folder=asked.envs, parts=asked.parts),
+        Config(
+            models=models, peers={name: PEERS[name] for name in asked.peers}, folder=asked.envs, parts=asked.parts
+        ),
         **chosen,
     )
 
@@ -38,12 +40,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--models", type=_among(MODELS), default=tuple(MODELS), metavar="NAMES", help=f"of {','.join(MODELS)} [all]")
     add("--peers", type=_among(PEERS), default=tuple(PEERS), metavar="NAMES", help=f"of {','.join(PEERS)} [all]")
-    add(
-        "--parts",
-        type=_among(PARTS),
-        default=PARTS,
-        help=f"of {','.join(PARTS)}; others are kept from the last run [all]",
-    )
+    kept = f"of {','.join(PARTS)}; others are kept from the last run [all]"
+    add("--parts", type=_among(PARTS), default=PARTS, help=kept)
     add("--size", type=_size, help="of the pictures, in pixels, as in 256 or 512x512 [128 for emoji, 256 for sd15]")
     add("--steps", type=int, help="of the solver [20 for emoji, 2 for sd15]")
     add("--rounds", type=int, help="that are kept [5 for emoji, 2 for sd15]")

@@ -18,6 +18,7 @@ from latentrt.images.pixels import to_picture, to_pil, to_uint8
 from latentrt.model.codec import decode_each
 from latentrt.model.given import Given
 from latentrt.model.model import Model
+from latentrt.model.other_vae import OWN, VaeOptions
 from latentrt.request import Request, request_from
 from latentrt.run.denoiser import Denoiser, OnTick
 from latentrt.run.job import Job
@@ -54,10 +55,11 @@ class Engine:
         resident: bool = True,
         capture: bool | None = None,
         refiner: Bundle | None = None,
+        vae: VaeOptions = OWN,
     ) -> None:
         self.bundle, self.backend = bundle, backend
         resident = resident or backend.gpu is not None
-        self.model = Model(bundle, backend, resident=resident)
+        self.model = Model(bundle, backend, resident=resident, vae=vae)
         self.refiner = None if refiner is None else refiner_of(self.model, refiner, backend, resident=resident)
         self.spec, self.schedule = self.model.spec, self.model.schedule
         self._lanes, self._program = open_lanes(self.model, backend, lanes, capture)
@@ -81,6 +83,9 @@ class Engine:
         spin: bool = True,
         check_hashes: bool = True,
         refiner: str | Path | None = None,
+        vae: str | Path | None = None,
+        preview_vae: str | Path | None = None,
+        tile: int | None = None,
     ) -> Engine:
         """Open a bundle and load its networks.
 
@@ -98,15 +103,21 @@ class Engine:
             cache: keep in your cache, for quicker loading, graphs that onnxruntime has optimized, and what was hashed.
             check_hashes: compare every file's SHA-256 with the manifest (sizes are always compared).
             refiner: the bundle of a model that takes over at a request's `handoff`.
+            vae: a bundle whose VAE takes the place of the model's own.
+            preview_vae: a bundle whose decoder makes the previews, such as AutoencoderTiny's.
+            tile: decode and encode pictures with a longer side in tiles of so many pixels; None: at once.
 
         Raises:
-            BundleError: the bundle is missing, damaged or unsafe.
+            BundleError: a bundle is missing, damaged or unsafe.
+            RequestError: a VAE or the tiles do not fit the model.
             BackendError, MissingDependencyError: the backend or device cannot be used here.
             PlanError: there is no plan for this device, bundle and precision; the message names the command.
         """
         opened = partial(Bundle.open, check_hashes=check_hashes, cache=cache)
         second = None if refiner is None else opened(refiner)
-        make = partial(cls, opened(bundle), lanes=lanes, resident=resident, capture=capture, refiner=second)
+        vaes = VaeOptions.open(vae, preview_vae, tile, check_hashes=check_hashes, cache=cache)
+        first = opened(bundle)
+        make = partial(cls, first, lanes=lanes, resident=resident, capture=capture, refiner=second, vae=vaes)
         if not isinstance(backend, str):
             return make(backend)
         own = open_backend(backend, device, threads, precision=precision, plans=plans, cache=cache, spin=spin)
@@ -164,9 +175,11 @@ class Engine:
         """
         prompts = _several(prompt)
         pictures = {name: one for name, one in (("image", image), ("mask", mask)) if one is not None}
-        stages = settings.get("hires_scale") is not None or settings.get("handoff") is not None
-        program = self._program if on_tick is None and not stages else None
-        jobs = self.requests(prompts, settings, pictures, tokens=program is not None)
+        asked, given = self._asked(prompts, settings, pictures)
+        stages = any(one.hires_scale is not None or one.handoff is not None for one in asked)
+        whole = on_tick is None and not stages and not self._in_tiles(asked, given)
+        program = self._program if whole else None
+        jobs = self._jobs_of(asked, given, tokens=program is not None)
         if program is None:
             self.run(jobs, on_tick)
             return list(self.pictures(jobs))
@@ -177,13 +190,25 @@ class Engine:
         prompts: Iterable[str | None],
         settings: Mapping[str, Any],
         pictures: Mapping[str, Source] | None = None,
-        *,
-        tokens: bool = False,
     ) -> list[Job]:
         """Return the jobs of several prompts, all else as in `__call__`; seeds count up over all of them."""
+        return self._jobs_of(*self._asked(prompts, settings, pictures or {}))
+
+    def _asked(
+        self, prompts: Iterable[str | None], settings: Mapping[str, Any], pictures: Mapping[str, Source]
+    ) -> tuple[list[Request], Given | None]:
         asked = [request_from(prompt, settings) for prompt in prompts]  # checked before a picture is encoded
         height, width = (asked[0].height, asked[0].width) if asked else (None, None)
-        given = self.model.given(pictures or {}, height, width)
+        return asked, self.model.given(pictures, height, width)
+
+    def _in_tiles(self, asked: Sequence[Request], given: Given | None) -> bool:
+        """Return whether pictures are decoded in tiles, which no graph of a whole picture does."""
+        if self.model.tiles is None or not asked:
+            return False
+        size = (asked[0].height, asked[0].width) if given is None else given.image.shape[1:]
+        return self.model.tiles.cut(*self.spec.latents.shape_of(*size)[1:])
+
+    def _jobs_of(self, asked: Sequence[Request], given: Given | None, *, tokens: bool = False) -> list[Job]:
         jobs: list[Job] = []
         for request in asked:
             jobs += self.jobs(request, first=len(jobs), given=given, tokens=tokens)
@@ -228,6 +253,10 @@ class Engine:
     def _end_of(self, *roles: str) -> None:
         for model in self._models:
             model.end_of(*roles)
+
+    def preview(self, latents: NDArray[np.float32]) -> Image:
+        """Return latents (channels, height, width) as a PIL image that the decoder of previews made."""
+        return to_pil(to_uint8(self.model.preview.decode(latents[None]))[0])
 
 
 def _several(prompt: object) -> list[Any]:

@@ -114,9 +114,9 @@ class Request:
         _whole("cache_interval", self.cache_interval, 1, 10_000)
         _whole("seed", self.seed, 0, MAX_SEED)
         _whole("the last picture's seed (seed + count - 1)", self.seed + self.count - 1, 0, MAX_SEED)
-        for name, most in _WHOLE.items():
+        for name, largest in _WHOLE.items():
             if getattr(self, name) is not None:
-                _whole(name, getattr(self, name), 1, most)
+                _whole(name, getattr(self, name), 1, largest)
         if self.class_label is not None:
             _whole("class_label", self.class_label, 0, 2**31 - 1)
         for name, optional in (("prompt", True), ("negative_prompt", True), ("solver", True), ("noise", False)):

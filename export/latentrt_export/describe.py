@@ -26,7 +26,7 @@ from latentrt.errors import BundleError, ExportError
 from latentrt.model.tokenizer import Tokenizer
 from latentrt.sampling.schedule import Schedule
 from latentrt_export.checkpoint.corrections import UNET, corrections_of, drawn_by
-from latentrt_export.checkpoint.served import INSTRUCTED, reads_mask
+from latentrt_export.checkpoint.served import INSTRUCTED, TINY, reads_mask, vae_class, vae_factor
 from latentrt_export.checkpoint.single.choices import Choices
 from latentrt_export.checkpoint.source import SCHEDULE, Checkpoint, tokenizer_of
 
@@ -60,12 +60,12 @@ def model_spec(checkpoint: Checkpoint, networks: Mapping[str, NetworkSpec], how:
         revision=checkpoint.revision,
         license=checkpoint.license,
         latents=latents_of(checkpoint),
-        schedule=SCHEDULE,
+        schedule=SCHEDULE if checkpoint.scheduler else None,
         networks=networks,
         zero_negative=bool(checkpoint.index.get("force_zeros_for_empty_prompt", xl)),
         scaled_picture=bool(checkpoint.index.get("is_cosxl_edit")),
         keeps_steps=checkpoint.pipeline.startswith("LatentConsistencyModel"),  # with an image-to-image of its own
-        classes=configs["unet"].get("num_class_embeds"),
+        classes=configs.get("unet", {}).get("num_class_embeds"),
         defaults=_defaults(checkpoint),
         corrections=_corrections(checkpoint),
         made=how,
@@ -74,6 +74,8 @@ def model_spec(checkpoint: Checkpoint, networks: Mapping[str, NetworkSpec], how:
 
 def notes_of(checkpoint: Checkpoint, spec: ModelSpec) -> tuple[str, ...]:
     """Return what a user should know of how the checkpoint was opened and its settings are taken, one sentence each."""
+    if not spec.draws:
+        return checkpoint.notes
     schedule = Schedule.from_config(checkpoint.scheduler, spec.corrected(SCHEDULE))
     ignored = (f"{SCHEDULE}: {key} is ignored; no scheduler has it" for key in schedule.unknown_keys)
     return (
@@ -121,6 +123,8 @@ def signature(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:
 
 
 def _corrections(checkpoint: Checkpoint) -> tuple[Correction, ...]:
+    if "unet" not in checkpoint.configs:
+        return ()
     pipeline = drawn_by(checkpoint.pipeline, masked=reads_mask(checkpoint.configs))
     return corrections_of(pipeline, checkpoint.scheduler, checkpoint.configs["unet"], checkpoint.scheduler_class)
 
@@ -130,6 +134,8 @@ def latents_of(checkpoint: Checkpoint) -> LatentSpec:
 
     Graphs that exist already double what they halved: sides must halve evenly. Those of `graphs.wrap` take all sides.
     """
+    if "unet" not in checkpoint.configs:
+        return _alone(checkpoint.configs["vae"])
     corrected = {each.key: each.value for each in _corrections(checkpoint) if each.file == UNET}
     unet, vae = {**checkpoint.configs["unet"], **corrected}, checkpoint.configs.get("vae")
     if vae is None:
@@ -142,12 +148,20 @@ def _latents(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> LatentSpec:
     height, width = _size(unet)
     return LatentSpec(
         channels=vae.get("latent_channels", 4),
-        factor=2 ** (len(vae.get("block_out_channels", (64,))) - 1),
-        scale=float(vae.get("scaling_factor", 0.18215)),
+        factor=vae_factor(vae),
+        scale=float(vae.get("scaling_factor", 1.0 if vae_class(vae) == TINY else 0.18215)),
         shift=float(vae.get("shift_factor") or 0.0),
         height=height,
         width=width,
     )
+
+
+def _alone(vae: Mapping[str, Any]) -> LatentSpec:
+    """Return the latents of a VAE without a model; AutoencoderTiny's config has no size."""
+    factor = vae_factor(vae)
+    size = vae.get("sample_size", 64 * factor if vae_class(vae) == TINY else 32)
+    sides = size if isinstance(size, (list, tuple)) else (size, size)
+    return _latents({"sample_size": [max(1, side // factor) for side in sides]}, vae)
 
 
 def _pixels(unet: Mapping[str, Any]) -> LatentSpec:
@@ -177,7 +191,7 @@ def _defaults(checkpoint: Checkpoint) -> Defaults:
         return Defaults(min(1000, trained), 1.0)
     if checkpoint.pipeline == "DDIMPipeline":
         return Defaults(min(50, trained), 1.0, "ddim")
-    if checkpoint.configs["unet"].get("time_cond_proj_dim") is not None:
+    if checkpoint.configs.get("unet", {}).get("time_cond_proj_dim") is not None:
         return Defaults(*LCM)
     if INSTRUCTED in checkpoint.pipeline:
         return Defaults(*(XL_PIX2PIX if "text_encoder_2" in checkpoint.configs else PIX2PIX))

@@ -34,7 +34,17 @@ from latentrt.bundle.spec import (
 from latentrt.errors import ExportError, LatentrtError
 from latentrt_export.checkpoint.single.choices import AS_THEY_ARE, Choices
 from latentrt_export.checkpoint.source import Checkpoint, checkpoint_of, tokenizer_of
-from latentrt_export.describe import GRAPHS, ROLES, made, model_spec, notes_of, open_tokenizer, signature, tokens_of
+from latentrt_export.describe import (
+    GRAPHS,
+    ROLES,
+    latents_of,
+    made,
+    model_spec,
+    notes_of,
+    open_tokenizer,
+    signature,
+    tokens_of,
+)
 from latentrt_export.existing.graph import existing_graph, open_graphs
 from latentrt_export.existing.variants import checked
 from latentrt_export.graphs.cpu_graph import cpu_path, for_cpu
@@ -107,8 +117,8 @@ def export_bundle(
     """Turn the checkpoint `source` into the bundle `target`.
 
     Args:
-        source: a diffusers folder, a hub id, a single .safetensors file, preset:NAME (see
-            `latentrt_export.checkpoint.presets`), or a folder of ONNX graphs (see
+        source: a diffusers folder, of a model or of a VAE alone, a hub id, a single .safetensors file, preset:NAME
+            (see `latentrt_export.checkpoint.presets`), or a folder of ONNX graphs (see
             `latentrt_export.checkpoint.onnx_folder`), which needs no torch.
         target: a folder; `source` itself adds the graphs to the checkpoint (with `overwrite`).
         revision, variant: as in `open_checkpoint`.
@@ -187,7 +197,8 @@ def networks_of(checkpoint: Checkpoint) -> tuple[str, ...]:
     """Return the names of the networks that a bundle of this checkpoint has."""
     if checkpoint.graphs:
         return tuple(checkpoint.graphs)
-    return (*checkpoint.text_encoders, "unet", *(("vae_decoder", "vae_encoder") if "vae" in checkpoint.configs else ()))
+    unet = ["unet"] if "unet" in checkpoint.configs else []
+    return (*checkpoint.text_encoders, *unet, *(("vae_decoder", "vae_encoder") if "vae" in checkpoint.configs else ()))
 
 
 def _copy(checkpoint: Checkpoint, root: Path) -> None:
@@ -198,7 +209,7 @@ def _copy(checkpoint: Checkpoint, root: Path) -> None:
     for folder in map(tokenizer_of, checkpoint.text_encoders):
         if not (root / folder / "tokenizer.json").is_file():
             open_tokenizer(checkpoint, folder).write_json(root / folder / "tokenizer.json")
-    if not checkpoint.graphs:  # diffusers opens no ONNX
+    if not checkpoint.graphs and "unet" in checkpoint.configs:  # diffusers opens no ONNX, and no pipeline of a VAE
         index = plain_index(checkpoint)
         (root / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
@@ -241,6 +252,9 @@ def _write(checkpoint: Checkpoint, root: Path, name: str, model: ir.Model) -> tu
     inputs, outputs = signature(model.graph.inputs), signature(model.graph.outputs)
     if ROLES.get(name) in (DENOISER, SHALLOW):  # the tracer writes sizes in its own form, as 4*(height//4)
         outputs = tuple(replace(each, shape=inputs[0].shape) if each.name == "out" else each for each in outputs)
+    if name == "vae_encoder" and not checkpoint.graphs and (factor := latents_of(checkpoint).factor) > 1:
+        halved = (f"(height//{factor})", f"(width//{factor})")  # and ((height - 1)//8) + 1 of strided convolutions
+        outputs = tuple(replace(each, shape=(*each.shape[:2], *halved)) for each in outputs)
     variant = Variant(GRAPHS[name], model.opset_imports[""], len(model.graph))
     spec = NetworkSpec(ROLES.get(name, TEXT_ENCODER), inputs, outputs, {FP32: variant}, tokenizer_of(name) or None)
     return spec, NetworkSummary(0.0, len(model.graph), path.stat().st_size, shared.shared, shared.sidecar)
@@ -252,7 +266,7 @@ def _add_half(root: Path, spec: ModelSpec) -> ModelSpec:
     Nodes that would overflow in one small run stay in float32.
     """
     networks, measured = {}, measure_networks(root, spec)
-    given = [spec.networks[name].outputs for name in (*spec.named(CONDITIONER), spec.denoiser)]
+    given = [spec.networks[name].outputs for name in (*spec.named(CONDITIONER), *spec.named(DENOISER))]
     passed = [tensor.name for tensors in given for tensor in tensors if tensor.name != "out"]
     between = {key: own[key] for own in measured.values() for key in passed if key in own}
     exact = too_large(between, passed)
@@ -273,7 +287,9 @@ def _add_half(root: Path, spec: ModelSpec) -> ModelSpec:
 
 
 def _add_cpu(root: Path, spec: ModelSpec) -> ModelSpec:
-    """Write the denoiser's graph for ONNX Runtime on the CPU, if it differs from the float32 one."""
+    """Write the denoiser's graph for ONNX Runtime on the CPU, if there is one and it differs from the float32 one."""
+    if not spec.draws:
+        return spec
     network = spec.networks[spec.denoiser]
     path = network.variants[FP32].path
     model = ir.load(root / path)
@@ -314,7 +330,7 @@ def _weights(checkpoint: Checkpoint, root: Path, folder: Path) -> list[Path]:
 def _write_manifest(root: Path, spec: ModelSpec, golden: Measure | None) -> None:
     names = [path.relative_to(root).as_posix() for path in _files(root)]
     write_manifest(root, spec, names)
-    if golden is not None:
+    if golden is not None and spec.draws:
         write_manifest(root, replace(spec, golden=golden(root, spec)), names)
 
 

@@ -84,6 +84,18 @@ def test_sides_are_multiples_of_the_step() -> None:
         latents.shape_of(20, None)
 
 
+def test_a_vae_alone_has_neither_denoiser_nor_schedule() -> None:
+    decoder = {"vae_decoder": MODEL.networks["vae_decoder"]}
+    alone = replace(MODEL, schedule=None, networks=decoder, golden=())
+    assert model_from(json.loads(json.dumps(alone.to_dict()))) == alone
+    assert (MODEL.draws, alone.draws) == (True, False)
+    with pytest.raises(BundleError, match="tiny has no denoiser: it is a VAE"):
+        _ = alone.denoiser
+    for wrong in (replace(MODEL, networks=decoder), replace(MODEL, schedule=None)):
+        with pytest.raises(BundleError, match="schedule"):
+            model_from(wrong.to_dict())
+
+
 # ---- Schema 1
 
 

@@ -38,6 +38,19 @@ def test_generate_many_with_a_grid_and_previews(run: Run) -> None:
         assert grid.width > 2 * 128
 
 
+def test_generate_with_vaes_and_tiles(run: Run) -> None:
+    """Previews by another decoder, here the same one, and tiles; what would be ignored is refused."""
+    assert "--preview-vae without previews" in refused(run, "generate", "a", "--preview-vae", "emoji")
+    assert "tile is 100" in refused(run, "generate", "a", "--tile", "100")
+    vaes = ["--vae", "emoji", "--preview-vae", "emoji", "--tile", "64"]
+    code, _, _ = run("generate", "a cat", "--steps", "2", "--preview-every", "2", "-o", "cat.png", *vaes)
+    assert code == 0
+    made = read_settings("cat.png")
+    assert (made["vae"], made["tile"]) == ("emoji", 64)
+    with Image.open("cat.png") as image, Image.open("cat-002-current.png") as preview:
+        assert image.tobytes() == preview.tobytes()
+
+
 def test_generate_on_a_picture(run: Run) -> None:
     """A photograph that lies on its side, then a part of the result."""
     exif = Image.Exif()

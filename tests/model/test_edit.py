@@ -125,6 +125,7 @@ def pair(exported: Exported) -> Iterator[Callable[[str], Pair]]:
         ("sd", None, 0.8, 3.0),
         ("sd", "unipc", 0.5, 1.0),
         ("sd2", "dpmpp-2m", 1.0, 5.0),
+        ("tiny-vae", "euler-ancestral", 0.6, 3.0),
         ("sdxl", None, 0.5, 3.0),
         ("sdxl", "dpmpp-3m-sde", 0.8, 1.0),
         ("sdxl", "euler", 1.0, 5.0),

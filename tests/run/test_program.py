@@ -99,6 +99,32 @@ def test_sdxl_concatenates_texts_and_zeroes_the_negative_one(
         assert psnr(pictures(ours), pictures(theirs)) > 60
 
 
+@pytest.mark.parametrize(("precision", "least"), [("fp32", 60), ("fp16", 40)])
+def test_a_tiny_vae_and_tiles(
+    gpu: HostGpu,
+    exported: Callable[[str], tuple[Path, Path]],
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str,
+    least: float,
+) -> None:
+    """One launch as large as a tile; beyond it ticks, since a graph of the whole picture has no tiles."""
+    _, bundle = exported("tiny-vae")
+    backend = OrtBackend(threads=1, gpu=gpu, precision=precision)
+    with (
+        Engine.load(bundle, backend=backend, check_hashes=False, tile=16) as there,
+        Engine.load(bundle, threads=1, check_hashes=False, tile=16) as here,
+    ):
+        drawn, program = list[int](), there._program
+        assert program is not None
+        draw = program.draw
+        monkeypatch.setattr(program, "draw", lambda jobs: drawn.append(jobs[0].latents.shape[1]) or draw(jobs))
+        for size in (16, 32):
+            asked = {"steps": 2, "seed": 3, "width": size, "height": size}
+            ours = there("a cat", **asked)
+            assert drawn == [8]
+            assert psnr(pictures(ours), pictures(here("a cat", **asked))) > least
+
+
 def test_half_graphs_draw_nearly_the_same(gpu: HostGpu) -> None:
     backend = OrtBackend(threads=1, gpu=gpu, precision="fp16")
     with Engine.load(backend=backend, check_hashes=False) as there:

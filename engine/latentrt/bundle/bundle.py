@@ -94,9 +94,10 @@ class Bundle:
         networks = self.spec.networks.values()
         graphs = [self.path(variant.path) for network in networks for variant in network.variants.values()]
         tokenizers = (network.tokenizer for network in networks if network.tokenizer is not None)
-        whole = {self.path(name) for name in tokenizers} | {self.path(self.spec.schedule).parent}
+        schedules = [] if self.spec.schedule is None else [self.path(self.spec.schedule)]
+        whole = {self.path(name) for name in tokenizers} | {path.parent for path in schedules}
         listed = {self.path(name) for name in self.files} | {self.root / MANIFEST}
-        for path in [*graphs, self.path(self.spec.schedule)]:
+        for path in [*graphs, *schedules]:
             if path not in listed:
                 raise _unlisted(path)
         for path in sorted(set(self.root.rglob("*")) - listed):

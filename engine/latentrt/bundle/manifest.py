@@ -92,8 +92,7 @@ def check(spec: ModelSpec) -> None:
     Raises:
         BundleError: the first field that is wrong, by its name.
     """
-    for name in ("id", "schedule"):
-        _need(is_text(getattr(spec, name)), name, getattr(spec, name), "text")
+    _need(is_text(spec.id), "id", spec.id, "text")
     for name in ("revision", "license"):
         value = getattr(spec, name)
         _need(value is None or isinstance(value, str), name, value, "text or null")
@@ -106,7 +105,7 @@ def check(spec: ModelSpec) -> None:
     for name, network in spec.networks.items():
         _need(name.isidentifier(), "networks", name, "networks' names, letters and underscores")
         _check_network(f"networks.{name}", network)
-    _need(len(spec.named(DENOISER)) == 1, "networks", list(spec.networks), f"one with the role {DENOISER!r}")
+    _check_kind(spec)
     for role in (SHALLOW, DECODER, ENCODER):
         _need(len(spec.named(role)) <= 1, "networks", list(spec.networks), f"at most one with the role {role!r}")
     for correction in spec.corrections:
@@ -114,6 +113,15 @@ def check(spec: ModelSpec) -> None:
         _need(all(map(is_text, texts)), "corrections' file, key and why", texts, "text")
     for golden in spec.golden:
         _check_golden(golden)
+
+
+def _check_kind(spec: ModelSpec) -> None:
+    """Check that it is a model with one denoiser and its schedule, or a VAE alone."""
+    alone = bool(spec.named(DECODER)) and {network.role for network in spec.networks.values()} <= {DECODER, ENCODER}
+    needed = f"one with the role {DENOISER!r}, or those of a VAE alone"
+    _need(alone or len(spec.named(DENOISER)) == 1, "networks", list(spec.networks), needed)
+    schedule, kind = spec.schedule, "null: there is no denoiser" if alone else "text"
+    _need(schedule is None if alone else is_text(schedule), "schedule", schedule, kind)
 
 
 def _check_latents(latents: LatentSpec) -> None:

@@ -217,9 +217,10 @@ class ModelSpec:
     Attributes:
         id, revision, license: of the checkpoint.
         latents: what is denoised.
-        schedule: the path of scheduler_config.json.
-        networks: by name ("text_encoder", "unet", "vae_decoder", ...). One is the denoiser. Text encoders are in the
-            order in which their states are concatenated. A model without a decoder denoises pixels.
+        schedule: the path of scheduler_config.json; None where there is no denoiser.
+        networks: by name ("text_encoder", "unet", "vae_decoder", ...). One is the denoiser; none in the bundle of a
+            VAE alone. Text encoders are in the order in which their states are concatenated. A model without a decoder
+            denoises pixels.
         zero_negative: whether the states of a missing negative prompt are zeros.
         scaled_picture: whether a picture that is edited by instruction is shown scaled as latents are (CosXL Edit).
         keeps_steps: whether LCM's runs on a given picture make all steps at any strength; see `tabulate`.
@@ -234,7 +235,7 @@ class ModelSpec:
     revision: str | None
     license: str | None
     latents: LatentSpec
-    schedule: str
+    schedule: str | None
     networks: Mapping[str, NetworkSpec]
     zero_negative: bool = False
     scaled_picture: bool = False
@@ -259,8 +260,20 @@ class ModelSpec:
         return {each.key: each.value for each in self.corrections if each.file == file}
 
     @property
+    def draws(self) -> bool:
+        """Whether it is a model; the bundle of a VAE alone has no denoiser."""
+        return bool(self.named(DENOISER))
+
+    @property
     def denoiser(self) -> str:
-        """The name of the network that every row calls."""
+        """The name of the network that every row calls.
+
+        Raises:
+            BundleError: there is none.
+        """
+        if not self.draws:
+            needed, fix = "a model", "pass it beside one: --vae, --preview-vae"
+            raise BundleError(f"{self.id} has no denoiser: it is a VAE", needed=needed, fix=fix)
         return self.named(DENOISER)[0]
 
     def graph(self, network: str, *variants: str) -> GraphSpec:

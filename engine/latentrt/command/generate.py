@@ -15,6 +15,8 @@ from latentrt.command.options import (
     AT_LEAST_ONE,
     FOLDER,
     LOADING,
+    VAES,
+    decodes_pictures,
     edits_pictures,
     option_json,
     runs_in_stages,
@@ -92,6 +94,7 @@ SETTINGS = (
 )
 @edits_pictures
 @runs_in_stages
+@decodes_pictures
 @runs_networks
 @option_json
 def generate(prompts: tuple[str, ...], bundle: Path, lanes: int | None, as_json: bool, **asked: Any) -> None:
@@ -101,13 +104,15 @@ def generate(prompts: tuple[str, ...], bundle: Path, lanes: int | None, as_json:
     from latentrt.images.given import open_picture
     from latentrt.runtime.onnxruntime import return_freed_pages
 
-    loading = {name: asked.pop(name) for name in (*LOADING, "refiner")}
+    loading = {name: asked.pop(name) for name in (*LOADING, *VAES, "refiner")}
     if loading["refiner"] is not None and asked["handoff"] is None:
         asked["handoff"] = HANDOFF
     pattern = with_suffix(asked["output"] or ("{prompt}-{seed}" if prompts else "{model}-{seed}"), asked["format"])
     check_folder(pattern)
     check_grid(asked["grid"])
     check_animation(asked["animate"])
+    if loading["preview_vae"] and not asked["preview_every"] and not asked["animate"]:
+        raise RequestError("--preview-vae without previews", needed="--preview-every or --animate")
     settings = settings_of(asked)
     pictures = {name: open_picture(asked[name]) for name in ("image", "mask") if asked[name] is not None}
     return_freed_pages()

@@ -169,8 +169,9 @@ def inspect(bundle: Path, as_json: bool) -> None:
         ]
         table.add_row(name, network.role, graphs, *shapes)
     show(table)
-    schedule = opened.json(spec.schedule)
-    print(f"schedule: {schedule['_class_name']}, {schedule.get('prediction_type', 'epsilon')}")
+    if spec.schedule is not None:
+        schedule = opened.json(spec.schedule)
+        print(f"schedule: {schedule['_class_name']}, {schedule.get('prediction_type', 'epsilon')}")
     for correction in spec.corrections:
         print(correction)
 

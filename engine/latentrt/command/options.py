@@ -61,6 +61,24 @@ def runs_networks(verb: Verb) -> Verb:
     return verb
 
 
+VAES = ("tile", "preview_vae", "vae")  # options of `decodes_pictures`
+
+
+def decodes_pictures(verb: Verb) -> Verb:
+    """Add the options of how pictures are decoded; their names are those of `Engine.load`."""
+    for option in (
+        click.option(
+            "--tile",
+            type=AT_LEAST_ONE,
+            help="Decode and encode pictures with a longer side in overlapping tiles of so many pixels: less memory.",
+        ),
+        click.option("--preview-vae", type=FOLDER, help="Bundle whose decoder makes the previews."),
+        click.option("--vae", type=FOLDER, help="Bundle whose VAE takes the place of the model's."),
+    ):
+        verb = option(verb)
+    return verb
+
+
 def edits_pictures(verb: Verb) -> Verb:
     """Add the options of a verb that may begin on an existing picture."""
     for option in (
@@ -104,7 +122,7 @@ def runs_in_stages(verb: Verb) -> Verb:
 def options_single(verb: Verb) -> Verb:
     """Add what a user decides about a checkpoint; the names are those of `latentrt_export`'s `Choices`."""
     for option in (
-        click.option("--vae", type=FOLDER, help="Safetensors file of the VAE to take instead of the checkpoint's."),
+        click.option("--vae", type=FOLDER, help="Folder or file of the VAE to take instead of the checkpoint's."),
         click.option("--ema", is_flag=True, help="Take a single file's averaged weights."),
         click.option(
             "--prediction-type", help="What a single file's UNet predicts: epsilon or v_prediction  [default: by rules]"

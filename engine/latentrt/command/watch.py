@@ -56,7 +56,7 @@ class Watch:
         from latentrt.images.files import save
 
         if job.preview is not None and job.wants_preview:
-            images = self._engine.decode(job.view), self._engine.decode(job.preview)
+            images = self._engine.preview(job.view), self._engine.preview(job.preview)
             self._seen.setdefault(job.moved, {})[job] = images
             if job.moved in self._rows(job):
                 for kind, image in zip(KINDS, images, strict=True):

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from latentrt.bundle.spec import LatentSpec
 from latentrt.errors import BundleError, NetworkError
+from latentrt.model.tiles import Tiles
 from latentrt.runtime.base import Network, call
 from latentrt.sampling.noise import NoiseSource
 
@@ -46,36 +47,53 @@ class Codec(Protocol):
         """Return (count, channels, height, width) latents as pictures (count, channels, H, W) in about -1..1."""
 
 
-class AutoencoderKL:
-    """A VAE of two networks.
+class Vae:
+    """A VAE of two networks, AutoencoderKL or AutoencoderTiny.
 
     Args:
         decoder: from "latents" to "image".
-        encoder: from "image" to "moments": mean, then log variance; None where the bundle has none.
+        encoder: from "image" to "moments": mean, then log variance; or to "latents", which are exact. None where the
+            bundle has none.
         latents: scale and shift.
+        tiles: how latents that are larger than one tile are cut; None: they are not.
     """
 
-    def __init__(self, decoder: Network, encoder: Network | None, latents: LatentSpec) -> None:
+    def __init__(
+        self, decoder: Network, encoder: Network | None, latents: LatentSpec, tiles: Tiles | None = None
+    ) -> None:
         self._decoder, self._encoder = decoder, encoder
-        self._spec = latents
+        self._spec, self._tiles = latents, tiles
 
     def encode(self, image: Float32) -> Encoded:
         """See `Codec.encode`."""
-        if self._encoder is None:
+        encoder = self._encoder
+        if encoder is None:
             raise BundleError("the bundle has no VAE encoder", needed="one, to begin on a picture")
-        moments: Float32 = call(self._encoder, {"image": image[None]})["moments"][0]
-        if not np.isfinite(moments).all():
+        (output,) = encoder.graph.outputs
+
+        def run(images: Float32) -> Float32:
+            return call(encoder, {"image": images})[output.name]
+
+        (found,) = run(image[None]) if self._tiles is None else self._tiles.encode(run, image[None])
+        if not np.isfinite(found).all():
             raise NetworkError(
                 "the VAE encoder's numbers are not finite", needed="finite numbers", fix="take --precision fp32"
             )
-        mean, log_variance = np.split(moments, 2)
-        std: Float32 = np.exp(log_variance.clip(-30, 20) / 2)  # diffusers' DiagonalGaussianDistribution
         scale, shift = np.float32(self._spec.scale), np.float32(self._spec.shift)
+        if output.name == "latents":
+            return Encoded((found - shift) * scale)
+        mean, log_variance = np.split(found, 2)
+        std: Float32 = np.exp(log_variance.clip(-30, 20) / 2)  # diffusers' DiagonalGaussianDistribution
         return Encoded((mean - shift) * scale, std * scale)
 
     def decode(self, latents: Float32) -> Float32:
         """See `Codec.decode`."""
-        return call(self._decoder, {"latents": latents / self._spec.scale + self._spec.shift})["image"]
+
+        def run(unscaled: Float32) -> Float32:
+            return call(self._decoder, {"latents": unscaled})["image"]
+
+        unscaled = latents / self._spec.scale + self._spec.shift
+        return run(unscaled) if self._tiles is None else self._tiles.decode(run, unscaled)
 
 
 class Identity:

@@ -5,22 +5,23 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from latentrt.bundle.bundle import Bundle
 from latentrt.bundle.spec import CONDITIONER, DECODER, DENOISER, ENCODER, ROLES, SHALLOW
-from latentrt.errors import RequestError
+from latentrt.errors import PlanError, RequestError
 from latentrt.images.given import prepared
-from latentrt.model.codec import AutoencoderKL, Codec, Identity
+from latentrt.model.codec import Codec, Identity, Vae
 from latentrt.model.conditioners.beside import Repainted
 from latentrt.model.conditioners.guidance_embedding import GuidanceEmbedding
 from latentrt.model.conditioners.registry import Parts, conditioners_of
 from latentrt.model.given import Given
 from latentrt.model.hoisted import Hoisted
 from latentrt.model.inputs import Sides
+from latentrt.model.other_vae import OWN, VaeOptions
 from latentrt.model.predictor import Predictor, inputs_of
 from latentrt.model.text import Text
 from latentrt.request import Request
@@ -53,6 +54,8 @@ class Model:
         schedule: the noise that it was trained with.
         networks: by name, each loaded when it is needed.
         codec: pixels to what is denoised, and back.
+        preview: decodes previews.
+        tiles: how larger latents are cut for the codec; None: they are not.
         predictor: the networks that a row calls.
         hoisted: networks that compute some of the predictor's inputs, once a picture.
         conditioners: fill their inputs and the predictor's others.
@@ -61,22 +64,32 @@ class Model:
         bundle: opened.
         backend: runs the networks.
         resident: keep networks loaded; False drops each after use (`end_of`).
+        vae: another VAE, a decoder of previews, tiles.
+
+    Raises:
+        BundleError: the bundle has no denoiser, or no conditioner fills one of its inputs.
+        RequestError: a VAE or the tiles do not fit the model.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend, *, resident: bool = True) -> None:
-        self.spec, self.resident = bundle.spec, resident
-        schedule = self.spec.schedule
+    def __init__(self, bundle: Bundle, backend: Backend, *, resident: bool = True, vae: VaeOptions = OWN) -> None:
+        denoiser, schedule = bundle.spec.denoiser, str(bundle.spec.schedule)
+        self.spec, self.resident, self._vae = vae.spec(bundle.spec), resident, vae
         self.schedule = Schedule.from_config(bundle.json(schedule), self.spec.corrected(schedule))
-        self.networks = {name: LazyNetwork(partial(backend.load, bundle, name)) for name in self.spec.networks}
+        self.networks = {
+            name: LazyNetwork(partial(backend.load, vae.home(bundle, network.role), name))
+            for name, network in self.spec.networks.items()
+        }
+        self.tiles = vae.tiles(self.spec)
+        self.codec = self._codec()
+        self.preview, self._preview_decoder = self._previews(backend)
         if resident:
             self._load()
-        self.codec = self._codec()
-        denoiser = self.networks[self.spec.denoiser]
+        called = self.networks[denoiser]
         without_depth = next((self.networks[name] for name in self.spec.named(SHALLOW)), None)
-        self.predictor = Predictor([denoiser if backend.gpu is None else denoiser.open()], without_depth)
+        self.predictor = Predictor([called if backend.gpu is None else called.open()], without_depth)
         once = self.spec.named(CONDITIONER)
         self.hoisted = Hoisted(self.networks, self.spec)
-        inputs = inputs_of([self.spec.networks[name] for name in (*once, self.spec.denoiser)])
+        inputs = inputs_of([self.spec.networks[name] for name in (*once, denoiser)])
         self.conditioners = conditioners_of(Parts(bundle, self.networks, self.codec, inputs))
 
     def _load(self) -> None:
@@ -84,12 +97,23 @@ class Model:
         for role in ROLES:
             for name in self.spec.named(role) if role not in (ENCODER, SHALLOW) else ():
                 self.networks[name].open()
+        if self._preview_decoder is not None:
+            self._preview_decoder.open()
 
     def _codec(self) -> Codec:
         decoder, encoder = (next(iter(self.spec.named(role)), None) for role in (DECODER, ENCODER))
         if decoder is None:
             return Identity()
-        return AutoencoderKL(self.networks[decoder], self.networks[encoder] if encoder else None, self.spec.latents)
+        encoders = self.networks[encoder] if encoder else None
+        return Vae(self.networks[decoder], encoders, self.spec.latents, self.tiles)
+
+    def _previews(self, backend: Backend) -> tuple[Codec, LazyNetwork | None]:
+        """Return the codec of previews, and its network where that is another one than the model's."""
+        bundle = self._vae.preview
+        if bundle is None:
+            return self.codec, None
+        decoder = LazyNetwork(partial(backend.load, bundle, bundle.spec.named(DECODER)[0]))
+        return Vae(decoder, None, bundle.spec.latents, self.tiles), decoder
 
     @property
     def text(self) -> Text | None:
@@ -212,6 +236,28 @@ class Model:
         served = [getattr(self.networks[name].open(), "profiles", None) for name in names]
         return drawn_by([each for each in served if each is not None], lanes) if all(served) else None
 
+    def check_tiles(self, height: int, width: int) -> None:
+        """Raise PlanError where TensorRT's plans do not decode the tiles of latents of this size."""
+        if self.tiles is None or not self.resident or not self.tiles.cut(height, width):
+            return
+        decoders = [self.networks[name] for name in self.spec.named(DECODER)]
+        for network in (*decoders, self._preview_decoder):
+            plans = getattr(network and network.open(), "profiles", None)
+            for rows, columns in sorted(self.tiles.sizes(height, width)) if plans else ():
+                if not any(plan.covers({"batch": 1, "height": rows, "width": columns}) for plan in plans or ()):
+                    size = f"{columns * self.tiles.factor}x{rows * self.tiles.factor}"
+                    raise PlanError(
+                        f"no plan of the decoder takes a tile of {size} pixels",
+                        needed=f"one of {'; or '.join(map(str, plans or ()))} in latents",
+                        fix=f"latentrt build BUNDLE --profile size={size}, beside those that it has",
+                    )
+
+    def facts(self, height: int, width: int) -> dict[str, Any]:
+        """Return what pictures of latents of this size carry of how they were decoded, where it is not the usual."""
+        other, tiles = self._vae.other, self.tiles
+        facts = {} if other is None else {"vae": other.spec.id}
+        return facts | ({"tile": self._vae.tile} if tiles is not None and tiles.cut(height, width) else {})
+
     def end_of(self, *roles: str) -> None:
         """Drop the networks of roles that are no longer needed, unless they are resident."""
         if not self.resident:
@@ -220,5 +266,5 @@ class Model:
 
     def close(self) -> None:
         """Free the networks' memory."""
-        for network in self.networks.values():
+        for network in (*self.networks.values(), *([self._preview_decoder] if self._preview_decoder else [])):
             network.close()

@@ -149,12 +149,12 @@ class Job:
     @property
     def sides(self) -> tuple[Inputs, ...]:
         """The inputs of its lanes in rows with guidance, the prompt's last."""
-        return Sides(self.uncond, self.cond, self.image).lanes(self.most_lanes)
+        return Sides(self.uncond, self.cond, self.image).lanes(self.guidance.lanes)
 
     @property
     def lanes(self) -> int:
         """The lanes that the next row takes."""
-        return self.most_lanes if self.guided else 1
+        return self.guidance.lanes if self.guided else 1
 
     @property
     def shallow(self) -> bool:
@@ -169,8 +169,8 @@ class Job:
 
     @property
     def most_lanes(self) -> int:
-        """The most lanes that any of its rows takes: the number reserved for its whole run."""
-        return self.guidance.lanes
+        """The most lanes that any of its rows takes, in any stage: the number reserved for its whole run."""
+        return max(self.guidance.lanes, *(stage.guidance.lanes for stage in self.later), 1)
 
     def fail(self, row: int) -> None:
         """End the job: its latents are not finite after `row` rows."""

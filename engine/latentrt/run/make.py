@@ -39,6 +39,7 @@ def make_jobs(
     Raises:
         RequestError: a setting is out of range, or the model cannot do it.
         UnknownSolverError, ScheduleError: the solver or one of its options is unknown or does not fit.
+        PlanError: the decoder has no plan for the picture's tiles.
     """
     request = model.filled(request, refiner.fields if refiner is not None and request.handoff is not None else ())
     if given is None:
@@ -48,6 +49,10 @@ def make_jobs(
     later = later_stages(model, request, given, refiner)
     guidance = model.guidance(request)
     size = model.spec.latents.pixels_of(request.height, request.width)
+    final = model.spec.latents.enlarged(*size, request.hires_scale or 1.0)
+    height, width = model.spec.latents.shape_of(*final)[1:]
+    model.check_tiles(height, width)
+    facts = {**model.facts(height, width), **(given.facts if given else {})}
     jobs = []
     for index in range(first, first + request.count):
         seed = request.seed + index
@@ -69,7 +74,7 @@ def make_jobs(
                 kept=kept,
                 start=start,
                 later=later,
-                tag={**tag, **(given.facts if given else {})},
+                tag={**tag, **facts},
             )
         )
     return jobs

@@ -96,6 +96,9 @@ def loaded(settings: Settings) -> Iterator[Engine]:
         cache=settings.cache,
         spin=settings.spin,
         refiner=settings.refiner,
+        vae=settings.vae,
+        preview_vae=settings.preview_vae,
+        tile=settings.tile,
     ) as engine:
         if settings.edits:
             pipeline.load_encoder(engine)

@@ -12,13 +12,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel, UNet2DModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from latentrt.errors import ExportError
 from latentrt.values import is_number
 from latentrt_export.checkpoint.files import read_json
+from latentrt_export.checkpoint.served import KL, TINY, vae_class
 from latentrt_export.checkpoint.source import TEXT, TEXT_2, UNET, VAE, Checkpoint
 from latentrt_export.checkpoint.tensors import open_tensors
 from latentrt_export.checkpoint.weights import stem_of
@@ -57,6 +58,8 @@ def check_complete(checkpoint: Checkpoint, part: str) -> None:
 
 
 def _kind(checkpoint: Checkpoint, part: str) -> str:
+    if part == VAE:
+        return vae_class(checkpoint.configs[VAE])
     pixels = part == UNET and VAE not in checkpoint.configs
     return "pixels" if pixels else part
 
@@ -94,7 +97,8 @@ MAKERS: Mapping[str, Maker] = {
     TEXT_2: _of_transformers(CLIPTextModelWithProjection),
     UNET: _of_diffusers(UNet2DConditionModel),
     "pixels": _of_diffusers(UNet2DModel),
-    VAE: _of_diffusers(AutoencoderKL),
+    KL: _of_diffusers(AutoencoderKL),
+    TINY: _of_diffusers(AutoencoderTiny),
 }
 
 

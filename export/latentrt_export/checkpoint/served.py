@@ -18,6 +18,7 @@ CONDITIONAL = {
 }
 
 
+KL, TINY = VAES = ("AutoencoderKL", "AutoencoderTiny")
 LAYERS = (
     "layers_per_block",
     "transformer_layers_per_block",
@@ -25,6 +26,7 @@ LAYERS = (
     "num_hidden_layers",
 )
 INSTRUCTED = "InstructPix2Pix"  # in the names of pipelines whose UNets read a picture's latents beside their own
+CHANNELS = ("block_out_channels", "encoder_block_out_channels", "decoder_block_out_channels")
 MOST = 65_536  # channels, and sides of a picture
 LEAST_EMBEDDING = 4  # numbers of a guidance embedding: fewer have no frequencies
 MOST_LAYERS = 100  # far beyond any network; keeps a damaged config from making layers without end
@@ -97,6 +99,35 @@ def sizes_read(unet: Config, text: Config) -> int:
     return 0 if rest else int(numbers)
 
 
+def vae_class(vae: Config) -> str:
+    """Return the diffusers class of a VAE. Raise ExportError where it is not one of VAES."""
+    kind = vae.get("_class_name", KL)
+    if kind not in VAES:
+        raise unsupported(f"a VAE of the class {kind!r}", " or ".join(VAES))
+    return str(kind)
+
+
+def vae_factor(vae: Config) -> int:
+    """Return how many pixels a side each of a VAE's latents has."""
+    key, default = ("block_out_channels", (64,)) if vae_class(vae) == KL else ("encoder_block_out_channels", (64,) * 4)
+    return int(2 ** (len(vae.get(key, default)) - 1))
+
+
+def check_vae(vae: Config) -> None:
+    """Refuse a VAE that the engine cannot serve. Raise as `check_networks`."""
+    _check_kinds("vae", vae)
+    for key in ("latents_mean", "latents_std"):
+        if vae.get(key) is not None:
+            raise unsupported(f"a VAE with {key}", f"{key} null (scaling_factor and shift_factor are served)")
+    if vae_class(vae) == KL:
+        return
+    if vae.get("upsampling_scaling_factor", 2) != 2:
+        raise unsupported(f"a VAE with upsampling_scaling_factor {vae['upsampling_scaling_factor']!r}", "2")
+    for key in ("decoder_block_out_channels", "block_out_channels"):
+        if len(vae.get(key, (64,) * 4)) != len(vae.get("encoder_block_out_channels", (64,) * 4)):
+            raise unsupported(f"a VAE with {key} {vae.get(key)!r}", "as many as encoder_block_out_channels has")
+
+
 def _check_kinds(part: str, config: Config) -> None:
     """Refuse a value of another kind among those that are read here, or that say how many layers there are."""
     channels = f"a whole number from 1 to {MOST}"
@@ -106,7 +137,7 @@ def _check_kinds(part: str, config: Config) -> None:
         "projection_dim": (_is_size, channels),
         "num_class_embeds": (lambda value: value is None or _is_size(value), f"null, or {channels}"),
         "sample_size": (_are_sides, f"null, {channels}, or two of them: height and width"),
-        "block_out_channels": (_are_sizes, "a list of whole numbers"),
+        **dict.fromkeys(CHANNELS, (_are_sizes, "a list of whole numbers")),
         "scaling_factor": (lambda value: is_number(value) and value != 0, "a finite number, not 0"),
         "shift_factor": (lambda value: value is None or is_number(value), "null, or a finite number"),
         **dict.fromkeys(LAYERS, (_are_layers, f"a whole number up to {MOST_LAYERS}, or a list of them")),
@@ -160,6 +191,7 @@ def _check_channels(unet: Config, vae: Config, pipeline: str) -> None:
 
 
 def _check_latents(unet: Config, vae: Config, *, xl: bool) -> None:
+    check_vae(vae)
     channels, outputs = vae.get("latent_channels", 4), unet.get("out_channels", 4)
     if outputs != channels:
         raise unsupported(f"a UNet with out_channels {outputs}", f"out_channels {channels} (no learned variance)")
@@ -173,9 +205,6 @@ def _check_latents(unet: Config, vae: Config, *, xl: bool) -> None:
     for key in ("addition_time_embed_dim", "projection_class_embeddings_input_dim") if xl else ():
         if not _is_size(unet.get(key)):
             raise unsupported(f"a UNet with {key} {unet.get(key)!r}", "a whole number in an SDXL pipeline")
-    for key in ("latents_mean", "latents_std"):
-        if vae.get(key) is not None:
-            raise unsupported(f"a VAE with {key}", f"{key} null (scaling_factor and shift_factor are served)")
 
 
 def _check_sizes(unet: Config, text: Config) -> None:

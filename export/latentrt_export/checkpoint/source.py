@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from latentrt.bundle.bundle import PICKLES
-from latentrt.errors import ExportError, LatentrtError, MissingDependencyError, OutputError, UnsafeWeightsError
+from latentrt.errors import ExportError, LatentrtError, OutputError, UnsafeWeightsError
 from latentrt_export.checkpoint.files import AGAIN, license_of, read_json, read_schedule, texts_of, tokenizer_files
-from latentrt_export.checkpoint.served import check_networks, text_config, unsupported
+from latentrt_export.checkpoint.hub import download
+from latentrt_export.checkpoint.lone_vae import fitting, is_vae, vae_folder
+from latentrt_export.checkpoint.served import TINY, VAES, check_networks, text_config, unsupported, vae_class
 from latentrt_export.checkpoint.single.choices import AS_THEY_ARE, Choices
 from latentrt_export.checkpoint.single.folder import make_folder
 from latentrt_export.checkpoint.single.vae_file import vae_files
@@ -43,14 +45,11 @@ CLASSES = {
     TEXT_2: ("CLIPTextModelWithProjection",),
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
     "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
-    VAE: ("AutoencoderKL",),
+    VAE: VAES,
 }
 UNETS = {**dict.fromkeys((SD, XL, REFINER), "UNet2DConditionModel"), PIXELS: "UNet2DModel"}
 SCHEDULE = "scheduler/scheduler_config.json"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-HUB_WEIGHTS = ("text_encoder*/*.safetensors", "unet/*.safetensors", "vae/*.safetensors", "*.safetensors")
-HUB_PATTERNS = ("*.json", "*.txt", "README.md", "LICENSE*", *HUB_WEIGHTS)
-HUB_VARIANTS = ("*.fp16.*", "*.fp16-*", "*.bf16.*", "*.bf16-*", "*.non_ema.*", "*.non_ema-*")
 PRESET = "preset:"
 FOLDER_OR_ID = "pass a folder that has a model_index.json, or the id of one on the hub"
 
@@ -62,9 +61,9 @@ class Checkpoint:
     Attributes:
         root: its folder.
         id, revision, license: where known.
-        index: model_index.json, with the pipeline's class and a class for each part.
+        index: model_index.json, with the pipeline's class and a class for each part; of a VAE alone, its class.
         configs: config.json of each network that it has: "text_encoder", "text_encoder_2", "unet", "vae".
-        scheduler: scheduler_config.json.
+        scheduler: scheduler_config.json; empty for a VAE alone.
         files: where each file of a bundle is now: configs, tokenizers and weights (safetensors, chosen variants under
             their plain names).
         notes: what a user should know of how the checkpoint was opened, one sentence each.
@@ -129,8 +128,10 @@ def _checkpoint(
     if path.is_file() and path.suffix not in PICKLES:
         if revision or variant:
             raise ExportError(f"a revision or variant of the file {path}", needed="a folder, or the id of one")
-        notes = make_folder(path, room, choices)
-        return replace(open_checkpoint(room), id=path.name, notes=notes)
+        folder = choices.vae if choices.vae and Path(choices.vae).is_dir() else None
+        notes = make_folder(path, room, replace(choices, vae=None) if folder else choices)
+        single = replace(open_checkpoint(room), id=path.name, notes=notes)
+        return _with_vae(single, Path(folder), room, choices.vae_note) if folder else single
     choices.check_folder(name)
     if name.startswith(PRESET):
         from latentrt_export.checkpoint.presets import make_checkpoint
@@ -140,14 +141,27 @@ def _checkpoint(
         checkpoint = open_checkpoint(source, revision, variant)
     if not choices.vae:
         return checkpoint
-    other = vae_files(Path(choices.vae), room, checkpoint.configs.get(VAE))
+    return _with_vae(checkpoint, Path(choices.vae), room, choices.vae_note)
+
+
+def _with_vae(checkpoint: Checkpoint, vae: Path, room: Path, note: str) -> Checkpoint:
+    """Return a checkpoint with the VAE of another folder or file."""
+    if UNET not in checkpoint.configs:
+        raise ExportError(f"--vae with {checkpoint.id}, which is a VAE", needed="a model", fix="leave out --vae")
+    own = checkpoint.configs.get(VAE)
+    if own is not None and vae_class(own) == TINY and not vae.is_dir():
+        found = f"--vae {vae.name} with {checkpoint.id}, whose VAE is an {TINY}"
+        raise ExportError(found, needed="a folder: a file does not say how its latents are scaled")
+    other = fitting(vae, own) if vae.is_dir() else vae_files(vae, room, own)
     files = {file: path for file, path in checkpoint.files.items() if not file.startswith(f"{VAE}/")}
-    configs = {**checkpoint.configs, VAE: read_json(other[f"{VAE}/config.json"])}
-    return replace(checkpoint, configs=configs, files=files | other, notes=(*checkpoint.notes, choices.vae_note))
+    config = read_json(other[f"{VAE}/config.json"])
+    index = {**checkpoint.index, VAE: ["diffusers", vae_class(config)]}
+    configs, notes = {**checkpoint.configs, VAE: config}, (*checkpoint.notes, note)
+    return replace(checkpoint, index=index, configs=configs, files=files | other, notes=notes)
 
 
 def open_checkpoint(source: str | Path, revision: str | None = None, variant: str | None = None) -> Checkpoint:
-    """Open a local diffusers folder, or a hub id through huggingface_hub (which then keeps it in its cache).
+    """Open a local diffusers folder, of a model or a VAE, or a hub id through huggingface_hub, which caches it.
 
     Args:
         source: a folder, or "owner/name".
@@ -161,6 +175,11 @@ def open_checkpoint(source: str | Path, revision: str | None = None, variant: st
         UnsafeWeightsError: a network has pickled weights only.
     """
     root, name, commit = _locate(source, revision, variant)
+    if is_vae(root):
+        config, files, notes = vae_folder(root, variant)
+        texts = {file: path for file, path in texts_of(root).items() if file != "config.json"}
+        index = {"_class_name": vae_class(config)}
+        return Checkpoint(root, name, commit, license_of(root), index, {VAE: config}, {}, texts | files, notes)
     index = _index(root)
     parts = _parts(index)
     for part in parts:
@@ -168,6 +187,8 @@ def open_checkpoint(source: str | Path, revision: str | None = None, variant: st
     homes = {part: _home(root, part) for part in parts}
     configs = {part: _config(home, part) for part, home in homes.items()}
     check_networks(configs, UNETS[parts], index["_class_name"])
+    if VAE in configs:
+        check_class(index, VAE, (vae_class(configs[VAE]),))
     weights = choose_weights(homes, variant)
     schedule = root / SCHEDULE if (root / SCHEDULE).is_file() else root / "scheduler_config.json"
     files = {name: path for name, path in texts_of(root).items() if path not in _flat(root, homes)}
@@ -219,7 +240,7 @@ def _locate(source: str | Path, revision: str | None, variant: str | None) -> tu
     path = Path(source)
     if path.is_dir():
         flat = (path / "config.json").is_file() and (path / "scheduler_config.json").is_file()
-        if not flat and not (path / "model_index.json").is_file():
+        if not flat and not is_vae(path) and not (path / "model_index.json").is_file():
             raise ExportError(
                 f"{path} has no model_index.json", needed="a diffusers checkpoint folder", fix=FOLDER_OR_ID
             )
@@ -230,7 +251,7 @@ def _locate(source: str | Path, revision: str | None, variant: str | None) -> tu
         raise ExportError(f"there is no file {source}", needed="a single .safetensors file")
     if not HUB_ID.fullmatch(str(source)):
         raise ExportError(f"there is no folder {source}", needed="a diffusers checkpoint", fix=FOLDER_OR_ID)
-    root = _download(str(source), revision, variant)
+    root = download(str(source), revision, variant, _has_weights)
     return root, str(source), root.name if root.parent.name == "snapshots" else revision
 
 
@@ -241,37 +262,10 @@ def _single_file(path: Path) -> ExportError | UnsafeWeightsError:
     return ExportError(f"{path} is a file", needed="a diffusers checkpoint folder", fix="use checkpoint_of")
 
 
-def _download(repository: str, revision: str | None, variant: str | None) -> Path:
-    """Fetch JSON, text and safetensors of a hub repository; pickles and code are never downloaded."""
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"huggingface_hub cannot be imported ({error})",
-            needed="this package, to download",
-            fix="pip install 'latentrt[export]'",
-        ) from error
-
-    def download(ignored: Sequence[str]) -> Path:
-        return Path(
-            snapshot_download(repository, revision=revision, allow_patterns=[*HUB_PATTERNS], ignore_patterns=[*ignored])
-        )
-
-    try:
-        root = download(() if variant else HUB_VARIANTS)
-        if not _has_weights(root):
-            root = download(())  # it has variants only
-    except (OSError, ValueError) as error:  # every error of huggingface_hub is one or the other
-        raise ExportError(
-            f"{repository} is no folder here and cannot be downloaded ({error})",
-            needed="a local diffusers folder, or the hub",
-            fix="check the id, the revision and the network; for a gated model: hf auth login",
-        ) from error
-    return root
-
-
 def _has_weights(root: Path) -> bool:
     """Return whether every network of a checkpoint has safetensors of some kind."""
+    if is_vae(root):
+        return any(root.glob("*.safetensors"))
     return all(any(_home(root, part).glob("*.safetensors")) for part in _parts(_index(root)))
 
 

@@ -18,10 +18,11 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from latentrt.bundle.bundle import Bundle
-from latentrt.bundle.spec import ENCODER, FP32, SHALLOW, GraphSpec, ModelSpec
+from latentrt.bundle.spec import DECODER, ENCODER, FP32, SHALLOW, GraphSpec, ModelSpec
 from latentrt.cuda.gpu import Gpu
 from latentrt.engine import Engine
 from latentrt.golden import example
+from latentrt.model.codec import Vae
 from latentrt.runtime.base import Facts
 from latentrt.runtime.onnxruntime import load_onnxruntime
 from latentrt.runtime.signature import Arrays
@@ -75,6 +76,8 @@ def measure_networks(root: Path, spec: ModelSpec) -> dict[str, dict[str, float]]
     """
     gauges = Gauges()
     bundle = Bundle(root, spec, {})
+    if not spec.draws:
+        return _measure_vae(gauges, bundle)
     with Engine(bundle, gauges, resident=False) as engine:
         settings, pictures = example(engine.model, SIDE)
         settings |= {"steps": STEPS}
@@ -91,6 +94,21 @@ def measure_networks(root: Path, spec: ModelSpec) -> dict[str, dict[str, float]]
         gauges.load(bundle, name)({"image": image})
     shallow = dict.fromkeys(spec.named(SHALLOW), gauges.ranges[spec.denoiser])  # some of the same tensors
     return gauges.ranges | shallow
+
+
+def _measure_vae(gauges: Gauges, bundle: Bundle) -> dict[str, dict[str, float]]:
+    """Return the ranges of a VAE alone: it encodes noise, and decodes that and latents as a UNet makes them."""
+    spec, draw = bundle.spec.latents, np.random.default_rng(0)
+    (decoder,), encoders = bundle.spec.named(DECODER), bundle.spec.named(ENCODER)
+    encoder = gauges.load(bundle, encoders[0]) if encoders else None
+    vae = Vae(gauges.load(bundle, decoder), encoder, spec)
+    latents = [draw.standard_normal((spec.channels, SIDE, SIDE), np.float32)]
+    if encoder is not None:
+        latents.append(
+            vae.encode(draw.uniform(-1, 1, (3, SIDE * spec.factor, SIDE * spec.factor)).astype(np.float32)).mean
+        )
+    vae.decode(np.stack(latents))
+    return gauges.ranges
 
 
 class Gauges:

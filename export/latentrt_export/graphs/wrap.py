@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from latentrt.errors import ExportError
 from latentrt_export.checkpoint.files import read_json
-from latentrt_export.checkpoint.served import sizes_read, text_config
+from latentrt_export.checkpoint.served import KL, TINY, sizes_read, text_config, vae_class
 
 Axes = Mapping[int, str]
 IMAGE_AXES: Axes = {0: "batch", 2: "height", 3: "width"}
@@ -148,6 +148,18 @@ class VaeEncoder(nn.Module):
         return moments
 
 
+class TinyEncoder(nn.Module):
+    """An image (batch, 3, height, width) to its unscaled latents (batch, channels, ...), which no noise is added to."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> Tensor:
+        latents: Tensor = self.model.encode(image).latents
+        return latents
+
+
 def load_network(root: Path, name: str, *, tokens: int = 77) -> Network:
     """Load one network of the checkpoint at `root` in float32, on the CPU, ready for tracing.
 
@@ -210,15 +222,22 @@ def _pixel_unet(root: Path) -> Network:
 
 
 def _vae_decoder(root: Path, name: str, tokens: int) -> Network:
-    model = _load(AutoencoderKL, root / "vae")
+    model = _vae(root)
     inputs = _examples({"latents": ((model.config.latent_channels, 16, 24), IMAGE_AXES)})
     return Network(VaeDecoder(model), inputs, ("image",), "vae")
 
 
 def _vae_encoder(root: Path, name: str, tokens: int) -> Network:
-    model = _load(AutoencoderKL, root / "vae")
+    model = _vae(root)
     inputs = _examples({"image": ((model.config.in_channels, 128, 192), IMAGE_AXES)})
+    if isinstance(model, AutoencoderTiny):
+        return Network(TinyEncoder(model), inputs, ("latents",), "vae")
     return Network(VaeEncoder(model), inputs, ("moments",), "vae")
+
+
+def _vae(root: Path) -> Any:
+    kinds = {KL: AutoencoderKL, TINY: AutoencoderTiny}
+    return _load(kinds[vae_class(read_json(root / "vae" / "config.json"))], root / "vae")
 
 
 _LOADERS: Mapping[str, Callable[[Path, str, int], Network]] = {

@@ -99,7 +99,9 @@ class Theirs:
             pipe = (diffusers.DDIMPipeline if ddim else diffusers.DDPMPipeline)(pipe.unet, self.scheduler)
             pipe.scheduler = pipe.scheduler if ddim else diffusers_scheduler(solver, self.scheduler)
         else:
-            pipe = pipe if kind is None else getattr(diffusers, kind).from_pipe(pipe)
+            pipe = (
+                pipe if kind is None else getattr(diffusers, kind).from_pipe(pipe, vae=pipe.vae)
+            )  # else it drops a tiny VAE
             pipe.scheduler = diffusers_scheduler(solver, self.scheduler)
         pipe.set_progress_bar_config(disable=True)
         return pipe

@@ -57,9 +57,9 @@ def test_batch(engine: Engine) -> None:
     assert (check.depth, check.value, check.passed) == ("batch", 0.0, True)
 
 
-@pytest.mark.parametrize("name", ["sd2", "sdxl"])
+@pytest.mark.parametrize("name", ["sd2", "sdxl", "tiny-vae"])
 def test_families(exported: Callable[[str], tuple[Path, Path]], name: str) -> None:
-    """Checkpoints as they are on the hub: one with a variant in shards only, one with two text encoders."""
+    """Checkpoints as they are on the hub: a variant in shards only; two text encoders; AutoencoderTiny as VAE."""
     source, bundle = exported(name)
     checks = list(verify(bundle, source, steps=4))
     assert {check.depth for check in checks} == {"network", "step", "image", "batch"}

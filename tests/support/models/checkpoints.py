@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
@@ -97,7 +98,7 @@ def tiny_sdxl(folder: Path, *, unet: Options = AS_IT_IS, index: Options = AS_IT_
 
 
 def tiny_refiner(folder: Path) -> Path:
-    """Write one like SDXL's refiner: the second text encoder alone, and an aesthetic score as the last of five sizes."""
+    """Write one like SDXL's refiner: the second text encoder alone, an aesthetic score as the last of five sizes."""
     size = write_tokenizer(folder / "tokenizer_2", "!")
     torch.manual_seed(0)
     networks = _xl_networks(size, {"cross_attention_dim": 48}, sizes=5)
@@ -145,6 +146,26 @@ def _write_xl(folder: Path, networks: dict[str, nn.Module], index: Options) -> P
     return folder
 
 
+def tiny_vae(folder: Path, **config: Any) -> Path:
+    """Write an AutoencoderTiny of random weights; without a config it has TAESD's structure. Return its folder."""
+    torch.manual_seed(1)
+    network = AutoencoderTiny(**config)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    network.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def with_tiny_vae(folder: Path) -> Path:
+    """Put an AutoencoderTiny with half as wide latents as pixels into the VAE's place of a checkpoint; return it."""
+    shutil.rmtree(folder / "vae")
+    tiny_vae(folder / "vae", **TINY_VAE)
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    _json(folder / "model_index.json", index | {"vae": ["diffusers", "AutoencoderTiny"]})
+    return folder
+
+
 UNET: Options = {
     "sample_size": 8,
     "block_out_channels": (16, 32),
@@ -164,6 +185,14 @@ VAE: Options = {
     "sample_size": 16,
     "latent_channels": 4,
     "scaling_factor": 0.18215,
+}
+
+
+TINY_VAE: Options = {
+    "encoder_block_out_channels": (16, 16),
+    "decoder_block_out_channels": (16, 16),
+    "num_encoder_blocks": (1, 2),
+    "num_decoder_blocks": (2, 1),
 }
 
 

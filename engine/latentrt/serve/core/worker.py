@@ -77,7 +77,7 @@ class SideWorker:
         """Decode a preview. One that cannot be decoded is left out: the picture itself may still succeed."""
         with suppress(LatentrtError):
             with self._timed("preview"):
-                image = self._engine.decode(latents)
+                image = self._engine.preview(latents)
             self._scheduler.show(slot, number, image)
 
     @contextmanager

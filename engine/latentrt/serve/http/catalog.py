@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from latentrt.request import MAX_SEED, Request
 from latentrt.runtime.tensorrt.record import Profile
 from latentrt.sampling.schedule import Schedule
 from latentrt.sampling.solvers import ALIASES, solvers_of
-from latentrt.sampling.table import tabulate
+from latentrt.sampling.table import Table, tabulate
 from latentrt.serve.http.errors import Problem
 from latentrt.serve.process.config import Settings
 from latentrt.values import did_you_mean, parse_size
@@ -41,12 +41,7 @@ class Catalog:
     """
 
     def __init__(
-        self,
-        model: Model,
-        profiles: Sequence[Profile] | None,
-        settings: Settings,
-        *,
-        refiner: str | None = None,
+        self, model: Model, profiles: Sequence[Profile] | None, settings: Settings, *, refiner: str | None = None
     ) -> None:
         self._model, self.settings = model, settings
         self.name = settings.model_name or model.spec.id
@@ -65,7 +60,8 @@ class Catalog:
         self.defaults = model.filled(Request(steps=settings.steps, guidance=settings.guidance, solver=solver))
         tabulate(self.defaults.solver, model.schedule, 1)  # a server that cannot draw by default says so at its start
         self.max_steps = self._max_steps(self.defaults.steps or 1)
-        self._work = lru_cache(maxsize=4096)(partial(_work, model.schedule, model.spec.keeps_steps))
+        make = partial(tabulate, schedule=model.schedule, keeps_steps=model.spec.keeps_steps)
+        self._work = lru_cache(maxsize=4096)(partial(_work, make))
 
     # ---- Names
 
@@ -321,14 +317,9 @@ def _unlike(one: Size, other: Size) -> float:
 
 
 def _work(
-    schedule: Schedule,
-    keeps_steps: bool,
-    solver: str | None,
-    steps: int,
-    strength: float,
-    options: tuple[tuple[str, Any], ...],
+    make: Callable[..., Table], solver: str | None, steps: int, strength: float, options: tuple[tuple[str, Any], ...]
 ) -> tuple[int, str]:
-    table = tabulate(solver, schedule, steps, strength=strength, keeps_steps=keeps_steps, **dict(options))
+    table = make(solver, steps=steps, strength=strength, **dict(options))
     return len(table), table.solver
 
 

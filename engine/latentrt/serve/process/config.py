@@ -79,6 +79,11 @@ class Settings(BaseSettings):
     )
     cache: bool = _field(True, "Model", "Keep graphs that are optimized for this CPU in the user's cache.")
     lanes: Count | None = _field(None, "Model", "Most lanes of a UNet call; guidance takes two a picture.")
+    vae: Path | None = _field(None, "Model", "Bundle whose VAE takes the place of the model's.")
+    preview_vae: Path | None = _field(None, "Model", "Bundle whose decoder makes the previews.")
+    tile: Count | None = _field(
+        None, "Model", "Decode and encode pictures with a longer side in tiles of so many pixels: less memory."
+    )
     edits: bool = _field(True, "Model", "Take pictures to edit; without it the VAE's encoder is not loaded.")
 
     queue: Count = _field(64, "Load", "Most pictures that wait.")
