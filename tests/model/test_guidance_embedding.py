@@ -25,6 +25,7 @@ from latentrt.sampling.schedule import Schedule
 from latentrt.sampling.table import tabulate
 from latentrt_export.checkpoint.source import open_checkpoint
 from latentrt_export.graphs.to_onnx import quiet
+from latentrt_export.plans.plan_shapes import shapes_of
 from latentrt_export.verify.checks import difference, psnr
 from latentrt_export.verify.images import batch_check, run_engine
 from latentrt_export.verify.networks import network_checks
@@ -142,3 +143,8 @@ def test_what_it_cannot_use_is_refused_by_name(pair: Pair, settings: dict[str, A
     engine, _ = pair
     with pytest.raises(RequestError, match=words):
         engine("a cat", steps=1, **settings)
+
+
+def test_plans_have_one_lane(pair: Pair) -> None:
+    engine, _ = pair
+    assert shapes_of(engine.spec, {})[0].lanes == (1, 1, 1)

@@ -17,6 +17,7 @@ from latentrt.errors import RequestError
 from latentrt.runtime.onnxruntime import OrtBackend
 from latentrt_export.checkpoint.source import open_checkpoint
 from latentrt_export.graphs.to_onnx import quiet
+from latentrt_export.plans.plan_shapes import shapes_of
 from latentrt_export.verify.checks import difference, psnr
 from latentrt_export.verify.images import batch_check, run_engine
 from latentrt_export.verify.networks import network_checks
@@ -164,3 +165,8 @@ def test_what_it_cannot_use_is_refused_by_name(pair: Pair, settings: dict[str, A
     engine, _ = pair
     with pytest.raises(RequestError, match=words):
         engine("a cat", **{"image": PICTURE, "steps": 1, **settings})
+
+
+def test_plans_are_for_the_lanes_of_a_guided_picture(pair: Pair) -> None:
+    engine, _ = pair
+    assert shapes_of(engine.spec, {})[0].lanes == (3, 3, 3)
