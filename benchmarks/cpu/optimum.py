@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.timing import paired
 from latentrt.bundle.bundle import EMBEDDED, Bundle
-from latentrt.model.tokenizer import Tokenizer
+from latentrt.model.prompts.tokenizer import Tokenizer
 from latentrt.runtime.signature import shape_of
 from latentrt_export.graphs.to_onnx import quiet
 from latentrt_export.graphs.wrap import load_network

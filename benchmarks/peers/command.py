@@ -28,9 +28,7 @@ def _config(asked: argparse.Namespace) -> Config:
     models = tuple(replace(MODELS[name], **own) for name in asked.models)
     chosen = {name: getattr(asked, name) for name in ("threads", "limit") if getattr(asked, name)}
     return replace(
-        Config(
-            models=models, peers={name: PEERS[name] for name in asked.peers}, folder=asked.envs, parts=asked.parts
-        ),
+        Config(models=models, peers={name: PEERS[name] for name in asked.peers}, folder=asked.envs, parts=asked.parts),
         **chosen,
     )
 

@@ -19,6 +19,7 @@ from latentrt.model.codec import decode_each
 from latentrt.model.given import Given
 from latentrt.model.model import Model
 from latentrt.model.other_vae import OWN, VaeOptions
+from latentrt.model.prompts.embeddings import files_of
 from latentrt.request import Request, request_from
 from latentrt.run.denoiser import Denoiser, OnTick
 from latentrt.run.job import Job
@@ -79,6 +80,7 @@ class Engine:
         resident: bool = True,
         capture: bool | None = None,
         plans: str | Path | None = None,
+        embeddings: Mapping[str, str | Path] | Iterable[str | Path] = (),
         cache: bool = True,
         spin: bool = True,
         check_hashes: bool = True,
@@ -100,6 +102,8 @@ class Engine:
             resident: keep all networks loaded; False drops each after use: the least memory, on a CPU.
             capture: on a GPU, launch ticks and whole pictures as CUDA graphs, not call by call. None: only TensorRT's.
             plans: a folder of TensorRT plans that you trust; None is the bundle's place in your cache.
+            embeddings: files of textual inversion (.safetensors) for all prompts, by the words that stand for them, or
+                a list of files: see docs/prompts.md. A call's own `embeddings` come on top.
             cache: keep in your cache, for quicker loading, graphs that onnxruntime has optimized, and what was hashed.
             check_hashes: compare every file's SHA-256 with the manifest (sizes are always compared).
             refiner: the bundle of a model that takes over at a request's `handoff`.
@@ -118,17 +122,28 @@ class Engine:
         vaes = VaeOptions.open(vae, preview_vae, tile, check_hashes=check_hashes, cache=cache)
         first = opened(bundle)
         make = partial(cls, first, lanes=lanes, resident=resident, capture=capture, refiner=second, vae=vaes)
-        if not isinstance(backend, str):
-            return make(backend)
-        own = open_backend(backend, device, threads, precision=precision, plans=plans, cache=cache, spin=spin)
+        if isinstance(backend, str):
+            own = open_backend(backend, device, threads, precision=precision, plans=plans, cache=cache, spin=spin)
+        else:
+            own = backend
         try:
             engine = make(own)
         except BaseException:
-            if own.gpu is not None:
+            if own.gpu is not None and own is not backend:
                 own.gpu.close()
             raise
-        engine._own_gpu = own.gpu
+        engine._own_gpu = own.gpu if own is not backend else None
+        try:
+            engine._learn(embeddings)
+        except BaseException:
+            engine.close()
+            raise
         return engine
+
+    def _learn(self, embeddings: Mapping[str, str | Path] | Iterable[str | Path]) -> None:
+        files = files_of(embeddings)
+        if files:
+            self.model.learn(files)
 
     def __enter__(self) -> Engine:
         return self
@@ -176,10 +191,9 @@ class Engine:
         prompts = _several(prompt)
         pictures = {name: one for name, one in (("image", image), ("mask", mask)) if one is not None}
         asked, given = self._asked(prompts, settings, pictures)
-        stages = any(one.hires_scale is not None or one.handoff is not None for one in asked)
-        whole = on_tick is None and not stages and not self._in_tiles(asked, given)
+        whole = self._program is not None and on_tick is None and self._at_once(asked, given)
         program = self._program if whole else None
-        jobs = self._jobs_of(asked, given, tokens=program is not None)
+        jobs = self._jobs_of(asked, given, tokens=whole)
         if program is None:
             self.run(jobs, on_tick)
             return list(self.pictures(jobs))
@@ -200,6 +214,11 @@ class Engine:
         asked = [request_from(prompt, settings) for prompt in prompts]  # checked before a picture is encoded
         height, width = (asked[0].height, asked[0].width) if asked else (None, None)
         return asked, self.model.given(pictures, height, width)
+
+    def _at_once(self, asked: Sequence[Request], given: Given | None) -> bool:
+        """Return whether one graph draws the pictures."""
+        stages = any(one.hires_scale is not None or one.handoff is not None for one in asked)
+        return not stages and not self._in_tiles(asked, given) and all(map(self.model.draws_at_once, asked))
 
     def _in_tiles(self, asked: Sequence[Request], given: Given | None) -> bool:
         """Return whether pictures are decoded in tiles, which no graph of a whole picture does."""

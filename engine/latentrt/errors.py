@@ -107,3 +107,7 @@ class MissingDependencyError(LatentrtError, ImportError):
 
 class PromptTruncatedWarning(UserWarning):
     """A prompt was longer than the model reads; the message has the text that was dropped."""
+
+
+class PromptSyntaxWarning(UserWarning):
+    """A prompt has syntax that its grammar draws as letters; the message names the option that reads it."""

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from latentrt.errors import RequestError
 from latentrt.sampling.settings import KNOWN_KEYS
 from latentrt.sampling.solvers import SOLVERS
-from latentrt.values import did_you_mean, is_number, is_whole, plain
+from latentrt.values import did_you_mean, is_number, is_text, is_whole, plain
 
 MAX_SEED = 2**64 - 1
 PICTURES = ("image", "mask")  # what a picture may be used for
+SYNTAXES = ("plain", "a1111", "compel")  # of prompts
 HIRES_STRENGTH = 0.7
 HANDOFF = 0.8  # of a run with a refiner, where nothing else is said
 
@@ -68,6 +70,10 @@ class Request:
         class_label: the number of a class, for models that were trained with classes.
         aesthetic_score, negative_aesthetic_score: how good a picture SDXL's refiner is told to draw, and what to keep
             away from; None is 6 and 2.5.
+        prompt_syntax: how prompts are read (docs/prompts.md): "plain" as they are typed, "a1111" or "compel" with
+            weights.
+        clip_skip: layers of the text encoders to leave out at the end, as diffusers counts; None and 0 are none.
+        embeddings: files of textual inversion (.safetensors) by the words of the prompt that stand for them.
         noise: the torch generator whose numbers the seed selects.
         strength: how much of the run is made on a given picture, above 0 to 1; None is 0.8, or 1 with a mask.
         pictures: the request's pictures by use: "image" to begin on, "mask" for what of it to repaint.
@@ -98,6 +104,9 @@ class Request:
     class_label: int | None = None
     aesthetic_score: float | None = None
     negative_aesthetic_score: float | None = None
+    prompt_syntax: str = "plain"
+    clip_skip: int | None = None
+    embeddings: Mapping[str, str | Path] = field(default_factory=dict)
     noise: str = "torch-cpu"
     strength: float | None = None
     pictures: Mapping[str, Any] = field(default_factory=dict)
@@ -108,7 +117,7 @@ class Request:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in set(self.__dataclass_fields__) - {"pictures", "options"}:
+        for name in set(self.__dataclass_fields__) - {"pictures", "options", "embeddings"}:
             object.__setattr__(self, name, plain(getattr(self, name)))
         _whole("count", self.count, 1, 10_000)
         _whole("cache_interval", self.cache_interval, 1, 10_000)
@@ -119,6 +128,11 @@ class Request:
                 _whole(name, getattr(self, name), 1, largest)
         if self.class_label is not None:
             _whole("class_label", self.class_label, 0, 2**31 - 1)
+        if self.clip_skip is not None:
+            _whole("clip_skip", self.clip_skip, 0, 1000)
+        if self.prompt_syntax not in SYNTAXES:
+            raise RequestError(f"prompt_syntax is {self.prompt_syntax!r}", needed=f"one of {', '.join(SYNTAXES)}")
+        _check_embeddings(self.embeddings)
         for name, optional in (("prompt", True), ("negative_prompt", True), ("solver", True), ("noise", False)):
             value = getattr(self, name)
             if not isinstance(value, str) and not (optional and value is None):
@@ -139,6 +153,14 @@ class Request:
             raise RequestError(f"there is a picture for {unknown[0]!r}", needed=f"one for {' or '.join(PICTURES)}")
         _check_options(self.options)
         object.__setattr__(self, "options", {key: plain(value) for key, value in self.options.items()})
+
+
+def _check_embeddings(files: object) -> None:
+    pairs = files.items() if isinstance(files, Mapping) else [(None, None)]
+    if not all(is_text(token) and isinstance(path, (str, Path)) for token, path in pairs):
+        raise RequestError(
+            f"embeddings is {files!r}", needed="files by token", fix='pass embeddings={"<toy>": "toy.safetensors"}'
+        )
 
 
 def _check_options(options: object) -> None:
@@ -221,4 +243,12 @@ def _of_prompt(request: Request) -> dict[str, Any]:
         "guidance": request.guidance,
         "guidance_rescale": request.guidance_rescale,
         "guidance_interval": list(request.guidance_interval),
+        **({} if request.prompt_syntax == "plain" else {"prompt_syntax": request.prompt_syntax}),
+        **({"clip_skip": request.clip_skip} if request.clip_skip else {}),
+        **({"embeddings": _names(request.embeddings)} if request.embeddings else {}),
     }
+
+
+def _names(files: Mapping[str, str | Path]) -> dict[str, str]:
+    """Return the files' names without their folders, which tell of the machine."""
+    return {token: Path(path).name for token, path in files.items()}

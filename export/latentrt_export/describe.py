@@ -23,7 +23,7 @@ from latentrt.bundle.spec import (
     TensorSpec,
 )
 from latentrt.errors import BundleError, ExportError
-from latentrt.model.tokenizer import Tokenizer
+from latentrt.model.prompts.tokenizer import Tokenizer
 from latentrt.sampling.schedule import Schedule
 from latentrt_export.checkpoint.corrections import UNET, corrections_of, drawn_by
 from latentrt_export.checkpoint.served import INSTRUCTED, TINY, reads_mask, vae_class, vae_factor

@@ -53,6 +53,7 @@ from latentrt_export.graphs.half import half_path, to_half
 from latentrt_export.graphs.hoist import hoist
 from latentrt_export.graphs.ranges import measure_networks, overflowing, too_large
 from latentrt_export.graphs.shallow import shallow
+from latentrt_export.graphs.text_inputs import add_text_inputs
 from latentrt_export.graphs.weights import share_weights
 from latentrt_export.place import place
 
@@ -242,7 +243,10 @@ def _graph(checkpoint: Checkpoint, root: Path, name: str) -> ir.Model:
         return existing_graph(checkpoint, root, name)
     from latentrt_export.graphs.to_onnx import traced_graph  # brings torch
 
-    return traced_graph(root, name, tokens_of(checkpoint))
+    model = traced_graph(root, name, tokens_of(checkpoint))
+    if name in checkpoint.text_encoders:
+        add_text_inputs(model)
+    return model
 
 
 def _write(checkpoint: Checkpoint, root: Path, name: str, model: ir.Model) -> tuple[NetworkSpec, NetworkSummary]:

@@ -19,7 +19,7 @@ from diffusers import StableDiffusionPipeline
 from latentrt.bundle.bundle import Bundle
 from latentrt.bundle.spec import Golden
 from latentrt.errors import OutputError
-from latentrt.model.tokenizer import Tokenizer
+from latentrt.model.prompts.tokenizer import Tokenizer
 from latentrt_export import to_bundle
 from latentrt_export.checkpoint.source import open_checkpoint
 from latentrt_export.graphs.to_onnx import quiet

@@ -139,6 +139,7 @@ def test_a_device_draws_the_same(pair: Pair) -> None:
             {"guidance": 6.0},
             {"guidance": 6.0, "image_guidance": 2.0, "guidance_rescale": 0.6, "negative_prompt": "a"},
             {"guidance": 6.0, "guidance_interval": (0.0, 0.6), "cache_interval": 2},
+            {"guidance": 6.0, "prompt_syntax": "a1111", "negative_prompt": "a " * 90},  # lanes of two lengths
             {"guidance": 1.0},
         ):
             for more in ({}, {"on_tick": lambda job: None}):

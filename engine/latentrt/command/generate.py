@@ -25,7 +25,7 @@ from latentrt.command.options import (
 from latentrt.command.terminal import progress
 from latentrt.command.watch import KINDS, Asked, Watch
 from latentrt.errors import RequestError
-from latentrt.request import HANDOFF
+from latentrt.request import HANDOFF, SYNTAXES
 from latentrt.values import parse_size
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ SETTINGS = (
     *("steps", "solver", "seed", "guidance", "image_guidance", "count", "strength", "class_label", "cache_interval"),
     *("hires_scale", "hires_steps", "hires_strength", "handoff"),
     *("aesthetic_score", "negative_aesthetic_score"),
+    *("prompt_syntax", "clip_skip"),
 )
 
 
@@ -46,6 +47,20 @@ SETTINGS = (
 @click.argument("prompts", nargs=-1, metavar="[PROMPT]...")
 @click.option("--bundle", "-b", type=FOLDER, default=EMBEDDED, help=f"Bundle, or one of {', '.join(embedded())}.")
 @click.option("--negative", "-n", help="What to keep out.")
+@click.option(
+    "--prompt-syntax",
+    type=click.Choice(SYNTAXES),
+    default=SYNTAXES[0],
+    show_default=True,
+    help="How prompts are read: as typed, or with the weights of A1111's web UI or of compel.",
+)
+@click.option("--clip-skip", type=click.IntRange(min=0), help="Layers of the text encoder to leave out at the end.")
+@click.option(
+    "--embedding",
+    multiple=True,
+    metavar="[NAME=]FILE",
+    help="Textual inversion, a .safetensors file, and the word for it in prompts; repeatable.",
+)
 @click.option("--class-label", type=click.IntRange(min=0), help="Class, of models that were trained with classes.")
 @click.option("--steps", "-s", type=int, help="Solver steps  [default: the model's own]")
 @click.option("--solver", help="`latentrt solvers` lists them  [default: the bundle's own]")
@@ -132,6 +147,10 @@ def settings_of(asked: Mapping[str, Any]) -> dict[str, Any]:
     width, height = (None, None) if asked["size"] is None else parse_size(asked["size"], "--size")
     own = {name: asked[name] for name in SETTINGS}
     own |= {"negative_prompt": asked["negative"], "width": width, "height": height}
+    if asked["embedding"]:
+        from latentrt.model.prompts.embeddings import embeddings_of
+
+        own["embeddings"] = embeddings_of(asked["embedding"])
     return own | options_of(asked["option"])
 
 

@@ -79,7 +79,7 @@ class Conditioner:
         """
         raise NotImplementedError
 
-    def check(self, request: Request) -> None:
+    def check_settings(self, request: Request) -> None:
         """Refuse settings that models with this conditioner cannot use.
 
         Args:

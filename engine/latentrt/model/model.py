@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,6 +41,7 @@ CONDITIONED = (  # fields of a request that some models do not read
     "negative_prompt",
     "class_label",
     "image_guidance",
+    "clip_skip",
     "aesthetic_score",
     "negative_aesthetic_score",
 )
@@ -183,12 +185,13 @@ class Model:
             guidance = 1.0
         steps = self.spec.defaults.steps if request.steps is None else request.steps
         solver = self.spec.defaults.solver if request.solver is None else request.solver
-        request = replace(request, steps=steps, solver=solver, guidance=guidance)
+        filled = replace(request, steps=steps, solver=solver, guidance=guidance)
         for one in self.conditioners:
-            one.check(request)
+            one.check_settings(filled)
+        self._check_text(filled)
         if "image_guidance" in self.fields and request.image_guidance is None and guidance > 1:
-            return replace(request, image_guidance=IMAGE_GUIDANCE)
-        return request
+            return replace(filled, image_guidance=IMAGE_GUIDANCE)
+        return filled
 
     def guidance(self, request: Request) -> Guidance:
         """Return how the lanes of a request's pictures are combined; its defaults are filled in."""
@@ -196,6 +199,25 @@ class Model:
             return Guidance()
         image = request.image_guidance if "image_guidance" in self.fields else None  # it may be another model's
         return Guidance(request.guidance or 1.0, request.guidance_rescale, request.guidance_interval, image)
+
+    def _check_text(self, request: Request) -> None:
+        """Refuse what asks too much of the text encoders, or of a model without any. Raise RequestError."""
+        special = {"prompt_syntax": request.prompt_syntax != "plain", "embeddings": bool(request.embeddings)}
+        if self.text is None and any(special.values()):
+            name = next(name for name, is_set in special.items() if is_set)
+            raise RequestError(f"{self.spec.id} reads no {name}", needed="a request without one")
+        if self.text is not None and request.prompt is not None and (any(special.values()) or request.clip_skip):
+            self.text.check(request)
+
+    def learn(self, files: Mapping[str, Path]) -> None:
+        """Take embeddings for all later prompts, by their tokens. Raise RequestError where they do not fit."""
+        if self.text is None:
+            raise RequestError(f"{self.spec.id} reads no prompt", needed="no embeddings")
+        self.text.learn(files)
+
+    def draws_at_once(self, request: Request) -> bool:
+        """Return whether a device can draw the whole of a request's pictures in one launch, from token ids."""
+        return self.text is None or self.text.draws_at_once(self.filled(request))
 
     def given(self, pictures: Mapping[str, Source], height: int | None, width: int | None) -> Given | None:
         """Encode the pictures of a request; None where it brings none.

@@ -1,33 +1,52 @@
-"""Texts: prompts through tokenizers and text encoders to the states that the denoiser attends to."""
+"""Texts: prompts through grammars and text encoders to the states that the denoiser attends to."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
 from threading import Lock
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from latentrt.errors import PromptTruncatedWarning, RequestError
+from latentrt.errors import EXPORT, PromptSyntaxWarning, PromptTruncatedWarning, RequestError
 from latentrt.model.given import Given
 from latentrt.model.inputs import Conditioner, Inputs, Sides
-from latentrt.model.tokenizer import Tokenizer
+from latentrt.model.prompts.embeddings import read_embedding
+from latentrt.model.prompts.encoder import Encoder
+from latentrt.model.prompts.reading import Reading
+from latentrt.model.prompts.registry import GRAMMARS, foreign
 from latentrt.request import Request
-from latentrt.runtime.base import Network, call
 from latentrt.sampling.noise import NoiseSource
 
 Float32 = NDArray[np.float32]
-CACHED_PROMPTS = 64
+CACHED_PROMPTS, CACHED_EMBEDDINGS = 64, 4
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
 
 
-class Encoder(NamedTuple):
-    """A text encoder by its name in the manifest, with its tokenizer."""
+class Told(NamedTuple):
+    """A text as it is asked for.
 
-    name: str
-    tokenizer: Tokenizer
-    network: Network
+    Attributes:
+        text, syntax: of the prompt.
+        skip: layers of the encoders to leave out at the end.
+        files: of embeddings: token, path, time of change and size of each.
+    """
+
+    text: str
+    syntax: str = "plain"
+    skip: int = 0
+    files: tuple[tuple[str, str, int, int], ...] = ()
+
+
+class Unread(NamedTuple):
+    """What the model does not read of a request's texts, by the request's fields: ends, and syntax drawn as letters."""
+
+    cut: dict[str, str]
+    letters: dict[str, str]
 
 
 class Text(Conditioner):
@@ -38,24 +57,36 @@ class Text(Conditioner):
     Args:
         encoders: in the order in which their states are concatenated.
         zero_negative: whether zeros stand for no negative prompt.
+        most: tokens that the denoiser reads, where their number is fixed.
         guided: whether the model's pictures may have a lane without the prompt, and so a negative prompt.
     """
 
     inputs = ("encoder_hidden_states", "text_embeds")
 
-    def __init__(self, encoders: Sequence[Encoder], *, zero_negative: bool = False, guided: bool = True) -> None:
+    def __init__(
+        self,
+        encoders: Sequence[Encoder],
+        *,
+        zero_negative: bool = False,
+        most: int | None = None,
+        guided: bool = True,
+    ) -> None:
         self.encoders = tuple(encoders)
-        self.fields = ("prompt", "negative_prompt") if guided else ("prompt",)
-        self._zero_negative, self._guides = zero_negative, guided
-        self._known: dict[str, dict[str, Float32]] = {}  # the least recently used first
-        self._lock = Lock()
+        self.fields = ("prompt", *(["negative_prompt"] if guided else []), "clip_skip")
+        self._zero_negative, self._most = zero_negative, most
+        self._files: Mapping[str, Path] = {}
+        self._taught = _Recent[Hashable, tuple[Encoder, ...]](CACHED_EMBEDDINGS)
+        self._readings = _Recent[Told, tuple[Reading, ...]](CACHED_PROMPTS)
+        self._known = _Recent[Told, dict[str, Float32]](CACHED_PROMPTS)
+        self._warned = False
 
     def __call__(self, request: Request, given: Given | None, noise: NoiseSource) -> Sides:
         """See `Conditioner`. Without guidance both sides are the prompt's."""
-        cond = self.encode(_prompt(request))
-        if not self._guided(request):
+        told = self._told(request)
+        cond = self._encode(told["prompt"])
+        if "negative_prompt" not in told:
             return Sides.same(cond)
-        uncond = self.encode(request.negative_prompt or "")
+        uncond = self._encode(told["negative_prompt"])
         if self._zeros(request):
             uncond = {name: np.zeros_like(array) for name, array in uncond.items()}
         return Sides(uncond, cond)
@@ -63,74 +94,160 @@ class Text(Conditioner):
     def tokens(self, request: Request) -> Sides:
         """Return token ids (tokens,) by the encoders' names instead, for networks that read them on a device.
 
-        The uncond side is empty where the states are zeros.
+        The uncond side is empty where the states are zeros. Only for requests that `draws_at_once`.
         """
-        cond = self._by_name(_prompt(request))
-        if not self._guided(request):
+        told = self._told(request)
+        cond = self._by_name(told["prompt"])
+        if "negative_prompt" not in told:
             return Sides.same(cond)
-        return Sides({} if self._zeros(request) else self._by_name(request.negative_prompt or ""), cond)
+        return Sides({} if self._zeros(request) else self._by_name(told["negative_prompt"]), cond)
 
-    def texts(self, request: Request) -> Mapping[str, str]:
-        """Return the texts that a request's pictures need, by the request's fields."""
-        texts = {"prompt": _prompt(request)}
-        return {**texts, "negative_prompt": request.negative_prompt or ""} if self._guided(request) else texts
+    def draws_at_once(self, request: Request) -> bool:
+        """Return whether the encoders alone make a request's states of ids: no weights, embeddings, skips or chunks."""
+        readings = [self._read(told) for told in self._told(request).values()]
+        return not request.clip_skip and all(one.plain for each in readings for one in each)
 
-    def dropped(self, text: str) -> str:
-        """Return the end of a text that the model does not read; empty where it reads all."""
-        return max((encoder.tokenizer.encode(text).dropped for encoder in self.encoders), key=len)
-
-    def encode(self, prompt: str) -> dict[str, Float32]:
-        """Return the denoiser's inputs for a prompt.
-
-        A prompt longer than the model reads is cut, and a PromptTruncatedWarning says what was dropped.
+    def learn(self, files: Mapping[str, Path]) -> None:
+        """Take embeddings for all later prompts, by their tokens.
 
         Raises:
-            RequestError: the prompt is not text that can be encoded in UTF-8.
+            RequestError: a file cannot be read, or does not fit the model.
         """
-        ids = self._ids(prompt)
-        with self._lock:
-            known = self._known.get(prompt)
-        inputs = self._encode(ids) if known is None else known
-        with self._lock:
-            self._known.pop(prompt, None)
-            self._known[prompt] = inputs
-            for old in list(self._known)[:-CACHED_PROMPTS]:
-                del self._known[old]
-        return inputs
+        self._speaking(self._stamps(files))
+        self._files = {**self._files, **files}
 
-    def _guided(self, request: Request) -> bool:
-        return self._guides and request.guidance is not None and request.guidance > 1
+    def check(self, request: Request) -> None:
+        """Refuse what cannot be encoded. Raise RequestError."""
+        for told in self._told(request).values():
+            readings = self._read(told)
+            for encoder, reading in zip(self.encoders, readings, strict=True):
+                encoder.check(reading, told.skip)
+
+    def unread(self, request: Request) -> Unread:
+        """Return what the model does not read of a request's texts."""
+        told = self._told(request)
+        cut = {name: _dropped(self._read(one)) for name, one in told.items()}
+        letters = {name: str(foreign(one.text, one.syntax) or "") for name, one in told.items()}
+        return Unread(*({name: text for name, text in each.items() if text} for each in (cut, letters)))
+
+    def encode(self, prompt: str, syntax: str = "plain", *, skip: int = 0) -> dict[str, Float32]:
+        """Return the denoiser's inputs for a prompt.
+
+        A prompt longer than the model reads is cut, and a PromptTruncatedWarning says what was dropped. A
+        PromptSyntaxWarning says, once, what other syntax it has.
+
+        Args:
+            prompt: the text.
+            syntax: a name of `GRAMMARS`.
+            skip: layers of the encoders to leave out at the end, as diffusers counts.
+
+        Raises:
+            RequestError: the prompt is not text that can be encoded in UTF-8, or it does not fit the syntax or model.
+        """
+        return self._encode(Told(prompt, syntax, skip, self._stamps({})))
+
+    def _told(self, request: Request) -> dict[str, Told]:
+        """Return the texts that a request's pictures need, by the request's fields."""
+        if request.prompt is None:
+            raise RequestError("there is no prompt", needed="what to draw", fix='pass one: "a red apple"')
+        syntax, skip, files = request.prompt_syntax, request.clip_skip or 0, self._stamps(request.embeddings)
+        if syntax == "a1111" and not self._skips_in_a1111:
+            skip = 0
+        told = {"prompt": Told(request.prompt, syntax, skip, files)}
+        if "negative_prompt" in self.fields and request.guidance is not None and request.guidance > 1:
+            negative = Told(request.negative_prompt or "", syntax, skip if syntax == "a1111" else 0, files)
+            told["negative_prompt"] = negative
+        return told
+
+    @property
+    def _skips_in_a1111(self) -> bool:
+        """Whether the web UI's clip skip has an effect: not on two encoders, nor on OpenCLIP's, which pad otherwise."""
+        return len(self.encoders) == 1 and self.encoders[0].tokenizer.pad == self.encoders[0].tokenizer.end
 
     def _zeros(self, request: Request) -> bool:
         return request.negative_prompt is None and self._zero_negative
 
-    def _by_name(self, prompt: str) -> Inputs:
-        return {encoder.name: ids for encoder, ids in zip(self.encoders, self._ids(prompt), strict=True)}
+    def _stamps(self, files: Mapping[str, str | Path]) -> tuple[tuple[str, str, int, int], ...]:
+        """Return the files of all embeddings, those of one request too, as `Told.files`."""
+        found = []
+        for token, path in {**self._files, **files}.items():
+            try:
+                facts = Path(path).stat()
+            except OSError as error:
+                raise RequestError(f"{path} cannot be read ({error.strerror})", needed="an embedding") from error
+            found.append((token, str(path), facts.st_mtime_ns, facts.st_size))
+        return tuple(found)
 
-    def _ids(self, prompt: str) -> tuple[NDArray[np.int64], ...]:
-        """Return a prompt's token ids (tokens,) for each encoder; cut, with a warning, as in `encode`."""
-        encoded = [encoder.tokenizer.encode(prompt) for encoder in self.encoders]
-        dropped = max((each.dropped for each in encoded), key=len)
-        if dropped:
-            warnings.warn(
-                f"the prompt is too long for the model; it does not read: {dropped!r}",
-                PromptTruncatedWarning,
-                3,
+    def _speaking(self, files: tuple[tuple[str, str, int, int], ...]) -> tuple[Encoder, ...]:
+        """Return the encoders with embeddings."""
+        return self._taught(files, lambda: self._teach(files)) if files else self.encoders
+
+    def _teach(self, files: tuple[tuple[str, str, int, int], ...]) -> tuple[Encoder, ...]:
+        embeddings = {token: read_embedding(Path(path)) for token, path, *_ in files}
+        return tuple(one.with_embeddings(embeddings, len(self.encoders)) for one in self.encoders)
+
+    def _read(self, told: Told) -> tuple[Reading, ...]:
+        """Return a text's reading for each encoder."""
+        return self._readings(told, lambda: self._fresh_reading(told))
+
+    def _fresh_reading(self, told: Told) -> tuple[Reading, ...]:
+        readings = tuple(GRAMMARS[told.syntax](told.text, one.tokenizer) for one in self._speaking(told.files))
+        most = max(one.tokens for one in readings)
+        if self._most is not None and most > self._most:
+            raise RequestError(
+                f"the prompt takes {most} tokens, and the denoiser of this bundle reads {self._most}",
+                needed="a shorter prompt",
+                fix=EXPORT,
             )
-        return tuple(each.ids for each in encoded)
+        return readings
 
-    def _encode(self, ids: Sequence[NDArray[np.int64]]) -> dict[str, Float32]:
-        """Return the denoiser's inputs for a prompt, from its token ids for each encoder."""
+    def _by_name(self, told: Told) -> Inputs:
+        self._warn(told)
+        return {one.name: reading.rows[0].ids for one, reading in zip(self.encoders, self._read(told), strict=True)}
+
+    def _encode(self, told: Told) -> dict[str, Float32]:
+        self._warn(told)
+        return self._known(told, lambda: self._fresh(told))
+
+    def _fresh(self, told: Told) -> dict[str, Float32]:
         states, inputs = [], dict[str, Float32]()
-        for encoder, own in zip(self.encoders, ids, strict=True):
-            outputs = call(encoder.network, {"input_ids": own[None]})
-            states.append(outputs["text_states"][0])
-            if "text_embeds" in outputs:
-                inputs["text_embeds"] = outputs["text_embeds"][0]
+        for encoder, reading in zip(self._speaking(told.files), self._read(told), strict=True):
+            encoder.check(reading, told.skip)
+            own, pooled = encoder(reading, told.skip)
+            states.append(own)
+            if pooled is not None:
+                inputs["text_embeds"] = pooled
         return {**inputs, "encoder_hidden_states": np.concatenate(states, axis=-1)}
 
+    def _warn(self, told: Told) -> None:
+        """Warn of what is cut, each time, and of other syntax, once."""
+        if dropped := _dropped(self._read(told)):
+            told_of = f"the prompt is too long for the model; it does not read: {dropped!r}"
+            warnings.warn(told_of, PromptTruncatedWarning, 4)
+        if not self._warned and (found := foreign(told.text, told.syntax)) is not None:
+            self._warned = True
+            warnings.warn(str(found), PromptSyntaxWarning, 4)
 
-def _prompt(request: Request) -> str:
-    if request.prompt is None:
-        raise RequestError("there is no prompt", needed="what to draw", fix='pass one: "a red apple"')
-    return request.prompt
+
+class _Recent(Generic[K, V]):
+    """What was made lately, by key."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._known, self._lock = most, dict[K, V](), Lock()
+
+    def __call__(self, key: K, make: Callable[[], V]) -> V:
+        """Return what is known, or else make it."""
+        with self._lock:
+            known = self._known.get(key)
+        value = make() if known is None else known
+        with self._lock:
+            self._known.pop(key, None)
+            self._known[key] = value  # the least recently used comes first
+            for old in list(self._known)[: -self._most]:
+                del self._known[old]
+        return value
+
+
+def _dropped(readings: Sequence[Reading]) -> str:
+    """Return the end of a text that some encoder does not read; empty where all read all."""
+    return max((one.dropped for one in readings), key=len)

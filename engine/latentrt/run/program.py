@@ -21,6 +21,7 @@ from latentrt.cuda.kernels import PROGRESS
 from latentrt.errors import NetworkError, RequestError
 from latentrt.model.model import Model
 from latentrt.model.predictor import inputs_of
+from latentrt.model.prompts.encoder import IDS, MASK, POOLED, STATES
 from latentrt.run.arena import Arena, Depth, check_fresh
 from latentrt.run.job import Job, Shapes
 from latentrt.run.pool import Pool
@@ -140,20 +141,18 @@ class _Canvas:
 
     def _bind_encoder(self, name: str, encoder: DeviceNetwork, *, alone: bool) -> None:
         """Bind an encoder to the predictor's own inputs; states of several are copied side by side."""
-        zeros, inputs, lanes = self._arena.zeros, self._inputs, self._arena.lanes
-        (ids,) = encoder.graph.inputs
-        outputs = {tensor.name: tensor for tensor in encoder.graph.outputs}
+        inputs, lanes = self._inputs, self._arena.lanes
         tokens = dict(self._kind.shapes.sides[0])[name]
-        self._ids[name] = zeros((lanes, *tokens), ids.dtype)
-        states = inputs["encoder_hidden_states"]
-        if not alone:
-            own = outputs["text_states"]
-            states = zeros(shape_of(own, sizes_of(encoder.graph.inputs, {ids.name: (lanes, *tokens)})), own.dtype)
-        self._states.append(states)
-        arrays = {ids.name: self._ids[name], "text_states": states}
-        if "text_embeds" in outputs:
-            arrays["text_embeds"] = inputs["text_embeds"]
-        self._encoders.append(encoder.bind(arrays))
+        sizes = sizes_of(encoder.graph.inputs, {IDS: (lanes, *tokens)})
+        arrays = {POOLED: inputs[POOLED]} if POOLED in inputs else {}
+        arrays |= {STATES: inputs["encoder_hidden_states"]} if alone else {}
+        tensors = (*encoder.graph.inputs, *encoder.graph.outputs)
+        bound = {t.name: arrays.get(t.name) or self._arena.zeros(shape_of(t, sizes), t.dtype) for t in tensors}
+        if MASK in bound:  # the vectors beside it stay zeros, which no id asks for
+            self._gpu.upload(np.ones(bound[MASK].shape, bound[MASK].dtype), bound[MASK])
+        self._ids[name] = bound[IDS]
+        self._states.append(bound[STATES])
+        self._encoders.append(encoder.bind(bound))
 
     def _bind_decoder(self, decoder: DeviceNetwork | None) -> None:
         """Bind the decoder; the latents of pixel models are pictures as they are."""

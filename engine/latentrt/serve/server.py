@@ -15,7 +15,8 @@ import uvicorn
 from fastapi import FastAPI
 
 from latentrt.engine import Engine
-from latentrt.errors import BackendError, PromptTruncatedWarning
+from latentrt.errors import BackendError, PromptSyntaxWarning, PromptTruncatedWarning
+from latentrt.model.prompts.embeddings import embeddings_of
 from latentrt.serve.core import curve, pipeline
 from latentrt.serve.core.queue import Limits
 from latentrt.serve.core.scheduler import Scheduler
@@ -63,7 +64,8 @@ def assembled(settings: Settings, kind: type[Metrics] = Metrics, lifespan: Lifes
         LatentrtError: the bundle, its curve or the backend cannot be used.
     """
     configure(settings)
-    warnings.simplefilter("ignore", PromptTruncatedWarning)  # its text is what a client wrote
+    for told in (PromptTruncatedWarning, PromptSyntaxWarning):  # their texts are what a client wrote
+        warnings.simplefilter("ignore", told)
     with loaded(settings) as engine:
         catalog = Catalog(
             engine.model, engine.model.profiles(engine.denoiser.lanes), settings, refiner=engine.refiner_name
@@ -93,6 +95,7 @@ def loaded(settings: Settings) -> Iterator[Engine]:
         plans=settings.plans,
         threads=settings.threads,
         lanes=settings.lanes,
+        embeddings=embeddings_of(settings.embedding),
         cache=settings.cache,
         spin=settings.spin,
         refiner=settings.refiner,

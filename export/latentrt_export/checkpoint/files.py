@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from latentrt.errors import BundleError, ExportError, ScheduleError
-from latentrt.model.tokenizer import Tokenizer
+from latentrt.model.prompts.tokenizer import Tokenizer
 from latentrt.sampling.schedule import Schedule
 from latentrt_export.checkpoint.tensors import LFS
 

@@ -26,6 +26,7 @@ BATCH: Axes = {0: "batch"}
 TEXT_AXES: Axes = {0: "batch", 1: "tokens"}
 # Tracing with a batch of 1 would make torch.export take the batch for a constant.
 TRACE_BATCH = 2
+MOST_SKIPS = 11  # layers of a text encoder that a request may leave out: as many as A1111's web UI offers
 # Every wrapper keeps its model in the attribute `model`: names of parameters are passes.PREFIX + the checkpoint's.
 
 
@@ -52,33 +53,44 @@ class Network:
 
 
 class TextEncoder(nn.Module):
-    """CLIP's text model as StableDiffusionPipeline uses it: states after the final layer norm."""
+    """CLIP's text model as StableDiffusionPipeline uses it: states after the final layer norm.
 
-    def __init__(self, model: Any) -> None:
+    `skips` are the layers that may be left out at the end (clip skip).
+    """
+
+    def __init__(self, model: Any, skips: int) -> None:
         super().__init__()
-        self.model = model
+        self.model, self._skips = model, skips
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """Map input_ids (batch, tokens) int64 to text_states (batch, tokens, dim)."""
-        states: Tensor = self.model(input_ids).last_hidden_state
-        return states
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
+        """Map input_ids (batch, tokens) int64 to text_states (batch, tokens, dim) and skipped.
+
+        skipped, (batch, skips, tokens, dim), has at k - 1 the states without the last k layers.
+        """
+        out = self.model(input_ids, output_hidden_states=True)
+        norm = getattr(self.model, "text_model", self.model).final_layer_norm
+        layers = self.model.config.num_hidden_layers  # the first hidden state is that of the embedding
+        skipped = [norm(out.hidden_states[layers - skip]) for skip in range(1, self._skips + 1)]
+        return out.last_hidden_state, torch.stack(skipped, dim=1)
 
 
 class PenultimateTextEncoder(nn.Module):
     """CLIP's text model as StableDiffusionXLPipeline uses it: the states before the last layer.
 
-    A model with a projection also gives the projected, pooled text_embeds (batch, dim).
+    A model with a projection also gives the projected, pooled text_embeds (batch, dim). `skips` as of `TextEncoder`.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, skips: int) -> None:
         super().__init__()
-        self.model = model
+        self.model, self._skips = model, skips
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
-        """Map input_ids (batch, tokens) int64 to text_states (batch, tokens, dim) and perhaps text_embeds."""
+        """Map input_ids (batch, tokens) int64 to text_states (batch, tokens, dim), perhaps text_embeds, and skipped."""
         out = self.model(input_ids, output_hidden_states=True)
-        states = out.hidden_states[-2]
-        return (states, out.text_embeds) if isinstance(self.model, CLIPTextModelWithProjection) else (states,)
+        layers = self.model.config.num_hidden_layers
+        pooled = (out.text_embeds,) if isinstance(self.model, CLIPTextModelWithProjection) else ()
+        skipped = [out.hidden_states[layers - 1 - skip] for skip in range(1, self._skips + 1)]
+        return out.hidden_states[layers - 1], *pooled, *([torch.stack(skipped, dim=1)] if skipped else ())
 
 
 class UNet(nn.Module):
@@ -182,9 +194,11 @@ def _text_encoder(root: Path, name: str, tokens: int) -> Network:
     pooled = name == "text_encoder_2"
     kind = CLIPTextModelWithProjection if pooled else CLIPTextModel
     model = _load(kind, root / name)
-    module = PenultimateTextEncoder(model) if is_xl(root) else TextEncoder(model)
+    layers = model.config.num_hidden_layers
+    skips = min(MOST_SKIPS, layers - 1 if is_xl(root) else layers)
+    module = PenultimateTextEncoder(model, skips) if is_xl(root) else TextEncoder(model, skips)
     ids = torch.arange(TRACE_BATCH * tokens).reshape(TRACE_BATCH, tokens) % model.config.vocab_size
-    outputs = ("text_states", "text_embeds") if pooled else ("text_states",)
+    outputs = ("text_states", *(["text_embeds"] if pooled else []), *(["skipped"] if skips else []))
     return Network(module, (Input("input_ids", ids, BATCH),), outputs, name)
 
 

@@ -23,6 +23,7 @@ from latentrt.bundle.spec import (
 from latentrt.engine import Engine
 from latentrt.model.conditioners.sizes import ScoredSizes, Sizes
 from latentrt.model.predictor import DEEP, inputs_of
+from latentrt.model.prompts.encoder import feeds_of
 from latentrt.model.text import Text
 from latentrt.runtime.base import call
 from latentrt.runtime.signature import shape_of
@@ -47,10 +48,10 @@ def network_checks(engine: Engine, checkpoint: Path) -> Iterator[Check]:
             continue
         runs: list[Arrays] = []
         with comparing(name):
-            module = load_network(checkpoint, name, tokens=spec.tokens).module
+            theirs_of = load_network(checkpoint, name, tokens=spec.tokens)
         parts = [*spec.named(CONDITIONER), name] if own.role == DENOISER else [name]
         networks = {part: engine.backend.load(engine.bundle, part) for part in parts}
-        inputs = inputs_of([spec.networks[part] for part in parts])
+        inputs = [each.name for each in theirs_of.inputs]
         outputs = [tensor.name for tensor in own.outputs if tensor.name != DEEP]
         pairs: dict[str, list[tuple[Array, Array]]] = {output: [] for output in outputs}
         for prompts, size in zip((PROMPTS, PROMPTS[:1]), _sizes(engine), strict=True):
@@ -60,10 +61,11 @@ def network_checks(engine: Engine, checkpoint: Path) -> Iterator[Check]:
                 known |= call(network, known)
             runs.append(known)
             with torch.no_grad(), comparing(name):
-                theirs = module(**{key: torch.from_numpy(feeds[key]) for key in inputs})
+                theirs = theirs_of.module(**{key: torch.from_numpy(feeds[key]) for key in inputs})
             theirs = theirs if isinstance(theirs, tuple) else (theirs,)
-            for output, expected in zip(outputs, theirs, strict=True):
-                pairs[output].append((known[output], expected.numpy()))
+            expected = dict(zip(theirs_of.outputs, theirs, strict=True))
+            for output in outputs:
+                pairs[output].append((known[output], expected[output].numpy()))
         for output, values in pairs.items():
             with comparing(name):  # outputs of other shapes
                 l2 = worst([relative_l2(a, b) for a, b in values])
@@ -127,7 +129,8 @@ def make_feeds(engine: Engine, parts: Sequence[str], prompts: Sequence[str], siz
     if network.role == TEXT_ENCODER:
         assert text is not None
         (own,) = (encoder for encoder in text.encoders if encoder.name == parts[-1])
-        return {"input_ids": np.stack([own.tokenizer.encode(prompt).ids for prompt in prompts])}
+        ids = np.stack([own.tokenizer.encode(prompt).ids for prompt in prompts])
+        return feeds_of(own.network, ids)
     texts = _texts(text, prompts)
     scale = spec.latents.factor if network.role == ENCODER else 1
     height, width = (side * scale for side in size)

@@ -14,7 +14,7 @@ from transformers import CLIPTokenizer
 
 from latentrt.bundle.bundle import sha256_of
 from latentrt.errors import ExportError
-from latentrt.model.tokenizer import Tokenizer
+from latentrt.model.prompts.tokenizer import Tokenizer
 from latentrt_export.checkpoint.preset_configs import PRESETS
 from latentrt_export.checkpoint.presets import CLASSES, make_checkpoint
 from latentrt_export.checkpoint.source import checkpoint_of, open_checkpoint

@@ -19,7 +19,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from latentrt.bundle.bundle import Bundle
 from latentrt.bundle.spec import ModelSpec, TensorSpec
 from latentrt.model.predictor import inputs_of
-from latentrt.model.tokenizer import Tokenizer
+from latentrt.model.prompts.tokenizer import Tokenizer
 from latentrt_export.graphs import passes
 from latentrt_export.graphs.to_onnx import quiet, trace
 from latentrt_export.graphs.weights import share_weights

@@ -19,6 +19,7 @@ ALL = f"{NUMBERS} bool"
 # Versions are "first-last", or "first+" for a kernel that is registered without an end.
 KERNELS = {
     "Add": ("13-13 14+", NUMBERS),
+    "And": ("7+", "bool"),
     "ArgMax": ("13+", FLOATS),
     "Attention": ("23-23 24+", FLOATS),
     "BiasAdd": ("1+", FLOATS),
@@ -38,6 +39,7 @@ KERNELS = {
     "GroupNorm": ("1+", FLOATS),
     "InstanceNormalization": ("6+", FLOATS),
     "LayerNormalization": ("1-16 17+", FLOATS),
+    "Less": ("13+", NUMBERS),
     "MatMul": ("13+", FLOATS),
     "Max": ("13+", NUMBERS),
     "Mul": ("13-13 14+", NUMBERS),
@@ -63,7 +65,7 @@ KERNELS = {
     "Unsqueeze": ("13-20 21-22 23-23 24-24 25+", ALL),
     "Where": ("9-15 16+", NUMBERS),
 }
-TYPED_BY_INPUT = ("ArgMax", "Equal", "Shape")  # the others by their output
+TYPED_BY_INPUT = ("ArgMax", "Equal", "Less", "Shape")  # the others by their output
 
 
 def without_kernel(model: ir.Model) -> set[str]:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentrt.bundle.bundle import EMBEDDED, Bundle
-from latentrt.model.tokenizer import Tokenizer
+from latentrt.model.prompts.tokenizer import Tokenizer
 from latentrt.runtime.base import call
 from latentrt.runtime.onnxruntime import OrtBackend
 

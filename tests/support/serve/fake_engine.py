@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from latentrt.bundle.bundle import EMBEDDED, Bundle
 from latentrt.engine import Engine
-from latentrt.model.tokenizer import Tokenizer
+from latentrt.model.prompts.tokenizer import Tokenizer
 from latentrt.request import Request
 from latentrt.run.job import Job
 from latentrt.runtime.fake import FakeBackend

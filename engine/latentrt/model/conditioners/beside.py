@@ -71,7 +71,7 @@ class Edited(Conditioner):
         shown = {"beside": given.encoded.mean / np.float32(self._scale) + np.float32(self._shift)}
         return Sides({"beside": np.zeros_like(shown["beside"])}, shown, shown)
 
-    def check(self, request: Request) -> None:
+    def check_settings(self, request: Request) -> None:
         """Refuse a strength, and a second guidance without the first. See `Conditioner`."""
         if request.strength is not None:
             found = f"strength is {request.strength:g}, and the model draws anew beside the given picture"

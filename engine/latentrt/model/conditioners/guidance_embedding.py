@@ -32,7 +32,7 @@ class GuidanceEmbedding(Conditioner):
         """See `Conditioner`."""
         return Sides.same({"timestep_cond": embedding_of(request.guidance or 0.0, self._dim)})
 
-    def check(self, request: Request) -> None:
+    def check_settings(self, request: Request) -> None:
         """Refuse settings of classifier-free guidance, which such a model does not run. See `Conditioner`."""
         for name, default in (("guidance_rescale", 0.0), ("guidance_interval", WHOLE_RUN)):
             value = getattr(request, name)

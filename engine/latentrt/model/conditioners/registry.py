@@ -15,8 +15,9 @@ from latentrt.model.conditioners.guidance_embedding import GuidanceEmbedding
 from latentrt.model.conditioners.sizes import ScoredSizes, Sizes
 from latentrt.model.inputs import Conditioner
 from latentrt.model.predictor import OWN
-from latentrt.model.text import Encoder, Text
-from latentrt.model.tokenizer import Tokenizer
+from latentrt.model.prompts.encoder import Encoder
+from latentrt.model.prompts.tokenizer import Tokenizer
+from latentrt.model.text import Text
 from latentrt.runtime.base import Network
 
 
@@ -54,7 +55,9 @@ def _text(parts: Parts) -> Conditioner:
     ]
     if not encoders:
         raise BundleError(f"{spec.id} has no text encoder", needed="one: its denoiser reads texts")
-    return Text(encoders, zero_negative=spec.zero_negative, guided="timestep_cond" not in parts.inputs)
+    tokens, guided = parts.inputs["encoder_hidden_states"].shape[1], "timestep_cond" not in parts.inputs
+    most = tokens if isinstance(tokens, int) else None
+    return Text(encoders, zero_negative=spec.zero_negative, most=most, guided=guided)
 
 
 def _sizes(parts: Parts) -> Conditioner:

@@ -91,6 +91,7 @@ class Handle:
         due: its rank in the queue; the smaller, the sooner.
         done: pictures that are finished.
         cut: the end of each text that the model does not read, by the text's field.
+        letters: what each text has that is drawn as letters, and who reads it, by the text's field.
         shown: the newest preview or picture.
     """
 
@@ -111,6 +112,7 @@ class Handle:
     due: float = field(init=False, default=0.0)
     done: int = field(init=False, default=0)
     cut: Mapping[str, str] = field(init=False, default_factory=dict)
+    letters: Mapping[str, str] = field(init=False, default_factory=dict)
     shown: Image | None = field(init=False, default=None)
     _lock: threading.Lock = field(init=False, default_factory=threading.Lock)
     _events: deque[Event] = field(init=False, default_factory=deque)
@@ -207,7 +209,8 @@ class Handle:
     def warnings(self) -> list[str]:
         """What the client should know of its pictures."""
         texts = {name: text if len(text) <= SHOWN else f"{text[:SHOWN]}..." for name, text in self.cut.items()}
-        return [f"{name} is longer than the model reads; it did not read: {text}" for name, text in texts.items()]
+        cut = [f"{name} is longer than the model reads; it did not read: {text}" for name, text in texts.items()]
+        return [*cut, *self.letters.values()]
 
 
 def _signal() -> Future[None]:

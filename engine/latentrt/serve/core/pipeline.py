@@ -8,6 +8,7 @@ from latentrt.bundle.spec import ENCODER
 from latentrt.engine import Engine
 from latentrt.errors import BundleError, DeviceMemoryError, PlanError, RequestError, ScheduleError
 from latentrt.golden import SIDE, TOLERANCE, example, worst_error
+from latentrt.model.text import Unread
 from latentrt.request import Request
 from latentrt.run.job import Job
 from latentrt.serve.core.errors import EngineFault
@@ -30,17 +31,14 @@ def load_encoder(engine: Engine) -> None:
         raise PlanError(error.found, needed=error.needed, fix=f"{error.fix}; or serve with --no-edits") from error
 
 
-def prepare(engine: Engine, request: Request) -> tuple[list[Job], dict[str, str]]:
-    """Return a request's jobs, and the end of each text that the model does not read, by the text's field.
+def prepare(engine: Engine, request: Request) -> tuple[list[Job], Unread]:
+    """Return a request's jobs, and what the model does not read of its texts.
 
     Raises:
         LatentrtError: what was wrong with the request.
     """
     jobs, text = engine.jobs(request), engine.model.text
-    if text is None:
-        return jobs, {}
-    dropped = {name: text.dropped(one) for name, one in text.texts(request).items()}
-    return jobs, {name: end for name, end in dropped.items() if end}
+    return jobs, Unread({}, {}) if text is None else text.unread(request)
 
 
 def check(engine: Engine) -> None:

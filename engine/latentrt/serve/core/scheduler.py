@@ -13,6 +13,7 @@ from PIL.Image import Image
 
 from latentrt.errors import LatentrtError, RequestError
 from latentrt.images.picture import Picture
+from latentrt.model.text import Unread
 from latentrt.run.job import Float32, Job
 from latentrt.runtime.base import Facts
 from latentrt.serve.core.curve import Curve
@@ -215,13 +216,13 @@ class Scheduler:
         first, second = (picture, request) if self._decodes_next else (request, picture)
         return first or second or next((slot for slot in self._slots if slot.preview is not None), None)
 
-    def prepared(self, handle: Handle, jobs: Sequence[Job], cut: dict[str, str]) -> None:
+    def prepared(self, handle: Handle, jobs: Sequence[Job], unread: Unread) -> None:
         """Take the jobs of a request, and what the model does not read of its texts."""
         with self._changed:
             if not handle.over:
                 channels, height, width = jobs[0].latents.shape
                 handle.shape, handle.lanes = (channels, height, width), jobs[0].most_lanes
-                handle.rows, handle.cut = jobs[0].rows, cut
+                handle.rows, handle.cut, handle.letters = jobs[0].rows, unread.cut, unread.letters
                 for slot, job in zip(handle.slots, jobs, strict=True):
                     slot.job = job
                 self._changed.notify_all()

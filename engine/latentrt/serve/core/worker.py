@@ -50,13 +50,13 @@ class SideWorker:
     def _prepare(self, handle: Handle) -> None:
         try:
             with self._timed("prepare"):
-                jobs, cut = pipeline.prepare(self._engine, handle.request)
+                jobs, unread = pipeline.prepare(self._engine, handle.request)
         except Exception as error:
             if pipeline.is_fault(error):
                 self._scheduler.suspect(as_error(error))
             self._scheduler.fail(handle, as_error(error))
         else:
-            self._scheduler.prepared(handle, jobs, cut)
+            self._scheduler.prepared(handle, jobs, unread)
 
     def _decode(self, slot: Slot) -> None:
         """Decode a picture. One that is not finite is no fault: any client could make the server unready with it."""

@@ -35,7 +35,10 @@ def _without_null(schema: dict[str, Any]) -> None:
             field.pop("default", None)
 
 
-OWN = ("cache_interval", "hires_scale", "hires_steps", "hires_strength", "handoff")  # named as a Request names them
+OWN = (  # named as a Request names them
+    *("prompt_syntax", "clip_skip", "cache_interval"),
+    *("hires_scale", "hires_steps", "hires_strength", "handoff"),
+)
 WHOLE = BeforeValidator(_whole)  # last in its type: bounds must stand next to int to be in the schema
 Text = Annotated[str, Field(min_length=0)]  # with any bound, half a surrogate pair is refused
 Count = Annotated[int, Field(ge=1), WHOLE]
@@ -85,10 +88,17 @@ class Wanted(BaseModel):
     num_inference_steps: Count | None = None
     guidance_scale: Guidance | None = None
     scheduler: Annotated[str | None, Field(description="A name of `latentrt solvers`, or a diffusers class.")] = None
+    prompt_syntax: Annotated[
+        Literal["plain", "a1111", "compel"] | None, Field(description="How prompts are read: with which weights.")
+    ] = None
     class_label: Annotated[Label | None, Field(description="Number of a class, for models that have classes.")] = None
     cache_interval: Annotated[
         Annotated[int, Field(ge=1, le=10_000), WHOLE] | None,
         Field(description="Compute only every Nth row in full: faster, and another picture."),
+    ] = None
+    clip_skip: Annotated[
+        Annotated[int, Field(ge=0, le=1000), WHOLE] | None,
+        Field(description="Layers of the text encoders to leave out at the end, as diffusers counts."),
     ] = None
     hires_scale: Annotated[
         Annotated[float, Field(ge=1, le=8)] | None,

@@ -38,10 +38,12 @@ from latentrt.serve.http.sd_schema import (
     State,
     TextToImage,
 )
+from latentrt.values import is_whole
 
 router = APIRouter(prefix="/sdapi/v1", tags=["A1111"], responses=documented(401))
 _DRAWN = {200: {"model": Images}, **documented(400, 401, 404, 408, 409, 413, 415, 429, 500, 503, 504)}
 API = "sdapi"
+MOST_LAYERS = 12  # of CLIP_stop_at_last_layers
 PREVIEWS = 3  # of a picture whose client can ask after it by its task
 # Fields that the catalog calls by OpenAI's names.
 _NAMES = {
@@ -200,6 +202,8 @@ def _request(
         scheduler=solver,
         seed=None if wanted.seed in (None, -1) else wanted.seed,
         class_label=wanted.class_label,
+        prompt_syntax="a1111" if catalog.prompted else "plain",
+        clip_skip=_clip_skip(wanted),
         strength=strength,
         options=options,
         **_stages(context, wanted),
@@ -222,6 +226,15 @@ def _stages(context: Context, wanted: TextToImage) -> dict[str, Any]:
             raise unknown("refiner_checkpoint", name, known or ["None"])
         fields["handoff"] = wanted.refiner_switch_at or HANDOFF
     return fields
+
+
+def _clip_skip(wanted: TextToImage) -> int | None:
+    """Return diffusers' count of A1111's clip skip, which counts the last layer too. Raise Problem if it is none."""
+    name = "CLIP_stop_at_last_layers"
+    value = (wanted.override_settings or {}).get(name)
+    if value is not None and (not is_whole(value) or not 1 <= value <= MOST_LAYERS):
+        raise Problem(f"{name} is {value!r}", needed=f"a whole number from 1 to {MOST_LAYERS}", param=name)
+    return value - 1 or None if value else None
 
 
 def _check_idle(wanted: TextToImage) -> None:

@@ -63,7 +63,6 @@ IDLE: dict[str, tuple[Any, ...]] = {
     "initial_noise_multiplier": (1,),
     "s_churn": (0,),
     "clip_skip": (1,),
-    "CLIP_stop_at_last_layers": (1,),
     "eta_noise_seed_delta": (0,),
     "sd_vae": ("Automatic", "None", ""),
 }

@@ -16,7 +16,7 @@ from transformers import CLIPTokenizer
 
 from latentrt.bundle.bundle import EMBEDDED
 from latentrt.errors import BundleError, OutputError, RequestError
-from latentrt.model.tokenizer import Tokenizer
+from latentrt.model.prompts.tokenizer import Tokenizer
 
 EMOJI = EMBEDDED / "tokenizer"
 START, END = "<|startoftext|>", "<|endoftext|>"

@@ -10,7 +10,9 @@ collapsed, lower case, split into words, then byte pair encoding of each word, t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import count, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 LENGTH = 77
+GIVEN = 2**20  # ids from here on stand for vectors of textual inversion; no vocabulary is as large
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 _DEFAULTS = {"bos_token": _START, "eos_token": _END, "unk_token": _END, "pad_token": _END}
 _WORDS = (
@@ -47,12 +50,27 @@ class Encoded:
 
 
 class Tokenizer:
-    """CLIP's tokenizer as a checkpoint configures it; gives the ids of transformers' CLIPTokenizer."""
+    """CLIP's tokenizer as a checkpoint configures it; gives the ids of transformers' CLIPTokenizer.
 
-    def __init__(self, core: tokenizers.Tokenizer, start: int, end: int, pad: int, length: int) -> None:
-        """Take the byte pair encoder, the ids of its start, end and padding token, and the number of ids per prompt."""
+    Attributes:
+        start, end, pad: ids of the tokens around a prompt.
+        length: of what the text encoder reads, start and end included.
+        firsts: ids of the first vectors of embeddings.
+
+    Args:
+        core: the byte pair encoder.
+        start, end, pad, length: the attributes.
+        own: how many ids the checkpoint's own tokens have; later ones are those of `with_vectors`.
+    """
+
+    firsts: frozenset[int] = frozenset()
+
+    def __init__(
+        self, core: tokenizers.Tokenizer, start: int, end: int, pad: int, length: int, own: int | None = None
+    ) -> None:
         self._core = core
-        self._start, self._end, self._pad, self._length = start, end, pad, length
+        self.start, self.end, self.pad, self.length = start, end, pad, length
+        self._own = core.get_vocab_size() if own is None else own
         self._vectors = _vectors({token.content for token in core.get_added_tokens_decoder().values()})
 
     @classmethod
@@ -72,24 +90,87 @@ class Tokenizer:
         except (AttributeError, KeyError, TypeError, ValueError) as error:  # fields of another kind
             raise _unreadable(folder / "tokenizer_config.json", error) from error
 
+    @property
+    def room(self) -> int:
+        """The most tokens of a prompt that fit between start and end."""
+        return self.length - 2
+
+    @property
+    def comma(self) -> int | None:
+        """The id of a comma at a word's end; None in a vocabulary without one."""
+        number: int | None = self._core.token_to_id(",</w>")
+        return number
+
     def encode(self, text: str) -> Encoded:
         """Return the ids of one prompt.
 
         Raises:
             RequestError: the prompt is no text, or holds half a surrogate pair (bytes that were not UTF-8).
         """
-        _check_text(text)
-        encoding = self._core.encode(text, add_special_tokens=False)
+        text, encoding = self._encoding(self._core, text)
+        return Encoded(self.padded(self._ids(encoding)[: self.room]), _beyond(text, encoding, self.room))
+
+    def beyond(self, text: str, room: int) -> str:
+        """Return the end of a text that is left after so many of its tokens. Raise as `encode`."""
+        return _beyond(*self._encoding(self._core, text), room)
+
+    def padded(self, ids: list[int]) -> NDArray[np.int64]:
+        """Return ids (length,) with start, end and padding around at most `room` of a prompt."""
+        used = [self.start, *ids, self.end]
+        return np.array(used + [self.pad] * (self.length - len(used)), np.int64)
+
+    def tokens(self, text: str, *, literally: bool = False) -> list[int]:
+        """Return all ids of a text, without start, end and padding. Raise as `encode`.
+
+        `literally` takes a "!" for a word where it is the padding token too.
+        """
+        core = self._without_specials if literally and self.pad != self.end else self._core
+        return self._ids(self._encoding(core, text)[1])
+
+    def with_vectors(self, counts: Mapping[str, int]) -> Tokenizer:
+        """Return a tokenizer that also knows these tokens, each of so many vectors: ids from GIVEN on, in order.
+
+        As in diffusers, "<toy>" of three vectors is "<toy>", "<toy>_1" and "<toy>_2".
+
+        Raises:
+            RequestError: the vocabulary has one of these tokens.
+        """
+        from tokenizers import Tokenizer as Core
+
+        core = Core.from_str(self._core.to_str())
+        for token, vectors in counts.items():
+            for name in (token, *(f"{token}_{i}" for i in range(1, vectors))):
+                if core.token_to_id(name) is not None:
+                    raise RequestError(
+                        f"the embedding is named {name!r}, and the tokenizer has such a token",
+                        needed="a name of its own",
+                        fix="give it another one: NAME=FILE",
+                    )
+                core.add_tokens([name])
+        made = Tokenizer(core, self.start, self.end, self.pad, self.length, self._own)
+        made.firsts = frozenset(GIVEN + sum(list(counts.values())[:i]) for i in range(len(counts)))
+        return made
+
+    def _encoding(self, core: tokenizers.Tokenizer, text: str) -> tuple[str, tokenizers.Encoding]:
+        """Return a text with all vectors of its textual inversions, and its encoding."""
+        check_text(text)
+        encoding = core.encode(text, add_special_tokens=False)
         if several := sorted(self._vectors.keys() & set(encoding.tokens)):
             for token in several:
                 text = text.replace(token, self._vectors[token])
-            encoding = self._core.encode(text, add_special_tokens=False)
-        room = self._length - 2
-        used = [self._start, *encoding.ids[:room], self._end]
-        ids = np.full(self._length, self._pad, np.int64)
-        ids[: len(used)] = used
-        dropped = text[encoding.offsets[room][0] :] if len(encoding.ids) > room else ""
-        return Encoded(ids, dropped)
+            encoding = core.encode(text, add_special_tokens=False)
+        return text, encoding
+
+    def _ids(self, encoding: tokenizers.Encoding) -> list[int]:
+        return [number if number < self._own else GIVEN + number - self._own for number in encoding.ids]
+
+    @cached_property
+    def _without_specials(self) -> tokenizers.Tokenizer:
+        from tokenizers import Tokenizer as Core
+
+        core = Core.from_str(self._core.to_str())
+        core.encode_special_tokens = True
+        return core
 
     def write_json(self, path: Path) -> None:
         """Write tokenizer.json: vocabulary, merges and rules in one file, which `open` prefers.
@@ -101,6 +182,10 @@ class Tokenizer:
             path.write_text(self._core.to_str(), encoding="utf-8")
         except OSError as error:
             raise OutputError(f"{path} cannot be written ({error.strerror})", needed="a writable folder") from error
+
+
+def _beyond(text: str, encoding: tokenizers.Encoding, room: int) -> str:
+    return text[encoding.offsets[room][0] :] if len(encoding.ids) > room else ""
 
 
 def _vectors(added: set[str]) -> dict[str, str]:
@@ -236,7 +321,8 @@ def _unreadable(path: Path, why: object) -> BundleError:
     return BundleError(f"{path} cannot be read ({why})", needed="a CLIP tokenizer's file, whole")
 
 
-def _check_text(text: object) -> None:
+def check_text(text: object) -> None:
+    """Refuse what is no text, or no Unicode. Raise RequestError."""
     if not isinstance(text, str):
         raise RequestError(f"a prompt of type {type(text).__name__}", needed="text")
     try:
