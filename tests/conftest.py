@@ -64,7 +64,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def _make_checkpoint(name: str, folder: Path) -> None:
-    from tests.support.models import checkpoints, pixels
+    from tests.support.models import checkpoints, kinds, pixels
 
     kind, inpaints = name.removesuffix("-inpainting"), name.endswith("-inpainting")
     unet = {"in_channels": 9} if inpaints else {}
@@ -87,6 +87,8 @@ def _make_checkpoint(name: str, folder: Path) -> None:
         checkpoints.tiny_vae(folder)
     elif kind == "sdxl":
         checkpoints.tiny_sdxl(folder, unet=unet, index=index)
+    elif name in kinds.MAKERS:
+        kinds.MAKERS[name](folder)
     else:
         checkpoints.tiny_sd(folder, unet=unet, index=index)
         checkpoints.rename_as_of_old(folder)

@@ -23,14 +23,17 @@ _NUMBERS = {
     "guidance": (0.0, 1e6),
     **dict.fromkeys(("guidance_rescale", "strength", "hires_strength", "handoff"), (0.0, 1.0)),
     "hires_scale": (1.0, 8.0),
+    "image_guidance": (1.0, 1e6),
     **dict.fromkeys(("aesthetic_score", "negative_aesthetic_score"), (0.0, 1000.0)),
 }
-_OWN = ("strength", "handoff", "aesthetic_score", "negative_aesthetic_score", "noise_level")  # of a picture, where set
+# Of a picture, where they are set.
+_OWN = ("strength", "handoff", "image_guidance", "noise_level", "aesthetic_score", "negative_aesthetic_score")
 
 # What users of other tools type, and the name of it here.
 _OTHER_NAMES = {
     "num_inference_steps": "steps",
     "guidance_scale": "guidance",
+    "image_guidance_scale": "image_guidance",
     "num_images_per_prompt": "count",
     "schedule": "solver",
     "scheduler": "solver",
@@ -55,8 +58,11 @@ class Request:
         solver: a name of `latentrt solvers`; None is the class that the bundle's scheduler_config.json names.
         seed: of the first picture. Picture i has seed + i, so a picture never depends on its siblings.
         guidance: scale of classifier-free guidance: 1 or less runs one lane, above 1 two; None is the model's default.
+            Models that read it (LCM) run one lane at any scale.
         guidance_rescale: 0 to 1, see `Guidance`.
         guidance_interval: the part of the run, as fractions of its rows, in which guidance acts.
+        image_guidance: how closely pictures stay to the given one, 1 or more, of models that edit it as the prompt says
+            (InstructPix2Pix); None is 1.5. It acts with `guidance`, in three lanes.
         cache_interval: 1 computes every row in full; N, only every Nth: rows between use deep features again
             (DeepCache), which is faster and changes the picture.
         height, width: in pixels; None is the size that the model was trained at.
@@ -91,6 +97,7 @@ class Request:
     guidance: float | None = None
     guidance_rescale: float = 0.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    image_guidance: float | None = None
     cache_interval: int = 1
     height: int | None = None
     width: int | None = None
@@ -133,9 +140,9 @@ class Request:
             value = getattr(self, name)
             if not isinstance(value, str) and not (optional and value is None):
                 raise RequestError(f"{name} is {value!r}", needed="text or None" if optional else "text")
-        for name, (least, most) in _NUMBERS.items():
+        for name, (low, high) in _NUMBERS.items():
             if getattr(self, name) is not None:
-                _number(name, getattr(self, name), least, most)
+                _number(name, getattr(self, name), low, high)
         interval = self.guidance_interval
         if not isinstance(interval, (list, tuple)) or len(interval) != 2:
             raise RequestError(

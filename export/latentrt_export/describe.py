@@ -28,7 +28,7 @@ from latentrt.sampling.schedule import Schedule
 from latentrt.values import is_whole
 from latentrt_export.checkpoint.corrections import corrections_of, drawn_by
 from latentrt_export.checkpoint.files import read_json
-from latentrt_export.checkpoint.served import INPAINTING, LOW, TINY, beside, vae_class, vae_factor
+from latentrt_export.checkpoint.served import EDITING, EXTRA, INPAINTING, LOW, TINY, beside, vae_class, vae_factor
 from latentrt_export.checkpoint.single.choices import Choices
 from latentrt_export.checkpoint.source import LOW_SCHEDULE, SCHEDULE, Checkpoint, tokenizer_of
 
@@ -49,6 +49,7 @@ ROLES = {  # all others are text encoders
     "vae_encoder": ENCODER,
 }
 
+LCM, PIX2PIX, XL_PIX2PIX = (4, 8.5), (20, 7.5), (20, 5.0)  # steps and guidance
 MAX_NOISE_LEVEL = 350  # diffusers' own default
 TRACING, WRITING = ("torch", "diffusers", "transformers"), ("onnx", "onnx-ir", "onnxscript")  # libraries
 
@@ -65,6 +66,8 @@ def model_spec(checkpoint: Checkpoint, networks: Mapping[str, NetworkSpec], how:
         schedule=SCHEDULE if checkpoint.scheduler else None,
         networks=networks,
         zero_negative=bool(checkpoint.index.get("force_zeros_for_empty_prompt", xl)),
+        scaled_picture=bool(checkpoint.index.get("is_cosxl_edit")),
+        keeps_steps=checkpoint.pipeline.startswith("LatentConsistencyModel"),  # with an image-to-image of its own
         classes=None if enlarges else configs.get("unet", {}).get("num_class_embeds"),
         low_schedule=LOW_SCHEDULE if enlarges else None,
         max_noise_level=_max_noise_level(checkpoint) if enlarges else None,
@@ -200,10 +203,16 @@ def _size(unet: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _defaults(checkpoint: Checkpoint) -> Defaults:
-    """Return the pipeline's defaults: 1000 steps for DDPMPipeline; 50 for DDIMPipeline, by DDIM with any scheduler."""
+    """Return the pipeline's defaults: 1000 steps for DDPMPipeline; 50 for DDIMPipeline, by DDIM with any scheduler;
+    those of LatentConsistencyModelPipeline for UNets that read the guidance scale; InstructPix2Pix's guidance.
+    """
     trained = int(checkpoint.scheduler.get("num_train_timesteps", 1000))
     if checkpoint.pipeline == "DDPMPipeline":
         return Defaults(min(1000, trained), 1.0)
     if checkpoint.pipeline == "DDIMPipeline":
         return Defaults(min(50, trained), 1.0, "ddim")
+    if checkpoint.configs.get("unet", {}).get("time_cond_proj_dim") is not None:
+        return Defaults(*LCM)
+    if EXTRA.get(checkpoint.pipeline) == EDITING:
+        return Defaults(*(XL_PIX2PIX if "text_encoder_2" in checkpoint.configs else PIX2PIX))
     return Defaults()

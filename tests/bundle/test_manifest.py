@@ -175,6 +175,8 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("revision", 1),
         ("license", ["mit"]),
         ("zero_negative", "no"),
+        ("keeps_steps", 1),
+        ("scaled_picture", None),
         *((name, "ten") for name in ("classes", "max_noise_level")),
         ("low_schedule", 5),
         ("made", "by hand"),

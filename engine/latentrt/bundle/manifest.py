@@ -96,7 +96,8 @@ def check(spec: ModelSpec) -> None:
     for name in ("revision", "license"):
         value = getattr(spec, name)
         _need(value is None or isinstance(value, str), name, value, "text or null")
-    _need(isinstance(spec.zero_negative, bool), "zero_negative", spec.zero_negative, "true or false")
+    for name in ("zero_negative", "scaled_picture", "keeps_steps"):
+        _need(isinstance(getattr(spec, name), bool), name, getattr(spec, name), "true or false")
     for name in ("classes", "max_noise_level"):
         value = getattr(spec, name)
         _need(value is None or is_whole(value), name, value, "a whole number or null")

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 SETTINGS = (
-    *("steps", "solver", "seed", "guidance", "count", "strength", "class_label", "cache_interval"),
+    *("steps", "solver", "seed", "guidance", "image_guidance", "count", "strength", "class_label", "cache_interval"),
     *("hires_scale", "hires_steps", "hires_strength", "handoff"),
     *("noise_level", "aesthetic_score", "negative_aesthetic_score"),
     *("prompt_syntax", "clip_skip"),
@@ -66,6 +66,9 @@ SETTINGS = (
 @click.option("--solver", help="`latentrt solvers` lists them  [default: the bundle's own]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the first picture; the next count up.")
 @click.option("--guidance", "-g", type=float, help="Guidance scale; 1 for none  [default: the model's own]")
+@click.option(
+    "--image-guidance", type=float, help="How closely to stay to --image, of models that edit as told  [default: 1.5]"
+)
 @click.option("--size", help="WIDTHxHEIGHT in pixels  [default: the model's own, or that of --image]")
 @click.option("--count", "-c", type=int, default=1, show_default=True, help="Pictures for each prompt.")
 @click.option(

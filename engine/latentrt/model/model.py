@@ -18,6 +18,7 @@ from latentrt.images.depth_map import depth_of
 from latentrt.images.given import prepared, prepared_low
 from latentrt.model.codec import Codec, Identity, Vae
 from latentrt.model.conditioners.beside import Repainted
+from latentrt.model.conditioners.guidance_embedding import GuidanceEmbedding
 from latentrt.model.conditioners.registry import Parts, conditioners_of
 from latentrt.model.given import Given
 from latentrt.model.hoisted import Hoisted
@@ -29,6 +30,7 @@ from latentrt.request import Request
 from latentrt.runtime.base import Backend
 from latentrt.runtime.lazy import LazyNetwork
 from latentrt.runtime.tensorrt.record import Profile, drawn_by
+from latentrt.sampling.guidance import Guidance
 from latentrt.sampling.noise import NoiseSource
 from latentrt.sampling.schedule import Schedule
 
@@ -41,10 +43,12 @@ CONDITIONED = (  # fields of a request that some models do not read
     "negative_prompt",
     "class_label",
     "noise_level",
+    "image_guidance",
     "clip_skip",
     "aesthetic_score",
     "negative_aesthetic_score",
 )
+IMAGE_GUIDANCE = 1.5  # of StableDiffusionInstructPix2PixPipeline
 
 
 class Model:
@@ -147,6 +151,18 @@ class Model:
         return any(one.enlarges for one in self.conditioners)
 
     @property
+    def most_lanes(self) -> int:
+        """The most lanes that a picture of this model takes."""
+        if self.text is None or self.embeds_guidance:
+            return 1
+        return 3 if "image_guidance" in self.fields else 2
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the denoiser reads the guidance scale itself: its pictures take one lane at any scale."""
+        return any(isinstance(one, GuidanceEmbedding) for one in self.conditioners)
+
+    @property
     def edits(self) -> bool:
         """Whether runs may begin on a given picture: there is an encoder, or none is needed."""
         return bool(self.spec.named(ENCODER)) or not self.spec.named(DECODER)
@@ -157,14 +173,11 @@ class Model:
         `others` are the fields that a second model reads.
 
         Raises:
-            RequestError: it sets a field that the model does not read.
+            RequestError: it sets a field that the model does not read, or to a value that it cannot use.
         """
         for field in CONDITIONED:
             if getattr(request, field) is not None and field not in (*self.fields, *others):
                 raise RequestError(f"{self.spec.id} reads no {field}", needed="a request without one")
-        if self.shows_picture and request.strength is not None:
-            found = f"strength is {request.strength:g}, and {self.spec.id} begins on noise with the picture beside it"
-            raise RequestError(found, needed="a request without strength")
         if request.cache_interval > 1 and not self.predictor.caches:
             raise RequestError(
                 f"cache_interval is {request.cache_interval}, and the bundle of {self.spec.id} has no shallow graph",
@@ -181,8 +194,19 @@ class Model:
         steps = self.spec.defaults.steps if request.steps is None else request.steps
         solver = self.spec.defaults.solver if request.solver is None else request.solver
         filled = replace(request, steps=steps, solver=solver, guidance=guidance)
+        for one in self.conditioners:
+            one.check_settings(filled)
         self._check_text(filled)
+        if "image_guidance" in self.fields and request.image_guidance is None and guidance > 1:
+            return replace(filled, image_guidance=IMAGE_GUIDANCE)
         return filled
+
+    def guidance(self, request: Request) -> Guidance:
+        """Return how the lanes of a request's pictures are combined; its defaults are filled in."""
+        if self.embeds_guidance:
+            return Guidance()
+        image = request.image_guidance if "image_guidance" in self.fields else None  # it may be another model's
+        return Guidance(request.guidance or 1.0, request.guidance_rescale, request.guidance_interval, image)
 
     def _check_text(self, request: Request) -> None:
         """Refuse what asks too much of the text encoders, or of a model without any. Raise RequestError."""

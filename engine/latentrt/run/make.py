@@ -10,7 +10,7 @@ from latentrt.model.given import Given
 from latentrt.model.model import Model
 from latentrt.request import Request, facts_of
 from latentrt.run.job import Job
-from latentrt.run.stages import guidance_of, later_stages, table_of
+from latentrt.run.stages import later_stages, table_of
 from latentrt.sampling.noise import NoiseSource, TorchCudaNoise, noise_source
 from latentrt.sampling.table import Kept, Table
 
@@ -47,12 +47,12 @@ def make_jobs(
     request = _placed(model, request, given)
     table = table_of(model, request, denoising_end=1.0 if request.handoff is None else request.handoff)
     later = later_stages(model, request, given, refiner)
-    guidance = guidance_of(request)
+    guidance = model.guidance(request)
     size = model.spec.latents.pixels_of(request.height, request.width)
     final = model.spec.latents.enlarged(*size, request.hires_scale or 1.0)
-    sides = model.spec.latents.shape_of(*final)[1:]
-    model.check_tiles(*sides)
-    facts = {**model.facts(*sides), **(given.facts if given else {})}
+    height, width = model.spec.latents.shape_of(*final)[1:]
+    model.check_tiles(height, width)
+    facts = {**model.facts(height, width), **(given.facts if given else {})}
     jobs = []
     for index in range(first, first + request.count):
         seed = request.seed + index
@@ -60,17 +60,18 @@ def make_jobs(
         drawn = model.drawn_first(request, given, noise)
         on_device = draws_on_device and (given is None or model.shows_picture) and isinstance(noise, TorchCudaNoise)
         latents, kept = _begin(model, request, table, given, noise, on_device=on_device)
-        uncond, cond = model.inputs(request, given, noise, drawn, tokens=tokens)
+        sides = model.inputs(request, given, noise, drawn, tokens=tokens)
         tag = facts_of(request, table.solver, seed, index, size, model.spec.id)
         start = table.start if on_device else 0.0
         jobs.append(
             Job(
                 table,
                 latents,
-                uncond,
-                cond,
+                sides.uncond,
+                sides.cond,
                 noise,
                 guidance,
+                sides.image,
                 kept=kept,
                 start=start,
                 later=later,

@@ -19,8 +19,7 @@ from latentrt_export.checkpoint.files import AGAIN, license_of, read_json, read_
 from latentrt_export.checkpoint.hub import download
 from latentrt_export.checkpoint.lone_vae import fitting, is_vae, vae_folder
 from latentrt_export.checkpoint.served import (
-    DEPTH,
-    INPAINTING,
+    EXTRA,
     LOW,
     TINY,
     VAES,
@@ -41,9 +40,12 @@ PIPELINES = {  # the networks of each
     "StableDiffusionImg2ImgPipeline": SD,
     "StableDiffusionInpaintPipeline": SD,
     "LatentConsistencyModelPipeline": SD,
+    "LatentConsistencyModelImg2ImgPipeline": SD,
+    "StableDiffusionInstructPix2PixPipeline": SD,
     "StableDiffusionXLPipeline": XL,
     "StableDiffusionXLImg2ImgPipeline": XL,
     "StableDiffusionXLInpaintPipeline": XL,
+    "StableDiffusionXLInstructPix2PixPipeline": XL,
     "StableDiffusionDepth2ImgPipeline": SD,
     "StableDiffusionUpscalePipeline": SD,
     "DDPMPipeline": PIXELS,
@@ -56,10 +58,6 @@ CLASSES = {
     "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
     VAE: VAES,
     "low_res_scheduler": ("DDPMScheduler", "DDIMScheduler"),  # whose add_noise keeps the variance
-}
-EXTRA = {  # what a pipeline gives its UNet beside the latents, where that is no picture to repaint
-    "StableDiffusionDepth2ImgPipeline": DEPTH,
-    "StableDiffusionUpscalePipeline": LOW,
 }
 UNETS = {**dict.fromkeys((SD, XL, REFINER), "UNet2DConditionModel"), PIXELS: "UNet2DModel"}
 SCHEDULE = "scheduler/scheduler_config.json"
@@ -201,15 +199,14 @@ def open_checkpoint(source: str | Path, revision: str | None = None, variant: st
         check_class(index, part, (UNETS[parts],) if part == UNET else CLASSES[part])
     homes = {part: _home(root, part) for part in parts}
     configs = {part: _config(home, part) for part, home in homes.items()}
-    extra = EXTRA.get(str(index["_class_name"]), INPAINTING)
-    check_networks(configs, UNETS[parts], extra)
+    check_networks(configs, UNETS[parts], index["_class_name"])
     if VAE in configs:
         check_class(index, VAE, (vae_class(configs[VAE]),))
     weights = choose_weights(homes, variant)
     schedule = root / SCHEDULE if (root / SCHEDULE).is_file() else root / "scheduler_config.json"
     files = {name: path for name, path in texts_of(root).items() if path not in _flat(root, homes)}
     files[SCHEDULE] = schedule
-    if extra == LOW:
+    if EXTRA.get(index["_class_name"]) == LOW:
         check_class(index, LOW_SCHEDULER, CLASSES[LOW_SCHEDULER])
         read_schedule(root / LOW_SCHEDULE, named_class(index[LOW_SCHEDULER]))
         files[LOW_SCHEDULE] = root / LOW_SCHEDULE

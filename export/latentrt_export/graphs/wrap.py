@@ -18,7 +18,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from latentrt.errors import ExportError
 from latentrt_export.checkpoint.files import read_json
-from latentrt_export.checkpoint.served import KL, LOW, TINY, input_beside, sizes_read, text_config, vae_class
+from latentrt_export.checkpoint.served import INPUTS, KL, LOW, TINY, kind_beside, sizes_read, text_config, vae_class
 
 Axes = Mapping[int, str]
 IMAGE_AXES: Axes = {0: "batch", 2: "height", 3: "width"}
@@ -114,13 +114,19 @@ class UNet(nn.Module):
         depth_map: Tensor | None = None,
         low_picture: Tensor | None = None,
         noise_level: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
     ) -> Tensor:
         """Map sample (batch, channels, height, width) to out of the same shape."""
         added = None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
         extra = [one for one in (beside, depth_map, low_picture) if one is not None]
         sample = torch.cat([sample, *extra], dim=1) if extra else sample
         out: Tensor = self.model(
-            sample, timestep, encoder_hidden_states, class_labels=noise_level, added_cond_kwargs=added
+            sample,
+            timestep,
+            encoder_hidden_states,
+            class_labels=noise_level,
+            timestep_cond=timestep_cond,
+            added_cond_kwargs=added,
         ).sample
         return out
 
@@ -220,11 +226,13 @@ def _unet(root: Path, name: str, tokens: int) -> Network:
         embeds = config.projection_class_embeddings_input_dim - numbers * config.addition_time_embed_dim
         sizes |= {"text_embeds": ((embeds,), BATCH), "time_ids": ((numbers,), BATCH)}
     extra = config.in_channels - config.out_channels
-    name_beside = input_beside(extra, config.out_channels)
-    if name_beside is not None:
-        sizes[name_beside] = ((extra, 16, 24), IMAGE_AXES)
+    kind = kind_beside(extra, config.out_channels)
+    if kind is not None:
+        sizes[INPUTS[kind]] = ((extra, 16, 24), IMAGE_AXES)
+    if config.time_cond_proj_dim is not None:
+        sizes["timestep_cond"] = ((config.time_cond_proj_dim,), BATCH)
     inputs = _examples(sizes)
-    if name_beside == LOW:
+    if kind == LOW:
         inputs = (*inputs, Input("noise_level", torch.zeros(TRACE_BATCH, dtype=torch.int64), BATCH))
     return Network(UNet(model), inputs, ("out",), "unet")
 

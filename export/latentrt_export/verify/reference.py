@@ -158,19 +158,25 @@ def run_pipeline(pipe: Any, run: Run) -> tuple[list[Array], Array]:
     return steps, np.stack([np.asarray(image) for image in result.images])
 
 
+def _is_negated(settings: Mapping[str, Any]) -> bool:
+    return settings["guidance"] > 1 and "negative_prompt" in settings
+
+
 def _prompted(pipe: Any, run: Run) -> dict[str, Any]:
     """What a pipeline with a prompt is called with: of all that the run has, what this pipeline takes."""
     settings, count = run.settings, len(run.prompts)
     masked = "mask" in run.pictures
     own = {
         "prompt": list(run.prompts),
-        "negative_prompt": [settings["negative_prompt"]] * count if settings["guidance"] > 1 else None,
+        "negative_prompt": [settings["negative_prompt"]] * count if _is_negated(settings) else None,
         "guidance_scale": settings["guidance"],
         "height": settings["height"],
         "width": settings["width"],
         "strength": settings.get("strength", MASKED_STRENGTH if masked else STRENGTH),
         **{name: settings[name] for name in CONDITIONS if name in settings},
     }
+    if "image_guidance" in settings:
+        own["image_guidance_scale"] = settings["image_guidance"]
     for name, theirs in (("image", "image"), ("mask", "mask_image")):
         if name in run.pictures:
             own[theirs] = [Image.fromarray(run.pictures[name])] * count

@@ -48,3 +48,9 @@ class LowPicture(Conditioner):
             raise RequestError(f"noise_level is {level}", needed=f"a whole number from 0 to {self._most}")
         low = self._schedule.add_noise(given.image, noise.normal(given.image.shape), level)
         return Sides.same({"low_picture": low, "noise_level": np.array(level, self._dtype)})
+
+    def check_settings(self, request: Request) -> None:
+        """Refuse a strength. See `Conditioner`."""
+        if request.strength is not None:
+            found = f"strength is {request.strength:g}, and the model begins on noise, with the picture beside it"
+            raise RequestError(found, needed="a request without strength")

@@ -9,9 +9,10 @@ from latentrt.bundle.bundle import Bundle
 from latentrt.bundle.spec import TEXT_ENCODER, TensorSpec
 from latentrt.errors import EXPORT, BundleError
 from latentrt.model.codec import Codec
-from latentrt.model.conditioners.beside import Repainted
+from latentrt.model.conditioners.beside import Edited, Repainted
 from latentrt.model.conditioners.class_label import ClassLabel
 from latentrt.model.conditioners.depth_map import DepthMap
+from latentrt.model.conditioners.guidance_embedding import GuidanceEmbedding
 from latentrt.model.conditioners.low_picture import LowPicture
 from latentrt.model.conditioners.sizes import ScoredSizes, Sizes
 from latentrt.model.inputs import Conditioner
@@ -57,8 +58,9 @@ def _text(parts: Parts) -> Conditioner:
     ]
     if not encoders:
         raise BundleError(f"{spec.id} has no text encoder", needed="one: its denoiser reads texts")
-    tokens = parts.inputs["encoder_hidden_states"].shape[1]
-    return Text(encoders, zero_negative=spec.zero_negative, most=tokens if isinstance(tokens, int) else None)
+    tokens, guided = parts.inputs["encoder_hidden_states"].shape[1], "timestep_cond" not in parts.inputs
+    most = tokens if isinstance(tokens, int) else None
+    return Text(encoders, zero_negative=spec.zero_negative, most=most, guided=guided)
 
 
 def _sizes(parts: Parts) -> Conditioner:
@@ -68,15 +70,24 @@ def _sizes(parts: Parts) -> Conditioner:
     return kinds[count](parts.bundle.spec.latents)
 
 
+def _guidance_embedding(parts: Parts) -> Conditioner:
+    dim = parts.inputs["timestep_cond"].shape[1]
+    if not isinstance(dim, int) or dim < 4:
+        raise _unknown(parts, f"reads a guidance embedding of {dim} numbers", "4 or more")
+    return GuidanceEmbedding(dim)
+
+
 def _class_label(parts: Parts) -> Conditioner:
     return ClassLabel(parts.inputs["class_labels"].dtype, parts.bundle.spec.classes)
 
 
 def _beside(parts: Parts) -> Conditioner:
     channels, own = parts.inputs["beside"].shape[1], parts.bundle.spec.latents.channels
+    if channels == own:
+        return Edited(parts.bundle.spec.latents, scaled=parts.bundle.spec.scaled_picture)
     if channels != 1 + own:
-        found, needed = f"reads {channels} channels beside the latents", f"{1 + own}: a mask and a picture's latents"
-        raise _unknown(parts, found, needed)
+        needed = f"{own}, a picture's; or {1 + own}, with a mask"
+        raise _unknown(parts, f"reads {channels} channels beside the latents", needed)
     return Repainted(parts.codec)
 
 
@@ -101,6 +112,7 @@ MAKERS: Mapping[str, Callable[[Parts], Conditioner]] = {
     "encoder_hidden_states": _text,
     "text_embeds": _text,
     "time_ids": _sizes,
+    "timestep_cond": _guidance_embedding,
     "class_labels": _class_label,
     "beside": _beside,
     "depth_map": _depth_map,
