@@ -99,6 +99,8 @@ NUMPY: dict[str, Any] = {
     "hires_steps": np.int8(3),
     "hires_strength": np.float16(0.5),
     "handoff": np.float64(0.75),
+    "prompt_syntax": np.str_("a1111"),
+    "clip_skip": np.int8(1),
     "aesthetic_score": np.float32(6.5),
     "negative_aesthetic_score": np.float32(2.5),
     "options": {"eta": np.float32(0.5), "use_karras_sigmas": np.False_, "disable_corrector": np.array([0, 1])},
