@@ -94,6 +94,8 @@ NUMPY: dict[str, Any] = {
     "hires_steps": np.int8(3),
     "hires_strength": np.float16(0.5),
     "handoff": np.float64(0.75),
+    "prompt_syntax": np.str_("a1111"),
+    "clip_skip": np.int8(1),
     "aesthetic_score": np.float32(6.5),
     "negative_aesthetic_score": np.float32(2.5),
     "options": {"eta": np.float32(0.5), "use_karras_sigmas": np.False_, "disable_corrector": np.array([0, 1])},
@@ -102,7 +104,7 @@ NUMPY: dict[str, Any] = {
 
 def test_numpys_values_are_values() -> None:
     request = Request(**NUMPY)
-    assert set(NUMPY) == set(Request.__dataclass_fields__) - {"pictures"}
+    assert set(NUMPY) == set(Request.__dataclass_fields__) - {"pictures", "embeddings"}
     wanted = {name: plain(value) for name, value in NUMPY.items()}
     wanted["options"] = {"eta": 0.5, "use_karras_sigmas": False, "disable_corrector": [0, 1]}
     for name, value in wanted.items():

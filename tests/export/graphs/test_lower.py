@@ -27,7 +27,7 @@ FLOATS = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bool": 
 
 def _feeds(graph: GraphSpec) -> Arrays:
     draw = np.random.default_rng(0)
-    sizes = {"batch": 2, "height": 13, "width": 10}
+    sizes = {"batch": 2, "height": 13, "width": 10, "tokens": 77}
     if graph.inputs[0].name == "image":
         sizes |= {"height": 48, "width": 32}
     if not any(tensor.name.startswith("text.") for tensor in graph.inputs):

@@ -21,22 +21,27 @@ def test_the_models_own_size_is_what_plans_serve_unasked() -> None:
     found = {name: "; ".join(map(str, profiles_of(EMOJI.spec, name, FIXED))) for name in EMOJI.spec.graphs()}
     assert found == {
         "text_encoder": "batch 1; batch 2",  # a prompt, and a picture in one launch
-        "unet_text": "batch 1; batch 2",
-        "unet": "batch 2, height 16, width 16",
+        "unet_text": "batch 1, tokens 77; batch 2, tokens 77",
+        "unet": "batch 2, height 16, width 16, tokens 77",
         "unet_shallow": "batch 2, height 16, width 16",
         "vae_decoder": "batch 1, height 16, width 16",
         "vae_encoder": "batch 1, height 128, width 128",  # it reads pixels
     }
 
 
+def test_plans_of_longer_texts_are_asked_for() -> None:
+    (own,) = profiles_of(EMOJI.spec, "unet", shapes_of(EMOJI.spec, {"tokens": "77:77:231"}))
+    assert own.ranges["tokens"] == (77, 77, 231)
+
+
 def test_several_profiles_fill_in_what_they_leave_out() -> None:
     asked = shapes_of(
         EMOJI.spec, {"size": "64x128"}, ["lanes=2", "lanes=2:8:16, size=64:128:256", "lanes=2,pictures=4"]
     )
-    unet = profiles_of(EMOJI.spec, "unet", asked)
+    unet, chunk = profiles_of(EMOJI.spec, "unet", asked), {"tokens": (77, 77, 77)}
     assert [dict(profile.ranges) for profile in unet] == [  # the third is the first again, to the UNet
-        {"batch": (2, 2, 2), "height": (16, 16, 16), "width": (8, 8, 8)},
-        {"batch": (2, 8, 16), "height": (8, 16, 32), "width": (8, 16, 32)},
+        {"batch": (2, 2, 2), "height": (16, 16, 16), "width": (8, 8, 8), **chunk},
+        {"batch": (2, 8, 16), "height": (8, 16, 32), "width": (8, 16, 32), **chunk},
     ]
     assert [p.ranges["batch"] for p in profiles_of(EMOJI.spec, "vae_decoder", asked)] == [
         (1, 1, 1),

@@ -39,7 +39,8 @@ def test_a_call_is_what_the_graph_computes(network: TensorRtNetwork, bundle: Bun
 
 def test_the_embedded_unet_runs_as_on_onnx_runtime(gpu: HostGpu, fake: FakeTensorRt, tmp_path: Path) -> None:
     bundle = Bundle.open(check_hashes=False)
-    put_plan(bundle, "unet", fake, gpu, {"batch": (2,) * 3, "height": (16,) * 3, "width": (16,) * 3}, folder=tmp_path)
+    ranges: dict[str, Range] = {"batch": (2,) * 3, "height": (16,) * 3, "width": (16,) * 3, "tokens": (77,) * 3}
+    put_plan(bundle, "unet", fake, gpu, ranges, folder=tmp_path)
     network = TensorRtBackend(gpu, fake.library, precision="fp32", plans=tmp_path).load(bundle, "unet")
     random = np.random.default_rng(0)
     fed = {
@@ -120,7 +121,7 @@ def test_the_whole_engine_draws_with_plans(gpu: HostGpu, tmp_path: Path, precisi
     embedded, fake = Bundle.open(check_hashes=False), FakeTensorRt()
     latent: dict[str, Range] = {"height": (16, 16, 16), "width": (16, 16, 16)}
     ranges: dict[str, dict[str, Range]] = {
-        "unet": {"batch": (2, 2, 2), **latent},
+        "unet": {"batch": (2, 2, 2), "tokens": (77, 77, 77), **latent},
         "vae_decoder": {"batch": (1, 1, 1), **latent},
     }
     for network, profile in ranges.items():

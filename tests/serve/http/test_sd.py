@@ -90,7 +90,7 @@ def test_every_sampler_listed_is_drawn_with(app: Any) -> None:
         ({"enable_hr": True, "hr_second_pass_steps": 1000}, "hr_second_pass_steps"),
         ({"enable_hr": True, "hr_resize_x": 512}, "hr_resize_x"),
         ({"refiner_checkpoint": "another"}, "refiner_checkpoint"),
-        ({"override_settings": {"CLIP_stop_at_last_layers": 2}}, "CLIP_stop_at_last_layers"),
+        ({"override_settings": {"CLIP_stop_at_last_layers": 0}}, "CLIP_stop_at_last_layers"),
         ({"override_settings": {"sd_vae": "other.pt"}}, "sd_vae"),
         ({"styles": ["x"]}, "styles"),
         ({"alwayson_scripts": {"controlnet": {}}}, "alwayson_scripts"),

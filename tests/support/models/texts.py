@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentrt.bundle.bundle import EMBEDDED, Bundle
+from latentrt.model.prompts.encoder import feeds_of
 from latentrt.model.prompts.tokenizer import Tokenizer
 from latentrt.runtime.base import call
 from latentrt.runtime.onnxruntime import OrtBackend
@@ -22,8 +23,8 @@ def known() -> NDArray[np.float32]:
     bundle = Bundle.open(EMBEDDED, check_hashes=False)
     tokenizer = Tokenizer.open(bundle.path(str(bundle.spec.networks["text_encoder"].tokenizer)))
     ids = np.stack([tokenizer.encode(prompt).ids for prompt in PROMPTS])
-    (states,) = call(OrtBackend(threads=1).load(bundle, "text_encoder"), {"input_ids": ids}).values()
-    return np.asarray(states)
+    encoder = OrtBackend(threads=1).load(bundle, "text_encoder")
+    return np.asarray(call(encoder, feeds_of(encoder, ids))["text_states"])
 
 
 def told(bundle: Bundle, lanes: int, random: np.random.Generator) -> dict[str, NDArray[np.float32]]:

@@ -18,6 +18,7 @@ from latentrt.model.prompts.tokenizer import Tokenizer
 from latentrt.request import Request
 from latentrt.run.job import Job
 from latentrt.runtime.fake import FakeBackend
+from latentrt.runtime.signature import shape_of
 from latentrt.serve.core.handle import Event, Handle
 from latentrt.serve.core.service import Service
 
@@ -86,9 +87,9 @@ class Fakes:
 
     def unet_text(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
         """Give the states as the first keys and values, and zeros as all others."""
-        lanes = len(feeds["encoder_hidden_states"])
         graph = SPEC.networks["unet_text"]
-        found = {each.name: np.zeros((lanes, *map(int, each.shape[1:])), np.float32) for each in graph.outputs}
+        sizes = dict(zip(("batch", "tokens"), feeds["encoder_hidden_states"].shape, strict=False))
+        found = {each.name: np.zeros(shape_of(each, sizes), np.float32) for each in graph.outputs}
         halves = np.split(feeds["encoder_hidden_states"], 2, axis=2)
         return {**found, **dict(zip(("text.0", "text.1"), halves, strict=True))}
 
