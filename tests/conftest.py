@@ -64,7 +64,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def _make_checkpoint(name: str, folder: Path) -> None:
-    from tests.support.models import checkpoints, pixels
+    from tests.support.models import checkpoints, kinds, pixels
 
     kind, inpaints = name.removesuffix("-inpainting"), name.endswith("-inpainting")
     unet = {"in_channels": 9} if inpaints else {}
@@ -79,14 +79,16 @@ def _make_checkpoint(name: str, folder: Path) -> None:
         checkpoints.tiny_sd2(folder, unet=unet, index=index, variant="fp16", max_shard_size="200KB")
     elif kind == "wide":  # channels and features as in SD 1.5's first block, for kernels that take few sizes
         checkpoints.tiny_sd(folder, unet={"block_out_channels": (320, 320), "norm_num_groups": 32})
-    elif kind == "refiner":
-        checkpoints.tiny_refiner(folder)
+    elif kind in ("refiner", "depth", "x4"):
+        getattr(checkpoints, f"tiny_{kind}")(folder)
     elif kind == "tiny-vae":
         checkpoints.with_tiny_vae(checkpoints.tiny_sd(folder))
     elif kind == "taesd":
         checkpoints.tiny_vae(folder)
     elif kind == "sdxl":
         checkpoints.tiny_sdxl(folder, unet=unet, index=index)
+    elif name in kinds.MAKERS:
+        kinds.MAKERS[name](folder)
     else:
         checkpoints.tiny_sd(folder, unet=unet, index=index)
         checkpoints.rename_as_of_old(folder)

@@ -168,6 +168,7 @@ class Engine:
         *,
         image: Source | None = None,
         mask: Source | None = None,
+        depth: Source | None = None,
         on_tick: OnTick | None = None,
         **settings: Any,
     ) -> list[Picture]:
@@ -177,6 +178,8 @@ class Engine:
             prompt: what to draw; several prompts share one batch. None for models that read no prompt.
             image, mask: a picture to start from and what of it to repaint, white; PIL images, or uint8 or uint16
                 arrays. Without a height and width the pictures have its size. `strength` says how far to leave it.
+                Upscalers draw it larger.
+            depth: its depth map, grey, near is white, for models that draw by depth.
             on_tick: called after every row of every picture with its Job; an exception raised in it ends the run.
             settings: fields of `Request` (negative_prompt, steps, seed, guidance, height, width, count, ...); anything
                 else goes to `tabulate` (eta, use_karras_sigmas, timestep_spacing, ...).
@@ -189,7 +192,7 @@ class Engine:
             NetworkError: a network returned numbers that are not finite.
         """
         prompts = _several(prompt)
-        pictures = {name: one for name, one in (("image", image), ("mask", mask)) if one is not None}
+        pictures = {name: one for name, one in (("image", image), ("mask", mask), ("depth", depth)) if one is not None}
         asked, given = self._asked(prompts, settings, pictures)
         whole = self._program is not None and on_tick is None and self._at_once(asked, given)
         program = self._program if whole else None
@@ -224,7 +227,7 @@ class Engine:
         """Return whether pictures are decoded in tiles, which no graph of a whole picture does."""
         if self.model.tiles is None or not asked:
             return False
-        size = (asked[0].height, asked[0].width) if given is None else given.image.shape[1:]
+        size = (asked[0].height, asked[0].width) if given is None else given.size
         return self.model.tiles.cut(*self.spec.latents.shape_of(*size)[1:])
 
     def _jobs_of(self, asked: Sequence[Request], given: Given | None, *, tokens: bool = False) -> list[Job]:

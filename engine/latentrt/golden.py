@@ -49,8 +49,13 @@ def example(model: Model, side: int) -> tuple[dict[str, Any], dict[str, Any]]:
     if "class_label" in model.fields:
         settings["class_label"] = 0
     ramp = np.add.outer(np.linspace(0, 128, height), np.linspace(0, 127, width)).astype(np.uint8)
+    image = np.stack([ramp, ramp[::-1], ramp[:, ::-1]], axis=-1)
     mask = np.broadcast_to(np.arange(width) < width // 2, (height, width))
-    pictures = {"image": np.stack([ramp, ramp[::-1], ramp[:, ::-1]], axis=-1), "mask": mask}
+    pictures = {
+        "image": image[:: latents.factor, :: latents.factor] if model.enlarges else image,
+        "mask": mask,
+        "depth": ramp,
+    }
     return settings, {name: pictures[name] for name in model.pictures}
 
 
@@ -59,9 +64,13 @@ def _run(engine: Engine, solver: str, prompt: str, negative: str, steps: int, se
     settings |= {"solver": solver, "steps": steps, "seed": seed}
     prompted = engine.model.text is not None
     if prompted:
-        settings |= {"negative_prompt": negative, "guidance": guidance}
+        settings["guidance"] = guidance
     else:
-        prompt, negative, guidance = "", "", 1.0
+        prompt, guidance = "", 1.0
+    if "negative_prompt" in engine.model.fields:
+        settings["negative_prompt"] = negative
+    else:
+        negative = ""
     (job,) = engine.requests([prompt if prompted else None], settings, pictures)
     engine.run([job])
     x = job.latents.astype(np.float64)

@@ -13,7 +13,7 @@ from latentrt.sampling.solvers import SOLVERS
 from latentrt.values import did_you_mean, is_number, is_text, is_whole, plain
 
 MAX_SEED = 2**64 - 1
-PICTURES = ("image", "mask")  # what a picture may be used for
+PICTURES = ("image", "mask", "depth")  # what a picture may be used for
 SYNTAXES = ("plain", "a1111", "compel")  # of prompts
 HIRES_STRENGTH = 0.7
 HANDOFF = 0.8  # of a run with a refiner, where nothing else is said
@@ -23,14 +23,17 @@ _NUMBERS = {
     "guidance": (0.0, 1e6),
     **dict.fromkeys(("guidance_rescale", "strength", "hires_strength", "handoff"), (0.0, 1.0)),
     "hires_scale": (1.0, 8.0),
+    "image_guidance": (1.0, 1e6),
     **dict.fromkeys(("aesthetic_score", "negative_aesthetic_score"), (0.0, 1000.0)),
 }
-_OWN = ("strength", "handoff", "aesthetic_score", "negative_aesthetic_score")  # of a picture, where they are set
+# Of a picture, where they are set.
+_OWN = ("strength", "handoff", "image_guidance", "noise_level", "aesthetic_score", "negative_aesthetic_score")
 
 # What users of other tools type, and the name of it here.
 _OTHER_NAMES = {
     "num_inference_steps": "steps",
     "guidance_scale": "guidance",
+    "image_guidance_scale": "image_guidance",
     "num_images_per_prompt": "count",
     "schedule": "solver",
     "scheduler": "solver",
@@ -55,13 +58,17 @@ class Request:
         solver: a name of `latentrt solvers`; None is the class that the bundle's scheduler_config.json names.
         seed: of the first picture. Picture i has seed + i, so a picture never depends on its siblings.
         guidance: scale of classifier-free guidance: 1 or less runs one lane, above 1 two; None is the model's default.
+            Models that read it (LCM) run one lane at any scale.
         guidance_rescale: 0 to 1, see `Guidance`.
         guidance_interval: the part of the run, as fractions of its rows, in which guidance acts.
+        image_guidance: how closely pictures stay to the given one, 1 or more, of models that edit it as the prompt says
+            (InstructPix2Pix); None is 1.5. It acts with `guidance`, in three lanes.
         cache_interval: 1 computes every row in full; N, only every Nth: rows between use deep features again
             (DeepCache), which is faster and changes the picture.
         height, width: in pixels; None is the size that the model was trained at.
         count: how many pictures.
         class_label: the number of a class, for models that were trained with classes.
+        noise_level: how much noise a model that enlarges pictures adds to the given one, a timestep; None is 20.
         aesthetic_score, negative_aesthetic_score: how good a picture SDXL's refiner is told to draw, and what to keep
             away from; None is 6 and 2.5.
         prompt_syntax: how prompts are read (docs/prompts.md): "plain" as they are typed, "a1111" or "compel" with
@@ -70,8 +77,8 @@ class Request:
         embeddings: files of textual inversion (.safetensors) by the words of the prompt that stand for them.
         noise: the torch generator whose numbers the seed selects.
         strength: how much of the run is made on a given picture, above 0 to 1; None is 0.8, or 1 with a mask.
-        pictures: the request's pictures by use: "image" to begin on, "mask" for what of it to repaint.
-            PIL images, or uint8 or uint16 arrays.
+        pictures: the request's pictures by use: "image" to begin on, "mask" for what of it to repaint, "depth" for its
+            depth map. PIL images, or uint8 or uint16 arrays.
         hires_scale: by how much the finished latents are enlarged, 1 to 8, to be drawn on (hires fix); None: not.
         hires_steps: of the second run; None is as many as of the first.
         hires_strength: how much of the second run is made, above 0 to 1.
@@ -90,11 +97,13 @@ class Request:
     guidance: float | None = None
     guidance_rescale: float = 0.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    image_guidance: float | None = None
     cache_interval: int = 1
     height: int | None = None
     width: int | None = None
     count: int = 1
     class_label: int | None = None
+    noise_level: int | None = None
     aesthetic_score: float | None = None
     negative_aesthetic_score: float | None = None
     prompt_syntax: str = "plain"
@@ -119,8 +128,9 @@ class Request:
         for name, largest in _WHOLE.items():
             if getattr(self, name) is not None:
                 _whole(name, getattr(self, name), 1, largest)
-        if self.class_label is not None:
-            _whole("class_label", self.class_label, 0, 2**31 - 1)
+        for name in ("class_label", "noise_level"):
+            if getattr(self, name) is not None:
+                _whole(name, getattr(self, name), 0, 2**31 - 1)
         if self.clip_skip is not None:
             _whole("clip_skip", self.clip_skip, 0, 1000)
         if self.prompt_syntax not in SYNTAXES:
@@ -130,9 +140,9 @@ class Request:
             value = getattr(self, name)
             if not isinstance(value, str) and not (optional and value is None):
                 raise RequestError(f"{name} is {value!r}", needed="text or None" if optional else "text")
-        for name, (least, most) in _NUMBERS.items():
+        for name, (low, high) in _NUMBERS.items():
             if getattr(self, name) is not None:
-                _number(name, getattr(self, name), least, most)
+                _number(name, getattr(self, name), low, high)
         interval = self.guidance_interval
         if not isinstance(interval, (list, tuple)) or len(interval) != 2:
             raise RequestError(

@@ -25,10 +25,12 @@ from latentrt.bundle.spec import (
 from latentrt.errors import BundleError, ExportError
 from latentrt.model.prompts.tokenizer import Tokenizer
 from latentrt.sampling.schedule import Schedule
-from latentrt_export.checkpoint.corrections import UNET, corrections_of, drawn_by
-from latentrt_export.checkpoint.served import TINY, beside, vae_class, vae_factor
+from latentrt.values import is_whole
+from latentrt_export.checkpoint.corrections import corrections_of, drawn_by
+from latentrt_export.checkpoint.files import read_json
+from latentrt_export.checkpoint.served import EDITING, EXTRA, INPAINTING, LOW, TINY, beside, vae_class, vae_factor
 from latentrt_export.checkpoint.single.choices import Choices
-from latentrt_export.checkpoint.source import SCHEDULE, Checkpoint, tokenizer_of
+from latentrt_export.checkpoint.source import LOW_SCHEDULE, SCHEDULE, Checkpoint, tokenizer_of
 
 GRAPHS = {  # where a bundle has each network's graph
     "text_encoder": "text_encoder/model.onnx",
@@ -47,12 +49,14 @@ ROLES = {  # all others are text encoders
     "vae_encoder": ENCODER,
 }
 
+LCM, PIX2PIX, XL_PIX2PIX = (4, 8.5), (20, 7.5), (20, 5.0)  # steps and guidance
+MAX_NOISE_LEVEL = 350  # diffusers' own default
 TRACING, WRITING = ("torch", "diffusers", "transformers"), ("onnx", "onnx-ir", "onnxscript")  # libraries
 
 
 def model_spec(checkpoint: Checkpoint, networks: Mapping[str, NetworkSpec], how: Mapping[str, Any]) -> ModelSpec:
     """Return the manifest's model part."""
-    configs = checkpoint.configs
+    configs, enlarges = checkpoint.configs, beside(checkpoint.configs) == LOW
     xl = "text_encoder_2" in configs
     return ModelSpec(
         id=checkpoint.id,
@@ -62,7 +66,11 @@ def model_spec(checkpoint: Checkpoint, networks: Mapping[str, NetworkSpec], how:
         schedule=SCHEDULE if checkpoint.scheduler else None,
         networks=networks,
         zero_negative=bool(checkpoint.index.get("force_zeros_for_empty_prompt", xl)),
-        classes=configs.get("unet", {}).get("num_class_embeds"),
+        scaled_picture=bool(checkpoint.index.get("is_cosxl_edit")),
+        keeps_steps=checkpoint.pipeline.startswith("LatentConsistencyModel"),  # with an image-to-image of its own
+        classes=None if enlarges else configs.get("unet", {}).get("num_class_embeds"),
+        low_schedule=LOW_SCHEDULE if enlarges else None,
+        max_noise_level=_max_noise_level(checkpoint) if enlarges else None,
         defaults=_defaults(checkpoint),
         corrections=_corrections(checkpoint),
         made=how,
@@ -120,10 +128,12 @@ def signature(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:
 
 
 def _corrections(checkpoint: Checkpoint) -> tuple[Correction, ...]:
-    if "unet" not in checkpoint.configs:
+    configs = checkpoint.configs
+    if "unet" not in configs:
         return ()
-    pipeline = drawn_by(checkpoint.pipeline, masked=beside(checkpoint.configs) > 0)
-    return corrections_of(pipeline, checkpoint.scheduler, checkpoint.configs["unet"], checkpoint.scheduler_class)
+    pipeline = drawn_by(checkpoint.pipeline, masked=beside(configs) == INPAINTING)
+    vae = configs.get("vae", {})
+    return corrections_of(pipeline, checkpoint.scheduler, configs["unet"], checkpoint.scheduler_class, vae)
 
 
 def latents_of(checkpoint: Checkpoint) -> LatentSpec:
@@ -133,12 +143,25 @@ def latents_of(checkpoint: Checkpoint) -> LatentSpec:
     """
     if "unet" not in checkpoint.configs:
         return _alone(checkpoint.configs["vae"])
-    corrected = {each.key: each.value for each in _corrections(checkpoint) if each.file == UNET}
-    unet, vae = {**checkpoint.configs["unet"], **corrected}, checkpoint.configs.get("vae")
-    if vae is None:
+    unet, vae = ({**checkpoint.configs.get(name, {}), **_corrected(checkpoint, name)} for name in ("unet", "vae"))
+    if "vae" not in checkpoint.configs:
         return _pixels(unet)
     latents = _latents(unet, vae)
     return replace(latents, multiple=_halved(unet, (320, 640, 1280, 1280))) if checkpoint.graphs else latents
+
+
+def _corrected(checkpoint: Checkpoint, network: str) -> dict[str, Any]:
+    file = f"{network}/config.json"
+    return {each.key: each.value for each in _corrections(checkpoint) if each.file == file}
+
+
+def _max_noise_level(checkpoint: Checkpoint) -> int:
+    """Return how much noise the picture to enlarge may get: as diffusers' pipeline allows and its UNet knows."""
+    most = checkpoint.index.get("max_noise_level", MAX_NOISE_LEVEL)
+    if not is_whole(most) or most < 0:
+        raise ExportError(f"model_index.json has max_noise_level {most!r}", needed="a whole number")
+    levels = read_json(checkpoint.files[LOW_SCHEDULE]).get("num_train_timesteps", 1000)
+    return int(min(most, levels - 1, checkpoint.configs["unet"]["num_class_embeds"] - 1))
 
 
 def _latents(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> LatentSpec:
@@ -180,10 +203,16 @@ def _size(unet: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _defaults(checkpoint: Checkpoint) -> Defaults:
-    """Return the pipeline's defaults: 1000 steps for DDPMPipeline; 50 for DDIMPipeline, by DDIM with any scheduler."""
+    """Return the pipeline's defaults: 1000 steps for DDPMPipeline; 50 for DDIMPipeline, by DDIM with any scheduler;
+    those of LatentConsistencyModelPipeline for UNets that read the guidance scale; InstructPix2Pix's guidance.
+    """
     trained = int(checkpoint.scheduler.get("num_train_timesteps", 1000))
     if checkpoint.pipeline == "DDPMPipeline":
         return Defaults(min(1000, trained), 1.0)
     if checkpoint.pipeline == "DDIMPipeline":
         return Defaults(min(50, trained), 1.0, "ddim")
+    if checkpoint.configs.get("unet", {}).get("time_cond_proj_dim") is not None:
+        return Defaults(*LCM)
+    if EXTRA.get(checkpoint.pipeline) == EDITING:
+        return Defaults(*(XL_PIX2PIX if "text_encoder_2" in checkpoint.configs else PIX2PIX))
     return Defaults()

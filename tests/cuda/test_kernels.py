@@ -89,6 +89,13 @@ def test_guidance_acts_in_its_interval(rig: Rig, interval: tuple[float, float]) 
     run(rig)
 
 
+def test_three_lanes_are_combined_beside_two_and_one(rig: Rig) -> None:
+    rig.admit(0, Job(table_of("dpmpp-2m", 7), Guidance(7.5, image=1.5)), (0, 1, 2))
+    rig.admit(2, Job(table_of("euler-ancestral", 4), Guidance(3.0, interval=(0.3, 0.8), image=2.0), seed=3), (5, 7, 3))
+    rig.admit(3, Job(table_of("ddim", 5), Guidance(4.0), seed=4), (4, 6))
+    run(rig)
+
+
 @pytest.mark.parametrize("rescale", [0.3, 1.0])
 def test_guidance_is_rescaled(rig: Rig, rescale: float) -> None:
     """The deviations are summed in another order than numpy's."""

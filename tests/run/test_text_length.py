@@ -34,7 +34,7 @@ def job_of(engine: Engine, chunks: int, interval: tuple[float, float] = (0.0, 1.
     table = tabulate("ddim", engine.schedule, 4)
     if cached:
         object.__setattr__(table, "shallow", (False, True, False, True))
-    return Job(table, noise.normal((4, 8, 6)), *sides, noise, Guidance(3.0, interval=interval))
+    return Job(table, noise.normal((4, 8, 6)), *sides.lanes(2), noise, Guidance(3.0, interval=interval))
 
 
 def by_torch(folder: Path, engine: Engine, job: Job, chunks: int) -> np.ndarray:

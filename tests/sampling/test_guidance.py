@@ -32,6 +32,14 @@ def test_rescale_is_diffusers_own(rescale: float) -> None:
     assert ours.dtype == np.float32
 
 
+def test_three_lanes_are_combined_as_in_diffusers() -> None:
+    """pipeline_stable_diffusion_instruct_pix2pix.py has the lanes in the order prompt, picture, neither."""
+    (uncond, image), (cond, _) = lanes(), lanes(1)
+    theirs = uncond + 7.5 * (cond - image) + 1.5 * (image - uncond)
+    np.testing.assert_array_equal(Guidance(7.5, image=1.5).combine(uncond, image, cond), theirs)
+    assert [Guidance(scale, image=picture).lanes for scale, picture in ((1, 2), (2, None), (2, 1))] == [1, 2, 3]
+
+
 @given(rows=st.integers(1, 100), start=st.floats(0, 1), end=st.floats(0, 1))
 def test_guidance_acts_in_its_interval_alone(rows: int, start: float, end: float) -> None:
     guidance = Guidance(3.0, interval=(start, end))

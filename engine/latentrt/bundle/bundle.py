@@ -90,11 +90,11 @@ class Bundle:
         return read_json(self.path(name))
 
     def _check_listed(self) -> None:
-        """Refuse a bundle that does not list a file to be read: graphs, the files in them, tokenizers, the schedule."""
+        """Refuse a bundle that does not list a file to be read: graphs, the files in them, tokenizers, schedules."""
         networks = self.spec.networks.values()
         graphs = [self.path(variant.path) for network in networks for variant in network.variants.values()]
         tokenizers = (network.tokenizer for network in networks if network.tokenizer is not None)
-        schedules = [] if self.spec.schedule is None else [self.path(self.spec.schedule)]
+        schedules = [self.path(name) for name in (self.spec.schedule, self.spec.low_schedule) if name is not None]
         whole = {self.path(name) for name in tokenizers} | {path.parent for path in schedules}
         listed = {self.path(name) for name in self.files} | {self.root / MANIFEST}
         for path in [*graphs, *schedules]:

@@ -96,8 +96,12 @@ def check(spec: ModelSpec) -> None:
     for name in ("revision", "license"):
         value = getattr(spec, name)
         _need(value is None or isinstance(value, str), name, value, "text or null")
-    _need(isinstance(spec.zero_negative, bool), "zero_negative", spec.zero_negative, "true or false")
-    _need(spec.classes is None or is_whole(spec.classes), "classes", spec.classes, "a whole number or null")
+    for name in ("zero_negative", "scaled_picture", "keeps_steps"):
+        _need(isinstance(getattr(spec, name), bool), name, getattr(spec, name), "true or false")
+    for name in ("classes", "max_noise_level"):
+        value = getattr(spec, name)
+        _need(value is None or is_whole(value), name, value, "a whole number or null")
+    _need(spec.low_schedule is None or is_text(spec.low_schedule), "low_schedule", spec.low_schedule, "text or null")
     _need(isinstance(spec.made, Mapping), "made", spec.made, "an object")
     _check_latents(spec.latents)
     _check_defaults(spec.defaults)

@@ -222,7 +222,12 @@ class ModelSpec:
             VAE alone. Text encoders are in the order in which their states are concatenated. A model without a decoder
             denoises pixels.
         zero_negative: whether the states of a missing negative prompt are zeros.
+        scaled_picture: whether a picture that is edited by instruction is shown scaled as latents are (CosXL Edit).
+        keeps_steps: whether LCM's runs on a given picture make all steps at any strength; see `tabulate`.
         classes: how many classes a class-conditional model was trained with.
+        low_schedule: of a model that enlarges pictures, the path of the scheduler_config.json of the noise that the
+            given picture gets.
+        max_noise_level: how much of it at most, a timestep.
         defaults: for requests that do not set them.
         corrections: settings that are not used as the bundle's files have them.
         made: how the bundle was made.
@@ -236,7 +241,11 @@ class ModelSpec:
     schedule: str | None
     networks: Mapping[str, NetworkSpec]
     zero_negative: bool = False
+    scaled_picture: bool = False
+    keeps_steps: bool = False
     classes: int | None = None
+    low_schedule: str | None = None
+    max_noise_level: int | None = None
     defaults: Defaults = Defaults()
     corrections: tuple[Correction, ...] = ()
     made: Mapping[str, Any] = field(default_factory=dict)

@@ -13,8 +13,6 @@ from latentrt.golden import example
 from latentrt.run.denoiser import Denoiser
 from latentrt.run.host import HostLanes
 
-LANES_EACH = 2  # of a picture with guidance
-
 
 class Stopwatch:
     """Wraps a function and adds up the seconds spent in it."""
@@ -67,12 +65,13 @@ def _measure_batch(engine: Engine, size: int, steps: int, repeats: int) -> dict[
 
 
 def _run(engine: Engine, size: int, steps: int) -> Mapping[str, float]:
-    watch = Stopwatch(engine.model.predictor)
-    denoiser = engine.denoiser if engine.backend.gpu is not None else Denoiser(HostLanes(watch, LANES_EACH * size))
+    watch, most = Stopwatch(engine.model.predictor), engine.model.most_lanes
+    denoiser = engine.denoiser if engine.backend.gpu is not None else Denoiser(HostLanes(watch, most * size))
     latents, prompted = engine.spec.latents, engine.model.text is not None
     settings, pictures = example(engine.model, max(latents.height, latents.width))
     settings |= {"steps": steps, "count": size}
-    settings |= {"guidance": 3.0, "negative_prompt": "a"} if prompted else {}
+    settings |= {"guidance": 3.0} if prompted else {}
+    settings |= {"negative_prompt": "a"} if "negative_prompt" in engine.model.fields else {}
     jobs = engine.requests(["" if prompted else None], settings, pictures)
     start = time.perf_counter()
     denoiser.run(jobs)

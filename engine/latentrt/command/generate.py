@@ -25,7 +25,7 @@ from latentrt.command.options import (
 from latentrt.command.terminal import progress
 from latentrt.command.watch import KINDS, Asked, Watch
 from latentrt.errors import RequestError
-from latentrt.request import HANDOFF, SYNTAXES
+from latentrt.request import HANDOFF, PICTURES, SYNTAXES
 from latentrt.values import parse_size
 
 if TYPE_CHECKING:
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 
 
 SETTINGS = (
-    *("steps", "solver", "seed", "guidance", "count", "strength", "class_label", "cache_interval"),
+    *("steps", "solver", "seed", "guidance", "image_guidance", "count", "strength", "class_label", "cache_interval"),
     *("hires_scale", "hires_steps", "hires_strength", "handoff"),
-    *("aesthetic_score", "negative_aesthetic_score"),
+    *("noise_level", "aesthetic_score", "negative_aesthetic_score"),
     *("prompt_syntax", "clip_skip"),
 )
 
@@ -66,6 +66,9 @@ SETTINGS = (
 @click.option("--solver", help="`latentrt solvers` lists them  [default: the bundle's own]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the first picture; the next count up.")
 @click.option("--guidance", "-g", type=float, help="Guidance scale; 1 for none  [default: the model's own]")
+@click.option(
+    "--image-guidance", type=float, help="How closely to stay to --image, of models that edit as told  [default: 1.5]"
+)
 @click.option("--size", help="WIDTHxHEIGHT in pixels  [default: the model's own, or that of --image]")
 @click.option("--count", "-c", type=int, default=1, show_default=True, help="Pictures for each prompt.")
 @click.option(
@@ -126,7 +129,7 @@ def generate(prompts: tuple[str, ...], bundle: Path, lanes: int | None, as_json:
     if loading["preview_vae"] and not asked["preview_every"] and not asked["animate"]:
         raise RequestError("--preview-vae without previews", needed="--preview-every or --animate")
     settings = settings_of(asked)
-    pictures = {name: open_picture(asked[name]) for name in ("image", "mask") if asked[name] is not None}
+    pictures = {name: open_picture(asked[name], deep=name == "depth") for name in PICTURES if asked[name]}
     return_freed_pages()
     with Engine.load(bundle, lanes=lanes, resident=False, **loading) as engine:
         jobs = engine.requests(prompts or (None,), settings, pictures)

@@ -88,7 +88,13 @@ def edits_pictures(verb: Verb) -> Verb:
             type=float,
             help="How much of the run is made on it, above 0 to 1  [default: 0.8; 1 with a --mask]",
         ),
-        click.option("--image", type=FOLDER, help="Picture to begin on."),
+        click.option("--depth", type=FOLDER, help="Its depth map, of models that draw by depth: grey, near is white."),
+        click.option("--image", type=FOLDER, help="Picture to begin on, or to enlarge."),
+        click.option(
+            "--noise-level",
+            type=int,
+            help="Noise that a model that enlarges pictures adds to them first  [default: 20]",
+        ),
         click.option(
             "--negative-aesthetic-score", type=float, help="The score to keep away from, for the same  [default: 2.5]"
         ),

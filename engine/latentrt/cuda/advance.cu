@@ -46,9 +46,17 @@ struct Slot {
     unsigned flags;
     int rows;                    // a job whose row index has reached it is idle, and its lanes are left alone
     int lane_cond, lane_uncond;  // lane_uncond is -1 where there is no guidance
+    int lane_image;              // with the picture alone; -1 where it has no guidance of its own
     int guided_from, guided_to;  // rows in which guidance acts
     float scale, rescale;        // sampling/guidance.py
+    float image_scale;           // likewise
     float start;                 // x is start * noise before the first row; 0: the host wrote x
+};
+
+// A job's lanes; -1 for those that it does not have.
+struct Lanes {
+    int of[3];
+    __device__ explicit Lanes(const Slot& job) : of{job.lane_cond, job.lane_image, job.lane_uncond} {}
 };
 
 // What the device counts; the host sets it to zero when it admits a job.
@@ -103,24 +111,26 @@ __device__ inline bool is_guided(const Slot& job, int row) {
     return job.lane_uncond >= 0 && job.guided_from <= row && row < job.guided_to;
 }
 
+// Number i of what the network gave a lane.
 template <typename T>
-__device__ float cond_at(const State<T>& s, const Slot& job, int i) {
-    return get(s.out[(size_t)job.lane_cond * s.n + i]);
+__device__ float lane_at(const State<T>& s, int lane, int i) {
+    return get(s.out[(size_t)lane * s.n + i]);
 }
 
-// Ho and Salimans 2022.
+// Ho and Salimans 2022; with a third lane Brooks et al. 2023.
 template <typename T>
 __device__ float guided_at(const State<T>& s, const Slot& job, int i) {
-    const float cond = cond_at(s, job, i);
-    const float uncond = get(s.out[(size_t)job.lane_uncond * s.n + i]);
-    return uncond + job.scale * (cond - uncond);
+    const float cond = lane_at(s, job.lane_cond, i), uncond = lane_at(s, job.lane_uncond, i);
+    if (job.lane_image < 0) return uncond + job.scale * (cond - uncond);
+    const float image = lane_at(s, job.lane_image, i);
+    return uncond + job.scale * (cond - image) + job.image_scale * (image - uncond);
 }
 
 // The network's output as the solver sees it (Guidance.combine of sampling/guidance.py).
 template <typename T>
 __device__ float out_at(const State<T>& s, int slot, int row, int i) {
     const Slot& job = s.slots[slot];
-    if (!is_guided(job, row)) return cond_at(s, job, i);
+    if (!is_guided(job, row)) return lane_at(s, job.lane_cond, i);
     const float guided = guided_at(s, job, i);
     if (job.rescale == 0) return guided;
     const float matched = guided * (s.deviation[2 * slot] / s.deviation[2 * slot + 1]);
@@ -132,8 +142,8 @@ template <typename T>
 __device__ void feed(const State<T>& s, int slot, int row, int i, float x) {
     const Slot& job = s.slots[slot];
     const Row& next = s.table[(size_t)slot * s.rows_max + row];
-    const int lanes[2] = {job.lane_cond, job.lane_uncond};
-    for (int lane : lanes)
+    const Lanes lanes(job);
+    for (int lane : lanes.of)
         if (lane >= 0) put(s.sample[(size_t)lane * s.n + i], next.c_in * x);
 }
 
@@ -143,8 +153,8 @@ __device__ void feed_numbers(const State<T>& s, int slot, int row) {
     if (blockIdx.x != 0 || threadIdx.x != 0) return;
     const Slot& job = s.slots[slot];
     const size_t at = (size_t)slot * s.rows_max + row;
-    const int lanes[2] = {job.lane_cond, job.lane_uncond};
-    for (int lane : lanes) {
+    const Lanes lanes(job);
+    for (int lane : lanes.of) {
         if (lane < 0) continue;
         s.timestep[lane] = s.table[at].timestep;
         for (int k = 0; k < s.scalar_count; ++k)
@@ -242,8 +252,8 @@ template <typename T>
 __device__ void keep(const State<T>& s, T* kept, const T* deep, int n) {
     const int slot = blockIdx.y;
     if (waits(s, slot)) return;
-    const int lanes[2] = {s.slots[slot].lane_cond, s.slots[slot].lane_uncond};
-    for (int lane : lanes)
+    const Lanes lanes(s.slots[slot]);
+    for (int lane : lanes.of)
         for (int i = blockIdx.x * blockDim.x + threadIdx.x; lane >= 0 && i < n; i += gridDim.x * blockDim.x)
             kept[(size_t)lane * n + i] = deep[(size_t)lane * n + i];
 }
@@ -282,7 +292,7 @@ __device__ void deviations(const State<T>& s) {
     const int slot = blockIdx.y, k = s.progress[slot].row;
     const Slot& job = s.slots[slot];
     if (k >= job.rows || job.rescale == 0 || !is_guided(job, k)) return;
-    const float cond = deviation_of(s.n, [&](int i) { return cond_at(s, job, i); });
+    const float cond = deviation_of(s.n, [&](int i) { return lane_at(s, job.lane_cond, i); });
     const float guided = deviation_of(s.n, [&](int i) { return guided_at(s, job, i); });
     if (threadIdx.x != 0) return;
     s.deviation[2 * slot] = cond;

@@ -42,8 +42,9 @@ ROW_COLUMNS = (*COLUMNS, "known", "known_noise")
 SLOT = np.dtype(
     [
         *(("seed", np.uint64), ("draws", np.uint64), ("threads", np.uint32), ("flags", np.uint32)),
-        *((name, np.int32) for name in ("rows", "lane_cond", "lane_uncond", "guided_from", "guided_to")),
-        *((name, np.float32) for name in ("scale", "rescale", "start")),
+        *((name, np.int32) for name in ("rows", "lane_cond", "lane_uncond", "lane_image")),
+        *((name, np.int32) for name in ("guided_from", "guided_to")),
+        *((name, np.float32) for name in ("scale", "rescale", "image_scale", "start")),
     ]
 )
 PROGRESS = np.dtype([("row", np.int32), ("noises", np.int32), ("bad", np.int32), ("arrived", np.uint32)])

@@ -49,8 +49,35 @@ def prepared(
     return (pixels[..., None] if grey else pixels), repaint
 
 
-def open_picture(path: str | Path) -> Image:
+def prepared_low(image: Source, height: int | None, width: int | None, latents: LatentSpec) -> Pixels:
+    """Bring a picture that is to be enlarged to the size of the latents, as diffusers' StableDiffusionUpscalePipeline.
+
+    Args:
+        image: as of `prepared`.
+        height, width: of the run in pixels; None is the picture's own, rounded down to a multiple of the latents'
+            factor, times that factor.
+        latents: which sizes the model takes.
+
+    Returns:
+        Pixels (height, width, 3) of the latents' size.
+
+    Raises:
+        RequestError: as of `prepared`.
+    """
+    from PIL import Image
+
+    picture, factor = _opaque(_picture(image, "image")), latents.factor
+    latents.shape_of(height, width)  # raises for sides that are not multiples
+    wanted = [None if side is None else side // factor for side in (width, height)]
+    own = [side // factor * factor or side for side in (picture.width, picture.height)]
+    columns, rows = (side or default for side, default in zip(wanted, own, strict=True))
+    return np.asarray(picture.resize((columns, rows), Image.Resampling.BICUBIC))
+
+
+def open_picture(path: str | Path, *, deep: bool = False) -> Image:
     """Return the picture in a file, turned as its EXIF orientation says, with 8 bits a channel.
+
+    With `deep` it keeps the bits that it has.
 
     Raises:
         RequestError: PIL cannot read a picture there, or its values say no clear range.
@@ -59,7 +86,8 @@ def open_picture(path: str | Path) -> Image:
 
     try:
         with Image.open(path) as image:
-            return to_eight_bits(ImageOps.exif_transpose(image), f"picture {path}", white_of(image))
+            upright = ImageOps.exif_transpose(image)
+            return upright if deep else to_eight_bits(upright, f"picture {path}", white_of(image))
     except RequestError:
         raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

@@ -12,11 +12,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from latentrt.errors import RequestError
+from latentrt.images.depth_map import relative
 from latentrt.images.pixels import from_uint8
 from latentrt.model.codec import Codec, Encoded
 from latentrt.request import Request
@@ -34,31 +36,49 @@ class Given:
     Attributes:
         image: its pixels, (channels, height, width) float32 in -1..1.
         repaint: which pixels to repaint, (height, width); None: no mask was given.
-        encoded: its latents.
+        encoded: its latents; None where the denoiser reads the pixels themselves.
         mask: (height, width) of the latents, float32, 1 where to repaint and 0 elsewhere; None: no mask was given.
         facts: settings that describe it, for the pictures made from it.
+        depth: (1, height, width) of the latents, float32 in -1..1; None: no depth map was given.
+        factor: how much larger the pictures are that are made from it.
     """
 
     image: Float32
     repaint: NDArray[np.bool_] | None
-    encoded: Encoded
+    encoded: Encoded | None
     mask: Float32 | None
     facts: Mapping[str, str]
+    depth: Float32 | None = None
+    factor: int = 1
 
     @classmethod
-    def of(cls, pixels: NDArray[np.uint8], repaint: NDArray[np.bool_] | None, codec: Codec) -> Given:
-        """Encode pixels (height, width, channels) and which of them to repaint, (height, width).
+    def of(
+        cls,
+        pixels: NDArray[np.uint8],
+        repaint: NDArray[np.bool_] | None,
+        codec: Codec,
+        depth: Float32 | None = None,
+    ) -> Given:
+        """Encode pixels (height, width, channels), and bring what belongs to them to the latents' size.
+
+        Args:
+            pixels: of the picture.
+            repaint: which of them to repaint, (height, width).
+            codec: encodes them.
+            depth: values of the depth map, (height, width) of its own.
 
         Raises:
-            RequestError: the mask repaints none of the latents.
+            RequestError: the mask repaints none of the latents, or the depth map has one value.
             BundleError, PlanError: there is no encoder that can be used here.
         """
-        image = from_uint8(pixels[None])[0]
-        facts = {"image": f"sha256:{hashlib.sha256(pixels.tobytes()).hexdigest()}"}
-        encoded = codec.encode(image)
+        image, facts = from_uint8(pixels[None])[0], {"image": _hash(pixels)}
+        encoded, flat = codec.encode(image), None
+        if depth is not None:
+            facts["depth"] = _hash(depth)
+            flat = relative(depth, (encoded.mean.shape[1], encoded.mean.shape[2]))
         if repaint is None:
-            return cls(image, None, encoded, None, facts)
-        facts["mask"] = f"sha256:{hashlib.sha256(repaint.tobytes()).hexdigest()}"
+            return cls(image, None, encoded, None, facts, flat)
+        facts["mask"] = _hash(repaint)
         factor = image.shape[1] // encoded.mean.shape[1]
         mask = repaint[::factor, ::factor].astype(np.float32)  # torch's nearest neighbour
         if not mask.any():
@@ -67,7 +87,18 @@ class Given:
                 needed=f"white where to repaint, at least {factor} pixels wide",
                 fix="invert the mask, or make its white parts larger",
             )
-        return cls(image, repaint, encoded, mask, facts)
+        return cls(image, repaint, encoded, mask, facts, flat)
+
+    @classmethod
+    def small(cls, pixels: NDArray[np.uint8], factor: int) -> Given:
+        """Take pixels (height, width, channels) that the denoiser reads, to make pictures `factor` times as large."""
+        return cls(from_uint8(pixels[None])[0], None, None, None, {"image": _hash(pixels)}, factor=factor)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """The (height, width) in pixels of pictures made from it."""
+        _, height, width = self.image.shape
+        return height * self.factor, width * self.factor
 
     def on(self, request: Request) -> Request:
         """Return the request with this picture's size, and with a strength.
@@ -75,14 +106,18 @@ class Given:
         Raises:
             RequestError: the request wants another size.
         """
-        size = self.image.shape[1:]
-        for side, own, wanted in zip(("height", "width"), size, (request.height, request.width), strict=True):
-            if wanted not in (None, own):
-                raise RequestError(f"{side} is {wanted}, and the picture was encoded at {own}", needed=f"{side} {own}")
         strength = request.strength
         if strength is None:
             strength = STRENGTH if self.mask is None else MASKED_STRENGTH
-        return replace(request, height=size[0], width=size[1], strength=strength)
+        return replace(self.sized(request), strength=strength)
+
+    def sized(self, request: Request) -> Request:
+        """Return the request with the size of pictures made from this one. Raise RequestError as `on`."""
+        size = self.size
+        for side, own, wanted in zip(("height", "width"), size, (request.height, request.width), strict=True):
+            if wanted not in (None, own):
+                raise RequestError(f"{side} is {wanted}, and the picture was encoded at {own}", needed=f"{side} {own}")
+        return replace(request, height=size[0], width=size[1])
 
     def begin(self, table: Table, noise: NoiseSource, strength: float, *, blends: bool) -> tuple[Float32, Kept | None]:
         """Return a job's first latents, and the part of the picture that it keeps.
@@ -97,6 +132,7 @@ class Given:
             blends: whether what is not repainted is put back after every row; False where the denoiser reads the mask
                 itself, and draws the masked picture's latents after this.
         """
+        assert self.encoded is not None, "runs begin on noise where it is"
         shape = self.encoded.mean.shape
         from_noise = self.mask is not None and strength == 1
         clean = None if from_noise and not blends else self.encoded.draw(noise)
@@ -110,3 +146,7 @@ class Given:
         assert clean is not None
         self.encoded.draw(noise)
         return first, Kept(np.broadcast_to(self.mask, shape), clean, unit)
+
+
+def _hash(array: NDArray[Any]) -> str:
+    return f"sha256:{hashlib.sha256(array.tobytes()).hexdigest()}"

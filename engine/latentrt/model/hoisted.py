@@ -33,10 +33,11 @@ class Hoisted:
         self._lock = Lock()
 
     def __call__(self, sides: Sides) -> Sides:
-        """Return both sides as the denoiser reads them. Sides of the same arrays give the same arrays."""
+        """Return all sides as the denoiser reads them. Sides of the same arrays give the same arrays."""
         if not self._networks:
             return sides
-        return Sides(self._with(sides.uncond), self._with(sides.cond))
+        image = None if sides.image is None else self._with(sides.image)
+        return Sides(self._with(sides.uncond), self._with(sides.cond), image)
 
     def _with(self, inputs: Inputs) -> Inputs:
         own = {name: inputs[name] for name in self._sources}

@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 from latentrt.bundle.bundle import Bundle
 from latentrt.bundle.spec import CONDITIONER, DECODER, DENOISER, ENCODER, ROLES, SHALLOW
 from latentrt.errors import PlanError, RequestError
-from latentrt.images.given import prepared
+from latentrt.images.depth_map import depth_of
+from latentrt.images.given import prepared, prepared_low
 from latentrt.model.codec import Codec, Identity, Vae
 from latentrt.model.conditioners.beside import Repainted
+from latentrt.model.conditioners.guidance_embedding import GuidanceEmbedding
 from latentrt.model.conditioners.registry import Parts, conditioners_of
 from latentrt.model.given import Given
 from latentrt.model.hoisted import Hoisted
@@ -28,20 +30,25 @@ from latentrt.request import Request
 from latentrt.runtime.base import Backend
 from latentrt.runtime.lazy import LazyNetwork
 from latentrt.runtime.tensorrt.record import Profile, drawn_by
+from latentrt.sampling.guidance import Guidance
 from latentrt.sampling.noise import NoiseSource
 from latentrt.sampling.schedule import Schedule
 
 if TYPE_CHECKING:
     from latentrt.images.given import Source
 
+NAMES = {"depth": "depth map"}  # of pictures, by their use
 CONDITIONED = (  # fields of a request that some models do not read
     "prompt",
     "negative_prompt",
     "class_label",
+    "noise_level",
+    "image_guidance",
     "clip_skip",
     "aesthetic_score",
     "negative_aesthetic_score",
 )
+IMAGE_GUIDANCE = 1.5  # of StableDiffusionInstructPix2PixPipeline
 
 
 class Model:
@@ -134,6 +141,28 @@ class Model:
         return any(isinstance(one, Repainted) for one in self.conditioners)
 
     @property
+    def shows_picture(self) -> bool:
+        """Whether the denoiser reads the given picture itself; see `Conditioner`."""
+        return any(one.shows_picture for one in self.conditioners)
+
+    @property
+    def enlarges(self) -> bool:
+        """Whether the given picture is drawn larger; see `Conditioner`."""
+        return any(one.enlarges for one in self.conditioners)
+
+    @property
+    def most_lanes(self) -> int:
+        """The most lanes that a picture of this model takes."""
+        if self.text is None or self.embeds_guidance:
+            return 1
+        return 3 if "image_guidance" in self.fields else 2
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the denoiser reads the guidance scale itself: its pictures take one lane at any scale."""
+        return any(isinstance(one, GuidanceEmbedding) for one in self.conditioners)
+
+    @property
     def edits(self) -> bool:
         """Whether runs may begin on a given picture: there is an encoder, or none is needed."""
         return bool(self.spec.named(ENCODER)) or not self.spec.named(DECODER)
@@ -144,7 +173,7 @@ class Model:
         `others` are the fields that a second model reads.
 
         Raises:
-            RequestError: it sets a field that the model does not read.
+            RequestError: it sets a field that the model does not read, or to a value that it cannot use.
         """
         for field in CONDITIONED:
             if getattr(request, field) is not None and field not in (*self.fields, *others):
@@ -165,8 +194,19 @@ class Model:
         steps = self.spec.defaults.steps if request.steps is None else request.steps
         solver = self.spec.defaults.solver if request.solver is None else request.solver
         filled = replace(request, steps=steps, solver=solver, guidance=guidance)
+        for one in self.conditioners:
+            one.check_settings(filled)
         self._check_text(filled)
+        if "image_guidance" in self.fields and request.image_guidance is None and guidance > 1:
+            return replace(filled, image_guidance=IMAGE_GUIDANCE)
         return filled
+
+    def guidance(self, request: Request) -> Guidance:
+        """Return how the lanes of a request's pictures are combined; its defaults are filled in."""
+        if self.embeds_guidance:
+            return Guidance()
+        image = request.image_guidance if "image_guidance" in self.fields else None  # it may be another model's
+        return Guidance(request.guidance or 1.0, request.guidance_rescale, request.guidance_interval, image)
 
     def _check_text(self, request: Request) -> None:
         """Refuse what asks too much of the text encoders, or of a model without any. Raise RequestError."""
@@ -194,25 +234,54 @@ class Model:
             RequestError: a kind, size or mask that cannot be used; a mask without its picture.
             BundleError, PlanError: there is no encoder that can be used here.
         """
-        if "image" in pictures:
-            pixels, repaint = prepared(pictures["image"], pictures.get("mask"), height, width, self.spec.latents)
-            return Given.of(pixels, repaint, self.codec)
-        if pictures:
-            raise RequestError(
-                "there is a mask and no picture", needed="the one it belongs to", fix="pass it: image=, --image"
-            )
-        return None
+        latents = self.spec.latents
+        self._check_uses(pictures)
+        if "image" not in pictures:
+            return None
+        if self.enlarges:
+            return Given.small(prepared_low(pictures["image"], height, width, latents), latents.factor)
+        depth = depth_of(pictures["depth"]) if "depth" in pictures else None
+        pixels, repaint = prepared(pictures["image"], pictures.get("mask"), height, width, latents)
+        return Given.of(pixels, repaint, self.codec, depth)
 
-    def inputs(self, request: Request, given: Given | None, noise: NoiseSource, *, tokens: bool = False) -> Sides:
+    def _check_uses(self, pictures: Mapping[str, Source]) -> None:
+        read = self.pictures if self.shows_picture else (*self.pictures, "image", "mask")
+        for name in pictures:
+            what = NAMES.get(name, name)
+            if name not in read:
+                raise RequestError(f"there is a {what}, and {self.spec.id} reads none", needed="a request without one")
+            if "image" not in pictures:
+                found, fix = f"there is a {what} and no picture", "pass it: image=, --image"
+                raise RequestError(found, needed="the one it belongs to", fix=fix)
+
+    def drawn_first(self, request: Request, given: Given | None, noise: NoiseSource) -> Sides:
+        """Return the inputs of one picture whose noise comes before that of its first latents; see `Conditioner`."""
+        sides = Sides.same({})
+        for one in self.conditioners:
+            sides = sides.and_(one(request, given, noise)) if one.draws_first else sides
+        return sides
+
+    def inputs(
+        self,
+        request: Request,
+        given: Given | None,
+        noise: NoiseSource,
+        first: Sides | None = None,
+        *,
+        tokens: bool = False,
+    ) -> Sides:
         """Return all inputs of the predictor for one picture; see `Conditioner`.
 
-        With `tokens`, texts are left as the ids that the text encoders read: see `Text.tokens`.
+        Args:
+            request, given, noise: of the picture.
+            first: those of `drawn_first`; None where there are none.
+            tokens: leave texts as the ids that the text encoders read: see `Text.tokens`.
         """
-        sides = Sides.same({})
+        sides = first or Sides.same({})
         for one in self.conditioners:
             if tokens and isinstance(one, Text):
                 sides = sides.and_(one.tokens(request))
-            else:
+            elif not one.draws_first:
                 sides = sides.and_(one(request, given, noise))
         return sides if tokens else self.hoisted(sides)
 

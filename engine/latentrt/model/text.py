@@ -58,13 +58,21 @@ class Text(Conditioner):
         encoders: in the order in which their states are concatenated.
         zero_negative: whether zeros stand for no negative prompt.
         most: tokens that the denoiser reads, where their number is fixed.
+        guided: whether the model's pictures may have a lane without the prompt, and so a negative prompt.
     """
 
     inputs = ("encoder_hidden_states", "text_embeds")
-    fields = ("prompt", "negative_prompt", "clip_skip")
 
-    def __init__(self, encoders: Sequence[Encoder], *, zero_negative: bool = False, most: int | None = None) -> None:
+    def __init__(
+        self,
+        encoders: Sequence[Encoder],
+        *,
+        zero_negative: bool = False,
+        most: int | None = None,
+        guided: bool = True,
+    ) -> None:
         self.encoders = tuple(encoders)
+        self.fields = ("prompt", *(["negative_prompt"] if guided else []), "clip_skip")
         self._zero_negative, self._most = zero_negative, most
         self._files: Mapping[str, Path] = {}
         self._taught = _Recent[Hashable, tuple[Encoder, ...]](CACHED_EMBEDDINGS)
@@ -146,7 +154,7 @@ class Text(Conditioner):
         if syntax == "a1111" and not self._skips_in_a1111:
             skip = 0
         told = {"prompt": Told(request.prompt, syntax, skip, files)}
-        if request.guidance is not None and request.guidance > 1:
+        if "negative_prompt" in self.fields and request.guidance is not None and request.guidance > 1:
             negative = Told(request.negative_prompt or "", syntax, skip if syntax == "a1111" else 0, files)
             told["negative_prompt"] = negative
         return told

@@ -315,12 +315,13 @@ def rows_of(table: Table) -> NDArray[np.float32]:
 
 
 def slot_of(job: Job, lanes: Sequence[int]) -> NDArray[Any]:
-    """Return a job's slot as the kernel reads it; its lanes are (uncond, cond) or (cond,)."""
+    """Return a job's slot as the kernel reads it; its lanes are (cond,), (uncond, cond) or (uncond, image, cond)."""
     rows, guidance = len(job.table), job.guidance
     guided = [row for row in range(rows) if guidance.acts(row, rows)] or [0, -1]
     slot = np.zeros(1, SLOT)
     slot["rows"], slot["scale"], slot["rescale"] = rows, guidance.scale, guidance.rescale
-    slot["lane_cond"], slot["lane_uncond"] = lanes[-1], lanes[0] if len(lanes) == 2 else -1
+    slot["lane_cond"], slot["lane_uncond"] = lanes[-1], lanes[0] if len(lanes) > 1 else -1
+    slot["lane_image"], slot["image_scale"] = lanes[1] if len(lanes) == 3 else -1, guidance.image or 0
     slot["guided_from"], slot["guided_to"] = guided[0], guided[-1] + 1
     slot["flags"] = (PREVIEW if job.wants_preview else 0) | (BLEND if job.kept is not None else 0)
     if isinstance(job.noise, TorchCudaNoise):

@@ -75,7 +75,7 @@ class _Room:
     def admit(self, job: Job) -> None:
         self._arena.make_room_for([job])
         slot = self._free_slots.pop(0)
-        lanes = [self._free_lanes[number % len(self._free_lanes)].pop(0) for number in range(job.most_lanes)]
+        lanes = [self._free_lanes[number % len(self._free_lanes)].pop(0) for number in range(job.guidance.lanes)]
         self.places[job] = slot, lanes
         self._noises[job] = 0
         for lane, inputs in zip(lanes, job.sides, strict=True):

@@ -50,8 +50,8 @@ class HostLanes:
         That is one call, or one for each length of text where the lanes of a job differ in it.
         """
         rows = [job.table.rows[job.row] for job in jobs]
-        sides = [job.sides if job.guided else (job.cond,) for job in jobs]
-        counts = [len(each) for each in sides]
+        counts = [job.lanes for job in jobs]
+        sides = [job.sides[-count:] for job, count in zip(jobs, counts, strict=True)]
         scaled = np.stack([row.c_in * job.latents for job, row in zip(jobs, rows, strict=True)])
         fed = {
             "sample": np.repeat(scaled, counts, axis=0),
@@ -67,8 +67,8 @@ class HostLanes:
         for job, row, count, end in zip(jobs, rows, counts, ends, strict=True):
             if deep is not None:
                 job.deep = deep[end - count : end].copy() if job.table.shallow else None
-            own = job.guidance.combine(out[end - 2], out[end - 1]) if count == 2 else out[end - 1]
-            _advance(job, row, own)
+            own = out[end - count : end]
+            _advance(job, row, job.guidance.combine(*own) if count > 1 else own[0])
 
     def _predicted(self, predict: Predict, lanes: list[Inputs], fed: Inputs, *, keeps: bool) -> Predicted:
         """Return the predictor's outputs for all lanes, and where it `keeps` them its deep features."""

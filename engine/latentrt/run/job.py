@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentrt.errors import LatentrtError, NetworkError
-from latentrt.model.inputs import Inputs
+from latentrt.model.inputs import Inputs, Sides
 from latentrt.model.predictor import Predictor
 from latentrt.sampling.guidance import Guidance
 from latentrt.sampling.noise import NoiseSource
@@ -43,7 +43,7 @@ class Stage:
     """A later part of a job's run.
 
     Attributes:
-        table, uncond, cond, guidance, predictor: as a job's own.
+        table, uncond, cond, guidance, predictor, image: as a job's own.
         begin: turns the latents that the stage before left, and the job's noise, into this one's first latents.
     """
 
@@ -53,6 +53,7 @@ class Stage:
     begin: Callable[[Float32, NoiseSource], Float32]
     guidance: Guidance
     predictor: Predictor | None = None
+    image: Inputs | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -64,10 +65,10 @@ class Job:
     Attributes:
         table: the rows to run.
         latents: x, (channels, height, width) float32, as the table's solver scales it.
-        uncond, cond: inputs of the predictor by name, without the lane axis, for the lane without the prompt and the
-            one with it; without guidance uncond is not read.
+        uncond, cond, image: inputs of the predictor by name, without the lane axis, for the lane without the prompt,
+            the one with it, and that of the picture's own guidance; see `Sides`. Rows without guidance read cond alone.
         noise: where rows that add noise draw it.
-        guidance: how the outputs of the two lanes are combined.
+        guidance: how the outputs of the lanes are combined.
         kept: what is put back after every row, where a part of a picture is repainted.
         start: where it is not 0, a GPU makes x before the first row: `start` times the first noise of `noise`, which is
             then a `TorchCudaNoise`. Until it is done, `latents` has only the right shape.
@@ -88,6 +89,7 @@ class Job:
     cond: Inputs
     noise: NoiseSource
     guidance: Guidance = field(default_factory=Guidance)
+    image: Inputs | None = None
     kept: Kept | None = None
     start: float = 0.0
     predictor: Predictor | None = None
@@ -133,7 +135,7 @@ class Job:
         """Begin the next stage. The lanes must have been given back."""
         stage, *later = self.later
         self.latents = stage.begin(self.latents, self.noise)
-        self.table, self.uncond, self.cond = stage.table, stage.uncond, stage.cond
+        self.table, self.uncond, self.cond, self.image = stage.table, stage.uncond, stage.cond, stage.image
         self.guidance, self.predictor, self.later = stage.guidance, stage.predictor, tuple(later)
         self.before, self.row = self.moved, 0
         self.kept, self.deep, self.start = None, None, 0.0
@@ -141,13 +143,18 @@ class Job:
 
     @property
     def guided(self) -> bool:
-        """Whether the next row takes two lanes."""
+        """Whether guidance acts in the next row."""
         return self.guidance.acts(self.row, len(self.table))
 
     @property
     def sides(self) -> tuple[Inputs, ...]:
         """The inputs of its lanes in rows with guidance, the prompt's last."""
-        return (self.uncond, self.cond) if self.most_lanes == 2 else (self.cond,)
+        return Sides(self.uncond, self.cond, self.image).lanes(self.guidance.lanes)
+
+    @property
+    def lanes(self) -> int:
+        """The lanes that the next row takes."""
+        return self.guidance.lanes if self.guided else 1
 
     @property
     def shallow(self) -> bool:
@@ -162,8 +169,8 @@ class Job:
 
     @property
     def most_lanes(self) -> int:
-        """The most lanes that any of its rows takes: the number reserved for its whole run."""
-        return 2 if self.guidance.scale > 1 else 1
+        """The most lanes that any of its rows takes, in any stage: the number reserved for its whole run."""
+        return max(self.guidance.lanes, *(stage.guidance.lanes for stage in self.later), 1)
 
     def fail(self, row: int) -> None:
         """End the job: its latents are not finite after `row` rows."""

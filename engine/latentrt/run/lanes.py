@@ -49,7 +49,8 @@ def open_lanes(
     Args:
         model: its networks move the jobs.
         backend: runs the networks.
-        count: lanes; None is 16 on a CPU, and on a GPU as many as the denoiser's plan was built for.
+        count: lanes; None is 16 on a CPU, and on a GPU as many as the denoiser's plan was built for, or one picture
+            takes.
         capture: whether work on a GPU is launched as CUDA graphs; None for the backend's own choice.
     """
     if backend.gpu is None:
@@ -57,6 +58,6 @@ def open_lanes(
     from latentrt.run.device import DeviceLanes
     from latentrt.run.program import Program
 
-    lanes = count or model.predictor.best_lanes
+    lanes = count or max(model.predictor.best_lanes, model.most_lanes)
     capture = backend.facts.captures if capture is None else capture
     return DeviceLanes(model.predictor, lanes, capture=capture), Program(model, lanes, capture=capture)

@@ -10,7 +10,7 @@ from latentrt.model.given import Given
 from latentrt.model.model import Model
 from latentrt.request import Request, facts_of
 from latentrt.run.job import Job
-from latentrt.run.stages import guidance_of, later_stages, table_of
+from latentrt.run.stages import later_stages, table_of
 from latentrt.sampling.noise import NoiseSource, TorchCudaNoise, noise_source
 from latentrt.sampling.table import Kept, Table
 
@@ -44,32 +44,34 @@ def make_jobs(
     request = model.filled(request, refiner.fields if refiner is not None and request.handoff is not None else ())
     if given is None:
         given = model.given(request.pictures, request.height, request.width)
-    request = _placed(request, given)
+    request = _placed(model, request, given)
     table = table_of(model, request, denoising_end=1.0 if request.handoff is None else request.handoff)
     later = later_stages(model, request, given, refiner)
-    guidance = guidance_of(request)
+    guidance = model.guidance(request)
     size = model.spec.latents.pixels_of(request.height, request.width)
     final = model.spec.latents.enlarged(*size, request.hires_scale or 1.0)
-    sides = model.spec.latents.shape_of(*final)[1:]
-    model.check_tiles(*sides)
-    facts = {**model.facts(*sides), **(given.facts if given else {})}
+    height, width = model.spec.latents.shape_of(*final)[1:]
+    model.check_tiles(height, width)
+    facts = {**model.facts(height, width), **(given.facts if given else {})}
     jobs = []
     for index in range(first, first + request.count):
         seed = request.seed + index
         noise = noise_source(request.noise, seed)
-        on_device = draws_on_device and given is None and isinstance(noise, TorchCudaNoise)
+        drawn = model.drawn_first(request, given, noise)
+        on_device = draws_on_device and (given is None or model.shows_picture) and isinstance(noise, TorchCudaNoise)
         latents, kept = _begin(model, request, table, given, noise, on_device=on_device)
-        uncond, cond = model.inputs(request, given, noise, tokens=tokens)
+        sides = model.inputs(request, given, noise, drawn, tokens=tokens)
         tag = facts_of(request, table.solver, seed, index, size, model.spec.id)
         start = table.start if on_device else 0.0
         jobs.append(
             Job(
                 table,
                 latents,
-                uncond,
-                cond,
+                sides.uncond,
+                sides.cond,
                 noise,
                 guidance,
+                sides.image,
                 kept=kept,
                 start=start,
                 later=later,
@@ -79,10 +81,10 @@ def make_jobs(
     return jobs
 
 
-def _placed(request: Request, given: Given | None) -> Request:
+def _placed(model: Model, request: Request, given: Given | None) -> Request:
     """Return the request with the size and the strength that a given picture sets."""
     if given is not None:
-        return given.on(request)
+        return given.sized(request) if model.shows_picture else given.on(request)
     if request.strength is not None:
         raise RequestError(
             f"strength is {request.strength:g} and there is no picture",
@@ -96,7 +98,7 @@ def _begin(
     model: Model, request: Request, table: Table, given: Given | None, noise: NoiseSource, *, on_device: bool
 ) -> tuple[NDArray[np.float32], Kept | None]:
     """Return a job's first latents, and what it keeps of a given picture."""
-    if given is not None:
+    if given is not None and not model.shows_picture:
         return given.begin(table, noise, request.strength or 1.0, blends=not model.reads_masks)
     shape = model.spec.latents.shape_of(request.height, request.width)
     if on_device:

@@ -39,7 +39,7 @@ class Kind(NamedTuple):
     """What pictures must have in common to be drawn on the same memory."""
 
     shapes: Shapes
-    guided: bool
+    lanes: int
     noises: int
 
 
@@ -79,7 +79,7 @@ class Program:
             check_fresh(job)
         noises = sum(row.c != 0 for row in jobs[0].table.rows)
         on_device = isinstance(jobs[0].noise, TorchCudaNoise)
-        kind = Kind(jobs[0].shapes, jobs[0].most_lanes == 2, 0 if on_device else noises)
+        kind = Kind(jobs[0].shapes, jobs[0].most_lanes, 0 if on_device else noises)
         canvas = self._canvases(kind, lambda: self._canvas(kind))
         pixels: list[Pixels] = []
         for first in range(0, len(jobs), canvas.count):
@@ -87,9 +87,8 @@ class Program:
         return pixels
 
     def _canvas(self, kind: Kind) -> _Canvas:
-        needed = 2 if kind.guided else 1
-        if self._lanes < needed:
-            raise RequestError(f"the engine has {self._lanes} lanes", needed=f"one loaded with lanes={needed}")
+        if self._lanes < kind.lanes:
+            raise RequestError(f"the engine has {self._lanes} lanes", needed=f"one loaded with lanes={kind.lanes}")
         return _Canvas(self._model, kind, self._lanes, self._capture)
 
     def close(self) -> None:
@@ -101,7 +100,7 @@ class _Canvas:
     """An arena for one kind of pictures, with the other networks bound to it."""
 
     def __init__(self, model: Model, kind: Kind, lanes: int, capture: bool) -> None:
-        self.count = lanes // (2 if kind.guided else 1)
+        self.count = lanes // kind.lanes
         self._latents, self._kind = model.spec.latents, kind
         noises = max(1, kind.noises)
         self._sizes = {"batch": lanes, "tokens": model.spec.tokens}
@@ -191,9 +190,8 @@ class _Canvas:
             bound.enqueue()
 
     def _place(self, slot: int, job: Job) -> None:
-        lanes = [slot, self.count + slot] if self._kind.guided else [slot]
-        sides = [job.uncond, job.cond] if self._kind.guided else [job.cond]
-        for lane, side in zip(lanes, sides, strict=True):
+        lanes = [slot + number * self.count for number in range(self._kind.lanes)]
+        for lane, side in zip(lanes, job.sides, strict=True):
             for name, array in self._ids.items():
                 if name in side:
                     self._gpu.upload(side[name].astype(array.dtype)[None], array.part(lane))
@@ -219,10 +217,10 @@ class _Canvas:
             for states in map(_as_rows, self._states):
                 self._gpu.copy_columns(states, target, column)
                 column += states.shape[1]
-        if zeros and self._kind.guided:
+        if zeros and self._kind.lanes > 1:
             for name in TEXT_INPUTS:
                 if name in self._inputs:
-                    self._gpu.fill_zero(self._inputs[name].part(0, self.count))
+                    self._gpu.fill_zero(self._inputs[name].part(0, (self._kind.lanes - 1) * self.count))
         for bound in self._hoisted:
             bound.enqueue()
 

@@ -28,29 +28,25 @@ def table_of(model: Model, request: Request, *, denoising_start: float = 0.0, de
         model.schedule,
         request.steps or 1,
         strength=1.0 if request.strength is None else request.strength,
+        keeps_steps=model.spec.keeps_steps,
         denoising_start=denoising_start,
         denoising_end=denoising_end,
         **request.options,
     )
     scalars = model.scalars(request, len(table))
-    return replace(table, scalars=scalars, shallow=_shallow(request, len(table)))
+    return replace(table, scalars=scalars, shallow=_shallow(request, model.guidance(request), len(table)))
 
 
-def _shallow(request: Request, rows: int) -> tuple[bool, ...]:
+def _shallow(request: Request, guidance: Guidance, rows: int) -> tuple[bool, ...]:
     """Return `Table.shallow`: all rows but every `cache_interval`th, and those where guidance sets in."""
     if request.cache_interval == 1:
         return ()
-    guidance, kept, shallow = guidance_of(request), False, list[bool]()
+    kept, shallow = False, list[bool]()
     for row in range(rows):
         guided = guidance.acts(row, rows)
         shallow.append(row % request.cache_interval != 0 and guided <= kept)
         kept = kept if shallow[-1] else guided
     return tuple(shallow)
-
-
-def guidance_of(request: Request) -> Guidance:
-    """Return the guidance of a request whose defaults are filled in."""
-    return Guidance(request.guidance or 1.0, request.guidance_rescale, request.guidance_interval)
 
 
 def later_stages(model: Model, request: Request, given: Given | None, refiner: Model | None) -> tuple[Stage, ...]:
@@ -102,21 +98,22 @@ def _hires(model: Model, request: Request, scale: float) -> Stage:
         request, height=height, width=width, steps=request.hires_steps or request.steps, strength=request.hires_strength
     )
     table = table_of(model, second)
-    uncond, cond = model.inputs(second, None, noise_source(request.noise, request.seed))
+    sides = model.inputs(second, None, noise_source(request.noise, request.seed))
     shape = model.spec.latents.shape_of(height, width)
 
     def begin(latents: Float32, noise: NoiseSource) -> Float32:
         return noised(table.known[0], enlarged(latents, shape[1], shape[2]), noise.normal(shape))
 
-    return Stage(table, uncond, cond, begin, guidance_of(second))
+    return Stage(table, sides.uncond, sides.cond, begin, model.guidance(second), image=sides.image)
 
 
 def _refined(model: Model, refiner: Model, request: Request, handoff: float) -> Stage:
     """Return the rest of the run by a refiner, as diffusers' denoising_start has it."""
     own = refiner.filled(replace(request, handoff=None, strength=None), model.fields)
     table = table_of(refiner, own, denoising_start=handoff)
-    uncond, cond = refiner.inputs(own, None, noise_source(request.noise, request.seed))
-    return Stage(table, uncond, cond, lambda latents, noise: latents, guidance_of(own), refiner.predictor)
+    sides = refiner.inputs(own, None, noise_source(request.noise, request.seed))
+    guidance, predictor = refiner.guidance(own), refiner.predictor
+    return Stage(table, sides.uncond, sides.cond, lambda latents, noise: latents, guidance, predictor, sides.image)
 
 
 def enlarged(latents: Float32, height: int, width: int) -> Float32:

@@ -94,6 +94,7 @@ class Grid:
 
 
 CLEAN = Point(-1.0, 1.0, 0.0)
+DISTILLED_PART = "distilled_part"  # of a grid's settings alone: how much of the distilled timesteps it may use
 
 
 def training_grid(schedule: Schedule, settings: Mapping[str, Any], steps: int) -> Grid:
@@ -120,17 +121,22 @@ def plms_grid(schedule: Schedule, settings: Mapping[str, Any], steps: int) -> Gr
 
 
 def consistency_grid(schedule: Schedule, settings: Mapping[str, Any], steps: int) -> Grid:
-    """Return LCM's and TCD's grid: a subset of the timesteps that the model was distilled on (Luo et al. 2023)."""
+    """Return LCM's and TCD's grid: a subset of the timesteps that the model was distilled on (Luo et al. 2023).
+
+    `settings` may have a DISTILLED_PART, from 0 to 1: then it is a subset of the lower part of these.
+    """
     levels = Levels.of(schedule, settings, avoid_zero=False)
     original, train = settings["original_inference_steps"], settings["num_train_timesteps"]
-    if not steps <= original <= train:
+    count = int(original * settings.get(DISTILLED_PART, 1.0))
+    if not steps <= count <= original <= train:
+        part = f"{count} of " if count < original else ""
         raise RequestError(
-            f"{steps} steps of {original} original_inference_steps were asked of {train} training timesteps",
+            f"{steps} steps of {part}{original} original_inference_steps were asked of {train} training timesteps",
             needed="steps <= original_inference_steps <= num_train_timesteps",
-            fix="take fewer steps or raise original_inference_steps",
+            fix=f"take fewer steps{', a larger strength,' if part else ''} or raise original_inference_steps",
         )
-    distilled = (np.arange(1, original + 1) * (train // original) - 1)[::-1]
-    chosen = distilled[np.floor(np.linspace(0, original, steps, endpoint=False)).astype(int)]
+    distilled = (np.arange(1, count + 1) * (train // original) - 1)[::-1]
+    chosen = distilled[np.floor(np.linspace(0, count, steps, endpoint=False)).astype(int)]
     points = tuple(levels.at(t) for t in chosen)
     return Grid(points, (*points[1:], levels.at(0)), 1.0, levels, settings)
 

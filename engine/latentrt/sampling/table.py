@@ -26,7 +26,7 @@ from latentrt.errors import LatentrtError, RequestError, ScheduleError, UnknownS
 from latentrt.sampling.rows import SLOTS, rows_of
 from latentrt.sampling.schedule import Schedule
 from latentrt.sampling.solvers import ALIASES, EVERY_SOLVER, SOLVERS, Solver
-from latentrt.sampling.spacing import CLEAN, Grid
+from latentrt.sampling.spacing import CLEAN, DISTILLED_PART, Grid
 from latentrt.sampling.trace import trace
 from latentrt.values import did_you_mean, is_number
 
@@ -119,6 +119,7 @@ def tabulate(
     steps: int,
     *,
     strength: float = 1.0,
+    keeps_steps: bool = False,
     denoising_start: float = 0.0,
     denoising_end: float = 1.0,
     **options: Any,
@@ -130,6 +131,8 @@ def tabulate(
         schedule: from `Schedule.from_config`.
         steps: how many steps, 1 or more; the table has a row for each network call.
         strength: how much of the run is made, above 0 to 1: its last int(steps * strength) steps, as diffusers counts.
+        keeps_steps: whether lcm makes all steps at any strength, on the lower part of the distilled timesteps, as
+            LatentConsistencyModelImg2ImgPipeline does.
         denoising_start, denoising_end: the part of the schedule that is run, from 0, noise, to 1, clean latents: what
             another model did before, or does afterwards, on the same steps. With a start, the strength does not count.
         options: the solver's own arguments (`eta`, `order`) and any setting of its diffusers class
@@ -150,15 +153,17 @@ def tabulate(
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise RequestError(f"steps is {steps!r}", needed="a whole number of 1 or more")
     name, chosen = _find(solver, schedule)
+    respaced = keeps_steps and chosen.scheduler == "LCMScheduler"
     if denoising_start:
         first = _first_below(_cutoff(schedule, denoising_start), tabulate(solver, schedule, steps, **options), chosen)
         _check_midway(name, chosen, first)
     else:
-        first = _first(name, chosen, steps, strength)
+        first = _first(name, chosen, steps, strength, respaced=respaced)
     arguments = {**chosen.arguments, **{key: value for key, value in options.items() if key in chosen.arguments}}
     wanted = {key: value for key, value in options.items() if key not in chosen.arguments}
     _check_arguments(name, arguments)
     settings = schedule.settings(chosen.scheduler, **{**chosen.settings, **wanted})
+    settings |= {DISTILLED_PART: strength} if respaced else {}
     try:
         grid = chosen.grid(schedule, settings, steps).since(first)
         array = _array(chosen, grid, arguments)
@@ -204,11 +209,11 @@ def _above(cutoff: int, table: Table) -> Table:
     return replace(table, array=table.array[:rows], known=table.known[: rows + 1])
 
 
-def _first(name: str, solver: Solver, steps: int, strength: float) -> int:
+def _first(name: str, solver: Solver, steps: int, strength: float, *, respaced: bool) -> int:
     """Return how many steps of the whole run are left out."""
     if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 < strength <= 1:
         raise RequestError(f"strength is {strength!r}", needed="a number above 0 and at most 1")
-    first = steps - int(steps * strength)
+    first = 0 if respaced else steps - int(steps * strength)
     if first == steps:
         raise RequestError(
             f"a strength of {strength:g} leaves none of {steps} steps",

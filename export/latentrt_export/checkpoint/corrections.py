@@ -15,7 +15,9 @@ from latentrt.sampling.settings import DEFAULTS
 from latentrt_export.checkpoint.source import SCHEDULE
 
 Config = Mapping[str, Any]
-UNET = "unet/config.json"
+UNET, VAE = "unet/config.json", "vae/config.json"
+
+NO_VAE: Config = {}
 
 
 class Rule(NamedTuple):
@@ -51,9 +53,15 @@ SKIP_PRK_STEPS = Rule(
 )
 SAMPLE_SIZE = Rule(UNET, "sample_size", _of_old_diffusers, 64, "diffusers before 0.9 wrote its default, 32")
 
+UPSCALED = Rule(
+    VAE, "scaling_factor", lambda value, _: value != 0.08333, 0.08333, "it is the upscaler's, whatever the file says"
+)
+
 RULES: Mapping[str, tuple[Rule, ...]] = {
     "StableDiffusionPipeline": (STEPS_OFFSET, CLIP_SAMPLE, SAMPLE_SIZE),
     "StableDiffusionInpaintPipeline": (STEPS_OFFSET, SKIP_PRK_STEPS, SAMPLE_SIZE),
+    "StableDiffusionDepth2ImgPipeline": (SAMPLE_SIZE,),
+    "StableDiffusionUpscalePipeline": (UPSCALED,),
 }
 
 
@@ -71,20 +79,23 @@ def drawn_by(pipeline: str, *, masked: bool = False, scored: bool = False) -> st
     return plain.replace("Pipeline", "InpaintPipeline") if masked else plain
 
 
-def corrections_of(pipeline: str, scheduler: Config, unet: Config, named: str | None = None) -> tuple[Correction, ...]:
+def corrections_of(
+    pipeline: str, scheduler: Config, unet: Config, named: str | None = None, vae: Config = NO_VAE
+) -> tuple[Correction, ...]:
     """Return what a pipeline class changes of a checkpoint's settings.
 
     Args:
         pipeline: the class, of `drawn_by`.
         scheduler, unet: scheduler_config.json and the UNet's config.json.
         named: the scheduler's class in model_index.json, which wins; None where there is none.
+        vae: the VAE's config.json.
     """
     written = scheduler.get("_class_name")
     other = named is not None and named != written
     why = "from_pretrained: model_index.json names it"
     first = (Correction(SCHEDULE, "_class_name", written, named, why),) if other else ()
     defaults = DEFAULTS.get(str(named or written), {})
-    configs = {SCHEDULE: {**defaults, **scheduler}, UNET: unet}
+    configs = {SCHEDULE: {**defaults, **scheduler}, UNET: unet, VAE: {"scaling_factor": 0.18215, **vae}}
     return first + tuple(
         Correction(rule.file, rule.key, value, rule.value, f"{pipeline}: {rule.why}")
         for rule in RULES.get(pipeline, ())

@@ -12,13 +12,19 @@ Config = Mapping[str, Any]
 # Settings of a UNet2DConditionModel that must have these values.
 CONDITIONAL = {
     "class_embed_type": None,
-    "num_class_embeds": None,
     "encoder_hid_dim_type": None,
-    "time_cond_proj_dim": None,
     "attention_type": "default",
 }
 
 
+INPAINTING, EDITING, DEPTH, LOW = "inpainting", "editing", "depth", "enlarging"  # what is read beside the latents
+INPUTS = {INPAINTING: "beside", EDITING: "beside", DEPTH: "depth_map", LOW: "low_picture"}
+EXTRA = {  # what pipelines give their UNets; of others, UNets may read a picture to repaint
+    "StableDiffusionInstructPix2PixPipeline": EDITING,
+    "StableDiffusionXLInstructPix2PixPipeline": EDITING,
+    "StableDiffusionDepth2ImgPipeline": DEPTH,
+    "StableDiffusionUpscalePipeline": LOW,
+}
 KL, TINY = VAES = ("AutoencoderKL", "AutoencoderTiny")
 LAYERS = (
     "layers_per_block",
@@ -28,6 +34,7 @@ LAYERS = (
 )
 CHANNELS = ("block_out_channels", "encoder_block_out_channels", "decoder_block_out_channels")
 MOST = 65_536  # channels, and sides of a picture
+LEAST_EMBEDDING = 4  # numbers of a guidance embedding: fewer have no frequencies
 MOST_LAYERS = 100  # far beyond any network; keeps a damaged config from making layers without end
 
 
@@ -36,12 +43,13 @@ def unsupported(found: str, needed: str) -> ExportError:
     return ExportError(f"the checkpoint has {found}", needed=needed)
 
 
-def check_networks(configs: Mapping[str, Config], kind: str) -> None:
+def check_networks(configs: Mapping[str, Config], kind: str, pipeline: str) -> None:
     """Refuse networks that the engine cannot serve.
 
     Args:
         configs: by the networks' names.
         kind: the diffusers class that the UNet must have.
+        pipeline: the diffusers class that draws with them.
 
     Raises:
         ExportError: one of them cannot be served; it is named.
@@ -55,7 +63,9 @@ def check_networks(configs: Mapping[str, Config], kind: str) -> None:
         _check_pixels(unet)
     else:
         xl = "text_encoder_2" in configs
-        _check_latents(unet, configs["vae"], xl=xl)
+        extra = EXTRA.get(pipeline, INPAINTING)
+        _check_channels(unet, configs["vae"].get("latent_channels", 4), extra, pipeline)
+        _check_latents(unet, configs["vae"], extra, xl=xl)
         if xl:
             _check_sizes(unet, configs["text_encoder_2"])
     for part, config in configs.items():
@@ -73,10 +83,21 @@ def text_config(config: Config) -> Config:
     return inner if isinstance(inner, dict) else config
 
 
-def beside(configs: Mapping[str, Config]) -> int:
-    """Return how many channels the UNet reads beside the latents."""
-    unet, vae = configs["unet"], configs.get("vae")
-    return 0 if vae is None else int(unet.get("in_channels", 4) - vae.get("latent_channels", 4))
+def beside(configs: Mapping[str, Config]) -> str | None:
+    """Return what the UNet reads beside the latents, a key of INPUTS; None where it reads nothing."""
+    if "unet" not in configs or "vae" not in configs:
+        return None
+    channels = configs["vae"].get("latent_channels", 4)
+    return kind_beside(configs["unet"].get("in_channels", 4) - channels, channels)
+
+
+def kind_beside(extra: int, latents: int) -> str | None:
+    """Return what so many channels beside those of the latents are, a key of INPUTS; None for any other number."""
+    return next((kind for kind, count in _channels(latents).items() if count == extra), None)
+
+
+def _channels(latents: int) -> dict[str, int]:
+    return {INPAINTING: 1 + latents, EDITING: latents, DEPTH: 1, LOW: 3}
 
 
 def sizes_read(unet: Config, text: Config) -> int:
@@ -168,21 +189,35 @@ def _check_pixels(unet: Config) -> None:
         raise unsupported(f"a UNet with time_embedding_type {unet['time_embedding_type']!r}", "'positional'")
 
 
-def _check_latents(unet: Config, vae: Config, *, xl: bool) -> None:
+def _check_latents(unet: Config, vae: Config, extra: str, *, xl: bool) -> None:
     check_vae(vae)
-    channels = vae.get("latent_channels", 4)
-    inputs, outputs = unet.get("in_channels", 4), unet.get("out_channels", 4)
-    if inputs not in (channels, 2 * channels + 1):
-        needed = f"in_channels {channels}, the VAE's latent channels, or {2 * channels + 1} for inpainting"
-        raise unsupported(f"a UNet with in_channels {inputs}", needed)
-    if outputs != channels:
-        raise unsupported(f"a UNet with out_channels {outputs}", f"out_channels {channels} (no learned variance)")
-    for key, value in {**CONDITIONAL, "addition_embed_type": "text_time" if xl else None}.items():
+    levels = unet.get("num_class_embeds") if extra == LOW else None
+    if extra == LOW and not _is_size(levels):
+        raise unsupported(f"a UNet with num_class_embeds {levels!r}", "the number of noise levels in this pipeline")
+    wanted = {**CONDITIONAL, "num_class_embeds": levels, "addition_embed_type": "text_time" if xl else None}
+    for key, value in wanted.items():
         if unet.get(key, value if key == "attention_type" else None) != value:
             raise unsupported(f"a UNet with {key} {unet.get(key)!r}", f"{key} {value!r} in this pipeline")
+    guidance = unet.get("time_cond_proj_dim")
+    if guidance is not None and not (_is_size(guidance) and guidance >= LEAST_EMBEDDING):
+        needed = f"null, or a whole number from {LEAST_EMBEDDING} (LCM, TCD)"
+        raise unsupported(f"a UNet with time_cond_proj_dim {guidance!r}", needed)
     for key in ("addition_time_embed_dim", "projection_class_embeddings_input_dim") if xl else ():
         if not _is_size(unet.get(key)):
             raise unsupported(f"a UNet with {key} {unet.get(key)!r}", "a whole number in an SDXL pipeline")
+
+
+def _check_channels(unet: Config, channels: int, extra: str, pipeline: str) -> None:
+    """Refuse a UNet that does not denoise so many channels, with those that its pipeline gives it beside them."""
+    inputs, outputs = unet.get("in_channels", 4), unet.get("out_channels", 4)
+    whole = channels + _channels(channels)[extra]
+    if inputs != whole and not (extra == INPAINTING and inputs == channels):
+        needed = f"in_channels {whole} in a {pipeline}"
+        if extra == INPAINTING:
+            needed = f"in_channels {channels}, the VAE's latent channels, or {whole} for inpainting"
+        raise unsupported(f"a UNet with in_channels {inputs} in a {pipeline}", needed)
+    if outputs != channels:
+        raise unsupported(f"a UNet with out_channels {outputs}", f"out_channels {channels} (no learned variance)")
 
 
 def _check_sizes(unet: Config, text: Config) -> None:

@@ -18,7 +18,16 @@ from latentrt.errors import ExportError, LatentrtError, OutputError, UnsafeWeigh
 from latentrt_export.checkpoint.files import AGAIN, license_of, read_json, read_schedule, texts_of, tokenizer_files
 from latentrt_export.checkpoint.hub import download
 from latentrt_export.checkpoint.lone_vae import fitting, is_vae, vae_folder
-from latentrt_export.checkpoint.served import TINY, VAES, check_networks, text_config, unsupported, vae_class
+from latentrt_export.checkpoint.served import (
+    EXTRA,
+    LOW,
+    TINY,
+    VAES,
+    check_networks,
+    text_config,
+    unsupported,
+    vae_class,
+)
 from latentrt_export.checkpoint.single.choices import AS_THEY_ARE, Choices
 from latentrt_export.checkpoint.single.folder import make_folder
 from latentrt_export.checkpoint.single.vae_file import vae_files
@@ -31,9 +40,14 @@ PIPELINES = {  # the networks of each
     "StableDiffusionImg2ImgPipeline": SD,
     "StableDiffusionInpaintPipeline": SD,
     "LatentConsistencyModelPipeline": SD,
+    "LatentConsistencyModelImg2ImgPipeline": SD,
+    "StableDiffusionInstructPix2PixPipeline": SD,
     "StableDiffusionXLPipeline": XL,
     "StableDiffusionXLImg2ImgPipeline": XL,
     "StableDiffusionXLInpaintPipeline": XL,
+    "StableDiffusionXLInstructPix2PixPipeline": XL,
+    "StableDiffusionDepth2ImgPipeline": SD,
+    "StableDiffusionUpscalePipeline": SD,
     "DDPMPipeline": PIXELS,
     "DDIMPipeline": PIXELS,
 }
@@ -43,9 +57,11 @@ CLASSES = {
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
     "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
     VAE: VAES,
+    "low_res_scheduler": ("DDPMScheduler", "DDIMScheduler"),  # whose add_noise keeps the variance
 }
 UNETS = {**dict.fromkeys((SD, XL, REFINER), "UNet2DConditionModel"), PIXELS: "UNet2DModel"}
 SCHEDULE = "scheduler/scheduler_config.json"
+LOW_SCHEDULER, LOW_SCHEDULE = "low_res_scheduler", "low_res_scheduler/scheduler_config.json"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 PRESET = "preset:"
 FOLDER_OR_ID = "pass a folder that has a model_index.json, or the id of one on the hub"
@@ -183,13 +199,17 @@ def open_checkpoint(source: str | Path, revision: str | None = None, variant: st
         check_class(index, part, (UNETS[parts],) if part == UNET else CLASSES[part])
     homes = {part: _home(root, part) for part in parts}
     configs = {part: _config(home, part) for part, home in homes.items()}
-    check_networks(configs, UNETS[parts])
+    check_networks(configs, UNETS[parts], index["_class_name"])
     if VAE in configs:
         check_class(index, VAE, (vae_class(configs[VAE]),))
     weights = choose_weights(homes, variant)
     schedule = root / SCHEDULE if (root / SCHEDULE).is_file() else root / "scheduler_config.json"
     files = {name: path for name, path in texts_of(root).items() if path not in _flat(root, homes)}
     files[SCHEDULE] = schedule
+    if EXTRA.get(index["_class_name"]) == LOW:
+        check_class(index, LOW_SCHEDULER, CLASSES[LOW_SCHEDULER])
+        read_schedule(root / LOW_SCHEDULE, named_class(index[LOW_SCHEDULER]))
+        files[LOW_SCHEDULE] = root / LOW_SCHEDULE
     for part, home in homes.items():
         files |= {f"{part}/{f}": path for f, path in weights[part].files.items()}
         files[f"{part}/config.json"] = home / "config.json"

@@ -167,6 +167,9 @@ def _unet(graph: Named, checkpoint: Checkpoint, name: str) -> Contract:
         inputs |= {"text_embeds": graph.input("text_embeds"), "time_ids": graph.input("time_ids")}
         embeds = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
         shapes |= {"text_embeds": ("batch", embeds), "time_ids": ("batch", 6)}
+    if dim := unet.get("time_cond_proj_dim"):
+        inputs["timestep_cond"] = graph.input("timestep_cond")
+        shapes["timestep_cond"] = ("batch", dim)
     if beside:
         inputs["beside"] = sample
         shapes |= {"beside": ("batch", beside, "height", "width")}

@@ -82,7 +82,9 @@ def measure_networks(root: Path, spec: ModelSpec) -> dict[str, dict[str, float]]
         settings, pictures = example(engine.model, SIDE)
         settings |= {"steps": STEPS}
         if engine.model.text is not None:
-            settings |= {"guidance": 5.0, "negative_prompt": PROMPTS[2]}
+            settings["guidance"] = 5.0
+            if "negative_prompt" in engine.model.fields:
+                settings["negative_prompt"] = PROMPTS[2]
             for prompt in PROMPTS:
                 engine.model.text.encode(prompt)
         jobs = engine.requests([PROMPTS[0] if engine.model.text is not None else None], settings, pictures)

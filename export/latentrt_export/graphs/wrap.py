@@ -18,7 +18,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from latentrt.errors import ExportError
 from latentrt_export.checkpoint.files import read_json
-from latentrt_export.checkpoint.served import KL, TINY, sizes_read, text_config, vae_class
+from latentrt_export.checkpoint.served import INPUTS, KL, LOW, TINY, kind_beside, sizes_read, text_config, vae_class
 
 Axes = Mapping[int, str]
 IMAGE_AXES: Axes = {0: "batch", 2: "height", 3: "width"}
@@ -111,12 +111,23 @@ class UNet(nn.Module):
         text_embeds: Tensor | None = None,
         time_ids: Tensor | None = None,
         beside: Tensor | None = None,
+        depth_map: Tensor | None = None,
+        low_picture: Tensor | None = None,
+        noise_level: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
     ) -> Tensor:
         """Map sample (batch, channels, height, width) to out of the same shape."""
         added = None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
-        if beside is not None:
-            sample = torch.cat([sample, beside], dim=1)
-        out: Tensor = self.model(sample, timestep, encoder_hidden_states, added_cond_kwargs=added).sample
+        extra = [one for one in (beside, depth_map, low_picture) if one is not None]
+        sample = torch.cat([sample, *extra], dim=1) if extra else sample
+        out: Tensor = self.model(
+            sample,
+            timestep,
+            encoder_hidden_states,
+            class_labels=noise_level,
+            timestep_cond=timestep_cond,
+            added_cond_kwargs=added,
+        ).sample
         return out
 
 
@@ -214,9 +225,16 @@ def _unet(root: Path, name: str, tokens: int) -> Network:
         numbers = sizes_read(config, text)
         embeds = config.projection_class_embeddings_input_dim - numbers * config.addition_time_embed_dim
         sizes |= {"text_embeds": ((embeds,), BATCH), "time_ids": ((numbers,), BATCH)}
-    if config.in_channels > config.out_channels:
-        sizes["beside"] = ((config.in_channels - config.out_channels, 16, 24), IMAGE_AXES)
-    return Network(UNet(model), _examples(sizes), ("out",), "unet")
+    extra = config.in_channels - config.out_channels
+    kind = kind_beside(extra, config.out_channels)
+    if kind is not None:
+        sizes[INPUTS[kind]] = ((extra, 16, 24), IMAGE_AXES)
+    if config.time_cond_proj_dim is not None:
+        sizes["timestep_cond"] = ((config.time_cond_proj_dim,), BATCH)
+    inputs = _examples(sizes)
+    if kind == LOW:
+        inputs = (*inputs, Input("noise_level", torch.zeros(TRACE_BATCH, dtype=torch.int64), BATCH))
+    return Network(UNet(model), inputs, ("out",), "unet")
 
 
 def _pixel_unet(root: Path) -> Network:

@@ -30,8 +30,8 @@ def shapes_of(spec: ModelSpec, settings: Mapping[str, str], profiles: Sequence[s
     Args:
         spec: the model; its own size is the default.
         settings: "lanes", "pictures", "size" and "tokens" as typed: one value ("2", "512x512"), or least:best:most.
-            What is missing is two lanes (one guided picture), one picture, the model's own size, and prompts of one
-            chunk: fixed shapes, which make the fastest plans.
+            What is missing is the lanes of one guided picture (mostly two), one picture, the model's own size, and
+            prompts of one chunk: fixed shapes, which make the fastest plans.
         profiles: further settings for each of several profiles, as "lanes=2,size=512x512".
 
     Raises:
@@ -40,9 +40,17 @@ def shapes_of(spec: ModelSpec, settings: Mapping[str, str], profiles: Sequence[s
     """
     latents = spec.latents
     sides = latents.height * latents.factor, latents.width * latents.factor
-    own = Shapes(*((size,) * 3 for size in (2, 1, *sides, spec.tokens)))
+    own = Shapes(*((size,) * 3 for size in (_lanes(spec), 1, *sides, spec.tokens)))
     base = _with(own, settings, latents)
     return tuple(_with(base, _pairs(text), latents) for text in profiles) or (base,)
+
+
+def _lanes(spec: ModelSpec) -> int:
+    """Return the lanes of a guided picture: one where the denoiser reads the scale, three where it edits pictures."""
+    inputs = {tensor.name: tensor for name in spec.named(DENOISER) for tensor in spec.networks[name].inputs}
+    if "timestep_cond" in inputs:
+        return 1
+    return 3 if "beside" in inputs and inputs["beside"].shape[1] == spec.latents.channels else 2
 
 
 def profiles_of(spec: ModelSpec, network: str, asked: Sequence[Shapes]) -> tuple[Profile, ...]:

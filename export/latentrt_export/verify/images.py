@@ -40,7 +40,8 @@ def image_checks(
             settings: dict[str, Any] = {"steps": steps, "solver": solver, "seed": 7}
             what = f"{solver or engine.spec.defaults.solver or engine.schedule.scheduler}, {len(prompts)} pictures"
             if guidance is not None:
-                settings |= {"guidance": guidance, "negative_prompt": negative}
+                settings |= {"guidance": guidance}
+                settings |= {"negative_prompt": negative} if "negative_prompt" in engine.model.fields else {}
                 what += f", guidance {guidance:g}"
             run = run_of(engine, prompts if prompted else [None] * len(prompts), settings)
             try:

@@ -146,8 +146,9 @@ def make_feeds(engine: Engine, parts: Sequence[str], prompts: Sequence[str], siz
             feeds[tensor.name] = np.array([[*pixels, 0, 0, *last]] * len(prompts), np.float32)
         elif tensor.name == "timestep":
             feeds[tensor.name] = draw.uniform(0, 1000, shape).astype(np.float32)
-        elif tensor.name == "class_labels":
-            feeds[tensor.name] = draw.integers(0, spec.classes or 1000, shape).astype(tensor.dtype)
+        elif tensor.name in ("class_labels", "noise_level"):
+            most = spec.classes or spec.max_noise_level or 1000
+            feeds[tensor.name] = draw.integers(0, most, shape).astype(tensor.dtype)
         else:
             feeds[tensor.name] = draw.standard_normal(shape, np.float32)
     return feeds

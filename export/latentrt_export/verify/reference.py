@@ -26,11 +26,11 @@ from latentrt_export.checkpoint.corrections import drawn_by
 from latentrt_export.checkpoint.files import read_json
 from latentrt_export.checkpoint.source import Checkpoint
 from latentrt_export.graphs.to_onnx import quiet
-from latentrt_export.to_bundle import plain_index
+from latentrt_export.to_bundle import NOT_EXPORTED, plain_index
 
 Array = NDArray[Any]
 PROMPTS = ("a red apple", "a cat face")
-SCORES = ("aesthetic_score", "negative_aesthetic_score")
+CONDITIONS = ("aesthetic_score", "negative_aesthetic_score", "noise_level")  # settings that both sides name alike
 
 
 class Run(NamedTuple):
@@ -82,8 +82,10 @@ class Theirs:
         model = engine.model
         kind = drawn_by(named, masked=model.reads_masks, scored="aesthetic_score" in model.fields)
         with comparing("pipeline"):
-            self._loaded = getattr(diffusers, kind).from_pretrained(
-                checkpoint, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True
+            loader = getattr(diffusers, kind)
+            absent = {name: None for name in NOT_EXPORTED if name in inspect.signature(loader).parameters}
+            self._loaded = loader.from_pretrained(
+                checkpoint, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True, **absent
             )
         self._own = engine.spec.defaults.solver
         self.scheduler = self._loaded.scheduler
@@ -156,21 +158,29 @@ def run_pipeline(pipe: Any, run: Run) -> tuple[list[Array], Array]:
     return steps, np.stack([np.asarray(image) for image in result.images])
 
 
+def _is_negated(settings: Mapping[str, Any]) -> bool:
+    return settings["guidance"] > 1 and "negative_prompt" in settings
+
+
 def _prompted(pipe: Any, run: Run) -> dict[str, Any]:
     """What a pipeline with a prompt is called with: of all that the run has, what this pipeline takes."""
     settings, count = run.settings, len(run.prompts)
     masked = "mask" in run.pictures
     own = {
         "prompt": list(run.prompts),
-        "negative_prompt": [settings["negative_prompt"]] * count if settings["guidance"] > 1 else None,
+        "negative_prompt": [settings["negative_prompt"]] * count if _is_negated(settings) else None,
         "guidance_scale": settings["guidance"],
         "height": settings["height"],
         "width": settings["width"],
         "strength": settings.get("strength", MASKED_STRENGTH if masked else STRENGTH),
-        **{name: settings[name] for name in SCORES if name in settings},
+        **{name: settings[name] for name in CONDITIONS if name in settings},
     }
+    if "image_guidance" in settings:
+        own["image_guidance_scale"] = settings["image_guidance"]
     for name, theirs in (("image", "image"), ("mask", "mask_image")):
         if name in run.pictures:
             own[theirs] = [Image.fromarray(run.pictures[name])] * count
+    if "depth" in run.pictures:
+        own["depth_map"] = torch.from_numpy(run.pictures["depth"].astype(np.float32))[None]
     taken = inspect.signature(pipe.__call__).parameters
     return {name: value for name, value in own.items() if name in taken}

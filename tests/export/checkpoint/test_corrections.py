@@ -103,7 +103,11 @@ def test_every_class_is_drawn_with_one_that_begins_with_a_prompt() -> None:
     assert drawn_by("StableDiffusionXLInpaintPipeline", masked=False) == "StableDiffusionXLPipeline"
     assert drawn_by("StableDiffusionPipeline", masked=True) == "StableDiffusionInpaintPipeline"
     assert drawn_by("LatentConsistencyModelPipeline", masked=False) == "StableDiffusionPipeline"
-    assert drawn_by("DDPMPipeline", masked=False) == "DDPMPipeline"
+    pix2pix = "StableDiffusionXLInstructPix2PixPipeline"
+    assert drawn_by(pix2pix, masked=False) == pix2pix
+    for own in ("DDPMPipeline", "StableDiffusionDepth2ImgPipeline", "StableDiffusionUpscalePipeline"):
+        assert drawn_by(own) == own
+    assert drawn_by("StableDiffusionXLPipeline", scored=True) == "StableDiffusionXLImg2ImgPipeline"
 
 
 @pytest.fixture(scope="module")

@@ -215,7 +215,7 @@ def _json(changes: dict[str, object]) -> Callable[[Path], None]:
         ("unet/model.onnx", _cut, "unet/model.onnx cannot be read"),
         ("vae_decoder/model.onnx", Path.unlink, "has no vae_decoder/model.onnx"),
         ("unet/config.json", Path.unlink, "unet/config.json cannot be read"),
-        ("unet/config.json", _json({"time_cond_proj_dim": 256}), "time_cond_proj_dim 256"),
+        ("unet/config.json", _json({"time_cond_proj_dim": 2}), "time_cond_proj_dim 2"),
         ("model_index.json", _json({"_class_name": "ORTFluxPipeline"}), "'ORTFluxPipeline'"),
         ("model_index.json", _json({"_class_name": ["a"]}), r"names the pipeline"),
         ("model_index.json", _json({"tokenizer": "a"}), "tokenizer 'a' in model_index.json"),

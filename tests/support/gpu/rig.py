@@ -47,9 +47,10 @@ class Job:
     lanes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        draw = np.random.default_rng(self.seed).standard_normal((5, *self.shape), dtype=np.float32)
+        draw = np.random.default_rng(self.seed).standard_normal((6, *self.shape), dtype=np.float32)
         self.x = draw[0] * np.float32(self.table.start)
-        self.prompts, self.known, self.known_noise = draw[1:3], draw[3], draw[4]
+        self.prompts = draw[[1, 2] if self.guidance.image is None else [1, 5, 2]]
+        self.known, self.known_noise = draw[3], draw[4]
         self.mask = (draw[4] > 0.3).astype(np.float32)
         self.blend = np.linspace([0.1, 0.9], [1, 0], len(self.table), dtype=np.float32)
         self.memory = np.full((SLOTS, *self.shape), np.nan, np.float32)
@@ -66,9 +67,9 @@ class Job:
     def step(self, dtype: Any) -> None:
         row, sample = self.table.rows[self.row], self.sample(dtype)
         timestep = np.float32(row.timestep)
-        uncond, cond = (network(sample, timestep, prompt).astype(np.float32) for prompt in self.prompts)
-        acts = len(self.lanes) == 2 and self.guidance.acts(self.row, len(self.table))
-        out = self.guidance.combine(uncond, cond) if acts else cond
+        outs = [network(sample, timestep, prompt).astype(np.float32) for prompt in self.prompts]
+        acts = len(self.lanes) > 1 and self.guidance.acts(self.row, len(self.table))
+        out = self.guidance.combine(*outs) if acts else outs[-1]
         if self.flags & PREVIEW:
             self.preview = preview(row, self.x, out)
         noise = self.noise.normal(self.shape) if row.c else None
@@ -119,7 +120,8 @@ class Rig:
         acting = [row for row in range(len(job.table)) if job.guidance.acts(row, len(job.table))] or [0, -1]
         record = np.zeros((), SLOT)
         record["rows"], record["flags"], record["start"] = len(job.table), job.flags, start
-        record["lane_uncond"], record["lane_cond"] = lanes if len(lanes) == 2 else (-1, *lanes)
+        record["lane_uncond"], record["lane_cond"] = lanes[0] if len(lanes) > 1 else -1, lanes[-1]
+        record["lane_image"], record["image_scale"] = lanes[1] if len(lanes) == 3 else -1, job.guidance.image or 0
         record["guided_from"], record["guided_to"] = acting[0], acting[-1] + 1
         record["scale"], record["rescale"] = job.guidance.scale, job.guidance.rescale
         if isinstance(job.noise, TorchCudaNoise):

@@ -68,7 +68,9 @@ def tiny_sd(
     return folder
 
 
-def tiny_sd2(folder: Path, *, unet: Options = AS_IT_IS, index: Options = AS_IT_IS, **save: Any) -> Path:
+def tiny_sd2(
+    folder: Path, *, unet: Options = AS_IT_IS, vae: Options = AS_IT_IS, index: Options = AS_IT_IS, **save: Any
+) -> Path:
     """Write one like SD 2: float16 on disk, v-prediction, gelu text encoder, linear projections, head counts per block.
 
     `save` goes to the networks' save_pretrained (variant, max_shard_size).
@@ -76,6 +78,7 @@ def tiny_sd2(folder: Path, *, unet: Options = AS_IT_IS, index: Options = AS_IT_I
     return tiny_sd(
         folder,
         unet={"use_linear_projection": True, "attention_head_dim": [2, 4], **unet},
+        vae=vae,
         index=index,
         text={"hidden_act": "gelu"},
         scheduler={"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"},
@@ -83,6 +86,42 @@ def tiny_sd2(folder: Path, *, unet: Options = AS_IT_IS, index: Options = AS_IT_I
         pad="!",
         **save,
     )
+
+
+def tiny_depth(folder: Path) -> Path:
+    """Write one like SD 2's depth model: a UNet that reads a depth map too; the estimator of such maps is left out."""
+    return tiny_sd2(
+        folder,
+        unet={"in_channels": 5},
+        index={
+            "_class_name": "StableDiffusionDepth2ImgPipeline",
+            "depth_estimator": ["transformers", "DPTForDepthEstimation"],
+            "feature_extractor": ["transformers", "DPTImageProcessor"],
+            "safety_checker": [None, None],
+        },
+    )
+
+
+def tiny_x4(folder: Path) -> Path:
+    """Write one like the x4 upscaler: a UNet that reads a noisy picture and its noise level, a VAE of factor 4."""
+    low = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+    _json(folder / "low_res_scheduler" / "scheduler_config.json", {"_class_name": "DDPMScheduler", **low})
+    tiny_sd2(
+        folder,
+        unet={"in_channels": 7, "num_class_embeds": 1000, "only_cross_attention": [True, False]},
+        index={
+            "_class_name": "StableDiffusionUpscalePipeline",
+            "low_res_scheduler": ["diffusers", "DDPMScheduler"],
+            "max_noise_level": 350,
+        },
+        vae={
+            "down_block_types": ["DownEncoderBlock2D"] * 3,
+            "up_block_types": ["UpDecoderBlock2D"] * 3,
+            "block_out_channels": (8, 16, 16),
+            "scaling_factor": 0.08333,
+        },
+    )
+    return folder
 
 
 def tiny_sdxl(folder: Path, *, unet: Options = AS_IT_IS, index: Options = AS_IT_IS) -> Path:

@@ -86,6 +86,7 @@ TEXTS = {  # name: width, layers, activation, whether it has OpenCLIP's names
 CLIP = {"sd1": "cond_stage_model.transformer.text_model.", "xl": "conditioner.embedders.0.transformer.text_model."}
 PRESET = {"sd1": "sd15", "sd2": "sd21", "xl": "sdxl", "xl-refiner": "sdxl"}
 PIPELINES = {"sd1": "StableDiffusion", "sd2": "StableDiffusion", "xl": "StableDiffusionXL"}
+TASKS = {9: "Inpaint", 8: "InstructPix2Pix"}  # by the UNet's channels
 RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -97,6 +98,7 @@ RESNET = {
 UNET_NAMES = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    "time_embedding.cond_proj": "time_embed.cond_proj",
     "add_embedding.linear_1": "label_emb.0.0",
     "add_embedding.linear_2": "label_emb.0.2",
     "conv_in": "input_blocks.0.0",
@@ -115,12 +117,15 @@ OPEN_CLIP = {
 }
 
 
-def networks_of(family: str, *, channels: int = 4, distilled: bool = False) -> dict[str, nn.Module]:
+def networks_of(
+    family: str, *, channels: int = 4, distilled: bool = False, guidance: int | None = None
+) -> dict[str, nn.Module]:
     """Return a family's small networks with random weights.
 
     Args:
         family: sd1, sd2, xl or xl-refiner.
-        channels: that the UNet reads; nine for inpainting.
+        channels: that the UNet reads; nine for inpainting, eight for pix2pix.
+        guidance: numbers of the guidance embedding that it reads (LCM).
         distilled: leave layers out of the UNet as distilled models do.
     """
     torch.manual_seed(0)
@@ -142,7 +147,7 @@ def networks_of(family: str, *, channels: int = 4, distilled: bool = False) -> d
     scale = {"scaling_factor": 0.13025} if family.startswith("xl") else {}
     changes = DISTILLED[family] if distilled else {}
     networks["unet"] = UNet2DConditionModel(
-        **{**UNET[family], **changes}, in_channels=channels, layers_per_block=LAYERS
+        **{**UNET[family], **changes}, in_channels=channels, layers_per_block=LAYERS, time_cond_proj_dim=guidance
     )
     networks["vae"] = AutoencoderKL(**VAE, **scale)
     for network in networks.values():
@@ -155,13 +160,15 @@ def networks_of(family: str, *, channels: int = 4, distilled: bool = False) -> d
 def write_reference(family: str, folder: Path, networks: Mapping[str, nn.Module], **scheduler: Any) -> Path:
     """Write the same model as a diffusers folder, as people pass it to from_single_file's `config`."""
     preset = PRESETS[PRESET[family]]
-    inpaints = networks["unet"].config["in_channels"] == 9
+    channels = networks["unet"].config["in_channels"]
     index: dict[str, Any] = {
         "_class_name": PIPELINES.get(family, "StableDiffusionXLImg2Img") + "Pipeline",
         **preset.index,
     }
-    if inpaints:
-        index["_class_name"] = f"{PIPELINES[family]}InpaintPipeline"
+    if channels in TASKS:
+        index["_class_name"] = f"{PIPELINES[family]}{TASKS[channels]}Pipeline"
+    elif family == "sd1" and networks["unet"].config["time_cond_proj_dim"]:
+        index["_class_name"] = "LatentConsistencyModelPipeline"
     for name, network in networks.items():
         network.save_pretrained(folder / name)
         index[name] = ["transformers" if name.startswith("text") else "diffusers", type(network).__name__]

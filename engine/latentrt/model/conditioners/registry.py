@@ -7,10 +7,13 @@ from typing import NamedTuple
 
 from latentrt.bundle.bundle import Bundle
 from latentrt.bundle.spec import TEXT_ENCODER, TensorSpec
-from latentrt.errors import BundleError
+from latentrt.errors import EXPORT, BundleError
 from latentrt.model.codec import Codec
-from latentrt.model.conditioners.beside import Repainted
+from latentrt.model.conditioners.beside import Edited, Repainted
 from latentrt.model.conditioners.class_label import ClassLabel
+from latentrt.model.conditioners.depth_map import DepthMap
+from latentrt.model.conditioners.guidance_embedding import GuidanceEmbedding
+from latentrt.model.conditioners.low_picture import LowPicture
 from latentrt.model.conditioners.sizes import ScoredSizes, Sizes
 from latentrt.model.inputs import Conditioner
 from latentrt.model.predictor import OWN
@@ -18,6 +21,7 @@ from latentrt.model.prompts.encoder import Encoder
 from latentrt.model.prompts.tokenizer import Tokenizer
 from latentrt.model.text import Text
 from latentrt.runtime.base import Network
+from latentrt.sampling.schedule import Schedule
 
 
 class Parts(NamedTuple):
@@ -54,8 +58,9 @@ def _text(parts: Parts) -> Conditioner:
     ]
     if not encoders:
         raise BundleError(f"{spec.id} has no text encoder", needed="one: its denoiser reads texts")
-    tokens = parts.inputs["encoder_hidden_states"].shape[1]
-    return Text(encoders, zero_negative=spec.zero_negative, most=tokens if isinstance(tokens, int) else None)
+    tokens, guided = parts.inputs["encoder_hidden_states"].shape[1], "timestep_cond" not in parts.inputs
+    most = tokens if isinstance(tokens, int) else None
+    return Text(encoders, zero_negative=spec.zero_negative, most=most, guided=guided)
 
 
 def _sizes(parts: Parts) -> Conditioner:
@@ -65,16 +70,38 @@ def _sizes(parts: Parts) -> Conditioner:
     return kinds[count](parts.bundle.spec.latents)
 
 
+def _guidance_embedding(parts: Parts) -> Conditioner:
+    dim = parts.inputs["timestep_cond"].shape[1]
+    if not isinstance(dim, int) or dim < 4:
+        raise _unknown(parts, f"reads a guidance embedding of {dim} numbers", "4 or more")
+    return GuidanceEmbedding(dim)
+
+
 def _class_label(parts: Parts) -> Conditioner:
     return ClassLabel(parts.inputs["class_labels"].dtype, parts.bundle.spec.classes)
 
 
 def _beside(parts: Parts) -> Conditioner:
     channels, own = parts.inputs["beside"].shape[1], parts.bundle.spec.latents.channels
+    if channels == own:
+        return Edited(parts.bundle.spec.latents, scaled=parts.bundle.spec.scaled_picture)
     if channels != 1 + own:
-        found, needed = f"reads {channels} channels beside the latents", f"{1 + own}: a mask and a picture's latents"
-        raise _unknown(parts, found, needed)
+        needed = f"{own}, a picture's; or {1 + own}, with a mask"
+        raise _unknown(parts, f"reads {channels} channels beside the latents", needed)
     return Repainted(parts.codec)
+
+
+def _depth_map(parts: Parts) -> Conditioner:
+    return DepthMap()
+
+
+def _low_picture(parts: Parts) -> Conditioner:
+    spec = parts.bundle.spec
+    if spec.low_schedule is None or spec.max_noise_level is None:
+        needed = "low_schedule and max_noise_level in its manifest"
+        raise BundleError(f"the denoiser of {spec.id} reads a noisy picture", needed=needed, fix=EXPORT)
+    schedule = Schedule.from_config(parts.bundle.json(spec.low_schedule))
+    return LowPicture(schedule, spec.max_noise_level, parts.inputs["noise_level"].dtype)
 
 
 def _unknown(parts: Parts, found: str, needed: str) -> BundleError:
@@ -85,6 +112,10 @@ MAKERS: Mapping[str, Callable[[Parts], Conditioner]] = {
     "encoder_hidden_states": _text,
     "text_embeds": _text,
     "time_ids": _sizes,
+    "timestep_cond": _guidance_embedding,
     "class_labels": _class_label,
     "beside": _beside,
+    "depth_map": _depth_map,
+    "low_picture": _low_picture,
+    "noise_level": _low_picture,
 }

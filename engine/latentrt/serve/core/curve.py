@@ -23,7 +23,7 @@ from latentrt.bundle.bundle import MANIFEST, sha256_of
 from latentrt.engine import Engine
 from latentrt.errors import BundleError, OutputError
 from latentrt.runtime.cores import usable_cores
-from latentrt.serve.core.pipeline import GUIDED, Shape, most_lanes
+from latentrt.serve.core.pipeline import GUIDED, Shape
 from latentrt.storage import cache_folder, write_atomic
 from latentrt.values import is_number, is_whole
 
@@ -96,7 +96,7 @@ def of_bench(engine: Engine, results: Mapping[str, Any]) -> Curve:
 
     Where every call has all lanes there is one point.
     """
-    shape, each = engine.spec.latents.shape_of(None, None), most_lanes(engine)
+    shape, each = engine.spec.latents.shape_of(None, None), engine.model.most_lanes
     ticks = {each * row["batch"]: row["step_ms"][1] / 1000 for row in results["batches"]}
     if engine.backend.facts.fixed_lanes:
         ticks = {engine.denoiser.lanes: min(ticks.values())}

@@ -15,12 +15,7 @@ from latentrt.serve.core.errors import EngineFault
 
 Shape = tuple[int, int, int]  # of a picture's latents: channels, height, width
 
-GUIDED = 2  # lanes of a picture with guidance
-
-
-def most_lanes(engine: Engine) -> int:
-    """Return the lanes that a picture of this model may take: without prompts there is no guidance."""
-    return 1 if engine.model.text is None else GUIDED
+GUIDED = 2  # lanes of a picture with guidance, of most models
 
 
 def load_encoder(engine: Engine) -> None:
@@ -57,7 +52,7 @@ def check(engine: Engine) -> None:
         EngineFault: other numbers came out.
         LatentrtError: whatever the engine raises.
     """
-    if engine.spec.golden and engine.backend.facts.exact and engine.denoiser.lanes >= most_lanes(engine):
+    if engine.spec.golden and engine.backend.facts.exact and engine.denoiser.lanes >= engine.model.most_lanes:
         error = worst_error(engine)
         if math.isnan(error) or error > TOLERANCE:
             raise EngineFault(

@@ -135,7 +135,7 @@ class Worker:
         slots, rows = dict(self._slots), {job: job.moved for job in self._slots}
         for job, slot in slots.items():
             job.wants_preview = slot.handle.preview_at(job.moved + 1) is not None
-        lanes = sum(2 if job.guided else 1 for job in slots)
+        lanes = sum(job.lanes for job in slots)
         start = time.monotonic()
         with self._scheduler.watched("step"):
             try:

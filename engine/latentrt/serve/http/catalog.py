@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from latentrt.request import MAX_SEED, Request
 from latentrt.runtime.tensorrt.record import Profile
 from latentrt.sampling.schedule import Schedule
 from latentrt.sampling.solvers import ALIASES, solvers_of
-from latentrt.sampling.table import tabulate
+from latentrt.sampling.table import Table, tabulate
 from latentrt.serve.http.errors import Problem
 from latentrt.serve.process.config import Settings
 from latentrt.values import did_you_mean, parse_size
@@ -41,12 +41,7 @@ class Catalog:
     """
 
     def __init__(
-        self,
-        model: Model,
-        profiles: Sequence[Profile] | None,
-        settings: Settings,
-        *,
-        refiner: str | None = None,
+        self, model: Model, profiles: Sequence[Profile] | None, settings: Settings, *, refiner: str | None = None
     ) -> None:
         self._model, self.settings = model, settings
         self.name = settings.model_name or model.spec.id
@@ -54,7 +49,7 @@ class Catalog:
         self.prompted = model.text is not None
         self.class_labels, self.classes = "class_label" in model.fields, model.spec.classes
         self.edits = settings.edits and model.edits
-        self.needs_mask, self.refiner = model.reads_masks, refiner
+        self.needs_mask, self.needs_picture, self.refiner = model.reads_masks, model.shows_picture, refiner
         self.latents = model.spec.latents
         self._least = -(-LEAST_LATENTS // self.latents.multiple) * self.latents.step
         self._plans = None if profiles is None else [self._ends(profile) for profile in profiles]
@@ -65,7 +60,8 @@ class Catalog:
         self.defaults = model.filled(Request(steps=settings.steps, guidance=settings.guidance, solver=solver))
         tabulate(self.defaults.solver, model.schedule, 1)  # a server that cannot draw by default says so at its start
         self.max_steps = self._max_steps(self.defaults.steps or 1)
-        self._work = lru_cache(maxsize=4096)(partial(_work, model.schedule))
+        make = partial(tabulate, schedule=model.schedule, keeps_steps=model.spec.keeps_steps)
+        self._work = lru_cache(maxsize=4096)(partial(_work, make))
 
     # ---- Names
 
@@ -118,10 +114,12 @@ class Catalog:
         limits = self.settings
         count = n or 1
         steps = steps or self.defaults.steps or 1
-        if not self.prompted:  # clients send empty ones
-            prompt, negative_prompt = prompt or None, negative_prompt or None
+        if not self.prompted:  # clients send empty texts
+            prompt = prompt or None
         elif prompt is None:
             raise Problem("prompt is missing", needed="what to draw", param="prompt")
+        if "negative_prompt" not in self._model.fields:
+            negative_prompt = negative_prompt or None
         self._check_class(class_label)
         _at_most("n", count, limits.most_pictures)
         _at_most("num_inference_steps", steps, self.max_steps)
@@ -174,6 +172,14 @@ class Catalog:
             found, fix = f"a picture takes {default} steps where no number is given", "set steps, or max_steps"
             raise RequestError(found, needed=f"at most max_steps: {most}", fix=fix)
         return most
+
+    def strength(self, asked: float | None, default: float) -> float | None:
+        """Return the strength of an edit: the client's or the default, where the model's edits have one."""
+        return asked or (None if self.needs_picture else default)
+
+    def lanes(self, request: Request) -> int:
+        """Return the most lanes that each of a request's pictures takes."""
+        return self._model.guidance(request).lanes
 
     def work(self, request: Request) -> tuple[int, str]:
         """Return how many network calls each of a request's pictures takes, and the solver that makes them.
@@ -311,9 +317,9 @@ def _unlike(one: Size, other: Size) -> float:
 
 
 def _work(
-    schedule: Schedule, solver: str | None, steps: int, strength: float, options: tuple[tuple[str, Any], ...]
+    make: Callable[..., Table], solver: str | None, steps: int, strength: float, options: tuple[tuple[str, Any], ...]
 ) -> tuple[int, str]:
-    table = tabulate(solver, schedule, steps, strength=strength, **dict(options))
+    table = make(solver, steps=steps, strength=strength, **dict(options))
     return len(table), table.solver
 
 

@@ -72,6 +72,8 @@ async def generating(
     if files and not catalog.edits:
         needed = "none: this server edits no pictures"
         raise Problem("there is a picture", needed, fix="leave it out", param="image")
+    if catalog.needs_picture and "image" not in files:
+        raise Problem("there is no picture", needed="one: the model edits pictures as the prompt says", param="image")
     if catalog.needs_mask and "mask" not in files:
         raise Problem("there is no mask", needed="a picture and a mask: the model repaints", param="mask")
     if files and request.hires_scale is not None:
@@ -84,6 +86,7 @@ async def generating(
         facts["prompt"] = request.prompt
     shape, deadline = catalog.latents.shape_of(final[1], final[0]), time.monotonic() + timeout
     handle = Handle(request, shape, rows, previews, deadline, facts["id"], facts["owner"], api, task)
+    handle.lanes = catalog.lanes(request)
     context.scheduler.reserve(handle)
     try:
         if files:

@@ -77,7 +77,7 @@ async def edit(
         size = context.catalog.fitting(*shape)
     else:
         size = context.catalog.size(wanted.size)
-    strength = wanted.strength or (MASKED_STRENGTH if wanted.mask else STRENGTH)
+    strength = context.catalog.strength(wanted.strength, MASKED_STRENGTH if wanted.mask else STRENGTH)
     return await _answer(context, http, wanted, _request(context, wanted, size, strength), files, "edit")
 
 

@@ -107,7 +107,9 @@ async def img2img(wanted: ImageToImage, http: HttpRequest, context: Served) -> J
     if wanted.mask:
         to_mask = partial(white_mask, inverted=bool(wanted.inpainting_mask_invert))
         files["mask"] = _file(context, "mask", wanted.mask, to_mask)
-    return await _answer(context, http, wanted, files, wanted.denoising_strength or STRENGTH)
+    asked = wanted.denoising_strength if "denoising_strength" in wanted.model_fields_set else None
+    strength = context.catalog.strength(asked, wanted.denoising_strength or STRENGTH)
+    return await _answer(context, http, wanted, files, strength)
 
 
 @router.get("/progress")

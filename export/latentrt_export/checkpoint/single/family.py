@@ -12,6 +12,7 @@ from latentrt_export.checkpoint.single.pieces import Shapes
 from latentrt_export.checkpoint.single.text import Text, is_there
 
 UNET = "model.diffusion_model."
+PLAIN, INPAINTING, INSTRUCTED = 4, 9, 8  # channels that UNets read
 EMA = "model_ema."  # before the averaged weights' names, which have lost their dots
 
 
@@ -24,14 +25,14 @@ class Family:
         preset: a published model of it, with all that shapes do not show.
         texts: its text encoders by the names of their folders.
         heads: attention heads of each of the UNet's blocks; None: one for each 64 channels.
-        inpainting: the pipeline with a UNet of nine channels, if any.
+        others: pipelines whose UNets read a picture too, by their channels.
     """
 
     name: str
     preset: Preset
     texts: Mapping[str, Text]
     heads: int | None
-    inpainting: str | None
+    others: Mapping[int, str]
 
 
 _XL = PRESETS["sdxl"]
@@ -55,28 +56,28 @@ FAMILIES: Mapping[str, Family] = {
         PRESETS["sd15"],
         {"text_encoder": Text("cond_stage_model.transformer.")},
         8,
-        "StableDiffusionInpaintPipeline",
+        {INPAINTING: "StableDiffusionInpaintPipeline", INSTRUCTED: "StableDiffusionInstructPix2PixPipeline"},
     ),
     "sd2": Family(
         "Stable Diffusion 2",
         PRESETS["sd21"],
         {"text_encoder": Text("cond_stage_model.model.", open_clip=True, cut=True)},
         None,
-        "StableDiffusionInpaintPipeline",
+        {INPAINTING: "StableDiffusionInpaintPipeline"},
     ),
     "xl": Family(
         "Stable Diffusion XL",
         _XL,
         {"text_encoder": Text("conditioner.embedders.0.transformer."), "text_encoder_2": _SECOND},
         None,
-        "StableDiffusionXLInpaintPipeline",
+        {INPAINTING: "StableDiffusionXLInpaintPipeline", INSTRUCTED: "StableDiffusionXLInstructPix2PixPipeline"},
     ),
     "xl-refiner": Family(
         "Stable Diffusion XL refiner",
         _REFINER,
         {"text_encoder_2": replace(_SECOND, prefix="conditioner.embedders.0.model.")},
         None,
-        None,
+        {},
     ),
 }
 NEEDED = "a whole Stable Diffusion 1, 2 or XL model: UNet, VAE and text encoders"
@@ -150,14 +151,14 @@ def family_of(shapes: Shapes, model: str | None) -> tuple[Family, str]:
 
 
 def check_unet(family: Family, channels: int, shapes: Shapes) -> None:
-    """Refuse UNets that are none of text to image, or inpainting.
+    """Refuse UNets that are none of text to image, inpainting, or pix2pix.
 
     Raises:
-        ExportError: it reads other channels than latents (and a masked picture), or labels that it should not.
+        ExportError: it reads other channels than latents (and a picture), or labels that it should not.
     """
-    if channels != 4 and not (channels == 9 and family.inpainting):
+    if channels != PLAIN and channels not in family.others:
         found = CHANNELS.get(channels, f"a UNet of {channels} channels")
-        raise ExportError(f"{family.name} with {found}", needed="4 channels, or 9 for inpainting")
+        raise ExportError(f"{family.name} with {found}", needed="4 channels, 9 for inpainting, or 8 for pix2pix")
     labels, xl = f"{UNET}label_emb.0.0.weight" in shapes, "text_encoder_2" in family.texts
     if labels != xl:
         found = "a label embedding (unCLIP?)" if labels else "no label embedding"

@@ -10,11 +10,20 @@ from latentrt.errors import ExportError
 from latentrt_export.checkpoint.configs import weights_path, write_configs
 from latentrt_export.checkpoint.presets.configs import Preset
 from latentrt_export.checkpoint.single.choices import Choices
-from latentrt_export.checkpoint.single.family import EMA, FAMILIES, UNET, Family, check_unet, family_of
+from latentrt_export.checkpoint.single.family import (
+    EMA,
+    FAMILIES,
+    INPAINTING,
+    INSTRUCTED,
+    UNET,
+    Family,
+    check_unet,
+    family_of,
+)
 from latentrt_export.checkpoint.single.leftovers import Part, leftovers
 from latentrt_export.checkpoint.single.pieces import Config, Network, prefixed, size, without
 from latentrt_export.checkpoint.single.prediction import EPSILON, Prediction, decide, probe
-from latentrt_export.checkpoint.single.schedule import ZERO_SNR, schedule_of
+from latentrt_export.checkpoint.single.schedule import EDM, ZERO_SNR, schedule_of
 from latentrt_export.checkpoint.single.text import harmless, text_config, text_pieces
 from latentrt_export.checkpoint.single.unet import unet_config, unet_pieces
 from latentrt_export.checkpoint.single.vae import IGNORED_OF_VAE, PREFIXES, prefix_of
@@ -42,9 +51,25 @@ class Single:
     notes: tuple[str, ...] = ()
 
     @property
+    def channels(self) -> int:
+        """The channels that its UNet reads."""
+        return int(self.networks["unet"].config["in_channels"])
+
+    @property
     def inpaints(self) -> bool:
         """Whether its UNet reads a masked picture too."""
-        return bool(self.networks["unet"].config["in_channels"] == 9)
+        return self.channels == INPAINTING
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether its UNet reads the guidance scale (LCM)."""
+        return "time_cond_proj_dim" in self.networks["unet"].config
+
+    @property
+    def kind(self) -> str:
+        """What to call it, beside the family's name."""
+        kind = {INPAINTING: " inpainting", INSTRUCTED: " pix2pix"}.get(self.channels, "")
+        return f"{kind} LCM" if self.is_distilled else kind
 
     @property
     def is_sd2(self) -> bool:
@@ -154,9 +179,14 @@ def _model(single: Single, prediction: str) -> Preset:
     base = single.is_sd2 and prediction == EPSILON
     sizes = {"unet": {"sample_size": 64}, "vae": {"sample_size": 512}} if base else {}
     networks = {name: (n.kind, {**n.config, **sizes.get(name, {})}) for name, n in single.networks.items()}
-    scheduler = schedule_of(single.tensors, preset.scheduler, prediction)
-    pipeline = single.family.inpainting if single.inpaints else preset.pipeline
-    return replace(preset, pipeline=pipeline or preset.pipeline, networks=networks, scheduler=scheduler)
+    pipeline = single.family.others.get(single.channels, preset.pipeline)
+    own = {"_class_name": "LCMScheduler"} if single.is_distilled else {}
+    scheduler = schedule_of(single.tensors, {**preset.scheduler, **own}, prediction)
+    if single.is_distilled and pipeline == "StableDiffusionPipeline":
+        pipeline = "LatentConsistencyModelPipeline"
+    edits_scaled = single.channels == INSTRUCTED and EDM in single.tensors.entries
+    index = {**preset.index, **({"is_cosxl_edit": True} if edits_scaled else {})}
+    return replace(preset, pipeline=pipeline, networks=networks, scheduler=scheduler, index=index)
 
 
 def _parts(single: Single, choices: Choices) -> list[Part]:
@@ -171,9 +201,7 @@ def _parts(single: Single, choices: Choices) -> list[Part]:
 
 def _told(single: Single, prediction: Prediction, choices: Choices) -> str:
     width = single.networks["unet"].config["cross_attention_dim"]
-    name = (
-        f"{single.family.name}{' inpainting' if single.inpaints else ''} ({single.rule}; cross-attention width {width})"
-    )
+    name = f"{single.family.name}{single.kind} ({single.rule}; cross-attention width {width})"
     parts = [name, f"{prediction.kind} {prediction.rule}"]
     parts += [f"zero terminal SNR by its key {ZERO_SNR}"] if ZERO_SNR in single.tensors.entries else []
     parts += ["averaged weights (EMA)"] if choices.ema else []

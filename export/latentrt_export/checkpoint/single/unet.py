@@ -11,6 +11,7 @@ from latentrt_export.checkpoint.single.pieces import Config, Piece, Shapes, both
 UNET = "UNet"
 CROSS_DOWN, CROSS_UP, DOWN, UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D", "DownBlock2D", "UpBlock2D"
 CROSS_MIDDLE = "UNetMidBlock2DCrossAttn"
+GUIDANCE = "time_embed.cond_proj.weight"  # of LCM and TCD distilled UNets
 LAYER_0, TO_K = ".transformer_blocks.0", ".attn2.to_k.weight"
 Rows = list[list[int]]  # transformer layers after each resnet of each block
 
@@ -47,6 +48,8 @@ def unet_config(shapes: Shapes, heads: int | None) -> Config:
     }
     if not _depth(shapes, "middle_block.1"):
         config["mid_block_type"] = "UNetMidBlock2D" if "middle_block.0.in_layers.2.weight" in shapes else None
+    if GUIDANCE in shapes:
+        config["time_cond_proj_dim"] = size(shapes, GUIDANCE, 1, UNET)
     if "label_emb.0.0.weight" in shapes:
         config["projection_class_embeddings_input_dim"] = size(shapes, "label_emb.0.0.weight", 1, UNET)
     return config
@@ -63,6 +66,8 @@ def unet_pieces(config: Config) -> list[Piece]:
         *both("out.0", "conv_norm_out", channels[0]),
         *both("out.2", "conv_out", config["out_channels"], channels[0], 3, 3),
     ]
+    if width := config.get("time_cond_proj_dim"):
+        pieces.append(Piece(GUIDANCE, "time_embedding.cond_proj.weight", (channels[0], width)))
     if width := config.get("projection_class_embeddings_input_dim"):
         pieces += both("label_emb.0.0", "add_embedding.linear_1", times, width)
         pieces += both("label_emb.0.2", "add_embedding.linear_2", times, times)

@@ -29,11 +29,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Make:
     """Return a function that makes, once each, a family's file: made("sd1"), made("sd1", 9) for inpainting."""
 
     @cache
-    def make(family: str, channels: int = 4, distilled: bool = False) -> Made:
+    def make(family: str, channels: int = 4, distilled: bool = False, guidance: int | None = None) -> Made:
         root = tmp_path_factory.mktemp(f"{family}-{channels}")
+        scheduler = {"_class_name": "LCMScheduler"} if guidance else {}
         with quiet():
-            networks = networks_of(family, channels=channels, distilled=distilled)
-            folder = write_reference(family, root / "folder", networks)
+            networks = networks_of(family, channels=channels, distilled=distilled, guidance=guidance)
+            folder = write_reference(family, root / "folder", networks, **scheduler)
         tensors = single_tensors(family, networks)
         return Made(write_single(root / f"{family}.safetensors", tensors), tensors, folder)
 

@@ -23,9 +23,9 @@ from tests.support.models.single_file import averaged, vae_tensors, write_single
 
 NETWORKS = ("text_encoder", "text_encoder_2", "unet", "vae")
 KINDS = [
-    *(("sd1", 4, False), ("sd1", 9, False), ("sd1", 4, True)),
+    *(("sd1", 4, False), ("sd1", 9, False), ("sd1", 8, False), ("sd1", 4, True)),
     *(("sd2", 4, False), ("sd2", 9, False)),
-    *(("xl", 4, False), ("xl", 9, False), ("xl", 4, True), ("xl-refiner", 4, False)),
+    *(("xl", 4, False), ("xl", 9, False), ("xl", 8, False), ("xl", 4, True), ("xl-refiner", 4, False)),
 ]
 V = Choices(prediction_type="v_prediction")
 
@@ -79,6 +79,30 @@ def test_weights_and_configs_are_those_of_from_single_file(
         **settings(theirs.scheduler),
         "prediction_type": "v_prediction" if family == "sd2" else "epsilon",
     }
+
+
+@pytest.mark.parametrize("family", ["sd1", "xl"])
+def test_a_distilled_model_is_known_by_its_guidance_embedding(made: Make, tmp_path: Path, family: str) -> None:
+    """diffusers reads no such single file; its folder is the oracle."""
+    file, _, folder = made(family, guidance=40)
+    told = make_folder(file, tmp_path, Choices())
+    ours, theirs = opened(tmp_path), opened(folder)
+    assert "LCM (by its text encoder" in told[0]
+    assert type(ours) is type(theirs)
+    assert equal(ours, theirs)
+    assert settings(ours.unet) == settings(theirs.unet)
+    assert settings(ours.scheduler) == settings(theirs.scheduler)
+
+
+def test_cosxl_edit_is_known_by_its_channels_and_sigmas(made: Make, tmp_path: Path) -> None:
+    _, tensors, _ = made("xl", 8)
+    file = write_single(tmp_path / "edit.safetensors", tensors | {"edm_vpred.sigma_max": torch.tensor(120.0)})
+    with checkpoint_of(file) as checkpoint:
+        assert checkpoint.index["is_cosxl_edit"] is True
+        assert (checkpoint.pipeline, checkpoint.scheduler_class) == (
+            "StableDiffusionXLInstructPix2PixPipeline",
+            "EDMEulerScheduler",
+        )
 
 
 def test_the_order_of_keys_does_not_matter(made: Make, tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def test_other_files_are_named(tmp_path: Path, names: list[str], words: str) -> 
 @pytest.mark.parametrize(
     ("family", "change", "words"),
     [
-        ("sd1", {f"{UNET}input_blocks.0.0.weight": (32, 8, 3, 3)}, "Stable Diffusion 1 with.*8 channels .pix2pix"),
+        ("sd2", {f"{UNET}input_blocks.0.0.weight": (64, 8, 3, 3)}, "Stable Diffusion 2 with.*8 channels .pix2pix"),
         ("sd2", {f"{UNET}input_blocks.0.0.weight": (64, 7, 3, 3)}, "the x4 upscaler"),
         ("sd2", {f"{UNET}input_blocks.0.0.weight": (64, 5, 3, 3)}, "depth"),
         ("xl-refiner", {f"{UNET}input_blocks.0.0.weight": (64, 9, 3, 3)}, "refiner with a UNet of 9 channels"),
@@ -147,7 +147,9 @@ def test_other_files_are_named(tmp_path: Path, names: list[str], words: str) -> 
             {f"{UNET}output_blocks.9.0.in_layers.0.weight": (1,)},
             r"1 tensors of the networks have no place.*blocks\.9",
         ),
-        ("sd1", {f"{UNET}time_embed.cond_proj.weight": (1,)}, r"have no place in Stable Diffusion 1: .*cond_proj"),
+        ("sd1", {f"{UNET}time_embed.cond_proj.weight": (1,)}, r"time_embed\.cond_proj\.weight has the shape \[1\]"),
+        ("sd1", {f"{UNET}time_embed.cond_proj.weight": (9, 40)}, r"cond_proj\.weight has the shape \[9, 40\]"),
+        ("sd1", {f"{UNET}time_embed.cond_proj.bias": (40,)}, r"have no place in Stable Diffusion 1: .*cond_proj"),
         ("sd1", {f"{VAE}quant_conv.weight": None}, r"the vae lacks first_stage_model\.quant_conv\.weight"),
         ("sd1", {f"{VAE}encoder.conv_in.weight": None}, r"the VAE has no encoder\.conv_in\.weight"),
         ("sd1", {f"{CLIP}final_layer_norm.bias": None}, r"the text_encoder lacks .*final_layer_norm\.bias"),

@@ -1,0 +1,52 @@
+"""Options that only some models read, as a user types them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from latentrt import Engine, read_settings
+from tests.command.conftest import Run, refused
+
+Exported = Callable[[str], tuple[Path, Path]]
+y, x = np.mgrid[:16, :24]
+PICTURE = np.stack([10 * x, 15 * y, 5 * (x + y)], axis=-1).astype(np.uint8)
+DEPTH = (x * 2000 + y * 40).astype(np.uint16)
+
+
+def test_a_depth_map_keeps_its_sixteen_bits(run: Run, exported: Exported) -> None:
+    _, bundle = exported("depth")
+    Image.fromarray(PICTURE).save("picture.png")
+    Image.fromarray(DEPTH).save("depth.png")
+    given = ["--image", "picture.png", "--depth", "depth.png", "--strength", "0.5"]
+    code, out, _ = run("generate", "a cat", "-b", str(bundle), *given, "--steps", "4", "-o", "cat.png")
+    assert (code, out.split()) == (0, ["cat.png"])
+    with Engine.load(bundle, check_hashes=False) as engine:
+        (expected,) = engine("a cat", image=PICTURE, depth=DEPTH, strength=0.5, steps=4)
+    np.testing.assert_array_equal(np.asarray(Image.open("cat.png")), np.asarray(expected))
+    assert read_settings("cat.png")["depth"].startswith("sha256:")
+
+
+def test_a_picture_is_drawn_four_times_as_large(run: Run, exported: Exported) -> None:
+    Image.fromarray(PICTURE).save("picture.png")
+    given = ["--image", "picture.png", "--noise-level", "30"]
+    code, _, _ = run("generate", "a cat", "-b", str(exported("x4")[1]), *given, "--steps", "2", "-o", "cat.png")
+    made = read_settings("cat.png")
+    assert (code, made["noise_level"], made["width"], made["height"]) == (0, 30, 96, 64)
+
+
+def test_a_refiner_is_given_scores(run: Run, exported: Exported) -> None:
+    Image.fromarray(PICTURE).save("picture.png")
+    scores = ["--aesthetic-score", "7", "--negative-aesthetic-score", "1"]
+    given = ["-b", str(exported("refiner")[1]), "--image", "picture.png", *scores]
+    assert run("generate", "a cat", *given, "--steps", "2", "-o", "cat.png")[0] == 0
+    made = read_settings("cat.png")
+    assert (made["aesthetic_score"], made["negative_aesthetic_score"]) == (7, 1)
+
+
+def test_other_models_refuse_them(run: Run) -> None:
+    for option in ("--aesthetic-score", "--negative-aesthetic-score", "--noise-level"):
+        assert f"reads no {option[2:].replace('-', '_')}" in refused(run, "generate", "a cat", option, "5")
