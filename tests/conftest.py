@@ -5,10 +5,8 @@ Tests import torch only where they need it: the tests of tests/gpu run without i
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,8 @@ import pytest
 
 from latentrt.bundle.bundle import EMBEDDED
 from latentrt.bundle.spec import FP32, TEXT_ENCODER, NetworkSpec, Variant
+from tests.support import traces
+from tests.support.traces import locked
 
 # Workers share the cores; torch's threads would wait for each other by spinning. Before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -31,12 +31,24 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def _traces(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Trace networks of the same structure once, in test modules that import the exporter."""
+    traces.keep(_shared(tmp_path_factory, "traces"))
+
+
+def _shared(tmp_path_factory: pytest.TempPathFactory, name: str) -> Path:
+    """Return a folder that all workers share."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / name
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
     """Return a function that makes, once each for all workers, a checkpoint and its bundle: (checkpoint, bundle)."""
-    own = tmp_path_factory.getbasetemp()
-    root = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "exported"
-    root.mkdir(exist_ok=True)
+    root = _shared(tmp_path_factory, "exported")
 
     def make(name: str) -> tuple[Path, Path]:
         if name in TRAINED:
@@ -44,6 +56,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
         from latentrt_export.graphs.to_onnx import quiet
         from latentrt_export.to_bundle import export_bundle
 
+        traces.keep(_shared(tmp_path_factory, "traces"))
         source, target = root / name, root / f"{name}-bundle"
         with locked(root / f"{name}.lock"):
             if not target.exists():
@@ -53,14 +66,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
         return source, target
 
     return make
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Keep other workers out."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _make_checkpoint(name: str, folder: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from latentrt_export.graphs.to_onnx import quiet
 from latentrt_export.to_bundle import Summary, export_bundle
-from tests.conftest import locked
+from tests.support.traces import locked
 from tests.support.models import checkpoints, onnx_folders
 
 # A VAE and a UNet of four levels: the only sizes that diffusers' ONNX pipeline of 2022 knows.
