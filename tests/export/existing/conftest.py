@@ -12,8 +12,8 @@ import torch
 
 from latentrt_export.graphs.to_onnx import quiet
 from latentrt_export.to_bundle import Summary, export_bundle
-from tests.support.traces import locked
 from tests.support.models import checkpoints, onnx_folders
+from tests.support.traces import locked
 
 # A VAE and a UNet of four levels: the only sizes that diffusers' ONNX pipeline of 2022 knows.
 FOUR = {"block_out_channels": (16,) * 4, "norm_num_groups": 4, "down_block_types": ["DownEncoderBlock2D"] * 4}
