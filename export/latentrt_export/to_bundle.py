@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -12,26 +11,24 @@ from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import onnx_ir as ir
 
 from latentrt.bundle.bundle import write_manifest
 from latentrt.bundle.spec import (
-    CONDITIONER,
+    CONTROL,
     DENOISER,
-    FP16,
-    FP16_ORT_CUDA,
     FP32,
-    FP32_ORT_CPU,
+    HINT,
     SHALLOW,
     TEXT_ENCODER,
     Golden,
-    Islands,
     ModelSpec,
     NetworkSpec,
+    TensorSpec,
     Variant,
 )
 from latentrt.errors import ExportError, LatentrtError
+from latentrt_export.checkpoint.lone_control import PART
 from latentrt_export.checkpoint.single.choices import AS_THEY_ARE, Choices
 from latentrt_export.checkpoint.source import Checkpoint, checkpoint_of, tokenizer_of
 from latentrt_export.describe import (
@@ -47,15 +44,14 @@ from latentrt_export.describe import (
 )
 from latentrt_export.existing.graph import existing_graph, open_graphs
 from latentrt_export.existing.variants import checked
-from latentrt_export.graphs.cpu_graph import cpu_path, for_cpu
-from latentrt_export.graphs.cuda_graph import cuda_path, for_cuda
-from latentrt_export.graphs.half import half_path, to_half
+from latentrt_export.graphs.parts.control import add_chain, sides_of
+from latentrt_export.graphs.parts.cut import drop_unused_inputs
 from latentrt_export.graphs.parts.hoist import hoist
 from latentrt_export.graphs.parts.shallow import shallow
-from latentrt_export.graphs.ranges import measure_networks, overflowing, too_large
 from latentrt_export.graphs.text_inputs import add_text_inputs
 from latentrt_export.graphs.weights import share_weights
 from latentrt_export.place import place
+from latentrt_export.variants import add_control, add_cpu, add_half
 
 NOT_EXPORTED = ("safety_checker", "feature_extractor", "image_encoder", "depth_estimator", "watermarker")
 GRAPH_ROOM = 4 * 2**20  # bytes per network for its graph, when free space is checked
@@ -163,9 +159,9 @@ def _export(
         progress("half precision", len(parts) - 2, len(parts))
         spec, left_out = model_spec(checkpoint, networks, how), tuple[str, ...]()
         if checkpoint.graphs:
-            spec, left_out = checked(root, spec, (_add_half, _add_cpu))
+            spec, left_out = checked(root, spec, (add_half, add_cpu))
         else:
-            spec = _add_cpu(root, _add_half(root, spec))
+            spec = add_control(root, add_cpu(root, add_half(root, spec)))
         progress("manifest", len(parts) - 1, len(parts))
         _write_manifest(root, spec, golden)
         total = sum(path.stat().st_size for path in _files(root))
@@ -198,6 +194,8 @@ def networks_of(checkpoint: Checkpoint) -> tuple[str, ...]:
     """Return the names of the networks that a bundle of this checkpoint has."""
     if checkpoint.graphs:
         return tuple(checkpoint.graphs)
+    if PART in checkpoint.configs:
+        return ("hint", PART)
     unet = ["unet"] if "unet" in checkpoint.configs else []
     return (*checkpoint.text_encoders, *unet, *(("vae_decoder", "vae_encoder") if "vae" in checkpoint.configs else ()))
 
@@ -222,12 +220,16 @@ def plain_index(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _export_network(checkpoint: Checkpoint, root: Path, name: str) -> tuple[dict[str, NetworkSpec], NetworkSummary]:
-    """Write a network's graphs: its own, and beside a UNet's that of the text and the shallow one."""
+    """Write a network's graphs: its own, that of the text before it, and beside a UNet's the shallow one."""
     start, summary = time.perf_counter(), NetworkSummary(0.0, 0, 0, 0, 0)
     specs = {}
     with _named(name):
         model = _graph(checkpoint, root, name)
         graphs: dict[str, ir.Model | None] = {name: model}
+        if name == PART:
+            add_chain(model)
+            graphs = {"controlnet_text": hoist(model, ["encoder_hidden_states"]), **graphs}
+            drop_unused_inputs(model.graph)
         if name == "unet":
             graphs = {"unet_text": hoist(model, ["encoder_hidden_states"]), **graphs, "unet_shallow": shallow(model)}
         for each, graph in graphs.items():
@@ -256,6 +258,8 @@ def _write(checkpoint: Checkpoint, root: Path, name: str, model: ir.Model) -> tu
     inputs, outputs = signature(model.graph.inputs), signature(model.graph.outputs)
     if ROLES.get(name) in (DENOISER, SHALLOW):  # the tracer writes sizes in its own form, as 4*(height//4)
         outputs = tuple(replace(each, shape=inputs[0].shape) if each.name == "out" else each for each in outputs)
+    if ROLES.get(name) in (HINT, CONTROL):
+        outputs = tuple(_leveled(each, value) for each, value in zip(outputs, model.graph.outputs, strict=True))
     if name == "vae_encoder" and not checkpoint.graphs and (factor := latents_of(checkpoint).factor) > 1:
         halved = (f"(height//{factor})", f"(width//{factor})")  # and ((height - 1)//8) + 1 of strided convolutions
         outputs = tuple(replace(each, shape=(*each.shape[:2], *halved)) for each in outputs)
@@ -264,51 +268,9 @@ def _write(checkpoint: Checkpoint, root: Path, name: str, model: ir.Model) -> tu
     return spec, NetworkSummary(0.0, len(model.graph), path.stat().st_size, shared.shared, shared.sidecar)
 
 
-def _add_half(root: Path, spec: ModelSpec) -> ModelSpec:
-    """Write every network's half graph beside the float32 one, and beside that its form for ONNX Runtime on CUDA.
-
-    Nodes that would overflow in one small run stay in float32.
-    """
-    networks, measured = {}, measure_networks(root, spec)
-    given = [spec.networks[name].outputs for name in (*spec.named(CONDITIONER), *spec.named(DENOISER))]
-    passed = [tensor.name for tensors in given for tensor in tensors if tensor.name != "out"]
-    between = {key: own[key] for own in measured.values() for key in passed if key in own}
-    exact = too_large(between, passed)
-    for name, own in measured.items():
-        network, ranges = spec.networks[name], {**own, **between}
-        path = network.variants[FP32].path
-        model = ir.load(root / path)
-        largest = float(np.max([*own.values()]))  # keeps a NaN
-        if not math.isfinite(largest):
-            raise ExportError(f"the {name} computes numbers that are not finite", needed="a sound checkpoint")
-        islands = Islands(float(f"{largest:.3g}"), overflowing(model, ranges))
-        to_half(model, islands.nodes, exact)
-        half = replace(_save(root, half_path(path), model, network), islands=islands)
-        for_cuda(model)
-        cuda = _save(root, cuda_path(path), model, network)
-        networks[name] = replace(network, variants={**network.variants, FP16: half, FP16_ORT_CUDA: cuda})
-    return replace(spec, networks={**spec.networks, **networks})
-
-
-def _add_cpu(root: Path, spec: ModelSpec) -> ModelSpec:
-    """Write the denoiser's graph for ONNX Runtime on the CPU, if there is one and it differs from the float32 one."""
-    if not spec.draws:
-        return spec
-    network = spec.networks[spec.denoiser]
-    path = network.variants[FP32].path
-    model = ir.load(root / path)
-    if not for_cpu(model, {"height": spec.latents.height, "width": spec.latents.width}):
-        return spec
-    variants = {**network.variants, FP32_ORT_CPU: _save(root, cpu_path(path), model, network)}
-    return replace(spec, networks={**spec.networks, spec.denoiser: replace(network, variants=variants)})
-
-
-def _save(root: Path, path: str, model: ir.Model, network: NetworkSpec) -> Variant:
-    ir.save(model, root / path)
-    own = (*network.inputs, *network.outputs)
-    theirs = (*signature(model.graph.inputs), *signature(model.graph.outputs))
-    dtypes = {a.name: b.dtype for a, b in zip(own, theirs, strict=True) if a.dtype != b.dtype}
-    return Variant(path, model.opset_imports[""], len(model.graph), dtypes)
+def _leveled(tensor: TensorSpec, value: ir.Value) -> TensorSpec:
+    """Return a tensor of a level of a UNet, or of a hint, with its sides by the latents' own."""
+    return replace(tensor, shape=(*tensor.shape[:2], *sides_of(value)))
 
 
 @contextmanager

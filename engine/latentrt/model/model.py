@@ -20,7 +20,8 @@ from latentrt.model.codec import Codec, Identity, Vae
 from latentrt.model.conditioners.beside import Repainted
 from latentrt.model.conditioners.guidance_embedding import GuidanceEmbedding
 from latentrt.model.conditioners.registry import Parts, conditioners_of
-from latentrt.model.given import Given
+from latentrt.model.control import NO_CONTROLS, Applied, check_device, check_request, controlled, open_controls
+from latentrt.model.given import Given, check_uses
 from latentrt.model.hoisted import Hoisted
 from latentrt.model.inputs import Sides
 from latentrt.model.other_vae import OWN, VaeOptions
@@ -37,7 +38,6 @@ from latentrt.sampling.schedule import Schedule
 if TYPE_CHECKING:
     from latentrt.images.given import Source
 
-NAMES = {"depth": "depth map"}  # of pictures, by their use
 CONDITIONED = (  # fields of a request that some models do not read
     "prompt",
     "negative_prompt",
@@ -64,19 +64,31 @@ class Model:
         predictor: the networks that a row calls.
         hoisted: networks that compute some of the predictor's inputs, once a picture.
         conditioners: fill their inputs and the predictor's others.
+        controls: its ControlNets.
 
     Args:
         bundle: opened.
         backend: runs the networks.
         resident: keep networks loaded; False drops each after use (`end_of`).
         vae: another VAE, a decoder of previews, tiles.
+        controls: ControlNets, by the names that requests have for them.
 
     Raises:
         BundleError: the bundle has no denoiser, or no conditioner fills one of its inputs.
-        RequestError: a VAE or the tiles do not fit the model.
+        RequestError: a VAE, the tiles or a ControlNet do not fit the model, or the backend runs no ControlNets.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend, *, resident: bool = True, vae: VaeOptions = OWN) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: Backend,
+        *,
+        resident: bool = True,
+        vae: VaeOptions = OWN,
+        controls: Mapping[str, Bundle] = NO_CONTROLS,
+    ) -> None:
+        check_device(backend, controls)
+        bundle = controlled(bundle) if controls else bundle
         denoiser, schedule = bundle.spec.denoiser, str(bundle.spec.schedule)
         self.spec, self.resident, self._vae = vae.spec(bundle.spec), resident, vae
         self.schedule = Schedule.from_config(bundle.json(schedule), self.spec.corrected(schedule))
@@ -93,9 +105,10 @@ class Model:
         without_depth = next((self.networks[name] for name in self.spec.named(SHALLOW)), None)
         self.predictor = Predictor([called if backend.gpu is None else called.open()], without_depth)
         once = self.spec.named(CONDITIONER)
-        self.hoisted = Hoisted(self.networks, self.spec)
+        self.hoisted = Hoisted(self.networks, self.spec, denoiser)
         inputs = inputs_of([self.spec.networks[name] for name in (*once, denoiser)])
         self.conditioners = conditioners_of(Parts(bundle, self.networks, self.codec, inputs))
+        self.controls = open_controls(controls, self.spec, inputs, backend)
 
     def _load(self) -> None:
         """Load what every picture needs; the others are loaded with the first picture that needs them."""
@@ -197,6 +210,7 @@ class Model:
         for one in self.conditioners:
             one.check_settings(filled)
         self._check_text(filled)
+        check_request(filled, self.controls, self.spec.id)
         if "image_guidance" in self.fields and request.image_guidance is None and guidance > 1:
             return replace(filled, image_guidance=IMAGE_GUIDANCE)
         return filled
@@ -235,7 +249,8 @@ class Model:
             BundleError, PlanError: there is no encoder that can be used here.
         """
         latents = self.spec.latents
-        self._check_uses(pictures)
+        own = () if self.shows_picture else ("image", "mask")
+        check_uses(pictures, (*self.pictures, *own), self.spec.id)
         if "image" not in pictures:
             return None
         if self.enlarges:
@@ -244,16 +259,6 @@ class Model:
         pixels, repaint = prepared(pictures["image"], pictures.get("mask"), height, width, latents)
         return Given.of(pixels, repaint, self.codec, depth)
 
-    def _check_uses(self, pictures: Mapping[str, Source]) -> None:
-        read = self.pictures if self.shows_picture else (*self.pictures, "image", "mask")
-        for name in pictures:
-            what = NAMES.get(name, name)
-            if name not in read:
-                raise RequestError(f"there is a {what}, and {self.spec.id} reads none", needed="a request without one")
-            if "image" not in pictures:
-                found, fix = f"there is a {what} and no picture", "pass it: image=, --image"
-                raise RequestError(found, needed="the one it belongs to", fix=fix)
-
     def drawn_first(self, request: Request, given: Given | None, noise: NoiseSource) -> Sides:
         """Return the inputs of one picture whose noise comes before that of its first latents; see `Conditioner`."""
         sides = Sides.same({})
@@ -261,7 +266,19 @@ class Model:
             sides = sides.and_(one(request, given, noise)) if one.draws_first else sides
         return sides
 
-    def inputs(
+    def applied(self, request: Request, told: Sides, rows: int) -> tuple[Applied, ...]:
+        """Return the ControlNets of a request on one picture.
+
+        Args:
+            request: with the picture's size.
+            told: what conditioners filled (`conditions`).
+            rows: of the run.
+        """
+        size, lanes = self.spec.latents.pixels_of(request.height, request.width), self.guidance(request).lanes
+        asked = [(one, request.control[one.name]) for one in self.controls if one.name in request.control]
+        return tuple(one.applied(control, told, size, lanes, rows) for one, control in asked)
+
+    def conditions(
         self,
         request: Request,
         given: Given | None,
@@ -270,7 +287,7 @@ class Model:
         *,
         tokens: bool = False,
     ) -> Sides:
-        """Return all inputs of the predictor for one picture; see `Conditioner`.
+        """Return all inputs that conditioners fill for one picture, before `hoisted`; see `Conditioner`.
 
         Args:
             request, given, noise: of the picture.
@@ -283,7 +300,7 @@ class Model:
                 sides = sides.and_(one.tokens(request))
             elif not one.draws_first:
                 sides = sides.and_(one(request, given, noise))
-        return sides if tokens else self.hoisted(sides)
+        return sides
 
     def scalars(self, request: Request, rows: int) -> dict[str, NDArray[np.float64]]:
         """Return the columns that conditioners add to a table of so many rows."""
@@ -322,8 +339,12 @@ class Model:
         if not self.resident:
             for name in (name for role in roles for name in self.spec.named(role)):
                 self.networks[name].drop()
+            for one in self.controls:
+                one.end_of(*roles)
 
     def close(self) -> None:
         """Free the networks' memory."""
         for network in (*self.networks.values(), *([self._preview_decoder] if self._preview_decoder else [])):
             network.close()
+        for one in self.controls:
+            one.close()

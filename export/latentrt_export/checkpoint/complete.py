@@ -12,13 +12,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel, UNet2DModel
+from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, UNet2DConditionModel, UNet2DModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from latentrt.errors import ExportError
 from latentrt.values import is_number
 from latentrt_export.checkpoint.files import read_json
+from latentrt_export.checkpoint.lone_control import PART
 from latentrt_export.checkpoint.served import KL, TINY, vae_class
 from latentrt_export.checkpoint.source import TEXT, TEXT_2, UNET, VAE, Checkpoint
 from latentrt_export.checkpoint.tensors import open_tensors
@@ -99,6 +100,7 @@ MAKERS: Mapping[str, Maker] = {
     "pixels": _of_diffusers(UNet2DModel),
     KL: _of_diffusers(AutoencoderKL),
     TINY: _of_diffusers(AutoencoderTiny),
+    PART: _of_diffusers(ControlNetModel),
 }
 
 

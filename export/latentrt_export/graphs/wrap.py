@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel, UNet2DModel
+from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from latentrt.errors import ExportError
 from latentrt_export.checkpoint.files import read_json
+from latentrt_export.checkpoint.lone_control import PART, hint_levels
 from latentrt_export.checkpoint.served import INPUTS, KL, LOW, TINY, kind_beside, sizes_read, text_config, vae_class
+from latentrt_export.graphs.controlnet import ControlNet, Hint
+from latentrt_export.graphs.parts.control import residual_names
 
 Axes = Mapping[int, str]
 IMAGE_AXES: Axes = {0: "batch", 2: "height", 3: "width"}
@@ -26,6 +29,7 @@ BATCH: Axes = {0: "batch"}
 TEXT_AXES: Axes = {0: "batch", 1: "tokens"}
 # Tracing with a batch of 1 would make torch.export take the batch for a constant.
 TRACE_BATCH = 2
+TOKENS = 77  # of a ControlNet's example: it has no tokenizer to tell
 MOST_SKIPS = 11  # layers of a text encoder that a request may leave out: as many as A1111's web UI offers
 # Every wrapper keeps its model in the attribute `model`: names of parameters are passes.PREFIX + the checkpoint's.
 
@@ -185,7 +189,7 @@ def load_network(root: Path, name: str, *, tokens: int = 77) -> Network:
 
     Args:
         root: a diffusers checkpoint whose weights are safetensors, each network in a folder of its name.
-        name: text_encoder, text_encoder_2, unet, vae_decoder or vae_encoder.
+        name: text_encoder, text_encoder_2, unet, vae_decoder or vae_encoder; hint or controlnet.
         tokens: length of a text chunk (77).
     """
     network = _LOADERS[name](root, name, tokens)
@@ -267,12 +271,39 @@ def _vae(root: Path) -> Any:
     return _load(kinds[vae_class(read_json(root / "vae" / "config.json"))], root / "vae")
 
 
+def _hint(root: Path, name: str, tokens: int) -> Network:
+    model = _load(ControlNetModel, root / PART)
+    factor = 2 ** (hint_levels(model.config) - 1)
+    inputs = _examples({"picture": ((model.config.conditioning_channels, 16 * factor, 24 * factor), IMAGE_AXES)})
+    return Network(Hint(model), inputs, ("hint",), PART)
+
+
+def _controlnet(root: Path, name: str, tokens: int) -> Network:
+    model = _load(ControlNetModel, root / PART)
+    config, skips = model.config, len(model.controlnet_down_blocks)
+    sizes: dict[str, tuple[tuple[int, ...], Axes]] = {
+        "sample": ((config.in_channels, 16, 24), IMAGE_AXES),
+        "timestep": ((), BATCH),
+        "encoder_hidden_states": ((TOKENS, config.cross_attention_dim), TEXT_AXES),
+        "hint": ((config.block_out_channels[0], 16, 24), IMAGE_AXES),
+    }
+    if config.addition_embed_type is not None:
+        numbers = 6 * config.addition_time_embed_dim
+        sizes |= {
+            "text_embeds": ((config.projection_class_embeddings_input_dim - numbers,), BATCH),
+            "time_ids": ((6,), BATCH),
+        }
+    return Network(ControlNet(model), _examples(sizes), tuple(residual_names(skips + 1)), PART)
+
+
 _LOADERS: Mapping[str, Callable[[Path, str, int], Network]] = {
     "text_encoder": _text_encoder,
     "text_encoder_2": _text_encoder,
     "unet": _unet,
     "vae_decoder": _vae_decoder,
     "vae_encoder": _vae_encoder,
+    "hint": _hint,
+    "controlnet": _controlnet,
 }
 
 
