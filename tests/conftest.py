@@ -69,8 +69,12 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
 
 
 def _make_checkpoint(name: str, folder: Path) -> None:
-    from tests.support.models import checkpoints, kinds, pixels
+    from tests.support.models import checkpoints, controlnets, kinds, pixels
 
+    if name.startswith("control-"):  # of a checkpoint that is there already: control-sd-1
+        _, base, number = name.split("-")
+        controlnets.tiny_controlnet(folder, folder.with_name(base), int(number))
+        return
     kind, inpaints = name.removesuffix("-inpainting"), name.endswith("-inpainting")
     unet = {"in_channels": 9} if inpaints else {}
     pipeline = "StableDiffusionXLInpaintPipeline" if kind == "sdxl" else "StableDiffusionInpaintPipeline"
