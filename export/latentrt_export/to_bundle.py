@@ -227,7 +227,7 @@ def _export_network(checkpoint: Checkpoint, root: Path, name: str) -> tuple[dict
         model = _graph(checkpoint, root, name)
         graphs: dict[str, ir.Model | None] = {name: model}
         if name == PART:
-            add_chain(model)
+            add_chain(model, pools=bool(checkpoint.configs[PART].get("global_pool_conditions")))
             graphs = {"controlnet_text": hoist(model, ["encoder_hidden_states"]), **graphs}
             drop_unused_inputs(model.graph)
         if name == "unet":

@@ -29,7 +29,8 @@ class ControlNet(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         model.controlnet_cond_embedding = nn.Identity()
-        model.register_to_config(controlnet_conditioning_channel_order="rgb")  # an embedding has none
+        # An embedding has no order of channels; residuals are pooled once they are scaled (`parts.control.add_chain`).
+        model.register_to_config(controlnet_conditioning_channel_order="rgb", global_pool_conditions=False)
         self.model = model
 
     def forward(

@@ -71,11 +71,11 @@ def _joins(node: ir.Node) -> bool:
     )
 
 
-def add_chain(model: ir.Model) -> None:
+def add_chain(model: ir.Model, *, pools: bool = False) -> None:
     """Let the graph of a ControlNet scale its residuals and add them to given ones of the same names, in place.
 
     It reads "scale" (batch,), "factors" (batch, residuals), one for each, and the given residuals; what it gives is
-    given + own * (scale * factor).
+    given + own * (scale * factor). With `pools`, its own are averaged over height and width first.
     """
     graph = model.graph
     own = list(graph.outputs)
@@ -93,12 +93,15 @@ def add_chain(model: ir.Model) -> None:
         name="strength.split",
     )
     graph.append(node)
+    sides = constant(graph, "sides", np.array([2, 3], np.int64)) if pools else None
     for index, (value, part) in enumerate(zip(own, node.outputs, strict=True)):
         name, part.name = str(value.name), f"strength.{index}"
         part.dtype, value.name = value.dtype, f"{name}.own"
         shape = ir.Shape([batch, value.shape[1], *sides_of(value)])
         given = _input(graph, f"{name}.before", tuple(shape))
-        total = _append(graph, "Add", [given, _append(graph, "Mul", [value, part], f"{name}.scaled")], name)
+        added = _append(graph, "Mul", [value, part], f"{name}.scaled")
+        added = _append(graph, "ReduceMean", [added, sides], f"{name}.pooled") if sides is not None else added
+        total = _append(graph, "Add", [given, added], name)
         total.shape = shape
         graph.outputs[index] = total
 
