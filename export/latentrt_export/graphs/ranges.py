@@ -34,12 +34,12 @@ from latentrt.cuda.gpu import Gpu
 from latentrt.engine import Engine
 from latentrt.golden import example
 from latentrt.model.codec import Vae
+from latentrt.model.control import FACTORS, SCALE
 from latentrt.runtime.base import Facts
 from latentrt.runtime.onnxruntime import load_onnxruntime
 from latentrt.runtime.signature import Arrays, shape_of
 from latentrt_export.graphs.half import LARGEST, constants, timing
 from latentrt_export.graphs.lower import SCORES, lower
-from latentrt_export.graphs.parts.control import FACTORS, SCALE
 
 Ranges = Mapping[str, float]
 MARGIN = 4.0

@@ -8,7 +8,7 @@ import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 
 EMBEDDING = (8, 16)  # as many levels as the small VAEs have: factor 2
-POOLS = 3  # the number of one that reads BGR and pools its residuals
+POOLS, SMALL = 3, 4  # numbers of one that reads BGR and pools its residuals, and of one that reads no text
 
 
 def tiny_controlnet(folder: Path, base: Path, number: int) -> Path:
@@ -25,6 +25,9 @@ def tiny_controlnet(folder: Path, base: Path, number: int) -> Path:
     network = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=EMBEDDING)
     if number == POOLS:
         network.register_to_config(global_pool_conditions=True, controlnet_conditioning_channel_order="bgr")
+    if number == SMALL:  # as diffusers/controlnet-canny-sdxl-1.0-small
+        small = {"down_block_types": ["DownBlock2D"] * 2, "mid_block_type": "UNetMidBlock2D"}
+        network = ControlNetModel.from_config({**network.config, **small})
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))

@@ -14,11 +14,11 @@ import numpy as np
 import onnx_ir as ir
 
 from latentrt.bundle.spec import RESIDUAL
+from latentrt.model.control import BEFORE, FACTORS, SCALE
 from latentrt_export.graphs.cpu_graph import value_of
 from latentrt_export.graphs.passes import constant
 
 MIDDLE = f"{RESIDUAL}mid"
-SCALE, FACTORS = "scale", "factors"
 SIDES = ("height", "width")
 LARGE = 2**12  # a side that every level halves evenly
 
@@ -98,7 +98,7 @@ def add_chain(model: ir.Model, *, pools: bool = False) -> None:
         name, part.name = str(value.name), f"strength.{index}"
         part.dtype, value.name = value.dtype, f"{name}.own"
         shape = ir.Shape([batch, value.shape[1], *sides_of(value)])
-        given = _input(graph, f"{name}.before", tuple(shape))
+        given = _input(graph, f"{name}{BEFORE}", tuple(shape))
         added = _append(graph, "Mul", [value, part], f"{name}.scaled")
         added = _append(graph, "ReduceMean", [added, sides], f"{name}.pooled") if sides is not None else added
         total = _append(graph, "Add", [given, added], name)
