@@ -233,6 +233,18 @@ def test_hires_is_controlled_in_both_runs(both: Callable[[str], Both]) -> None:
     assert psnr(with_it, without) < 40
 
 
+def test_in_half_precision_it_is_nearly_the_same(both: Callable[[str], Both], exported: Exported) -> None:
+    """And where networks are dropped after their use."""
+    here, add_ons = both("sd").engine, {"edges": exported("control-sd-1")[1]}
+    asked: dict[str, Any] = {**SETTINGS, "control": {"edges": EDGES}}
+    options: dict[str, Any] = {"precision": "fp16", "resident": False, "control": add_ons}
+    with Engine.load(exported("sd")[1], threads=1, check_hashes=False, **options) as there:
+        ours, theirs = (np.asarray(one("a cat", **asked)[0]) for one in (there, here))
+        again = np.asarray(there("a cat", **asked)[0])
+    assert psnr(ours, theirs) > 40
+    np.testing.assert_array_equal(ours, again)
+
+
 def test_a_picture_tells_its_controls(both: Callable[[str], Both]) -> None:
     (picture,) = both("sd").engine("a cat", steps=1, control={"edges": {"image": EDGES, "scale": 0.5}})
     told = picture.info["latentrt"]["control"]["edges"]

@@ -223,6 +223,11 @@ def _check_fits(name: str, own: ModelSpec, model: ModelSpec, filled: Mapping[str
         {tensor.name: tensor.shape for tensor in tensors if tensor.name.startswith(RESIDUAL)}
         for tensors in (body.outputs, denoiser.inputs)
     )
+    hint, inputs = own.networks[own.named(HINT)[0]], {tensor.name for tensor in body.inputs}
+    pairs += [
+        ("hint networks from, to", [tensor.name for tensor in (*hint.inputs, *hint.outputs)], [PICTURE, HINT]),
+        ("inputs without", sorted({*OWN, HINT, SCALE, FACTORS, *(f"{key}{BEFORE}" for key in gives)} - inputs), []),
+    ]
     pairs += [
         (f"residuals ({len(gives)} and {len(reads)}): {key}", gives.get(key), reads.get(key)) for key in gives | reads
     ]
