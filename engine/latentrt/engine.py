@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,10 +61,15 @@ class Engine:
     ) -> None:
         self.bundle, self.backend = bundle, backend
         resident = resident or backend.gpu is not None
-        self.model = Model(bundle, backend, resident=resident, vae=vae)
-        self.refiner = None if refiner is None else refiner_of(self.model, refiner, backend, resident=resident)
+        with ExitStack() as opened:
+            self.model = opened.enter_context(closing(Model(bundle, backend, resident=resident, vae=vae)))
+            self.refiner = None
+            if refiner is not None:
+                self.refiner = refiner_of(self.model, refiner, backend, resident=resident)
+                opened.callback(self.refiner.close)
+            self._lanes, self._program = open_lanes(self.model, backend, lanes, capture)
+            opened.pop_all()
         self.spec, self.schedule = self.model.spec, self.model.schedule
-        self._lanes, self._program = open_lanes(self.model, backend, lanes, capture)
         self.denoiser = Denoiser(self._lanes)
         self._own_gpu: Gpu | None = None  # opened by `load`, closed with the engine
 

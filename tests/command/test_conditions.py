@@ -45,6 +45,8 @@ def test_a_refiner_is_given_scores(run: Run, exported: Exported) -> None:
     assert run("generate", "a cat", *given, "--steps", "2", "-o", "cat.png")[0] == 0
     made = read_settings("cat.png")
     assert (made["aesthetic_score"], made["negative_aesthetic_score"]) == (7, 1)
+    _, _, told = run("generate", "a cat", *given, "--steps", "2", "--guidance", "1")
+    assert "--negative-aesthetic-score has no effect with a --guidance of 1 or less" in told
 
 
 def test_other_models_refuse_them(run: Run) -> None:

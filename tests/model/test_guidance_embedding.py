@@ -40,7 +40,7 @@ PICTURE = Image.fromarray((np.stack([x, y, x * y], axis=-1) * 255).astype(np.uin
 IGNORED = "ignore:__array__ implementation:DeprecationWarning"
 
 
-@pytest.fixture(scope="module", params=["lcm", "lcm-sdxl"])
+@pytest.fixture(scope="module", params=["lcm", pytest.param("lcm-sdxl", marks=pytest.mark.slow)])
 def pair(exported: Exported, request: pytest.FixtureRequest) -> Iterator[Pair]:
     """Yield our engine, and the checkpoint as diffusers opens it."""
     source, bundle = exported(request.param)

@@ -124,14 +124,17 @@ def tiny_x4(folder: Path) -> Path:
     return folder
 
 
-def tiny_sdxl(folder: Path, *, unet: Options = AS_IT_IS, index: Options = AS_IT_IS) -> Path:
-    """Write one like SDXL: two text encoders, the second with a projection; sizes and pooled text as conditions."""
+def tiny_sdxl(folder: Path, *, unet: Options = AS_IT_IS, second: Options = AS_IT_IS, index: Options = AS_IT_IS) -> Path:
+    """Write one like SDXL: two text encoders, the second with a projection; sizes and pooled text as conditions.
+
+    `unet`, `second` (the second text encoder) and `index` are as in `tiny_sd`.
+    """
     size = write_tokenizer(folder / "tokenizer", END)
     write_tokenizer(folder / "tokenizer_2", "!")
     torch.manual_seed(0)
     networks = {
         "text_encoder": CLIPTextModel(text_config(size)),
-        **_xl_networks(size, {"cross_attention_dim": 32 + 48, **unet}, sizes=6),
+        **_xl_networks(size, {"cross_attention_dim": 32 + 48, **unet}, second, sizes=6),
     }
     return _write_xl(folder, networks, {"_class_name": "StableDiffusionXLPipeline", **index})
 
@@ -140,7 +143,7 @@ def tiny_refiner(folder: Path) -> Path:
     """Write one like SDXL's refiner: the second text encoder alone, an aesthetic score as the last of five sizes."""
     size = write_tokenizer(folder / "tokenizer_2", "!")
     torch.manual_seed(0)
-    networks = _xl_networks(size, {"cross_attention_dim": 48}, sizes=5)
+    networks = _xl_networks(size, {"cross_attention_dim": 48}, AS_IT_IS, sizes=5)
     index = {
         "_class_name": "StableDiffusionXLImg2ImgPipeline",
         "text_encoder": [None, None],
@@ -151,7 +154,7 @@ def tiny_refiner(folder: Path) -> Path:
     return _write_xl(folder, networks, index)
 
 
-def _xl_networks(vocabulary: int, unet: Options, sizes: int) -> dict[str, nn.Module]:
+def _xl_networks(vocabulary: int, unet: Options, text: Options, sizes: int) -> dict[str, nn.Module]:
     added = {
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": 8,
@@ -159,9 +162,9 @@ def _xl_networks(vocabulary: int, unet: Options, sizes: int) -> dict[str, nn.Mod
         "use_linear_projection": True,
         "transformer_layers_per_block": [1, 2],
     }
-    second = text_config(vocabulary, hidden_size=48, intermediate_size=96, hidden_act="gelu", projection_dim=24)
+    second = {"hidden_size": 48, "intermediate_size": 96, "hidden_act": "gelu", "projection_dim": 24, **text}
     return {
-        "text_encoder_2": CLIPTextModelWithProjection(second),
+        "text_encoder_2": CLIPTextModelWithProjection(text_config(vocabulary, **second)),
         "unet": UNet2DConditionModel(**(UNET | added | unet)),
         "vae": AutoencoderKL(**(VAE | {"scaling_factor": 0.13025})),
     }
