@@ -36,6 +36,7 @@ KINDS = {  # of the page's bundles, as the fixture `exported` has them
     **{"LCM": "lcm", "LCMXL": "lcm-sdxl", "PIX2PIX": "pix2pix", "PIX2PIXXL": "pix2pix-sdxl"},
     **{"DDPM": "pixels", "CLASSES": "classes"},
 }
+SLOW = dict.fromkeys(("lcm-sdxl", "pix2pix-sdxl"), pytest.mark.slow)  # which other tests export if they are slow
 SOLVERS = {  # that they have, where it is not pndm
     **dict.fromkeys(("SD2", "SD21", "DEPTH", "X4"), "ddim"),
     **dict.fromkeys(("SDXL", "REFINER", "SDXLINPAINT", "PIX2PIXXL"), "euler"),
@@ -74,10 +75,12 @@ def test_the_page_has_a_command_for_every_bundle() -> None:
     assert {command.options["bundle"] for command in map(Command, COMMANDS)} == set(KINDS)
 
 
-@pytest.mark.parametrize("line", {KINDS[Command(line).options["bundle"]]: line for line in COMMANDS[::-1]}.values())
-def test_one_command_of_each_kind_of_checkpoint(run: Run, exported: Exported, tmp_path: Path, line: str) -> None:
-    """Few steps, since exports take the time; the checkpoints are those of other tests."""
-    command = Command(line)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=SLOW.get(kind, ())) for kind in dict.fromkeys(KINDS.values())]
+)
+def test_one_command_of_each_kind_of_checkpoint(run: Run, exported: Exported, tmp_path: Path, kind: str) -> None:
+    """The page's first with it, in few steps; all these checkpoints are other tests' too."""
+    command = next(each for each in map(Command, COMMANDS) if KINDS[each.options["bundle"]] == kind)
     _draw(run, exported, tmp_path, command, min(FEW, int(command.options["steps"])))
 
 
