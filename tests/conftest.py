@@ -84,7 +84,7 @@ def _make_checkpoint(name: str, folder: Path) -> None:
         checkpoints.tiny_sd2(folder, unet=unet, index=index, variant="fp16", max_shard_size="200KB")
     elif kind == "wide":  # channels and features as in SD 1.5's first block, for kernels that take few sizes
         checkpoints.tiny_sd(folder, unet={"block_out_channels": (320, 320), "norm_num_groups": 32})
-    elif kind in ("refiner", "depth", "x4"):
+    elif kind in ("refiner", "depth", "x4", "x2"):
         getattr(checkpoints, f"tiny_{kind}")(folder)
     elif kind == "tiny-vae":
         checkpoints.with_tiny_vae(checkpoints.tiny_sd(folder))

@@ -90,9 +90,14 @@ class Given:
         return cls(image, repaint, encoded, mask, facts, flat)
 
     @classmethod
-    def small(cls, pixels: NDArray[np.uint8], factor: int) -> Given:
-        """Take pixels (height, width, channels) that the denoiser reads, to make pictures `factor` times as large."""
-        return cls(from_uint8(pixels[None])[0], None, None, None, {"image": _hash(pixels)}, factor=factor)
+    def small(cls, pixels: NDArray[np.uint8], factor: int, codec: Codec | None = None) -> Given:
+        """Take pixels (height, width, channels) to make pictures `factor` times as large.
+
+        `codec` encodes them; None: the denoiser reads the pixels themselves. Raise BundleError, PlanError as `of`.
+        """
+        image = from_uint8(pixels[None])[0]
+        encoded = None if codec is None else codec.encode(image)
+        return cls(image, None, encoded, None, {"image": _hash(pixels)}, factor=factor)
 
     @property
     def size(self) -> tuple[int, int]:

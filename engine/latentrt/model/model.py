@@ -33,6 +33,7 @@ from latentrt.runtime.tensorrt.record import Profile, drawn_by
 from latentrt.sampling.guidance import Guidance
 from latentrt.sampling.noise import NoiseSource
 from latentrt.sampling.schedule import Schedule
+from latentrt.sampling.table import Table
 
 if TYPE_CHECKING:
     from latentrt.images.given import Source
@@ -146,9 +147,9 @@ class Model:
         return any(one.shows_picture for one in self.conditioners)
 
     @property
-    def enlarges(self) -> bool:
-        """Whether the given picture is drawn larger; see `Conditioner`."""
-        return any(one.enlarges for one in self.conditioners)
+    def enlarges(self) -> int:
+        """How many times as large the given picture is drawn; see `Conditioner`."""
+        return max((one.enlarges for one in self.conditioners), default=1)
 
     @property
     def most_lanes(self) -> int:
@@ -238,8 +239,9 @@ class Model:
         self._check_uses(pictures)
         if "image" not in pictures:
             return None
-        if self.enlarges:
-            return Given.small(prepared_low(pictures["image"], height, width, latents), latents.factor)
+        if (times := self.enlarges) > 1:
+            codec = self.codec if any(one.encodes for one in self.conditioners) else None
+            return Given.small(prepared_low(pictures["image"], height, width, latents, times), times, codec)
         depth = depth_of(pictures["depth"]) if "depth" in pictures else None
         pixels, repaint = prepared(pictures["image"], pictures.get("mask"), height, width, latents)
         return Given.of(pixels, repaint, self.codec, depth)
@@ -285,9 +287,9 @@ class Model:
                 sides = sides.and_(one(request, given, noise))
         return sides if tokens else self.hoisted(sides)
 
-    def scalars(self, request: Request, rows: int) -> dict[str, NDArray[np.float64]]:
-        """Return the columns that conditioners add to a table of so many rows."""
-        return {name: column for one in self.conditioners for name, column in one.scalars(request, rows).items()}
+    def scalars(self, request: Request, table: Table) -> dict[str, NDArray[np.float64]]:
+        """Return the columns that conditioners add to a table. Raise ScheduleError as they do."""
+        return {name: column for one in self.conditioners for name, column in one.scalars(request, table).items()}
 
     def profiles(self, lanes: int) -> tuple[Profile, ...] | None:
         """Return the latents' sizes ("height", "width") that TensorRT's plans draw; None without plans: all sizes."""

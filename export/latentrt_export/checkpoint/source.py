@@ -48,6 +48,7 @@ PIPELINES = {  # the networks of each
     "StableDiffusionXLInstructPix2PixPipeline": XL,
     "StableDiffusionDepth2ImgPipeline": SD,
     "StableDiffusionUpscalePipeline": SD,
+    "StableDiffusionLatentUpscalePipeline": SD,
     "DDPMPipeline": PIXELS,
     "DDIMPipeline": PIXELS,
 }

@@ -18,7 +18,19 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from latentrt.errors import ExportError
 from latentrt_export.checkpoint.files import read_json
-from latentrt_export.checkpoint.served import INPUTS, KL, LOW, TINY, kind_beside, sizes_read, text_config, vae_class
+from latentrt_export.checkpoint.served import (
+    INPUTS,
+    KL,
+    LOW,
+    NOISE_LEVELS,
+    TINY,
+    kind_beside,
+    sizes_read,
+    text_config,
+    upscales_latents,
+    vae_class,
+)
+from latentrt_export.graphs.upscaler import LatentUpscaler, PooledTextEncoder
 
 Axes = Mapping[int, str]
 IMAGE_AXES: Axes = {0: "batch", 2: "height", 3: "width"}
@@ -203,11 +215,13 @@ def _text_encoder(root: Path, name: str, tokens: int) -> Network:
     kind = CLIPTextModelWithProjection if pooled else CLIPTextModel
     model = _load(kind, root / name)
     layers = model.config.num_hidden_layers
+    upscaler = upscales_latents(read_json(root / "unet" / "config.json"))
     skips = min(MOST_SKIPS, layers - 1 if is_xl(root) else layers)
-    module = PenultimateTextEncoder(model, skips) if is_xl(root) else TextEncoder(model, skips)
+    wrapper = PooledTextEncoder if upscaler else PenultimateTextEncoder if is_xl(root) else TextEncoder
+    pooled = pooled or upscaler
     ids = torch.arange(TRACE_BATCH * tokens).reshape(TRACE_BATCH, tokens) % model.config.vocab_size
     outputs = ("text_states", *(["text_embeds"] if pooled else []), *(["skipped"] if skips else []))
-    return Network(module, (Input("input_ids", ids, BATCH),), outputs, name)
+    return Network(wrapper(model, skips), (Input("input_ids", ids, BATCH),), outputs, name)
 
 
 def _unet(root: Path, name: str, tokens: int) -> Network:
@@ -215,6 +229,8 @@ def _unet(root: Path, name: str, tokens: int) -> Network:
         return _pixel_unet(root)
     model = _load(UNet2DConditionModel, root / "unet")
     config = model.config
+    if upscales_latents(config):
+        return _latent_upscaler(model, tokens)
     sizes = {
         "sample": ((config.out_channels, 16, 24), IMAGE_AXES),
         "timestep": ((), BATCH),
@@ -235,6 +251,18 @@ def _unet(root: Path, name: str, tokens: int) -> Network:
     if kind == LOW:
         inputs = (*inputs, Input("noise_level", torch.zeros(TRACE_BATCH, dtype=torch.int64), BATCH))
     return Network(UNet(model), inputs, ("out",), "unet")
+
+
+def _latent_upscaler(model: Any, tokens: int) -> Network:
+    config, latents = model.config, ((model.config.out_channels - 1, 16, 24), IMAGE_AXES)
+    sizes = {
+        "sample": latents,
+        "sigma": ((), BATCH),
+        "encoder_hidden_states": ((tokens, config.cross_attention_dim), TEXT_AXES),
+        "text_embeds": ((config.time_cond_proj_dim - NOISE_LEVELS,), BATCH),
+        "low_latents": latents,
+    }
+    return Network(LatentUpscaler(model), _examples(sizes), ("out",), "unet")
 
 
 def _pixel_unet(root: Path) -> Network:

@@ -124,6 +124,39 @@ def tiny_x4(folder: Path) -> Path:
     return folder
 
 
+def tiny_x2(folder: Path) -> Path:
+    """Write one like the latent upscaler: k-diffusion's blocks, a condition with the pooled text, clean latents out."""
+    return tiny_sd(
+        folder,
+        unet={
+            "in_channels": 8,
+            "out_channels": 5,
+            "block_out_channels": (32, 64, 64),  # the last as wide as the time: that block attends to itself
+            "down_block_types": ("KDownBlock2D", "KCrossAttnDownBlock2D", "KCrossAttnDownBlock2D"),
+            "mid_block_type": None,
+            "up_block_types": ("KCrossAttnUpBlock2D", "KCrossAttnUpBlock2D", "KUpBlock2D"),
+            "layers_per_block": 1,
+            "attention_head_dim": 8,
+            "act_fn": "gelu",
+            "norm_num_groups": None,
+            "conv_in_kernel": 1,
+            "conv_out_kernel": 1,
+            "cross_attention_norm": "layer_norm",
+            "resnet_time_scale_shift": "scale_shift",
+            "time_cond_proj_dim": 128 + 32,
+            "time_embedding_dim": 64,
+            "time_embedding_type": "fourier",
+            "timestep_post_act": "gelu",
+            "use_linear_projection": True,
+        },
+        scheduler={"_class_name": "EulerDiscreteScheduler", "prediction_type": "sample"},
+        index={
+            "_class_name": "StableDiffusionLatentUpscalePipeline",
+            **{key: [None, None] for key in ("safety_checker", "feature_extractor")},
+        },
+    )
+
+
 def tiny_sdxl(folder: Path, *, unet: Options = AS_IT_IS, second: Options = AS_IT_IS, index: Options = AS_IT_IS) -> Path:
     """Write one like SDXL: two text encoders, the second with a projection; sizes and pooled text as conditions.
 

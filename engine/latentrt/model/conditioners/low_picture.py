@@ -20,6 +20,7 @@ class LowPicture(Conditioner):
     The picture gets as much noise as its own schedule has at that timestep, drawn before the first latents' noise.
 
     Args:
+        factor: pixels a side of each latent.
         schedule: of that noise.
         most: the largest noise level.
         dtype: of the level.
@@ -29,10 +30,10 @@ class LowPicture(Conditioner):
     fields = ("noise_level",)
     pictures = ("image",)
     shows_picture = True
-    enlarges = True
     draws_first = True
 
-    def __init__(self, schedule: Schedule, most: int, dtype: str) -> None:
+    def __init__(self, factor: int, schedule: Schedule, most: int, dtype: str) -> None:
+        self.enlarges = factor
         self._schedule, self._most, self._dtype = schedule, most, dtype
 
     def __call__(self, request: Request, given: Given | None, noise: NoiseSource) -> Sides:
