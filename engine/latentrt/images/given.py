@@ -68,10 +68,15 @@ def prepared_low(image: Source, height: int | None, width: int | None, latents: 
 
     picture, factor = _opaque(_picture(image, "image")), latents.factor
     latents.shape_of(height, width)  # raises for sides that are not multiples
-    wanted = [None if side is None else side // factor for side in (width, height)]
-    own = [side // factor * factor or side for side in (picture.width, picture.height)]
-    columns, rows = (side or default for side, default in zip(wanted, own, strict=True))
+    own = enlarged_size(picture.width, picture.height, factor)
+    columns, rows = ((side or default) // factor for side, default in zip((width, height), own, strict=True))
     return np.asarray(picture.resize((columns, rows), Image.Resampling.BICUBIC))
+
+
+def enlarged_size(width: int, height: int, factor: int) -> tuple[int, int]:
+    """Return width and height of what an upscaler makes of a picture: down to a multiple of the factor, times it."""
+    width, height = ((side // factor * factor or side) * factor for side in (width, height))
+    return width, height
 
 
 def open_picture(path: str | Path, *, deep: bool = False) -> Image:

@@ -37,7 +37,7 @@ from latentrt.sampling.schedule import Schedule
 if TYPE_CHECKING:
     from latentrt.images.given import Source
 
-NAMES = {"depth": "depth map"}  # of pictures, by their use
+NAMES = {"image": "picture", "mask": "mask", "depth": "depth map"}  # by their use
 CONDITIONED = (  # fields of a request that some models do not read
     "prompt",
     "negative_prompt",
@@ -136,6 +136,11 @@ class Model:
         return tuple(name for one in self.conditioners for name in one.pictures)
 
     @property
+    def reads(self) -> tuple[str, ...]:
+        """The pictures that a request may bring."""
+        return self.pictures if self.shows_picture else tuple(dict.fromkeys((*self.pictures, "image", "mask")))
+
+    @property
     def reads_masks(self) -> bool:
         """Whether the denoiser itself reads the mask; otherwise what is kept is put back after every row."""
         return any(isinstance(one, Repainted) for one in self.conditioners)
@@ -165,7 +170,7 @@ class Model:
     @property
     def edits(self) -> bool:
         """Whether runs may begin on a given picture: there is an encoder, or none is needed."""
-        return bool(self.spec.named(ENCODER)) or not self.spec.named(DECODER)
+        return self.enlarges or bool(self.spec.named(ENCODER)) or not self.spec.named(DECODER)
 
     def filled(self, request: Request, others: Collection[str] = ()) -> Request:
         """Return the request with the model's own defaults for what it does not set.
@@ -245,10 +250,9 @@ class Model:
         return Given.of(pixels, repaint, self.codec, depth)
 
     def _check_uses(self, pictures: Mapping[str, Source]) -> None:
-        read = self.pictures if self.shows_picture else (*self.pictures, "image", "mask")
         for name in pictures:
-            what = NAMES.get(name, name)
-            if name not in read:
+            what = NAMES[name]
+            if name not in self.reads:
                 raise RequestError(f"there is a {what}, and {self.spec.id} reads none", needed="a request without one")
             if "image" not in pictures:
                 found, fix = f"there is a {what} and no picture", "pass it: image=, --image"
