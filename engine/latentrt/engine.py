@@ -63,7 +63,7 @@ class Engine:
         self.model = Model(bundle, backend, resident=resident, vae=vae)
         self.refiner = None if refiner is None else refiner_of(self.model, refiner, backend, resident=resident)
         self.spec, self.schedule = self.model.spec, self.model.schedule
-        self._lanes, self._program = open_lanes(self.model, backend, lanes, capture)
+        self._lanes, self._program = open_lanes(self.model, backend, lanes, capture, self.refiner)
         self.denoiser = Denoiser(self._lanes)
         self._own_gpu: Gpu | None = None  # opened by `load`, closed with the engine
 
@@ -98,7 +98,7 @@ class Engine:
             device: "cpu", "cuda" or "cuda:1"; None is "cpu" for onnxruntime and "cuda" for the others.
             threads, spin: of a network call on the CPU; see `OrtBackend`.
             precision: "fp32" or "fp16" graphs; None is fp32 on a CPU and fp16 on a GPU.
-            lanes: the most of a call; guidance takes two a picture. None: 16 on a CPU; on a GPU the plan's, or 2.
+            lanes: the most of a call; guidance takes two a picture. None: 16 on a CPU, a plan's own, or a picture's.
             resident: keep all networks loaded; False drops each after use: the least memory, on a CPU.
             capture: on a GPU, launch ticks and whole pictures as CUDA graphs, not call by call. None: only TensorRT's.
             plans: a folder of TensorRT plans that you trust; None is the bundle's place in your cache.
