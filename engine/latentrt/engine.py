@@ -67,7 +67,7 @@ class Engine:
             if refiner is not None:
                 self.refiner = refiner_of(self.model, refiner, backend, resident=resident)
                 opened.callback(self.refiner.close)
-            self._lanes, self._program = open_lanes(self.model, backend, lanes, capture)
+            self._lanes, self._program = open_lanes(self.model, backend, lanes, capture, self.refiner)
             opened.pop_all()
         self.spec, self.schedule = self.model.spec, self.model.schedule
         self.denoiser = Denoiser(self._lanes)
@@ -104,7 +104,7 @@ class Engine:
             device: "cpu", "cuda" or "cuda:1"; None is "cpu" for onnxruntime and "cuda" for the others.
             threads, spin: of a network call on the CPU; see `OrtBackend`.
             precision: "fp32" or "fp16" graphs; None is fp32 on a CPU and fp16 on a GPU.
-            lanes: the most of a call; guidance takes two a picture. None: 16 on a CPU; on a GPU the plan's, or 2.
+            lanes: the most of a call; guidance takes two a picture. None: 16 on a CPU, a plan's own, or a picture's.
             resident: keep all networks loaded; False drops each after use: the least memory, on a CPU.
             capture: on a GPU, launch ticks and whole pictures as CUDA graphs, not call by call. None: only TensorRT's.
             plans: a folder of TensorRT plans that you trust; None is the bundle's place in your cache.

@@ -123,7 +123,8 @@ def test_a_device_draws_the_same_in_one_lane(pair: Pair) -> None:
     assert here.model.most_lanes == here.requests(["a cat"], {"guidance": 9.0})[0].most_lanes == 1
     settings: dict[str, Any] = {"seed": 7, "width": 24, "height": 16, "steps": 3, "solver": "lcm", "guidance": 5.0}
     gpu = HostGpu()
-    with Engine.load(here.bundle.root, backend=OrtBackend(threads=1, gpu=gpu), lanes=1, check_hashes=False) as there:
+    with Engine.load(here.bundle.root, backend=OrtBackend(threads=1, gpu=gpu), check_hashes=False) as there:
+        assert there.denoiser.lanes == 1
         for more in ({}, {"on_tick": lambda job: None}, {"image": PICTURE, "strength": 0.8}):
             ours, theirs = (np.asarray(one("a cat", **settings, **more)[0]) for one in (there, here))
             assert psnr(ours, theirs) > 60

@@ -67,13 +67,20 @@ def prepared_low(image: Source, height: int | None, width: int | None, latents: 
     """
     from PIL import Image
 
-    picture, step = _opaque(_picture(image, "image")), max(latents.factor, latents.step // times)
+    picture = _opaque(_picture(image, "image"))
     latents.shape_of(height, width)  # raises for sides that are not multiples
-    wanted = [None if side is None else side // times for side in (width, height)]
-    own = [side // step * step or side for side in (picture.width, picture.height)]
-    columns, rows = (side or default for side, default in zip(wanted, own, strict=True))
-    latents.shape_of(rows * times, columns * times)  # and for pictures that are too small
+    own = enlarged_size(picture.width, picture.height, latents, times)
+    columns, rows = (side or default for side, default in zip((width, height), own, strict=True))
+    latents.shape_of(rows, columns)  # and for pictures that are too small
+    columns, rows = columns // times, rows // times
     return np.asarray(picture.resize((columns, rows), Image.Resampling.BICUBIC))
+
+
+def enlarged_size(width: int, height: int, latents: LatentSpec, times: int) -> tuple[int, int]:
+    """Return width and height of what an upscaler makes of a picture: first down to what VAE and model take."""
+    step = max(latents.factor, latents.step // times)
+    width, height = ((side // step * step or side) * times for side in (width, height))
+    return width, height
 
 
 def open_picture(path: str | Path, *, deep: bool = False) -> Image:

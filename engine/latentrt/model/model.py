@@ -38,7 +38,7 @@ from latentrt.sampling.table import Table
 if TYPE_CHECKING:
     from latentrt.images.given import Source
 
-NAMES = {"depth": "depth map"}  # of pictures, by their use
+NAMES = {"image": "picture", "mask": "mask", "depth": "depth map"}  # by their use
 CONDITIONED = (  # fields of a request that some models do not read
     "prompt",
     "negative_prompt",
@@ -137,6 +137,11 @@ class Model:
         return tuple(name for one in self.conditioners for name in one.pictures)
 
     @property
+    def reads(self) -> tuple[str, ...]:
+        """The pictures that a request may bring."""
+        return self.pictures if self.shows_picture else tuple(dict.fromkeys((*self.pictures, "image", "mask")))
+
+    @property
     def reads_masks(self) -> bool:
         """Whether the denoiser itself reads the mask; otherwise what is kept is put back after every row."""
         return any(isinstance(one, Repainted) for one in self.conditioners)
@@ -150,6 +155,11 @@ class Model:
     def enlarges(self) -> int:
         """How many times as large the given picture is drawn; see `Conditioner`."""
         return max((one.enlarges for one in self.conditioners), default=1)
+
+    @property
+    def encodes(self) -> bool:
+        """Whether given pictures are encoded; some upscalers read their pixels."""
+        return self.enlarges == 1 or any(one.encodes for one in self.conditioners)
 
     @property
     def most_lanes(self) -> int:
@@ -166,7 +176,7 @@ class Model:
     @property
     def edits(self) -> bool:
         """Whether runs may begin on a given picture: there is an encoder, or none is needed."""
-        return bool(self.spec.named(ENCODER)) or not self.spec.named(DECODER)
+        return not self.encodes or bool(self.spec.named(ENCODER)) or not self.spec.named(DECODER)
 
     def filled(self, request: Request, others: Collection[str] = ()) -> Request:
         """Return the request with the model's own defaults for what it does not set.
@@ -240,17 +250,16 @@ class Model:
         if "image" not in pictures:
             return None
         if (times := self.enlarges) > 1:
-            codec = self.codec if any(one.encodes for one in self.conditioners) else None
-            return Given.small(prepared_low(pictures["image"], height, width, latents, times), times, codec)
+            low = prepared_low(pictures["image"], height, width, latents, times)
+            return Given.small(low, times, self.codec if self.encodes else None)
         depth = depth_of(pictures["depth"]) if "depth" in pictures else None
         pixels, repaint = prepared(pictures["image"], pictures.get("mask"), height, width, latents)
         return Given.of(pixels, repaint, self.codec, depth)
 
     def _check_uses(self, pictures: Mapping[str, Source]) -> None:
-        read = self.pictures if self.shows_picture else (*self.pictures, "image", "mask")
         for name in pictures:
-            what = NAMES.get(name, name)
-            if name not in read:
+            what = NAMES[name]
+            if name not in self.reads:
                 raise RequestError(f"there is a {what}, and {self.spec.id} reads none", needed="a request without one")
             if "image" not in pictures:
                 found, fix = f"there is a {what} and no picture", "pass it: image=, --image"

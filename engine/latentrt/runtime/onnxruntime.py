@@ -34,7 +34,6 @@ SHAPE_ARITHMETIC = {
     *("Range", "Reshape", "Shape", "Size", "Slice", "Squeeze", "Sub", "Unsqueeze", "Where"),
 }
 VARIANTS = {("cpu", FP32): (FP32_ORT_CPU, FP32), ("cpu", FP16): (FP16,), ("cuda", FP16): (FP16_ORT_CUDA,)}
-GUIDED_PICTURE = 2  # lanes
 
 
 class OrtBackend:
@@ -248,7 +247,7 @@ class OrtNetwork:
 class OrtDeviceNetwork(OrtNetwork):
     """A session that can also read and write the memory of a device, on its stream."""
 
-    best_lanes = GUIDED_PICTURE
+    best_lanes = 1  # none is better than another: those of a picture decide
 
     def __init__(self, session: Any, graph: GraphSpec, gpu: Gpu, kind: str) -> None:
         super().__init__(session, graph)

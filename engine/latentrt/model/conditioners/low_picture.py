@@ -45,13 +45,14 @@ class LowPicture(Conditioner):
                 fix="pass image=, --image",
             )
         level = min(NOISE_LEVEL, self._most) if request.noise_level is None else request.noise_level
-        if level > self._most:
-            raise RequestError(f"noise_level is {level}", needed=f"a whole number from 0 to {self._most}")
         low = self._schedule.add_noise(given.image, noise.normal(given.image.shape), level)
         return Sides.same({"low_picture": low, "noise_level": np.array(level, self._dtype)})
 
     def check_settings(self, request: Request) -> None:
-        """Refuse a strength. See `Conditioner`."""
+        """Refuse a strength, and a noise level that is too large. See `Conditioner`."""
+        if (request.noise_level or 0) > self._most:
+            needed = f"a whole number from 0 to {self._most}"
+            raise RequestError(f"noise_level is {request.noise_level}", needed=needed)
         if request.strength is not None:
             found = f"strength is {request.strength:g}, and the model begins on noise, with the picture beside it"
             raise RequestError(found, needed="a request without strength")
