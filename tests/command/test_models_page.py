@@ -32,7 +32,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="ut
 COMMANDS = re.findall(r"`latentrt (generate [^`]+)`", PAGE)
 KINDS = {  # of the page's bundles, as the fixture `exported` has them
     **{"SD14": "sd", "SD15": "sd", "SD2": "sd2", "SD21": "sd2", "SD15INPAINT": "sd-inpainting", "DEPTH": "depth"},
-    **{"SDXL": "sdxl", "REFINER": "refiner", "TURBO": "sdxl", "SDXLINPAINT": "sdxl-inpainting", "X4": "x4"},
+    **{"SDXL": "sdxl", "REFINER": "refiner", "TURBO": "sdxl", "SDXLINPAINT": "sdxl-inpainting", "X4": "x4", "X2": "x2"},
     **{"LCM": "lcm", "LCMXL": "lcm-sdxl", "PIX2PIX": "pix2pix", "PIX2PIXXL": "pix2pix-sdxl"},
     **{"DDPM": "pixels", "CLASSES": "classes"},
 }
@@ -40,8 +40,9 @@ SLOW = dict.fromkeys(("lcm-sdxl", "pix2pix-sdxl"), pytest.mark.slow)  # which ot
 SOLVERS = {  # that they have, where it is not pndm
     **dict.fromkeys(("SD2", "SD21", "DEPTH", "X4"), "ddim"),
     **dict.fromkeys(("SDXL", "REFINER", "SDXLINPAINT", "PIX2PIXXL"), "euler"),
-    **{"TURBO": "euler-ancestral", "LCM": "lcm", "DDPM": "ddpm", "CLASSES": "ddpm"},
+    **{"TURBO": "euler-ancestral", "X2": "euler", "LCM": "lcm", "DDPM": "ddpm", "CLASSES": "ddpm"},
 }
+ENLARGED = {"X4": 4, "X2": 2}
 TURBO = {"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing"}
 NUMBERS = ("noise-level", "image-guidance", "aesthetic-score", "class-label", "hires-scale", "hires-strength")
 BUNDLES, PICTURES = ("bundle", "refiner"), ("image", "mask", "depth")
@@ -149,7 +150,7 @@ def _size(command: Command, bundle: Path) -> tuple[int, int]:
     width, height = (
         SIZE if "image" in command.options else (latents.width * latents.factor, latents.height * latents.factor)
     )
-    scale = latents.factor if "noise-level" in command.options else float(command.options.get("hires-scale", 1))
+    scale = ENLARGED.get(command.options["bundle"], float(command.options.get("hires-scale", 1)))
     return int(width * scale), int(height * scale)
 
 

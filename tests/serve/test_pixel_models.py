@@ -55,7 +55,9 @@ class Server:
 
     def ask(self, method: str, path: str, **named: Any) -> httpx.Response:
         async def go() -> httpx.Response:
-            async with httpx.AsyncClient(transport=httpx.ASGITransport(self._app), base_url="http://test") as client:
+            async with httpx.AsyncClient(
+                transport=httpx.ASGITransport(self._app), base_url="http://localhost"
+            ) as client:
                 return await client.request(method, path, **named)
 
         return asyncio.run(go())

@@ -30,7 +30,7 @@ Client = httpx.AsyncClient
 def using(app: Any, work: Callable[[Client], Awaitable[Any]], **headers: str) -> Any:
     async def go() -> Any:
         transport = httpx.ASGITransport(app)
-        async with Client(transport=transport, base_url="http://test/sdapi/v1", headers=headers) as client:
+        async with Client(transport=transport, base_url="http://localhost/sdapi/v1", headers=headers) as client:
             return await work(client)
 
     return asyncio.run(go())
@@ -239,7 +239,7 @@ def test_interrupting_ends_ones_own_alone() -> None:
         tasks = [
             asyncio.create_task(client.post("txt2img", json={"prompt": "a"}, headers=key)) for key in (mine, theirs)
         ]
-        tasks.append(asyncio.create_task(client.post("http://test/v1/images/generations", json={"prompt": "a"})))
+        tasks.append(asyncio.create_task(client.post("http://localhost/v1/images/generations", json={"prompt": "a"})))
         await until(lambda: len(scheduler.handles) == 3)
         assert (await client.post("interrupt")).status_code == 200
         ended = await tasks[0]
@@ -249,3 +249,18 @@ def test_interrupting_ends_ones_own_alone() -> None:
         assert [(await task).status_code for task in tasks[1:]] == [200, 200]
 
     using(app, work, authorization="Bearer mine")
+
+
+def test_without_keys_an_address_is_an_owner(app: Any, scheduler: FakeScheduler) -> None:
+    async def work() -> None:
+        scheduler.hold = asyncio.Event()
+        transports = [httpx.ASGITransport(app, client=(address, 1)) for address in ("10.0.0.1", "10.0.0.2")]
+        mine, theirs = (Client(transport=one, base_url="http://localhost/sdapi/v1") for one in transports)
+        tasks = [asyncio.create_task(client.post("txt2img", json={"prompt": "a"})) for client in (mine, theirs)]
+        await until(lambda: len(scheduler.handles) == 2)
+        assert (await mine.post("interrupt")).status_code == 200
+        assert (await tasks[0]).status_code == 409
+        scheduler.hold.set()
+        assert (await tasks[1]).status_code == 200
+
+    asyncio.run(work())
