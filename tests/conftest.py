@@ -48,7 +48,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
         with locked(root / f"{name}.lock"):
             if not target.exists():
                 with quiet():
-                    _make_checkpoint(name, source)
+                    make_checkpoint(name, source)
                 export_bundle(source, target)
         return source, target
 
@@ -63,7 +63,8 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _make_checkpoint(name: str, folder: Path) -> None:
+def make_checkpoint(name: str, folder: Path) -> None:
+    """Write a checkpoint of a kind: "sd", "sd2", "sdxl", "pixels", ...; with "-inpainting", such a one."""
     from tests.support.models import checkpoints, kinds, pixels
 
     kind, inpaints = name.removesuffix("-inpainting"), name.endswith("-inpainting")

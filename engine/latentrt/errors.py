@@ -43,6 +43,10 @@ class UnknownSolverError(RequestError):
     """No solver has that name; the nearest names are in the message."""
 
 
+class AdapterError(RequestError):
+    """A LoRA cannot be read, or does not fit the model that it is merged into."""
+
+
 class ScheduleError(LatentrtError, ValueError):
     """A scheduler class or option that latentrt does not know or that a table cannot express."""
 
