@@ -113,5 +113,9 @@ class PromptTruncatedWarning(UserWarning):
     """A prompt was longer than the model reads; the message has the text that was dropped."""
 
 
+class AdapterWarning(UserWarning):
+    """Keys of a LoRA have no place in the model and were left out, as was allowed; the message lists them."""
+
+
 class PromptSyntaxWarning(UserWarning):
     """A prompt has syntax that its grammar draws as letters; the message names the option that reads it."""

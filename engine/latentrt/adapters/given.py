@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,21 +46,37 @@ Given = str | Path | Lora
 Loras = Given | Iterable[Given] | Mapping[str | Path, float | tuple[float, float]]
 
 
-def loras_of(given: Loras) -> tuple[Lora, ...]:
+def loras_of(given: Loras, *, allow_unmatched: bool = False) -> tuple[Lora, ...]:
     """Return the LoRAs of a call.
 
     Args:
         given: one or several, each a `Lora`, a path, or text as in `parsed`; or strengths by path.
+        allow_unmatched: whether keys of theirs may be left out.
 
     Raises:
-        AdapterError: a strength is no number.
+        AdapterError: a strength is no number; or there are none, and keys may be left out.
     """
-    if isinstance(given, Mapping):
-        pairs = ((path, s if isinstance(s, tuple) else (s, s)) for path, s in given.items())
-        return tuple(Lora(Path(path), *map(float, strengths)) for path, strengths in pairs)
     if isinstance(given, (str, Path, Lora)):
         given = [given]
-    return tuple(parsed(one) if isinstance(one, str) else one if isinstance(one, Lora) else Lora(one) for one in given)
+    loras = tuple(_by_path(given) if isinstance(given, Mapping) else map(_one, given))
+    if allow_unmatched and not loras:
+        raise AdapterError("allow_unmatched without a LoRA", needed="one", fix="add --lora FILE")
+    return loras
+
+
+def _by_path(strengths: Mapping[str | Path, float | tuple[float, float]]) -> Iterator[Lora]:
+    for path, strength in strengths.items():
+        unet, text = strength if isinstance(strength, tuple) else (strength, strength)
+        try:
+            yield Lora(Path(path), float(unet), float(text))
+        except (TypeError, ValueError) as error:
+            raise AdapterError(f"the strength of {path} is {strength!r}", needed="a number, or two") from error
+
+
+def _one(given: Given) -> Lora:
+    if isinstance(given, str):
+        return parsed(given)
+    return given if isinstance(given, Lora) else Lora(Path(given))
 
 
 def parsed(text: str) -> Lora:
