@@ -119,6 +119,6 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         return {name: spec}, NetworkSummary(0.0, 1, 5, 0, 0)
 
     monkeypatch.setattr(to_bundle, "_export_network", stand_in)
-    for name in ("_add_half", "_add_cpu"):
+    for name in ("add_half", "add_cpu"):
         monkeypatch.setattr(to_bundle, name, lambda root, spec: spec)
     return monkeypatch

@@ -22,7 +22,7 @@ ROOMS = (
     *("serve.core", "serve.process", "serve.http", "serve", "command", "__main__"),
 )
 EXPORT_ROOMS = (
-    *("checkpoint", "graphs", "place", "describe", "existing", "golden", "to_bundle"),
+    *("checkpoint", "graphs", "place", "describe", "variants", "existing", "golden", "to_bundle", "merge_bundle"),
     *("plans", "verify", "cli"),
 )
 MOST_FILES, MOST_LINES = 13, 350

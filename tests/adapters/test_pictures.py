@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from latentrt import Engine
 from latentrt.bundle.bundle import Bundle
 from latentrt.bundle.initializers import initializers
 from latentrt.errors import AdapterError, AdapterWarning, BackendError
+from latentrt.golden import worst_error
 from latentrt_export.checkpoint.single.choices import Choices
 from latentrt_export.graphs.to_onnx import quiet
 from latentrt_export.to_bundle import export_bundle
@@ -128,3 +132,28 @@ def test_what_is_refused_in_memory(exported: Exported, tmp_path: Path) -> None:
         engine = Engine.load(bundle, lora=lora, allow_unmatched=True, threads=1)
     with engine:
         assert (engine.spec.id, engine.spec.golden) == ("sd+lora.safetensors:1", ())
+
+
+def test_into_a_bundle_without_torch(exported: Exported, tmp_path: Path) -> None:
+    checkpoint, bundle = exported("sd")
+    lora = write_lora(tmp_path / "lora.safetensors", checkpoint, "kohya", EVERYWHERE)
+    blocked = "import sys; sys.modules |= {'torch': None, 'diffusers': None}"
+    command = f"{blocked}; from latentrt.command.main import main; main()"
+    arguments = ["export", str(bundle), str(tmp_path / "merged"), "--lora", f"{lora}:0.6", "--json"]
+    done = subprocess.run([sys.executable, "-c", command, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["notes"] == ["LoRA lora.safetensors:0.6 merged"]
+    base, merged = Bundle.open(bundle), Bundle.open(tmp_path / "merged")
+    own = {name for name, record in merged.files.items() if base.files.get(name) != record}
+    assert {name for name in own if not name.endswith(".onnx")} == {
+        "text_encoder/with_lora.safetensors",
+        "unet/with_lora.safetensors",
+    }
+    assert not {name for name in own if name.startswith("vae/")}
+    for precision in ("fp32", "fp16"):
+        together = drawn(bundle, lora={lora: 0.6}, precision=precision)
+        np.testing.assert_array_equal(drawn(merged.root, precision=precision), together)
+    with Engine.load(merged.root, threads=1, cache=False) as engine:
+        assert worst_error(engine) < 1e-6
+    twice = drawn(merged.root, lora={lora: -0.6})  # the changed weights are what a second LoRA is merged into
+    assert psnr(twice, drawn(bundle)) > 60
