@@ -18,14 +18,16 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from latentrt import Engine
-from latentrt.bundle.bundle import Bundle
+from latentrt.bundle.bundle import EMBEDDED, Bundle
 from latentrt.bundle.initializers import initializers
 from latentrt.errors import AdapterError, AdapterWarning, BackendError
 from latentrt.golden import worst_error
+from latentrt.runtime.onnxruntime import OrtBackend
 from latentrt_export.checkpoint.single.choices import Choices
 from latentrt_export.graphs.to_onnx import quiet
 from latentrt_export.to_bundle import export_bundle
 from latentrt_export.verify.checks import psnr
+from tests.support.gpu.host_gpu import host_gpu
 from tests.support.models.loras import EVERYWHERE, modules_of, write_lora
 
 Exported = Callable[[str], tuple[Path, Path]]
@@ -157,3 +159,16 @@ def test_into_a_bundle_without_torch(exported: Exported, tmp_path: Path) -> None
         assert worst_error(engine) < 1e-6
     twice = drawn(merged.root, lora={lora: -0.6})  # the changed weights are what a second LoRA is merged into
     assert psnr(twice, drawn(bundle)) > 60
+
+
+def test_on_the_emulated_gpu(tmp_path: Path) -> None:
+    lora = write_lora(tmp_path / "lora.safetensors", EMBEDDED, "kohya")
+    settings = {"steps": 3, "seed": 7}
+    with Engine.load(lora={lora: 0.2}, threads=1, cache=False) as engine:
+        (expected,) = engine("a red apple", **settings)
+    with host_gpu() as gpu, Engine.load(lora={lora: 0.2}, backend=OrtBackend(threads=1, gpu=gpu)) as engine:
+        (picture,) = engine("a red apple", **settings)
+    assert psnr(np.asarray(picture), np.asarray(expected)) > 60
+    with Engine.load(threads=1, cache=False) as engine:
+        (plain,) = engine("a red apple", **settings)
+    assert psnr(np.asarray(plain), np.asarray(expected)) < 40
