@@ -61,14 +61,15 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
         with locked(root / f"{name}.lock"):
             if not target.exists():
                 with quiet():
-                    _make_checkpoint(name, source)
+                    make_checkpoint(name, source)
                 export_bundle(source, target)
         return source, target
 
     return make
 
 
-def _make_checkpoint(name: str, folder: Path) -> None:
+def make_checkpoint(name: str, folder: Path) -> None:
+    """Write a checkpoint of a kind: "sd", "sd2", "sdxl", "pixels", ...; with "-inpainting", such a one."""
     from tests.support.models import checkpoints, kinds, pixels
 
     kind, inpaints = name.removesuffix("-inpainting"), name.endswith("-inpainting")
@@ -123,6 +124,6 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         return {name: spec}, NetworkSummary(0.0, 1, 5, 0, 0)
 
     monkeypatch.setattr(to_bundle, "_export_network", stand_in)
-    for name in ("_add_half", "_add_cpu"):
+    for name in ("add_half", "add_cpu"):
         monkeypatch.setattr(to_bundle, name, lambda root, spec: spec)
     return monkeypatch

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from latentrt.adapters.given import Loras, loras_of
+from latentrt.adapters.memory import EXPORT, with_loras
 from latentrt.bundle.bundle import EMBEDDED, Bundle
 from latentrt.bundle.spec import CONDITIONER, DENOISER, ENCODER, SHALLOW, TEXT_ENCODER
 from latentrt.cuda.gpu import Gpu
-from latentrt.errors import RequestError
+from latentrt.errors import BackendError, RequestError
 from latentrt.images.pixels import to_picture, to_pil, to_uint8
 from latentrt.model.codec import decode_each
 from latentrt.model.given import Given
@@ -59,6 +61,8 @@ class Engine:
         refiner: Bundle | None = None,
         vae: VaeOptions = OWN,
     ) -> None:
+        if bundle.replaced and not backend.facts.replaces:
+            raise BackendError(f"LoRAs in memory with {backend.name}", needed="onnxruntime", fix=EXPORT)
         self.bundle, self.backend = bundle, backend
         resident = resident or backend.gpu is not None
         with ExitStack() as opened:
@@ -94,6 +98,8 @@ class Engine:
         vae: str | Path | None = None,
         preview_vae: str | Path | None = None,
         tile: int | None = None,
+        lora: Loras = (),
+        allow_unmatched: bool = False,
     ) -> Engine:
         """Open a bundle and load its networks.
 
@@ -116,17 +122,22 @@ class Engine:
             vae: a bundle whose VAE takes the place of the model's own.
             preview_vae: a bundle whose decoder makes the previews, such as AutoencoderTiny's.
             tile: decode and encode pictures with a longer side in tiles of so many pixels; None: at once.
+            lora: LoRAs that are merged into the model's weights in memory, each "FILE", "FILE:0.8" or, of the UNet and
+                of the text encoders, "FILE:0.8:0.5"; or strengths by file. Only onnxruntime can.
+            allow_unmatched: leave out keys of a LoRA that have no place in the model; else they are an error.
 
         Raises:
             BundleError: a bundle is missing, damaged or unsafe.
-            RequestError: a VAE or the tiles do not fit the model.
+            RequestError: a VAE or the tiles do not fit the model; an AdapterError, a LoRA does not.
             BackendError, MissingDependencyError: the backend or device cannot be used here.
             PlanError: there is no plan for this device, bundle and precision; the message names the command.
         """
         opened = partial(Bundle.open, check_hashes=check_hashes, cache=cache)
         second = None if refiner is None else opened(refiner)
         vaes = VaeOptions.open(vae, preview_vae, tile, check_hashes=check_hashes, cache=cache)
-        first = opened(bundle)
+        first, loras = opened(bundle), loras_of(lora, allow_unmatched=allow_unmatched)
+        if loras:
+            first = with_loras(first, loras, allow_unmatched=allow_unmatched)
         make = partial(cls, first, lanes=lanes, resident=resident, capture=capture, refiner=second, vae=vaes)
         if isinstance(backend, str):
             own = open_backend(backend, device, threads, precision=precision, plans=plans, cache=cache, spin=spin)

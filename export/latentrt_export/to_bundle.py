@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -12,21 +11,15 @@ from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import onnx_ir as ir
 
-from latentrt.bundle.bundle import write_manifest
+from latentrt.bundle.bundle import MANIFEST, write_manifest
 from latentrt.bundle.spec import (
-    CONDITIONER,
     DENOISER,
-    FP16,
-    FP16_ORT_CUDA,
     FP32,
-    FP32_ORT_CPU,
     SHALLOW,
     TEXT_ENCODER,
     Golden,
-    Islands,
     ModelSpec,
     NetworkSpec,
     Variant,
@@ -47,15 +40,12 @@ from latentrt_export.describe import (
 )
 from latentrt_export.existing.graph import existing_graph, open_graphs
 from latentrt_export.existing.variants import checked
-from latentrt_export.graphs.cpu_graph import cpu_path, for_cpu
-from latentrt_export.graphs.cuda_graph import cuda_path, for_cuda
-from latentrt_export.graphs.half import half_path, to_half
 from latentrt_export.graphs.parts.hoist import hoist
 from latentrt_export.graphs.parts.shallow import shallow
-from latentrt_export.graphs.ranges import measure_networks, overflowing, too_large
 from latentrt_export.graphs.text_inputs import add_text_inputs
 from latentrt_export.graphs.weights import share_weights
 from latentrt_export.place import place
+from latentrt_export.variants import add_cpu, add_half
 
 NOT_EXPORTED = ("safety_checker", "feature_extractor", "image_encoder", "depth_estimator", "watermarker")
 GRAPH_ROOM = 4 * 2**20  # bytes per network for its graph, when free space is checked
@@ -163,12 +153,11 @@ def _export(
         progress("half precision", len(parts) - 2, len(parts))
         spec, left_out = model_spec(checkpoint, networks, how), tuple[str, ...]()
         if checkpoint.graphs:
-            spec, left_out = checked(root, spec, (_add_half, _add_cpu))
+            spec, left_out = checked(root, spec, (add_half, add_cpu))
         else:
-            spec = _add_cpu(root, _add_half(root, spec))
+            spec = add_cpu(root, add_half(root, spec))
         progress("manifest", len(parts) - 1, len(parts))
-        _write_manifest(root, spec, golden)
-        total = sum(path.stat().st_size for path in _files(root))
+        total = finish(root, spec, golden)
     return Summary(summaries, total, (*notes_of(checkpoint, spec), *left_out))
 
 
@@ -264,53 +253,6 @@ def _write(checkpoint: Checkpoint, root: Path, name: str, model: ir.Model) -> tu
     return spec, NetworkSummary(0.0, len(model.graph), path.stat().st_size, shared.shared, shared.sidecar)
 
 
-def _add_half(root: Path, spec: ModelSpec) -> ModelSpec:
-    """Write every network's half graph beside the float32 one, and beside that its form for ONNX Runtime on CUDA.
-
-    Nodes that would overflow in one small run stay in float32.
-    """
-    networks, measured = {}, measure_networks(root, spec)
-    given = [spec.networks[name].outputs for name in (*spec.named(CONDITIONER), *spec.named(DENOISER))]
-    passed = [tensor.name for tensors in given for tensor in tensors if tensor.name != "out"]
-    between = {key: own[key] for own in measured.values() for key in passed if key in own}
-    exact = too_large(between, passed)
-    for name, own in measured.items():
-        network, ranges = spec.networks[name], {**own, **between}
-        path = network.variants[FP32].path
-        model = ir.load(root / path)
-        largest = float(np.max([*own.values()]))  # keeps a NaN
-        if not math.isfinite(largest):
-            raise ExportError(f"the {name} computes numbers that are not finite", needed="a sound checkpoint")
-        islands = Islands(float(f"{largest:.3g}"), overflowing(model, ranges))
-        to_half(model, islands.nodes, exact)
-        half = replace(_save(root, half_path(path), model, network), islands=islands)
-        for_cuda(model)
-        cuda = _save(root, cuda_path(path), model, network)
-        networks[name] = replace(network, variants={**network.variants, FP16: half, FP16_ORT_CUDA: cuda})
-    return replace(spec, networks={**spec.networks, **networks})
-
-
-def _add_cpu(root: Path, spec: ModelSpec) -> ModelSpec:
-    """Write the denoiser's graph for ONNX Runtime on the CPU, if there is one and it differs from the float32 one."""
-    if not spec.draws:
-        return spec
-    network = spec.networks[spec.denoiser]
-    path = network.variants[FP32].path
-    model = ir.load(root / path)
-    if not for_cpu(model, {"height": spec.latents.height, "width": spec.latents.width}):
-        return spec
-    variants = {**network.variants, FP32_ORT_CPU: _save(root, cpu_path(path), model, network)}
-    return replace(spec, networks={**spec.networks, spec.denoiser: replace(network, variants=variants)})
-
-
-def _save(root: Path, path: str, model: ir.Model, network: NetworkSpec) -> Variant:
-    ir.save(model, root / path)
-    own = (*network.inputs, *network.outputs)
-    theirs = (*signature(model.graph.inputs), *signature(model.graph.outputs))
-    dtypes = {a.name: b.dtype for a, b in zip(own, theirs, strict=True) if a.dtype != b.dtype}
-    return Variant(path, model.opset_imports[""], len(model.graph), dtypes)
-
-
 @contextmanager
 def _named(network: str) -> Iterator[None]:
     """Add the network's name to an error of loading or tracing; torch and its libraries raise anything."""
@@ -331,12 +273,11 @@ def _weights(checkpoint: Checkpoint, root: Path, folder: Path) -> list[Path]:
     return sorted(path for path in paths if path.parent == folder)
 
 
-def _write_manifest(root: Path, spec: ModelSpec, golden: Measure | None) -> None:
-    names = [path.relative_to(root).as_posix() for path in _files(root)]
+def finish(root: Path, spec: ModelSpec, golden: Measure | None) -> int:
+    """Write the manifest of a bundle whose files are all there, with golden runs; return its bytes."""
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    names = [path.relative_to(root).as_posix() for path in files]
     write_manifest(root, spec, names)
     if golden is not None and spec.draws:
         write_manifest(root, replace(spec, golden=golden(root, spec)), names)
-
-
-def _files(root: Path) -> list[Path]:
-    return sorted(path for path in root.rglob("*") if path.is_file())
+    return sum(path.stat().st_size for path in (*files, root / MANIFEST))

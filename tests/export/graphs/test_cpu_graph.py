@@ -17,7 +17,7 @@ from latentrt.bundle.spec import FP16, FP16_ORT_CUDA, FP32, FP32_ORT_CPU
 from latentrt.engine import Engine
 from latentrt.runtime.onnxruntime import OrtBackend
 from latentrt.runtime.signature import shape_of
-from latentrt_export import to_bundle
+from latentrt_export import variants
 from latentrt_export.graphs import cpu_graph
 from latentrt_export.graphs.cpu_graph import cpu_path, for_cpu
 from latentrt_export.graphs.ranges import open_session
@@ -36,7 +36,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     shutil.copytree(EMBEDDED, root)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu_graph, "FEWEST_TOKENS", 1)
-        return Bundle(root, to_bundle._add_cpu(root, Bundle.open(root).spec), {})
+        return Bundle(root, variants.add_cpu(root, Bundle.open(root).spec), {})
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_only_a_denoiser_of_many_tokens_gets_one(written: Bundle) -> None:
     assert all(FP32_ORT_CPU not in one.variants for name, one in written.spec.networks.items() if name != "unet")
     for name in ("emoji", "pixels"):  # 64 tokens at most, at their own size
         plain = Bundle.open(EMBEDDED.parent / name, check_hashes=False)
-        assert to_bundle._add_cpu(plain.root, plain.spec) is plain.spec
+        assert variants.add_cpu(plain.root, plain.spec) is plain.spec
 
 
 def test_verify_compares_it_with_the_plain_graph(written: Bundle) -> None:

@@ -16,7 +16,7 @@ from latentrt.bundle.bundle import Bundle
 from latentrt.bundle.manifest import model_from
 from latentrt.bundle.spec import Islands, ModelSpec
 from latentrt.errors import ExportError
-from latentrt_export import to_bundle
+from latentrt_export import variants
 from latentrt_export.graphs import ranges
 from latentrt_export.graphs.half import LARGEST, emulate, to_half
 from latentrt_export.graphs.ranges import MARGIN, measure_networks, measure_ranges, open_session, overflowing
@@ -67,7 +67,7 @@ def test_the_bundle_says_so(loud: Path) -> None:
     """Export writes the measured islands into the half graph and the manifest's part, and into no other network."""
     spec = Bundle.open(loud, check_hashes=False).spec
     bare = {name: replace(one, variants={"fp32": one.variants["fp32"]}) for name, one in spec.networks.items()}
-    again = to_bundle._add_half(loud, replace(spec, networks=bare))
+    again = variants.add_half(loud, replace(spec, networks=bare))
     assert again.graphs("fp16").keys() == spec.graphs("fp16").keys()
     islands = _islands(again)
     assert islands["vae_decoder"].largest > LARGEST
@@ -84,9 +84,9 @@ def _islands(spec: ModelSpec) -> dict[str, Islands]:
 
 
 def test_a_network_that_is_not_finite_is_refused(loud: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(to_bundle, "measure_networks", lambda root, spec: {"unet": {"a": 1.0, "b": float("nan")}})
+    monkeypatch.setattr(variants, "measure_networks", lambda root, spec: {"unet": {"a": 1.0, "b": float("nan")}})
     with pytest.raises(ExportError, match="the unet computes numbers that are not finite"):
-        to_bundle._add_half(loud, Bundle.open(loud, check_hashes=False).spec)
+        variants.add_half(loud, Bundle.open(loud, check_hashes=False).spec)
 
 
 def test_ranges_are_the_values(exported: Exported) -> None:

@@ -1,0 +1,76 @@
+"""The graphs beside a network's float32 one: half precision for GPUs, and forms for one provider of ONNX Runtime."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from latentrt.bundle.spec import (
+    CONDITIONER,
+    DENOISER,
+    FP16,
+    FP16_ORT_CUDA,
+    FP32,
+    FP32_ORT_CPU,
+    Islands,
+    ModelSpec,
+    NetworkSpec,
+    Variant,
+)
+from latentrt.errors import ExportError
+from latentrt_export.describe import signature
+from latentrt_export.graphs.cpu_graph import cpu_path, for_cpu
+from latentrt_export.graphs.cuda_graph import cuda_path, for_cuda
+from latentrt_export.graphs.half import half_path, to_half
+from latentrt_export.graphs.ranges import measure_networks, overflowing, too_large
+
+
+def add_half(root: Path, spec: ModelSpec) -> ModelSpec:
+    """Write every network's half graph beside the float32 one, and beside that its form for ONNX Runtime on CUDA.
+
+    Nodes that would overflow in one small run stay in float32.
+    """
+    networks, measured = {}, measure_networks(root, spec)
+    given = [spec.networks[name].outputs for name in (*spec.named(CONDITIONER), *spec.named(DENOISER))]
+    passed = [tensor.name for tensors in given for tensor in tensors if tensor.name != "out"]
+    between = {key: own[key] for own in measured.values() for key in passed if key in own}
+    exact = too_large(between, passed)
+    for name, own in measured.items():
+        network, ranges = spec.networks[name], {**own, **between}
+        path = network.variants[FP32].path
+        model = ir.load(root / path)
+        largest = float(np.max([*own.values()]))  # keeps a NaN
+        if not math.isfinite(largest):
+            raise ExportError(f"the {name} computes numbers that are not finite", needed="a sound checkpoint")
+        islands = Islands(float(f"{largest:.3g}"), overflowing(model, ranges))
+        to_half(model, islands.nodes, exact)
+        half = replace(_save(root, half_path(path), model, network), islands=islands)
+        for_cuda(model)
+        cuda = _save(root, cuda_path(path), model, network)
+        networks[name] = replace(network, variants={**network.variants, FP16: half, FP16_ORT_CUDA: cuda})
+    return replace(spec, networks={**spec.networks, **networks})
+
+
+def add_cpu(root: Path, spec: ModelSpec) -> ModelSpec:
+    """Write the denoiser's graph for ONNX Runtime on the CPU, if there is one and it differs from the float32 one."""
+    if not spec.draws:
+        return spec
+    network = spec.networks[spec.denoiser]
+    path = network.variants[FP32].path
+    model = ir.load(root / path)
+    if not for_cpu(model, {"height": spec.latents.height, "width": spec.latents.width}):
+        return spec
+    variants = {**network.variants, FP32_ORT_CPU: _save(root, cpu_path(path), model, network)}
+    return replace(spec, networks={**spec.networks, spec.denoiser: replace(network, variants=variants)})
+
+
+def _save(root: Path, path: str, model: ir.Model, network: NetworkSpec) -> Variant:
+    ir.save(model, root / path)
+    own = (*network.inputs, *network.outputs)
+    theirs = (*signature(model.graph.inputs), *signature(model.graph.outputs))
+    dtypes = {a.name: b.dtype for a, b in zip(own, theirs, strict=True) if a.dtype != b.dtype}
+    return Variant(path, model.opset_imports[""], len(model.graph), dtypes)
