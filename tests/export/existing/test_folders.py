@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from latentrt.bundle.bundle import Bundle
 from latentrt.errors import ExportError, LatentrtError, UnsafePathError
-from latentrt_export import to_bundle
+from latentrt_export import variants
 from latentrt_export.checkpoint.onnx_folder import is_onnx_folder
 from latentrt_export.existing.graph import open_graphs
 from latentrt_export.to_bundle import export_bundle
@@ -87,7 +87,7 @@ def test_variants_that_compute_something_else_are_left_out(
     def broken(model: ir.Model, *_: object) -> None:
         raise AssertionError("another form")
 
-    monkeypatch.setattr(to_bundle, "to_half", broken)
+    monkeypatch.setattr(variants, "to_half", broken)
     summary = export_bundle(made("sd").folder, tmp_path / "bundle")
     assert summary.notes == ("graphs in fp16 and fp16-ort-cuda: left out, AssertionError: another form",)
     assert not list((tmp_path / "bundle").rglob("*.fp16.onnx"))
