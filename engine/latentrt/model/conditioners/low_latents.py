@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentrt.errors import RequestError, ScheduleError
+from latentrt.model.conditioners.low_picture import to_enlarge
 from latentrt.model.given import Given
 from latentrt.model.inputs import Conditioner, Sides
 from latentrt.request import Request
@@ -33,14 +34,9 @@ class LowLatents(Conditioner):
 
     def __call__(self, request: Request, given: Given | None, noise: NoiseSource) -> Sides:
         """See `Conditioner`."""
-        if given is None:
-            raise RequestError(
-                "the model enlarges pictures, and there is none",
-                needed="the picture to enlarge",
-                fix="pass image=, --image",
-            )
-        assert given.encoded is not None, "see `encodes`"
-        small = given.encoded.draw(noise)
+        encoded = to_enlarge(given).encoded
+        assert encoded is not None, "see `encodes`"
+        small = encoded.draw(noise)
         return Sides.same({"low_latents": small.repeat(self.enlarges, axis=1).repeat(self.enlarges, axis=2)})
 
     def check_settings(self, request: Request) -> None:

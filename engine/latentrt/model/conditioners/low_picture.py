@@ -38,14 +38,9 @@ class LowPicture(Conditioner):
 
     def __call__(self, request: Request, given: Given | None, noise: NoiseSource) -> Sides:
         """See `Conditioner`."""
-        if given is None:
-            raise RequestError(
-                "the model enlarges pictures, and there is none",
-                needed="the picture to enlarge",
-                fix="pass image=, --image",
-            )
+        image = to_enlarge(given).image
         level = min(NOISE_LEVEL, self._most) if request.noise_level is None else request.noise_level
-        low = self._schedule.add_noise(given.image, noise.normal(given.image.shape), level)
+        low = self._schedule.add_noise(image, noise.normal(image.shape), level)
         return Sides.same({"low_picture": low, "noise_level": np.array(level, self._dtype)})
 
     def check_settings(self, request: Request) -> None:
@@ -56,3 +51,14 @@ class LowPicture(Conditioner):
         if request.strength is not None:
             found = f"strength is {request.strength:g}, and the model begins on noise, with the picture beside it"
             raise RequestError(found, needed="a request without strength")
+
+
+def to_enlarge(given: Given | None) -> Given:
+    """Return the given picture. Raise RequestError where there is none."""
+    if given is None:
+        raise RequestError(
+            "the model enlarges pictures, and there is none",
+            needed="the picture to enlarge",
+            fix="pass image=, --image",
+        )
+    return given
