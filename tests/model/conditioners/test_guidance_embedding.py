@@ -23,13 +23,13 @@ from latentrt.model.conditioners.guidance_embedding import embedding_of
 from latentrt.runtime.onnxruntime import OrtBackend
 from latentrt.sampling.schedule import Schedule
 from latentrt.sampling.table import tabulate
-from latentrt_export.checkpoint.source import open_checkpoint
 from latentrt_export.graphs.to_onnx import quiet
 from latentrt_export.plans.plan_shapes import shapes_of
 from latentrt_export.verify.checks import difference, psnr
 from latentrt_export.verify.images import batch_check, run_engine
 from latentrt_export.verify.networks import network_checks
-from latentrt_export.verify.reference import Run, Theirs, plain_folder, run_pipeline
+from latentrt_export.verify.reference import Run, Theirs, run_pipeline
+from tests.model.conditioners.conftest import opened
 from tests.support.gpu.host_gpu import HostGpu
 
 Exported = Callable[[str], tuple[Path, Path]]
@@ -42,13 +42,8 @@ IGNORED = "ignore:__array__ implementation:DeprecationWarning"
 
 @pytest.fixture(scope="module", params=["lcm", pytest.param("lcm-sdxl", marks=pytest.mark.slow)])
 def pair(exported: Exported, request: pytest.FixtureRequest) -> Iterator[Pair]:
-    """Yield our engine, and the checkpoint as diffusers opens it."""
-    source, bundle = exported(request.param)
-    with (
-        plain_folder(open_checkpoint(source)) as folder,
-        Engine.load(bundle, threads=1, check_hashes=False) as engine,
-    ):
-        yield engine, folder
+    with opened(exported, request.param) as both:
+        yield both
 
 
 @pytest.mark.parametrize("dim", [4, 15, 40, 256])

@@ -21,8 +21,9 @@ from latentrt_export.checkpoint.source import open_checkpoint
 from latentrt_export.verify.checks import difference, psnr
 from latentrt_export.verify.images import image_checks, run_engine
 from latentrt_export.verify.networks import network_checks
-from latentrt_export.verify.reference import Run, Theirs, diffusers_scheduler, plain_folder, run_pipeline
+from latentrt_export.verify.reference import Run, Theirs, diffusers_scheduler, run_pipeline
 from latentrt_export.verify.steps import step_checks
+from tests.model.conditioners.conftest import opened
 from tests.support.gpu.cuda_kernels import without_kernel
 from tests.support.gpu.host_gpu import HostGpu
 
@@ -39,13 +40,8 @@ NO_SIGNAL: dict[str, Any] = {"solver": "ddim", "rescale_betas_zero_snr": True, "
 
 @pytest.fixture(scope="module")
 def pair(exported: Exported) -> Iterator[tuple[Engine, Path]]:
-    """Yield our engine, and the checkpoint as diffusers opens it."""
-    source, bundle = exported("x2")
-    with (
-        plain_folder(open_checkpoint(source)) as folder,
-        Engine.load(bundle, threads=1, check_hashes=False) as engine,
-    ):
-        yield engine, folder
+    with opened(exported, "x2") as both:
+        yield both
 
 
 def test_networks_are_those_of_torch(pair: tuple[Engine, Path]) -> None:

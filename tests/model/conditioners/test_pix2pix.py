@@ -15,13 +15,13 @@ from PIL import Image
 from latentrt import Engine
 from latentrt.errors import RequestError
 from latentrt.runtime.onnxruntime import OrtBackend
-from latentrt_export.checkpoint.source import open_checkpoint
 from latentrt_export.graphs.to_onnx import quiet
 from latentrt_export.plans.plan_shapes import shapes_of
 from latentrt_export.verify.checks import difference, psnr
 from latentrt_export.verify.images import batch_check, run_engine
 from latentrt_export.verify.networks import network_checks
-from latentrt_export.verify.reference import Run, Theirs, plain_folder, run_pipeline
+from latentrt_export.verify.reference import Run, Theirs, run_pipeline
+from tests.model.conditioners.conftest import opened
 from tests.support.gpu.host_gpu import HostGpu
 
 Exported = Callable[[str], tuple[Path, Path]]
@@ -35,13 +35,8 @@ KINDS = ["pix2pix", pytest.param("pix2pix-sdxl", marks=pytest.mark.slow)]
 
 @pytest.fixture(scope="module", params=KINDS)
 def pair(exported: Exported, request: pytest.FixtureRequest) -> Iterator[Pair]:
-    """Yield our engine, and the checkpoint as diffusers opens it."""
-    source, bundle = exported(request.param)
-    with (
-        plain_folder(open_checkpoint(source)) as folder,
-        Engine.load(bundle, threads=1, check_hashes=False) as engine,
-    ):
-        yield engine, folder
+    with opened(exported, request.param) as both:
+        yield both
 
 
 @pytest.mark.parametrize(
