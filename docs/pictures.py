@@ -1,4 +1,7 @@
-"""Make the README's pictures: `make pictures`. Captions by a fixed rule and one seed, nothing chosen by hand."""
+"""Make the pictures of the README and of docs: `make pictures`. One seed, and captions by a fixed rule.
+
+A function whose captions were chosen by looking says so.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +72,29 @@ def step_caching(engine: Engine) -> None:
     )
 
 
-def tiles(prompt: str = "a red apple", tile: int = 128) -> None:
+def hires_fix(engine: Engine, scale: float = 1.25, strength: float = 0.3) -> None:
+    """Things of few parts, and an owl, which has more: as they are drawn, and with hires fix. Chosen by looking."""
+    captions = ["bread", "tangerine", "red apple", "pineapple", "brick", "owl"]
+    images = engine(captions, **SETTINGS, hires_scale=scale, hires_strength=strength)
+    size = images[0].size
+    plain = [image.resize(size, Image.Resampling.BICUBIC) for image in engine(captions, **SETTINGS)]
+    under = ["128 px, enlarged"] * len(plain) + [f"hires fix {scale}"] * len(images)
+    settings = {"prompt": "; ".join(captions), **SETTINGS, "hires_scale": scale, "hires_strength": strength}
+    save(grid([*plain, *images], len(plain), under), IMAGES / "hires-fix.webp", settings=settings)
+
+
+def weights(engine: Engine) -> None:
+    """A colour's weight from small to large, in both grammars that have weights. Chosen by looking."""
+    images, under = [], []
+    for syntax, form in (("a1111", "a ({}:{}) {}"), ("compel", "a ({}){} {}")):
+        for colour, thing in (("green", "lobster"), ("purple", "camel")):
+            prompts = [form.format(colour, weight, thing) for weight in (0.2, 0.4, 0.7, 1.0, 1.5, 2.0)]
+            images += engine(prompts, **SETTINGS, prompt_syntax=syntax)
+            under += prompts
+    save(grid(images, 6, under), IMAGES / "weights.webp", settings={"prompt": "; ".join(under), **SETTINGS})
+
+
+def tiles(prompt: str = "brick", tile: int = 128) -> None:
     """A picture decoded at once, the same in tiles, and where they differ, amplified to half of the range."""
     drawn = []
     for side in (None, tile):
@@ -79,13 +104,15 @@ def tiles(prompt: str = "a red apple", tile: int = 128) -> None:
     gain = max(1, 127 // max(1, abs(tiled - whole).max()))
     apart = Image.fromarray((127 + gain * (tiled - whole)).astype(np.uint8))
     under = ["at once", f"tiles of {tile}", f"difference x{gain}"]
-    save(grid([*drawn, apart], 3, under), IMAGES / "tiles.png", settings={"prompt": prompt, **SETTINGS})
+    save(grid([*drawn, apart], 3, under), IMAGES / "tiles.webp", settings={"prompt": prompt, **SETTINGS})
 
 
 if __name__ == "__main__":
     with Engine.load() as engine:
         sheet(engine)
         step_caching(engine)
+        hires_fix(engine)
+        weights(engine)
     by_command("captions.png", *spread(64), "--guidance", "2.5")
     by_command("combined.png", *combinations(), "--guidance", "2.5")
     by_command("pixels.png", "--bundle", "pixels", "--count", "64", "--steps", "50")

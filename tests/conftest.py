@@ -61,14 +61,15 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
         with locked(root / f"{name}.lock"):
             if not target.exists():
                 with quiet():
-                    _make_checkpoint(name, source)
+                    make_checkpoint(name, source)
                 export_bundle(source, target)
         return source, target
 
     return make
 
 
-def _make_checkpoint(name: str, folder: Path) -> None:
+def make_checkpoint(name: str, folder: Path) -> None:
+    """Write a checkpoint of a kind: "sd", "sd2", "sdxl", "pixels", ...; with "-inpainting", such a one."""
     from tests.support.models import checkpoints, controlnets, kinds, pixels
 
     if name.startswith("control-"):  # of a checkpoint that is there already: control-sd-1
@@ -88,7 +89,7 @@ def _make_checkpoint(name: str, folder: Path) -> None:
         checkpoints.tiny_sd2(folder, unet=unet, index=index, variant="fp16", max_shard_size="200KB")
     elif kind == "wide":  # channels and features as in SD 1.5's first block, for kernels that take few sizes
         checkpoints.tiny_sd(folder, unet={"block_out_channels": (320, 320), "norm_num_groups": 32})
-    elif kind in ("refiner", "depth", "x4"):
+    elif kind in ("refiner", "depth", "x4", "x2"):
         getattr(checkpoints, f"tiny_{kind}")(folder)
     elif kind == "tiny-vae":
         checkpoints.with_tiny_vae(checkpoints.tiny_sd(folder))

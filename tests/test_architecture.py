@@ -18,11 +18,11 @@ FORBIDDEN = {"torch", "diffusers", "transformers", "onnx", "latentrt_export"}
 # From the bottom to the top; a module imports only from its own room and from rooms before it.
 ROOMS = (
     *("errors", "values", "storage"),
-    *("bundle", "sampling", "request", "cuda", "runtime", "images", "model", "run", "engine", "golden"),
+    *("bundle", "adapters", "sampling", "request", "cuda", "runtime", "images", "model", "run", "engine", "golden"),
     *("serve.core", "serve.process", "serve.http", "serve", "command", "__main__"),
 )
 EXPORT_ROOMS = (
-    *("checkpoint", "graphs", "place", "describe", "variants", "existing", "golden", "to_bundle"),
+    *("checkpoint", "graphs", "place", "describe", "variants", "existing", "golden", "to_bundle", "merge_bundle"),
     *("plans", "verify", "cli"),
 )
 MOST_FILES, MOST_LINES = 13, 350

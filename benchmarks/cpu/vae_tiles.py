@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--tile", type=int, default=512)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--encode", action="store_true")
+    parser.add_argument("--tiled-only", action="store_true", help="where a picture at once needs more than there is")
     parser.add_argument("--prompt", help="decode a picture of it")
     args = parser.parse_args()
     print("| pixels | tile | peak, MiB | seconds | largest difference | RMS |")
@@ -42,7 +43,7 @@ def main() -> None:
     for size in args.sizes:
         whole: Float32 | None = None
         given = _given(args.bundle, size, args.prompt, encode=args.encode)
-        for tile in (None, args.tile):
+        for tile in (args.tile,) if args.tiled_only else (None, args.tile):
             made, peak, seconds = in_process(args.bundle, given, tile, args.threads)
             cells: Sequence[str] = ("", "") if whole is None else seam(made, whole)
             print(f"| {size} | {tile or 'none'} | {peak:.0f} | {seconds:.1f} | {cells[0]} | {cells[1]} |", flush=True)

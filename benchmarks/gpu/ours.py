@@ -127,7 +127,7 @@ def sizes_of(spec: ModelSpec, config: Config, batch: int) -> dict[str, int]:
 def random_input(tensor: TensorSpec, shape: tuple[int, ...]) -> NDArray[Any]:
     """Return numbers for an input, the same for the same name and shape: float16's, or small whole ones."""
     random = np.random.default_rng(zlib.crc32(tensor.name.encode()))
-    if tensor.name == "timestep" or "int" in tensor.dtype:
+    if tensor.name in ("timestep", "sigma") or "int" in tensor.dtype:
         return random.integers(1, 100, shape)
     scale = 0.25 if tensor.name == "encoder_hidden_states" else 1  # texts that are noise magnify rounding tenfold
     return (scale * random.standard_normal(shape)).astype(np.float16)

@@ -58,7 +58,8 @@ class Client:
     def send(self, path: str, body: bytes | dict[str, Any] | None = None, kind: str = "application/json") -> None:
         """Send a whole request; POST where there is a body."""
         data = json.dumps(body).encode() if isinstance(body, dict) else body or b""
-        head = f"{'GET' if body is None else 'POST'} {path} HTTP/1.1\r\nHost: test\r\nContent-Length: {len(data)}\r\n"
+        method = "GET" if body is None else "POST"
+        head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n"
         self.writer.write(f"{head}Content-Type: {kind}\r\n\r\n".encode() + data)
 
     async def ask(

@@ -115,7 +115,7 @@ def _connected(url: str) -> socket.socket:
 
 def _request(steps: int) -> bytes:
     body = json.dumps({"prompt": "an owl", "num_inference_steps": steps}).encode()
-    head = f"POST {DRAW} HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    head = f"POST {DRAW} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
     return head.encode() + b"\r\n\r\n" + body
 
 

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from latentrt.adapters.given import Loras, loras_of
+from latentrt.adapters.memory import EXPORT, with_loras
 from latentrt.bundle.bundle import EMBEDDED, Bundle
 from latentrt.bundle.spec import CONDITIONER, CONTROL, DENOISER, ENCODER, HINT, SHALLOW, TEXT_ENCODER
 from latentrt.cuda.gpu import Gpu
-from latentrt.errors import RequestError
+from latentrt.errors import BackendError, RequestError
 from latentrt.images.pixels import to_picture, to_pil, to_uint8
 from latentrt.model.codec import decode_each
 from latentrt.model.control import NO_CONTROLS
@@ -61,6 +63,8 @@ class Engine:
         vae: VaeOptions = OWN,
         controls: Mapping[str, Bundle] = NO_CONTROLS,
     ) -> None:
+        if bundle.replaced and not backend.facts.replaces:
+            raise BackendError(f"LoRAs in memory with {backend.name}", needed="onnxruntime", fix=EXPORT)
         self.bundle, self.backend = bundle, backend
         resident = resident or backend.gpu is not None
         with ExitStack() as opened:
@@ -71,7 +75,7 @@ class Engine:
             if refiner is not None:
                 self.refiner = refiner_of(self.model, refiner, backend, resident=resident)
                 opened.callback(self.refiner.close)
-            self._lanes, self._program = open_lanes(self.model, backend, lanes, capture)
+            self._lanes, self._program = open_lanes(self.model, backend, lanes, capture, self.refiner)
             opened.pop_all()
         self.spec, self.schedule = self.model.spec, self.model.schedule
         self.denoiser = Denoiser(self._lanes)
@@ -99,6 +103,8 @@ class Engine:
         preview_vae: str | Path | None = None,
         tile: int | None = None,
         control: Mapping[str, str | Path] | None = None,
+        lora: Loras = (),
+        allow_unmatched: bool = False,
     ) -> Engine:
         """Open a bundle and load its networks.
 
@@ -109,7 +115,7 @@ class Engine:
             device: "cpu", "cuda" or "cuda:1"; None is "cpu" for onnxruntime and "cuda" for the others.
             threads, spin: of a network call on the CPU; see `OrtBackend`.
             precision: "fp32" or "fp16" graphs; None is fp32 on a CPU and fp16 on a GPU.
-            lanes: the most of a call; guidance takes two a picture. None: 16 on a CPU; on a GPU the plan's, or 2.
+            lanes: the most of a call; guidance takes two a picture. None: 16 on a CPU, a plan's own, or a picture's.
             resident: keep all networks loaded; False drops each after use: the least memory, on a CPU.
             capture: on a GPU, launch ticks and whole pictures as CUDA graphs, not call by call. None: only TensorRT's.
             plans: a folder of TensorRT plans that you trust; None is the bundle's place in your cache.
@@ -122,10 +128,13 @@ class Engine:
             preview_vae: a bundle whose decoder makes the previews, such as AutoencoderTiny's.
             control: bundles of ControlNets by the names that calls have for them, on a CPU.
             tile: decode and encode pictures with a longer side in tiles of so many pixels; None: at once.
+            lora: LoRAs that are merged into the model's weights in memory, each "FILE", "FILE:0.8" or, of the UNet and
+                of the text encoders, "FILE:0.8:0.5"; or strengths by file. Only onnxruntime can.
+            allow_unmatched: leave out keys of a LoRA that have no place in the model; else they are an error.
 
         Raises:
             BundleError: a bundle is missing, damaged or unsafe.
-            RequestError: a VAE, the tiles or a ControlNet do not fit the model.
+            RequestError: a VAE, the tiles or a ControlNet do not fit the model; an AdapterError, a LoRA does not.
             BackendError, MissingDependencyError: the backend or device cannot be used here.
             PlanError: there is no plan for this device, bundle and precision; the message names the command.
         """
@@ -133,7 +142,10 @@ class Engine:
         second = None if refiner is None else opened(refiner)
         vaes = VaeOptions.open(vae, preview_vae, tile, check_hashes=check_hashes, cache=cache)
         controls = {name: opened(folder) for name, folder in (control or {}).items()}
-        make = partial(cls, opened(bundle), lanes=lanes, resident=resident, capture=capture, controls=controls)
+        first, loras = opened(bundle), loras_of(lora, allow_unmatched=allow_unmatched)
+        if loras:
+            first = with_loras(first, loras, allow_unmatched=allow_unmatched)
+        make = partial(cls, first, lanes=lanes, resident=resident, capture=capture, controls=controls)
         make = partial(make, refiner=second, vae=vaes)
         if isinstance(backend, str):
             own = open_backend(backend, device, threads, precision=precision, plans=plans, cache=cache, spin=spin)

@@ -43,6 +43,10 @@ class UnknownSolverError(RequestError):
     """No solver has that name; the nearest names are in the message."""
 
 
+class AdapterError(RequestError):
+    """A LoRA cannot be read, or does not fit the model that it is merged into."""
+
+
 class ScheduleError(LatentrtError, ValueError):
     """A scheduler class or option that latentrt does not know or that a table cannot express."""
 
@@ -107,6 +111,10 @@ class MissingDependencyError(LatentrtError, ImportError):
 
 class PromptTruncatedWarning(UserWarning):
     """A prompt was longer than the model reads; the message has the text that was dropped."""
+
+
+class AdapterWarning(UserWarning):
+    """Keys of a LoRA have no place in the model and were left out, as was allowed; the message lists them."""
 
 
 class PromptSyntaxWarning(UserWarning):

@@ -52,7 +52,7 @@ def example(model: Model, side: int) -> tuple[dict[str, Any], dict[str, Any]]:
     image = np.stack([ramp, ramp[::-1], ramp[:, ::-1]], axis=-1)
     mask = np.broadcast_to(np.arange(width) < width // 2, (height, width))
     pictures = {
-        "image": image[:: latents.factor, :: latents.factor] if model.enlarges else image,
+        "image": image[:: model.enlarges, :: model.enlarges],
         "mask": mask,
         "depth": ramp,
     }

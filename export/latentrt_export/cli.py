@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
+from latentrt.bundle.bundle import MANIFEST
 from latentrt.command.terminal import show, table_of
 from latentrt.errors import MissingDependencyError
 from latentrt_export.checkpoint.onnx_folder import is_onnx_folder
-from latentrt_export.checkpoint.single.choices import Choices
+from latentrt_export.checkpoint.single.choices import AS_THEY_ARE, Choices
 
 
 def run_export(
@@ -23,24 +25,25 @@ def run_export(
     as_json: bool,
 ) -> None:
     """Export with a line for each part, and a summary at the end."""
-    _need("export", torch=not is_onnx_folder(source))
+    _need("export", torch=not is_onnx_folder(source) and not _is_merge(source, revision, variant, choices))
     from rich.console import Console
 
     from latentrt_export.golden import golden_runs
+    from latentrt_export.merge_bundle import merge_bundle
     from latentrt_export.to_bundle import export_bundle
 
     console = Console(stderr=True, quiet=as_json)
     with console.status("opening the checkpoint") as status:
-        summary = export_bundle(
-            source,
-            target,
-            revision=revision,
-            variant=variant,
-            choices=choices,
-            overwrite=overwrite,
-            golden=golden_runs,
-            progress=lambda part, done, total: status.update(f"{part} ({done + 1} of {total})"),
-        )
+        common: dict[str, Any] = {
+            "overwrite": overwrite,
+            "golden": golden_runs,
+            "progress": lambda part, done, total: status.update(f"{part} ({done + 1} of {total})"),
+        }
+        if _is_merge(source, revision, variant, choices):
+            own = {"allow_unmatched": choices.allow_unmatched, **common}
+            summary = merge_bundle(Path(source), target, choices.loras, **own)
+        else:
+            summary = export_bundle(source, target, revision=revision, variant=variant, choices=choices, **common)
     if as_json:
         print(json.dumps({**asdict(summary), "target": str(target)}))
         return
@@ -52,6 +55,12 @@ def run_export(
     for note in summary.notes:
         print(note)
     print(f"{target}: {summary.total_bytes / 1e6:.1f} MB")
+
+
+def _is_merge(source: str, revision: str | None, variant: str | None, choices: Choices) -> bool:
+    """Return whether LoRAs, and nothing else, are asked for with a bundle: it is then not exported again."""
+    alone = replace(choices, lora=(), allow_unmatched=False) == AS_THEY_ARE
+    return bool(choices.loras) and alone and not revision and not variant and (Path(source) / MANIFEST).is_file()
 
 
 def run_verify(bundle: Path, against: str | Path, *, steps: int, choices: Choices, as_json: bool) -> int:

@@ -33,7 +33,18 @@ from latentrt.values import is_whole
 from latentrt_export.checkpoint.corrections import corrections_of, drawn_by
 from latentrt_export.checkpoint.files import read_json
 from latentrt_export.checkpoint.lone_control import PART, hint_levels
-from latentrt_export.checkpoint.served import EDITING, EXTRA, INPAINTING, LOW, TINY, beside, vae_class, vae_factor
+from latentrt_export.checkpoint.served import (
+    EDITING,
+    EXTRA,
+    INPAINTING,
+    LOW,
+    LOW_LATENTS,
+    TINY,
+    beside,
+    upscales_latents,
+    vae_class,
+    vae_factor,
+)
 from latentrt_export.checkpoint.single.choices import Choices
 from latentrt_export.checkpoint.source import LOW_SCHEDULE, SCHEDULE, Checkpoint, tokenizer_of
 
@@ -60,7 +71,7 @@ ROLES = {  # all others are text encoders
     "controlnet": CONTROL,
 }
 
-LCM, PIX2PIX, XL_PIX2PIX = (4, 8.5), (20, 7.5), (20, 5.0)  # steps and guidance
+LCM, PIX2PIX, XL_PIX2PIX, UPSCALER = (4, 8.5), (20, 7.5), (20, 5.0), (75, 9.0)  # steps and guidance
 MAX_NOISE_LEVEL = 350  # diffusers' own default
 TRACING, WRITING = ("torch", "diffusers", "transformers"), ("onnx", "onnx-ir", "onnxscript")  # libraries
 
@@ -153,7 +164,8 @@ def _corrections(checkpoint: Checkpoint) -> tuple[Correction, ...]:
 def latents_of(checkpoint: Checkpoint) -> LatentSpec:
     """Return the shape and range of what a checkpoint's UNet denoises.
 
-    Graphs that exist already double what they halved: sides must halve evenly. Those of `graphs.wrap` take all sides.
+    Graphs that exist already, and k-diffusion's blocks, double what they halved: sides must halve evenly. Other graphs
+    of `graphs.wrap` take all sides.
     """
     if PART in checkpoint.configs:
         return _of_control(checkpoint.configs[PART])
@@ -163,7 +175,8 @@ def latents_of(checkpoint: Checkpoint) -> LatentSpec:
     if "vae" not in checkpoint.configs:
         return _pixels(unet)
     latents = _latents(unet, vae)
-    return replace(latents, multiple=_halved(unet, (320, 640, 1280, 1280))) if checkpoint.graphs else latents
+    even = bool(checkpoint.graphs) or upscales_latents(unet)
+    return replace(latents, multiple=_halved(unet, (320, 640, 1280, 1280))) if even else latents
 
 
 def _corrected(checkpoint: Checkpoint, network: str) -> dict[str, Any]:
@@ -225,13 +238,16 @@ def _size(unet: Mapping[str, Any]) -> tuple[int, int]:
 
 def _defaults(checkpoint: Checkpoint) -> Defaults:
     """Return the pipeline's defaults: 1000 steps for DDPMPipeline; 50 for DDIMPipeline, by DDIM with any scheduler;
-    those of LatentConsistencyModelPipeline for UNets that read the guidance scale; InstructPix2Pix's guidance.
+    those of LatentConsistencyModelPipeline for UNets that read the guidance scale; those of InstructPix2Pix and of the
+    latent upscaler.
     """
     trained = int(checkpoint.scheduler.get("num_train_timesteps", 1000))
     if checkpoint.pipeline == "DDPMPipeline":
         return Defaults(min(1000, trained), 1.0)
     if checkpoint.pipeline == "DDIMPipeline":
         return Defaults(min(50, trained), 1.0, "ddim")
+    if EXTRA.get(checkpoint.pipeline) == LOW_LATENTS:
+        return Defaults(*UPSCALER)
     if checkpoint.configs.get("unet", {}).get("time_cond_proj_dim") is not None:
         return Defaults(*LCM)
     if EXTRA.get(checkpoint.pipeline) == EDITING:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import onnx_ir as ir
 
-from latentrt.bundle.bundle import write_manifest
+from latentrt.bundle.bundle import MANIFEST, write_manifest
 from latentrt.bundle.spec import (
     CONTROL,
     DENOISER,
@@ -163,8 +163,7 @@ def _export(
         else:
             spec = add_control(root, add_cpu(root, add_half(root, spec)))
         progress("manifest", len(parts) - 1, len(parts))
-        _write_manifest(root, spec, golden)
-        total = sum(path.stat().st_size for path in _files(root))
+        total = finish(root, spec, golden)
     return Summary(summaries, total, (*notes_of(checkpoint, spec), *left_out))
 
 
@@ -293,12 +292,11 @@ def _weights(checkpoint: Checkpoint, root: Path, folder: Path) -> list[Path]:
     return sorted(path for path in paths if path.parent == folder)
 
 
-def _write_manifest(root: Path, spec: ModelSpec, golden: Measure | None) -> None:
-    names = [path.relative_to(root).as_posix() for path in _files(root)]
+def finish(root: Path, spec: ModelSpec, golden: Measure | None) -> int:
+    """Write the manifest of a bundle whose files are all there, with golden runs; return its bytes."""
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    names = [path.relative_to(root).as_posix() for path in files]
     write_manifest(root, spec, names)
     if golden is not None and spec.draws:
         write_manifest(root, replace(spec, golden=golden(root, spec)), names)
-
-
-def _files(root: Path) -> list[Path]:
-    return sorted(path for path in root.rglob("*") if path.is_file())
+    return sum(path.stat().st_size for path in (*files, root / MANIFEST))

@@ -1,4 +1,4 @@
-"""The other graphs of a bundle's networks, made of the float32 ones: in half precision, for a CPU, with residuals."""
+"""The graphs beside a network's float32 one: half precision, forms for one provider of ONNX Runtime, residuals."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def test_sides_take_turns() -> None:
     assert {frozenset(side for side, _ in order[i : i + 2]) for i in (0, 2, 4)} == {frozenset((OURS, THEIRS))}
 
 
-IN_CI = ("cold_start", "shared_batch")
+IN_CI = ("shared_batch",)
 EVERY = [pytest.param(name, marks=() if name in IN_CI else pytest.mark.slow) for name in command.QUESTIONS]
 
 

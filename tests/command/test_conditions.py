@@ -38,6 +38,17 @@ def test_a_picture_is_drawn_four_times_as_large(run: Run, exported: Exported) ->
     assert (code, made["noise_level"], made["width"], made["height"]) == (0, 30, 96, 64)
 
 
+def test_a_picture_is_drawn_twice_as_large(run: Run, exported: Exported) -> None:
+    _, bundle = exported("x2")
+    Image.fromarray(PICTURE).save("picture.png")
+    code, _, _ = run(
+        "generate", "a cat", "--bundle", str(bundle), "--image", "picture.png", "--steps", "2", "-o", "2.png"
+    )
+    made = read_settings("2.png")
+    assert (code, made["width"], made["height"], made["guidance"]) == (0, 48, 32, 9)
+    assert made["image"].startswith("sha256:")
+
+
 def test_a_refiner_is_given_scores(run: Run, exported: Exported) -> None:
     Image.fromarray(PICTURE).save("picture.png")
     scores = ["--aesthetic-score", "7", "--negative-aesthetic-score", "1"]
@@ -45,6 +56,8 @@ def test_a_refiner_is_given_scores(run: Run, exported: Exported) -> None:
     assert run("generate", "a cat", *given, "--steps", "2", "-o", "cat.png")[0] == 0
     made = read_settings("cat.png")
     assert (made["aesthetic_score"], made["negative_aesthetic_score"]) == (7, 1)
+    _, _, told = run("generate", "a cat", *given, "--steps", "2", "--guidance", "1")
+    assert "--negative-aesthetic-score has no effect with a --guidance of 1 or less" in told
 
 
 def test_other_models_refuse_them(run: Run) -> None:

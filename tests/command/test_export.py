@@ -52,6 +52,12 @@ def test_what_is_refused_is_refused_before_anything_is_written(
     assert "pickled weights" in refused(run, "export", str(folder / "model.ckpt"), "out")
     assert "no model 'sd3'" in refused(run, "export", str(folder / "empty.safetensors"), "out", "--model", "sd3")
     assert "there is no file" in refused(run, "export", "models/no.safetensors", "out")
+    for options, message in (
+        (("--lora", "a.safetensors:strong"), "the LoRA is 'a.safetensors:strong'"),
+        (("--allow-unmatched",), "allow_unmatched without a LoRA"),
+    ):
+        assert message in refused(run, "export", str(folder), "out", *options)
+    assert not Path("out").exists()
 
 
 def test_verify_passes_the_options_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

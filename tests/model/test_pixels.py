@@ -95,7 +95,8 @@ def test_a_device_draws_the_same_by_ticks_and_in_one_launch(
     settings = {"steps": 6, "solver": solver, "noise": noise, "seed": 5, "count": 3}
     here = engine(**settings)
     gpu = HostGpu()
-    with Engine.load(exported("pixels")[1], backend=OrtBackend(threads=1, gpu=gpu), check_hashes=False) as there:
+    backend = OrtBackend(threads=1, gpu=gpu)
+    with Engine.load(exported("pixels")[1], backend=backend, lanes=2, check_hashes=False) as there:
         whole, ticked = there(**settings), there(**settings, on_tick=lambda job: None)
         launches = gpu.host.calls.count("cuMemcpyDtoHAsync")
         there(**settings)

@@ -49,8 +49,10 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Made:
     made: Made = []
     session = OrtBackend.session
 
-    def noted(self: OrtBackend, path: Path, opset: int, *, optimize: bool = True, save_to: Path | None = None) -> Any:
-        result = session(self, path, opset, optimize=optimize, save_to=save_to)
+    def noted(
+        self: OrtBackend, path: Path, opset: int, *, optimize: bool = True, save_to: Path | None = None, **more: Any
+    ) -> Any:
+        result = session(self, path, opset, optimize=optimize, save_to=save_to, **more)
         made.append((path, SAVED if save_to else PLAIN if optimize else READ))
         return result
 

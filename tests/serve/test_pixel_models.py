@@ -55,7 +55,9 @@ class Server:
 
     def ask(self, method: str, path: str, **named: Any) -> httpx.Response:
         async def go() -> httpx.Response:
-            async with httpx.AsyncClient(transport=httpx.ASGITransport(self._app), base_url="http://test") as client:
+            async with httpx.AsyncClient(
+                transport=httpx.ASGITransport(self._app), base_url="http://localhost"
+            ) as client:
                 return await client.request(method, path, **named)
 
         return asyncio.run(go())
@@ -190,7 +192,7 @@ def test_grey_models_take_the_pictures_that_wait_in_the_queue() -> None:
 
 def test_what_may_be_offered(pixels: Server, classes: Server) -> None:
     known = pixels.ask("GET", "/latentrt/model").json()
-    assert known["defaults"] == {"steps": 1000, "guidance": 1.0, "scheduler": None}
+    assert known["defaults"] == {"steps": 1000, "guidance": 1.0, "image_guidance": None, "scheduler": None}
     assert (known["limits"]["max_steps"], known["size"], known["step"]) == (1000, "32x32", 8)
     names = ("prompted", "class_labels", "classes", "edits")
     assert [known[name] for name in names] == [False, False, None, True]

@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -65,6 +66,24 @@ def test_it_draws_what_the_engine_draws_and_drains() -> None:
     lines = [line for line in one.log if line["event"] == "request"]
     assert [line["status"] for line in lines if line.get("n")] == [200, 200, 200, 503, 200]
     assert "apple" not in json.dumps(one.log)
+
+
+def test_a_hangup_reads_the_keys_again_and_ends_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("old\n")
+    with running("--keys-file", str(file)) as one:
+
+        def statuses() -> list[int]:
+            keys = ("old", "new")
+            return [get(f"{one.url}/v1/models", headers={"authorization": f"Bearer {key}"}).status_code for key in keys]
+
+        assert statuses() == [200, 401]
+        file.write_text("new\n")
+        one.process.send_signal(signal.SIGHUP)
+        while statuses() != [401, 200]:
+            time.sleep(0.005)
+        one.process.send_signal(signal.SIGTERM)
+        assert one.end() == 0
 
 
 def png_of(image: Image.Image) -> bytes:

@@ -9,9 +9,11 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+from numpy.typing import NDArray
 
 from latentrt.bundle.checked import remember, states_of, was_checked
 from latentrt.bundle.manifest import SCHEMA, SCHEMAS, model_from
@@ -34,15 +36,19 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """An opened bundle: its folder, its model, its files, and whether their hashes were checked.
+    """An opened bundle. Make one with `Bundle.open(path)`.
 
-    Make one with `Bundle.open(path)`.
+    Attributes:
+        root, spec, files: its folder, its model, its files.
+        checked: whether their hashes were checked.
+        replaced: weights that take the places of those in its files, by file and offset, in the stored dtype.
     """
 
     root: Path
     spec: ModelSpec
     files: Mapping[str, FileRecord]
     checked: bool = False
+    replaced: Mapping[tuple[str, int], NDArray[Any]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, root: str | Path = EMBEDDED, *, check_hashes: bool = True, cache: bool = False) -> Bundle:

@@ -137,8 +137,10 @@ def generate(prompts: tuple[str, ...], bundle: Path, lanes: int | None, as_json:
     return_freed_pages()
     with Engine.load(bundle, lanes=lanes, resident=False, **loading) as engine:
         jobs = engine.requests(prompts or (None,), settings, pictures)
-        if asked["negative"] and jobs[0].guidance.scale <= 1:
-            print("note: --negative has no effect with a --guidance of 1 or less", file=sys.stderr)
+        for option in ("negative", "negative_aesthetic_score"):
+            if asked[option] and jobs[0].guidance.lanes == 1:
+                name = option.replace("_", "-")
+                print(f"note: --{name} has no effect with a --guidance of 1 or less", file=sys.stderr)
         kinds = KINDS if asked["animate_of"] == "both" else (asked["animate_of"],)
         paths, watch = _draw(
             engine, jobs, pattern, asked["grid"], Asked(asked["preview_every"], asked["animate"], kinds), quiet=as_json

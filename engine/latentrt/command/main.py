@@ -17,7 +17,7 @@ from latentrt.command.generate import generate
 from latentrt.command.options import AT_LEAST_ONE, FOLDER, argument_bundle, option_json, options_single, runs_networks
 from latentrt.command.serve import serve
 from latentrt.command.terminal import show, table_of
-from latentrt.errors import LatentrtError, PromptSyntaxWarning, PromptTruncatedWarning
+from latentrt.errors import AdapterWarning, LatentrtError, PromptSyntaxWarning, PromptTruncatedWarning
 from latentrt.values import parse_whole
 
 INTERRUPTED, CRASHED = 130, 70  # 128 + SIGINT; EX_SOFTWARE of BSD's sysexits.h
@@ -26,7 +26,7 @@ INTERRUPTED, CRASHED = 130, 70  # 128 + SIGINT; EX_SOFTWARE of BSD's sysexits.h
 def main() -> None:
     """Run the command. Exit codes: 0 done, 1 a check failed, 2 bad input, 130 an interrupt, 70 a fault of latentrt."""
     with warnings.catch_warnings():
-        for kind in (PromptTruncatedWarning, PromptSyntaxWarning):
+        for kind in (PromptTruncatedWarning, PromptSyntaxWarning, AdapterWarning):
             warnings.simplefilter("always", kind)
         warnings.showwarning = _show_warning
         sys.exit(_run())

@@ -148,6 +148,13 @@ def runs_in_stages(verb: Verb) -> Verb:
 def options_single(verb: Verb) -> Verb:
     """Add what a user decides about a checkpoint; the names are those of `latentrt_export`'s `Choices`."""
     for option in (
+        click.option("--allow-unmatched", is_flag=True, help="Leave out keys of LoRAs that have no place."),
+        click.option(
+            "--lora",
+            multiple=True,
+            metavar="FILE[:STRENGTH[:TEXT]]",
+            help="LoRA to merge, and how much of it: 0.8, or 0.8:0.5 of the UNet and of the text encoders; repeatable.",
+        ),
         click.option("--vae", type=FOLDER, help="Folder or file of the VAE to take instead of the checkpoint's."),
         click.option("--ema", is_flag=True, help="Take a single file's averaged weights."),
         click.option(

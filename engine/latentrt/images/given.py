@@ -49,28 +49,30 @@ def prepared(
     return (pixels[..., None] if grey else pixels), repaint
 
 
-def prepared_low(image: Source, height: int | None, width: int | None, latents: LatentSpec) -> Pixels:
-    """Bring a picture that is to be enlarged to the size of the latents, as diffusers' StableDiffusionUpscalePipeline.
+def prepared_low(image: Source, height: int | None, width: int | None, latents: LatentSpec, times: int) -> Pixels:
+    """Bring a picture that is to be enlarged to its size, by the bicubic filter of diffusers' upscalers.
 
     Args:
         image: as of `prepared`.
-        height, width: of the run in pixels; None is the picture's own, rounded down to a multiple of the latents'
-            factor, times that factor.
+        height, width: of the run in pixels; None is the picture's own, rounded down to one that the VAE, and enlarged
+            the model, takes.
         latents: which sizes the model takes.
+        times: how many times as large it will be drawn.
 
     Returns:
-        Pixels (height, width, 3) of the latents' size.
+        Pixels (height, width, 3).
 
     Raises:
         RequestError: as of `prepared`.
     """
     from PIL import Image
 
-    picture, factor = _opaque(_picture(image, "image")), latents.factor
+    picture = _opaque(_picture(image, "image"))
     latents.shape_of(height, width)  # raises for sides that are not multiples
-    wanted = [None if side is None else side // factor for side in (width, height)]
-    own = [side // factor * factor or side for side in (picture.width, picture.height)]
-    columns, rows = (side or default for side, default in zip(wanted, own, strict=True))
+    own = enlarged_size(picture.width, picture.height, latents, times)
+    columns, rows = (side or default for side, default in zip((width, height), own, strict=True))
+    latents.shape_of(rows, columns)  # and for pictures that are too small
+    columns, rows = columns // times, rows // times
     return np.asarray(picture.resize((columns, rows), Image.Resampling.BICUBIC))
 
 
@@ -100,6 +102,13 @@ def prepared_hint(image: Source, height: int, width: int) -> NDArray[np.float32]
 def _hint(image: Any) -> Image:
     grey = isinstance(image, np.ndarray) and image.ndim == 2
     return _opaque(_picture(np.stack([image] * 3, axis=-1) if grey else image, "control picture"))
+
+
+def enlarged_size(width: int, height: int, latents: LatentSpec, times: int) -> tuple[int, int]:
+    """Return width and height of what an upscaler makes of a picture: first down to what VAE and model take."""
+    step = max(latents.factor, latents.step // times)
+    width, height = ((side // step * step or side) * times for side in (width, height))
+    return width, height
 
 
 def open_picture(path: str | Path, *, deep: bool = False) -> Image:

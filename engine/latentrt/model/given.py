@@ -27,7 +27,7 @@ from latentrt.sampling.table import Kept, Table, noised
 
 Float32 = NDArray[np.float32]
 STRENGTH, MASKED_STRENGTH = 0.8, 1.0  # diffusers' own defaults
-NAMES = {"depth": "depth map"}  # of pictures, by their use
+NAMES = {"image": "picture", "mask": "mask", "depth": "depth map"}  # by their use
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +91,14 @@ class Given:
         return cls(image, repaint, encoded, mask, facts, flat)
 
     @classmethod
-    def small(cls, pixels: NDArray[np.uint8], factor: int) -> Given:
-        """Take pixels (height, width, channels) that the denoiser reads, to make pictures `factor` times as large."""
-        return cls(from_uint8(pixels[None])[0], None, None, None, {"image": _hash(pixels)}, factor=factor)
+    def small(cls, pixels: NDArray[np.uint8], factor: int, codec: Codec | None = None) -> Given:
+        """Take pixels (height, width, channels) to make pictures `factor` times as large.
+
+        `codec` encodes them; None: the denoiser reads the pixels themselves. Raise BundleError, PlanError as `of`.
+        """
+        image = from_uint8(pixels[None])[0]
+        encoded = None if codec is None else codec.encode(image)
+        return cls(image, None, encoded, None, {"image": _hash(pixels)}, factor=factor)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -152,7 +157,7 @@ class Given:
 def check_uses(pictures: Collection[str], read: Collection[str], model: str) -> None:
     """Refuse pictures whose use a model does not read, or that belong to one that is not there. Raise RequestError."""
     for name in pictures:
-        what = NAMES.get(name, name)
+        what = NAMES[name]
         if name not in read:
             raise RequestError(f"there is a {what}, and {model} reads none", needed="a request without one")
         if "image" not in pictures:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from latentrt.model.given import Given
 from latentrt.request import Request
 from latentrt.sampling.noise import NoiseSource
+from latentrt.sampling.table import Table
 
 Inputs = Mapping[str, NDArray[Any]]
 
@@ -58,7 +59,8 @@ class Conditioner:
         fields: fields of a request that only models with this conditioner read.
         pictures: pictures of a request that its models' pipelines draw from.
         shows_picture: whether it shows the denoiser the given picture itself, so that runs begin on noise.
-        enlarges: whether that picture is drawn larger, by the latents' factor.
+        enlarges: how many times as large that picture is drawn.
+        encodes: whether that picture is encoded, where it is drawn larger.
         draws_first: whether its noise is drawn before that of the first latents.
     """
 
@@ -66,7 +68,8 @@ class Conditioner:
     fields: tuple[str, ...] = ()
     pictures: tuple[str, ...] = ()
     shows_picture = False
-    enlarges = False
+    enlarges = 1
+    encodes = False
     draws_first = False
 
     def __call__(self, request: Request, given: Given | None, noise: NoiseSource) -> Sides:
@@ -93,6 +96,10 @@ class Conditioner:
             RequestError: it has one.
         """
 
-    def scalars(self, request: Request, rows: int) -> Mapping[str, NDArray[np.float64]]:
-        """Return inputs of one number for each lane that change with the row, (rows,) each: columns of the table."""
+    def scalars(self, request: Request, table: Table) -> Mapping[str, NDArray[np.float64]]:
+        """Return inputs of one number for each lane that change with the row, (rows,) each: columns of the table.
+
+        Raises:
+            ScheduleError: the run has a noise that the denoiser cannot read.
+        """
         return {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,14 +12,15 @@ from numpy.typing import NDArray
 
 from latentrt.bundle.bundle import Bundle
 from latentrt.bundle.spec import CONDITIONER, DECODER, DENOISER, ENCODER, ROLES, SHALLOW
-from latentrt.errors import PlanError, RequestError
+from latentrt.errors import RequestError
 from latentrt.images.depth_map import depth_of
 from latentrt.images.given import prepared, prepared_low
+from latentrt.model import settings
 from latentrt.model.codec import Codec, Identity, Vae
 from latentrt.model.conditioners.beside import Repainted
 from latentrt.model.conditioners.guidance_embedding import GuidanceEmbedding
 from latentrt.model.conditioners.registry import Parts, conditioners_of
-from latentrt.model.control import NO_CONTROLS, Applied, check_device, check_request, controlled, open_controls
+from latentrt.model.control import NO_CONTROLS, Applied, check_device, controlled, open_controls
 from latentrt.model.given import Given, check_uses
 from latentrt.model.hoisted import Hoisted
 from latentrt.model.inputs import Sides
@@ -34,21 +34,10 @@ from latentrt.runtime.tensorrt.record import Profile, drawn_by
 from latentrt.sampling.guidance import Guidance
 from latentrt.sampling.noise import NoiseSource
 from latentrt.sampling.schedule import Schedule
+from latentrt.sampling.table import Table
 
 if TYPE_CHECKING:
     from latentrt.images.given import Source
-
-CONDITIONED = (  # fields of a request that some models do not read
-    "prompt",
-    "negative_prompt",
-    "class_label",
-    "noise_level",
-    "image_guidance",
-    "clip_skip",
-    "aesthetic_score",
-    "negative_aesthetic_score",
-)
-IMAGE_GUIDANCE = 1.5  # of StableDiffusionInstructPix2PixPipeline
 
 
 class Model:
@@ -149,6 +138,11 @@ class Model:
         return tuple(name for one in self.conditioners for name in one.pictures)
 
     @property
+    def reads(self) -> tuple[str, ...]:
+        """The pictures that a request may bring."""
+        return self.pictures if self.shows_picture else tuple(dict.fromkeys((*self.pictures, "image", "mask")))
+
+    @property
     def reads_masks(self) -> bool:
         """Whether the denoiser itself reads the mask; otherwise what is kept is put back after every row."""
         return any(isinstance(one, Repainted) for one in self.conditioners)
@@ -159,9 +153,14 @@ class Model:
         return any(one.shows_picture for one in self.conditioners)
 
     @property
-    def enlarges(self) -> bool:
-        """Whether the given picture is drawn larger; see `Conditioner`."""
-        return any(one.enlarges for one in self.conditioners)
+    def enlarges(self) -> int:
+        """How many times as large the given picture is drawn; see `Conditioner`."""
+        return max((one.enlarges for one in self.conditioners), default=1)
+
+    @property
+    def encodes(self) -> bool:
+        """Whether given pictures are encoded; some upscalers read their pixels."""
+        return self.enlarges == 1 or any(one.encodes for one in self.conditioners)
 
     @property
     def most_lanes(self) -> int:
@@ -178,7 +177,7 @@ class Model:
     @property
     def edits(self) -> bool:
         """Whether runs may begin on a given picture: there is an encoder, or none is needed."""
-        return bool(self.spec.named(ENCODER)) or not self.spec.named(DECODER)
+        return not self.encodes or bool(self.spec.named(ENCODER)) or not self.spec.named(DECODER)
 
     def filled(self, request: Request, others: Collection[str] = ()) -> Request:
         """Return the request with the model's own defaults for what it does not set.
@@ -188,32 +187,7 @@ class Model:
         Raises:
             RequestError: it sets a field that the model does not read, or to a value that it cannot use.
         """
-        for field in CONDITIONED:
-            if getattr(request, field) is not None and field not in (*self.fields, *others):
-                raise RequestError(f"{self.spec.id} reads no {field}", needed="a request without one")
-        if request.cache_interval > 1 and not self.predictor.caches:
-            raise RequestError(
-                f"cache_interval is {request.cache_interval}, and the bundle of {self.spec.id} has no shallow graph",
-                needed="1",
-                fix="export the checkpoint again",
-            )
-        guidance = self.spec.defaults.guidance if request.guidance is None else request.guidance
-        if self.text is None:
-            if request.guidance is not None and request.guidance > 1:
-                raise RequestError(
-                    f"guidance is {request.guidance:g}, and {self.spec.id} reads no prompt", needed="guidance 1 or none"
-                )
-            guidance = 1.0
-        steps = self.spec.defaults.steps if request.steps is None else request.steps
-        solver = self.spec.defaults.solver if request.solver is None else request.solver
-        filled = replace(request, steps=steps, solver=solver, guidance=guidance)
-        for one in self.conditioners:
-            one.check_settings(filled)
-        self._check_text(filled)
-        check_request(filled, self.controls, self.spec.id)
-        if "image_guidance" in self.fields and request.image_guidance is None and guidance > 1:
-            return replace(filled, image_guidance=IMAGE_GUIDANCE)
-        return filled
+        return settings.filled(self, request, others)
 
     def guidance(self, request: Request) -> Guidance:
         """Return how the lanes of a request's pictures are combined; its defaults are filled in."""
@@ -221,15 +195,6 @@ class Model:
             return Guidance()
         image = request.image_guidance if "image_guidance" in self.fields else None  # it may be another model's
         return Guidance(request.guidance or 1.0, request.guidance_rescale, request.guidance_interval, image)
-
-    def _check_text(self, request: Request) -> None:
-        """Refuse what asks too much of the text encoders, or of a model without any. Raise RequestError."""
-        special = {"prompt_syntax": request.prompt_syntax != "plain", "embeddings": bool(request.embeddings)}
-        if self.text is None and any(special.values()):
-            name = next(name for name, is_set in special.items() if is_set)
-            raise RequestError(f"{self.spec.id} reads no {name}", needed="a request without one")
-        if self.text is not None and request.prompt is not None and (any(special.values()) or request.clip_skip):
-            self.text.check(request)
 
     def learn(self, files: Mapping[str, Path]) -> None:
         """Take embeddings for all later prompts, by their tokens. Raise RequestError where they do not fit."""
@@ -253,8 +218,9 @@ class Model:
         check_uses(pictures, (*self.pictures, *own), self.spec.id)
         if "image" not in pictures:
             return None
-        if self.enlarges:
-            return Given.small(prepared_low(pictures["image"], height, width, latents), latents.factor)
+        if (times := self.enlarges) > 1:
+            low = prepared_low(pictures["image"], height, width, latents, times)
+            return Given.small(low, times, self.codec if self.encodes else None)
         depth = depth_of(pictures["depth"]) if "depth" in pictures else None
         pixels, repaint = prepared(pictures["image"], pictures.get("mask"), height, width, latents)
         return Given.of(pixels, repaint, self.codec, depth)
@@ -302,9 +268,9 @@ class Model:
                 sides = sides.and_(one(request, given, noise))
         return sides
 
-    def scalars(self, request: Request, rows: int) -> dict[str, NDArray[np.float64]]:
-        """Return the columns that conditioners add to a table of so many rows."""
-        return {name: column for one in self.conditioners for name, column in one.scalars(request, rows).items()}
+    def scalars(self, request: Request, table: Table) -> dict[str, NDArray[np.float64]]:
+        """Return the columns that conditioners add to a table. Raise ScheduleError as they do."""
+        return {name: column for one in self.conditioners for name, column in one.scalars(request, table).items()}
 
     def profiles(self, lanes: int) -> tuple[Profile, ...] | None:
         """Return the latents' sizes ("height", "width") that TensorRT's plans draw; None without plans: all sizes."""
@@ -318,15 +284,7 @@ class Model:
             return
         decoders = [self.networks[name] for name in self.spec.named(DECODER)]
         for network in (*decoders, self._preview_decoder):
-            plans = getattr(network and network.open(), "profiles", None)
-            for rows, columns in sorted(self.tiles.sizes(height, width)) if plans else ():
-                if not any(plan.covers({"batch": 1, "height": rows, "width": columns}) for plan in plans or ()):
-                    size = f"{columns * self.tiles.factor}x{rows * self.tiles.factor}"
-                    raise PlanError(
-                        f"no plan of the decoder takes a tile of {size} pixels",
-                        needed=f"one of {'; or '.join(map(str, plans or ()))} in latents",
-                        fix=f"latentrt build BUNDLE --profile size={size}, beside those that it has",
-                    )
+            self.tiles.check_plans(height, width, getattr(network and network.open(), "profiles", None) or ())
 
     def facts(self, height: int, width: int) -> dict[str, Any]:
         """Return what pictures of latents of this size carry of how they were decoded, where it is not the usual."""

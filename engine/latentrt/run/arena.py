@@ -97,14 +97,14 @@ class Arena:
         sizes = sizes_of(list(inputs.values()), {"sample": (self.lanes, *latents)})
         scalars = self.shapes.scalars
         stride = -(-self.lanes // ALIGNED) * ALIGNED
-        named = {name: self.zeros(shape_of(inputs[name], sizes), inputs[name].dtype) for name in OWN}
+        named = {name: self.zeros(shape_of(inputs[name], sizes), inputs[name].dtype) for name in OWN if name in inputs}
         self._inputs = [
             self._make_inputs({name: tensor for name, tensor in inputs.items() if name not in (*OWN, *scalars)}, *each)
             for each in zip(self.parts, self.shapes.sides, strict=True)
         ]
         self.state = State(
             sample=named["sample"],
-            timestep=named["timestep"],
+            timestep=named.get("timestep") or self.zeros((self.lanes,), np.float32),  # which not every denoiser reads
             out=self.zeros((self.lanes, *latents), predictor.output.dtype),
             x=self.zeros((slots, *latents), np.float32),
             memory=self.zeros((slots, SLOTS, *latents), np.float32),

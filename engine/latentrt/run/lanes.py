@@ -42,7 +42,11 @@ class Lanes(Protocol):
 
 
 def open_lanes(
-    model: Model, backend: Backend, count: int | None = None, capture: bool | None = None
+    model: Model,
+    backend: Backend,
+    count: int | None = None,
+    capture: bool | None = None,
+    refiner: Model | None = None,
 ) -> tuple[Lanes, Program | None]:
     """Return a model's lanes on the device of its networks, and on a GPU the program that draws whole pictures.
 
@@ -51,6 +55,7 @@ def open_lanes(
         backend: runs the networks.
         count: lanes; None is 16 on a CPU, and on a GPU as many as the denoiser's plan was built for, or one picture
             takes.
+        refiner: takes over pictures of the model.
         capture: whether work on a GPU is launched as CUDA graphs; None for the backend's own choice.
     """
     if backend.gpu is None:
@@ -58,6 +63,7 @@ def open_lanes(
     from latentrt.run.device import DeviceLanes
     from latentrt.run.program import Program
 
-    lanes = count or max(model.predictor.best_lanes, model.most_lanes)
+    each = max(one.most_lanes for one in (model, refiner) if one is not None)
+    lanes = count or max(model.predictor.best_lanes, each)
     capture = backend.facts.captures if capture is None else capture
     return DeviceLanes(model.predictor, lanes, capture=capture), Program(model, lanes, capture=capture)

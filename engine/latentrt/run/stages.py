@@ -33,7 +33,7 @@ def table_of(model: Model, request: Request, *, denoising_start: float = 0.0, de
         denoising_end=denoising_end,
         **request.options,
     )
-    scalars = model.scalars(request, len(table))
+    scalars = model.scalars(request, table)
     return replace(table, scalars=scalars, shallow=_shallow(request, model.guidance(request), len(table)))
 
 

@@ -47,6 +47,7 @@ class Facts(NamedTuple):
             different networks at the same time.
         exact: the numbers are those of the golden runs: float32 on a CPU.
         captures: calls are captured in CUDA graphs unless the caller says otherwise.
+        replaces: networks are loaded with `Bundle.replaced`; a backend without it may not be given such a bundle.
         cores: a call with at least so many entries in its batch computes so many at the same time, one on each core.
     """
 
@@ -54,6 +55,7 @@ class Facts(NamedTuple):
     one_stream: bool = False
     exact: bool = True
     captures: bool = False
+    replaces: bool = False
     cores: int = 1
 
 

@@ -22,6 +22,7 @@ from latentrt.runtime import spread
 from latentrt.runtime.base import Facts
 from latentrt.runtime.cores import usable_cores
 from latentrt.runtime.optimized import WEIGHTS, SavedGraph
+from latentrt.runtime.replaced import NONE, Weights, replaced_in, set_weights
 from latentrt.runtime.signature import Arrays, check_arrays, check_feeds
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -34,7 +35,6 @@ SHAPE_ARITHMETIC = {
     *("Range", "Reshape", "Shape", "Size", "Slice", "Squeeze", "Sub", "Unsqueeze", "Where"),
 }
 VARIANTS = {("cpu", FP32): (FP32_ORT_CPU, FP32), ("cpu", FP16): (FP16,), ("cuda", FP16): (FP16_ORT_CUDA,)}
-GUIDED_PICTURE = 2  # lanes
 
 
 class OrtBackend:
@@ -86,12 +86,8 @@ class OrtBackend:
         self.gpu = gpu
         on_gpu = gpu is not None
         self.threads = threads or usable_cores()
-        self.facts = Facts(
-            fixed_lanes=on_gpu,
-            one_stream=on_gpu,
-            exact=not on_gpu and precision == FP32,
-            cores=1 if on_gpu else self.threads,
-        )
+        exact, cores = not on_gpu and precision == FP32, 1 if on_gpu else self.threads
+        self.facts = Facts(fixed_lanes=on_gpu, one_stream=on_gpu, exact=exact, replaces=True, cores=cores)
         self.spin = spin
         self.cache = cache and device == "cpu"
         self.provider_options = dict(provider_options or {})
@@ -104,13 +100,17 @@ class OrtBackend:
             BundleError: the bundle has no graph for this precision and device.
         """
         graph = bundle.spec.graph(network, *self.variants)
-        path, make = bundle.path(graph.path), partial(self.session, opset=graph.opset)
-        session = SavedGraph(bundle, graph, _build()).session(path, make) if self.cache else make(path)
+        weights = replaced_in(bundle, graph)
+        path, make = bundle.path(graph.path), partial(self.session, opset=graph.opset, weights=weights)
+        cached = self.cache and not weights
+        session = SavedGraph(bundle, graph, _build()).session(path, make) if cached else make(path)
         if self.gpu is None:
             return OrtNetwork(session, graph, self.threads)
         return OrtDeviceNetwork(session, graph, self.gpu, self.device)
 
-    def session(self, path: Path, opset: int, *, optimize: bool = True, save_to: Path | None = None) -> Any:
+    def session(
+        self, path: Path, opset: int, *, optimize: bool = True, save_to: Path | None = None, weights: Weights = NONE
+    ) -> Any:
         """Return an `onnxruntime.InferenceSession` of a graph of that opset, with this backend's options.
 
         Args:
@@ -118,6 +118,7 @@ class OrtBackend:
             opset: of the graph; for the message of an error.
             optimize: False for a graph that was optimized and saved.
             save_to: where to save the optimized graph; the session is then slow, for nothing else.
+            weights: see `replaced_in`.
         """
         ort = load_onnxruntime()
         options = self._options()
@@ -127,6 +128,7 @@ class OrtBackend:
             options.optimized_model_filepath = str(save_to)
             options.add_session_config_entry("session.optimized_model_external_initializers_file_name", WEIGHTS)
             options.add_session_config_entry("session.disable_prepacking", "1")
+        set_weights(options, weights)
         provider = PROVIDERS[self.device]
         try:
             session = ort.InferenceSession(path, options, providers=[(provider, self._settings())], enable_fallback=0)
@@ -248,7 +250,7 @@ class OrtNetwork:
 class OrtDeviceNetwork(OrtNetwork):
     """A session that can also read and write the memory of a device, on its stream."""
 
-    best_lanes = GUIDED_PICTURE
+    best_lanes = 1  # none is better than another: those of a picture decide
 
     def __init__(self, session: Any, graph: GraphSpec, gpu: Gpu, kind: str) -> None:
         super().__init__(session, graph)

@@ -41,6 +41,11 @@ class Point:
         return 1.0 / math.hypot(self.alpha * self.spread, self.sigma)
 
     @property
+    def ratio(self) -> float:
+        """sigma / alpha, the sigma of the point with alpha = 1; inf without signal."""
+        return self.sigma / self.alpha if self.alpha else math.inf
+
+    @property
     def lam(self) -> float:
         """Half the log signal-to-noise ratio, log(alpha / sigma) (Lu et al. 2022); ±inf without noise or signal."""
         if self.alpha <= 0 or self.sigma <= 0:

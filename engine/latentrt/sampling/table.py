@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from latentrt.errors import LatentrtError, RequestError, ScheduleError, UnknownSolverError
 from latentrt.sampling.rows import SLOTS, rows_of
-from latentrt.sampling.schedule import Schedule
+from latentrt.sampling.schedule import Float64, Schedule
 from latentrt.sampling.solvers import ALIASES, EVERY_SOLVER, SOLVERS, Solver
 from latentrt.sampling.spacing import CLEAN, DISTILLED_PART, Grid
 from latentrt.sampling.trace import trace
@@ -66,16 +66,18 @@ class Table:
 
     `array` has shape (rows, len(COLUMNS)) and dtype float64; kernels read it as float32. `start` is what standard
     normal noise is multiplied by to become the first latents. A row is a network call, not a step: Heun at N steps has
-    2N - 1 rows. `known`, (rows + 1, 2) float64, has the weights of clean latents and of noise that make latents of the
-    level before the first row, and after each row (`noised`). `scalars` are further columns by name, (rows,) float64:
-    inputs of the network that are one number for each lane, as the timestep is. `shallow` says of each row whether it
-    uses the network's deep features of an earlier row again; empty where none does.
+    2N - 1 rows. `sigmas`, (rows,) float64, is the noise in what the network gets, relative to the signal. `known`,
+    (rows + 1, 2) float64, has the weights of clean latents and of noise that make latents of the level before the first
+    row, and after each row (`noised`). `scalars` are further columns by name, (rows,) float64: inputs of the network
+    that are one number for each lane, as the timestep is. `shallow` says of each row whether it uses the network's deep
+    features of an earlier row again; empty where none does.
     """
 
     solver: str
     steps: int
     start: float
     array: NDArray[np.float64]
+    sigmas: NDArray[np.float64]
     known: NDArray[np.float64]
     scalars: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     shallow: tuple[bool, ...] = ()
@@ -166,7 +168,7 @@ def tabulate(
     settings |= {DISTILLED_PART: strength} if respaced else {}
     try:
         grid = chosen.grid(schedule, settings, steps).since(first)
-        array = _array(chosen, grid, arguments)
+        array, sigmas = _array(chosen, grid, arguments)
     except LatentrtError:
         raise
     except (ArithmeticError, ValueError) as error:
@@ -177,7 +179,7 @@ def tabulate(
             needed="distinct levels, and v_prediction or sample prediction where the signal is zero",
             fix="take fewer steps, or another timestep_spacing, final_sigmas_type or sigmas",
         ) from error
-    table = Table(name, steps, grid.start, array, _known(grid, len(array), chosen.calls))
+    table = Table(name, steps, grid.start, array, sigmas, _known(grid, len(array), chosen.calls))
     return table if denoising_end == 1 else _above(_cutoff(schedule, denoising_end), table)
 
 
@@ -206,7 +208,7 @@ def _above(cutoff: int, table: Table) -> Table:
     rows = int((table.timesteps >= cutoff).sum())
     if not rows:
         raise RequestError(f"no row is above timestep {cutoff}", needed="one or more", fix="take more steps")
-    return replace(table, array=table.array[:rows], known=table.known[: rows + 1])
+    return replace(table, array=table.array[:rows], sigmas=table.sigmas[:rows], known=table.known[: rows + 1])
 
 
 def _first(name: str, solver: Solver, steps: int, strength: float, *, respaced: bool) -> int:
@@ -249,12 +251,13 @@ def _is_arithmetic(error: Exception) -> bool:
     return str(error).startswith(("math domain error", "expected a positive", "expected a nonnegative"))
 
 
-def _array(solver: Solver, grid: Grid, arguments: Mapping[str, Any]) -> NDArray[np.float64]:
+def _array(solver: Solver, grid: Grid, arguments: Mapping[str, Any]) -> tuple[Float64, Float64]:
     clip = float(grid.settings["clip_sample_range"]) if grid.settings.get("clip_sample") else 0.0
-    array = np.array(rows_of(trace(solver, grid, clip, arguments), grid.settings["prediction_type"]))
+    calls = trace(solver, grid, clip, arguments)
+    array = np.array(rows_of(calls, grid.settings["prediction_type"]))
     if not np.isfinite(array).all():
         raise OverflowError("a coefficient is not finite")
-    return array
+    return array, np.array([call.here.ratio for call in calls])
 
 
 def advance(row: Row, x: Float32, out: Float32, memory: Float32, noise: Float32 | None = None) -> Float32:

@@ -23,6 +23,7 @@ from latentrt.serve.core.scheduler import Scheduler
 from latentrt.serve.core.service import Service
 from latentrt.serve.http.app import Lifespan, create_app
 from latentrt.serve.http.catalog import Catalog
+from latentrt.serve.http.guard.origins import LOOPBACK
 from latentrt.serve.process.config import Settings
 from latentrt.serve.process.logs import configure, logger
 from latentrt.serve.process.metrics import Metrics
@@ -31,7 +32,6 @@ UNDRAINED, HUNG = 1, 70  # exit codes; 0 is a drain that lost nothing
 _MOST_HEAD = 2**16  # bytes of a request's line and headers
 _LAST_ANSWERS = 5  # seconds for the last bytes of answers, after their pictures are done
 _IDLE = 75  # seconds that a connection is kept for a next request; longer than clients and proxies keep theirs
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def serve(settings: Settings) -> int:
@@ -185,10 +185,11 @@ async def run(app: FastAPI, settings: Settings, sock: socket.socket) -> int:
 
     for number in signals:
         loop.add_signal_handler(number, on_signal, number)
+    loop.add_signal_handler(signal.SIGHUP, app.state.keys.read_again)
     try:
         await server.serve(sockets=[sock])
     finally:
-        for number in signals:
+        for number in (*signals, signal.SIGHUP):
             loop.remove_signal_handler(number)
     return 0 if drained else UNDRAINED
 
@@ -198,5 +199,5 @@ def announce(settings: Settings, host: str, port: int) -> None:
     shown = f"[{host}]" if ":" in host else host
     url = f"http://{shown}:{port}"
     logger().info("serving", url=url, openai=f"{url}/v1", openapi=f"{url}/openapi.json", bundle=str(settings.bundle))
-    if settings.host not in _LOOPBACK and not settings.secrets():
+    if settings.host not in LOOPBACK and not settings.secrets():
         logger().warning("no keys are set: every client that reaches this address may draw", host=settings.host)

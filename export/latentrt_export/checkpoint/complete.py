@@ -16,13 +16,13 @@ from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, UNet2DCon
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from latentrt.bundle.tensors import open_tensors
 from latentrt.errors import ExportError
 from latentrt.values import is_number
 from latentrt_export.checkpoint.files import read_json
 from latentrt_export.checkpoint.lone_control import PART
 from latentrt_export.checkpoint.served import KL, TINY, vae_class
 from latentrt_export.checkpoint.source import TEXT, TEXT_2, UNET, VAE, Checkpoint
-from latentrt_export.checkpoint.tensors import open_tensors
 from latentrt_export.checkpoint.weights import stem_of
 
 Config = Mapping[str, Any]

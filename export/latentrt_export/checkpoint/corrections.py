@@ -75,7 +75,7 @@ def drawn_by(pipeline: str, *, masked: bool = False, scored: bool = False) -> st
     """
     if scored:
         return "StableDiffusionXLImg2ImgPipeline"
-    plain = pipeline.replace("Img2Img", "").replace("Inpaint", "").replace("LatentConsistencyModel", "StableDiffusion")
+    plain = pipeline.replace("Img2Img", "").replace("Inpaint", "")
     return plain.replace("Pipeline", "InpaintPipeline") if masked else plain
 
 

@@ -7,10 +7,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from latentrt.bundle.tensors import LFS
 from latentrt.errors import BundleError, ExportError, ScheduleError
 from latentrt.model.prompts.tokenizer import Tokenizer
 from latentrt.sampling.schedule import Schedule
-from latentrt_export.checkpoint.tensors import LFS
 
 AGAIN = "download the checkpoint again"
 TOKENIZER_FILES = (

@@ -14,7 +14,7 @@ from typing import Any
 from latentrt.bundle.bundle import MANIFEST
 from latentrt.errors import ExportError
 from latentrt_export.checkpoint.files import license_of, read_json, read_schedule, tokenizer_files
-from latentrt_export.checkpoint.served import DEPTH, EXTRA, LOW, check_networks, unsupported
+from latentrt_export.checkpoint.served import DEPTH, EXTRA, LOW, LOW_LATENTS, check_networks, unsupported
 from latentrt_export.checkpoint.source import (
     CLASSES,
     PIPELINES,
@@ -32,7 +32,8 @@ from latentrt_export.checkpoint.source import (
 GRAPH = "model.onnx"
 DECODER, ENCODER = "vae_decoder", "vae_encoder"
 PREFIXES = ("ORT", "Onnx")  # of the classes that optimum and diffusers draw with; the rest is the pipeline's own name
-SERVED = tuple(name for name, parts in PIPELINES.items() if parts != PIXELS and EXTRA.get(name) not in (DEPTH, LOW))
+TRACED = (DEPTH, LOW, LOW_LATENTS)  # what graphs that exist already do not read beside the latents
+SERVED = tuple(name for name, parts in PIPELINES.items() if parts != PIXELS and EXTRA.get(name) not in TRACED)
 # diffusers' own folders have no configs: its pipeline of 2022 knows one size and one VAE.
 PLAIN_UNET: Mapping[str, Any] = {"sample_size": 64, "block_out_channels": [320, 640, 1280, 1280]}
 PLAIN_VAE: Mapping[str, Any] = {"scaling_factor": 0.18215, "block_out_channels": [128, 256, 512, 512]}

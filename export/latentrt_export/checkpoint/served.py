@@ -18,12 +18,14 @@ CONDITIONAL = {
 
 
 INPAINTING, EDITING, DEPTH, LOW = "inpainting", "editing", "depth", "enlarging"  # what is read beside the latents
-INPUTS = {INPAINTING: "beside", EDITING: "beside", DEPTH: "depth_map", LOW: "low_picture"}
+LOW_LATENTS = "enlarging latents"
+INPUTS = {INPAINTING: "beside", EDITING: "beside", DEPTH: "depth_map", LOW: "low_picture", LOW_LATENTS: "low_latents"}
 EXTRA = {  # what pipelines give their UNets; of others, UNets may read a picture to repaint
     "StableDiffusionInstructPix2PixPipeline": EDITING,
     "StableDiffusionXLInstructPix2PixPipeline": EDITING,
     "StableDiffusionDepth2ImgPipeline": DEPTH,
     "StableDiffusionUpscalePipeline": LOW,
+    "StableDiffusionLatentUpscalePipeline": LOW_LATENTS,
 }
 KL, TINY = VAES = ("AutoencoderKL", "AutoencoderTiny")
 LAYERS = (
@@ -34,6 +36,8 @@ LAYERS = (
 )
 CHANNELS = ("block_out_channels", "encoder_block_out_channels", "decoder_block_out_channels")
 MOST = 65_536  # channels, and sides of a picture
+NOISE_LEVELS = 128  # numbers before the pooled text in what the latent upscaler's timesteps are embedded with
+K_BLOCKS = ("KDownBlock2D", "KCrossAttnDownBlock2D", "KUpBlock2D", "KCrossAttnUpBlock2D")
 LEAST_EMBEDDING = 4  # numbers of a guidance embedding: fewer have no frequencies
 MOST_LAYERS = 100  # far beyond any network; keeps a damaged config from making layers without end
 
@@ -66,6 +70,10 @@ def check_networks(configs: Mapping[str, Config], kind: str, pipeline: str) -> N
         extra = EXTRA.get(pipeline, INPAINTING)
         _check_channels(unet, configs["vae"].get("latent_channels", 4), extra, pipeline)
         _check_latents(unet, configs["vae"], extra, xl=xl)
+        if extra == LOW_LATENTS:
+            _check_upscaler(unet, text_config(configs["text_encoder"]))
+        else:
+            _check_guidance(unet)
         if xl:
             _check_sizes(unet, configs["text_encoder_2"])
     for part, config in configs.items():
@@ -87,8 +95,16 @@ def beside(configs: Mapping[str, Config]) -> str | None:
     """Return what the UNet reads beside the latents, a key of INPUTS; None where it reads nothing."""
     if "unet" not in configs or "vae" not in configs:
         return None
+    if upscales_latents(configs["unet"]):
+        return LOW_LATENTS
     channels = configs["vae"].get("latent_channels", 4)
     return kind_beside(configs["unet"].get("in_channels", 4) - channels, channels)
+
+
+def upscales_latents(unet: Config) -> bool:
+    """Return whether a UNet is the latent upscaler's: it reads twice the latents, and gives a variance beside them."""
+    twice = unet.get("in_channels", 4) == 2 * (unet.get("out_channels", 4) - 1)
+    return twice and unet.get("time_embedding_type") == "fourier"
 
 
 def kind_beside(extra: int, latents: int) -> str | None:
@@ -97,7 +113,7 @@ def kind_beside(extra: int, latents: int) -> str | None:
 
 
 def _channels(latents: int) -> dict[str, int]:
-    return {INPAINTING: 1 + latents, EDITING: latents, DEPTH: 1, LOW: 3}
+    return {INPAINTING: 1 + latents, EDITING: latents, DEPTH: 1, LOW: 3, LOW_LATENTS: latents}
 
 
 def sizes_read(unet: Config, text: Config) -> int:
@@ -199,13 +215,28 @@ def _check_latents(unet: Config, vae: Config, extra: str, *, xl: bool) -> None:
     for key, value in wanted.items():
         if unet.get(key, value if key == "attention_type" else None) != value:
             raise unsupported(f"a UNet with {key} {unet.get(key)!r}", f"{key} {value!r} in this pipeline")
+    for key in ("addition_time_embed_dim", "projection_class_embeddings_input_dim") if xl else ():
+        if not is_size(unet.get(key)):
+            raise unsupported(f"a UNet with {key} {unet.get(key)!r}", "a whole number in an SDXL pipeline")
+
+
+def _check_guidance(unet: Config) -> None:
+    """Refuse a UNet that reads something else with its timesteps than a guidance scale."""
     guidance = unet.get("time_cond_proj_dim")
     if guidance is not None and not (is_size(guidance) and guidance >= LEAST_EMBEDDING):
         needed = f"null, or a whole number from {LEAST_EMBEDDING} (LCM, TCD)"
         raise unsupported(f"a UNet with time_cond_proj_dim {guidance!r}", needed)
-    for key in ("addition_time_embed_dim", "projection_class_embeddings_input_dim") if xl else ():
-        if not is_size(unet.get(key)):
-            raise unsupported(f"a UNet with {key} {unet.get(key)!r}", "a whole number in an SDXL pipeline")
+
+
+def _check_upscaler(unet: Config, text: Config) -> None:
+    """Refuse a UNet that is not the latent upscaler's: k-diffusion's blocks, a condition of noise and pooled text."""
+    condition = NOISE_LEVELS + text.get("hidden_size", 512)
+    for key, value in {"time_cond_proj_dim": condition, "time_embedding_type": "fourier"}.items():
+        if unet.get(key) != value:
+            raise unsupported(f"a UNet with {key} {unet.get(key)!r}", f"{key} {value!r} in this pipeline")
+    for key in ("down_block_types", "up_block_types"):
+        if other := [kind for kind in unet.get(key, ["CrossAttnDownBlock2D"]) if kind not in K_BLOCKS]:
+            raise unsupported(f"a UNet with a {other[0]} in this pipeline", f"blocks among {', '.join(K_BLOCKS)}")
 
 
 def _check_channels(unet: Config, channels: int, extra: str, pipeline: str) -> None:
@@ -217,8 +248,9 @@ def _check_channels(unet: Config, channels: int, extra: str, pipeline: str) -> N
         if extra == INPAINTING:
             needed = f"in_channels {channels}, the VAE's latent channels, or {whole} for inpainting"
         raise unsupported(f"a UNet with in_channels {inputs} in a {pipeline}", needed)
-    if outputs != channels:
-        raise unsupported(f"a UNet with out_channels {outputs}", f"out_channels {channels} (no learned variance)")
+    own, why = (channels + 1, "the last is left out") if extra == LOW_LATENTS else (channels, "no learned variance")
+    if outputs != own:
+        raise unsupported(f"a UNet with out_channels {outputs}", f"out_channels {own} ({why})")
 
 
 def _check_sizes(unet: Config, text: Config) -> None:

@@ -19,6 +19,7 @@ from latentrt_export.checkpoint.files import AGAIN, license_of, read_json, read_
 from latentrt_export.checkpoint.hub import download
 from latentrt_export.checkpoint.lone_control import KIND, PART, controlnet_folder, is_controlnet
 from latentrt_export.checkpoint.lone_vae import fitting, is_vae, vae_folder
+from latentrt_export.checkpoint.merged import with_loras
 from latentrt_export.checkpoint.served import (
     EXTRA,
     LOW,
@@ -49,6 +50,7 @@ PIPELINES = {  # the networks of each
     "StableDiffusionXLInstructPix2PixPipeline": XL,
     "StableDiffusionDepth2ImgPipeline": SD,
     "StableDiffusionUpscalePipeline": SD,
+    "StableDiffusionLatentUpscalePipeline": SD,
     "DDPMPipeline": PIXELS,
     "DDIMPipeline": PIXELS,
 }
@@ -115,7 +117,7 @@ class Checkpoint:
 def checkpoint_of(
     source: str | Path, revision: str | None = None, variant: str | None = None, choices: Choices = AS_THEY_ARE
 ) -> Iterator[Checkpoint]:
-    """Yield the checkpoint of any source; of a preset, a single file and a VAE's file, folders are made and removed.
+    """Yield the checkpoint of any source; folders are made, and removed, of presets, single files, VAEs and LoRAs.
 
     Args:
         source: as of `open_checkpoint` (revision, variant: too), "preset:NAME", or a single .safetensors file.
@@ -123,10 +125,14 @@ def checkpoint_of(
 
     Raises:
         ExportError, UnsafeWeightsError, OutputError: as of `open_checkpoint`, `make_folder`; or TMPDIR has no room.
+        AdapterError: a LoRA cannot be merged.
     """
     with tempfile.TemporaryDirectory(prefix="latentrt-") as room:
         try:
             checkpoint = _checkpoint(source, revision, variant, choices, Path(room))
+            if loras := choices.loras:
+                place = Path(room, "merged")
+                checkpoint = with_loras(checkpoint, loras, place, allow_unmatched=choices.allow_unmatched)
         except OSError as error:
             if isinstance(error, LatentrtError) or not error.errno:
                 raise

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from latentrt.bundle.bundle import PICKLES
+from latentrt.bundle.tensors import open_tensors
 from latentrt.errors import ExportError, UnsafeWeightsError
 from latentrt_export.checkpoint.files import AGAIN, read_json
-from latentrt_export.checkpoint.tensors import open_tensors
 
 Variants = Mapping[str, Path]  # a file or the index of shards for each variant; "" is the plain one
 _VARIANT = r"\.(?P<variant>(?!\w+-\d{5}-of-\d{5}\.)[^.]+)"

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 
 HALF, SINGLE = ir.DataType.FLOAT16, ir.DataType.FLOAT
 LARGEST = 65504.0  # float16's largest finite number
-TIME_INPUTS = ("timestep", "time_ids", "class_labels")  # up to 999 and 4096, and no whole numbers above 2048 in float16
+# Up to 999 and 4096, and no whole numbers above 2048 in float16; a sigma is squared.
+TIME_INPUTS = ("timestep", "time_ids", "class_labels", "sigma")
 LINEAR = ("Gemm", "MatMul")
 CARRIERS = ("Add", "Max", "Sqrt", "Reciprocal", "Pow", "Log")  # their result may need float32 as their input does
 # Inputs whose type the operator's specification fixes to float32.

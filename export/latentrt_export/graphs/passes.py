@@ -143,7 +143,7 @@ def _is_swap(node: ir.Node) -> bool:
 
 
 def decompose_group_norm(model: ir.Model) -> None:
-    """Rewrite GroupNormalization as InstanceNormalization over groups, then scale and bias.
+    """Rewrite GroupNormalization as InstanceNormalization over groups, then scale and bias, where it has weights.
 
     ONNX Runtime has no CPU kernel for GroupNormalization: it inlines the specification's function, some 18 nodes, which
     made loading a small UNet more than twice as slow and each call a tenth slower (docs/export.md).
@@ -155,8 +155,6 @@ def decompose_group_norm(model: ir.Model) -> None:
 def _decompose(graph: ir.Graph, node: ir.Node) -> None:
     x, scale, bias = (value for value in node.inputs if value is not None)
     result, groups = node.outputs[0], node.attributes["num_groups"].as_int()
-    for weight in (scale, bias):
-        _append_axes(weight, len(_shape(x)) - 2)
     ones = constant(graph, f"ones_{groups}", np.ones(groups, np.float32))
     zeros = constant(graph, f"zeros_{groups}", np.zeros(groups, np.float32))
     flat = constant(graph, f"to_0_{groups}_-1", np.array([0, groups, -1], np.int64))
@@ -168,9 +166,18 @@ def _decompose(graph: ir.Graph, node: ir.Node) -> None:
     shape = insert("Shape", x)
     grouped = insert("Reshape", x, flat)
     normal = insert("InstanceNormalization", grouped, ones, zeros, epsilon=node.attributes["epsilon"].as_float())
-    scaled = insert("Mul", _insert(graph, node, "Reshape", [normal, shape], f"{name}.back"), scale)
-    _take_over(insert("Add", scaled, bias), result)
+    made = _insert(graph, node, "Reshape", [normal, shape], f"{name}.back")
+    if not (_is_filled(scale) and _is_filled(bias)):  # the tracer fills in ones and zeros where a norm has no weights
+        for weight in (scale, bias):
+            _append_axes(weight, len(_shape(x)) - 2)
+        made = insert("Add", insert("Mul", made, scale), bias)
+    _take_over(made, result)
     graph.remove(node, safe=True)
+
+
+def _is_filled(value: ir.Value) -> bool:
+    node = value.producer()
+    return node is not None and node.op_type == "ConstantOfShape"
 
 
 def _append_axes(weight: ir.Value, count: int) -> None:

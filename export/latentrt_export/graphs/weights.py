@@ -17,7 +17,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from latentrt_export.checkpoint.tensors import open_tensors
+from latentrt.bundle.tensors import open_tensors
 from latentrt_export.graphs.passes import PREFIX, is_weight
 
 DTYPES: Mapping[str, type[np.generic]] = {

@@ -19,8 +19,23 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from latentrt.errors import ExportError
 from latentrt_export.checkpoint.files import read_json
 from latentrt_export.checkpoint.lone_control import PART, hint_levels
-from latentrt_export.checkpoint.served import INPUTS, KL, LOW, TINY, kind_beside, sizes_read, text_config, vae_class
-from latentrt_export.graphs.controlnet import ControlNet, Hint
+from latentrt_export.checkpoint.served import (
+    INPUTS,
+    KL,
+    LOW,
+    NOISE_LEVELS,
+    TINY,
+    kind_beside,
+    sizes_read,
+    text_config,
+    upscales_latents,
+    vae_class,
+)
+from latentrt_export.graphs.modules.controlnet import ControlNet, Hint
+from latentrt_export.graphs.modules.text import PenultimateTextEncoder, TextEncoder
+from latentrt_export.graphs.modules.unet import PixelUNet, UNet
+from latentrt_export.graphs.modules.upscaler import LatentUpscaler, PooledTextEncoder
+from latentrt_export.graphs.modules.vae import TinyEncoder, VaeDecoder, VaeEncoder
 from latentrt_export.graphs.parts.control import residual_names
 
 Axes = Mapping[int, str]
@@ -56,134 +71,6 @@ class Network:
     weights: str
 
 
-class TextEncoder(nn.Module):
-    """CLIP's text model as StableDiffusionPipeline uses it: states after the final layer norm.
-
-    `skips` are the layers that may be left out at the end (clip skip).
-    """
-
-    def __init__(self, model: Any, skips: int) -> None:
-        super().__init__()
-        self.model, self._skips = model, skips
-
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
-        """Map input_ids (batch, tokens) int64 to text_states (batch, tokens, dim) and skipped.
-
-        skipped, (batch, skips, tokens, dim), has at k - 1 the states without the last k layers.
-        """
-        out = self.model(input_ids, output_hidden_states=True)
-        norm = getattr(self.model, "text_model", self.model).final_layer_norm
-        layers = self.model.config.num_hidden_layers  # the first hidden state is that of the embedding
-        skipped = [norm(out.hidden_states[layers - skip]) for skip in range(1, self._skips + 1)]
-        return out.last_hidden_state, torch.stack(skipped, dim=1)
-
-
-class PenultimateTextEncoder(nn.Module):
-    """CLIP's text model as StableDiffusionXLPipeline uses it: the states before the last layer.
-
-    A model with a projection also gives the projected, pooled text_embeds (batch, dim). `skips` as of `TextEncoder`.
-    """
-
-    def __init__(self, model: Any, skips: int) -> None:
-        super().__init__()
-        self.model, self._skips = model, skips
-
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
-        """Map input_ids (batch, tokens) int64 to text_states (batch, tokens, dim), perhaps text_embeds, and skipped."""
-        out = self.model(input_ids, output_hidden_states=True)
-        layers = self.model.config.num_hidden_layers
-        pooled = (out.text_embeds,) if isinstance(self.model, CLIPTextModelWithProjection) else ()
-        skipped = [out.hidden_states[layers - 1 - skip] for skip in range(1, self._skips + 1)]
-        return out.hidden_states[layers - 1], *pooled, *([torch.stack(skipped, dim=1)] if skipped else ())
-
-
-class UNet(nn.Module):
-    """UNet2DConditionModel. Channels that it reads beside the latents are an input of their own."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        # diffusers gives upsamplers their output size only where a latent size is not divisible by 2**num_upsamplers,
-        # and tracing keeps one branch. Nothing is divisible by 2**62: the branch that is right for every size is kept.
-        model.num_upsamplers = 62
-        self.model = model
-
-    def forward(
-        self,
-        sample: Tensor,
-        timestep: Tensor,
-        encoder_hidden_states: Tensor,
-        text_embeds: Tensor | None = None,
-        time_ids: Tensor | None = None,
-        beside: Tensor | None = None,
-        depth_map: Tensor | None = None,
-        low_picture: Tensor | None = None,
-        noise_level: Tensor | None = None,
-        timestep_cond: Tensor | None = None,
-    ) -> Tensor:
-        """Map sample (batch, channels, height, width) to out of the same shape."""
-        added = None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
-        extra = [one for one in (beside, depth_map, low_picture) if one is not None]
-        sample = torch.cat([sample, *extra], dim=1) if extra else sample
-        out: Tensor = self.model(
-            sample,
-            timestep,
-            encoder_hidden_states,
-            class_labels=noise_level,
-            timestep_cond=timestep_cond,
-            added_cond_kwargs=added,
-        ).sample
-        return out
-
-
-class PixelUNet(nn.Module):
-    """UNet2DModel: no text; class labels where it was trained with them."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """Map sample (batch, channels, height, width) to out of the same shape."""
-        out: Tensor = self.model(sample, timestep, class_labels).sample
-        return out
-
-
-class VaeDecoder(nn.Module):
-    """Unscaled latents (batch, channels, height, width) to an image (batch, 3, 8·height, 8·width) about -1..1."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, latents: Tensor) -> Tensor:
-        image: Tensor = self.model.decode(latents).sample
-        return image
-
-
-class VaeEncoder(nn.Module):
-    """An image (batch, 3, height, width) to the moments (batch, 2·channels, ...): mean, then log variance."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, image: Tensor) -> Tensor:
-        moments: Tensor = self.model.encode(image).latent_dist.parameters
-        return moments
-
-
-class TinyEncoder(nn.Module):
-    """An image (batch, 3, height, width) to its unscaled latents (batch, channels, ...), which no noise is added to."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, image: Tensor) -> Tensor:
-        latents: Tensor = self.model.encode(image).latents
-        return latents
-
-
 def load_network(root: Path, name: str, *, tokens: int = 77) -> Network:
     """Load one network of the checkpoint at `root` in float32, on the CPU, ready for tracing.
 
@@ -207,11 +94,13 @@ def _text_encoder(root: Path, name: str, tokens: int) -> Network:
     kind = CLIPTextModelWithProjection if pooled else CLIPTextModel
     model = _load(kind, root / name)
     layers = model.config.num_hidden_layers
+    upscaler = upscales_latents(read_json(root / "unet" / "config.json"))
     skips = min(MOST_SKIPS, layers - 1 if is_xl(root) else layers)
-    module = PenultimateTextEncoder(model, skips) if is_xl(root) else TextEncoder(model, skips)
+    wrapper = PooledTextEncoder if upscaler else PenultimateTextEncoder if is_xl(root) else TextEncoder
+    pooled = pooled or upscaler
     ids = torch.arange(TRACE_BATCH * tokens).reshape(TRACE_BATCH, tokens) % model.config.vocab_size
     outputs = ("text_states", *(["text_embeds"] if pooled else []), *(["skipped"] if skips else []))
-    return Network(module, (Input("input_ids", ids, BATCH),), outputs, name)
+    return Network(wrapper(model, skips), (Input("input_ids", ids, BATCH),), outputs, name)
 
 
 def _unet(root: Path, name: str, tokens: int) -> Network:
@@ -219,6 +108,8 @@ def _unet(root: Path, name: str, tokens: int) -> Network:
         return _pixel_unet(root)
     model = _load(UNet2DConditionModel, root / "unet")
     config = model.config
+    if upscales_latents(config):
+        return _latent_upscaler(model, tokens)
     sizes = {
         "sample": ((config.out_channels, 16, 24), IMAGE_AXES),
         "timestep": ((), BATCH),
@@ -239,6 +130,18 @@ def _unet(root: Path, name: str, tokens: int) -> Network:
     if kind == LOW:
         inputs = (*inputs, Input("noise_level", torch.zeros(TRACE_BATCH, dtype=torch.int64), BATCH))
     return Network(UNet(model), inputs, ("out",), "unet")
+
+
+def _latent_upscaler(model: Any, tokens: int) -> Network:
+    config, latents = model.config, ((model.config.out_channels - 1, 16, 24), IMAGE_AXES)
+    sizes = {
+        "sample": latents,
+        "sigma": ((), BATCH),
+        "encoder_hidden_states": ((tokens, config.cross_attention_dim), TEXT_AXES),
+        "text_embeds": ((config.time_cond_proj_dim - NOISE_LEVELS,), BATCH),
+        "low_latents": latents,
+    }
+    return Network(LatentUpscaler(model), _examples(sizes), ("out",), "unet")
 
 
 def _pixel_unet(root: Path) -> Network:

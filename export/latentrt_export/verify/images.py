@@ -19,6 +19,7 @@ PSNR_BOUND = 50.0  # dB, of the final pixels
 BATCH_PROMPTS = (*PROMPTS, "", "an owl on a branch")
 BATCH_STEPS = 2
 SOLVERS = (None, "dpmpp-2m", "euler-ancestral", "unipc")
+UPSCALER_SOLVERS = (None, "heun")  # of those that diffusers' latent upscaler scales its latents by
 PIXEL_SOLVERS = (None, "ddim", "dpmpp-2m")
 GUIDANCES = (3.0, 1.0)
 
@@ -35,7 +36,8 @@ def image_checks(
 ) -> Iterator[Check]:
     """Measure whole runs against the diffusers pipeline: same seeds, a batch of all prompts, latents at every step."""
     prompted = engine.model.text is not None
-    for solver in solvers or (SOLVERS if prompted else PIXEL_SOLVERS):
+    own = UPSCALER_SOLVERS if "sigma" in engine.model.predictor.inputs else SOLVERS
+    for solver in solvers or (own if prompted else PIXEL_SOLVERS):
         for guidance in guidances if prompted else (None,):
             settings: dict[str, Any] = {"steps": steps, "solver": solver, "seed": 7}
             what = f"{solver or engine.spec.defaults.solver or engine.schedule.scheduler}, {len(prompts)} pictures"

@@ -146,6 +146,8 @@ def make_feeds(engine: Engine, parts: Sequence[str], prompts: Sequence[str], siz
             feeds[tensor.name] = np.array([[*pixels, 0, 0, *last]] * len(prompts), np.float32)
         elif tensor.name == "timestep":
             feeds[tensor.name] = draw.uniform(0, 1000, shape).astype(np.float32)
+        elif tensor.name == "sigma":
+            feeds[tensor.name] = np.exp(draw.uniform(-3, 3, shape)).astype(np.float32)
         elif tensor.name in ("class_labels", "noise_level"):
             most = spec.classes or spec.max_noise_level or 1000
             feeds[tensor.name] = draw.integers(0, most, shape).astype(tensor.dtype)

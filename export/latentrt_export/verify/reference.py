@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import json
@@ -88,7 +89,9 @@ class Theirs:
                 checkpoint, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True, **absent
             )
         self._own = engine.spec.defaults.solver
-        self.scheduler = self._loaded.scheduler
+        self.scheduler = copy.deepcopy(self._loaded.scheduler)
+        if kind == "LatentConsistencyModelPipeline":  # which runs one scheduler alone
+            self._loaded = diffusers.StableDiffusionPipeline(**self._loaded.components, requires_safety_checker=False)
 
     def pipeline(self, solver: str | None = None, kind: str | None = None) -> Any:
         """Return the pipeline with the scheduler of a solver of ours; None is the checkpoint's own.

@@ -34,6 +34,7 @@ PIPELINES = (
     "StableDiffusionPipeline",
     "StableDiffusionInpaintPipeline",
     "StableDiffusionXLPipeline",
+    "LatentConsistencyModelPipeline",
 )
 CONFIGS: Mapping[str, dict[str, Any]] = {
     "of 2022": {"clip_sample": True, "steps_offset": 0, "skip_prk_steps": False},
@@ -102,7 +103,7 @@ def test_every_class_is_drawn_with_one_that_begins_with_a_prompt() -> None:
     assert drawn_by("StableDiffusionImg2ImgPipeline", masked=False) == "StableDiffusionPipeline"
     assert drawn_by("StableDiffusionXLInpaintPipeline", masked=False) == "StableDiffusionXLPipeline"
     assert drawn_by("StableDiffusionPipeline", masked=True) == "StableDiffusionInpaintPipeline"
-    assert drawn_by("LatentConsistencyModelPipeline", masked=False) == "StableDiffusionPipeline"
+    assert drawn_by("LatentConsistencyModelImg2ImgPipeline") == "LatentConsistencyModelPipeline"
     pix2pix = "StableDiffusionXLInstructPix2PixPipeline"
     assert drawn_by(pix2pix, masked=False) == pix2pix
     for own in ("DDPMPipeline", "StableDiffusionDepth2ImgPipeline", "StableDiffusionUpscalePipeline"):

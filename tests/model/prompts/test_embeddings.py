@@ -67,9 +67,10 @@ def test_it_draws_what_the_pipeline_draws(exported: Exported, tmp_path: Path, co
             assert psnr(np.asarray(engine(prompt, **SETTINGS)[0]), np.asarray(ours)) < PSNR_BOUND
 
 
-def test_sdxl_reads_a_vector_for_each_encoder(exported: Exported, tmp_path: Path) -> None:
-    """Its small second encoder pools at its end token; SDXL's own, of an older config, at the highest id."""
-    _, bundle = exported("sdxl")
+@pytest.mark.parametrize("name", ["sdxl", "sdxl-old"])
+def test_sdxl_reads_a_vector_for_each_encoder(exported: Exported, tmp_path: Path, name: str) -> None:
+    """SDXL's own second encoder, of an older config, pools at the highest id: that of the last vector."""
+    _, bundle = exported(name)
     path, pipe = tmp_path / "toy.safetensors", pipeline(bundle, "sdxl")
     own = {"clip_l": vectors(2, 32), "clip_g": vectors(2, 48, seed=1)}
     save_file(own, path)

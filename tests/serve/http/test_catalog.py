@@ -19,8 +19,9 @@ from latentrt.runtime.tensorrt.record import Profile
 from latentrt.sampling.schedule import Schedule
 from latentrt.sampling.solvers import EDM_SOLVERS, SOLVERS
 from latentrt.serve.core.pipeline import check
-from latentrt.serve.http.catalog import LEAST_LATENTS, Catalog, _solver_names
+from latentrt.serve.http.catalog import Catalog, _solver_names
 from latentrt.serve.http.errors import Problem
+from latentrt.serve.http.sizes import LEAST_LATENTS
 from tests.support.serve.fakes import catalog_of
 
 CATALOG = catalog_of()
@@ -32,44 +33,44 @@ PLAIN: dict[str, Any] = {
 
 def test_sizes() -> None:
     for own in (None, "", "auto", "128x128"):
-        assert CATALOG.size(own) == (128, 128)
-    assert CATALOG.size("1536x1024") == (1536, 1024)
-    assert CATALOG.size("96") == (96, 96)
+        assert CATALOG.sizes.of(own) == (128, 128)
+    assert CATALOG.sizes.of("1536x1024") == (1536, 1024)
+    assert CATALOG.sizes.of("96") == (96, 96)
 
 
 @given(st.integers(0, 5000), st.integers(0, 5000))
 def test_a_size_is_taken_just_if_it_is_within_the_limits(width: int, height: int) -> None:
     good = all(64 <= side <= 2048 and side % 8 == 0 for side in (width, height)) and width * height <= 1536 * 1024
     if good:
-        assert CATALOG.size(f"{width}x{height}") == (width, height)
+        assert CATALOG.sizes.of(f"{width}x{height}") == (width, height)
     else:
         with pytest.raises(Problem) as caught:
-            CATALOG.size(f"{width}x{height}")
+            CATALOG.sizes.of(f"{width}x{height}")
         assert (caught.value.code, caught.value.status, caught.value.param) == ("unsupported_size", 400, "size")
 
 
 @given(st.text(max_size=60))
 def test_no_text_is_a_fault(text: str) -> None:
     with suppress(Problem):
-        assert CATALOG.sides(*CATALOG.size(text))
+        assert CATALOG.sizes.sides(*CATALOG.sizes.of(text))
 
 
 @settings(deadline=None)
 @given(st.integers(1, 20_000), st.integers(1, 20_000))
 def test_what_fits_is_drawn(width: int, height: int) -> None:
-    fitted = CATALOG.fitting(width, height)
+    fitted = CATALOG.sizes.fitting(width, height)
     assert all(side % 8 == 0 and side >= 8 * LEAST_LATENTS for side in fitted)
-    assert CATALOG.sides(*fitted) == fitted
+    assert CATALOG.sizes.sides(*fitted) == fitted
     if width == height:
-        assert fitted == CATALOG.own
+        assert fitted == CATALOG.sizes.own
 
 
 def test_sizes_may_be_listed() -> None:
     catalog = catalog_of(sizes=("256x128", "128x256"))
-    assert catalog.size("256x128") == (256, 128)
-    assert (catalog.fitting(1000, 10), catalog.fitting(10, 1000)) == ((256, 128), (128, 256))
+    assert catalog.sizes.of("256x128") == (256, 128)
+    assert (catalog.sizes.fitting(1000, 10), catalog.sizes.fitting(10, 1000)) == ((256, 128), (128, 256))
     with pytest.raises(Problem, match="256x128, 128x256") as caught:
-        catalog.size("512x512")
+        catalog.sizes.of("512x512")
     assert "multiples" not in str(caught.value)
     for bad in ("100x128", "100", "0x128", "axb"):
         with pytest.raises(RequestError, match="sizes"):
@@ -84,33 +85,33 @@ def square(low: int, best: int, high: int) -> Profile:
 def test_plans_for_one_size_each_are_the_sizes_there_are() -> None:
     wide = Profile({"height": (8, 8, 8), "width": (16, 16, 16)})
     catalog = catalog_of(profiles=(wide, square(16, 16, 16), square(512, 512, 512)))
-    assert (catalog.own, catalog.sizes) == ((128, 128), ((128, 128), (128, 64)))
-    assert catalog.fitting(1000, 300) == (128, 64)
+    assert (catalog.sizes.own, catalog.sizes.listed) == ((128, 128), ((128, 128), (128, 64)))
+    assert catalog.sizes.fitting(1000, 300) == (128, 64)
     with pytest.raises(Problem, match="Needed: 128x128, 128x64"):
-        catalog.size("64x64")
+        catalog.sizes.of("64x64")
 
 
 def test_without_a_plan_for_the_models_own_size_another_is_the_usual_one() -> None:
     catalog = catalog_of(profiles=(square(32, 64, 96),))
-    assert catalog.size("auto") == (512, 512)
+    assert catalog.sizes.of("auto") == (512, 512)
     with pytest.raises(PlanError, match="no size is served"):
         catalog_of(profiles=())
 
 
 def test_plans_for_ranges_bound_the_sizes() -> None:
     catalog = catalog_of(profiles=(square(12, 16, 32), square(64, 64, 64)), max_pixels=300 * 300)
-    assert (catalog.own, catalog.sizes) == ((128, 128), ())
-    assert [catalog.size(size) for size in ("96x256", "256x256")] == [(96, 256), (256, 256)]
+    assert (catalog.sizes.own, catalog.sizes.listed) == ((128, 128), ())
+    assert [catalog.sizes.of(size) for size in ("96x256", "256x256")] == [(96, 256), (256, 256)]
     for size in ("88x128", "264x128", "512x512"):
         with pytest.raises(Problem, match="any sides within 96x96 to 256x256; or 512x512 to 512x512,") as caught:
-            catalog.size(size)
+            catalog.sizes.of(size)
         assert "Needed: 128x128, 256x256, or" in str(caught.value)
-    assert catalog.fitting(1000, 900) == (136, 120)
-    assert catalog.fitting(9000, 1000) == (256, 96)
+    assert catalog.sizes.fitting(1000, 900) == (136, 120)
+    assert catalog.sizes.fitting(9000, 1000) == (256, 96)
 
 
 def test_a_listed_size_needs_a_plan() -> None:
-    assert catalog_of(sizes=("96x128",), profiles=(square(12, 16, 32),)).sizes == ((96, 128),)
+    assert catalog_of(sizes=("96x128",), profiles=(square(12, 16, 32),)).sizes.listed == ((96, 128),)
     with pytest.raises(RequestError, match="sizes has 512x512") as caught:
         catalog_of(sizes=("512x512",), profiles=(square(12, 16, 32),))
     assert "latentrt build BUNDLE --size 512x512" in caught.value.fix

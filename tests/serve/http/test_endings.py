@@ -39,7 +39,8 @@ def come_and_leave(url: str, scheduler: FakeScheduler, body: dict[str, Any]) -> 
     """Ask for pictures, and hang up once they are drawn."""
     host, _, port = url.removeprefix("http://").rpartition(":")
     data, known = json.dumps(body).encode(), len(scheduler.submitted)
-    head = f"POST {DRAW} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    head = f"POST {DRAW} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(data)}\r\n\r\n"
     with socket.create_connection((host, int(port))) as sock:
         sock.sendall(head.encode() + data)
         asyncio.run(until(lambda: len(scheduler.submitted) > known))
@@ -72,7 +73,7 @@ def test_one_that_leaves_before_its_body_came_sent_nothing_wrong(
     with live(app) as url:
         host, _, port = url.removeprefix("http://").rpartition(":")
         with socket.create_connection((host, int(port))) as sock:
-            head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\nContent-Length: 99\r\n\r\n"
+            head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nContent-Length: 99\r\n\r\n"
             sock.sendall((head + begun).encode())
         asyncio.run(until(lambda: lines_of(log)))
     (line,) = lines_of(log)

@@ -23,7 +23,7 @@ def answered(path: str, body: bytes, kind: str) -> int:
     """The status; what is no success has OpenAI's shape."""
 
     async def go() -> httpx.Response:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(APP), base_url="http://test") as client:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(APP), base_url="http://localhost") as client:
             return await client.post(path, content=body, headers={"content-type": kind})
 
     answer = asyncio.run(go())

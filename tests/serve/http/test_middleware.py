@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from latentrt.serve.http import middleware
+from latentrt.serve.process import keys
 from tests.support.serve.fakes import FakeScheduler, app_of, live, png
 
 DRAW = "/v1/images/generations"
@@ -21,7 +21,7 @@ DRAW = "/v1/images/generations"
 
 def ask(app: Any, method: str, path: str, **content: Any) -> httpx.Response:
     async def go() -> httpx.Response:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
             return await client.request(method, path, **content)
 
     return asyncio.run(go())
@@ -91,7 +91,7 @@ def test_every_key_is_compared_whichever_was_sent(locked: Any, monkeypatch: pyte
         compared.append(key)
         return hmac.compare_digest(key, sent)
 
-    monkeypatch.setattr(middleware, "hmac", type("Hmac", (), {"compare_digest": staticmethod(compare)}))
+    monkeypatch.setattr(keys, "hmac", type("Hmac", (), {"compare_digest": staticmethod(compare)}))
     for sent in ("one", "two", "three"):
         ask(locked, "GET", "/v1/models", headers={"authorization": f"Bearer {sent}"})
     assert compared == [b"one", b"two"] * 3
@@ -125,6 +125,59 @@ def test_pages_of_other_origins_may_not() -> None:
             answer = ask(app, method, path, headers=ASKING)
             assert "access-control-allow-origin" not in answer.headers
             assert answer.status_code in ({"OPTIONS": (400, 405), "GET": (200,)}[method])
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),  # no browser
+        ({"origin": "http://localhost"}, 200),
+        ({"origin": "https://localhost"}, 200),  # a proxy speaks TLS
+        ({"origin": "http://localhost:3000"}, 403),
+        ({"origin": "https://a.example"}, 403),
+        ({"origin": "null"}, 403),
+        ({"origin": "https://own.example", "sec-fetch-site": "same-origin"}, 200),  # a proxy changed the host
+        ({"origin": "chrome-extension://abc", "sec-fetch-site": "none"}, 200),
+        ({"origin": "http://localhost", "sec-fetch-site": "same-site"}, 403),
+        ({"sec-fetch-site": "cross-site"}, 403),
+        ({"origin": "https://b.example", "sec-fetch-site": "cross-site"}, 200),  # named
+    ],
+)
+def test_a_server_without_keys_takes_orders_from_its_own_pages(headers: dict[str, str], status: int) -> None:
+    app = app_of(FakeScheduler(), cors_origin=("https://b.example",))
+    for path in ("/sdapi/v1/interrupt", "/sdapi/v1/options"):
+        answer = ask(app, "POST", path, headers=headers, json={})
+        assert answer.status_code == status
+        assert status == 200 or answer.json()["error"]["code"] == "origin_not_allowed"
+    assert ask(app, "GET", "/", headers=headers).status_code == 200  # links to it work
+    keyed = ask(app_of(FakeScheduler(), keys=("one",)), "POST", "/sdapi/v1/interrupt", headers=headers)
+    assert keyed.status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost:8000", 200),
+        ("127.0.0.1", 200),
+        ("[::1]:8000", 200),
+        ("192.168.0.7", 200),
+        ("a.localhost", 200),
+        ("a.example", 403),
+        ("localhost.a.example", 403),
+        ("127.0.0.1.a.example", 403),
+        ("[", 403),
+        ("Named.example:80", 200),
+    ],
+)
+def test_names_that_a_page_may_have_given_to_this_address_are_refused(host: str, status: int) -> None:
+    app = app_of(FakeScheduler(), allowed_host=("named.example",))
+    answer = ask(app, "GET", "/sdapi/v1/progress", headers={"host": host})
+    assert answer.status_code == status
+    assert status == 200 or answer.json()["error"]["code"] == "host_not_allowed"
+    for open_to_all in ({"host": "0.0.0.0"}, {"allowed_host": ("*",)}, {"keys": ("one",)}):
+        other = app_of(FakeScheduler(), **open_to_all)
+        own = {"host": host, "authorization": "Bearer one"}
+        assert ask(other, "GET", "/sdapi/v1/progress", headers=own).status_code == 200
 
 
 def test_nothing_is_fetched_from_elsewhere(app: Any) -> None:
@@ -253,7 +306,7 @@ def test_a_body_that_dawdles_is_given_up() -> None:
     with live(app_of(FakeScheduler(), body_timeout=0.05)) as url:
         host, port = url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as connection:
-            head = "Host: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
+            head = "Host: localhost\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
             connection.sendall(f"POST {DRAW} HTTP/1.1\r\n{head}{{".encode())
             with connection.makefile("rb") as answers:
                 answer = answers.readline() + answers.read()

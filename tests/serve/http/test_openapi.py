@@ -16,7 +16,7 @@ from schemathesis.specs.openapi.checks import (
 
 from tests.support.serve.fakes import FakeScheduler, app_of
 
-APP = app_of(FakeScheduler(), max_pixels=128 * 128, max_side=128)
+APP = app_of(FakeScheduler(), max_pixels=128 * 128, max_side=128, allowed_host=("testserver",))
 CHECKS = [not_a_server_error, content_type_conformance, response_schema_conformance, status_code_conformance]
 schema = schemathesis.openapi.from_asgi("/openapi.json", APP)
 

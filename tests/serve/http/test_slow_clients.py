@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from latentrt.serve.http.middleware import PIECE, Guard
+from latentrt.serve.http.guard.middleware import PIECE, Guard
 from latentrt.serve.process.config import Settings
 from latentrt.serve.process.metrics import Metrics
 from tests.support.serve.fake_engine import PATIENCE
@@ -45,7 +45,7 @@ def asked(app: App, stall: float, room: int = 4096) -> Iterator[socket.socket]:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, room)
         sock.settimeout(PATIENCE)
         sock.connect((host, int(port)))
-        sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        sock.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
         yield sock
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Iterator
 
 import pytest
 from selenium.webdriver import Chrome, Keys
@@ -167,8 +168,15 @@ def test_what_can_be_chosen_is_the_servers(chrome: Chrome) -> None:
         assert page.all(CARD) == []
 
 
-def test_from_another_machine_without_tls(chrome: Chrome, url: str) -> None:
-    page = Visitor(chrome, url.replace("127.0.0.1", "page.test")).visit()
+@pytest.fixture
+def named(scheduler: FakeScheduler) -> Iterator[str]:
+    """Yield the address of a server that has the name page.test too."""
+    with live(app_of(scheduler, allowed_host=("page.test",))) as url:
+        yield url
+
+
+def test_from_another_machine_without_tls(chrome: Chrome, named: str) -> None:
+    page = Visitor(chrome, named.replace("127.0.0.1", "page.test")).visit()
     assert not page.run("return isSecureContext || 'clipboard' in navigator")
     page.draw("a fox", seed=3, num_inference_steps=STEPS)
     page.count(1, TILE)
@@ -182,7 +190,7 @@ def test_from_another_machine_without_tls(chrome: Chrome, url: str) -> None:
     page.one("[name=prompt]").send_keys(Keys.CONTROL, "v")
     copied = json.loads(page.one("[name=prompt]").get_attribute("value"))
     assert (copied["prompt"], copied["seed"], copied["num_inference_steps"]) == ("a fox", 3, STEPS)
-    assert post(f"{url}/v1/images/generations", json=copied).status_code == 200
+    assert post(f"{named}/v1/images/generations", json=copied).status_code == 200
     assert page.complaints() == []
 
 

@@ -271,7 +271,7 @@ def test_a_refused_setting_is_led_to(flat: Visitor, picture: str) -> None:
     flat.reads("What to do", CARD)
     flat.click("Start from a picture")
     flat.click("Go to the setting", CARD)
-    assert flat.focused == "Strength"
+    assert flat.focused == "Strength (1 keeps nothing)"
 
 
 # History

@@ -127,7 +127,7 @@ def test_the_queue_shows_progress_and_ones_own_job_can_be_cancelled(scheduler: F
 
     async def work() -> None:
         scheduler.hold = asyncio.Event()
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
             client.headers["authorization"] = "Bearer one"
             headers = {"x-request-id": "mine"}
             body = {"prompt": "a secret", "n": 2, "num_inference_steps": ROWS}

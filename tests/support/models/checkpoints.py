@@ -124,14 +124,50 @@ def tiny_x4(folder: Path) -> Path:
     return folder
 
 
-def tiny_sdxl(folder: Path, *, unet: Options = AS_IT_IS, index: Options = AS_IT_IS) -> Path:
-    """Write one like SDXL: two text encoders, the second with a projection; sizes and pooled text as conditions."""
+def tiny_x2(folder: Path) -> Path:
+    """Write one like the latent upscaler: k-diffusion's blocks, a condition with the pooled text, clean latents out."""
+    return tiny_sd(
+        folder,
+        unet={
+            "in_channels": 8,
+            "out_channels": 5,
+            "block_out_channels": (32, 64, 64),  # the last as wide as the time: that block attends to itself
+            "down_block_types": ("KDownBlock2D", "KCrossAttnDownBlock2D", "KCrossAttnDownBlock2D"),
+            "mid_block_type": None,
+            "up_block_types": ("KCrossAttnUpBlock2D", "KCrossAttnUpBlock2D", "KUpBlock2D"),
+            "layers_per_block": 1,
+            "attention_head_dim": 8,
+            "act_fn": "gelu",
+            "norm_num_groups": None,
+            "conv_in_kernel": 1,
+            "conv_out_kernel": 1,
+            "cross_attention_norm": "layer_norm",
+            "resnet_time_scale_shift": "scale_shift",
+            "time_cond_proj_dim": 128 + 32,
+            "time_embedding_dim": 64,
+            "time_embedding_type": "fourier",
+            "timestep_post_act": "gelu",
+            "use_linear_projection": True,
+        },
+        scheduler={"_class_name": "EulerDiscreteScheduler", "prediction_type": "sample"},
+        index={
+            "_class_name": "StableDiffusionLatentUpscalePipeline",
+            **{key: [None, None] for key in ("safety_checker", "feature_extractor")},
+        },
+    )
+
+
+def tiny_sdxl(folder: Path, *, unet: Options = AS_IT_IS, second: Options = AS_IT_IS, index: Options = AS_IT_IS) -> Path:
+    """Write one like SDXL: two text encoders, the second with a projection; sizes and pooled text as conditions.
+
+    `unet`, `second` (the second text encoder) and `index` are as in `tiny_sd`.
+    """
     size = write_tokenizer(folder / "tokenizer", END)
     write_tokenizer(folder / "tokenizer_2", "!")
     torch.manual_seed(0)
     networks = {
         "text_encoder": CLIPTextModel(text_config(size)),
-        **_xl_networks(size, {"cross_attention_dim": 32 + 48, **unet}, sizes=6),
+        **_xl_networks(size, {"cross_attention_dim": 32 + 48, **unet}, second, sizes=6),
     }
     return _write_xl(folder, networks, {"_class_name": "StableDiffusionXLPipeline", **index})
 
@@ -140,7 +176,7 @@ def tiny_refiner(folder: Path) -> Path:
     """Write one like SDXL's refiner: the second text encoder alone, an aesthetic score as the last of five sizes."""
     size = write_tokenizer(folder / "tokenizer_2", "!")
     torch.manual_seed(0)
-    networks = _xl_networks(size, {"cross_attention_dim": 48}, sizes=5)
+    networks = _xl_networks(size, {"cross_attention_dim": 48}, AS_IT_IS, sizes=5)
     index = {
         "_class_name": "StableDiffusionXLImg2ImgPipeline",
         "text_encoder": [None, None],
@@ -151,7 +187,7 @@ def tiny_refiner(folder: Path) -> Path:
     return _write_xl(folder, networks, index)
 
 
-def _xl_networks(vocabulary: int, unet: Options, sizes: int) -> dict[str, nn.Module]:
+def _xl_networks(vocabulary: int, unet: Options, text: Options, sizes: int) -> dict[str, nn.Module]:
     added = {
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": 8,
@@ -159,9 +195,9 @@ def _xl_networks(vocabulary: int, unet: Options, sizes: int) -> dict[str, nn.Mod
         "use_linear_projection": True,
         "transformer_layers_per_block": [1, 2],
     }
-    second = text_config(vocabulary, hidden_size=48, intermediate_size=96, hidden_act="gelu", projection_dim=24)
+    second = {"hidden_size": 48, "intermediate_size": 96, "hidden_act": "gelu", "projection_dim": 24, **text}
     return {
-        "text_encoder_2": CLIPTextModelWithProjection(second),
+        "text_encoder_2": CLIPTextModelWithProjection(text_config(vocabulary, **second)),
         "unet": UNet2DConditionModel(**(UNET | added | unet)),
         "vae": AutoencoderKL(**(VAE | {"scaling_factor": 0.13025})),
     }

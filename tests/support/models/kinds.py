@@ -18,6 +18,7 @@ MAKERS: Mapping[str, Callable[[Path], Path]] = {
         index={"_class_name": "LatentConsistencyModelPipeline", "requires_safety_checker": False},
     ),
     "lcm-sdxl": partial(tiny_sdxl, unet=LCM),
+    "sdxl-old": partial(tiny_sdxl, second={"eos_token_id": 2}),  # as SDXL's own: pooled at the highest id
     "pix2pix": partial(tiny_sd, unet=PIX2PIX, index={"_class_name": "StableDiffusionInstructPix2PixPipeline"}),
     "pix2pix-sdxl": partial(tiny_sdxl, unet=PIX2PIX, index={"_class_name": "StableDiffusionXLInstructPix2PixPipeline"}),
 }

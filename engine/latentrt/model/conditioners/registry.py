@@ -13,6 +13,7 @@ from latentrt.model.conditioners.beside import Edited, Repainted
 from latentrt.model.conditioners.class_label import ClassLabel
 from latentrt.model.conditioners.depth_map import DepthMap
 from latentrt.model.conditioners.guidance_embedding import GuidanceEmbedding
+from latentrt.model.conditioners.low_latents import LowLatents, Sigma
 from latentrt.model.conditioners.low_picture import LowPicture
 from latentrt.model.conditioners.sizes import ScoredSizes, Sizes
 from latentrt.model.inputs import Conditioner
@@ -101,7 +102,15 @@ def _low_picture(parts: Parts) -> Conditioner:
         needed = "low_schedule and max_noise_level in its manifest"
         raise BundleError(f"the denoiser of {spec.id} reads a noisy picture", needed=needed, fix=EXPORT)
     schedule = Schedule.from_config(parts.bundle.json(spec.low_schedule))
-    return LowPicture(schedule, spec.max_noise_level, parts.inputs["noise_level"].dtype)
+    return LowPicture(spec.latents.factor, schedule, spec.max_noise_level, parts.inputs["noise_level"].dtype)
+
+
+def _low_latents(parts: Parts) -> Conditioner:
+    return LowLatents()
+
+
+def _sigma(parts: Parts) -> Conditioner:
+    return Sigma()
 
 
 def _unknown(parts: Parts, found: str, needed: str) -> BundleError:
@@ -118,4 +127,6 @@ MAKERS: Mapping[str, Callable[[Parts], Conditioner]] = {
     "depth_map": _depth_map,
     "low_picture": _low_picture,
     "noise_level": _low_picture,
+    "low_latents": _low_latents,
+    "sigma": _sigma,
 }

@@ -83,7 +83,8 @@ class Handle:
         rows: network calls of each picture; a good guess until its job is there.
         previews: to deliver of each picture, spread over its rows; fewer come where decoding, or the client, lags.
         deadline: the `time.monotonic()` by which all pictures must be done; infinity if there is none.
-        id, owner, api, task: the request's id, its key's name, the API it came by, the client's own name for it.
+        id, owner, api, task: the request's id, its key's name or without keys its client's address, the API it came by,
+            the client's own name for it.
         lanes: of the network that each picture takes.
         slots: one for each picture, from the reservation on.
         submitted: whether everything has come that its pictures need.

@@ -19,11 +19,13 @@ GUIDED = 2  # lanes of a picture with guidance, of most models
 
 
 def load_encoder(engine: Engine) -> None:
-    """Load the network that edits need, if the model has one: what is loaded later stalls others.
+    """Load the network that edits need, if they need one: what is loaded later stalls others.
 
     Raises:
         PlanError: there is no plan for it.
     """
+    if not engine.model.encodes:
+        return
     try:
         for name in engine.spec.named(ENCODER):
             engine.model.networks[name].open()
@@ -62,6 +64,8 @@ def check(engine: Engine) -> None:
             )
     side = max(engine.spec.latents.height, engine.spec.latents.width) if engine.backend.facts.fixed_lanes else SIDE
     settings, pictures = example(engine.model, side)
+    if pictures and not engine.model.shows_picture:
+        settings["strength"] = 1.0  # less may leave none of one step
     prompt = None if engine.model.text is None else ""
     (job,) = engine.requests([prompt], {"steps": 1, "guidance": 1.0, **settings}, pictures)
     engine.run([job])

@@ -26,8 +26,10 @@ from latentrt.serve.http.errors import (
     too_large,
 )
 from latentrt.serve.http.generation import Context
-from latentrt.serve.http.middleware import Guard, cross_origin, most_bytes
+from latentrt.serve.http.guard.middleware import Guard, most_bytes
+from latentrt.serve.http.guard.origins import cross_origin
 from latentrt.serve.http.page import add_page
+from latentrt.serve.process.keys import Keys
 from latentrt.serve.process.logs import logger
 from latentrt.serve.process.metrics import Metrics
 
@@ -50,7 +52,7 @@ def create_app(
     Raises:
         RequestError: the keys cannot be read.
     """
-    settings, keys = catalog.settings, catalog.settings.secrets()
+    settings, keys = catalog.settings, Keys(catalog.settings)
     metrics = metrics or Metrics(catalog.name)
     _add_gauges(metrics, scheduler)
     app = FastAPI(
@@ -71,7 +73,7 @@ def create_app(
             Middleware(Guard, keys=keys, settings=settings, scheduler=scheduler, metrics=metrics),
         ],
     )
-    app.state.context = Context(scheduler, settings, catalog, metrics)
+    app.state.context, app.state.keys = Context(scheduler, settings, catalog, metrics), keys
     for router in (openai_routes.router, sd_routes.router):  # first: paths are compared in this order
         # The guard checks keys; this only puts them into the description.
         app.include_router(router, dependencies=[Depends(HTTPBearer(auto_error=False))] if keys else [])

@@ -69,13 +69,7 @@ async def generating(
         LatentrtError: it is refused, or a picture that came with it cannot be read.
     """
     catalog, facts = context.catalog, http.state.facts
-    if files and not catalog.edits:
-        needed = "none: this server edits no pictures"
-        raise Problem("there is a picture", needed, fix="leave it out", param="image")
-    if catalog.needs_picture and "image" not in files:
-        raise Problem("there is no picture", needed="one: the model edits pictures as the prompt says", param="image")
-    if catalog.needs_mask and "mask" not in files:
-        raise Problem("there is no mask", needed="a picture and a mask: the model repaints", param="mask")
+    catalog.check_pictures(files)
     if files and request.hires_scale is not None:
         raise Problem("there are hires_scale and a picture", needed="one of them", param="hires_scale")
     rows, solver = catalog.work(request)
@@ -90,8 +84,10 @@ async def generating(
     context.scheduler.reserve(handle)
     try:
         if files:
-            latents, most = catalog.latents, context.settings.max_image_pixels
-            pictures = await in_thread(partial(decode, files, (width, height), latents, most))
+            most, enlarges = context.settings.max_image_pixels, catalog.enlarges
+            pictures = await in_thread(
+                partial(decode, files, (width, height), catalog.latents, most, enlarges=enlarges)
+            )
             handle.request = replace(request, pictures=pictures)
         context.scheduler.submit(handle)
         yield handle

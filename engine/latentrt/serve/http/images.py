@@ -6,17 +6,21 @@ import base64
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from io import BytesIO
-from typing import BinaryIO, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 import anyio.to_thread
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageOps
 
 from latentrt.bundle.spec import LatentSpec
+from latentrt.errors import RequestError
 from latentrt.images.depth import to_eight_bits
-from latentrt.images.given import MODES, prepared
+from latentrt.images.depth_map import depth_of
+from latentrt.images.given import MODES, prepared, prepared_low
 from latentrt.serve.http.errors import Problem
+
+if TYPE_CHECKING:
+    from latentrt.images.given import Source
 
 T = TypeVar("T")
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -47,13 +51,24 @@ async def in_thread(work: Callable[[], T]) -> T:
     return await anyio.to_thread.run_sync(work, limiter=_THREADS)
 
 
-def decode(files: Files, size: tuple[int, int], latents: LatentSpec, most_pixels: int) -> dict[str, NDArray[np.uint8]]:
-    """Return the pictures of files, all of this width and height: pixels, and a mask that is 255 where to repaint.
+def decode(
+    files: Files, size: tuple[int, int], latents: LatentSpec, most_pixels: int, *, enlarges: int = 1
+) -> dict[str, Source]:
+    """Return the pictures of files: pixels, a mask that is 255 where to repaint, and a depth map as it came.
+
+    Args:
+        files: by use.
+        size: width and height of what is drawn; pixels and mask have it too.
+        latents: the model's.
+        most_pixels: that a file may have.
+        enlarges: how many times as large the model draws the picture: its pixels have that part of the size.
 
     Raises:
-        Problem: 400 image_decode_failed, or a mask that does not fit the picture.
+        Problem: 400 image_decode_failed, a mask that does not fit the picture, or what is no depth map.
     """
-    images = {purpose: _load(file, most_pixels) for purpose, file in files.items()}
+    images = {purpose: _load(file, most_pixels, deep=purpose == "depth") for purpose, file in files.items()}
+    if "depth" in files:
+        _check_depth(images["depth"], files["depth"].name)
     for purpose, file in files.items():
         if file.to_mask is not None:
             sides, needed = (f"{one.width}x{one.height}" for one in (images[purpose], images["image"]))
@@ -63,9 +78,13 @@ def decode(files: Files, size: tuple[int, int], latents: LatentSpec, most_pixels
                 )
             images[purpose] = file.to_mask(images[purpose], file.name)
     width, height = size
+    if enlarges > 1:
+        return {"image": prepared_low(images["image"], height, width, latents, enlarges)}
     pixels, repaint = prepared(images["image"], images.get("mask"), height, width, latents)
-    pixels = pixels.repeat(3 // pixels.shape[2], axis=2)  # grey ones too come to the engine in colour
-    return {"image": pixels} if repaint is None else {"image": pixels, "mask": repaint.astype(np.uint8) * np.uint8(255)}
+    pictures: dict[str, Source] = {"image": pixels.repeat(3 // pixels.shape[2], axis=2)}  # grey ones in colour too
+    if repaint is not None:
+        pictures["mask"] = repaint.astype(np.uint8) * np.uint8(255)
+    return pictures | ({"depth": images["depth"]} if "depth" in images else {})
 
 
 def shape_of(file: File, most_pixels: int) -> tuple[int, int]:
@@ -133,12 +152,24 @@ def too_many_bytes(name: str, most: int) -> Problem:
     return Problem(f"{name} is too large", needed, fix, param=name, status=413, code="image_too_large")
 
 
-def _load(file: File, most_pixels: int) -> Image.Image:
-    """Return a file's picture upright, with 8 bits a channel, palettes and their transparency resolved; close it."""
+def _check_depth(image: Image.Image, name: str) -> None:
+    try:
+        depth_of(image)
+    except RequestError as error:
+        raise Problem(error.found, error.needed, error.fix, param=name) from error
+
+
+def _load(file: File, most_pixels: int, *, deep: bool = False) -> Image.Image:
+    """Return a file's picture upright, with 8 bits a channel, palettes and their transparency resolved; close it.
+
+    With `deep` it is as it came.
+    """
     with file.open() as data:
         image = _opened(data, file.name, most_pixels)
         try:
             image.load()
+            if deep:
+                return ImageOps.exif_transpose(image)
             upright = to_eight_bits(ImageOps.exif_transpose(image), file.name)
             if "transparency" in upright.info:
                 return upright.convert("RGBA")

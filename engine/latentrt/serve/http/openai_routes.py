@@ -24,6 +24,7 @@ from latentrt.serve.http.errors import Problem, answer_to, documented
 from latentrt.serve.http.generation import Context, Served, all_pictures, generating
 from latentrt.serve.http.images import File, Files, alpha_mask, encode, in_thread, shape_of, too_many_bytes
 from latentrt.serve.http.openai_schema import (
+    OF_EDITS,
     OWN,
     USAGE,
     EditRequest,
@@ -62,7 +63,7 @@ async def retrieve_model(model: str, context: Served) -> Model:
 @router.post("/images/generations", responses=_DRAWN, response_class=JSONResponse)
 async def generate(wanted: GenerateRequest, http: HttpRequest, context: Served) -> Response:
     """Draw pictures from a prompt."""
-    request = _request(context, wanted, context.catalog.size(wanted.size))
+    request = _request(context, wanted, context.catalog.sizes.of(wanted.size))
     return await _answer(context, http, wanted, request, {}, "generation")
 
 
@@ -70,22 +71,27 @@ async def generate(wanted: GenerateRequest, http: HttpRequest, context: Served) 
 async def edit(
     wanted: Annotated[EditRequest, Form(media_type="multipart/form-data")], http: HttpRequest, context: Served
 ) -> Response:
-    """Draw pictures from a prompt and a picture; with a mask only where its alpha is 0."""
-    files = _files(context, wanted)
+    """Draw pictures from a prompt and a picture; with a mask only where its alpha is 0.
+
+    Models that enlarge pictures draw each so many times as large as it is; `size` is that of the drawn one.
+    """
+    files, catalog = _files(context, wanted), context.catalog
     if wanted.size in (None, "", "auto"):
         shape = await in_thread(partial(shape_of, files["image"], context.settings.max_image_pixels))
-        size = context.catalog.fitting(*shape)
+        size = catalog.sizes.fitting(*shape)
     else:
-        size = context.catalog.size(wanted.size)
-    strength = context.catalog.strength(wanted.strength, MASKED_STRENGTH if wanted.mask else STRENGTH)
-    return await _answer(context, http, wanted, _request(context, wanted, size, strength), files, "edit")
+        size = catalog.sizes.of(wanted.size)
+    default = None if catalog.shows_picture else MASKED_STRENGTH if wanted.mask else STRENGTH
+    more = {name: getattr(wanted, name) for name in OF_EDITS}
+    request = _request(context, wanted, size, strength=wanted.strength or default, **more)
+    return await _answer(context, http, wanted, request, files, "edit")
 
 
 def _model(context: Context, name: str) -> Model:
     return Model(id=name, created=context.created, owned_by="latentrt", root=context.catalog.name)
 
 
-def _request(context: Context, wanted: Wanted, size: tuple[int, int], strength: float | None = None) -> Request:
+def _request(context: Context, wanted: Wanted, size: tuple[int, int], **more: Any) -> Request:
     if wanted.kind == "png" and wanted.output_compression not in (None, 100):
         raise Problem(
             f"output_compression is {wanted.output_compression} with png",
@@ -104,8 +110,8 @@ def _request(context: Context, wanted: Wanted, size: tuple[int, int], strength: 
         scheduler=wanted.scheduler,
         seed=wanted.seed,
         class_label=wanted.class_label,
-        strength=strength,
         **{name: getattr(wanted, name) for name in OWN},
+        **more,
     )
 
 
@@ -116,11 +122,13 @@ def _files(context: Context, wanted: EditRequest) -> Files:
         found = f"{len(images)} pictures to edit" if images else "image is missing"
         raise Problem(found, needed="one", fix="send one file as image", param="image")
     most = context.settings.max_image_bytes
-    for name, upload in (("image", images[0]), ("mask", wanted.mask)):
+    files = {}
+    for name, upload in (("image", images[0]), ("mask", wanted.mask), ("depth", wanted.depth)):
         if upload is not None and (upload.size or 0) > most:
             raise too_many_bytes(name, most)
-    files = {"image": File("image", partial(_rewound, images[0]))}
-    return files | ({"mask": File("mask", partial(_rewound, wanted.mask), alpha_mask)} if wanted.mask else {})
+        if upload is not None:
+            files[name] = File(name, partial(_rewound, upload), alpha_mask if name == "mask" else None)
+    return files
 
 
 def _rewound(upload: UploadFile) -> BinaryIO:

@@ -2,7 +2,7 @@
 
 A field whose type is None alone is one that the client knows and that is not supported: null passes, anything else is
 refused by name. `seed`, `negative_prompt`, `num_inference_steps`, `guidance_scale`, `scheduler`, `class_label`,
-`strength`, `timeout` and OWN are latentrt's own (`extra_body` in the client).
+`strength`, `depth`, `timeout`, OWN and OF_EDITS are latentrt's own (`extra_body` in the client).
 
 Source: openai.types.image_generate_params, image_edit_params, images_response and the stream events, openai 3.54.
 """
@@ -39,6 +39,7 @@ OWN = (  # named as a Request names them
     *("prompt_syntax", "clip_skip", "cache_interval"),
     *("hires_scale", "hires_steps", "hires_strength", "handoff"),
 )
+OF_EDITS = ("image_guidance", "noise_level")  # the same
 WHOLE = BeforeValidator(_whole)  # last in its type: bounds must stand next to int to be in the schema
 Text = Annotated[str, Field(min_length=0)]  # with any bound, half a surrogate pair is refused
 Count = Annotated[int, Field(ge=1), WHOLE]
@@ -47,6 +48,8 @@ Label = Annotated[int, Field(ge=0, lt=2**31), WHOLE]
 Guidance = Annotated[float, Field(ge=0, le=100)]
 Percent = Annotated[int, Field(ge=0, le=100), WHOLE]
 Part = Annotated[float, Field(gt=0, le=1)]
+ImageGuidance = Annotated[float, Field(ge=1, le=100)]
+NoiseLevel = Annotated[int, Field(ge=0, lt=2**31), WHOLE]
 OutputFormat = Literal["png", "jpeg", "webp"]
 
 
@@ -138,6 +141,17 @@ class EditRequest(Wanted):
         UploadFile | None, Field(description="PNG or WebP of the picture's size; where its alpha is 0 is edited.")
     ] = None
     strength: Annotated[Part | None, Field(description="How far to leave the picture: 1 keeps nothing.")] = None
+    depth: Annotated[
+        UploadFile | None,
+        Field(description="The picture's depth map, grey, near is white: for models that draw by depth."),
+    ] = None
+    image_guidance: Annotated[
+        ImageGuidance | None,
+        Field(description="How closely to stay to the picture: for models that edit it as the prompt says."),
+    ] = None
+    noise_level: Annotated[
+        NoiseLevel | None, Field(description="How much noise the picture gets: for models that enlarge it.")
+    ] = None
     input_fidelity: Annotated[Literal["low", "high"] | None, Field(description="Without effect here.")] = None
     markup: None = None
 

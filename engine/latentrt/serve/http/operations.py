@@ -100,27 +100,45 @@ def _job(handle: Handle) -> Job:
 @router.get("/latentrt/model", responses=documented(401))
 async def model(context: Served) -> dict[str, Any]:
     """What a page or a client may offer: names, sizes, limits, defaults, solvers, and what the model reads: prompts,
-    class labels (below `classes`, where that is known), pictures to edit.
+    class labels (below `classes`, where that is known), pictures to edit. `needs_picture`, `needs_mask` and
+    `needs_depth` are those that it draws from alone. `strength` and `masks` say whether edits have them, `enlarges` how
+    many times as large as the given picture the drawn one is (null: as large).
     """
     catalog, settings, defaults = context.catalog, context.settings, context.catalog.defaults
+    fields = ("negative_prompt", "image_guidance", "noise_level")
     return {
         "model": catalog.name,
         "names": catalog.names,
-        "size": "{}x{}".format(*catalog.own),
-        "sizes": [f"{width}x{height}" for width, height in catalog.sizes],
+        "size": "{}x{}".format(*catalog.sizes.own),
+        "sizes": [f"{width}x{height}" for width, height in catalog.sizes.listed],
         "step": catalog.latents.step,
         "limits": {
             name: getattr(settings, name) for name in ("max_side", "max_pixels", "max_prompt", "max_image_bytes")
         }
-        | {"max_n": settings.most_pictures, "max_steps": catalog.max_steps},
-        "defaults": {"steps": defaults.steps, "guidance": defaults.guidance, "scheduler": defaults.solver},
+        | {
+            "max_n": settings.most_pictures,
+            "max_steps": catalog.max_steps,
+            "max_noise_level": catalog.max_noise_level,
+        },
+        "defaults": {
+            "steps": defaults.steps,
+            "guidance": defaults.guidance,
+            "image_guidance": defaults.image_guidance,
+            "scheduler": defaults.solver,
+        },
         "schedulers": tuple(catalog.solvers),
         "prompted": catalog.prompted,
-        "class_labels": catalog.class_labels,
+        "class_labels": "class_label" in catalog.fields,
+        **{name: name in catalog.fields for name in fields},
         "refiner": catalog.refiner,
         "classes": catalog.classes,
         "edits": catalog.edits,
-        "needs_mask": catalog.needs_mask,
+        "strength": not catalog.shows_picture,
+        "masks": "mask" in catalog.reads,
+        "needs_picture": "image" in catalog.pictures,
+        "needs_mask": "mask" in catalog.pictures,
+        "needs_depth": "depth" in catalog.pictures,
+        "enlarges": catalog.enlarges if catalog.enlarges > 1 else None,
     }
 
 

@@ -23,9 +23,11 @@ from latentrt.serve.core.handle import Handle
 from latentrt.serve.http.catalog import unknown
 from latentrt.serve.http.errors import Problem, documented
 from latentrt.serve.http.generation import Context, Served, all_pictures, generating
-from latentrt.serve.http.images import File, Files, encode, from_base64, in_thread, white_mask
+from latentrt.serve.http.images import File, Files, encode, from_base64, in_thread, shape_of, white_mask
 from latentrt.serve.http.sd_schema import (
+    DENOISING_STRENGTH,
     IDLE,
+    IMAGE_CFG_SCALE,
     SAMPLERS,
     SCHEDULERS,
     UPSCALERS,
@@ -97,19 +99,27 @@ async def schedulers() -> list[Scheduler]:
 @router.post("/txt2img", responses=_DRAWN, response_class=JSONResponse)
 async def txt2img(wanted: TextToImage, http: HttpRequest, context: Served) -> JSONResponse:
     """Draw pictures from a prompt."""
-    return await _answer(context, http, wanted, {})
+    return await _answer(context, http, wanted, {}, context.catalog.sizes.own)
 
 
 @router.post("/img2img", responses=_DRAWN, response_class=JSONResponse)
 async def img2img(wanted: ImageToImage, http: HttpRequest, context: Served) -> JSONResponse:
-    """Draw pictures from a prompt and a picture; with a mask only where it is white."""
+    """Draw pictures from a prompt and a picture; with a mask only where it is white.
+
+    Models that enlarge pictures draw each so many times as large as it is, unless a width and height are given.
+    """
+    catalog = context.catalog
     files = {"image": _file(context, "init_images", wanted.init_images[0])}
     if wanted.mask:
         to_mask = partial(white_mask, inverted=bool(wanted.inpainting_mask_invert))
         files["mask"] = _file(context, "mask", wanted.mask, to_mask)
-    asked = wanted.denoising_strength if "denoising_strength" in wanted.model_fields_set else None
-    strength = context.catalog.strength(asked, wanted.denoising_strength or STRENGTH)
-    return await _answer(context, http, wanted, files, strength)
+    size = catalog.sizes.own
+    if catalog.enlarges > 1 and not (wanted.width or wanted.height):
+        shape = await in_thread(partial(shape_of, files["image"], context.settings.max_image_pixels))
+        with _renamed():
+            size = catalog.sizes.fitting(*shape)
+    more = {"strength": _strength(context, wanted), "image_guidance": _image_guidance(context, wanted)}
+    return await _answer(context, http, wanted, files, size, **more, noise_level=wanted.noise_level)
 
 
 @router.get("/progress")
@@ -156,14 +166,34 @@ def _file(context: Context, name: str, text: str, to_mask: Any = None) -> File:
     return File(name, lambda: BytesIO(from_base64(text, name, most)), to_mask)
 
 
+def _strength(context: Context, wanted: ImageToImage) -> float | None:
+    """Return the strength of an edit; none where the model begins on noise: see `sd_schema`. Raise Problem."""
+    asked = wanted.denoising_strength
+    if not context.catalog.shows_picture:
+        return asked or STRENGTH
+    if asked not in (None, DENOISING_STRENGTH, 1):
+        found = f"denoising_strength is {asked:g}, and the model draws anew beside the given picture"
+        raise Problem(found, needed="1, or none", fix="leave it out", param="denoising_strength")
+    return None
+
+
+def _image_guidance(context: Context, wanted: ImageToImage) -> float | None:
+    """Return the scale of the picture's own guidance, if it is set: see `sd_schema`. Raise Problem."""
+    asked = None if wanted.image_cfg_scale == IMAGE_CFG_SCALE else wanted.image_cfg_scale
+    if asked is not None and "image_guidance" not in context.catalog.fields:
+        found, needed = f"image_cfg_scale is {asked:g}", f"none: {context.catalog.name} reads none"
+        raise Problem(found, needed, fix="leave it out", param="image_cfg_scale")
+    return asked
+
+
 async def _answer(
-    context: Context, http: HttpRequest, wanted: TextToImage, files: Files, strength: float | None = None
+    context: Context, http: HttpRequest, wanted: TextToImage, files: Files, size: tuple[int, int], **more: Any
 ) -> JSONResponse:
     _check_idle(wanted)
     solver, options = _solver(wanted)
     previews = PREVIEWS if wanted.force_task_id else 0
     with _renamed():
-        request = _request(context, wanted, solver, strength, options)
+        request = _request(context, wanted, solver, size, options=options, **more)
         async with generating(
             context, http, request, files, api=API, previews=previews, task=wanted.force_task_id
         ) as handle:
@@ -187,16 +217,14 @@ def _renamed() -> Iterator[None]:
         raise
 
 
-def _request(
-    context: Context, wanted: TextToImage, solver: str | None, strength: float | None, options: dict[str, Any]
-) -> Request:
+def _request(context: Context, wanted: TextToImage, solver: str | None, size: tuple[int, int], **more: Any) -> Request:
     catalog = context.catalog
     catalog.check_model(str((wanted.override_settings or {}).get("sd_model_checkpoint") or ""))
     return catalog.request(
         wanted.prompt,
         negative_prompt=wanted.negative_prompt,
         n=(wanted.batch_size or 1) * (wanted.n_iter or 1),
-        size=catalog.sides(wanted.width or catalog.own[0], wanted.height or catalog.own[1]),
+        size=catalog.sizes.sides(wanted.width or size[0], wanted.height or size[1]),
         steps=wanted.steps,
         guidance=wanted.cfg_scale,
         scheduler=solver,
@@ -204,8 +232,7 @@ def _request(
         class_label=wanted.class_label,
         prompt_syntax="a1111" if catalog.prompted else "plain",
         clip_skip=_clip_skip(wanted),
-        strength=strength,
-        options=options,
+        **more,
         **_stages(context, wanted),
     )
 

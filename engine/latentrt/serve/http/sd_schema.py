@@ -1,7 +1,11 @@
 """The part of A1111's API that clients use, and the names of its samplers.
 
 Its clients send dozens of fields, most of them without effect: unknown ones are ignored, and those that would make
-another picture (`IDLE`) are refused by name.
+another picture (`IDLE`) are refused by name. Two of img2img are always sent, whatever the model: `denoising_strength`
+(0.75) and, by webuiapi, `image_cfg_scale` (1.5). Models that read the picture beside the latents begin on noise alone:
+they take a denoising strength of 0.75, since the client may not have meant it, and of 1, which is what they do; others
+are refused. An image_cfg_scale of 1.5 is one that is not set; others are refused where the model reads none, while
+A1111 ignores them.
 
 Source: AUTOMATIC1111/stable-diffusion-webui, modules/api/models.py and modules/sd_samplers_kdiffusion.py, 1.10; what
 Open WebUI and LibreChat send.
@@ -14,7 +18,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from latentrt.request import MAX_SEED
-from latentrt.serve.http.openai_schema import WHOLE, Count, Guidance, Label, Part, Text
+from latentrt.serve.http.openai_schema import WHOLE, Count, Guidance, ImageGuidance, Label, NoiseLevel, Part, Text
 
 # A1111's names with our solvers and the spacing that its "Automatic" means.
 SAMPLERS: dict[str, tuple[str, str]] = {
@@ -40,6 +44,7 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
     "Exponential": {"use_exponential_sigmas": True},
     "Beta": {"use_beta_sigmas": True},
 }
+DENOISING_STRENGTH, IMAGE_CFG_SCALE = 0.75, 1.5  # as clients send them that were told nothing
 UPSCALERS = ("Latent",)  # of hires fix
 # Fields and overridden settings that would make another picture than the one drawn here, with the values at which they
 # do nothing.
@@ -90,7 +95,9 @@ class TextToImage(BaseModel):
     override_settings: Annotated[
         dict[str, Any] | None, Field(description="sd_model_checkpoint; what would change the picture is refused.")
     ] = None
-    denoising_strength: Annotated[Part | None, Field(description="Of a picture, or of hires fix's second run.")] = 0.75
+    denoising_strength: Annotated[Part | None, Field(description="Of a picture, or of hires fix's second run.")] = (
+        DENOISING_STRENGTH
+    )
     enable_hr: bool | None = False
     hr_scale: Annotated[float, Field(ge=1, le=8)] | None = 2.0
     hr_upscaler: Annotated[str | None, Field(description="Latent alone.")] = None
@@ -108,6 +115,12 @@ class ImageToImage(TextToImage):
 
     init_images: Annotated[list[str], Field(min_length=1, max_length=1, description="Base64; never a URL.")]
     mask: Annotated[str | None, Field(description="Base64; white is repainted.")] = None
+    image_cfg_scale: Annotated[
+        ImageGuidance | None, Field(description="Of models that edit the picture as the prompt says.")
+    ] = None
+    noise_level: Annotated[NoiseLevel | None, Field(description="latentrt's own: of models that enlarge pictures.")] = (
+        None
+    )
     inpainting_mask_invert: Annotated[int, Field(ge=0, le=1), WHOLE] | bool | None = 0
 
 

@@ -5,7 +5,7 @@ import { find, make } from "./dom.js";
 const DRAFT = "latentrt.draft";
 const NUMBERS = [
   ...["n", "num_inference_steps", "guidance_scale", "seed", "class_label", "strength", "partial_images"],
-  ...["hires_scale", "handoff"],
+  ...["hires_scale", "handoff", "image_guidance", "noise_level"],
 ];
 const TEXTS = ["prompt", "negative_prompt", "scheduler", "model"];
 const SHAPES = [[1, 1], [3, 2], [2, 3], [16, 9], [9, 16]];
@@ -23,13 +23,15 @@ export function offered(model) {
   const typed = first ? draft() : values();
   offer = model;
   const { limits, step, prompted } = model;
-  for (const name of ["prompt", "negative_prompt", "guidance_scale"]) show(name, prompted);
+  for (const name of ["prompt", "guidance_scale"]) show(name, prompted);
+  for (const name of ["negative_prompt", "image_guidance", "noise_level", "strength"]) show(name, model[name]);
   show("class_label", model.class_labels);
   show("handoff", model.refiner !== null);
   const bounds = {
     n: { max: limits.max_n },
     num_inference_steps: { max: limits.max_steps },
     seed: { max: Number.MAX_SAFE_INTEGER },
+    noise_level: { max: limits.max_noise_level ?? "" },
     class_label: { max: model.classes === null ? "" : model.classes - 1 },
     width: { min: step, max: limits.max_side, step },
     height: { min: step, max: limits.max_side, step },
@@ -68,7 +70,8 @@ export function startsFrom(picture) {
 
 function sizes() {
   const chosen = field("size").value;
-  const automatic = fromPicture ? "As the picture" : named(offer.size);
+  const likePicture = offer.enlarges ? `${offer.enlarges} × the picture` : "As the picture";
+  const automatic = fromPicture ? likePicture : named(offer.size);
   const listed = offer.sizes.length ? offer.sizes : derived(offer);
   const options = [new Option(automatic, ""), ...listed.map((size) => new Option(named(size), size))];
   if (!offer.sizes.length) options.push(new Option("Other…", OTHER));

@@ -96,6 +96,7 @@ class Job {
     for (const [name, value] of Object.entries(wanted)) body.set(name, String(value));
     body.set("image", this.source.image, "image");
     if (this.source.mask) body.set("mask", this.source.mask, "mask.png");
+    if (this.source.depth) body.set("depth", this.source.depth, "depth.png");
     return ask("v1/images/edits", { ...options, body });
   }
 

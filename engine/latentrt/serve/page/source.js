@@ -4,6 +4,7 @@ import { find, say } from "./dom.js";
 
 const file = find("source-file");
 const maskFile = find("mask-file");
+const depthFile = find("depth-file");
 const image = find("source-image");
 const canvas = find("source-mask");
 const brush = canvas.getContext("2d");
@@ -11,6 +12,7 @@ const brush = canvas.getContext("2d");
 let picture = null; // a Blob
 let painted = false;
 let most = Infinity; // bytes
+let needs = {};
 let changed = () => {};
 
 export function begin(onchange) {
@@ -20,7 +22,7 @@ export function begin(onchange) {
     use(null);
     file.focus();
   });
-  maskFile.addEventListener("change", check);
+  for (const input of [maskFile, depthFile]) input.addEventListener("change", check);
   find("mask-clear").addEventListener("click", clear);
   canvas.addEventListener("pointerdown", press);
   canvas.addEventListener("pointermove", paint);
@@ -30,19 +32,29 @@ export function begin(onchange) {
   document.addEventListener("drop", (event) => take(event, event.dataTransfer));
 }
 
-/** Whether the server edits pictures, and how large ones: while a larger one is sent it would hang up. */
-export function offered({ edits, limits }) {
-  most = limits.max_image_bytes;
+/** Which pictures the server takes, and how large ones: while a larger one is sent it would hang up. */
+export function offered(model) {
+  const { edits, limits, masks, needs_depth, needs_picture } = model;
+  [most, needs] = [limits.max_image_bytes, model];
   find("source").hidden = find("detail-edit").hidden = !edits;
+  find("mask-parts").hidden = canvas.hidden = !masks;
+  depthFile.closest("label").hidden = !needs_depth;
+  if (needs_picture) find("source").open = true;
   if (edits) check();
   else use(null);
 }
 
 function check() {
   const mebibytes = (bytes) => `${(bytes / 2 ** 20).toPrecision(3)} MiB`;
-  for (const [input, blob] of [[file, picture], [maskFile, maskFile.files[0]]]) {
+  const [mask, depth] = [maskFile.files[0], depthFile.files[0]];
+  const missing = (needed, given, what) => (needed && !given ? `This model needs ${what}` : "");
+  for (const [input, blob, lack] of [
+    [file, picture, missing(needs.needs_picture, picture, "a picture")],
+    [maskFile, mask, picture ? missing(needs.needs_mask, mask || painted, "a mask") : ""],
+    [depthFile, depth, picture ? missing(needs.needs_depth, depth, "a depth map") : ""],
+  ]) {
     const large = blob?.size > most;
-    input.setCustomValidity(large ? `The file has ${mebibytes(blob.size)}; this server takes ${mebibytes(most)}` : "");
+    input.setCustomValidity(large ? `The file has ${mebibytes(blob.size)}; this server takes ${mebibytes(most)}` : lack);
   }
 }
 
@@ -59,10 +71,11 @@ export function use(blob) {
   changed(Boolean(blob));
 }
 
-/** {image, mask} as Blobs, or null where pictures start from noise. */
+/** {image, mask, depth} as Blobs, or null where pictures start from noise. */
 export async function source() {
   if (!picture) return null;
-  return { image: picture, mask: maskFile.files[0] ?? (painted ? await cutOut() : null) };
+  const mask = needs.masks ? (maskFile.files[0] ?? (painted ? await cutOut() : null)) : null;
+  return { image: picture, mask, depth: needs.needs_depth ? depthFile.files[0] : null };
 }
 
 function take(event, data) {
@@ -76,6 +89,7 @@ function take(event, data) {
 function fit() {
   [canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];
   painted = false;
+  check();
 }
 
 function clear() {
@@ -102,7 +116,9 @@ function paint(event) {
   const scale = canvas.width / canvas.clientWidth;
   brush.lineTo(event.offsetX * scale, event.offsetY * scale);
   brush.stroke();
+  if (painted) return;
   painted = true;
+  check();
 }
 
 /** A PNG of the picture's size: opaque, with what was painted cut out of it. */

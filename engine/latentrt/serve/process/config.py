@@ -51,6 +51,9 @@ class Settings(BaseSettings):
     cors_origin: Origins = _field(
         (), "Network", "Origins whose pages may use this server from a browser, as https://example.org; * for all."
     )
+    allowed_host: Texts = _field(
+        (), "Network", "Names by which clients call a server without keys, as example.org; * for any."
+    )
     drain_timeout: Seconds = _field(60.0, "Network", "Seconds that running requests get after SIGTERM.")
     body_timeout: Seconds = _field(60.0, "Network", "Seconds in which a request's body must have come.")
     stall_timeout: Seconds = _field(

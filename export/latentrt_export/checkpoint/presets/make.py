@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from latentrt.bundle.tensors import header_of
 from latentrt.errors import ExportError
 from latentrt_export.checkpoint.configs import weights_path, write_configs
 from latentrt_export.checkpoint.presets.configs import PRESETS, Preset
-from latentrt_export.checkpoint.tensors import header_of
 
 BLOCK = 4_194_301  # numbers that are drawn once and repeated: a prime, so that no two rows of a weight are the same
 DTYPES = {"float16": ("F16", np.float16), "float32": ("F32", np.float32)}

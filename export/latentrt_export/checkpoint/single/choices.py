@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from latentrt.adapters.given import Lora, Loras, loras_of
 from latentrt.errors import ExportError
 
 MODELS = ("sd1", "sd2", "xl", "xl-refiner")
@@ -13,24 +14,30 @@ PREDICTIONS = ("epsilon", "v_prediction")
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """The options of a single file, and a VAE for any checkpoint.
+    """The options of a single file, and a VAE and LoRAs for any checkpoint.
 
     Attributes:
         model: which model a single file is, one of MODELS; None: by its text encoders.
         prediction_type: what its UNet predicts, one of PREDICTIONS; None: by the rules of `prediction.py`.
         ema: whether to take the averaged weights of the UNet.
         vae: a safetensors file with the VAE to take instead of the checkpoint's.
+        lora: LoRAs to merge into the weights, in this order; see `latentrt.adapters.given.loras_of`.
+        allow_unmatched: whether keys of a LoRA without a place in the model are left out; they are an error otherwise.
 
     Raises:
         ExportError: there is no such model or prediction type.
+        AdapterError: as of `loras_of`.
     """
 
     model: str | None = None
     prediction_type: str | None = None
     ema: bool = False
     vae: str | Path | None = None
+    lora: Loras = ()
+    allow_unmatched: bool = False
 
     def __post_init__(self) -> None:
+        loras_of(self.lora, allow_unmatched=self.allow_unmatched)
         for what, value, known in (
             ("model", self.model, MODELS),
             ("prediction type", self.prediction_type, PREDICTIONS),
@@ -43,7 +50,15 @@ class Choices:
         """The options of `latentrt export` that say this, without folders."""
         named = {"model": self.model, "prediction-type": self.prediction_type}
         options = [f"--{name}={value}" for name, value in named.items() if value]
-        return [*options, *(["--ema"] if self.ema else []), *([f"--vae={Path(self.vae).name}"] if self.vae else [])]
+        options += ["--ema"] if self.ema else []
+        options += [f"--vae={Path(self.vae).name}"] if self.vae else []
+        options += [f"--lora={lora}" for lora in self.loras]
+        return [*options, *(["--allow-unmatched"] if self.allow_unmatched else [])]
+
+    @property
+    def loras(self) -> tuple[Lora, ...]:
+        """The LoRAs, with their strengths."""
+        return loras_of(self.lora)
 
     @property
     def vae_note(self) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from latentrt.bundle.tensors import Tensors, open_tensors
 from latentrt.errors import ExportError
 from latentrt_export.checkpoint.configs import weights_path, write_configs
 from latentrt_export.checkpoint.presets.configs import Preset
@@ -29,7 +30,6 @@ from latentrt_export.checkpoint.single.unet import unet_config, unet_pieces
 from latentrt_export.checkpoint.single.vae import IGNORED_OF_VAE, PREFIXES, prefix_of
 from latentrt_export.checkpoint.single.vae_file import other_vae, own_vae
 from latentrt_export.checkpoint.single.write import check_weights, write_weights
-from latentrt_export.checkpoint.tensors import Tensors, open_tensors
 
 
 @dataclass(frozen=True, slots=True)

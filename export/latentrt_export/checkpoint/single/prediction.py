@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from latentrt.bundle.tensors import Tensors
 from latentrt.errors import ExportError
 from latentrt_export.checkpoint.single.choices import PREDICTIONS
 from latentrt_export.checkpoint.single.schedule import EDM, scalar
-from latentrt_export.checkpoint.tensors import Tensors
 
 EPSILON, V = PREDICTIONS
 HEADERS = ("modelspec.prediction_type", "modelspec.predict_key")  # sd-scripts', ComfyUI's

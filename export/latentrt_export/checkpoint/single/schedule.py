@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from latentrt.bundle.tensors import Tensors
 from latentrt.errors import ExportError
-from latentrt_export.checkpoint.tensors import Tensors
 
 ZERO_SNR, EDM, EDM_LOW = "ztsnr", "edm_vpred.sigma_max", "edm_vpred.sigma_min"
 NUMBERS = {"I64": "<i8", "I32": "<i4", "F64": "<f8", "F32": "<f4", "F16": "<f2"}

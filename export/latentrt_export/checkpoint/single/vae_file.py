@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from latentrt.bundle.tensors import Tensors, open_tensors
 from latentrt.errors import ExportError
 from latentrt_export.checkpoint.configs import weights_path, write_json
 from latentrt_export.checkpoint.single.pieces import Config, Network, prefixed, without
 from latentrt_export.checkpoint.single.vae import prefix_of, vae_config, vae_pieces
 from latentrt_export.checkpoint.single.write import check_weights, write_weights
-from latentrt_export.checkpoint.tensors import Tensors, open_tensors
 
 Settings = Mapping[str, Any]
 

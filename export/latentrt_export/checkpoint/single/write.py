@@ -9,9 +9,9 @@ from typing import BinaryIO
 
 import numpy as np
 
+from latentrt.bundle.tensors import Entry, Tensors, header_of
 from latentrt.errors import ExportError
 from latentrt_export.checkpoint.single.pieces import Network, Piece
-from latentrt_export.checkpoint.tensors import Entry, Tensors, header_of
 
 DTYPES = ("F16", "BF16", "F32")
 CHUNK = 16 * 2**20  # bytes in memory

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from latentrt.bundle.tensors import Entry, open_tensors
 from latentrt.errors import ExportError, UnsafeWeightsError
 from latentrt_export.checkpoint.single.choices import Choices
 from latentrt_export.checkpoint.single.folder import make_folder, understand
 from latentrt_export.checkpoint.source import checkpoint_of
-from latentrt_export.checkpoint.tensors import Entry, open_tensors
 from tests.export.checkpoint.single.conftest import Make
 from tests.support.models.single_file import Tensors, write_single
 

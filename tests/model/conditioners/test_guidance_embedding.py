@@ -23,13 +23,13 @@ from latentrt.model.conditioners.guidance_embedding import embedding_of
 from latentrt.runtime.onnxruntime import OrtBackend
 from latentrt.sampling.schedule import Schedule
 from latentrt.sampling.table import tabulate
-from latentrt_export.checkpoint.source import open_checkpoint
 from latentrt_export.graphs.to_onnx import quiet
 from latentrt_export.plans.plan_shapes import shapes_of
 from latentrt_export.verify.checks import difference, psnr
 from latentrt_export.verify.images import batch_check, run_engine
 from latentrt_export.verify.networks import network_checks
-from latentrt_export.verify.reference import Run, Theirs, plain_folder, run_pipeline
+from latentrt_export.verify.reference import Run, Theirs, run_pipeline
+from tests.model.conditioners.conftest import opened
 from tests.support.gpu.host_gpu import HostGpu
 
 Exported = Callable[[str], tuple[Path, Path]]
@@ -40,15 +40,10 @@ PICTURE = Image.fromarray((np.stack([x, y, x * y], axis=-1) * 255).astype(np.uin
 IGNORED = "ignore:__array__ implementation:DeprecationWarning"
 
 
-@pytest.fixture(scope="module", params=["lcm", "lcm-sdxl"])
+@pytest.fixture(scope="module", params=["lcm", pytest.param("lcm-sdxl", marks=pytest.mark.slow)])
 def pair(exported: Exported, request: pytest.FixtureRequest) -> Iterator[Pair]:
-    """Yield our engine, and the checkpoint as diffusers opens it."""
-    source, bundle = exported(request.param)
-    with (
-        plain_folder(open_checkpoint(source)) as folder,
-        Engine.load(bundle, threads=1, check_hashes=False) as engine,
-    ):
-        yield engine, folder
+    with opened(exported, request.param) as both:
+        yield both
 
 
 @pytest.mark.parametrize("dim", [4, 15, 40, 256])
@@ -123,7 +118,8 @@ def test_a_device_draws_the_same_in_one_lane(pair: Pair) -> None:
     assert here.model.most_lanes == here.requests(["a cat"], {"guidance": 9.0})[0].most_lanes == 1
     settings: dict[str, Any] = {"seed": 7, "width": 24, "height": 16, "steps": 3, "solver": "lcm", "guidance": 5.0}
     gpu = HostGpu()
-    with Engine.load(here.bundle.root, backend=OrtBackend(threads=1, gpu=gpu), lanes=1, check_hashes=False) as there:
+    with Engine.load(here.bundle.root, backend=OrtBackend(threads=1, gpu=gpu), check_hashes=False) as there:
+        assert there.denoiser.lanes == 1
         for more in ({}, {"on_tick": lambda job: None}, {"image": PICTURE, "strength": 0.8}):
             ours, theirs = (np.asarray(one("a cat", **settings, **more)[0]) for one in (there, here))
             assert psnr(ours, theirs) > 60

@@ -1,4 +1,4 @@
-"""What every request passes before its route: keys, limits, a full queue; timeouts of slow clients; its log line.
+"""What every request passes before its route: keys, origins, limits, a full queue; timeouts; its log line.
 
 ASGI, not Starlette's BaseHTTPMiddleware: streams pass through untouched, and a refusal comes before the body is read.
 """
@@ -6,25 +6,22 @@ ASGI, not Starlette's BaseHTTPMiddleware: streams pass through untouched, and a 
 from __future__ import annotations
 
 import asyncio
-import base64
-import hmac
 import random
 import re
 import time
-from collections.abc import Sequence
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from latentrt.serve.core.scheduler import Scheduler
 from latentrt.serve.http.errors import Answer, Problem, answer_to, too_large
+from latentrt.serve.http.guard.origins import foreign
 from latentrt.serve.process.config import Settings
+from latentrt.serve.process.keys import Keys
 from latentrt.serve.process.logs import logger
 from latentrt.serve.process.metrics import Metrics
 
@@ -42,27 +39,15 @@ PIECE = 2**20  # bytes of an answer
 _ID = re.compile(r"[!-~]{1,128}")
 
 
-def cross_origin(origins: Sequence[str]) -> list[Middleware]:
-    """Return the middleware that lets pages of these origins use the server from a browser; none without origins.
-
-    It is outside the guard: a browser's preflight request has no key, and refusals must be readable too.
-    """
-    told = ("x-request-id", "retry-after", "x-should-retry")
-    options: dict[str, Any] = {"allow_methods": ("GET", "POST"), "allow_headers": ("*",), "expose_headers": told}
-    return [Middleware(CORSMiddleware, allow_origins=origins, **options)] if origins else []
-
-
 def most_bytes(settings: Settings, path: str) -> int:
     """Return the most bytes of a body: many only where pictures are sent, so that many requests fill no memory."""
     return settings.max_body if path in EDITING else settings.max_text
 
 
 class Guard:
-    """Refuses, bounds and logs requests around the application; only `cross_origin` is further out."""
+    """Refuses, bounds and logs requests around the application; only `origins.cross_origin` is further out."""
 
-    def __init__(
-        self, app: ASGIApp, *, keys: Sequence[bytes], settings: Settings, scheduler: Scheduler, metrics: Metrics
-    ) -> None:
+    def __init__(self, app: ASGIApp, *, keys: Keys, settings: Settings, scheduler: Scheduler, metrics: Metrics) -> None:
         self._app = app
         self._keys, self._settings = keys, settings
         self._scheduler, self._metrics = scheduler, metrics
@@ -91,14 +76,11 @@ class Guard:
             self._report(scope, exchange)
 
     def _refusal(self, scope: Scope, exchange: _Exchange, most: int) -> Answer | None:
-        """Return why the body need not be read: no key that fits, too many bytes, a full queue, another media type."""
+        """Return why the body need not be read: who sends it, too many bytes, a full queue, another media type."""
         path, headers = scope["path"], exchange.headers
-        if self._keys and path not in OPEN and not path.startswith("/static/"):
-            owner = _owner(self._keys, headers.get("authorization", ""))
-            if owner is None:
-                message = "a key is needed: send it as `Authorization: Bearer KEY`"
-                return Answer(401, "invalid_api_key", message, None, {"www-authenticate": "Bearer"})
-            exchange.facts["owner"] = owner
+        stranger = self._stranger(scope, exchange)
+        if stranger is not None:
+            return stranger
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length[:20]) > most:
             return too_large(most)
@@ -106,6 +88,22 @@ class Guard:
             return None
         refused = (self._scheduler.full() if path in DRAWING else None) or _wrong_media(headers, BODIES[path])
         return None if refused is None else answer_to(refused)
+
+    def _stranger(self, scope: Scope, exchange: _Exchange) -> Answer | None:
+        """Return why a client is not served; note whose the request is: a key's, or without keys an address's."""
+        path, headers = scope["path"], exchange.headers
+        if not self._keys:
+            refused = foreign(scope["method"], headers, self._settings)
+            exchange.facts["owner"] = (scope.get("client") or ("",))[0]
+            return None if refused is None else answer_to(refused)
+        if path in OPEN or path.startswith("/static/"):
+            return None
+        owner = self._keys.owner(headers.get("authorization", ""))
+        if owner is None:
+            message = "a key is needed: send it as `Authorization: Bearer KEY`"
+            return Answer(401, "invalid_api_key", message, None, {"www-authenticate": "Bearer"})
+        exchange.facts["owner"] = owner
+        return None
 
     def _report(self, scope: Scope, exchange: _Exchange) -> None:
         """Count the request and write its line, so that metrics and log agree."""
@@ -206,22 +204,3 @@ def _wrong_media(headers: Headers, needed: str) -> Problem | None:
     found = f"the body's Content-Type is {kind[:100]!r}" if kind else "the body has no Content-Type"
     fix = f"send it with Content-Type: {needed}"
     return Problem(found, needed, fix, status=415, code="unsupported_media_type")
-
-
-def _owner(keys: Sequence[bytes], authorization: str) -> str | None:
-    """Return a stable name of the key that was sent, or None, in a time that does not depend on how many bytes match.
-
-    A1111's clients send Basic: the key may be all of it, its password, or "user:password" as a whole.
-    """
-    scheme, _, text = authorization.partition(" ")
-    sent = {"bearer": [text.strip().encode()], "basic": _of_basic(text.strip())}.get(scheme.lower(), [])
-    matches = [[hmac.compare_digest(key, one) for one in sent] for key in keys]
-    return next((f"key-{index}" for index, found in enumerate(matches) if any(found)), None)
-
-
-def _of_basic(credentials: str) -> list[bytes]:
-    try:
-        pair = base64.b64decode(credentials, validate=True)
-    except ValueError:
-        return []
-    return [pair, pair.partition(b":")[2]]

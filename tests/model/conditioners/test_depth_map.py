@@ -16,11 +16,11 @@ from latentrt.errors import RequestError
 from latentrt.images.depth_map import depth_of, relative
 from latentrt.images.given import open_picture
 from latentrt.runtime.onnxruntime import OrtBackend
-from latentrt_export.checkpoint.source import open_checkpoint
 from latentrt_export.verify.checks import difference, psnr
 from latentrt_export.verify.images import run_engine
 from latentrt_export.verify.networks import network_checks
-from latentrt_export.verify.reference import Run, Theirs, plain_folder, run_pipeline
+from latentrt_export.verify.reference import Run, Theirs, run_pipeline
+from tests.model.conditioners.conftest import opened
 from tests.support.gpu.host_gpu import HostGpu
 
 PROMPTS = ["a cat", "a dog"]
@@ -34,13 +34,8 @@ ASKED: dict[str, Any] = {"seed": 7, "width": 24, "height": 16, "negative_prompt"
 
 @pytest.fixture(scope="module")
 def pair(exported: Exported) -> Iterator[tuple[Engine, Path]]:
-    """Yield our engine, and the checkpoint as diffusers opens it."""
-    source, bundle = exported("depth")
-    with (
-        plain_folder(open_checkpoint(source)) as folder,
-        Engine.load(bundle, threads=1, check_hashes=False) as engine,
-    ):
-        yield engine, folder
+    with opened(exported, "depth") as both:
+        yield both
 
 
 def test_networks_are_those_of_torch(pair: tuple[Engine, Path]) -> None:

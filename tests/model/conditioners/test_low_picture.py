@@ -20,7 +20,8 @@ from latentrt_export.describe import latents_of
 from latentrt_export.verify.checks import difference, psnr
 from latentrt_export.verify.images import run_engine
 from latentrt_export.verify.networks import network_checks
-from latentrt_export.verify.reference import Run, Theirs, plain_folder, run_pipeline
+from latentrt_export.verify.reference import Run, Theirs, run_pipeline
+from tests.model.conditioners.conftest import opened
 from tests.support.gpu.host_gpu import HostGpu
 
 PROMPTS = ["a cat", "a dog"]
@@ -33,13 +34,8 @@ ASKED: dict[str, Any] = {"seed": 7, "negative_prompt": "a", "steps": 5}
 
 @pytest.fixture(scope="module")
 def pair(exported: Exported) -> Iterator[tuple[Engine, Path]]:
-    """Yield our engine, and the checkpoint as diffusers opens it."""
-    source, bundle = exported("x4")
-    with (
-        plain_folder(open_checkpoint(source)) as folder,
-        Engine.load(bundle, threads=1, check_hashes=False) as engine,
-    ):
-        yield engine, folder
+    with opened(exported, "x4") as both:
+        yield both
 
 
 def test_networks_are_those_of_torch(pair: tuple[Engine, Path]) -> None:

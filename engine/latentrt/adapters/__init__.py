@@ -1,0 +1,1 @@
+"""LoRA files: read, matched with a model's weights, and merged into them."""

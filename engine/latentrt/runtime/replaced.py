@@ -1,0 +1,51 @@
+"""Weights that ONNX Runtime takes in the places of those in a bundle's files, when it loads a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import PurePosixPath
+from typing import Any, NamedTuple
+
+from numpy.typing import NDArray
+
+from latentrt.bundle.bundle import Bundle
+from latentrt.bundle.initializers import initializers
+from latentrt.bundle.spec import GraphSpec
+
+
+class Weight(NamedTuple):
+    """A weight in its place's shape, and ONNX's number of its dtype (bfloat16 lies in a uint16)."""
+
+    array: NDArray[Any]
+    dtype: int
+
+
+Weights = Mapping[str, Weight]  # by the names of a graph's initializers
+NONE: Weights = {}
+
+
+def replaced_in(bundle: Bundle, graph: GraphSpec) -> Weights:
+    """Return the weights of a graph that are replaced.
+
+    Raises:
+        BundleError: the graph cannot be read.
+    """
+    if not bundle.replaced:
+        return NONE
+    folder = PurePosixPath(graph.path).parent
+    places = {each: (f"{folder}/{each.file}", each.offset) for each in initializers(bundle.path(graph.path))}
+    return {
+        each.name: Weight(bundle.replaced[place].reshape(each.shape), each.dtype)
+        for each, place in places.items()
+        if each.file is not None and place in bundle.replaced
+    }
+
+
+def set_weights(options: Any, weights: Weights) -> None:
+    """Give weights to an `onnxruntime.SessionOptions`; the session reads these and not the files."""
+    if weights:
+        from onnxruntime import OrtValue
+
+        make = OrtValue.ortvalue_from_numpy_with_onnx_type
+        values = [make(weight.array, weight.dtype) for weight in weights.values()]
+        options.add_external_initializers(list(weights), values)

@@ -1,0 +1,55 @@
+"""The keys that clients need one of."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+
+from latentrt.errors import RequestError
+from latentrt.serve.process.config import Settings
+from latentrt.serve.process.logs import logger
+
+
+class Keys:
+    """Keys of the settings and of their file, which can be read again while the server runs; false where none are set.
+
+    Raises:
+        RequestError: the file cannot be read.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._keys = settings.secrets()
+
+    def __bool__(self) -> bool:
+        return bool(self._keys)
+
+    def read_again(self) -> None:
+        """Take the keys that the file has now. If it cannot be read, those from before hold."""
+        try:
+            self._keys = self._settings.secrets()
+        except RequestError as error:
+            logger().error("the keys could not be read again: those from before hold", error=str(error))
+        else:
+            logger().info("the keys were read again", keys=len(self._keys))
+
+    def owner(self, authorization: str) -> str | None:
+        """Return a stable name of the key in an Authorization header; None if it is none of these.
+
+        The time that it takes does not depend on how many bytes match. A1111's clients send Basic: the key may be all
+        of it, its password, or "user:password" as a whole.
+        """
+        scheme, _, text = authorization.partition(" ")
+        sent = {"bearer": [text.strip().encode()], "basic": _of_basic(text.strip())}.get(scheme.lower(), [])
+        matches = [[hmac.compare_digest(key, one) for one in sent] for key in self._keys]
+        found = next((key for key, any_of in zip(self._keys, matches, strict=True) if any(any_of)), None)
+        return None if found is None else f"key-{hashlib.sha256(found).hexdigest()[:16]}"
+
+
+def _of_basic(credentials: str) -> list[bytes]:
+    try:
+        pair = base64.b64decode(credentials, validate=True)
+    except ValueError:
+        return []
+    return [pair, pair.partition(b":")[2]]

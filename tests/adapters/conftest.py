@@ -1,0 +1,33 @@
+"""Checkpoints without bundles, as LoRAs are merged into."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+
+from latentrt.adapters.merge import Base, base_of
+from latentrt_export.graphs.to_onnx import quiet
+from tests.conftest import make_checkpoint
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a function that makes, once each, a checkpoint: "sd", "sd2" or "sdxl"."""
+    root = tmp_path_factory.mktemp("checkpoints")
+
+    def make(name: str) -> Path:
+        if not (root / name).exists():
+            with quiet():
+                make_checkpoint(name, root / name)
+        return root / name
+
+    return make
+
+
+def base(checkpoint: Path) -> Base:
+    """Return a checkpoint's weights."""
+    folders = [path for path in checkpoint.iterdir() if path.name.startswith(("unet", "text_encoder"))]
+    files: Mapping[str, list[Path]] = {folder.name: sorted(folder.glob("*.safetensors")) for folder in folders}
+    return base_of(files)
