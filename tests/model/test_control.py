@@ -14,6 +14,7 @@ from diffusers import ControlNetModel
 from PIL import Image
 
 from latentrt import Control, Engine
+from latentrt.adapters.given import loras_of
 from latentrt.bundle.bundle import EMBEDDED
 from latentrt.errors import BundleError, RequestError
 from latentrt.model.control import ControlNet
@@ -22,11 +23,13 @@ from latentrt.run.job import Job
 from latentrt.runtime.onnxruntime import OrtBackend
 from latentrt_export.checkpoint.source import open_checkpoint
 from latentrt_export.graphs.to_onnx import quiet
+from latentrt_export.merge_bundle import merge_bundle
 from latentrt_export.verify.checks import difference, psnr
 from latentrt_export.verify.images import run_engine
 from latentrt_export.verify.reference import Run, Theirs, plain_folder, run_pipeline
 from tests.support.gpu.host_gpu import HostGpu
 from tests.support.models.controlnets import POOLS, SMALL
+from tests.support.models.loras import write_lora
 
 Exported = Callable[[str], tuple[Path, Path]]
 PROMPTS = ["a cat", "a dog"]
@@ -243,6 +246,20 @@ def test_in_half_precision_it_is_nearly_the_same(both: Callable[[str], Both], ex
         again = np.asarray(there("a cat", **asked)[0])
     assert psnr(ours, theirs) > 40
     np.testing.assert_array_equal(ours, again)
+
+
+def test_merged_loras_change_the_unet_that_reads_residuals(exported: Exported, tmp_path: Path) -> None:
+    source, bundle = exported("sd")
+    add_on = exported("control-sd-1")[1]
+    lora = write_lora(tmp_path / "lora.safetensors", source, "kohya")
+    merge_bundle(bundle, tmp_path / "merged", loras_of(f"{lora}:0.6"))
+    pictures = []
+    for base, loras in ((bundle, ()), (bundle, f"{lora}:0.6"), (tmp_path / "merged", ())):
+        with Engine.load(base, threads=1, lora=loras, control={"edges": add_on}) as engine:
+            pictures.append(np.asarray(engine("a cat", control={"edges": EDGES}, **SETTINGS)[0]))
+    plain, in_memory, merged = pictures
+    np.testing.assert_array_equal(in_memory, merged)
+    assert psnr(plain, merged) < 40
 
 
 def test_a_picture_tells_its_controls(both: Callable[[str], Both]) -> None:
