@@ -1,7 +1,8 @@
-"""Maps for ControlNets: edges where a picture has them, and with OpenCV's where it is installed."""
+"""Maps for ControlNets: edges where a picture has them, and OpenCV's own."""
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -35,10 +36,12 @@ def test_a_weak_edge_is_kept_where_it_touches_a_strong_one() -> None:
 
 
 def test_edges_are_those_of_opencv() -> None:
-    cv2 = pytest.importorskip("cv2")
     noise = np.random.default_rng(0).uniform(0, 255, (60, 80)).astype(np.uint8)
-    for picture in (DISC, noise):
-        np.testing.assert_array_equal(np.asarray(edges(Image.fromarray(picture))), cv2.Canny(picture, 100, 200))
+    soft = np.asarray(blurred(Image.fromarray(noise), 2.0).convert("L"))
+    for picture in (DISC, noise, soft):
+        for low, high in ((100, 200), (20, 60.5)):
+            expected = cv2.Canny(picture, low, high)
+            np.testing.assert_array_equal(np.asarray(edges(Image.fromarray(picture), low, high)), expected)
 
 
 def test_other_maps() -> None:
