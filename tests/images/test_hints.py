@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from latentrt.errors import RequestError
-from latentrt.images.hints import blurred, edges, grey, inverted
+from latentrt.images.given import prepared_hint
+from latentrt.images.hints import blurred, edges, grey, inverted, masked
 
 y, x = np.mgrid[:48, :64]
 DISC = np.where(np.hypot(x - 30, y - 22) < 15, 220, 30).astype(np.uint8)
@@ -42,6 +43,21 @@ def test_edges_are_those_of_opencv() -> None:
         for low, high in ((100, 200), (20, 60.5)):
             expected = cv2.Canny(picture, low, high)
             np.testing.assert_array_equal(np.asarray(edges(Image.fromarray(picture), low, high)), expected)
+
+
+def test_a_masked_picture_is_taken_as_it_is() -> None:
+    colours, mask = (
+        Image.fromarray(np.stack([DISC] * 3, axis=-1)),
+        Image.fromarray(np.where(x < 20, 255, 0).astype(np.uint8)),
+    )
+    found = masked(colours, mask)
+    assert (found[:, :20] == -1).all()
+    np.testing.assert_array_equal(found[:, 20:], np.asarray(colours, np.float32)[:, 20:] / np.float32(255))
+    np.testing.assert_array_equal(prepared_hint(found, 48, 64), found.transpose(2, 0, 1))
+    with pytest.raises(RequestError, match=r"floats is 64x48\. Needed: 32x48, as the run"):
+        prepared_hint(found, 48, 32)
+    with pytest.raises(RequestError, match="the mask is 64x48 and the picture 32x32"):
+        masked(colours.resize((32, 32)), mask)
 
 
 def test_other_maps() -> None:
