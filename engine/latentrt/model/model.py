@@ -15,7 +15,7 @@ from latentrt.bundle.bundle import Bundle
 from latentrt.bundle.spec import CONDITIONER, DECODER, DENOISER, ENCODER, ROLES, SHALLOW
 from latentrt.errors import PlanError, RequestError
 from latentrt.images.depth_map import depth_of
-from latentrt.images.given import prepared, prepared_low
+from latentrt.images.given import inpainted, prepared, prepared_low
 from latentrt.model.codec import Codec, Identity, Vae
 from latentrt.model.conditioners.beside import Repainted
 from latentrt.model.conditioners.guidance_embedding import GuidanceEmbedding
@@ -238,21 +238,28 @@ class Model:
         """Return whether a device can draw the whole of a request's pictures in one launch, from token ids."""
         return self.text is None or self.text.draws_at_once(self.filled(request))
 
-    def given(self, pictures: Mapping[str, Source], height: int | None, width: int | None) -> Given | None:
-        """Encode the pictures of a request; None where it brings none.
+    def given(self, pictures: Mapping[str, Source], request: Request) -> Given | None:
+        """Encode pictures for a request, which need not be its own; None where there are none.
 
         Raises:
-            RequestError: a kind, size or mask that cannot be used; a mask without its picture.
+            RequestError: a kind, size or mask that cannot be used; a mask without its picture, settings of a mask
+                without one.
             BundleError, PlanError: there is no encoder that can be used here.
         """
-        latents = self.spec.latents
+        latents, height, width = self.spec.latents, request.height, request.width
         self._check_uses(pictures)
+        if request.masked and "mask" not in pictures:
+            found = "there are settings of a mask (mask_blur, mask_crop, mask_fill, mask_keeps), and no mask"
+            raise RequestError(found, needed="a mask", fix="pass it: mask=, --mask; or leave them out")
         if "image" not in pictures:
             return None
         if (times := self.enlarges) > 1:
             low = prepared_low(pictures["image"], height, width, latents, times)
             return Given.small(low, times, self.codec if self.encodes else None)
         depth = depth_of(pictures["depth"]) if "depth" in pictures else None
+        if request.masked:
+            pixels, mask, overlay = inpainted(pictures["image"], pictures["mask"], request, latents)
+            return replace(Given.of(pixels, mask, self.codec, depth), overlay=overlay, fill=request.mask_fill)
         pixels, repaint = prepared(pictures["image"], pictures.get("mask"), height, width, latents)
         return Given.of(pixels, repaint, self.codec, depth)
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentrt.errors import LatentrtError, NetworkError
+from latentrt.images.inpaint import Overlay
 from latentrt.model.inputs import Inputs, Sides
 from latentrt.model.predictor import Predictor
 from latentrt.sampling.guidance import Guidance
@@ -70,6 +71,7 @@ class Job:
         noise: where rows that add noise draw it.
         guidance: how the outputs of the lanes are combined.
         kept: what is put back after every row, where a part of a picture is repainted.
+        overlay: what is laid over its decoded picture, if anything.
         start: where it is not 0, a GPU makes x before the first row: `start` times the first noise of `noise`, which is
             then a `TorchCudaNoise`. Until it is done, `latents` has only the right shape.
         predictor: what its rows call; None is what the lanes were made for.
@@ -91,6 +93,7 @@ class Job:
     guidance: Guidance = field(default_factory=Guidance)
     image: Inputs | None = None
     kept: Kept | None = None
+    overlay: Overlay | None = None
     start: float = 0.0
     predictor: Predictor | None = None
     later: tuple[Stage, ...] = ()

@@ -43,7 +43,7 @@ def make_jobs(
     """
     request = model.filled(request, refiner.fields if refiner is not None and request.handoff is not None else ())
     if given is None:
-        given = model.given(request.pictures, request.height, request.width)
+        given = model.given(request.pictures, request)
     request = _placed(model, request, given)
     table = table_of(model, request, denoising_end=1.0 if request.handoff is None else request.handoff)
     later = later_stages(model, request, given, refiner)
@@ -59,10 +59,13 @@ def make_jobs(
         noise = noise_source(request.noise, seed)
         drawn = model.drawn_first(request, given, noise)
         on_device = draws_on_device and (given is None or model.shows_picture) and isinstance(noise, TorchCudaNoise)
+        on_device &= not request.seed_delta
         latents, kept = _begin(model, request, table, given, noise, on_device=on_device)
         sides = model.inputs(request, given, noise, drawn, tokens=tokens)
         tag = facts_of(request, table.solver, seed, index, size, model.spec.id)
         start = table.start if on_device else 0.0
+        if request.seed_delta:
+            noise = noise_source(request.noise, (seed + request.seed_delta) % 2**64)
         jobs.append(
             Job(
                 table,
@@ -73,6 +76,7 @@ def make_jobs(
                 guidance,
                 sides.image,
                 kept=kept,
+                overlay=None if given is None else given.overlay,
                 start=start,
                 later=later,
                 tag={**tag, **facts},
