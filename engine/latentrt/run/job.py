@@ -144,6 +144,16 @@ class Job:
         self.kept, self.deep, self.start = None, None, 0.0
         self._set_up()
 
+    def stop(self) -> None:
+        """Take what the last row predicts for the picture. That row must have left a preview, and the lanes be given
+        back.
+        """
+        assert self.preview is not None
+        kept, self.latents = self.kept, self.preview
+        if kept is not None:
+            self.latents = np.where(kept.mask > 0, self.latents, kept.clean)
+        self.later, self.tag = (), {**self.tag, "stopped_after": self.moved}
+
     @property
     def guided(self) -> bool:
         """Whether guidance acts in the next row."""
