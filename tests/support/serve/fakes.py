@@ -147,7 +147,8 @@ def picture(handle: Handle, index: int) -> Picture:
     assert request.height is not None
     seed = request.seed + index
     pixels = np.full((request.height, request.width, 3), seed % 256, np.uint8)
-    pixels = np.asarray(request.pictures.get("image", pixels))
+    given = request.pictures.get("image", pixels)
+    pixels = np.asarray(given.convert("RGB") if isinstance(given, Image.Image) else given)
     settings = {"prompt": request.prompt, "seed": seed, "solver": request.solver or "ddim", "steps": request.steps}
     return Picture.of(np.ascontiguousarray(pixels), {**settings, "guidance": request.guidance})
 
@@ -170,6 +171,11 @@ def png(width: int = 64, height: int = 64, mode: str = "RGB", colour: Any = None
     buffer = BytesIO()
     Image.new(mode, (width, height), colour or 0).save(buffer, kind)
     return buffer.getvalue()
+
+
+def code_of(body: dict[str, Any]) -> Any:
+    """Return the code of an error of either API."""
+    return body["code"] if "code" in body else body["error"]["code"]
 
 
 # httpx gives up after five seconds, which is not long on a machine that is busy.
