@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from latentrt.images.given import Source
+    from latentrt.images.inpaint import Overlay
     from latentrt.images.picture import Picture
 
 
@@ -202,8 +203,8 @@ class Engine:
         Args:
             prompt: what to draw; several prompts share one batch. None for models that read no prompt.
             image, mask: a picture to start from and what of it to repaint, white; PIL images, or uint8 or uint16
-                arrays. Without a height and width the pictures have its size. `strength` says how far to leave it.
-                Upscalers draw it larger.
+                arrays. Without a height and width the pictures have its size. `strength` says how far to leave it,
+                `mask_blur`, `mask_crop` and `mask_fill` how the mask is used. Upscalers draw it larger.
             depth: its depth map, grey, near is white, for models that draw by depth.
             on_tick: called after every row of every picture with its Job; an exception raised in it ends the run.
             settings: fields of `Request` (negative_prompt, steps, seed, guidance, height, width, count, control,
@@ -225,7 +226,7 @@ class Engine:
         if program is None:
             self.run(jobs, on_tick)
             return list(self.pictures(jobs))
-        return [to_picture(pixels, job.tag) for pixels, job in zip(program.draw(jobs), jobs, strict=True)]
+        return [_picture(pixels, job) for pixels, job in zip(program.draw(jobs), jobs, strict=True)]
 
     def requests(
         self,
@@ -240,8 +241,7 @@ class Engine:
         self, prompts: Iterable[str | None], settings: Mapping[str, Any], pictures: Mapping[str, Source]
     ) -> tuple[list[Request], Given | None]:
         asked = [request_from(prompt, settings) for prompt in prompts]  # checked before a picture is encoded
-        height, width = (asked[0].height, asked[0].width) if asked else (None, None)
-        return asked, self.model.given(pictures, height, width)
+        return asked, self.model.given(pictures, asked[0]) if asked else None
 
     def _at_once(self, asked: Sequence[Request], given: Given | None) -> bool:
         """Return whether one graph draws the pictures."""
@@ -282,11 +282,12 @@ class Engine:
         """Yield the pictures of several jobs; small ones are decoded at the same time (`decode_each`)."""
         self._end_of(DENOISER, SHALLOW, CONTROL)
         decoded = decode_each(self.model.codec, [job.latents for job in jobs], self.backend.facts.cores)
-        yield from (to_picture(to_uint8(one[None])[0], job.tag) for one, job in zip(decoded, jobs, strict=True))
+        yield from (_picture(to_uint8(one[None])[0], job) for one, job in zip(decoded, jobs, strict=True))
 
-    def decode(self, latents: NDArray[np.float32]) -> Image:
-        """Return latents (channels, height, width) as a PIL image."""
-        return to_pil(to_uint8(self.model.codec.decode(latents[None]))[0])
+    def decode(self, latents: NDArray[np.float32], overlay: Overlay | None = None) -> Image:
+        """Return latents (channels, height, width) as a PIL image, under an overlay if there is one."""
+        pixels = to_uint8(self.model.codec.decode(latents[None]))[0]
+        return to_pil(pixels if overlay is None else overlay.on(pixels))
 
     @property
     def refiner_name(self) -> str | None:
@@ -304,6 +305,10 @@ class Engine:
     def preview(self, latents: NDArray[np.float32]) -> Image:
         """Return latents (channels, height, width) as a PIL image that the decoder of previews made."""
         return to_pil(to_uint8(self.model.preview.decode(latents[None]))[0])
+
+
+def _picture(pixels: NDArray[np.uint8], job: Job) -> Picture:
+    return to_picture(pixels if job.overlay is None else job.overlay.on(pixels), job.tag)
 
 
 def _several(prompt: object) -> list[Any]:

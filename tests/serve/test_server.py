@@ -22,6 +22,7 @@ from benchmarks.serving.process import Process, running
 from latentrt import Engine
 from latentrt.bundle.bundle import Bundle
 from latentrt.errors import BackendError, PlanError
+from latentrt.request import Request
 from latentrt.runtime.onnxruntime import OrtBackend
 from latentrt.serve import server
 from latentrt.serve.process.config import Settings
@@ -167,7 +168,7 @@ def test_whatever_will_be_used_is_loaded_at_the_start(edits: bool, monkeypatch: 
     with server.loaded(Settings(threads=1, edits=edits)) as engine:
         always = ["text_encoder", "unet", "unet_text", "vae_decoder"]
         assert sorted(opened) == [*always, *(["vae_encoder"] if edits else [])]
-        engine.model.given({"image": np.zeros((64, 64, 3), np.uint8)}, None, None)
+        engine.model.given({"image": np.zeros((64, 64, 3), np.uint8)}, Request(prompt=""))
         assert opened.count("vae_encoder") == 1
 
 

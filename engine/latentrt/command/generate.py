@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 SETTINGS = (
     *("steps", "solver", "seed", "guidance", "image_guidance", "count", "strength", "class_label", "cache_interval"),
     *("hires_scale", "hires_steps", "hires_strength", "handoff"),
+    *("mask_blur", "mask_crop", "mask_fill"),
     *("noise_level", "aesthetic_score", "negative_aesthetic_score"),
     *("prompt_syntax", "clip_skip"),
 )
@@ -184,7 +185,8 @@ def _draw(
             watch(job)
             if job.done and job.error is None and job not in images:
                 ready = [each for each in jobs if each.done and each.error is None and each not in images]
-                alone = (engine.decode(each.latents) for each in ready)  # the denoiser stays: other jobs wait for it
+                # The denoiser stays: other jobs wait for it.
+                alone = (engine.decode(each.latents, each.overlay) for each in ready)
                 for done, image in zip(ready, engine.pictures(ready) if jobs[-1].done else alone, strict=True):
                     images[done] = image
                     save(image, where[done], settings=done.tag)

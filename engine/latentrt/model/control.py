@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from latentrt.bundle.bundle import Bundle
 from latentrt.bundle.spec import CONDITIONER, CONTROL, CONTROLNET, HINT, RESIDUAL, ModelSpec, TensorSpec
 from latentrt.errors import EXPORT, BundleError, RequestError
-from latentrt.images.given import prepared_hint
 from latentrt.model.hoisted import Hoisted
 from latentrt.model.inputs import Inputs, Sides
 from latentrt.model.predictor import OWN, inputs_of
@@ -77,17 +76,16 @@ class ControlNet:
         self._hints: OrderedDict[tuple[str, int, int], NDArray[Any]] = OrderedDict()
         self._lock = Lock()
 
-    def applied(self, control: Control, sides: Sides, size: tuple[int, int], lanes: int, rows: int) -> Applied:
+    def applied(self, control: Control, pixels: Float32, sides: Sides, lanes: int, rows: int) -> Applied:
         """Return the ControlNet on one picture.
 
         Args:
-            control: its hint and settings.
+            control: its settings.
+            pixels: its hint, as of `prepared_hint`.
             sides: all inputs that the model's conditioners filled.
-            size: (height, width) of the picture in pixels.
             lanes: of a row with guidance.
             rows: of the run.
         """
-        pixels = prepared_hint(control.image, *size)
         digest = f"sha256:{hashlib.sha256(pixels.tobytes()).hexdigest()}"
         count = len(self._residuals)
         pooled = self.spec.conditional_only

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -14,7 +15,7 @@ from latentrt.bundle.bundle import Bundle
 from latentrt.bundle.spec import CONDITIONER, DECODER, DENOISER, ENCODER, ROLES, SHALLOW
 from latentrt.errors import RequestError
 from latentrt.images.depth_map import depth_of
-from latentrt.images.given import prepared, prepared_low
+from latentrt.images.given import inpainted, prepared, prepared_hint, prepared_low
 from latentrt.model import settings
 from latentrt.model.chained import Chained, Chains
 from latentrt.model.codec import Codec, Identity, Vae
@@ -208,22 +209,29 @@ class Model:
         """Return whether a device can draw the whole of a request's pictures in one launch, from token ids."""
         return not request.control and (self.text is None or self.text.draws_at_once(self.filled(request)))
 
-    def given(self, pictures: Mapping[str, Source], height: int | None, width: int | None) -> Given | None:
-        """Encode the pictures of a request; None where it brings none.
+    def given(self, pictures: Mapping[str, Source], request: Request) -> Given | None:
+        """Encode pictures for a request, which need not be its own; None where there are none.
 
         Raises:
-            RequestError: a kind, size or mask that cannot be used; a mask without its picture.
+            RequestError: a kind, size or mask that cannot be used; a mask without its picture, settings of a mask
+                without one.
             BundleError, PlanError: there is no encoder that can be used here.
         """
-        latents = self.spec.latents
+        latents, height, width = self.spec.latents, request.height, request.width
         own = () if self.shows_picture else ("image", "mask")
         check_uses(pictures, (*self.pictures, *own), self.spec.id)
+        if request.masked and "mask" not in pictures:
+            found = "there are settings of a mask (mask_blur, mask_crop, mask_fill, mask_keeps), and no mask"
+            raise RequestError(found, needed="a mask", fix="pass it: mask=, --mask; or leave them out")
         if "image" not in pictures:
             return None
         if (times := self.enlarges) > 1:
             low = prepared_low(pictures["image"], height, width, latents, times)
             return Given.small(low, times, self.codec if self.encodes else None)
         depth = depth_of(pictures["depth"]) if "depth" in pictures else None
+        if request.masked:
+            pixels, mask, overlay = inpainted(pictures["image"], pictures["mask"], request, latents)
+            return replace(Given.of(pixels, mask, self.codec, depth), overlay=overlay, fill=request.mask_fill)
         pixels, repaint = prepared(pictures["image"], pictures.get("mask"), height, width, latents)
         return Given.of(pixels, repaint, self.codec, depth)
 
@@ -234,17 +242,24 @@ class Model:
             sides = sides.and_(one(request, given, noise)) if one.draws_first else sides
         return sides
 
-    def applied(self, request: Request, told: Sides, rows: int) -> tuple[Applied, ...]:
+    def applied(self, request: Request, given: Given | None, told: Sides, rows: int) -> tuple[Applied, ...]:
         """Return the ControlNets of a request on one picture.
 
         Args:
             request: with the picture's size.
+            given: the picture that it begins on.
             told: what conditioners filled (`conditions`).
             rows: of the run.
+
+        Raises:
+            RequestError: a control's picture cannot be used.
         """
         size, lanes = self.spec.latents.pixels_of(request.height, request.width), self.guidance(request).lanes
+        overlay = None if given is None else given.overlay
         asked = [(one, request.control[one.name]) for one in self.controls if one.name in request.control]
-        return tuple(one.applied(control, told, size, lanes, rows) for one, control in asked)
+        pixels = [prepared_hint(control.image, *size, overlay) for _, control in asked]
+        pairs = zip(asked, pixels, strict=True)
+        return tuple(one.applied(control, own, told, lanes, rows) for (one, control), own in pairs)
 
     def chained(self, controls: tuple[Applied, ...], sides: Sides, table: Table) -> Chained:
         """Return what rows call and read with these ControlNets: on a GPU they are a part of the predictor."""

@@ -82,7 +82,7 @@ def test_a_server_may_edit_nothing() -> None:
         body = {"prompt": "a", "init_images": [base64.b64encode(png()).decode()]}
         other = post(f"{url}/sdapi/v1/img2img", json=body)
     assert [one.status_code for one in (answer, other)] == [400, 400]
-    assert [one.json()["error"]["param"] for one in (answer, other)] == ["image", "init_images"]
+    assert [answer.json()["error"]["param"], other.json()["param"]] == ["image", "init_images"]
     assert scheduler.seen == []
 
 

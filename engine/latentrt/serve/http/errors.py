@@ -63,6 +63,7 @@ class Answer:
     message: str
     param: str | None = None
     headers: dict[str, str] = field(default_factory=dict)
+    misfit: bool = False  # whether the body does not fit its description
 
     @property
     def body(self) -> dict[str, Any]:
@@ -98,6 +99,7 @@ _MEANING = {
     409: "cancelled, by the client or by another request of the same key",
     413: "body_too_large or image_too_large",
     415: "unsupported_media_type",
+    422: "invalid_value: the body does not fit its description",
     429: "queue_full or deadline_unreachable; see Retry-After",
     500: "engine_error",
     503: "not_ready or draining, see Retry-After; or insufficient_storage",
@@ -105,13 +107,13 @@ _MEANING = {
 }
 
 
-def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def documented(*statuses: int, model: type[BaseModel] = ErrorResponse) -> dict[int | str, dict[str, Any]]:
     """Return the `responses` of routes that may answer with these statuses; all have one shape."""
     known: dict[int | str, dict[str, Any]] = {
-        status: {"model": ErrorResponse, "description": _MEANING[status]} for status in statuses
+        status: {"model": model, "description": _MEANING[status]} for status in statuses
     }
     # "default" also keeps FastAPI from documenting a 422 of its own, which no route answers.
-    return {**known, "default": {"model": ErrorResponse, "description": "Any other error."}}
+    return {**known, "default": {"model": model, "description": "Any other error."}}
 
 
 def answer_to(error: BaseException) -> Answer:
@@ -162,4 +164,4 @@ def answer_to_validation(errors: Any) -> Answer:
     elif text.startswith("Expected UploadFile"):
         text = f"{param} is no file; nothing is fetched from a URL"
     named = param is None or text.split(maxsplit=1)[0] == param
-    return Answer(400, "invalid_value", text if named else f"{param}: {text}", param)
+    return Answer(400, "invalid_value", text if named else f"{param}: {text}", param, misfit=True)

@@ -86,7 +86,12 @@ async def generating(
         if files:
             most, enlarges = context.settings.max_image_pixels, catalog.enlarges
             pictures = await in_thread(
-                partial(decode, files, (width, height), catalog.latents, most, enlarges=enlarges)
+                partial(
+                    decode,
+                    *(files, (width, height), catalog.latents, most),
+                    enlarges=enlarges,
+                    masked=request.masked,
+                )
             )
             handle.request = replace(request, pictures=pictures)
         context.scheduler.submit(handle)
