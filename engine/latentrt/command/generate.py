@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from latentrt.bundle.bundle import EMBEDDED, embedded
-from latentrt.command.controls import controlnets_of, controls_of
+from latentrt.command.controls import controls_of
 from latentrt.command.options import (
     AT_LEAST_ONE,
     FOLDER,
@@ -27,6 +27,7 @@ from latentrt.command.options import (
 from latentrt.command.terminal import progress
 from latentrt.command.watch import KINDS, Asked, Watch
 from latentrt.errors import RequestError
+from latentrt.model.control import controlnets_of
 from latentrt.request import HANDOFF, PICTURES, SYNTAXES
 from latentrt.values import parse_size
 

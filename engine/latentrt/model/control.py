@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from threading import Lock
 from typing import Any, cast
 
@@ -27,6 +28,7 @@ from latentrt.model.predictor import OWN, inputs_of
 from latentrt.request import Control, Request
 from latentrt.runtime.base import Backend, DeviceNetwork, call
 from latentrt.runtime.lazy import LazyNetwork
+from latentrt.values import named
 
 Float32 = NDArray[np.float32]
 SCALE, FACTORS, PICTURE, BEFORE = "scale", "factors", "picture", ".before"
@@ -149,6 +151,11 @@ def _scales(control: Control, rows: int) -> Float32:
     """Return `Applied.scales`: row i acts where i/rows is not before the start, and (i + 1)/rows not after the end."""
     acts = [not (row / rows < control.start or (row + 1) / rows > control.end) for row in range(rows)]
     return np.asarray(acts, np.float32) * np.float32(control.scale)
+
+
+def controlnets_of(typed: Iterable[str]) -> dict[str, Path]:
+    """Return bundles by the names that requests have for them, of NAME=BUNDLE. Raise RequestError."""
+    return {name: Path(text) for name, text in named(typed, "--controlnet", "NAME=BUNDLE, as in edges=canny/").items()}
 
 
 def controlled(bundle: Bundle) -> Bundle:

@@ -16,6 +16,7 @@ from fastapi import FastAPI
 
 from latentrt.engine import Engine
 from latentrt.errors import BackendError, PromptSyntaxWarning, PromptTruncatedWarning
+from latentrt.model.control import controlnets_of
 from latentrt.model.prompts.embeddings import embeddings_of
 from latentrt.serve.core import curve, pipeline
 from latentrt.serve.core.queue import Limits
@@ -102,6 +103,7 @@ def loaded(settings: Settings) -> Iterator[Engine]:
         vae=settings.vae,
         preview_vae=settings.preview_vae,
         tile=settings.tile,
+        control=controlnets_of(settings.controlnet),
     ) as engine:
         if settings.edits:
             pipeline.load_encoder(engine)

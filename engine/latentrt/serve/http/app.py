@@ -30,6 +30,7 @@ from latentrt.serve.http.guard.middleware import Guard, most_bytes
 from latentrt.serve.http.guard.origins import cross_origin
 from latentrt.serve.http.page import add_page
 from latentrt.serve.http.sdapi.answers import response_to
+from latentrt.serve.http.sdapi.controlnet import router as controlnet
 from latentrt.serve.http.sdapi.routes import router as sdapi
 from latentrt.serve.process.keys import Keys
 from latentrt.serve.process.logs import logger
@@ -68,7 +69,7 @@ def create_app(
         form_limits={
             "max_fields": _MOST_FIELDS,
             "max_files": _MOST_FILES,
-            "max_part_size": 4 * settings.max_prompt + 1024,
+            "max_part_size": settings.max_body if settings.controlnet else 4 * settings.max_prompt + 1024,
         },
         middleware=[
             *cross_origin(settings.cors_origin),
@@ -76,7 +77,7 @@ def create_app(
         ],
     )
     app.state.context, app.state.keys = Context(scheduler, settings, catalog, metrics), keys
-    for router in (openai_routes.router, sdapi):  # first: paths are compared in this order
+    for router in (openai_routes.router, sdapi, controlnet):  # first: paths are compared in this order
         # The guard checks keys; this only puts them into the description.
         app.include_router(router, dependencies=[Depends(HTTPBearer(auto_error=False))] if keys else [])
     app.include_router(operations.router)

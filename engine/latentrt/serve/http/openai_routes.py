@@ -20,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 from latentrt.model.given import MASKED_STRENGTH, STRENGTH
 from latentrt.request import Request
 from latentrt.serve.core.handle import Handle, Preview
+from latentrt.serve.http.controls import controls_of
 from latentrt.serve.http.errors import Problem, answer_to, documented
 from latentrt.serve.http.generation import Context, Served, all_pictures, generating
 from latentrt.serve.http.images import File, Files, alpha_mask, encode, in_thread, shape_of, too_many_bytes
@@ -63,7 +64,8 @@ async def retrieve_model(model: str, context: Served) -> Model:
 @router.post("/images/generations", responses=_DRAWN, response_class=JSONResponse)
 async def generate(wanted: GenerateRequest, http: HttpRequest, context: Served) -> Response:
     """Draw pictures from a prompt."""
-    request = _request(context, wanted, context.catalog.sizes.of(wanted.size))
+    more = {"control": controls_of(wanted.control, context.catalog, context.settings.max_image_bytes)}
+    request = _request(context, wanted, context.catalog.sizes.of(wanted.size), **more)
     return await _answer(context, http, wanted, request, {}, "generation")
 
 
@@ -83,6 +85,7 @@ async def edit(
         size = catalog.sizes.of(wanted.size)
     default = None if catalog.shows_picture else MASKED_STRENGTH if wanted.mask else STRENGTH
     more = {name: getattr(wanted, name) for name in OF_EDITS}
+    more["control"] = controls_of(wanted.control, catalog, context.settings.max_image_bytes)
     request = _request(context, wanted, size, strength=wanted.strength or default, **more)
     return await _answer(context, http, wanted, request, files, "edit")
 

@@ -88,6 +88,7 @@ class Settings(BaseSettings):
         None, "Model", "Decode and encode pictures with a longer side in tiles of so many pixels: less memory."
     )
     embedding: Texts = _field((), "Model", "Files of textual inversion, FILE or NAME=FILE, with commas between them.")
+    controlnet: Texts = _field((), "Model", "Bundles of ControlNets, NAME=BUNDLE, with commas between them.")
     edits: bool = _field(True, "Model", "Take pictures to edit; without it the VAE's encoder is not loaded.")
 
     queue: Count = _field(64, "Load", "Most pictures that wait.")

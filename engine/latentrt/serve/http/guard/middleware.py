@@ -43,7 +43,8 @@ _ID = re.compile(r"[!-~]{1,128}")
 
 def most_bytes(settings: Settings, path: str) -> int:
     """Return the most bytes of a body: many only where pictures are sent, so that many requests fill no memory."""
-    return settings.max_body if path in EDITING else settings.max_text
+    pictures = path in EDITING or (settings.controlnet and path in DRAWING)
+    return settings.max_body if pictures else settings.max_text
 
 
 class Guard:

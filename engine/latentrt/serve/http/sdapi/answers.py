@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse
 
 from latentrt.serve.http.errors import Answer
 
-PREFIX = "/sdapi/"
+PREFIX = "/sdapi/", "/controlnet/"
 _WORDS = {  # what A1111 says of it
     "invalid_api_key": "Incorrect username or password",
     "model_not_found": "Model not found",

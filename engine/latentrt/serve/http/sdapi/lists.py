@@ -15,6 +15,7 @@ from latentrt.serve.http.generation import Served
 from latentrt.serve.http.images import in_thread
 from latentrt.serve.http.sdapi import options as known
 from latentrt.serve.http.sdapi.answers import Error
+from latentrt.serve.http.sdapi.controlnet import SCRIPT
 from latentrt.serve.http.sdapi.drawing import UPSCALERS
 from latentrt.serve.http.sdapi.extras import upscalers_of
 from latentrt.serve.http.sdapi.fields import renamed
@@ -135,9 +136,10 @@ async def none() -> list[Named]:
 
 
 @router.get("/scripts")
-async def scripts() -> Scripts:
-    """There are none."""
-    return Scripts()
+async def scripts(context: Served) -> Scripts:
+    """That of ControlNets, where there are some."""
+    names = [SCRIPT] if context.catalog.controls else []
+    return Scripts(txt2img=names, img2img=names)
 
 
 @router.get("/cmd-flags")

@@ -28,7 +28,6 @@ IDLE: dict[str, tuple[Any, ...]] = {
     "tiling": (False,),
     "styles": ([],),
     "script_name": ("", "None"),
-    "alwayson_scripts": ({},),
     "infotext": ("",),
     "disable_extra_networks": (False,),
     "subseed_strength": (0,),

@@ -58,6 +58,9 @@ class TextToImage(BaseModel):
     hr_second_pass_steps: Annotated[Annotated[int, Field(ge=0), WHOLE] | None, Field(description="0: as many.")] = 0
     refiner_checkpoint: Annotated[str | None, Field(description="The server's refiner, by its name or id.")] = None
     refiner_switch_at: Annotated[Part | None, Field(description="Part of the run after which it takes over.")] = None
+    alwayson_scripts: Annotated[
+        dict[str, Any] | None, Field(description="controlnet alone: its units as `args`; see /controlnet.")
+    ] = None
     send_images: bool | None = True
     force_task_id: Annotated[
         Annotated[str, Field(max_length=128)] | None, Field(description="For /sdapi/v1/progress.")
@@ -194,7 +197,7 @@ class Memory(BaseModel):
 
 
 class Scripts(BaseModel):
-    """GET /sdapi/v1/scripts: there are none."""
+    """GET /sdapi/v1/scripts: that of ControlNets, where the server has some."""
 
     txt2img: list[str] = []
     img2img: list[str] = []
