@@ -107,6 +107,18 @@ _MEANING = {
 }
 
 
+_OTHER_NAMES = {  # of other APIs, for the Images API's own
+    "steps": "num_inference_steps",
+    **dict.fromkeys(("cfg_scale", "guidance"), "guidance_scale"),
+    **dict.fromkeys(("sampler", "sampler_name", "solver"), "scheduler"),
+    **dict.fromkeys(("negative", "negativePrompt"), "negative_prompt"),
+    **dict.fromkeys(("width", "height"), "size"),
+    **dict.fromkeys(("num_images", "batch_size"), "n"),
+    "denoising_strength": "strength",
+    "image_guidance_scale": "image_guidance",
+}
+
+
 def documented(*statuses: int, model: type[BaseModel] = ErrorResponse) -> dict[int | str, dict[str, Any]]:
     """Return the `responses` of routes that may answer with these statuses; all have one shape."""
     known: dict[int | str, dict[str, Any]] = {
@@ -156,7 +168,8 @@ def answer_to_validation(errors: Any) -> Answer:
     if first["type"] == "json_invalid":
         text = "the body is no JSON"
     elif first["type"] == "extra_forbidden":
-        text = f"{param} is not a parameter here"
+        ours = _OTHER_NAMES.get(param or "")
+        text = f"{param} is not a parameter here" + (f"; did you mean {ours}?" if ours else "")
     elif first["type"] == "missing":
         text = f"{param or 'the body'} is missing"
     elif first["type"] == "none_required":

@@ -70,7 +70,8 @@ async def generating(
         LatentrtError: it is refused, or a picture that came with it cannot be read.
     """
     catalog, facts = context.catalog, http.state.facts
-    catalog.check_pictures(files)
+    names = [*files, *(["mask"] if "image" in files and files["image"].masks and "mask" in catalog.pictures else [])]
+    catalog.check_pictures(names)
     if files and request.hires_scale is not None:
         raise Problem("there are hires_scale and a picture", needed="one of them", param="hires_scale")
     rows, solver = catalog.work(request)

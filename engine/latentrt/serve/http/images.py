@@ -16,7 +16,7 @@ from latentrt.bundle.spec import LatentSpec
 from latentrt.errors import RequestError
 from latentrt.images.depth import to_eight_bits
 from latentrt.images.depth_map import depth_of
-from latentrt.images.given import MODES, prepared, prepared_low
+from latentrt.images.given import MODES, WHITE, prepared, prepared_low
 from latentrt.serve.http.errors import Problem
 
 if TYPE_CHECKING:
@@ -36,11 +36,13 @@ class File:
         name: of the field, for the client.
         open: opens it at its first byte.
         to_mask: makes levels of grey of a mask, white where to repaint; None: it is no mask.
+        masks: whether a picture's own alpha is the mask, where it has some that repaints.
     """
 
     name: str
     open: Callable[[], BinaryIO]
     to_mask: Callable[[Image.Image, str], Image.Image] | None = None
+    masks: bool = False
 
 
 Files = Mapping[str, File]  # by what they are for, as `Request.pictures`
@@ -84,6 +86,10 @@ def decode(
                     f"{file.name} is {sides}", needed=f"the picture's {needed}", fix="resize it", param=file.name
                 )
             images[purpose] = file.to_mask(images[purpose], file.name)
+    if "image" in files and files["image"].masks and "A" in images["image"].getbands():
+        area = alpha_mask(images["image"], "image")
+        if np.asarray(area).max() >= WHITE:
+            images["mask"] = area
     width, height = size
     if masked:
         return dict(images)
@@ -109,6 +115,12 @@ def shape_of(file: File, most_pixels: int) -> tuple[int, int]:
         except Exception as error:  # it may be broken as well
             raise _undecodable(file.name, "damaged") from error
         return (image.height, image.width) if turned else image.size
+
+
+def may_be_clear(file: File, most_pixels: int) -> bool:
+    """Return whether a picture may have transparent parts, by its header. Raise Problem as `shape_of`."""
+    with _opened(file.open(), file.name, most_pixels) as image:
+        return image.has_transparency_data
 
 
 def alpha_mask(mask: Image.Image, name: str) -> Image.Image:

@@ -151,7 +151,11 @@ class EditRequest(Wanted):
     image: Annotated[list[UploadFile], Field(description="The picture to edit: PNG, JPEG or WebP.")] = []
     images: Annotated[list[UploadFile], Field(alias="image[]", description="The same, as arrays are sent.")] = []
     mask: Annotated[
-        UploadFile | None, Field(description="PNG or WebP of the picture's size; where its alpha is 0 is edited.")
+        UploadFile | None,
+        Field(
+            description="PNG or WebP of the picture's size; where its alpha is 0 is edited. Without one, where the"
+            " picture's own alpha is 0, if it is anywhere."
+        ),
     ] = None
     strength: Annotated[Part | None, Field(description="How far to leave the picture: 1 keeps nothing.")] = None
     depth: Annotated[
@@ -188,6 +192,7 @@ class ImagesResponse(BaseModel):
     background: Literal["opaque"] = "opaque"
     output_format: OutputFormat
     size: str
+    usage: Annotated[dict[str, Any], Field(description="Zeros: no tokens are counted.")]
     safety_identifier: str | None = None
     warnings: Annotated[list[str], Field(description="What the model did not read of a prompt, if anything.")] = []
 
