@@ -15,11 +15,13 @@ from latentrt import Engine
 from latentrt.errors import RequestError
 from latentrt.images.inpaint import blurred, doubled
 from latentrt.run.job import Job
+from latentrt.runtime.onnxruntime import OrtBackend
 from latentrt_export.checkpoint.source import open_checkpoint
 from latentrt_export.graphs.to_onnx import quiet
 from latentrt_export.verify.checks import psnr
 from latentrt_export.verify.reference import Theirs, plain_folder
 from tests.model.test_edit import mask_for, picture
+from tests.support.gpu.host_gpu import HostGpu
 
 Exported = Callable[[str], tuple[Path, Path]]
 IMAGE = picture(150, 110)
@@ -121,3 +123,27 @@ def test_rows_may_draw_their_noise_from_another_seed(engine: Engine) -> None:
     np.testing.assert_array_equal(other.noise.normal((4, 8, 8)) * known.table.start, known.latents)
     pictures = [np.asarray(engine("a", **asked, seed_delta=delta)[0]) for delta in (0, 31337)]
     assert (pictures[0] != pictures[1]).any()
+
+
+@pytest.fixture(scope="module")
+def on_gpu(exported: Exported) -> Any:
+    gpu = HostGpu()
+    backend = OrtBackend(threads=1, gpu=gpu)
+    with Engine.load(exported("emoji")[1], backend=backend, lanes=4, check_hashes=False) as engine:
+        yield engine
+    gpu.close()
+
+
+@pytest.mark.parametrize("noise", ["torch-cpu", "torch-cuda:h100"])
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+def test_a_gpu_draws_the_same(engine: Engine, on_gpu: Engine, noise: str, masked: bool) -> None:
+    """By single rows and in one launch: what lies over the picture, and the rows' own seed."""
+    asked: dict[str, Any] = {"steps": 3, "seed": 5, "solver": "euler-ancestral", "noise": noise, **SIZE}
+    asked |= {"eta": 0.8, "s_noise": 1.05, "seed_delta": 31337}
+    if masked:
+        asked |= {"image": IMAGE, "mask": AREA, "mask_blur": 3, "mask_crop": 8, "mask_fill": "noise", "strength": 0.7}
+    (wanted,) = engine("a cat", **asked)
+    for more in ({}, {"on_tick": lambda job: None}):
+        (ours,) = on_gpu("a cat", **asked, **more)
+        assert ours.size == wanted.size
+        assert psnr(np.asarray(ours), np.asarray(wanted)) >= 60

@@ -102,6 +102,7 @@ def test_hires_fix(api: webuiapi.WebUIApi, scheduler: FakeScheduler) -> None:
     api.txt2img(prompt="a", enable_hr=1, denoising_strength="0.4", **more, **SIZE)
     request = asked(scheduler)
     assert (request.hires_scale, request.hires_steps, request.hires_strength) == (1.5, 2, 0.4)
+    api.txt2img(prompt="a", hr_prompt="b", hr_resize_x=8, **SIZE)  # of a second part that is not made
     with pytest.raises(RuntimeError, match="could not find upscaler"):
         api.txt2img(prompt="a", enable_hr=True, hr_upscaler=webuiapi.HiResUpscaler.ESRGAN_4x)
 
@@ -221,6 +222,8 @@ def test_extras_to_a_size_and_in_batches(api: webuiapi.WebUIApi) -> None:
     ):
         with pytest.raises(RuntimeError, match=words):
             api.extra_single_image(**{"image": IMAGE, **wanted})
+    with pytest.raises(RuntimeError, match="at most 16777216"):
+        api.extra_batch_images([Image.new("L", (600, 600))] * 2, upscaler_1="Nearest", upscaling_resize=5)
 
 
 def test_keys_are_its_passwords(scheduler: FakeScheduler) -> None:

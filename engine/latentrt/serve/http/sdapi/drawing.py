@@ -115,7 +115,8 @@ async def _answer(
     context: Context, http: HttpRequest, wanted: TextToImage, files: Files, size: tuple[int, int], **more: Any
 ) -> JSONResponse:
     options = options_of(wanted.override_settings)
-    check_idle(wanted.model_extra or {})
+    extra = (wanted.model_extra or {}).items()
+    check_idle({name: value for name, value in extra if wanted.enable_hr or not name.startswith("hr_")})
     solver, settings = solver_of(context.catalog, wanted, options)
     previews = PREVIEWS if wanted.force_task_id else 0
     encoding = partial(encode, kind=FORMATS[(options.samples_format or "png").lower()])

@@ -47,17 +47,20 @@ def upscalers_of(catalog: Catalog) -> dict[str, float]:
 async def extra_single_image(wanted: ExtrasOfOne, http: HttpRequest, context: Served) -> ExtrasOfOneAnswer:
     """Enlarge a picture."""
     _check(context, wanted)
-    file, told = await _enlarged(context, http, wanted, file_of(context, "image", wanted.image))
+    file, told, _ = await _enlarged(context, http, wanted, file_of(context, "image", wanted.image))
     return ExtrasOfOneAnswer(html_info=told, image=file)
 
 
 @router.post("/extra-batch-images", responses=DRAWN)
 async def extra_batch_images(wanted: ExtrasOfSeveral, http: HttpRequest, context: Served) -> ExtrasOfSeveralAnswer:
-    """Enlarge several pictures, one after the other."""
+    """Enlarge several pictures, one after the other; together they may have as many pixels as one."""
     _check(context, wanted)
     files = [file_of(context, "imageList", one.data) for one in wanted.files]
-    made = [await _enlarged(context, http, wanted, file) for file in files]
-    return ExtrasOfSeveralAnswer(html_info=made[-1][1], images=[file for file, _ in made])
+    images, told, pixels = list[str](), "", 0
+    for file in files:
+        image, told, more = await _enlarged(context, http, wanted, file, pixels)
+        images, pixels = [*images, image], pixels + more
+    return ExtrasOfSeveralAnswer(html_info=told, images=images)
 
 
 @router.post("/png-info", responses=DRAWN)
@@ -81,14 +84,20 @@ def _check(context: Context, wanted: Extras) -> None:
             raise unknown(name, getattr(wanted, name), known)
 
 
-async def _enlarged(context: Context, http: HttpRequest, wanted: Extras, file: File) -> tuple[str, str]:
-    """Return the enlarged picture as base64, and what was done, as HTML."""
+async def _enlarged(
+    context: Context, http: HttpRequest, wanted: Extras, file: File, before: int = 0
+) -> tuple[str, str, int]:
+    """Return the enlarged picture as base64, what was done, as HTML, and its pixels.
+
+    Raises:
+        Problem: with the pixels of those before it, there would be too many.
+    """
     most = context.settings.max_image_pixels
     given = await in_thread(partial(loaded, file, most, deep=True))
     texts, picture = texts_of(given), await in_thread(partial(loaded, file, most))
     picture = picture.convert("RGB")
     size, crop = _sizes(wanted, picture.size)
-    if max(size[0] * size[1], crop[0] * crop[1]) > most:
+    if max(size[0] * size[1], crop[0] * crop[1]) + before > most:
         found, param = f"the picture would have {size[0]}x{size[1]} pixels", "upscaling_resize"
         raise Problem(found, needed=f"at most {most} in all", fix="enlarge it by less", param=param)
     told: dict[str, Any] = {}
@@ -101,7 +110,8 @@ async def _enlarged(context: Context, http: HttpRequest, wanted: Extras, file: F
             told |= {"Postprocess upscaler 2": wanted.upscaler_2}
         picture = made if crop == size else _cropped(made, crop)
     text = ", ".join(f"{name}: {value}" for name, value in told.items())
-    return await in_thread(partial(_file, picture, {**texts, "postprocessing": text})), f"<p>{html.escape(text)}</p>"
+    made_file = await in_thread(partial(_file, picture, {**texts, "postprocessing": text}))
+    return made_file, f"<p>{html.escape(text)}</p>", picture.width * picture.height
 
 
 def _sizes(wanted: Extras, own: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:

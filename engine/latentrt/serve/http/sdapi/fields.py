@@ -31,8 +31,15 @@ NAMES = {  # by OpenAI's names and the engine's
 }
 # Names that are words too are only replaced where a value or a change of them is told.
 _OURS = re.compile(
-    r"\b(?:{})\b|\b(?:{})\b(?= is -?[\d.'])|(?<=and )guidance(?= [\d.])|(?<=smaller )(?:n|guidance)\b".format(
-        "|".join(name for name in NAMES if "_" in name), "|".join(name for name in NAMES if "_" not in name)
+    "|".join(
+        (
+            rf"\b(?:{'|'.join(name for name in NAMES if '_' in name)})\b",
+            rf"\b(?:{'|'.join(name for name in NAMES if '_' not in name)})\b(?= is -?[\d.'])",
+            r"(?<=\band )guidance\b(?= [\d.])",
+            r"\bguidance\b(?= above )",
+            r"(?<=\braise )guidance\b",
+            r"(?<=\bsmaller )(?:n|guidance)\b",
+        )
     )
 )
 
