@@ -14,6 +14,7 @@ ROLES = ("text_encoder", "conditioner", "denoiser", "shallow", "decoder", "encod
 TEXT_ENCODER, CONDITIONER, DENOISER, SHALLOW, DECODER, ENCODER = ROLES
 FP32, FP32_ORT_CPU = "fp32", "fp32-ort-cpu"  # variants that export writes; all but the first are optional
 FP16, FP16_ORT_CUDA = "fp16", "fp16-ort-cuda"
+INT8, INT8_ORT_CPU = "int8", "int8-ort-cpu"  # a precision, and the graph that a denoiser has for it
 
 
 class Dimension(NamedTuple):
@@ -94,7 +95,8 @@ class NetworkSpec:
     Attributes:
         role: one of ROLES.
         inputs, outputs: the signature of its float32 graph.
-        variants: graphs by name: "fp32", "fp32-ort-cpu", "fp16", "fp16-ort-cuda". A runtime says which it runs.
+        variants: graphs by name: "fp32", "fp32-ort-cpu", "fp16", "fp16-ort-cuda", "int8-ort-cpu". A runtime says which
+            it runs.
         tokenizer: the folder of a text encoder's tokenizer.
     """
 
