@@ -25,6 +25,7 @@ from latentrt.bundle.spec import (
     Variant,
 )
 from latentrt.errors import ExportError, LatentrtError
+from latentrt.runtime.variants import check_int8
 from latentrt_export.checkpoint.single.choices import AS_THEY_ARE, Choices
 from latentrt_export.checkpoint.source import Checkpoint, checkpoint_of, tokenizer_of
 from latentrt_export.describe import (
@@ -146,6 +147,8 @@ def _export(
     size = sum(path.stat().st_size for path in sources) + 2 * GRAPH_ROOM * len(names)
     if int8 and "unet" not in names:
         raise ExportError("--int8 for a VAE alone", needed="a model with a UNet", fix="leave it out")
+    if int8:
+        check_int8()  # it draws with the graph
     with place(target, checkpoint.root, size, overwrite=overwrite) as root:
         if not checkpoint.graphs:
             _check(checkpoint)

@@ -14,7 +14,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from latentrt.bundle.bundle import Bundle
-from latentrt.bundle.spec import FP32, GraphSpec
+from latentrt.bundle.spec import FP32, INT8, GraphSpec
 from latentrt.cuda.array import DeviceArray
 from latentrt.cuda.gpu import Gpu
 from latentrt.errors import BackendError, MissingDependencyError, NetworkError
@@ -24,7 +24,7 @@ from latentrt.runtime.cores import usable_cores
 from latentrt.runtime.optimized import WEIGHTS, SavedGraph
 from latentrt.runtime.replaced import NONE, Weights, replaced_in, set_weights
 from latentrt.runtime.signature import Arrays, check_arrays, check_feeds
-from latentrt.runtime.variants import VARIANTS, graph_of
+from latentrt.runtime.variants import VARIANTS, check_int8, graph_of
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 # No TF32; convolutions are chosen by rule, since trying them out would pick others in every process, and may come
@@ -80,6 +80,8 @@ class OrtBackend:
         if (device, precision) not in VARIANTS:
             needed, fix = "fp32, fp16 or int8; on cuda fp16", "pass precision='fp16', or leave it out"
             raise BackendError(f"the precision is {precision!r}", needed=needed, fix=fix)
+        if precision == INT8:
+            check_int8()
         self.device = device
         self.precision = precision
         self.variants: tuple[str, ...] = VARIANTS[device, precision]

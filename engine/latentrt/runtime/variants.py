@@ -13,7 +13,8 @@ from latentrt.bundle.spec import (
     GraphSpec,
     ModelSpec,
 )
-from latentrt.errors import BundleError
+from latentrt.errors import BackendError, BundleError
+from latentrt.runtime.cores import multiplies_bytes
 
 VARIANTS = {
     ("cpu", FP32): (FP32_ORT_CPU, FP32),
@@ -21,6 +22,13 @@ VARIANTS = {
     ("cpu", INT8): (INT8_ORT_CPU, FP32_ORT_CPU, FP32),  # a denoiser must have the first, and no other network does
     ("cuda", FP16): (FP16_ORT_CUDA,),
 }
+
+
+def check_int8() -> None:
+    """Refuse a CPU whose products of 8-bit numbers overflow. Raise BackendError."""
+    if not multiplies_bytes():
+        needed, fix = "AVX-512 VNNI or AVX-VNNI, for products of 8 bits that do not overflow", "take --precision fp32"
+        raise BackendError("int8 on a CPU without VNNI", needed=needed, fix=fix)
 
 
 def graph_of(spec: ModelSpec, network: str, device: str, precision: str) -> GraphSpec:

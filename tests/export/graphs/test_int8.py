@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from latentrt.bundle.spec import FP32, INT8, INT8_ORT_CPU
 from latentrt.engine import Engine
 from latentrt.errors import BackendError, BundleError, ExportError
 from latentrt.runtime import open_backend
+from latentrt.runtime.cores import multiplies_bytes
 from latentrt.runtime.onnxruntime import OrtBackend
 from latentrt.runtime.signature import shape_of
 from latentrt_export import int8
@@ -32,7 +32,7 @@ from tests.export.graphs.fused.test_small import graph
 from tests.export.graphs.test_lower import Arrays
 from tests.support.models.loras import write_lora
 
-Exported = Callable[[str], tuple[Path, Path]]
+pytestmark = pytest.mark.skipif(not multiplies_bytes(), reason="a CPU without VNNI")
 PRODUCTS = {"QLinearConv": 40, "MatMulIntegerToFloat": 56}  # of the embedded UNet
 
 
@@ -145,13 +145,16 @@ def _run(model: ir.Model, x: np.ndarray, *names: str) -> list[np.ndarray]:
     return found
 
 
-def test_where_there_is_none(written: Bundle) -> None:
+def test_where_there_is_none(written: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BundleError, match=r"no graph in int8.*latentrt export --int8"):
         OrtBackend(precision=INT8).load(Bundle.open(EMBEDDED), "unet")
     assert OrtBackend(precision=INT8).load(written, "vae_decoder").graph.path == "vae/decoder.onnx"
     for name in ("openvino", "tensorrt"):
         with pytest.raises(BackendError, match=f"'int8' for {name}"):
             open_backend(name, precision=INT8)
+    monkeypatch.setattr("latentrt.runtime.variants.multiplies_bytes", lambda: False)
+    with pytest.raises(BackendError, match="CPU without VNNI"):
+        OrtBackend(precision=INT8)
 
 
 @pytest.mark.slow
@@ -167,8 +170,7 @@ def test_a_bundle_that_a_lora_is_merged_into(written: Bundle, tmp_path: Path, mo
     assert "with_lora.safetensors" in {file for file, _ in read[1]}
 
 
-def test_a_vae_alone_is_refused_before_anything_is_written(exported: Exported, tmp_path: Path) -> None:
-    checkpoint, _ = exported("sd")
+def test_a_vae_alone_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="--int8 for a VAE alone"):
-        export_bundle(checkpoint / "vae", tmp_path / "bundle", int8=True)
+        export_bundle(EMBEDDED / "vae", tmp_path / "bundle", int8=True)
     assert not list(tmp_path.iterdir())
