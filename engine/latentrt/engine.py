@@ -115,7 +115,7 @@ class Engine:
                 your Backend.
             device: "cpu", "cuda" or "cuda:1"; None is "cpu" for onnxruntime and "cuda" for the others.
             threads, spin: of a network call on the CPU; see `OrtBackend`.
-            precision: "fp32" or "fp16" graphs; None is fp32 on a CPU and fp16 on a GPU.
+            precision: "fp32", "fp16" or "int8" graphs; None is fp32 on a CPU and fp16 on a GPU.
             lanes: the most of a call; guidance takes two a picture. None: 16 on a CPU, a plan's own, or a picture's.
             resident: keep all networks loaded; False drops each after use: the least memory, on a CPU.
             capture: on a GPU, launch ticks and whole pictures as CUDA graphs, not call by call. None: only TensorRT's.

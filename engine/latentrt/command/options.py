@@ -43,7 +43,7 @@ def runs_networks(verb: Verb) -> Verb:
         click.option("--plans", type=FOLDER, help="Folder of TensorRT plans that you trust  [default: in your cache]"),
         click.option(
             "--precision",
-            type=click.Choice(["fp32", "fp16"]),
+            type=click.Choice(["fp32", "fp16", "int8"]),
             help="Of the graphs  [default: fp16 for TensorRT and cuda, fp32 for others]",
         ),
         click.option(

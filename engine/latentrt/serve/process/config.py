@@ -72,7 +72,7 @@ class Settings(BaseSettings):
     refiner: Path | None = _field(None, "Model", "Bundle of a model that may draw the last part of a run.")
     backend: str = _field("onnxruntime", "Model", "onnxruntime, openvino, tensorrt or tensorrt-rtx.")
     device: str | None = _field(None, "Model", "cpu, cuda or cuda:1.")
-    precision: Literal["fp32", "fp16"] | None = _field(None, "Model", "Of the graphs: fp32 or fp16.")
+    precision: Literal["fp32", "fp16", "int8"] | None = _field(None, "Model", "Of the graphs: fp32, fp16 or int8.")
     plans: Path | None = _field(None, "Model", "Folder of TensorRT plans; the user's cache if none is named.")
     threads: Count | None = _field(
         None, "Model", "CPU threads of a network call; the cores that the process may use if not given."
