@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentrt.adapters.given import Loras, loras_of
-from latentrt.adapters.memory import EXPORT, with_loras
+from latentrt.adapters.memory import with_loras
 from latentrt.bundle.bundle import EMBEDDED, Bundle
 from latentrt.bundle.spec import CONDITIONER, DENOISER, ENCODER, SHALLOW, TEXT_ENCODER
 from latentrt.cuda.gpu import Gpu
-from latentrt.errors import BackendError, RequestError
+from latentrt.errors import RequestError
 from latentrt.images.pixels import to_picture, to_pil, to_uint8
 from latentrt.model.codec import decode_each
 from latentrt.model.given import Given
@@ -27,7 +27,7 @@ from latentrt.request import Request, request_from
 from latentrt.run.denoiser import Denoiser, OnTick
 from latentrt.run.job import Job
 from latentrt.run.lanes import open_lanes
-from latentrt.run.make import make_jobs
+from latentrt.run.make import check_current, make_jobs
 from latentrt.run.stages import refiner_of
 from latentrt.runtime import open_backend
 from latentrt.runtime.base import Backend
@@ -61,8 +61,6 @@ class Engine:
         refiner: Bundle | None = None,
         vae: VaeOptions = OWN,
     ) -> None:
-        if bundle.replaced and not backend.facts.replaces:
-            raise BackendError(f"LoRAs in memory with {backend.name}", needed="onnxruntime", fix=EXPORT)
         self.bundle, self.backend = bundle, backend
         resident = resident or backend.gpu is not None
         with ExitStack() as opened:
@@ -75,6 +73,7 @@ class Engine:
             opened.pop_all()
         self.spec, self.schedule = self.model.spec, self.model.schedule
         self.denoiser = Denoiser(self._lanes)
+        self.served = False  # whether a `Service` has it
         self._own_gpu: Gpu | None = None  # opened by `load`, closed with the engine
 
     @classmethod
@@ -123,7 +122,7 @@ class Engine:
             preview_vae: a bundle whose decoder makes the previews, such as AutoencoderTiny's.
             tile: decode and encode pictures with a longer side in tiles of so many pixels; None: at once.
             lora: LoRAs that are merged into the model's weights in memory, each "FILE", "FILE:0.8" or, of the UNet and
-                of the text encoders, "FILE:0.8:0.5"; or strengths by file. Only onnxruntime can.
+                of the text encoders, "FILE:0.8:0.5"; or strengths by file. Not with OpenVINO. See `set_lora`.
             allow_unmatched: leave out keys of a LoRA that have no place in the model; else they are an error.
 
         Raises:
@@ -136,8 +135,7 @@ class Engine:
         second = None if refiner is None else opened(refiner)
         vaes = VaeOptions.open(vae, preview_vae, tile, check_hashes=check_hashes, cache=cache)
         first, loras = opened(bundle), loras_of(lora, allow_unmatched=allow_unmatched)
-        if loras:
-            first = with_loras(first, loras, allow_unmatched=allow_unmatched)
+        first = with_loras(first, loras, allow_unmatched=allow_unmatched)
         make = partial(cls, first, lanes=lanes, resident=resident, capture=capture, refiner=second, vae=vaes)
         if isinstance(backend, str):
             own = open_backend(backend, device, threads, precision=precision, plans=plans, cache=cache, spin=spin)
@@ -170,14 +168,41 @@ class Engine:
 
     def close(self) -> None:
         """Free the networks' memory."""
-        if self._program is not None:
-            self._program.close()
-        self._lanes.close()
+        self._free()
         for model in self._models:
             model.close()
         if self._own_gpu is not None:
             self._own_gpu.close()
             self._own_gpu = None
+
+    def set_lora(self, lora: Loras | None = None, *, allow_unmatched: bool = False) -> None:
+        """Merge these LoRAs, and no others, into the model's weights in memory; None: the bundle's own weights.
+
+        Networks whose weights change are loaded again; if that fails, the engine stays as it was. Jobs that were made
+        before cannot be run any more.
+
+        Args:
+            lora, allow_unmatched: as of `load`.
+
+        Raises:
+            AdapterError: a LoRA does not fit.
+            BackendError, PlanError, DeviceMemoryError: the backend takes no other weights, or has no room.
+            RequestError: pictures are being drawn, or a server has the engine.
+        """
+        loras = loras_of(lora or (), allow_unmatched=allow_unmatched)
+        if self.served:
+            raise RequestError("a server has the engine", needed="one of your own", fix="latentrt serve --lora FILE")
+        self.denoiser.check_idle()
+        bundle = with_loras(self.bundle, loras, allow_unmatched=allow_unmatched)
+        self._free()
+        self.model.take(bundle)
+        self.bundle, self.spec = bundle, self.model.spec
+
+    def _free(self) -> None:
+        """Free the memory of lanes, which on a GPU is bound to networks; pictures that come take it again."""
+        if self._program is not None:
+            self._program.close()
+        self._lanes.close()
 
     def __call__(
         self,
@@ -263,8 +288,10 @@ class Engine:
 
     def run(self, jobs: Iterable[Job], on_tick: OnTick | None = None) -> None:
         """Denoise jobs to their end; see `Denoiser.run`."""
+        waiting = list(jobs)
+        check_current(self.model, waiting)
         self._end_of(TEXT_ENCODER, CONDITIONER)
-        self.denoiser.run(jobs, on_tick)
+        self.denoiser.run(waiting, on_tick)
 
     def picture(self, job: Job) -> Picture:
         """Return the picture of a job's latents; it carries its settings."""

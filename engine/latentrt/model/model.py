@@ -23,6 +23,7 @@ from latentrt.model.conditioners.registry import Parts, conditioners_of
 from latentrt.model.given import Given
 from latentrt.model.hoisted import Hoisted
 from latentrt.model.inputs import Sides
+from latentrt.model.networks import Networks
 from latentrt.model.other_vae import OWN, VaeOptions
 from latentrt.model.predictor import Predictor, inputs_of
 from latentrt.model.text import Text
@@ -81,22 +82,26 @@ class Model:
         denoiser, schedule = bundle.spec.denoiser, str(bundle.spec.schedule)
         self.spec, self.resident, self._vae = vae.spec(bundle.spec), resident, vae
         self.schedule = Schedule.from_config(bundle.json(schedule), self.spec.corrected(schedule))
-        self.networks = {
-            name: LazyNetwork(partial(backend.load, vae.home(bundle, network.role), name))
-            for name, network in self.spec.networks.items()
-        }
+        self.networks = Networks(bundle, backend, vae)
         self.tiles = vae.tiles(self.spec)
         self.codec = self._codec()
         self.preview, self._preview_decoder = self._previews(backend)
         if resident:
             self._load()
-        called = self.networks[denoiser]
         without_depth = next((self.networks[name] for name in self.spec.named(SHALLOW)), None)
-        self.predictor = Predictor([called if backend.gpu is None else called.open()], without_depth)
+        self.predictor = Predictor([self.networks[denoiser]], without_depth)
         once = self.spec.named(CONDITIONER)
         self.hoisted = Hoisted(self.networks, self.spec)
         inputs = inputs_of([self.spec.networks[name] for name in (*once, denoiser)])
         self.conditioners = conditioners_of(Parts(bundle, self.networks, self.codec, inputs))
+
+    def take(self, bundle: Bundle) -> None:
+        """Use the weights of a bundle of the same files, as `Networks.take`; nothing changes where that fails."""
+        self.networks.take(bundle)
+        self.spec = self._vae.spec(bundle.spec)
+        self.hoisted.forget()
+        if self.text is not None:
+            self.text.forget()
 
     def _load(self) -> None:
         """Load what every picture needs; the others are loaded with the first picture that needs them."""
@@ -323,9 +328,10 @@ class Model:
                     )
 
     def facts(self, height: int, width: int) -> dict[str, Any]:
-        """Return what pictures of latents of this size carry of how they were decoded, where it is not the usual."""
-        other, tiles = self._vae.other, self.tiles
-        facts = {} if other is None else {"vae": other.spec.id}
+        """Return what pictures of latents of this size carry of how they were made, where it is not the usual."""
+        other, tiles, merged = self._vae.other, self.tiles, self.networks.bundle.merged
+        facts: dict[str, Any] = {} if other is None else {"vae": other.spec.id}
+        facts |= {"merged_loras": list(merged)} if merged else {}
         return facts | ({"tile": self._vae.tile} if tiles is not None and tiles.cut(height, width) else {})
 
     def end_of(self, *roles: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -75,10 +77,18 @@ def make_jobs(
                 kept=kept,
                 start=start,
                 later=later,
+                made_with=model.networks.bundle,
                 tag={**tag, **facts},
             )
         )
     return jobs
+
+
+def check_current(model: Model, jobs: Sequence[Job]) -> None:
+    """Refuse jobs whose inputs were computed before the model's weights were changed. Raise RequestError."""
+    if any(job.made_with is not None and job.made_with is not model.networks.bundle for job in jobs):
+        found, needed = "a job was made before the LoRAs were changed", "jobs that were made after it"
+        raise RequestError(found, needed=needed, fix="make them again: engine.requests(...)")
 
 
 def _placed(model: Model, request: Request, given: Given | None) -> Request:
