@@ -198,6 +198,11 @@ class Engine:
         self.model.take(bundle)
         self.bundle, self.spec = bundle, self.model.spec
 
+    @property
+    def lora(self) -> tuple[str, ...]:
+        """The LoRAs that are merged: "style.safetensors:0.8"."""
+        return self.bundle.merged
+
     def _free(self) -> None:
         """Free the memory of lanes, which on a GPU is bound to networks; pictures that come take it again."""
         if self._program is not None:

@@ -15,12 +15,14 @@ from latentrt.command.options import (
     AT_LEAST_ONE,
     FOLDER,
     LOADING,
+    LORAS,
     VAES,
     decodes_pictures,
     edits_pictures,
     option_json,
     runs_in_stages,
     runs_networks,
+    takes_loras,
 )
 from latentrt.command.terminal import progress
 from latentrt.command.watch import KINDS, Asked, Watch
@@ -109,6 +111,7 @@ SETTINGS = (
 )
 @edits_pictures
 @runs_in_stages
+@takes_loras
 @decodes_pictures
 @runs_networks
 @option_json
@@ -119,7 +122,7 @@ def generate(prompts: tuple[str, ...], bundle: Path, lanes: int | None, as_json:
     from latentrt.images.given import open_picture
     from latentrt.runtime.onnxruntime import return_freed_pages
 
-    loading = {name: asked.pop(name) for name in (*LOADING, *VAES, "refiner")}
+    loading = {name: asked.pop(name) for name in (*LOADING, *VAES, *LORAS, "refiner")}
     if loading["refiner"] is not None and asked["handoff"] is None:
         asked["handoff"] = HANDOFF
     pattern = with_suffix(asked["output"] or ("{prompt}-{seed}" if prompts else "{model}-{seed}"), asked["format"])

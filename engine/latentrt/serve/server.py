@@ -102,6 +102,8 @@ def loaded(settings: Settings) -> Iterator[Engine]:
         vae=settings.vae,
         preview_vae=settings.preview_vae,
         tile=settings.tile,
+        lora=settings.lora,
+        allow_unmatched=settings.allow_unmatched,
     ) as engine:
         if settings.edits:
             pipeline.load_encoder(engine)

@@ -88,6 +88,8 @@ class Settings(BaseSettings):
         None, "Model", "Decode and encode pictures with a longer side in tiles of so many pixels: less memory."
     )
     embedding: Texts = _field((), "Model", "Files of textual inversion, FILE or NAME=FILE, with commas between them.")
+    lora: Texts = _field((), "Model", "LoRAs for all pictures, FILE[:STRENGTH[:TEXT]], with commas between them.")
+    allow_unmatched: bool = _field(False, "Model", "Leave out keys of LoRAs that have no place.")
     edits: bool = _field(True, "Model", "Take pictures to edit; without it the VAE's encoder is not loaded.")
 
     queue: Count = _field(64, "Load", "Most pictures that wait.")
