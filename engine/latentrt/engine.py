@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from latentrt.adapters.given import Loras, loras_of
 from latentrt.adapters.memory import with_loras
 from latentrt.bundle.bundle import EMBEDDED, Bundle
-from latentrt.bundle.spec import CONDITIONER, DENOISER, ENCODER, SHALLOW, TEXT_ENCODER
+from latentrt.bundle.spec import CONDITIONER, CONTROL, DENOISER, ENCODER, HINT, SHALLOW, TEXT_ENCODER
 from latentrt.cuda.gpu import Gpu
 from latentrt.errors import RequestError
 from latentrt.images.pixels import to_picture, to_pil, to_uint8
 from latentrt.model.codec import decode_each
+from latentrt.model.control import NO_CONTROLS
 from latentrt.model.given import Given
 from latentrt.model.model import Model
 from latentrt.model.other_vae import OWN, VaeOptions
@@ -60,11 +61,14 @@ class Engine:
         capture: bool | None = None,
         refiner: Bundle | None = None,
         vae: VaeOptions = OWN,
+        controls: Mapping[str, Bundle] = NO_CONTROLS,
     ) -> None:
         self.bundle, self.backend = bundle, backend
         resident = resident or backend.gpu is not None
         with ExitStack() as opened:
-            self.model = opened.enter_context(closing(Model(bundle, backend, resident=resident, vae=vae)))
+            self.model = opened.enter_context(
+                closing(Model(bundle, backend, resident=resident, vae=vae, controls=controls))
+            )
             self.refiner = None
             if refiner is not None:
                 self.refiner = refiner_of(self.model, refiner, backend, resident=resident)
@@ -97,6 +101,7 @@ class Engine:
         vae: str | Path | None = None,
         preview_vae: str | Path | None = None,
         tile: int | None = None,
+        control: Mapping[str, str | Path] | None = None,
         lora: Loras = (),
         allow_unmatched: bool = False,
     ) -> Engine:
@@ -120,6 +125,7 @@ class Engine:
             refiner: the bundle of a model that takes over at a request's `handoff`.
             vae: a bundle whose VAE takes the place of the model's own.
             preview_vae: a bundle whose decoder makes the previews, such as AutoencoderTiny's.
+            control: bundles of ControlNets by the names that calls have for them, on a CPU.
             tile: decode and encode pictures with a longer side in tiles of so many pixels; None: at once.
             lora: LoRAs that are merged into the model's weights in memory, each "FILE", "FILE:0.8" or, of the UNet and
                 of the text encoders, "FILE:0.8:0.5"; or strengths by file. Not with OpenVINO. See `set_lora`.
@@ -127,16 +133,18 @@ class Engine:
 
         Raises:
             BundleError: a bundle is missing, damaged or unsafe.
-            RequestError: a VAE or the tiles do not fit the model; an AdapterError, a LoRA does not.
+            RequestError: a VAE, the tiles or a ControlNet do not fit the model; an AdapterError, a LoRA does not.
             BackendError, MissingDependencyError: the backend or device cannot be used here.
             PlanError: there is no plan for this device, bundle and precision; the message names the command.
         """
         opened = partial(Bundle.open, check_hashes=check_hashes, cache=cache)
         second = None if refiner is None else opened(refiner)
         vaes = VaeOptions.open(vae, preview_vae, tile, check_hashes=check_hashes, cache=cache)
+        controls = {name: opened(folder) for name, folder in (control or {}).items()}
         first, loras = opened(bundle), loras_of(lora, allow_unmatched=allow_unmatched)
         first = with_loras(first, loras, allow_unmatched=allow_unmatched)
-        make = partial(cls, first, lanes=lanes, resident=resident, capture=capture, refiner=second, vae=vaes)
+        make = partial(cls, first, lanes=lanes, resident=resident, capture=capture, controls=controls)
+        make = partial(make, refiner=second, vae=vaes)
         if isinstance(backend, str):
             own = open_backend(backend, device, threads, precision=precision, plans=plans, cache=cache, spin=spin)
         else:
@@ -228,8 +236,8 @@ class Engine:
                 Upscalers draw it larger.
             depth: its depth map, grey, near is white, for models that draw by depth.
             on_tick: called after every row of every picture with its Job; an exception raised in it ends the run.
-            settings: fields of `Request` (negative_prompt, steps, seed, guidance, height, width, count, ...); anything
-                else goes to `tabulate` (eta, use_karras_sigmas, timestep_spacing, ...).
+            settings: fields of `Request` (negative_prompt, steps, seed, guidance, height, width, count, control,
+                ...); anything else goes to `tabulate` (eta, use_karras_sigmas, timestep_spacing, ...).
 
         Returns:
             `count` PIL images for each prompt; `image.save("x.png")` writes their settings too.
@@ -241,9 +249,10 @@ class Engine:
         prompts = _several(prompt)
         pictures = {name: one for name, one in (("image", image), ("mask", mask), ("depth", depth)) if one is not None}
         asked, given = self._asked(prompts, settings, pictures)
-        whole = self._program is not None and on_tick is None and self._at_once(asked, given)
-        program = self._program if whole else None
-        jobs = self._jobs_of(asked, given, tokens=whole)
+        program = self._program
+        if program is not None and (on_tick is not None or not program.draws(asked, given)):
+            program = None
+        jobs = self._jobs_of(asked, given, tokens=program is not None)
         if program is None:
             self.run(jobs, on_tick)
             return list(self.pictures(jobs))
@@ -265,23 +274,11 @@ class Engine:
         height, width = (asked[0].height, asked[0].width) if asked else (None, None)
         return asked, self.model.given(pictures, height, width)
 
-    def _at_once(self, asked: Sequence[Request], given: Given | None) -> bool:
-        """Return whether one graph draws the pictures."""
-        stages = any(one.hires_scale is not None or one.handoff is not None for one in asked)
-        return not stages and not self._in_tiles(asked, given) and all(map(self.model.draws_at_once, asked))
-
-    def _in_tiles(self, asked: Sequence[Request], given: Given | None) -> bool:
-        """Return whether pictures are decoded in tiles, which no graph of a whole picture does."""
-        if self.model.tiles is None or not asked:
-            return False
-        size = (asked[0].height, asked[0].width) if given is None else given.size
-        return self.model.tiles.cut(*self.spec.latents.shape_of(*size)[1:])
-
     def _jobs_of(self, asked: Sequence[Request], given: Given | None, *, tokens: bool = False) -> list[Job]:
         jobs: list[Job] = []
         for request in asked:
             jobs += self.jobs(request, first=len(jobs), given=given, tokens=tokens)
-        self._end_of(ENCODER)
+        self._end_of(ENCODER, HINT)
         return jobs
 
     def jobs(self, request: Request, *, first: int = 0, given: Given | None = None, tokens: bool = False) -> list[Job]:
@@ -304,7 +301,7 @@ class Engine:
 
     def pictures(self, jobs: Sequence[Job]) -> Iterator[Picture]:
         """Yield the pictures of several jobs; small ones are decoded at the same time (`decode_each`)."""
-        self._end_of(DENOISER, SHALLOW)
+        self._end_of(DENOISER, SHALLOW, CONTROL)
         decoded = decode_each(self.model.codec, [job.latents for job in jobs], self.backend.facts.cores)
         yield from (to_picture(to_uint8(one[None])[0], job.tag) for one, job in zip(decoded, jobs, strict=True))
 

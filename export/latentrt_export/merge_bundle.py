@@ -25,7 +25,7 @@ from latentrt.bundle.tensors import header_of, open_tensors
 from latentrt.errors import BundleError
 from latentrt_export.place import place
 from latentrt_export.to_bundle import GRAPH_ROOM, Measure, NetworkSummary, Progress, Summary, finish
-from latentrt_export.variants import add_cpu, add_half
+from latentrt_export.variants import add_control, add_cpu, add_half
 
 STEM = "with_lora"
 LEFT_OUT = (MANIFEST, "model_index.json")
@@ -70,7 +70,7 @@ def merge_bundle(
         before = bundle.spec.made
         command = " ".join(["latentrt export", bundle.spec.id, *(f"--lora={lora}" for lora in loras)])
         made = {**before, "command": command, "base": before.get("command"), "notes": list(notes)}
-        spec = add_cpu(root, add_half(root, replace(bundle.spec, made=made, golden=())))
+        spec = add_control(root, add_cpu(root, add_half(root, replace(bundle.spec, made=made, golden=()))))
         progress(parts[3], 3, len(parts))
         total = finish(root, spec, golden)
     return Summary(summaries, total, notes)

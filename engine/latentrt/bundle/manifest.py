@@ -10,10 +10,15 @@ from typing import Any
 
 from latentrt.bundle.manifest1 import upgraded
 from latentrt.bundle.spec import (
+    CONDITIONER,
+    CONTROL,
+    CONTROLNET,
     DECODER,
     DENOISER,
     ENCODER,
     FP32,
+    HINT,
+    KINDS,
     ROLES,
     SHALLOW,
     TEXT_ENCODER,
@@ -71,19 +76,20 @@ def _read(data: Mapping[str, Any]) -> ModelSpec:
 
 def _network(data: Mapping[str, Any]) -> NetworkSpec:
     fields = dict(data)
-    inputs, outputs = (
-        tuple(TensorSpec(t["name"], t["dtype"], tuple(t["shape"])) for t in fields.pop(key))
-        for key in ("inputs", "outputs")
-    )
+    inputs, outputs = (_tensors(fields.pop(key)) for key in ("inputs", "outputs"))
     variants = {name: _variant(part) for name, part in fields.pop("variants").items()}
     return NetworkSpec(inputs=inputs, outputs=outputs, variants=variants, **fields)
+
+
+def _tensors(data: Iterable[Mapping[str, Any]]) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(each["name"], each["dtype"], tuple(each["shape"])) for each in data)
 
 
 def _variant(data: Mapping[str, Any]) -> Variant:
     fields = dict(data)
     islands = fields.pop("islands", None)
     kept = None if islands is None else Islands(islands["largest"], tuple(islands["nodes"]))
-    return Variant(islands=kept, **fields)
+    return Variant(islands=kept, inputs=_tensors(fields.pop("inputs", ())), **fields)
 
 
 def check(spec: ModelSpec) -> None:
@@ -96,7 +102,7 @@ def check(spec: ModelSpec) -> None:
     for name in ("revision", "license"):
         value = getattr(spec, name)
         _need(value is None or isinstance(value, str), name, value, "text or null")
-    for name in ("zero_negative", "scaled_picture", "keeps_steps"):
+    for name in ("zero_negative", "scaled_picture", "keeps_steps", "conditional_only"):
         _need(isinstance(getattr(spec, name), bool), name, getattr(spec, name), "true or false")
     for name in ("classes", "max_noise_level"):
         value = getattr(spec, name)
@@ -119,8 +125,17 @@ def check(spec: ModelSpec) -> None:
 
 
 def _check_kind(spec: ModelSpec) -> None:
-    """Check that it is a model with one denoiser and its schedule, or a VAE alone."""
-    alone = bool(spec.named(DECODER)) and {network.role for network in spec.networks.values()} <= {DECODER, ENCODER}
+    """Check that it is a model with one denoiser and its schedule, a VAE alone, or a ControlNet."""
+    _need(spec.kind in KINDS, "kind", spec.kind, f"one of {', '.join(KINDS)}")
+    roles = {network.role for network in spec.networks.values()}
+    if spec.kind == CONTROLNET:
+        one = len(spec.named(HINT)) == len(spec.named(CONTROL)) == 1
+        needed = f"one each with the roles {HINT!r} and {CONTROL!r}, and {CONDITIONER!r} at most"
+        _need(one and roles <= {HINT, CONTROL, CONDITIONER}, "networks", list(spec.networks), needed)
+        _need(spec.schedule is None, "schedule", spec.schedule, "null: there is no denoiser")
+        return
+    _need(not roles & {HINT, CONTROL}, "networks", list(spec.networks), "those of a model")
+    alone = bool(spec.named(DECODER)) and roles <= {DECODER, ENCODER}
     needed = f"one with the role {DENOISER!r}, or those of a VAE alone"
     _need(alone or len(spec.named(DENOISER)) == 1, "networks", list(spec.networks), needed)
     schedule, kind = spec.schedule, "null: there is no denoiser" if alone else "text"
@@ -153,7 +168,9 @@ def _check_network(where: str, network: NetworkSpec) -> None:
         _check_tensor(where, tensor)
     names = {tensor.name for tensor in (*network.inputs, *network.outputs)}
     for name, variant in network.variants.items():
-        _check_variant(f"{where}.variants.{name}", variant, names)
+        for tensor in variant.inputs:
+            _check_tensor(f"{where}.variants.{name}", tensor)
+        _check_variant(f"{where}.variants.{name}", variant, names | {tensor.name for tensor in variant.inputs})
 
 
 def _check_tensor(where: str, tensor: TensorSpec) -> None:

@@ -4,38 +4,43 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from typing import Any, NamedTuple
 
 from latentrt.errors import BundleError, RequestError
 
-ROLES = ("text_encoder", "conditioner", "denoiser", "shallow", "decoder", "encoder")
-TEXT_ENCODER, CONDITIONER, DENOISER, SHALLOW, DECODER, ENCODER = ROLES
+ROLES = ("text_encoder", "conditioner", "denoiser", "shallow", "decoder", "encoder", "hint", "control")
+TEXT_ENCODER, CONDITIONER, DENOISER, SHALLOW, DECODER, ENCODER, HINT, CONTROL = ROLES
+KINDS = ("model", "controlnet")  # of bundles; that of a VAE alone is a part of a model
+MODEL, CONTROLNET = KINDS
 FP32, FP32_ORT_CPU = "fp32", "fp32-ort-cpu"  # variants that export writes; all but the first are optional
 FP16, FP16_ORT_CUDA = "fp16", "fp16-ort-cuda"
+CONTROLLED = "+control"  # ends the names of the denoiser's variants that read residuals too
+RESIDUAL = "residual_"  # begins the names of these: residual_0, residual_1, ..., residual_mid
 
 
 class Dimension(NamedTuple):
-    """factor * name // divisor."""
+    """(factor * name + added) // divisor."""
 
     name: str
     factor: int = 1
     divisor: int = 1
+    added: int = 0
 
     def of(self, size: int) -> int:
         """Return the dimension where the name has this size."""
-        return self.factor * size // self.divisor
+        return (self.factor * size + self.added) // self.divisor
 
 
 @cache
 def dimension(side: str) -> Dimension:
-    """Read a symbolic dimension. Raise KeyError where it is of another form."""
-    parts = re.fullmatch(r"(?:(\d+)\*)?\(?(\w+?)(?://(\d+))?\)?", side)
+    """Read a symbolic dimension: "height", "8*height", "(height//8)", "((height+7)//8)". Raise KeyError for others."""
+    parts = re.fullmatch(r"(?:(\d+)\*)?\(?(?:\((\w+)\+(\d+)\)|(\w+?))(?://(\d+))?\)?", side)
     if parts is None:
         raise KeyError(side)
-    factor, name, divisor = parts.groups()
-    return Dimension(name, int(factor or 1), int(divisor or 1))
+    factor, sum_of, added, name, divisor = parts.groups()
+    return Dimension(sum_of or name, int(factor or 1), int(divisor or 1), int(added or 0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +83,7 @@ class Variant:
         opset, nodes: of the file.
         dtypes: of the inputs and outputs whose dtype is not the network's own.
         islands: of a float16 graph: what it keeps in float32.
+        inputs: that this graph reads after the network's own.
     """
 
     path: str
@@ -85,6 +91,7 @@ class Variant:
     nodes: int
     dtypes: Mapping[str, str] = field(default_factory=dict)
     islands: Islands | None = None
+    inputs: tuple[TensorSpec, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +102,7 @@ class NetworkSpec:
         role: one of ROLES.
         inputs, outputs: the signature of its float32 graph.
         variants: graphs by name: "fp32", "fp32-ort-cpu", "fp16", "fp16-ort-cuda". A runtime says which it runs.
+            Those of a denoiser may be there again with "+control": see `controlled`.
         tokenizer: the folder of a text encoder's tokenizer.
     """
 
@@ -109,9 +117,18 @@ class NetworkSpec:
         variant = self.variants[name]
         inputs, outputs = (
             tuple(TensorSpec(t.name, variant.dtypes.get(t.name, t.dtype), t.shape) for t in tensors)
-            for tensors in (self.inputs, self.outputs)
+            for tensors in ((*self.inputs, *variant.inputs), self.outputs)
         )
         return GraphSpec(variant.path, variant.opset, variant.nodes, inputs, outputs)
+
+    def controlled(self) -> NetworkSpec | None:
+        """Return the network that reads residuals of ControlNets as well; None where it has no such graphs."""
+        ends = {name: one for name, one in self.variants.items() if name.endswith(CONTROLLED)}
+        if not ends:
+            return None
+        variants = {name.removesuffix(CONTROLLED): replace(one, inputs=()) for name, one in ends.items()}
+        residuals = next(iter(ends.values())).inputs
+        return replace(self, inputs=(*self.inputs, *residuals), variants=variants)
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +249,9 @@ class ModelSpec:
         corrections: settings that are not used as the bundle's files have them.
         made: how the bundle was made.
         golden: runs whose latents are known.
+        kind: "model", or what is added to one: "controlnet".
+        conditional_only: whether a ControlNet acts on the lane with the prompt alone, as diffusers runs those that pool
+            their residuals.
     """
 
     id: str
@@ -250,6 +270,8 @@ class ModelSpec:
     corrections: tuple[Correction, ...] = ()
     made: Mapping[str, Any] = field(default_factory=dict)
     golden: tuple[Golden, ...] = ()
+    kind: str = MODEL
+    conditional_only: bool = False
 
     def named(self, role: str) -> tuple[str, ...]:
         """Return the names of the networks of a role, in their order."""
@@ -277,8 +299,11 @@ class ModelSpec:
             BundleError: there is none.
         """
         if not self.draws:
-            needed, fix = "a model", "pass it beside one: --vae, --preview-vae"
-            raise BundleError(f"{self.id} has no denoiser: it is a VAE", needed=needed, fix=fix)
+            what, options = (
+                ("a ControlNet", "--controlnet") if self.kind == CONTROLNET else ("a VAE", "--vae, --preview-vae")
+            )
+            fix = f"pass it beside one: {options}"
+            raise BundleError(f"{self.id} has no denoiser: it is {what}", needed="a model", fix=fix)
         return self.named(DENOISER)[0]
 
     def graph(self, network: str, *variants: str) -> GraphSpec:

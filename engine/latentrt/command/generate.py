@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from latentrt.bundle.bundle import EMBEDDED, embedded
+from latentrt.command.controls import controlnets_of, controls_of
 from latentrt.command.options import (
     AT_LEAST_ONE,
     FOLDER,
     LOADING,
     LORAS,
     VAES,
+    controls_pictures,
     decodes_pictures,
     edits_pictures,
     option_json,
@@ -110,6 +112,7 @@ SETTINGS = (
     help="Most lanes of a call; guidance takes two a picture  [default: 16; on a GPU the plan's]",
 )
 @edits_pictures
+@controls_pictures
 @runs_in_stages
 @takes_loras
 @decodes_pictures
@@ -123,6 +126,7 @@ def generate(prompts: tuple[str, ...], bundle: Path, lanes: int | None, as_json:
     from latentrt.runtime.onnxruntime import return_freed_pages
 
     loading = {name: asked.pop(name) for name in (*LOADING, *VAES, *LORAS, "refiner")}
+    loading["control"] = controlnets_of(asked["controlnet"])
     if loading["refiner"] is not None and asked["handoff"] is None:
         asked["handoff"] = HANDOFF
     pattern = with_suffix(asked["output"] or ("{prompt}-{seed}" if prompts else "{model}-{seed}"), asked["format"])
@@ -156,6 +160,9 @@ def settings_of(asked: Mapping[str, Any]) -> dict[str, Any]:
         from latentrt.model.prompts.embeddings import embeddings_of
 
         own["embeddings"] = embeddings_of(asked["embedding"])
+    if asked["guess"] and not asked["control"]:
+        raise RequestError("--guess without a --control", needed="one or more")
+    own["control"] = controls_of(asked["control"], guess=asked["guess"])
     return own | options_of(asked["option"])
 
 
