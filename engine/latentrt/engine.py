@@ -32,6 +32,7 @@ from latentrt.run.make import check_current, make_jobs
 from latentrt.run.stages import refiner_of
 from latentrt.runtime import open_backend
 from latentrt.runtime.base import Backend
+from latentrt.runtime.replaced import check_replaces
 from latentrt.values import plain
 
 if TYPE_CHECKING:
@@ -201,6 +202,8 @@ class Engine:
         if self.served:
             raise RequestError("a server has the engine", needed="one of your own", fix="latentrt serve --lora FILE")
         self.denoiser.check_idle()
+        if loras:
+            check_replaces(self.backend)
         bundle = with_loras(self.bundle, loras, allow_unmatched=allow_unmatched)
         self._free()
         self.model.take(bundle)

@@ -51,10 +51,8 @@ class Networks(Mapping[str, LazyNetwork]):
         stay where one fails.
 
         Raises:
-            BackendError, PlanError, DeviceMemoryError: as of `Backend.load`; or the backend takes no weights.
+            BackendError, PlanError, DeviceMemoryError: as of `Backend.load`.
         """
-        if bundle.replaced:
-            check_replaces(self._backend)
         fresh: dict[str, Network] = {}
         with ExitStack() as opened:
             for name, network in self._networks.items():

@@ -47,10 +47,10 @@ def replaced_in(bundle: Bundle, graph: GraphSpec) -> Weights:
 
 def same_weights(one: Bundle, other: Bundle, graph: GraphSpec) -> bool:
     """Return whether a graph reads the same weights in two bundles of the same files. Raise as `replaced_in`."""
-    ours, theirs = (
-        {name: weight.array.tobytes() for name, weight in replaced_in(each, graph).items()} for each in (one, other)
+    ours, theirs = replaced_in(one, graph), replaced_in(other, graph)
+    return ours.keys() == theirs.keys() and all(
+        weight.array.tobytes() == theirs[name].array.tobytes() for name, weight in ours.items()
     )
-    return ours == theirs
 
 
 def check_replaces(backend: Backend) -> None:

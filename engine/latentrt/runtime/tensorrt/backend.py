@@ -51,13 +51,15 @@ class TensorRtBackend:
         self._host = Host(gpu, library)
 
     def load(self, bundle: Bundle, network: str) -> TensorRtNetwork:
-        """Find a network's plans. A single one is loaded now; of several, each at the first use of its shapes. They get
-            the weights that the bundle has in memory; then only plans are found that take other weights.
+        """Find a network's plans. A single one is loaded now; of several, each at the first use of its shapes. Where
+        its graph reads weights that the bundle has in memory, they get these, and only plans are found that take them.
 
-            Raises:
-                BundleError: the bundle has no such network in this precision.
-        XError: another user may have written to a plan or its folder; it is then not deserialized.
-                DeviceMemoryError: the device has too little memory.
+        Raises:
+            BundleError: the bundle has no such network in this precision.
+            PlanError: no plan is for this device and version, or takes the weights in memory; or it is damaged, or
+                TensorRT rejects it.
+            UntrustedFileError: another user may have written to a plan or its folder; it is then not deserialized.
+            DeviceMemoryError: the device has too little memory.
         """
         graph = bundle.spec.graph(network, *self.variants)
         wanted = wanted_key(bundle, network, self.precision, self.library, self.gpu)
