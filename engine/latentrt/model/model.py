@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +30,7 @@ from latentrt.model.other_vae import OWN, VaeOptions
 from latentrt.model.predictor import Predictor, inputs_of
 from latentrt.model.text import Text
 from latentrt.request import Request
-from latentrt.runtime.base import Backend, DeviceNetwork
+from latentrt.runtime.base import Backend
 from latentrt.runtime.lazy import LazyNetwork
 from latentrt.runtime.tensorrt.record import Profile, drawn_by
 from latentrt.sampling.guidance import Guidance
@@ -96,7 +96,7 @@ class Model:
         inputs = inputs_of([self.spec.networks[name] for name in (*once, denoiser)])
         self.conditioners = conditioners_of(Parts(bundle, self.networks, self.codec, inputs))
         self.controls = open_controls(controls, self.spec, inputs, backend)
-        self._chains = None if backend.gpu is None else Chains(cast(DeviceNetwork, called.open()), self.controls)
+        self._chains = None if backend.gpu is None else Chains(self.networks[denoiser], self.controls)
 
     def take(self, bundle: Bundle) -> None:
         """Use the weights of a bundle of the same files, as `Networks.take`; nothing changes where that fails."""
