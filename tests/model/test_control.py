@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import diffusers
 import numpy as np
 import pytest
+import torch
 from diffusers import ControlNetModel
 from PIL import Image
 
@@ -17,6 +18,7 @@ from latentrt import Control, Engine
 from latentrt.adapters.given import loras_of
 from latentrt.bundle.bundle import EMBEDDED
 from latentrt.errors import BundleError, RequestError
+from latentrt.images.hints import masked
 from latentrt.model.control import ControlNet
 from latentrt.model.predictor import Predictor
 from latentrt.run.job import Job
@@ -39,6 +41,7 @@ PICTURE = (np.stack([x, y, x * y], axis=-1) * 255).astype(np.uint8)
 MASK = (np.hypot(x - 0.4, y - 0.3) < 0.2).astype(np.uint8) * 255
 EDGES = np.repeat(((np.hypot(x - 0.5, y - 0.3) * 20 % 2) < 1)[..., None], 3, axis=-1).astype(np.uint8) * 255
 GREY = (np.stack([y, x * y, 1 - x], axis=-1) * 255).astype(np.uint8)
+MASKED = masked(Image.fromarray(PICTURE), Image.fromarray(MASK))
 HINTS = {"edges": EDGES, "grey": GREY}
 SETTINGS: Mapping[str, Any] = {"seed": 7, "steps": 5, "width": 24, "height": 16, "negative_prompt": "a"}
 TEXT, EDIT, INPAINT = "", "Img2Img", "Inpaint"  # of the pipelines' names
@@ -59,6 +62,7 @@ CASES = {
     "text": Case(TEXT, SCALED, {"solver": None, "guidance": 3.0}),
     "parts": Case(TEXT, PARTS, {"solver": "heun", "guidance": 3.0}),
     "odd size": Case(TEXT, SCALED, {"solver": "euler", "guidance": 1.0, "width": 26, "height": 18}),
+    "masked": Case(TEXT, {"edges": {"image": MASKED}}, {"solver": "ddim", "guidance": 3.0}),
     "guess": Case(TEXT, GUESSED, {"solver": "dpmpp-2m", "guidance": 3.0}),
     "guess, one lane": Case(TEXT, GUESSED, {"solver": "ddim", "guidance": 1.0}),
     "image": Case(EDIT, PARTS, {"solver": "dpmpp-2m", "guidance": 3.0, "strength": 0.6}),
@@ -104,7 +108,9 @@ def _told(pipe: Any, case: Case) -> Any:
         "controlnet_conditioning_scale": [one.get("scale", 1.0) for one in own],
         "control_guidance_start": [one.get("start", 0.0) for one in own],
         "control_guidance_end": [one.get("end", 1.0) for one in own],
-        "image" if case.kind == TEXT else "control_image": [Image.fromarray(HINTS[name]) for name in case.controls],
+        "image" if case.kind == TEXT else "control_image": [
+            _map(one.get("image", HINTS[name])) for name, one in case.controls.items()
+        ],
     }
     told = {name: value if len(own) > 1 else value[0] for name, value in told.items()}
     told["guess_mode"] = own[0].get("guess", False)
@@ -114,6 +120,11 @@ def _told(pipe: Any, case: Case) -> Any:
         return pipe(**given | told)
 
     return type("Told", (), {"__call__": call, "scheduler": pipe.scheduler})()
+
+
+def _map(image: np.ndarray[Any, Any]) -> Any:
+    """Return a map as diffusers' users give it: a picture, or a tensor where it has numbers below 0."""
+    return torch.from_numpy(image.transpose(2, 0, 1)[None]) if image.dtype == np.float32 else Image.fromarray(image)
 
 
 @pytest.fixture(scope="module")
