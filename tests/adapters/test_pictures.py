@@ -172,12 +172,10 @@ def test_verified(exported: Exported, tmp_path: Path) -> None:
     merge_bundle(bundle, merged, loras_of(f"{lora}:0.6:0.9"))
     with pytest.raises(ExportError, match=r"has LoRAs merged.*--against CHECKPOINT --lora FILE"):
         next(verify(merged, merged))
-    for loras, passed in (([f"{lora}:0.6:0.9"], True), ([f"{lora}:0.6"], False), ([], False)):
+    for loras, passed in (([f"{lora}:0.6:0.9"], True), ([f"{lora}:0.6"], False)):
         checks = verify(merged, checkpoint, steps=1, choices=Choices(lora=loras))
-        assert next(checks).depth == "network"  # the merged bundle has no golden runs here
-        assert (
-            all(check.passed for check in itertools.takewhile(lambda check: check.depth == "network", checks)) is passed
-        )
+        changed = itertools.takewhile(lambda check: not check.what.startswith("vae"), checks)
+        assert all(check.passed for check in changed) is passed
 
 
 def test_on_the_emulated_gpu(tmp_path: Path) -> None:
