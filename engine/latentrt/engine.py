@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentrt.adapters.given import Loras, loras_of
-from latentrt.adapters.memory import EXPORT, with_loras
+from latentrt.adapters.memory import with_loras
 from latentrt.bundle.bundle import EMBEDDED, Bundle
 from latentrt.bundle.spec import CONDITIONER, CONTROL, DENOISER, ENCODER, HINT, SHALLOW, TEXT_ENCODER
 from latentrt.cuda.gpu import Gpu
-from latentrt.errors import BackendError, RequestError
+from latentrt.errors import RequestError
 from latentrt.images.pixels import to_picture, to_pil, to_uint8
 from latentrt.model.codec import decode_each
 from latentrt.model.control import NO_CONTROLS
@@ -28,10 +28,11 @@ from latentrt.request import Request, request_from
 from latentrt.run.denoiser import Denoiser, OnTick
 from latentrt.run.job import Job
 from latentrt.run.lanes import open_lanes
-from latentrt.run.make import make_jobs
+from latentrt.run.make import check_current, make_jobs
 from latentrt.run.stages import refiner_of
 from latentrt.runtime import open_backend
 from latentrt.runtime.base import Backend
+from latentrt.runtime.replaced import check_replaces
 from latentrt.values import plain
 
 if TYPE_CHECKING:
@@ -64,8 +65,6 @@ class Engine:
         vae: VaeOptions = OWN,
         controls: Mapping[str, Bundle] = NO_CONTROLS,
     ) -> None:
-        if bundle.replaced and not backend.facts.replaces:
-            raise BackendError(f"LoRAs in memory with {backend.name}", needed="onnxruntime", fix=EXPORT)
         self.bundle, self.backend = bundle, backend
         resident = resident or backend.gpu is not None
         with ExitStack() as opened:
@@ -80,6 +79,7 @@ class Engine:
             opened.pop_all()
         self.spec, self.schedule = self.model.spec, self.model.schedule
         self.denoiser = Denoiser(self._lanes)
+        self.served = False  # whether a `Service` has it
         self._own_gpu: Gpu | None = None  # opened by `load`, closed with the engine
 
     @classmethod
@@ -130,7 +130,7 @@ class Engine:
             control: bundles of ControlNets by the names that calls have for them.
             tile: decode and encode pictures with a longer side in tiles of so many pixels; None: at once.
             lora: LoRAs that are merged into the model's weights in memory, each "FILE", "FILE:0.8" or, of the UNet and
-                of the text encoders, "FILE:0.8:0.5"; or strengths by file. Only onnxruntime can.
+                of the text encoders, "FILE:0.8:0.5"; or strengths by file. Not with OpenVINO. See `set_lora`.
             allow_unmatched: leave out keys of a LoRA that have no place in the model; else they are an error.
 
         Raises:
@@ -144,8 +144,7 @@ class Engine:
         vaes = VaeOptions.open(vae, preview_vae, tile, check_hashes=check_hashes, cache=cache)
         controls = {name: opened(folder) for name, folder in (control or {}).items()}
         first, loras = opened(bundle), loras_of(lora, allow_unmatched=allow_unmatched)
-        if loras:
-            first = with_loras(first, loras, allow_unmatched=allow_unmatched)
+        first = with_loras(first, loras, allow_unmatched=allow_unmatched)
         make = partial(cls, first, lanes=lanes, resident=resident, capture=capture, controls=controls)
         make = partial(make, refiner=second, vae=vaes)
         if isinstance(backend, str):
@@ -179,14 +178,48 @@ class Engine:
 
     def close(self) -> None:
         """Free the networks' memory."""
-        if self._program is not None:
-            self._program.close()
-        self._lanes.close()
+        self._free()
         for model in self._models:
             model.close()
         if self._own_gpu is not None:
             self._own_gpu.close()
             self._own_gpu = None
+
+    def set_lora(self, lora: Loras | None = None, *, allow_unmatched: bool = False) -> None:
+        """Merge these LoRAs, and no others, into the model's weights in memory; None: the bundle's own weights.
+
+        Networks whose weights change are loaded again; if that fails, the engine stays as it was. Jobs that were made
+        before cannot be run any more.
+
+        Args:
+            lora, allow_unmatched: as of `load`.
+
+        Raises:
+            AdapterError: a LoRA does not fit.
+            BackendError, PlanError, DeviceMemoryError: the backend takes no other weights, or has no room.
+            RequestError: pictures are being drawn, or a server has the engine.
+        """
+        loras = loras_of(lora or (), allow_unmatched=allow_unmatched)
+        if self.served:
+            raise RequestError("a server has the engine", needed="one of your own", fix="latentrt serve --lora FILE")
+        self.denoiser.check_idle()
+        if loras:
+            check_replaces(self.backend)
+        bundle = with_loras(self.bundle, loras, allow_unmatched=allow_unmatched)
+        self._free()
+        self.model.take(bundle)
+        self.bundle, self.spec = bundle, self.model.spec
+
+    @property
+    def lora(self) -> tuple[str, ...]:
+        """The LoRAs that are merged: "style.safetensors:0.8"."""
+        return self.bundle.merged
+
+    def _free(self) -> None:
+        """Free the memory of lanes, which on a GPU is bound to networks; pictures that come take it again."""
+        if self._program is not None:
+            self._program.close()
+        self._lanes.close()
 
     def __call__(
         self,
@@ -220,9 +253,10 @@ class Engine:
         prompts = _several(prompt)
         pictures = {name: one for name, one in (("image", image), ("mask", mask), ("depth", depth)) if one is not None}
         asked, given = self._asked(prompts, settings, pictures)
-        whole = self._program is not None and on_tick is None and self._at_once(asked, given)
-        program = self._program if whole else None
-        jobs = self._jobs_of(asked, given, tokens=whole)
+        program = self._program
+        if program is not None and (on_tick is not None or not program.draws(asked, given)):
+            program = None
+        jobs = self._jobs_of(asked, given, tokens=program is not None)
         if program is None:
             self.run(jobs, on_tick)
             return list(self.pictures(jobs))
@@ -243,18 +277,6 @@ class Engine:
         asked = [request_from(prompt, settings) for prompt in prompts]  # checked before a picture is encoded
         return asked, self.model.given(pictures, asked[0]) if asked else None
 
-    def _at_once(self, asked: Sequence[Request], given: Given | None) -> bool:
-        """Return whether one graph draws the pictures."""
-        stages = any(one.hires_scale is not None or one.handoff is not None for one in asked)
-        return not stages and not self._in_tiles(asked, given) and all(map(self.model.draws_at_once, asked))
-
-    def _in_tiles(self, asked: Sequence[Request], given: Given | None) -> bool:
-        """Return whether pictures are decoded in tiles, which no graph of a whole picture does."""
-        if self.model.tiles is None or not asked:
-            return False
-        size = (asked[0].height, asked[0].width) if given is None else given.size
-        return self.model.tiles.cut(*self.spec.latents.shape_of(*size)[1:])
-
     def _jobs_of(self, asked: Sequence[Request], given: Given | None, *, tokens: bool = False) -> list[Job]:
         jobs: list[Job] = []
         for request in asked:
@@ -271,8 +293,10 @@ class Engine:
 
     def run(self, jobs: Iterable[Job], on_tick: OnTick | None = None) -> None:
         """Denoise jobs to their end; see `Denoiser.run`."""
+        waiting = list(jobs)
+        check_current(self.model, waiting)
         self._end_of(TEXT_ENCODER, CONDITIONER)
-        self.denoiser.run(jobs, on_tick)
+        self.denoiser.run(waiting, on_tick)
 
     def picture(self, job: Job) -> Picture:
         """Return the picture of a job's latents; it carries its settings."""

@@ -16,6 +16,7 @@ from latentrt.command.options import (
     AT_LEAST_ONE,
     FOLDER,
     LOADING,
+    LORAS,
     VAES,
     controls_pictures,
     decodes_pictures,
@@ -23,6 +24,7 @@ from latentrt.command.options import (
     option_json,
     runs_in_stages,
     runs_networks,
+    takes_loras,
 )
 from latentrt.command.terminal import progress
 from latentrt.command.watch import KINDS, Asked, Watch
@@ -114,6 +116,7 @@ SETTINGS = (
 @edits_pictures
 @controls_pictures
 @runs_in_stages
+@takes_loras
 @decodes_pictures
 @runs_networks
 @option_json
@@ -124,7 +127,7 @@ def generate(prompts: tuple[str, ...], bundle: Path, lanes: int | None, as_json:
     from latentrt.images.given import open_picture
     from latentrt.runtime.onnxruntime import return_freed_pages
 
-    loading = {name: asked.pop(name) for name in (*LOADING, *VAES, "refiner")}
+    loading = {name: asked.pop(name) for name in (*LOADING, *VAES, *LORAS, "refiner")}
     loading["control"] = controlnets_of(asked["controlnet"])
     if loading["refiner"] is not None and asked["handoff"] is None:
         asked["handoff"] = HANDOFF

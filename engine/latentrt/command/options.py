@@ -148,8 +148,11 @@ def runs_in_stages(verb: Verb) -> Verb:
     return verb
 
 
-def options_single(verb: Verb) -> Verb:
-    """Add what a user decides about a checkpoint; the names are those of `latentrt_export`'s `Choices`."""
+LORAS = ("allow_unmatched", "lora")  # options of `takes_loras`
+
+
+def takes_loras(verb: Verb) -> Verb:
+    """Add the options of LoRAs that are merged; their names are those of `Engine.load`."""
     for option in (
         click.option("--allow-unmatched", is_flag=True, help="Leave out keys of LoRAs that have no place."),
         click.option(
@@ -158,6 +161,14 @@ def options_single(verb: Verb) -> Verb:
             metavar="FILE[:STRENGTH[:TEXT]]",
             help="LoRA to merge, and how much of it: 0.8, or 0.8:0.5 of the UNet and of the text encoders; repeatable.",
         ),
+    ):
+        verb = option(verb)
+    return verb
+
+
+def options_single(verb: Verb) -> Verb:
+    """Add what a user decides about a checkpoint; the names are those of `latentrt_export`'s `Choices`."""
+    for option in (
         click.option("--vae", type=FOLDER, help="Folder or file of the VAE to take instead of the checkpoint's."),
         click.option("--ema", is_flag=True, help="Take a single file's averaged weights."),
         click.option(
@@ -168,4 +179,4 @@ def options_single(verb: Verb) -> Verb:
         ),
     ):
         verb = option(verb)
-    return verb
+    return takes_loras(verb)

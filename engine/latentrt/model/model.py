@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,11 +26,12 @@ from latentrt.model.control import NO_CONTROLS, Applied, check_device, controlle
 from latentrt.model.given import Given, check_uses
 from latentrt.model.hoisted import Hoisted
 from latentrt.model.inputs import Sides
+from latentrt.model.networks import Networks
 from latentrt.model.other_vae import OWN, VaeOptions
 from latentrt.model.predictor import Predictor, inputs_of
 from latentrt.model.text import Text
 from latentrt.request import Request
-from latentrt.runtime.base import Backend, DeviceNetwork
+from latentrt.runtime.base import Backend
 from latentrt.runtime.lazy import LazyNetwork
 from latentrt.runtime.tensorrt.record import Profile, drawn_by
 from latentrt.sampling.guidance import Guidance
@@ -83,24 +84,29 @@ class Model:
         denoiser, schedule = bundle.spec.denoiser, str(bundle.spec.schedule)
         self.spec, self.resident, self._vae = vae.spec(bundle.spec), resident, vae
         self.schedule = Schedule.from_config(bundle.json(schedule), self.spec.corrected(schedule))
-        self.networks = {
-            name: LazyNetwork(partial(backend.load, vae.home(bundle, network.role), name))
-            for name, network in self.spec.networks.items()
-        }
+        self.networks = Networks(bundle, backend, vae)
         self.tiles = vae.tiles(self.spec)
         self.codec = self._codec()
         self.preview, self._preview_decoder = self._previews(backend)
         if resident:
             self._load()
-        called = self.networks[denoiser]
         without_depth = next((self.networks[name] for name in self.spec.named(SHALLOW)), None)
-        self.predictor = Predictor([called if backend.gpu is None else called.open()], without_depth)
+        self.predictor = Predictor([self.networks[denoiser]], without_depth)
         once = self.spec.named(CONDITIONER)
         self.hoisted = Hoisted(self.networks, self.spec, denoiser)
         inputs = inputs_of([self.spec.networks[name] for name in (*once, denoiser)])
         self.conditioners = conditioners_of(Parts(bundle, self.networks, self.codec, inputs))
         self.controls = open_controls(controls, self.spec, inputs, backend)
-        self._chains = None if backend.gpu is None else Chains(cast(DeviceNetwork, called.open()), self.controls)
+        self._chains = None if backend.gpu is None else Chains(self.networks[denoiser], self.controls)
+
+    def take(self, bundle: Bundle) -> None:
+        """Use the weights of a bundle of the same files, as `Networks.take`; nothing changes where that fails."""
+        bundle = controlled(bundle) if self.controls else bundle
+        self.networks.take(bundle)
+        self.spec = self._vae.spec(bundle.spec)
+        self.hoisted.forget()
+        if self.text is not None:
+            self.text.forget()
 
     def _load(self) -> None:
         """Load what every picture needs; the others are loaded with the first picture that needs them."""
@@ -310,9 +316,10 @@ class Model:
             self.tiles.check_plans(height, width, getattr(network and network.open(), "profiles", None) or ())
 
     def facts(self, height: int, width: int) -> dict[str, Any]:
-        """Return what pictures of latents of this size carry of how they were decoded, where it is not the usual."""
-        other, tiles = self._vae.other, self.tiles
-        facts = {} if other is None else {"vae": other.spec.id}
+        """Return what pictures of latents of this size carry of how they were made, where it is not the usual."""
+        other, tiles, merged = self._vae.other, self.tiles, self.networks.bundle.merged
+        facts: dict[str, Any] = {} if other is None else {"vae": other.spec.id}
+        facts |= {"merged_loras": list(merged)} if merged else {}
         return facts | ({"tile": self._vae.tile} if tiles is not None and tiles.cut(height, width) else {})
 
     def end_of(self, *roles: str) -> None:

@@ -79,6 +79,7 @@ class Job:
             then a `TorchCudaNoise`. Until it is done, `latents` has only the right shape.
         predictor: what its rows call; None is what the lanes were made for.
         later: the stages after this one.
+        made_with: the bundle whose weights its inputs were computed with; None: any.
         tag: any value of the owner's.
         row: index of the next row.
         before: how many rows earlier stages had.
@@ -101,6 +102,7 @@ class Job:
     start: float = 0.0
     predictor: Predictor | None = None
     later: tuple[Stage, ...] = ()
+    made_with: object = None
     tag: Any = None
     row: int = 0
     before: int = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -89,10 +90,18 @@ def make_jobs(
                 start=start,
                 predictor=predictor,
                 later=later,
+                made_with=model.networks.bundle,
                 tag={**tag, **facts},
             )
         )
     return jobs
+
+
+def check_current(model: Model, jobs: Sequence[Job]) -> None:
+    """Refuse jobs whose inputs were computed before the model's weights were changed. Raise RequestError."""
+    if any(job.made_with is not None and job.made_with is not model.networks.bundle for job in jobs):
+        found, needed = "a job was made before the LoRAs were changed", "jobs that were made after it"
+        raise RequestError(found, needed=needed, fix="make them again: engine.requests(...)")
 
 
 def _placed(model: Model, request: Request, given: Given | None) -> Request:

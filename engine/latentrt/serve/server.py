@@ -104,6 +104,8 @@ def loaded(settings: Settings) -> Iterator[Engine]:
         preview_vae=settings.preview_vae,
         tile=settings.tile,
         control=controlnets_of(settings.controlnet),
+        lora=settings.lora,
+        allow_unmatched=settings.allow_unmatched,
     ) as engine:
         if settings.edits:
             pipeline.load_encoder(engine)

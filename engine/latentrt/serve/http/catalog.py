@@ -54,7 +54,7 @@ class Catalog:
         self, model: Model, profiles: Sequence[Profile] | None, settings: Settings, *, refiner: str | None = None
     ) -> None:
         self._model, self.settings = model, settings
-        self.name = settings.model_name or model.spec.id
+        self.name = settings.model_name or model.networks.bundle.base.spec.id
         self.names = (self.name, *(alias for alias in settings.aliases if alias != self.name))
         self.prompted = model.text is not None
         self.fields, self.classes = model.fields, model.spec.classes

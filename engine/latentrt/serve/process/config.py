@@ -89,6 +89,8 @@ class Settings(BaseSettings):
     )
     embedding: Texts = _field((), "Model", "Files of textual inversion, FILE or NAME=FILE, with commas between them.")
     controlnet: Texts = _field((), "Model", "Bundles of ControlNets, NAME=BUNDLE, with commas between them.")
+    lora: Texts = _field((), "Model", "LoRAs for all pictures, FILE[:STRENGTH[:TEXT]], with commas between them.")
+    allow_unmatched: bool = _field(False, "Model", "Leave out keys of LoRAs that have no place.")
     edits: bool = _field(True, "Model", "Take pictures to edit; without it the VAE's encoder is not loaded.")
 
     queue: Count = _field(64, "Load", "Most pictures that wait.")
