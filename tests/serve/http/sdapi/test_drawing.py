@@ -94,7 +94,7 @@ def test_every_sampler_listed_is_drawn_with(app: Any) -> None:
         ({"override_settings": {"CLIP_stop_at_last_layers": 0}}, "CLIP_stop_at_last_layers"),
         ({"override_settings": {"sd_vae": "other.pt"}}, "sd_vae"),
         ({"styles": ["x"]}, "styles"),
-        ({"alwayson_scripts": {"controlnet": {}}}, "alwayson_scripts"),
+        ({"alwayson_scripts": {"adetailer": {"args": [1]}}}, "alwayson_scripts"),
         ({"tiling": True}, "tiling"),
         ({"width": 100}, "width"),
         ({"batch_size": 6, "n_iter": 2}, "batch_size"),
