@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import NamedTuple
 
 from PIL.Image import Image
 
@@ -49,6 +50,20 @@ class Stage(IntEnum):
     WAITING, RUNNING, DENOISED, DECODING, OVER = range(5)
 
 
+class Terms(NamedTuple):
+    """What a client has been promised.
+
+    Attributes:
+        share: of the work, beside the 1 of a client without terms.
+        priority: clients with a higher one get lanes first.
+        places: pictures that may wait and run at once; None: as many as there is room for.
+    """
+
+    share: float = 1.0
+    priority: int = 0
+    places: int | None = None
+
+
 @dataclass(slots=True, eq=False)
 class Slot:
     """One picture of a request: its place in the queue, then its lanes.
@@ -57,6 +72,7 @@ class Slot:
         limit: the `time.monotonic()` at which it fails if it has not come further.
         job: from when it is prepared until it is over.
         preview: the number and the latents of the newest preview that waits for the VAE.
+        start: when it first got lanes, in the time of `Shares`.
     """
 
     handle: Handle
@@ -65,6 +81,7 @@ class Slot:
     stage: Stage = Stage.WAITING
     job: Job | None = None
     preview: tuple[int, Float32] | None = None
+    start: float | None = None
 
     @property
     def row(self) -> int:
@@ -85,11 +102,13 @@ class Handle:
         deadline: the `time.monotonic()` by which all pictures must be done; infinity if there is none.
         id, owner, api, task: the request's id, its key's name or without keys its client's address, the API it came by,
             the client's own name for it.
+        terms: what its client has been promised.
         lanes: of the network that each picture takes.
         slots: one for each picture, from the reservation on.
         submitted: whether everything has come that its pictures need.
         came, started: when it was reserved, and when its first row was done.
-        due: its rank in the queue; the smaller, the sooner.
+        due: its rank among its client's requests; the smaller, the sooner.
+        entered: when it was reserved, in the time of `Shares`.
         done: pictures that are finished.
         cut: the end of each text that the model does not read, by the text's field.
         letters: what each text has that is drawn as letters, and who reads it, by the text's field.
@@ -105,12 +124,14 @@ class Handle:
     owner: str = ""
     api: str = ""
     task: str | None = None
+    terms: Terms = field(default_factory=Terms)
     lanes: int = field(init=False)
     slots: list[Slot] = field(init=False, default_factory=list)
     submitted: bool = field(init=False, default=False)
     came: float = field(init=False, default_factory=time.monotonic)
     started: float | None = field(init=False, default=None)
     due: float = field(init=False, default=0.0)
+    entered: float = field(init=False, default=0.0)
     done: int = field(init=False, default=0)
     cut: Mapping[str, str] = field(init=False, default_factory=dict)
     letters: Mapping[str, str] = field(init=False, default_factory=dict)
