@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from bisect import insort
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from latentrt.serve.core.errors import SOON, QueueFull, QuotaExceeded
 from latentrt.serve.core.handle import Handle, Slot, Stage
 from latentrt.serve.core.pipeline import Shape
-from latentrt.serve.core.queue import Forecast, next_to_pause, next_to_prepare, next_to_run
+from latentrt.serve.core.queue import Forecast, Limits, next_to_pause, next_to_prepare, next_to_run
 from latentrt.serve.core.rules.shares import Shares
 from latentrt.serve.core.rules.turns import Turns
 
+PATIENCE = 0.5  # the part of queue_timeout after which a request without a deadline is due
 BATCHES = 2  # that wait prepared, at most: the next one, and the one after it
 
 
@@ -21,6 +22,7 @@ class Line:
 
     Args:
         lanes: of the network.
+        limits: of waiting and running.
         forecast: says what is refused, and how many lanes a shape may have.
         pauses: whether pictures that run can be paused.
 
@@ -28,9 +30,9 @@ class Line:
         slots: by due time, and in order of arrival where it is equal.
     """
 
-    def __init__(self, lanes: int, forecast: Forecast, *, pauses: bool) -> None:
+    def __init__(self, lanes: int, limits: Limits, forecast: Forecast, *, pauses: bool) -> None:
         self.slots: list[Slot] = []
-        self._lanes, self._forecast, self._pauses = lanes, forecast, pauses
+        self._lanes, self._limits, self._forecast, self._pauses = lanes, limits, forecast, pauses
         self._shares, self._decodes = Shares(), Turns[Shape]()
 
     def at(self, stage: Stage) -> list[Slot]:
@@ -49,11 +51,8 @@ class Line:
         first = all(slot.handle.owner != owner for slot in self.at(Stage.WAITING))
         return self._forecast.full(pictures, self.slots, first=first)
 
-    def enter(self, handle: Handle, limit: float) -> None:
+    def enter(self, handle: Handle, now: float) -> None:
         """Give a request its places.
-
-        Args:
-            limit: the `time.monotonic()` at which pictures fail that still wait.
 
         Raises:
             QueueFull, QuotaExceeded, DeadlineUnreachable: it is refused.
@@ -69,7 +68,10 @@ class Line:
         full = self.full(count, handle.owner)
         if full is not None:
             raise full
+        wait = self._limits.queue_timeout
+        handle.came, handle.due = now, min(now + PATIENCE * wait, handle.deadline)
         self._shares.enter(handle)
+        limit = min(now + wait, handle.deadline)
         slots = [Slot(handle, index, limit) for index in range(count)]
         order = self._shares.ordered(sorted([*self.at(Stage.WAITING), *slots], key=lambda one: one.handle.due))
         before = order[: max(map(order.index, slots))]
@@ -96,10 +98,23 @@ class Line:
         begins, paused = next_to_pause(running, chosen, others, self._lanes, self._forecast.cap) or (None, None)
         return chosen if begins is None else [*chosen, begins], paused
 
-    def begin(self, slot: Slot) -> None:
-        """Record that a picture gets lanes."""
-        slot.stage = Stage.RUNNING
-        self._shares.begin(slot)
+    def begin(self, joining: Sequence[Slot], paused: Slot | None, now: float) -> None:
+        """Record that pictures get lanes, and which one was paused for them. What else they may take begins now.
+
+        Pictures that wait for others of their own request may wait longer: the queue was not too long.
+        """
+        if paused is not None:
+            paused.stage = Stage.WAITING
+        for slot in joining:
+            slot.stage = Stage.RUNNING
+            self._shares.begin(slot)
+        run, wait = self._limits.run_timeout, self._limits.queue_timeout
+        begun = [slot for slot in (*joining, paused) if slot is not None]
+        for slot in dict.fromkeys(one for each in begun for one in each.handle.slots):
+            if slot.stage is Stage.WAITING:
+                slot.limit = min(now + run + wait, slot.handle.deadline)
+        for slot in joining:
+            slot.limit = min(now + run, slot.handle.deadline)
 
     def next_side_work(self, *, decodes_first: bool) -> Handle | Slot | None:
         """Return a request to prepare or a picture to decode; where neither waits, a picture with a preview."""

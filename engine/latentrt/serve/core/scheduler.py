@@ -25,7 +25,6 @@ from latentrt.serve.core.pipeline import Shape
 from latentrt.serve.core.queue import Forecast, Limits, too_late
 from latentrt.serve.core.rules.budget import Budget
 
-PATIENCE = 0.5  # the part of queue_timeout after which a request without a deadline ranks before all newcomers
 LOOK = 0.02  # seconds between looks at whether a drain is over
 
 
@@ -57,13 +56,13 @@ class Scheduler:
         pauses: bool = False,
     ) -> None:
         self.lanes, self.facts, self.observer = lanes, facts, observer
-        self._limits, self._on_hang = limits, on_hang
+        self._on_hang = on_hang
         self._changed = threading.Condition()  # guards all that follows; notified when a thread may have work
         self._handles: dict[Handle, None] = {}  # from their reservation until they are released
         self._decodes_next = False  # requests are prepared and pictures decoded by turns
         budget = budget or Budget(lanes, shape, fixed=facts.fixed_lanes)
         self._forecast = Forecast(limits.queue, budget, curve)
-        self._line = Line(lanes, self._forecast, pauses=pauses)
+        self._line = Line(lanes, limits, self._forecast, pauses=pauses)
         self._health = Health(limits.hang)
         self._draining = self._closed = False
 
@@ -86,9 +85,7 @@ class Scheduler:
             if handle.lanes > self.lanes:
                 found, needed = f"the picture takes {handle.lanes} lanes", f"at most {self.lanes}"
                 raise RequestError(found, needed, fix="set guidance_scale to 1")
-            handle.came = now = time.monotonic()
-            handle.due = min(now + PATIENCE * self._limits.queue_timeout, handle.deadline)
-            self._line.enter(handle, min(now + self._limits.queue_timeout, handle.deadline))
+            self._line.enter(handle, time.monotonic())
             self._handles[handle] = None
             self._changed.notify_all()
 
@@ -149,7 +146,9 @@ class Scheduler:
                 joining, paused = self._joining()
                 between = self.facts.one_stream and self._side_work() is not None
                 if busy or joining or between or self.check_due:
-                    self._begin(joining, paused)
+                    self._line.begin(joining, paused, time.monotonic())
+                    if joining:
+                        self._changed.notify_all()  # the clock looks at limits
                     return joining
                 self._changed.wait(self._health.until_check())
             return None
@@ -159,17 +158,6 @@ class Scheduler:
         if self._health.state != "ready" or len(self._line.at(Stage.DENOISED)) >= self.lanes:
             return [], None
         return self._line.next_running()
-
-    def _begin(self, joining: Sequence[Slot], paused: Slot | None) -> None:
-        now = time.monotonic()
-        if paused is not None:
-            paused.stage = Stage.WAITING
-            paused.limit = min(now + self._limits.queue_timeout, paused.handle.deadline)
-        for slot in joining:
-            self._line.begin(slot)
-            slot.limit = min(now + self._limits.run_timeout, slot.handle.deadline)
-        if joining:
-            self._changed.notify_all()  # the clock looks at limits
 
     def ticked(self, slots: Sequence[Slot], lanes: int, seconds: float) -> None:
         """Record a tick of these pictures; a good one of a single shape is a point of the curve."""

@@ -91,6 +91,9 @@ class Settings(BaseSettings):
     edits: bool = _field(True, "Model", "Take pictures to edit; without it the VAE's encoder is not loaded.")
 
     queue: Count = _field(64, "Load", "Most pictures that wait.")
+    memory: Count | None = _field(
+        None, "Load", "Most MiB that network calls may take at once; half of what is free at the start if not given."
+    )
     queue_timeout: Seconds = _field(120.0, "Load", "Most seconds that a request waits.")
     run_timeout: Seconds = _field(300.0, "Load", "Most seconds that a request runs.")
     hang_timeout: Seconds = _field(60.0, "Load", "Seconds after which a step counts as hung.")
@@ -99,8 +102,14 @@ class Settings(BaseSettings):
     max_steps: Count | None = _field(
         None, "Limits", "Most steps of a picture; 150 if not given, or the default where that is more."
     )
-    max_side: Count = _field(2048, "Limits", "Longest side of a picture, in pixels.")
-    max_pixels: Count = _field(1536 * 1024, "Limits", "Most pixels of a picture.")
+    max_side: Count | None = _field(
+        None, "Limits", "Longest side of a picture, in pixels; 2048, or the model's own, if not given."
+    )
+    max_pixels: Count | None = _field(
+        None,
+        "Limits",
+        "Most pixels of a picture; 1536x1024, or 512x512 enlarged, within the memory, if not given.",
+    )
     sizes: Texts = _field((), "Limits", "The only sizes drawn, as 512x512,768x512; any within the limits if none.")
     max_prompt: Count = _field(32_000, "Limits", "Most characters of a prompt.")
     max_body: Count = _field(64 * MIB, "Limits", "Most bytes of a request with a picture to edit.")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from latentrt.serve.core.pipeline import Shape
 
 GROWTH = 1.5  # the power of the area by which memory grows beyond what was measured: scores of attention grow by 2
+STEP = 8  # sides of tiles, in latents, are multiples of it
 
 
 class Footprint(NamedTuple):
@@ -55,45 +57,47 @@ class Budget:
 
     def lanes_of_call(self, shape: tuple[int, ...]) -> int:
         """Return the most lanes of one call, at least 1."""
-        most = max(1, self.lanes * math.prod(self.own) // math.prod(shape))
-        lane = self._bytes(shape, "lane")
-        return most if self.memory is None or lane is None else max(1, min(most, int(self._denoising / lane)))
-
-    def fits(self, shape: Shape) -> bool:
-        """Return whether a picture of this shape can be made within the memory."""
-        if self.memory is None or math.prod(shape) <= math.prod(self.own):
-            return True
-        lane, decode = self._bytes(shape, "lane"), self._bytes(self._decoded(shape), "decode")
-        return (lane or 0) <= self._denoising and (decode or 0) <= self.memory / 2
-
-    def largest_tile(self, step: int, most: int) -> int | None:
-        """Return the largest side of tiles, in latents, that can be decoded; None where a square of side `most` can.
-
-        Args:
-            step: the side is a multiple of it.
-        """
-        channels, height, width = self.own
-        for side in range(most // step * step, max(height, width), -step):
-            if self.memory is None or (self._bytes((channels, side, side), "decode") or 0) <= self.memory / 2:
-                return None if side + step > most else side
-        return -(-max(height, width) // step) * step
+        most = self.lanes * math.prod(self.own) // math.prod(shape)
+        lane = self._bytes(math.prod(shape[1:]), "lane")
+        if self.memory is not None and lane:
+            most = min(most, int(self.denoising / lane))
+        return max(1, most)
 
     @property
-    def _denoising(self) -> float:
-        """Bytes for a call of the denoiser: another picture may be decoded beside it, unless calls share a device."""
-        assert self.memory is not None
-        return self.memory if self.fixed else self.memory / 2
+    def denoising(self) -> float:
+        """Bytes for a call of the denoiser: beside it another picture may be decoded, but on a GPU."""
+        return math.inf if self.memory is None else self.memory if self.fixed else self.memory / 2
 
-    def _decoded(self, shape: Shape) -> Shape:
-        side = self.tile
-        return shape if side is None else (shape[0], min(shape[1], side), min(shape[2], side))
+    @property
+    def decoding(self) -> float:
+        """Bytes for decoding."""
+        return math.inf if self.memory is None else self.memory / 2
 
-    def _bytes(self, shape: tuple[int, ...], of: str) -> float | None:
-        """Return what was measured for the size next to this one, as this one would need it; None: nothing was."""
+    def fits(self, area: int) -> bool:
+        """Return whether pictures with so many latents (height times width) can be made within the memory."""
+        decoded = area if self.tile is None else min(area, self.tile**2)
+        lane, decode = self._bytes(area, "lane"), self._bytes(decoded, "decode")
+        return area <= math.prod(self.own[1:]) or (lane <= self.denoising and decode <= self.decoding)
+
+    def largest(self, most: int) -> int:
+        """Return the largest area that fits, `most` at most."""
+        return bisect_left(range(most), x=True, key=lambda area: not self.fits(area + 1))
+
+    def tiled(self, most: int) -> Budget:
+        """Return the budget with tiles as large as can be decoded, where pictures of the area `most` cannot be."""
+        own = max(self.own[1:])
+        if self.tile is not None or self._bytes(most, "decode") <= self.decoding:
+            return self
+        fitting = (
+            side for side in range(STEP, math.isqrt(most) + 1, STEP) if self._bytes(side**2, "decode") <= self.decoding
+        )
+        return replace(self, tile=max([-(-own // STEP) * STEP, *fitting]))
+
+    def _bytes(self, area: int, of: str) -> float:
+        """Return what was measured for the size next to this one, as this one would need it; 0 where nothing was."""
         if not self.measured:
-            return None
-        size = math.prod(shape)
-        known = min(self.measured, key=lambda other: abs(math.log(math.prod(other) / size)))
-        ratio = size / math.prod(known)
+            return 0.0
+        known = min(self.measured, key=lambda other: abs(math.log(math.prod(other[1:]) / area)))
+        ratio = area / math.prod(known[1:])
         growth = 1.0 if self.fixed or ratio < 1 else GROWTH
         return float(getattr(self.measured[known], of)) * math.pow(ratio, growth)
