@@ -87,13 +87,16 @@ class FakeScheduler(Scheduler):
         return self.forced or super().state
 
     def fill(self) -> FakeScheduler:
-        """Take all places of the queue, until `empty`."""
-        self.filling = Handle(Request(prompt="", count=self.places), SHAPE, 1)
-        super().reserve(self.filling)
+        """Take all places of the queue, and those for clients that have none in it, until `empty`."""
+        counts = {"one": self.places, "other": -(-self.places // 4)}
+        self.filling = [Handle(Request(prompt="", count=n), SHAPE, 1, owner=owner) for owner, n in counts.items()]
+        for handle in self.filling:
+            super().reserve(handle)
         return self
 
     def empty(self) -> None:
-        super().release(self.filling)
+        for handle in self.filling:
+            super().release(handle)
 
     def reserve(self, handle: Handle) -> None:
         self.seen.append(handle)

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import NamedTuple
 
 from PIL.Image import Image
 
@@ -20,6 +19,7 @@ from latentrt.images.picture import Picture
 from latentrt.request import Request
 from latentrt.run.job import Float32, Job
 from latentrt.serve.core.pipeline import GUIDED, Shape
+from latentrt.serve.core.rules.terms import Terms
 
 SHOWN = 200  # characters of a text in a warning
 
@@ -48,20 +48,6 @@ class Stage(IntEnum):
     """How far a picture is: in the queue, in the network's lanes, before the VAE, in it, and done or failed."""
 
     WAITING, RUNNING, DENOISED, DECODING, OVER = range(5)
-
-
-class Terms(NamedTuple):
-    """What a client has been promised.
-
-    Attributes:
-        share: of the work, beside the 1 of a client without terms.
-        priority: clients with a higher one get lanes first.
-        places: pictures that may wait and run at once; None: as many as there is room for.
-    """
-
-    share: float = 1.0
-    priority: int = 0
-    places: int | None = None
 
 
 @dataclass(slots=True, eq=False)
