@@ -260,10 +260,10 @@ class Scheduler:
             self._changed.notify_all()
 
     @contextmanager
-    def watched(self, call: str) -> Iterator[None]:
-        """Watch a call that may hang: a "step", a "stage" or a "self-check"."""
+    def watched(self, call: str, area: int = 0) -> Iterator[None]:
+        """Watch a call that may hang: a "step", a "stage" or a "self-check", for so many latents."""
         with self._changed:
-            self._health.begin(call)
+            self._health.begin(call, area)
         try:
             yield
         finally:

@@ -40,7 +40,7 @@ class SideWorker:
         work = self._scheduler.next_side_work(wait=wait)
         if work is None:
             return False
-        with self._scheduler.watched("stage"):
+        with self._scheduler.watched("stage", _area(work)):
             if isinstance(work, Handle):
                 self._prepare(work)
             elif (preview := work[1]) is not None:
@@ -141,7 +141,8 @@ class Worker:
             job.wants_preview = slot.handle.preview_at(job.moved + 1) is not None
         lanes = sum(job.lanes for job in slots)
         start = time.monotonic()
-        with self._scheduler.watched("step"):
+        area = max(math.prod(job.latents.shape[1:]) for job in slots)
+        with self._scheduler.watched("step", area):
             try:
                 self._denoiser.tick(slots)
             except Exception as error:
@@ -222,6 +223,14 @@ class Worker:
         self._scheduler.checked(failed)
         for job in self._slots:
             self._denoiser.admit(job)
+
+
+def _area(work: Handle | tuple[Slot, tuple[int, Float32] | None]) -> int:
+    """Return the latents, height times width, of a piece of work."""
+    if isinstance(work, Handle):
+        return math.prod(work.shape[1:])
+    job = work[0].job
+    return 0 if job is None else math.prod(job.latents.shape[1:])
 
 
 def _cost(shape: tuple[int, ...], group: Mapping[Job, Slot]) -> float:
