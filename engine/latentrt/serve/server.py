@@ -87,7 +87,7 @@ def _budget(engine: Engine, known: curve.Curve, settings: Settings) -> Budget:
     latents, enlarges = engine.spec.latents, engine.model.enlarges
     most = most_pixels(latents, settings, enlarges) // latents.factor**2
     memory = None if settings.memory is None else settings.memory * MIB
-    budget = budget_of(engine, known.memory or measured(engine), memory, most)
+    budget = budget_of(engine, known.memory or measured(engine), memory, most, processes=settings.most_replicas)
     told = {"memory_mib": None if budget.memory is None else budget.memory // MIB}
     told["tile"] = None if budget.tile is None else budget.tile * latents.factor
     logger().info("budget", **told, most_pixels=budget.largest(most) * latents.factor**2)

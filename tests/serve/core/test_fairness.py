@@ -148,7 +148,7 @@ def test_a_key_has_no_more_places_than_it_was_promised(serve: Serve, fakes: Fake
 
 
 def test_a_forecast_counts_what_the_shares_put_before_a_request(serve: Serve, fakes: Fakes) -> None:
-    """A tick takes 100 s, a picture runs, nine of its client wait. Another client's begins next, or last by priority."""
+    """A tick takes 100 s, a picture runs, nine of its client wait; another's comes next, or last by priority."""
     service = serve(curve=Curve({SHAPE: {2: 100.0, 4: 200.0}}), queue_timeout=100_000)
     scheduler = service.scheduler
     fakes.hold()

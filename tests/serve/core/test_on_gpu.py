@@ -11,6 +11,7 @@ import pytest
 from latentrt import Engine
 from latentrt.runtime.onnxruntime import OrtBackend
 from latentrt.serve.core.errors import Cancelled, EngineFault
+from latentrt.serve.core.footprint import budget_of, measured
 from latentrt.serve.core.handle import Finished, Preview
 from latentrt.serve.core.service import Service
 from tests.serve.conftest import eventually
@@ -101,3 +102,13 @@ def test_a_step_that_raises_fails_all_that_run_and_those_that_wait_go_on(
             wait(handle.pictures())
     assert len(wait(handles[2].pictures())) == 1
     eventually(lambda: service.scheduler.ready)
+
+
+def test_what_surely_does_not_fit_is_known(on_gpu: Engine) -> None:
+    """By what all lanes keep at the model's own size, in proportion; lanes are not fewer for large pictures."""
+    known = measured(on_gpu)
+    ((shape, taken),) = known.items()
+    assert shape == on_gpu.spec.latents.shape_of(None, None)
+    assert taken.lane > 0
+    budget = budget_of(on_gpu, known, 2 * taken.lane, 10**6)
+    assert (budget.largest(10**6), budget.cap((4, 100, 100)), budget.tile) == (2 * 16 * 16, 4, None)

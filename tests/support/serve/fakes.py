@@ -31,6 +31,7 @@ from latentrt.serve.core.curve import Curve
 from latentrt.serve.core.handle import Handle, Stage
 from latentrt.serve.core.observer import Observer
 from latentrt.serve.core.queue import Limits
+from latentrt.serve.core.rules.budget import Budget
 from latentrt.serve.core.scheduler import Scheduler
 from latentrt.serve.http.app import create_app
 from latentrt.serve.http.catalog import Catalog
@@ -147,9 +148,15 @@ def picture(handle: Handle, index: int) -> Picture:
     return Picture.of(np.ascontiguousarray(pixels), {**settings, "guidance": request.guidance})
 
 
-def catalog_of(model: Model = EMOJI, *, profiles: Sequence[Profile] | None = None, **settings: Any) -> Catalog:
+def catalog_of(
+    model: Model = EMOJI,
+    *,
+    profiles: Sequence[Profile] | None = None,
+    budget: Budget | None = None,
+    **settings: Any,
+) -> Catalog:
     """A model's, under these settings, with plans for these sizes."""
-    return Catalog(model, profiles, Settings(**{"log_format": "json", **settings}))
+    return Catalog(model, profiles, Settings(**{"log_format": "json", **settings}), budget=budget)
 
 
 def app_of(scheduler: FakeScheduler, /, model: Model = EMOJI, **settings: Any) -> Any:

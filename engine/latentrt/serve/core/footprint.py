@@ -27,7 +27,7 @@ def measured(engine: Engine, sides: Sequence[int] = SIDES) -> dict[Shape, Footpr
 
     Args:
         engine: used by nothing else meanwhile.
-        sides: of the latents, from small to large.
+        sides: of the latents, from small to large; those that would take too much memory or time are left out.
     """
     gpu, own = engine.backend.gpu, engine.spec.latents
     if gpu is not None:
@@ -40,6 +40,8 @@ def measured(engine: Engine, sides: Sequence[int] = SIDES) -> dict[Shape, Footpr
     found: dict[Shape, Footprint] = {}
     engine.run([_job(engine, SMALL)])  # what first calls alone take is none of a picture's
     for side in sides:
+        if found and not _budget(engine, found, _part_of_free()).fits(side**2):
+            break
         side = side if tiles is None else min(side, tiles.side)
         job, start = _job(engine, side, least=side), time.monotonic()
         with watched_peak() as lane:
@@ -64,7 +66,9 @@ def _job(engine: Engine, side: int, least: int = 1) -> Job:
     return job
 
 
-def budget_of(engine: Engine, known: Mapping[Shape, Footprint], memory: int | None, most: int) -> Budget:
+def budget_of(
+    engine: Engine, known: Mapping[Shape, Footprint], memory: int | None, most: int, *, processes: int = 1
+) -> Budget:
     """Return what an engine's calls may have; have it decode in tiles what would take too much memory at once.
 
     Args:
@@ -72,15 +76,25 @@ def budget_of(engine: Engine, known: Mapping[Shape, Footprint], memory: int | No
         known: what was measured of it.
         memory: bytes that calls may take in all; None is half of what is free, on a GPU all.
         most: latents, height times width, of the largest pictures that are asked for.
+        processes: that share what is free on the host.
     """
     own, gpu, tiles = engine.spec.latents, engine.backend.gpu, engine.model.tiles
     if memory is None:
-        free = free_memory() if gpu is None else gpu.memory()[0]
-        memory = None if free is None else int(free * (PART if gpu is None else 1))
-    shape, fixed = own.shape_of(None, None), engine.backend.facts.fixed_lanes
-    budget = Budget(engine.denoiser.lanes, shape, memory, known, fixed, None if tiles is None else tiles.side)
+        memory = _part_of_free(processes) if gpu is None else gpu.memory()[0]
+    budget = _budget(engine, known, memory)
     if gpu is None and tiles is None and engine.spec.named(DECODER):
         budget = budget.tiled(most)
         if budget.tile is not None:
             engine.model.cut_into_tiles(budget.tile * own.factor)
     return budget
+
+
+def _part_of_free(processes: int = 1) -> int | None:
+    free = free_memory()
+    return None if free is None else int(free * PART / processes)
+
+
+def _budget(engine: Engine, known: Mapping[Shape, Footprint], memory: int | None) -> Budget:
+    shape, tiles = engine.spec.latents.shape_of(None, None), engine.model.tiles
+    fixed, tile = engine.backend.facts.fixed_lanes, None if tiles is None else tiles.side
+    return Budget(engine.denoiser.lanes, shape, memory, known, fixed, tile)

@@ -84,7 +84,7 @@ class Line:
     def leave(self, slot: Slot) -> None:
         """Forget a picture, which is not over yet."""
         self.slots.remove(slot)
-        self._shares.end(slot, last=not self.slots)
+        self._shares.end(slot, {one.handle.owner for one in self.slots})
 
     # ---- What is next
 

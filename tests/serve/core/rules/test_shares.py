@@ -7,7 +7,7 @@ from itertools import count
 import pytest
 
 from latentrt.errors import RequestError
-from latentrt.serve.core.handle import Handle, Slot
+from latentrt.serve.core.handle import Handle, Slot, Stage
 from latentrt.serve.core.rules.shares import Shares
 from latentrt.serve.core.rules.terms import Terms, key_and_terms
 from tests.support.serve.fake_engine import handle_of
@@ -75,8 +75,25 @@ def test_absence_earns_nothing_and_what_ends_early_is_given_back() -> None:
         waiting.remove(slot)
         left.append(slot)
     for slot in left:  # none of their rows has run
-        shares.end(slot, last=False)
+        shares.end(slot, ("a", "b"))
     assert served(shares, waiting, 8).count("a") == 4
+
+
+def test_nothing_is_kept_of_clients_that_left_without_debts() -> None:
+    shares = Shares()
+    for owner in ("a", "b"):
+        (slot,) = pictures(shares, owner, 1)
+        shares.begin(slot)
+        slot.stage = Stage.OVER  # all its rows have run
+        shares.end(slot, ("c",))
+    assert set(shares._ends) == {"a", "b"}  # they had more than the clients that are there
+    (slot,) = pictures(shares, "c", 1)
+    slot.start = 0.0
+    shares._ends["c"], shares._now = 1e12, 1e12
+    shares.end(slot, ("d",))
+    assert set(shares._ends) <= {"c"}
+    shares.end(pictures(shares, "d", 1)[0], ())
+    assert shares._ends == {}
 
 
 # ---- What stands behind a key

@@ -8,7 +8,7 @@ lie between those of others, and a client that was away has no claim to what it 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from latentrt.serve.core.handle import Handle, Slot
 
@@ -50,12 +50,16 @@ class Shares:
             self._ends[handle.owner] = slot.start + _price(slot)
             self._now = max(self._now, slot.start)
 
-    def end(self, slot: Slot, *, last: bool) -> None:
-        """Give back what a picture did not use that ends early; forget all debts with the last one."""
+    def end(self, slot: Slot, left: Collection[str]) -> None:
+        """Give back what a picture did not use that ends early; forget debts that are paid, and all with the last one.
+
+        Args:
+            left: the clients that still have pictures.
+        """
+        owner = slot.handle.owner
         if slot.start is not None:
-            self._ends[slot.handle.owner] -= _price(slot) * (1 - slot.row / slot.handle.rows)
-        if last:
-            self._ends.clear()
+            self._ends[owner] -= _price(slot) * (1 - slot.row / slot.handle.rows)
+        self._ends = {each: end for each, end in self._ends.items() if each in left or (left and end > self._now)}
 
 
 def _price(slot: Slot) -> float:
