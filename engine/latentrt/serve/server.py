@@ -15,12 +15,12 @@ import uvicorn
 from fastapi import FastAPI
 
 from latentrt.engine import Engine
-from latentrt.errors import BackendError, PromptSyntaxWarning, PromptTruncatedWarning
+from latentrt.errors import BackendError, LatentrtError, PromptSyntaxWarning, PromptTruncatedWarning
 from latentrt.model.prompts.embeddings import embeddings_of
 from latentrt.serve.core import curve, pipeline
 from latentrt.serve.core.footprint import budget_of, measured
 from latentrt.serve.core.queue import Limits
-from latentrt.serve.core.rules.budget import Budget
+from latentrt.serve.core.rules.budget import Budget, Footprint
 from latentrt.serve.core.scheduler import Scheduler
 from latentrt.serve.core.service import Service
 from latentrt.serve.http.app import Lifespan, create_app
@@ -87,11 +87,23 @@ def _budget(engine: Engine, known: curve.Curve, settings: Settings) -> Budget:
     latents, enlarges = engine.spec.latents, engine.model.enlarges
     most = most_pixels(latents, settings, enlarges) // latents.factor**2
     memory = None if settings.memory is None else settings.memory * MIB
-    budget = budget_of(engine, known.memory or measured(engine), memory, most, processes=settings.most_replicas)
+    taken = known.memory or _measured(engine)
+    budget = budget_of(engine, taken, memory, most, processes=settings.most_replicas)
     told = {"memory_mib": None if budget.memory is None else budget.memory // MIB}
     told["tile"] = None if budget.tile is None else budget.tile * latents.factor
     logger().info("budget", **told, most_pixels=budget.largest(most) * latents.factor**2)
     return budget
+
+
+def _measured(engine: Engine) -> dict[pipeline.Shape, Footprint]:
+    """Return what a picture takes; nothing where the engine fails, which its self-check then shows, or the size is not
+    for this model.
+    """
+    try:
+        return measured(engine)
+    except LatentrtError as error:
+        logger().warning("memory could not be measured: it bounds no size", error=str(error))
+        return {}
 
 
 def _end() -> None:

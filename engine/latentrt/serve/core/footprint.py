@@ -28,6 +28,9 @@ def measured(engine: Engine, sides: Sequence[int] = SIDES) -> dict[Shape, Footpr
     Args:
         engine: used by nothing else meanwhile.
         sides: of the latents, from small to large; those that would take too much memory or time are left out.
+
+    Raises:
+        LatentrtError: the engine does not draw such a picture.
     """
     gpu, own = engine.backend.gpu, engine.spec.latents
     if gpu is not None:
@@ -39,10 +42,9 @@ def measured(engine: Engine, sides: Sequence[int] = SIDES) -> dict[Shape, Footpr
     tiles = engine.model.tiles
     found: dict[Shape, Footprint] = {}
     engine.run([_job(engine, SMALL)])  # what first calls alone take is none of a picture's
-    for side in sides:
+    for side in sides if tiles is None else sorted({min(side, tiles.side) for side in sides}):
         if found and not _budget(engine, found, _part_of_free()).fits(side**2):
             break
-        side = side if tiles is None else min(side, tiles.side)
         job, start = _job(engine, side, least=side), time.monotonic()
         with watched_peak() as lane:
             engine.run([job])
