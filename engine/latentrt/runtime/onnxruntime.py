@@ -21,7 +21,7 @@ from latentrt.errors import BackendError, MissingDependencyError, NetworkError
 from latentrt.runtime import spread
 from latentrt.runtime.base import Facts
 from latentrt.runtime.cores import usable_cores
-from latentrt.runtime.memory import give_back
+from latentrt.runtime.memory import give_back, usual_area
 from latentrt.runtime.optimized import WEIGHTS, SavedGraph
 from latentrt.runtime.replaced import NONE, Weights, replaced_in, set_weights
 from latentrt.runtime.signature import Arrays, check_arrays, check_feeds
