@@ -23,29 +23,35 @@ from latentrt.bundle.spec import (
     Variant,
 )
 from latentrt.errors import ExportError
+from latentrt_export.checkpoint.files import read_json
 from latentrt_export.describe import signature
 from latentrt_export.graphs.cpu_graph import cpu_path, for_cpu
 from latentrt_export.graphs.cuda_graph import cuda_path, for_cuda
 from latentrt_export.graphs.half import half_path, to_half
-from latentrt_export.graphs.parts.control import control_path, read_residuals
+from latentrt_export.graphs.parts.control import adapted_skips, control_path, name_sides, read_residuals
 from latentrt_export.graphs.ranges import measure_networks, overflowing, too_large
 
 
 def add_control(root: Path, spec: ModelSpec) -> ModelSpec:
-    """Write the denoiser's graphs again with residuals of ControlNets as inputs, where it is a UNet that takes them."""
+    """Write the denoiser's graphs again with residuals of ControlNets and T2I-Adapters as inputs.
+
+    Other denoisers than UNets that take them stay as they are.
+    """
     if not spec.draws:
         return spec
     network = spec.networks[spec.denoiser]
     variants = dict(network.variants)
+    config = read_json(root / spec.denoiser / "config.json")
     for name, source in ((FP32, FP32), (FP32_ORT_CPU, FP32_ORT_CPU), (FP16, FP16), (FP16_ORT_CUDA, FP16)):
         if name not in network.variants:
             continue
         model, known = ir.load(root / network.variants[source].path), network.variants[name]
-        given = read_residuals(model)
+        given = read_residuals(model, adapted_skips(config))
         if not given:
             return spec
         if name == FP16_ORT_CUDA:
             for_cuda(model)
+        name_sides(given)
         path = control_path(known.path)
         ir.save(model, root / path)
         inputs = tuple(replace(each, dtype="float32") for each in signature(given))

@@ -12,12 +12,14 @@ from latentrt.errors import BundleError, RequestError
 
 ROLES = ("text_encoder", "conditioner", "denoiser", "shallow", "decoder", "encoder", "hint", "control")
 TEXT_ENCODER, CONDITIONER, DENOISER, SHALLOW, DECODER, ENCODER, HINT, CONTROL = ROLES
-KINDS = ("model", "controlnet")  # of bundles; that of a VAE alone is a part of a model
-MODEL, CONTROLNET = KINDS
+KINDS = ("model", "controlnet", "t2i_adapter")  # of bundles; that of a VAE alone is a part of a model
+MODEL, CONTROLNET, T2I_ADAPTER = KINDS
+ADD_ONS = {CONTROLNET: "ControlNet", T2I_ADAPTER: "T2I-Adapter"}  # as people name them
 FP32, FP32_ORT_CPU = "fp32", "fp32-ort-cpu"  # variants that export writes; all but the first are optional
 FP16, FP16_ORT_CUDA = "fp16", "fp16-ort-cuda"
 CONTROLLED = "+control"  # ends the names of the denoiser's variants that read residuals too
 RESIDUAL = "residual_"  # begins the names of these: residual_0, residual_1, ..., residual_mid
+ADAPTER = "adapter_"  # and of a T2I-Adapter's: adapter_0, adapter_1, ...
 INT8, INT8_ORT_CPU = "int8", "int8-ort-cpu"  # a precision, and the graph that a denoiser has for it
 
 
@@ -123,7 +125,7 @@ class NetworkSpec:
         return GraphSpec(variant.path, variant.opset, variant.nodes, inputs, outputs)
 
     def controlled(self) -> NetworkSpec | None:
-        """Return the network that reads residuals of ControlNets as well; None where it has no such graphs."""
+        """Return the network that reads residuals of ControlNets and T2I-Adapters; None where it has no such graphs."""
         ends = {name: one for name, one in self.variants.items() if name.endswith(CONTROLLED)}
         if not ends:
             return None
@@ -250,7 +252,7 @@ class ModelSpec:
         corrections: settings that are not used as the bundle's files have them.
         made: how the bundle was made.
         golden: runs whose latents are known.
-        kind: "model", or what is added to one: "controlnet".
+        kind: "model", or what is added to one: "controlnet", "t2i_adapter".
         conditional_only: whether a ControlNet acts on the lane with the prompt alone, as diffusers runs those that pool
             their residuals.
     """
@@ -300,11 +302,9 @@ class ModelSpec:
             BundleError: there is none.
         """
         if not self.draws:
-            what, options = (
-                ("a ControlNet", "--controlnet") if self.kind == CONTROLNET else ("a VAE", "--vae, --preview-vae")
-            )
-            fix = f"pass it beside one: {options}"
-            raise BundleError(f"{self.id} has no denoiser: it is {what}", needed="a model", fix=fix)
+            name, options = ADD_ONS.get(self.kind, "VAE"), "--vae, --preview-vae"
+            fix = f"pass it beside one: {'--controlnet' if self.kind in ADD_ONS else options}"
+            raise BundleError(f"{self.id} has no denoiser: it is a {name}", needed="a model", fix=fix)
         return self.named(DENOISER)[0]
 
     def graph(self, network: str, *variants: str) -> GraphSpec:

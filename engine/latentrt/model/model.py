@@ -263,7 +263,7 @@ class Model:
         size, lanes = self.spec.latents.pixels_of(request.height, request.width), self.guidance(request).lanes
         overlay = None if given is None else given.overlay
         asked = [(one, request.control[one.name]) for one in self.controls if one.name in request.control]
-        pixels = [prepared_hint(control.image, *size, overlay) for _, control in asked]
+        pixels = [prepared_hint(control.image, *size, overlay, channels=one.channels) for one, control in asked]
         pairs = zip(asked, pixels, strict=True)
         return tuple(one.applied(control, own, told, lanes, rows) for (one, control), own in pairs)
 

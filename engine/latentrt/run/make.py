@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -109,7 +110,9 @@ def _placed(model: Model, request: Request, given: Given | None) -> Request:
     if given is not None:
         return given.sized(request) if model.shows_picture else given.on(request)
     if request.control and None in (request.height, request.width):
-        height, width = hint_size(next(iter(request.control.values())).image, model.spec.latents)
+        steps = (one.spec.latents.step for one in model.controls if one.name in request.control)
+        step = math.lcm(model.spec.latents.step, *steps)
+        height, width = hint_size(next(iter(request.control.values())).image, step)
         request = replace(request, height=request.height or height, width=request.width or width)
     if request.strength is not None:
         raise RequestError(

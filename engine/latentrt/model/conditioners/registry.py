@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from latentrt.bundle.bundle import Bundle
-from latentrt.bundle.spec import RESIDUAL, TEXT_ENCODER, TensorSpec
+from latentrt.bundle.spec import ADAPTER, RESIDUAL, TEXT_ENCODER, TensorSpec
 from latentrt.errors import EXPORT, BundleError
 from latentrt.model.codec import Codec
 from latentrt.model.conditioners.beside import Edited, Repainted
@@ -42,7 +42,7 @@ def conditioners_of(parts: Parts) -> tuple[Conditioner, ...]:
     """
     made: dict[Callable[[Parts], Conditioner], Conditioner] = {}
     for name in parts.inputs:
-        if name in OWN or name.startswith(RESIDUAL):  # of rows, and of ControlNets
+        if name in OWN or name.startswith((RESIDUAL, ADAPTER)):  # of rows, and of add-ons
             continue
         if name not in MAKERS:
             raise _unknown(parts, f"has the input {name!r}", f"inputs among {', '.join((*OWN, *MAKERS))}")
