@@ -13,11 +13,13 @@ from numpy.typing import NDArray
 
 from latentrt.adapters.given import Loras, loras_of
 from latentrt.adapters.memory import EXPORT, with_loras
+from latentrt.adapters.mixed import RANK
 from latentrt.bundle.bundle import EMBEDDED, Bundle
 from latentrt.bundle.spec import CONDITIONER, DENOISER, ENCODER, SHALLOW, TEXT_ENCODER
 from latentrt.cuda.gpu import Gpu
 from latentrt.errors import BackendError, RequestError
 from latentrt.images.pixels import to_picture, to_pil, to_uint8
+from latentrt.model.adapters import Adapters
 from latentrt.model.codec import decode_each
 from latentrt.model.given import Given
 from latentrt.model.model import Model
@@ -60,13 +62,15 @@ class Engine:
         capture: bool | None = None,
         refiner: Bundle | None = None,
         vae: VaeOptions = OWN,
+        adapters: Adapters | None = None,
     ) -> None:
         if bundle.replaced and not backend.facts.replaces:
             raise BackendError(f"LoRAs in memory with {backend.name}", needed="onnxruntime", fix=EXPORT)
         self.bundle, self.backend = bundle, backend
         resident = resident or backend.gpu is not None
         with ExitStack() as opened:
-            self.model = opened.enter_context(closing(Model(bundle, backend, resident=resident, vae=vae)))
+            made = Model(bundle, backend, resident=resident, vae=vae, adapters=adapters)
+            self.model = opened.enter_context(closing(made))
             self.refiner = None
             if refiner is not None:
                 self.refiner = refiner_of(self.model, refiner, backend, resident=resident)
@@ -100,6 +104,8 @@ class Engine:
         tile: int | None = None,
         lora: Loras = (),
         allow_unmatched: bool = False,
+        adapters: Mapping[str, str | Path] | str | Path | None = None,
+        adapter_rank: int = RANK,
     ) -> Engine:
         """Open a bundle and load its networks.
 
@@ -125,6 +131,9 @@ class Engine:
             lora: LoRAs that are merged into the model's weights in memory, each "FILE", "FILE:0.8" or, of the UNet and
                 of the text encoders, "FILE:0.8:0.5"; or strengths by file. Only onnxruntime can.
             allow_unmatched: leave out keys of a LoRA that have no place in the model; else they are an error.
+            adapters: LoRAs that calls may have by name (`lora={"name": 0.8}`), different ones in one batch: files by
+                name, or a folder of them. They are loaded at their first use. See docs/lora.md.
+            adapter_rank: the largest rank of those of one picture together.
 
         Raises:
             BundleError: a bundle is missing, damaged or unsafe.
@@ -139,6 +148,7 @@ class Engine:
         if loras:
             first = with_loras(first, loras, allow_unmatched=allow_unmatched)
         make = partial(cls, first, lanes=lanes, resident=resident, capture=capture, refiner=second, vae=vaes)
+        make = partial(make, adapters=Adapters.of(adapters, adapter_rank))
         if isinstance(backend, str):
             own = open_backend(backend, device, threads, precision=precision, plans=plans, cache=cache, spin=spin)
         else:

@@ -16,6 +16,7 @@ MAX_SEED = 2**64 - 1
 PICTURES = ("image", "mask", "depth")  # what a picture may be used for
 SYNTAXES = ("plain", "a1111", "compel")  # of prompts
 HIRES_STRENGTH = 0.7
+MOST_STRENGTH = 1000.0  # of a LoRA
 HANDOFF = 0.8  # of a run with a refiner, where nothing else is said
 
 _WHOLE = {"steps": 10_000, "hires_steps": 10_000, "height": 65_536, "width": 65_536}  # from 1 to these
@@ -42,6 +43,9 @@ _OTHER_NAMES = {
     "init_image": "image",
     "mask_image": "mask",
     "denoising_strength": "strength",
+    "loras": "lora",
+    "lora_scale": "lora",
+    "cross_attention_kwargs": "lora",
     "prompt": "",
     "options": "",
 }
@@ -75,6 +79,8 @@ class Request:
             weights.
         clip_skip: layers of the text encoders to leave out at the end, as diffusers counts; None and 0 are none.
         embeddings: files of textual inversion (.safetensors) by the words of the prompt that stand for them.
+        lora: how much of each of the engine's LoRAs is added, by name: 0.8, or (0.8, 0.5) of the UNet and of the text
+            encoders.
         noise: the torch generator whose numbers the seed selects.
         strength: how much of the run is made on a given picture, above 0 to 1; None is 0.8, or 1 with a mask.
         pictures: the request's pictures by use: "image" to begin on, "mask" for what of it to repaint, "depth" for its
@@ -109,6 +115,7 @@ class Request:
     prompt_syntax: str = "plain"
     clip_skip: int | None = None
     embeddings: Mapping[str, str | Path] = field(default_factory=dict)
+    lora: Mapping[str, Any] = field(default_factory=dict)
     noise: str = "torch-cpu"
     strength: float | None = None
     pictures: Mapping[str, Any] = field(default_factory=dict)
@@ -119,7 +126,7 @@ class Request:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in set(self.__dataclass_fields__) - {"pictures", "options", "embeddings"}:
+        for name in set(self.__dataclass_fields__) - {"pictures", "options", "embeddings", "lora"}:
             object.__setattr__(self, name, plain(getattr(self, name)))
         _whole("count", self.count, 1, 10_000)
         _whole("cache_interval", self.cache_interval, 1, 10_000)
@@ -136,6 +143,7 @@ class Request:
         if self.prompt_syntax not in SYNTAXES:
             raise RequestError(f"prompt_syntax is {self.prompt_syntax!r}", needed=f"one of {', '.join(SYNTAXES)}")
         _check_embeddings(self.embeddings)
+        object.__setattr__(self, "lora", _strengths(self.lora))
         for name, optional in (("prompt", True), ("negative_prompt", True), ("solver", True), ("noise", False)):
             value = getattr(self, name)
             if not isinstance(value, str) and not (optional and value is None):
@@ -164,6 +172,24 @@ def _check_embeddings(files: object) -> None:
         raise RequestError(
             f"embeddings is {files!r}", needed="files by token", fix='pass embeddings={"<toy>": "toy.safetensors"}'
         )
+
+
+def _strengths(lora: object) -> dict[str, tuple[float, float]]:
+    """Return LoRAs' strengths of the UNet and of the text encoders, by name. Raise RequestError."""
+    if not isinstance(lora, Mapping) or not all(map(is_text, lora)):
+        raise RequestError(f"lora is {lora!r}", needed="strengths by name", fix='pass lora={"name": 0.8}')
+    found = {}
+    for name, given in lora.items():
+        both = plain(given)
+        pair = tuple(both) if isinstance(both, (list, tuple)) else (both, both)
+        if len(pair) != 2:
+            raise RequestError(
+                f"the LoRA {name!r} has {len(pair)} strengths", needed="one, or the UNet's and the text's"
+            )
+        for strength in pair:
+            _number(f"the strength of the LoRA {name!r}", strength, -MOST_STRENGTH, MOST_STRENGTH)
+        found[name] = (float(pair[0]), float(pair[1]))
+    return found
 
 
 def _check_options(options: object) -> None:

@@ -45,7 +45,7 @@ from latentrt_export.graphs.parts.shallow import shallow
 from latentrt_export.graphs.text_inputs import add_text_inputs
 from latentrt_export.graphs.weights import share_weights
 from latentrt_export.place import place
-from latentrt_export.variants import add_cpu, add_half
+from latentrt_export.variants import add_adapters, add_cpu, add_half
 
 NOT_EXPORTED = ("safety_checker", "feature_extractor", "image_encoder", "depth_estimator", "watermarker")
 GRAPH_ROOM = 4 * 2**20  # bytes per network for its graph, when free space is checked
@@ -125,7 +125,7 @@ def export_bundle(
     """
     with _opened(source, revision, variant, choices) as checkpoint:
         how = made(checkpoint, variant, choices)
-        return _export(checkpoint, Path(target), how, progress, overwrite, golden)
+        return _export(checkpoint, Path(target), how, progress, overwrite, golden, adapters=choices.adapters)
 
 
 def _export(
@@ -135,6 +135,8 @@ def _export(
     progress: Progress,
     overwrite: bool,
     golden: Measure | None,
+    *,
+    adapters: bool,
 ) -> Summary:
     names = networks_of(checkpoint)
     parts = ("copy", *names, "half precision", "manifest")
@@ -156,6 +158,7 @@ def _export(
             spec, left_out = checked(root, spec, (add_half, add_cpu))
         else:
             spec = add_cpu(root, add_half(root, spec))
+            spec = add_adapters(root, spec) if adapters else spec
         progress("manifest", len(parts) - 1, len(parts))
         total = finish(root, spec, golden)
     return Summary(summaries, total, (*notes_of(checkpoint, spec), *left_out))

@@ -71,19 +71,20 @@ def _read(data: Mapping[str, Any]) -> ModelSpec:
 
 def _network(data: Mapping[str, Any]) -> NetworkSpec:
     fields = dict(data)
-    inputs, outputs = (
-        tuple(TensorSpec(t["name"], t["dtype"], tuple(t["shape"])) for t in fields.pop(key))
-        for key in ("inputs", "outputs")
-    )
+    inputs, outputs = (_tensors(fields.pop(key)) for key in ("inputs", "outputs"))
     variants = {name: _variant(part) for name, part in fields.pop("variants").items()}
     return NetworkSpec(inputs=inputs, outputs=outputs, variants=variants, **fields)
+
+
+def _tensors(data: Iterable[Mapping[str, Any]]) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(each["name"], each["dtype"], tuple(each["shape"])) for each in data)
 
 
 def _variant(data: Mapping[str, Any]) -> Variant:
     fields = dict(data)
     islands = fields.pop("islands", None)
     kept = None if islands is None else Islands(islands["largest"], tuple(islands["nodes"]))
-    return Variant(islands=kept, **fields)
+    return Variant(islands=kept, inputs=_tensors(fields.pop("inputs", ())), **fields)
 
 
 def check(spec: ModelSpec) -> None:
@@ -153,7 +154,9 @@ def _check_network(where: str, network: NetworkSpec) -> None:
         _check_tensor(where, tensor)
     names = {tensor.name for tensor in (*network.inputs, *network.outputs)}
     for name, variant in network.variants.items():
-        _check_variant(f"{where}.variants.{name}", variant, names)
+        for tensor in variant.inputs:
+            _check_tensor(f"{where}.variants.{name}", tensor)
+        _check_variant(f"{where}.variants.{name}", variant, names | {tensor.name for tensor in variant.inputs})
 
 
 def _check_tensor(where: str, tensor: TensorSpec) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -14,6 +14,8 @@ ROLES = ("text_encoder", "conditioner", "denoiser", "shallow", "decoder", "encod
 TEXT_ENCODER, CONDITIONER, DENOISER, SHALLOW, DECODER, ENCODER = ROLES
 FP32, FP32_ORT_CPU = "fp32", "fp32-ort-cpu"  # variants that export writes; all but the first are optional
 FP16, FP16_ORT_CUDA = "fp16", "fp16-ort-cuda"
+ADAPTED = "+lora"  # ends the names of variants that take LoRAs of each lane too
+LORA = "lora."  # begins the names of these inputs: lora.MODULE.down (in, rank) and lora.MODULE.up (rank, out)
 
 
 class Dimension(NamedTuple):
@@ -78,6 +80,7 @@ class Variant:
         opset, nodes: of the file.
         dtypes: of the inputs and outputs whose dtype is not the network's own.
         islands: of a float16 graph: what it keeps in float32.
+        inputs: that this graph reads after the network's own.
     """
 
     path: str
@@ -85,6 +88,7 @@ class Variant:
     nodes: int
     dtypes: Mapping[str, str] = field(default_factory=dict)
     islands: Islands | None = None
+    inputs: tuple[TensorSpec, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +99,7 @@ class NetworkSpec:
         role: one of ROLES.
         inputs, outputs: the signature of its float32 graph.
         variants: graphs by name: "fp32", "fp32-ort-cpu", "fp16", "fp16-ort-cuda". A runtime says which it runs.
+            They may be there again with "+lora": see `adapted`.
         tokenizer: the folder of a text encoder's tokenizer.
     """
 
@@ -109,9 +114,21 @@ class NetworkSpec:
         variant = self.variants[name]
         inputs, outputs = (
             tuple(TensorSpec(t.name, variant.dtypes.get(t.name, t.dtype), t.shape) for t in tensors)
-            for tensors in (self.inputs, self.outputs)
+            for tensors in ((*self.inputs, *variant.inputs), self.outputs)
         )
         return GraphSpec(variant.path, variant.opset, variant.nodes, inputs, outputs)
+
+    def adapted(self) -> NetworkSpec:
+        """Return the network whose graphs take LoRAs of each lane as well; itself where it has no such graphs."""
+        ends = {name: one for name, one in self.variants.items() if name.endswith(ADAPTED)}
+        if not ends:
+            return self
+        taken = tuple(tensor for tensor in next(iter(ends.values())).inputs if tensor.name.startswith(LORA))
+        variants = {
+            name.removesuffix(ADAPTED): replace(one, inputs=tuple(t for t in one.inputs if t not in taken))
+            for name, one in ends.items()
+        }
+        return replace(self, inputs=(*self.inputs, *taken), variants=variants)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from latentrt.bundle.spec import CONDITIONER, DECODER, DENOISER, ENCODER, ROLES,
 from latentrt.errors import PlanError, RequestError
 from latentrt.images.depth_map import depth_of
 from latentrt.images.given import prepared, prepared_low
+from latentrt.model.adapters import Adapters, check_request, with_adapters
 from latentrt.model.codec import Codec, Identity, Vae
 from latentrt.model.conditioners.beside import Repainted
 from latentrt.model.conditioners.guidance_embedding import GuidanceEmbedding
@@ -62,22 +63,31 @@ class Model:
         codec: pixels to what is denoised, and back.
         preview: decodes previews.
         tiles: how larger latents are cut for the codec; None: they are not.
-        predictor: the networks that a row calls.
-        hoisted: networks that compute some of the predictor's inputs, once a picture.
+        predictor, hoisted: the networks that a row calls, and those that compute some of their inputs once a picture.
         conditioners: fill their inputs and the predictor's others.
+        adapters: the LoRAs that requests may have.
 
     Args:
         bundle: opened.
         backend: runs the networks.
         resident: keep networks loaded; False drops each after use (`end_of`).
-        vae: another VAE, a decoder of previews, tiles.
+        vae, adapters: another VAE, a decoder of previews, tiles; LoRAs that requests may have.
 
     Raises:
         BundleError: the bundle has no denoiser, or no conditioner fills one of its inputs.
-        RequestError: a VAE or the tiles do not fit the model.
+        RequestError, BackendError: a VAE or tiles do not fit; the networks, or the backend, take no LoRAs.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend, *, resident: bool = True, vae: VaeOptions = OWN) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: Backend,
+        *,
+        resident: bool = True,
+        vae: VaeOptions = OWN,
+        adapters: Adapters | None = None,
+    ) -> None:
+        bundle, self.adapters = with_adapters(bundle, adapters, backend)
         denoiser, schedule = bundle.spec.denoiser, str(bundle.spec.schedule)
         self.spec, self.resident, self._vae = vae.spec(bundle.spec), resident, vae
         self.schedule = Schedule.from_config(bundle.json(schedule), self.spec.corrected(schedule))
@@ -96,10 +106,10 @@ class Model:
         once = self.spec.named(CONDITIONER)
         self.hoisted = Hoisted(self.networks, self.spec)
         inputs = inputs_of([self.spec.networks[name] for name in (*once, denoiser)])
-        self.conditioners = conditioners_of(Parts(bundle, self.networks, self.codec, inputs))
+        self.conditioners = conditioners_of(Parts(bundle, self.networks, self.codec, inputs, self.adapters))
 
     def _load(self) -> None:
-        """Load what every picture needs; the others are loaded with the first picture that needs them."""
+        """Load what every picture needs; others are loaded with the first picture that needs them."""
         for role in ROLES:
             for name in self.spec.named(role) if role not in (ENCODER, SHALLOW) else ():
                 self.networks[name].open()
@@ -208,6 +218,7 @@ class Model:
         for one in self.conditioners:
             one.check_settings(filled)
         self._check_text(filled)
+        check_request(filled, self.adapters)
         if "image_guidance" in self.fields and request.image_guidance is None and guidance > 1:
             return replace(filled, image_guidance=IMAGE_GUIDANCE)
         return filled
@@ -236,7 +247,7 @@ class Model:
 
     def draws_at_once(self, request: Request) -> bool:
         """Return whether a device can draw the whole of a request's pictures in one launch, from token ids."""
-        return self.text is None or self.text.draws_at_once(self.filled(request))
+        return self.adapters is None and (self.text is None or self.text.draws_at_once(self.filled(request)))
 
     def given(self, pictures: Mapping[str, Source], height: int | None, width: int | None) -> Given | None:
         """Encode the pictures of a request; None where it brings none.

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentrt.errors import RequestError
+from latentrt.model.adapters import lora_facts
 from latentrt.model.given import Given
 from latentrt.model.model import Model
 from latentrt.request import Request, facts_of
@@ -52,7 +53,7 @@ def make_jobs(
     final = model.spec.latents.enlarged(*size, request.hires_scale or 1.0)
     height, width = model.spec.latents.shape_of(*final)[1:]
     model.check_tiles(height, width)
-    facts = {**model.facts(height, width), **(given.facts if given else {})}
+    facts = {**model.facts(height, width), **(given.facts if given else {}), **lora_facts(request, model.adapters)}
     jobs = []
     for index in range(first, first + request.count):
         seed = request.seed + index

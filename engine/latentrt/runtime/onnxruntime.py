@@ -87,7 +87,9 @@ class OrtBackend:
         on_gpu = gpu is not None
         self.threads = threads or usable_cores()
         exact, cores = not on_gpu and precision == FP32, 1 if on_gpu else self.threads
-        self.facts = Facts(fixed_lanes=on_gpu, one_stream=on_gpu, exact=exact, replaces=True, cores=cores)
+        self.facts = Facts(
+            fixed_lanes=on_gpu, one_stream=on_gpu, exact=exact, replaces=True, adapts=device == "cpu", cores=cores
+        )
         self.spin = spin
         self.cache = cache and device == "cpu"
         self.provider_options = dict(provider_options or {})
