@@ -70,8 +70,12 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
 
 def make_checkpoint(name: str, folder: Path) -> None:
     """Write a checkpoint of a kind: "sd", "sd2", "sdxl", "pixels", ...; with "-inpainting", such a one."""
-    from tests.support.models import checkpoints, kinds, pixels
+    from tests.support.models import checkpoints, controlnets, kinds, pixels
 
+    if name.startswith("control-"):  # of a checkpoint that is there already: control-sd-1
+        _, base, number = name.split("-")
+        controlnets.tiny_controlnet(folder, folder.with_name(base), int(number))
+        return
     kind, inpaints = name.removesuffix("-inpainting"), name.endswith("-inpainting")
     unet = {"in_channels": 9} if inpaints else {}
     pipeline = "StableDiffusionXLInpaintPipeline" if kind == "sdxl" else "StableDiffusionInpaintPipeline"
@@ -124,6 +128,6 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         return {name: spec}, NetworkSummary(0.0, 1, 5, 0, 0)
 
     monkeypatch.setattr(to_bundle, "_export_network", stand_in)
-    for name in ("add_half", "add_cpu"):
+    for name in ("add_half", "add_cpu", "add_control"):
         monkeypatch.setattr(to_bundle, name, lambda root, spec: spec)
     return monkeypatch

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from latentrt.images.files import save as save
     from latentrt.images.metadata import read_settings as read_settings
     from latentrt.images.sheet import grid as grid
+    from latentrt.request import Control as Control
     from latentrt.request import Request as Request
     from latentrt.run.denoiser import Denoiser as Denoiser
     from latentrt.run.host import HostLanes as HostLanes
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Bundle": "bundle.bundle",
+    "Control": "request",
     "Denoiser": "run.denoiser",
     "Engine": "engine",
     "Guidance": "sampling.guidance",

@@ -15,12 +15,13 @@ from latentrt.adapters.given import Loras, loras_of
 from latentrt.adapters.memory import EXPORT, with_loras
 from latentrt.adapters.mixed import RANK
 from latentrt.bundle.bundle import EMBEDDED, Bundle
-from latentrt.bundle.spec import CONDITIONER, DENOISER, ENCODER, SHALLOW, TEXT_ENCODER
+from latentrt.bundle.spec import CONDITIONER, CONTROL, DENOISER, ENCODER, HINT, SHALLOW, TEXT_ENCODER
 from latentrt.cuda.gpu import Gpu
 from latentrt.errors import BackendError, RequestError
 from latentrt.images.pixels import to_picture, to_pil, to_uint8
 from latentrt.model.adapters import Adapters
 from latentrt.model.codec import decode_each
+from latentrt.model.control import NO_CONTROLS
 from latentrt.model.given import Given
 from latentrt.model.model import Model
 from latentrt.model.other_vae import OWN, VaeOptions
@@ -63,13 +64,14 @@ class Engine:
         refiner: Bundle | None = None,
         vae: VaeOptions = OWN,
         adapters: Adapters | None = None,
+        controls: Mapping[str, Bundle] = NO_CONTROLS,
     ) -> None:
         if bundle.replaced and not backend.facts.replaces:
             raise BackendError(f"LoRAs in memory with {backend.name}", needed="onnxruntime", fix=EXPORT)
         self.bundle, self.backend = bundle, backend
         resident = resident or backend.gpu is not None
         with ExitStack() as opened:
-            made = Model(bundle, backend, resident=resident, vae=vae, adapters=adapters)
+            made = Model(bundle, backend, resident=resident, vae=vae, controls=controls, adapters=adapters)
             self.model = opened.enter_context(closing(made))
             self.refiner = None
             if refiner is not None:
@@ -102,6 +104,7 @@ class Engine:
         vae: str | Path | None = None,
         preview_vae: str | Path | None = None,
         tile: int | None = None,
+        control: Mapping[str, str | Path] | None = None,
         lora: Loras = (),
         allow_unmatched: bool = False,
         adapters: Mapping[str, str | Path] | str | Path | None = None,
@@ -127,6 +130,7 @@ class Engine:
             refiner: the bundle of a model that takes over at a request's `handoff`.
             vae: a bundle whose VAE takes the place of the model's own.
             preview_vae: a bundle whose decoder makes the previews, such as AutoencoderTiny's.
+            control: bundles of ControlNets by the names that calls have for them, on a CPU.
             tile: decode and encode pictures with a longer side in tiles of so many pixels; None: at once.
             lora: LoRAs that are merged into the model's weights in memory, each "FILE", "FILE:0.8" or, of the UNet and
                 of the text encoders, "FILE:0.8:0.5"; or strengths by file. Only onnxruntime can.
@@ -137,18 +141,19 @@ class Engine:
 
         Raises:
             BundleError: a bundle is missing, damaged or unsafe.
-            RequestError: a VAE or the tiles do not fit the model; an AdapterError, a LoRA does not.
+            RequestError: a VAE, the tiles or a ControlNet do not fit the model; an AdapterError, a LoRA does not.
             BackendError, MissingDependencyError: the backend or device cannot be used here.
             PlanError: there is no plan for this device, bundle and precision; the message names the command.
         """
         opened = partial(Bundle.open, check_hashes=check_hashes, cache=cache)
         second = None if refiner is None else opened(refiner)
         vaes = VaeOptions.open(vae, preview_vae, tile, check_hashes=check_hashes, cache=cache)
+        controls = {name: opened(folder) for name, folder in (control or {}).items()}
         first, loras = opened(bundle), loras_of(lora, allow_unmatched=allow_unmatched)
         if loras:
             first = with_loras(first, loras, allow_unmatched=allow_unmatched)
-        make = partial(cls, first, lanes=lanes, resident=resident, capture=capture, refiner=second, vae=vaes)
-        make = partial(make, adapters=Adapters.of(adapters, adapter_rank))
+        make = partial(cls, first, lanes=lanes, resident=resident, capture=capture, controls=controls)
+        make = partial(make, refiner=second, vae=vaes, adapters=Adapters.of(adapters, adapter_rank))
         if isinstance(backend, str):
             own = open_backend(backend, device, threads, precision=precision, plans=plans, cache=cache, spin=spin)
         else:
@@ -208,8 +213,8 @@ class Engine:
                 Upscalers draw it larger.
             depth: its depth map, grey, near is white, for models that draw by depth.
             on_tick: called after every row of every picture with its Job; an exception raised in it ends the run.
-            settings: fields of `Request` (negative_prompt, steps, seed, guidance, height, width, count, ...); anything
-                else goes to `tabulate` (eta, use_karras_sigmas, timestep_spacing, ...).
+            settings: fields of `Request` (negative_prompt, steps, seed, guidance, height, width, count, control,
+                ...); anything else goes to `tabulate` (eta, use_karras_sigmas, timestep_spacing, ...).
 
         Returns:
             `count` PIL images for each prompt; `image.save("x.png")` writes their settings too.
@@ -261,7 +266,7 @@ class Engine:
         jobs: list[Job] = []
         for request in asked:
             jobs += self.jobs(request, first=len(jobs), given=given, tokens=tokens)
-        self._end_of(ENCODER)
+        self._end_of(ENCODER, HINT)
         return jobs
 
     def jobs(self, request: Request, *, first: int = 0, given: Given | None = None, tokens: bool = False) -> list[Job]:
@@ -282,7 +287,7 @@ class Engine:
 
     def pictures(self, jobs: Sequence[Job]) -> Iterator[Picture]:
         """Yield the pictures of several jobs; small ones are decoded at the same time (`decode_each`)."""
-        self._end_of(DENOISER, SHALLOW)
+        self._end_of(DENOISER, SHALLOW, CONTROL)
         decoded = decode_each(self.model.codec, [job.latents for job in jobs], self.backend.facts.cores)
         yield from (to_picture(to_uint8(one[None])[0], job.tag) for one, job in zip(decoded, jobs, strict=True))
 

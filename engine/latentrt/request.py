@@ -46,9 +46,57 @@ _OTHER_NAMES = {
     "loras": "lora",
     "lora_scale": "lora",
     "cross_attention_kwargs": "lora",
+    "control_image": "control",
+    "controlnet_conditioning_scale": "control",
+    "control_guidance_start": "control",
+    "control_guidance_end": "control",
+    "guess_mode": "control",
     "prompt": "",
     "options": "",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """How a ControlNet acts on a picture.
+
+    Attributes:
+        image: what it follows: edges, a depth map, ... as the ControlNet was trained with; a PIL image, or a uint8 or
+            uint16 array (height, width, 3) or of grey (height, width). It is brought to the picture's size.
+        scale: how strongly, 0 to 1000; 1 is as trained.
+        start, end: the part of the run, as fractions of its rows, in which it acts.
+        guess: whether it acts on the lane with the prompt alone, and less on finer details: diffusers' guess mode.
+
+    Raises:
+        RequestError: a value is out of range.
+    """
+
+    image: Any
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    guess: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("scale", "start", "end", "guess"):
+            object.__setattr__(self, name, plain(getattr(self, name)))
+        _number("a control's scale", self.scale, 0.0, 1000.0)
+        _number("a control's start", self.start, 0.0, 1.0)
+        _number("a control's end", self.end, self.start, 1.0)
+        if not isinstance(self.guess, bool):
+            raise RequestError(f"a control's guess is {self.guess!r}", needed="True or False")
+
+    @classmethod
+    def of(cls, value: Any) -> Control:
+        """Return the Control that a picture alone stands for, or a mapping of its fields. Raise RequestError."""
+        if isinstance(value, Control):
+            return value
+        if not isinstance(value, Mapping):
+            return cls(value)
+        if "image" not in value or not set(value) <= set(cls.__dataclass_fields__):
+            fields = ", ".join(cls.__dataclass_fields__)
+            raise RequestError(f"a control has {', '.join(map(repr, value))}", needed=f"image, and others of {fields}")
+        return cls(**value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +133,8 @@ class Request:
         strength: how much of the run is made on a given picture, above 0 to 1; None is 0.8, or 1 with a mask.
         pictures: the request's pictures by use: "image" to begin on, "mask" for what of it to repaint, "depth" for its
             depth map. PIL images, or uint8 or uint16 arrays.
+        control: the pictures that the engine's ControlNets follow, by the ControlNets' names; with settings as a
+            `Control` or a mapping of its fields.
         hires_scale: by how much the finished latents are enlarged, 1 to 8, to be drawn on (hires fix); None: not.
         hires_steps: of the second run; None is as many as of the first.
         hires_strength: how much of the second run is made, above 0 to 1.
@@ -119,6 +169,7 @@ class Request:
     noise: str = "torch-cpu"
     strength: float | None = None
     pictures: Mapping[str, Any] = field(default_factory=dict)
+    control: Mapping[str, Any] = field(default_factory=dict)
     hires_scale: float | None = None
     hires_steps: int | None = None
     hires_strength: float = HIRES_STRENGTH
@@ -126,7 +177,7 @@ class Request:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in set(self.__dataclass_fields__) - {"pictures", "options", "embeddings", "lora"}:
+        for name in set(self.__dataclass_fields__) - {"pictures", "control", "options", "embeddings", "lora"}:
             object.__setattr__(self, name, plain(getattr(self, name)))
         _whole("count", self.count, 1, 10_000)
         _whole("cache_interval", self.cache_interval, 1, 10_000)
@@ -162,6 +213,10 @@ class Request:
         _number("guidance_interval's end", interval[1], interval[0], 1.0)
         if unknown := sorted(set(self.pictures) - set(PICTURES)):
             raise RequestError(f"there is a picture for {unknown[0]!r}", needed=f"one for {' or '.join(PICTURES)}")
+        if not isinstance(self.control, Mapping):
+            found, fix = f"control is a {type(self.control).__name__}", 'pass control={"edges": picture}'
+            raise RequestError(found, needed="pictures by the names of ControlNets", fix=fix)
+        object.__setattr__(self, "control", {name: Control.of(value) for name, value in self.control.items()})
         _check_options(self.options)
         object.__setattr__(self, "options", {key: plain(value) for key, value in self.options.items()})
 

@@ -11,9 +11,13 @@ import onnx_ir as ir
 
 from latentrt.bundle.spec import (
     CONDITIONER,
+    CONTROL,
+    CONTROLNET,
     DECODER,
     DENOISER,
     ENCODER,
+    HINT,
+    MODEL,
     SHALLOW,
     Correction,
     Defaults,
@@ -28,6 +32,7 @@ from latentrt.sampling.schedule import Schedule
 from latentrt.values import is_whole
 from latentrt_export.checkpoint.corrections import corrections_of, drawn_by
 from latentrt_export.checkpoint.files import read_json
+from latentrt_export.checkpoint.lone_control import PART, hint_levels
 from latentrt_export.checkpoint.served import (
     EDITING,
     EXTRA,
@@ -51,6 +56,9 @@ GRAPHS = {  # where a bundle has each network's graph
     "unet_shallow": "unet/shallow.onnx",
     "vae_decoder": "vae/decoder.onnx",
     "vae_encoder": "vae/encoder.onnx",
+    "hint": "controlnet/hint.onnx",
+    "controlnet_text": "controlnet/text.onnx",
+    "controlnet": "controlnet/model.onnx",
 }
 ROLES = {  # all others are text encoders
     "unet_text": CONDITIONER,
@@ -58,6 +66,9 @@ ROLES = {  # all others are text encoders
     "unet_shallow": SHALLOW,
     "vae_decoder": DECODER,
     "vae_encoder": ENCODER,
+    "hint": HINT,
+    "controlnet_text": CONDITIONER,
+    "controlnet": CONTROL,
 }
 
 LCM, PIX2PIX, XL_PIX2PIX, UPSCALER = (4, 8.5), (20, 7.5), (20, 5.0), (75, 9.0)  # steps and guidance
@@ -68,6 +79,7 @@ TRACING, WRITING = ("torch", "diffusers", "transformers"), ("onnx", "onnx-ir", "
 def model_spec(checkpoint: Checkpoint, networks: Mapping[str, NetworkSpec], how: Mapping[str, Any]) -> ModelSpec:
     """Return the manifest's model part."""
     configs, enlarges = checkpoint.configs, beside(checkpoint.configs) == LOW
+    control = configs.get(PART)
     xl = "text_encoder_2" in configs
     return ModelSpec(
         id=checkpoint.id,
@@ -85,6 +97,8 @@ def model_spec(checkpoint: Checkpoint, networks: Mapping[str, NetworkSpec], how:
         defaults=_defaults(checkpoint),
         corrections=_corrections(checkpoint),
         made=how,
+        kind=MODEL if control is None else CONTROLNET,
+        conditional_only=bool(control and control.get("global_pool_conditions")),
     )
 
 
@@ -153,6 +167,8 @@ def latents_of(checkpoint: Checkpoint) -> LatentSpec:
     Graphs that exist already, and k-diffusion's blocks, double what they halved: sides must halve evenly. Other graphs
     of `graphs.wrap` take all sides.
     """
+    if PART in checkpoint.configs:
+        return _of_control(checkpoint.configs[PART])
     if "unet" not in checkpoint.configs:
         return _alone(checkpoint.configs["vae"])
     unet, vae = ({**checkpoint.configs.get(name, {}), **_corrected(checkpoint, name)} for name in ("unet", "vae"))
@@ -195,6 +211,11 @@ def _alone(vae: Mapping[str, Any]) -> LatentSpec:
     size = vae.get("sample_size", 64 * factor if vae_class(vae) == TINY else 32)
     sides = size if isinstance(size, (list, tuple)) else (size, size)
     return _latents({"sample_size": [max(1, side // factor) for side in sides]}, vae)
+
+
+def _of_control(control: Mapping[str, Any]) -> LatentSpec:
+    """Return the latents that a ControlNet reads; a config has neither a size of theirs nor a scale."""
+    return LatentSpec(control.get("in_channels", 4), 2 ** (hint_levels(control) - 1), 1.0, 0.0, 64, 64)
 
 
 def _pixels(unet: Mapping[str, Any]) -> LatentSpec:

@@ -26,7 +26,7 @@ from latentrt.bundle.tensors import header_of, open_tensors
 from latentrt.errors import BundleError
 from latentrt_export.place import place
 from latentrt_export.to_bundle import GRAPH_ROOM, Measure, NetworkSummary, Progress, Summary, finish
-from latentrt_export.variants import add_adapters, add_cpu, add_half
+from latentrt_export.variants import add_adapters, add_control, add_cpu, add_half
 
 STEM = "with_lora"
 LEFT_OUT = (MANIFEST, "model_index.json")
@@ -79,7 +79,7 @@ def merge_bundle(
         command = " ".join(["latentrt export", spec.id, *(f"--lora={lora}" for lora in loras)])
         made = {**before, "command": command, "base": before.get("command"), "notes": list(notes)}
         if loras:
-            spec = add_cpu(root, add_half(root, replace(spec, made=made, golden=())))
+            spec = add_control(root, add_cpu(root, add_half(root, replace(spec, made=made, golden=()))))
         spec = add_adapters(root, spec) if adapters else spec
         progress(parts[3], 3, len(parts))
         total = finish(root, spec, golden if loras else None)

@@ -15,16 +15,20 @@ import onnx_ir as ir
 
 from latentrt.bundle.bundle import MANIFEST, write_manifest
 from latentrt.bundle.spec import (
+    CONTROL,
     DENOISER,
     FP32,
+    HINT,
     SHALLOW,
     TEXT_ENCODER,
     Golden,
     ModelSpec,
     NetworkSpec,
+    TensorSpec,
     Variant,
 )
 from latentrt.errors import ExportError, LatentrtError
+from latentrt_export.checkpoint.lone_control import PART
 from latentrt_export.checkpoint.single.choices import AS_THEY_ARE, Choices
 from latentrt_export.checkpoint.source import Checkpoint, checkpoint_of, tokenizer_of
 from latentrt_export.describe import (
@@ -40,12 +44,14 @@ from latentrt_export.describe import (
 )
 from latentrt_export.existing.graph import existing_graph, open_graphs
 from latentrt_export.existing.variants import checked
+from latentrt_export.graphs.parts.control import add_chain, sides_of
+from latentrt_export.graphs.parts.cut import drop_unused_inputs
 from latentrt_export.graphs.parts.hoist import hoist
 from latentrt_export.graphs.parts.shallow import shallow
 from latentrt_export.graphs.text_inputs import add_text_inputs
 from latentrt_export.graphs.weights import share_weights
 from latentrt_export.place import place
-from latentrt_export.variants import add_adapters, add_cpu, add_half
+from latentrt_export.variants import add_adapters, add_control, add_cpu, add_half
 
 NOT_EXPORTED = ("safety_checker", "feature_extractor", "image_encoder", "depth_estimator", "watermarker")
 GRAPH_ROOM = 4 * 2**20  # bytes per network for its graph, when free space is checked
@@ -157,7 +163,7 @@ def _export(
         if checkpoint.graphs:
             spec, left_out = checked(root, spec, (add_half, add_cpu))
         else:
-            spec = add_cpu(root, add_half(root, spec))
+            spec = add_control(root, add_cpu(root, add_half(root, spec)))
             spec = add_adapters(root, spec) if adapters else spec
         progress("manifest", len(parts) - 1, len(parts))
         total = finish(root, spec, golden)
@@ -190,6 +196,8 @@ def networks_of(checkpoint: Checkpoint) -> tuple[str, ...]:
     """Return the names of the networks that a bundle of this checkpoint has."""
     if checkpoint.graphs:
         return tuple(checkpoint.graphs)
+    if PART in checkpoint.configs:
+        return ("hint", PART)
     unet = ["unet"] if "unet" in checkpoint.configs else []
     return (*checkpoint.text_encoders, *unet, *(("vae_decoder", "vae_encoder") if "vae" in checkpoint.configs else ()))
 
@@ -214,12 +222,16 @@ def plain_index(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _export_network(checkpoint: Checkpoint, root: Path, name: str) -> tuple[dict[str, NetworkSpec], NetworkSummary]:
-    """Write a network's graphs: its own, and beside a UNet's that of the text and the shallow one."""
+    """Write a network's graphs: its own, that of the text before it, and beside a UNet's the shallow one."""
     start, summary = time.perf_counter(), NetworkSummary(0.0, 0, 0, 0, 0)
     specs = {}
     with _named(name):
         model = _graph(checkpoint, root, name)
         graphs: dict[str, ir.Model | None] = {name: model}
+        if name == PART:
+            add_chain(model, pools=bool(checkpoint.configs[PART].get("global_pool_conditions")))
+            graphs = {"controlnet_text": hoist(model, ["encoder_hidden_states"]), **graphs}
+            drop_unused_inputs(model.graph)
         if name == "unet":
             graphs = {"unet_text": hoist(model, ["encoder_hidden_states"]), **graphs, "unet_shallow": shallow(model)}
         for each, graph in graphs.items():
@@ -248,12 +260,19 @@ def _write(checkpoint: Checkpoint, root: Path, name: str, model: ir.Model) -> tu
     inputs, outputs = signature(model.graph.inputs), signature(model.graph.outputs)
     if ROLES.get(name) in (DENOISER, SHALLOW):  # the tracer writes sizes in its own form, as 4*(height//4)
         outputs = tuple(replace(each, shape=inputs[0].shape) if each.name == "out" else each for each in outputs)
+    if ROLES.get(name) in (HINT, CONTROL):
+        outputs = tuple(_leveled(each, value) for each, value in zip(outputs, model.graph.outputs, strict=True))
     if name == "vae_encoder" and not checkpoint.graphs and (factor := latents_of(checkpoint).factor) > 1:
         halved = (f"(height//{factor})", f"(width//{factor})")  # and ((height - 1)//8) + 1 of strided convolutions
         outputs = tuple(replace(each, shape=(*each.shape[:2], *halved)) for each in outputs)
     variant = Variant(GRAPHS[name], model.opset_imports[""], len(model.graph))
     spec = NetworkSpec(ROLES.get(name, TEXT_ENCODER), inputs, outputs, {FP32: variant}, tokenizer_of(name) or None)
     return spec, NetworkSummary(0.0, len(model.graph), path.stat().st_size, shared.shared, shared.sidecar)
+
+
+def _leveled(tensor: TensorSpec, value: ir.Value) -> TensorSpec:
+    """Return a tensor of a level of a UNet, or of a hint, with its sides by the latents' own."""
+    return replace(tensor, shape=(*tensor.shape[:2], *sides_of(value)))
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The graphs beside a network's float32 one: half precision, forms for one provider of ONNX Runtime, with LoRAs."""
+"""The graphs beside a network's float32 one: half precision, ONNX Runtime on one device, with residuals or LoRAs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import onnx_ir as ir
 from latentrt.bundle.spec import (
     ADAPTED,
     CONDITIONER,
+    CONTROLLED,
     DENOISER,
     FP16,
     FP16_ORT_CUDA,
@@ -30,7 +31,32 @@ from latentrt_export.graphs.cpu_graph import cpu_path, for_cpu
 from latentrt_export.graphs.cuda_graph import cuda_path, for_cuda
 from latentrt_export.graphs.half import half_path, to_half
 from latentrt_export.graphs.parts.adapters import adapted_path, read_adapters
+from latentrt_export.graphs.parts.control import control_path, read_residuals
 from latentrt_export.graphs.ranges import measure_networks, overflowing, too_large
+
+
+def add_control(root: Path, spec: ModelSpec) -> ModelSpec:
+    """Write the denoiser's graphs again with residuals of ControlNets as inputs, where it is a UNet that takes them."""
+    if not spec.draws:
+        return spec
+    network = spec.networks[spec.denoiser]
+    variants = dict(network.variants)
+    for name in (FP32, FP32_ORT_CPU, FP16):
+        if name not in network.variants:
+            continue
+        known = network.variants[name]
+        model = ir.load(root / known.path)
+        given = read_residuals(model)
+        if not given:
+            return spec
+        path = control_path(known.path)
+        ir.save(model, root / path)
+        inputs = tuple(replace(each, dtype="float32") for each in signature(given))
+        dtypes = {each.name: each.dtype for each in signature(given) if each.dtype != "float32"}
+        variants[name + CONTROLLED] = replace(
+            known, path=path, nodes=len(model.graph), dtypes={**known.dtypes, **dtypes}, inputs=inputs
+        )
+    return replace(spec, networks={**spec.networks, spec.denoiser: replace(network, variants=variants)})
 
 
 def add_half(root: Path, spec: ModelSpec) -> ModelSpec:

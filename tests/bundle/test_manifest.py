@@ -40,6 +40,8 @@ def network(role: str, name: str, tokenizer: str | None = None, **variants: Vari
     return NetworkSpec(role, (SAMPLE,), (IMAGE,), {"fp32": plain, **variants}, tokenizer)
 
 
+RESIDUAL = TensorSpec("residual_mid", "float32", ("batch", 8, "((height+1)//2)", "((width+1)//2)"))
+READS = Variant("unet.control.onnx", 23, 12, {}, None, (RESIDUAL,))
 HALF = Variant("unet.fp16.onnx", 23, 9, {"sample": "float16"}, Islands(70_000.0, ("node_add_3",)))
 MODEL = ModelSpec(
     id="tiny",
@@ -49,7 +51,7 @@ MODEL = ModelSpec(
     schedule="scheduler/scheduler_config.json",
     networks={
         "text_encoder": network(TEXT_ENCODER, "text_encoder", "tokenizer"),
-        "unet": network(DENOISER, "unet", fp16=HALF),
+        "unet": network(DENOISER, "unet", fp16=HALF, **{"fp32+control": READS}),
         "vae_decoder": network(DECODER, "vae_decoder"),
     },
     defaults=Defaults(30, 5.0, "ddim"),
@@ -59,6 +61,14 @@ MODEL = ModelSpec(
 
 def test_a_model_survives_json() -> None:
     assert model_from(json.loads(json.dumps(MODEL.to_dict()))) == MODEL
+
+
+def test_a_denoiser_that_reads_residuals_is_a_network_too() -> None:
+    unet = MODEL.networks["unet"].controlled()
+    assert unet is not None
+    assert (list(unet.variants), unet.graph("fp32").path) == (["fp32"], "unet.control.onnx")
+    assert unet.graph("fp32").inputs == (SAMPLE, RESIDUAL)
+    assert MODEL.networks["vae_decoder"].controlled() is None
 
 
 def test_a_variant_has_the_signature_of_its_network_but_for_its_dtypes() -> None:
@@ -182,6 +192,8 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         *((name, "ten") for name in ("classes", "max_noise_level")),
         ("low_schedule", 5),
         ("made", "by hand"),
+        *(("kind", value) for value in ("lora", None)),
+        ("conditional_only", 1),
         *(("latents.factor", value) for value in (0, -8, "8", 8.0, True, None)),
         *((f"latents.{name}", 0) for name in ("channels", "height", "width", "multiple")),
         *(("latents.scale", value) for value in (0, 0.0, float("nan"), float("inf"), "1", None, 10**400)),
@@ -191,13 +203,14 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("defaults.solver", 3),
         ("networks", {}),
         ("networks.unet.role", "unet"),
-        ("networks.unet.role", DECODER),
+        *(("networks.unet.role", role) for role in (DECODER, "control", "hint")),
         ("networks.vae_decoder.role", DENOISER),
         ("networks.text_encoder.tokenizer", None),
         ("networks.unet.tokenizer", "tokenizer"),
         ("networks.unet.variants", {}),
         *(("networks.unet.variants.fp32.path", value) for value in (5, None, "")),
         ("networks.unet.variants.fp32.opset", "23"),
+        *(("networks.unet.variants.fp32.inputs", value) for value in (3, [{"name": "a", "dtype": "zz", "shape": [1]}])),
         ("networks.unet.variants.fp16.dtypes", {"sample": "float8"}),
         ("networks.unet.variants.fp16.dtypes", {"other": "float16"}),
         *(("networks.unet.variants.fp16.islands.largest", value) for value in ("1", None, float("inf"))),

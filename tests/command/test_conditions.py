@@ -63,3 +63,27 @@ def test_a_refiner_is_given_scores(run: Run, exported: Exported) -> None:
 def test_other_models_refuse_them(run: Run) -> None:
     for option in ("--aesthetic-score", "--negative-aesthetic-score", "--noise-level"):
         assert f"reads no {option[2:].replace('-', '_')}" in refused(run, "generate", "a cat", option, "5")
+
+
+def test_controlnets_follow_pictures(run: Run, exported: Exported) -> None:
+    bundle, add_on = exported("sd")[1], exported("control-sd-1")[1]
+    Image.fromarray(PICTURE).save("edges.png")
+    given = ["-b", str(bundle), "--controlnet", f"edges={add_on}", "--steps", "2"]
+    code, out, _ = run("generate", "a cat", *given, "--control", "edges=edges.png:0.8:0:.5", "--guess", "-o", "cat.png")
+    assert (code, out.split()) == (0, ["cat.png"])
+    with Engine.load(bundle, check_hashes=False, control={"edges": add_on}) as engine:
+        told = {"image": PICTURE, "scale": 0.8, "end": 0.5, "guess": True}
+        (expected,) = engine("a cat", steps=2, control={"edges": told})
+    np.testing.assert_array_equal(np.asarray(Image.open("cat.png")), np.asarray(expected))
+    assert read_settings("cat.png")["control"]["edges"]["scale"] == 0.8
+
+
+def test_what_the_options_of_controlnets_refuse(run: Run) -> None:
+    for options, found in (
+        (["--controlnet", "edges"], "--controlnet is 'edges'"),
+        (["--control", "edges.png"], "--control is 'edges.png'"),
+        (["--control", "edges=none.png:0.5"], "none.png cannot be read"),
+        (["--control", "a=b", "--control", "a=b"], "there are two --control a"),
+        (["--guess"], "--guess without a --control"),
+    ):
+        assert found in refused(run, "generate", "a cat", *options)

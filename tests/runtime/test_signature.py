@@ -67,9 +67,10 @@ def test_what_does_not_fit_is_named(feeds: dict[str, Any], words: str) -> None:
 def test_a_dimension_is_what_it_says(factor: int, divisor: int, size: int) -> None:
     assert dimension(f"{factor}*(height//{divisor})").of(size) == factor * size // divisor
     assert dimension("height").of(size) == size
+    assert dimension(f"((height+{divisor - 1})//{divisor})").of(size) == -(-size // divisor)
 
 
-@pytest.mark.parametrize("side", ["height + 1", "8*", "(a*b)", "", "4*(2*height)"])
+@pytest.mark.parametrize("side", ["height + 1", "8*", "(a*b)", "", "4*(2*height)", "((height+)//2)", "(height+1"])
 def test_other_forms_are_none(side: str) -> None:
     with pytest.raises(KeyError):
         dimension(side)

@@ -10,10 +10,15 @@ from typing import Any
 
 from latentrt.bundle.manifest1 import upgraded
 from latentrt.bundle.spec import (
+    CONDITIONER,
+    CONTROL,
+    CONTROLNET,
     DECODER,
     DENOISER,
     ENCODER,
     FP32,
+    HINT,
+    KINDS,
     ROLES,
     SHALLOW,
     TEXT_ENCODER,
@@ -97,7 +102,7 @@ def check(spec: ModelSpec) -> None:
     for name in ("revision", "license"):
         value = getattr(spec, name)
         _need(value is None or isinstance(value, str), name, value, "text or null")
-    for name in ("zero_negative", "scaled_picture", "keeps_steps"):
+    for name in ("zero_negative", "scaled_picture", "keeps_steps", "conditional_only"):
         _need(isinstance(getattr(spec, name), bool), name, getattr(spec, name), "true or false")
     for name in ("classes", "max_noise_level"):
         value = getattr(spec, name)
@@ -120,8 +125,17 @@ def check(spec: ModelSpec) -> None:
 
 
 def _check_kind(spec: ModelSpec) -> None:
-    """Check that it is a model with one denoiser and its schedule, or a VAE alone."""
-    alone = bool(spec.named(DECODER)) and {network.role for network in spec.networks.values()} <= {DECODER, ENCODER}
+    """Check that it is a model with one denoiser and its schedule, a VAE alone, or a ControlNet."""
+    _need(spec.kind in KINDS, "kind", spec.kind, f"one of {', '.join(KINDS)}")
+    roles = {network.role for network in spec.networks.values()}
+    if spec.kind == CONTROLNET:
+        one = len(spec.named(HINT)) == len(spec.named(CONTROL)) == 1
+        needed = f"one each with the roles {HINT!r} and {CONTROL!r}, and {CONDITIONER!r} at most"
+        _need(one and roles <= {HINT, CONTROL, CONDITIONER}, "networks", list(spec.networks), needed)
+        _need(spec.schedule is None, "schedule", spec.schedule, "null: there is no denoiser")
+        return
+    _need(not roles & {HINT, CONTROL}, "networks", list(spec.networks), "those of a model")
+    alone = bool(spec.named(DECODER)) and roles <= {DECODER, ENCODER}
     needed = f"one with the role {DENOISER!r}, or those of a VAE alone"
     _need(alone or len(spec.named(DENOISER)) == 1, "networks", list(spec.networks), needed)
     schedule, kind = spec.schedule, "null: there is no denoiser" if alone else "text"

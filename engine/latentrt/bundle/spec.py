@@ -10,34 +10,39 @@ from typing import Any, NamedTuple
 
 from latentrt.errors import BundleError, RequestError
 
-ROLES = ("text_encoder", "conditioner", "denoiser", "shallow", "decoder", "encoder")
-TEXT_ENCODER, CONDITIONER, DENOISER, SHALLOW, DECODER, ENCODER = ROLES
+ROLES = ("text_encoder", "conditioner", "denoiser", "shallow", "decoder", "encoder", "hint", "control")
+TEXT_ENCODER, CONDITIONER, DENOISER, SHALLOW, DECODER, ENCODER, HINT, CONTROL = ROLES
+KINDS = ("model", "controlnet")  # of bundles; that of a VAE alone is a part of a model
+MODEL, CONTROLNET = KINDS
 FP32, FP32_ORT_CPU = "fp32", "fp32-ort-cpu"  # variants that export writes; all but the first are optional
 FP16, FP16_ORT_CUDA = "fp16", "fp16-ort-cuda"
 ADAPTED = "+lora"  # ends the names of variants that take LoRAs of each lane too
 LORA = "lora."  # begins the names of these inputs: lora.MODULE.down (in, rank) and lora.MODULE.up (rank, out)
+CONTROLLED = "+control"  # ends the names of the denoiser's variants that read residuals too
+RESIDUAL = "residual_"  # begins the names of these: residual_0, residual_1, ..., residual_mid
 
 
 class Dimension(NamedTuple):
-    """factor * name // divisor."""
+    """(factor * name + added) // divisor."""
 
     name: str
     factor: int = 1
     divisor: int = 1
+    added: int = 0
 
     def of(self, size: int) -> int:
         """Return the dimension where the name has this size."""
-        return self.factor * size // self.divisor
+        return (self.factor * size + self.added) // self.divisor
 
 
 @cache
 def dimension(side: str) -> Dimension:
-    """Read a symbolic dimension. Raise KeyError where it is of another form."""
-    parts = re.fullmatch(r"(?:(\d+)\*)?\(?(\w+?)(?://(\d+))?\)?", side)
+    """Read a symbolic dimension: "height", "8*height", "(height//8)", "((height+7)//8)". Raise KeyError for others."""
+    parts = re.fullmatch(r"(?:(\d+)\*)?\(?(?:\((\w+)\+(\d+)\)|(\w+?))(?://(\d+))?\)?", side)
     if parts is None:
         raise KeyError(side)
-    factor, name, divisor = parts.groups()
-    return Dimension(name, int(factor or 1), int(divisor or 1))
+    factor, sum_of, added, name, divisor = parts.groups()
+    return Dimension(sum_of or name, int(factor or 1), int(divisor or 1), int(added or 0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +104,7 @@ class NetworkSpec:
         role: one of ROLES.
         inputs, outputs: the signature of its float32 graph.
         variants: graphs by name: "fp32", "fp32-ort-cpu", "fp16", "fp16-ort-cuda". A runtime says which it runs.
-            They may be there again with "+lora": see `adapted`.
+            They may be there again with "+lora", and a denoiser's with "+control": see `adapted`, `controlled`.
         tokenizer: the folder of a text encoder's tokenizer.
     """
 
@@ -129,6 +134,15 @@ class NetworkSpec:
             for name, one in ends.items()
         }
         return replace(self, inputs=(*self.inputs, *taken), variants=variants)
+
+    def controlled(self) -> NetworkSpec | None:
+        """Return the network that reads residuals of ControlNets as well; None where it has no such graphs."""
+        ends = {name: one for name, one in self.variants.items() if name.endswith(CONTROLLED)}
+        if not ends:
+            return None
+        variants = {name.removesuffix(CONTROLLED): replace(one, inputs=()) for name, one in ends.items()}
+        residuals = next(iter(ends.values())).inputs
+        return replace(self, inputs=(*self.inputs, *residuals), variants=variants)
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,6 +263,9 @@ class ModelSpec:
         corrections: settings that are not used as the bundle's files have them.
         made: how the bundle was made.
         golden: runs whose latents are known.
+        kind: "model", or what is added to one: "controlnet".
+        conditional_only: whether a ControlNet acts on the lane with the prompt alone, as diffusers runs those that pool
+            their residuals.
     """
 
     id: str
@@ -267,6 +284,8 @@ class ModelSpec:
     corrections: tuple[Correction, ...] = ()
     made: Mapping[str, Any] = field(default_factory=dict)
     golden: tuple[Golden, ...] = ()
+    kind: str = MODEL
+    conditional_only: bool = False
 
     def named(self, role: str) -> tuple[str, ...]:
         """Return the names of the networks of a role, in their order."""
@@ -294,8 +313,11 @@ class ModelSpec:
             BundleError: there is none.
         """
         if not self.draws:
-            needed, fix = "a model", "pass it beside one: --vae, --preview-vae"
-            raise BundleError(f"{self.id} has no denoiser: it is a VAE", needed=needed, fix=fix)
+            what, options = (
+                ("a ControlNet", "--controlnet") if self.kind == CONTROLNET else ("a VAE", "--vae, --preview-vae")
+            )
+            fix = f"pass it beside one: {options}"
+            raise BundleError(f"{self.id} has no denoiser: it is {what}", needed="a model", fix=fix)
         return self.named(DENOISER)[0]
 
     def graph(self, network: str, *variants: str) -> GraphSpec:

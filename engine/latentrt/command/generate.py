@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from latentrt.bundle.bundle import EMBEDDED, embedded
+from latentrt.command.controls import controlnets_of, controls_of
 from latentrt.command.options import (
     AT_LEAST_ONE,
     FOLDER,
     LOADING,
     VAES,
+    controls_pictures,
     decodes_pictures,
     edits_pictures,
     option_json,
@@ -108,6 +110,7 @@ SETTINGS = (
     help="Most lanes of a call; guidance takes two a picture  [default: 16; on a GPU the plan's]",
 )
 @edits_pictures
+@controls_pictures
 @runs_in_stages
 @decodes_pictures
 @runs_networks
@@ -120,6 +123,7 @@ def generate(prompts: tuple[str, ...], bundle: Path, lanes: int | None, as_json:
     from latentrt.runtime.onnxruntime import return_freed_pages
 
     loading = {name: asked.pop(name) for name in (*LOADING, *VAES, "refiner")}
+    loading["control"] = controlnets_of(asked["controlnet"])
     if loading["refiner"] is not None and asked["handoff"] is None:
         asked["handoff"] = HANDOFF
     pattern = with_suffix(asked["output"] or ("{prompt}-{seed}" if prompts else "{model}-{seed}"), asked["format"])
@@ -153,6 +157,9 @@ def settings_of(asked: Mapping[str, Any]) -> dict[str, Any]:
         from latentrt.model.prompts.embeddings import embeddings_of
 
         own["embeddings"] = embeddings_of(asked["embedding"])
+    if asked["guess"] and not asked["control"]:
+        raise RequestError("--guess without a --control", needed="one or more")
+    own["control"] = controls_of(asked["control"], guess=asked["guess"])
     return own | options_of(asked["option"])
 
 

@@ -79,6 +79,26 @@ def decodes_pictures(verb: Verb) -> Verb:
     return verb
 
 
+def controls_pictures(verb: Verb) -> Verb:
+    """Add the options of ControlNets."""
+    for option in (
+        click.option(
+            "--guess", is_flag=True, help="Every --control acts on the lane with the prompt alone: guess mode."
+        ),
+        click.option(
+            "--control",
+            multiple=True,
+            metavar="NAME=PICTURE[:SCALE[:START:END]]",
+            help="Picture that a --controlnet follows, how strongly, and in which part of the run; repeatable.",
+        ),
+        click.option(
+            "--controlnet", multiple=True, metavar="NAME=BUNDLE", help="ControlNet, by a name for it; repeatable."
+        ),
+    ):
+        verb = option(verb)
+    return verb
+
+
 def edits_pictures(verb: Verb) -> Verb:
     """Add the options of a verb that may begin on an existing picture."""
     for option in (

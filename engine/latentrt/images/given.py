@@ -76,6 +76,34 @@ def prepared_low(image: Source, height: int | None, width: int | None, latents: 
     return np.asarray(picture.resize((columns, rows), Image.Resampling.BICUBIC))
 
 
+def hint_size(image: Source, latents: LatentSpec) -> tuple[int, int]:
+    """Return the (height, width) of pictures that follow a ControlNet's picture: its own, as `prepared` rounds it."""
+    picture, step = _hint(image), latents.step
+    return picture.height // step * step or picture.height, picture.width // step * step or picture.width
+
+
+def prepared_hint(image: Source, height: int, width: int) -> NDArray[np.float32]:
+    """Bring a ControlNet's picture to the run's size, as diffusers' pipelines do.
+
+    Args:
+        image: a PIL image, or a uint8 or uint16 array (height, width, 3), or (height, width) of grey.
+        height, width: of the run in pixels.
+
+    Returns:
+        RGB (3, height, width), float32 in 0..1.
+
+    Raises:
+        RequestError: a kind or mode that cannot be used.
+    """
+    pixels = np.asarray(_resized(_hint(image), (width, height)), np.float32) / np.float32(255)
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def _hint(image: Any) -> Image:
+    grey = isinstance(image, np.ndarray) and image.ndim == 2
+    return _opaque(_picture(np.stack([image] * 3, axis=-1) if grey else image, "control picture"))
+
+
 def enlarged_size(width: int, height: int, latents: LatentSpec, times: int) -> tuple[int, int]:
     """Return width and height of what an upscaler makes of a picture: first down to what VAE and model take."""
     step = max(latents.factor, latents.step // times)

@@ -123,7 +123,7 @@ def without_adapters(request: Request) -> Request:
     return replace(request, lora={})
 
 
-def check_request(request: Request, mixed: Mixed | None) -> None:
+def check_adapters(request: Request, mixed: Mixed | None) -> None:
     """Refuse LoRAs that are not there, or with step caching. Raise RequestError."""
     if asked_by(request, mixed) and request.cache_interval > 1:
         found = f"cache_interval is {request.cache_interval} and there is a LoRA"

@@ -10,7 +10,7 @@ gives the same picture.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from latentrt.sampling.table import Kept, Table, noised
 
 Float32 = NDArray[np.float32]
 STRENGTH, MASKED_STRENGTH = 0.8, 1.0  # diffusers' own defaults
+NAMES = {"image": "picture", "mask": "mask", "depth": "depth map"}  # by their use
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +152,17 @@ class Given:
         assert clean is not None
         self.encoded.draw(noise)
         return first, Kept(np.broadcast_to(self.mask, shape), clean, unit)
+
+
+def check_uses(pictures: Collection[str], read: Collection[str], model: str) -> None:
+    """Refuse pictures whose use a model does not read, or that belong to one that is not there. Raise RequestError."""
+    for name in pictures:
+        what = NAMES[name]
+        if name not in read:
+            raise RequestError(f"there is a {what}, and {model} reads none", needed="a request without one")
+        if "image" not in pictures:
+            found, fix = f"there is a {what} and no picture", "pass it: image=, --image"
+            raise RequestError(found, needed="the one it belongs to", fix=fix)
 
 
 def _hash(array: NDArray[Any]) -> str:

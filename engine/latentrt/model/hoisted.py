@@ -22,13 +22,14 @@ class Hoisted:
 
     Args:
         networks: by name, in the order of their calls.
-        spec: of the model, for what they and the denoiser read.
+        spec: of the model, for what they read.
+        reader: the name of the network that reads what they give.
     """
 
-    def __init__(self, networks: Mapping[str, Network], spec: ModelSpec) -> None:
+    def __init__(self, networks: Mapping[str, Network], spec: ModelSpec, reader: str) -> None:
         self._networks = [networks[name] for name in spec.named(CONDITIONER)]
         self._sources = inputs_of([spec.networks[name] for name in spec.named(CONDITIONER)])
-        self._read = {tensor.name for tensor in spec.networks[spec.denoiser].inputs}
+        self._read = {tensor.name for tensor in spec.networks[reader].inputs}
         self._known: list[tuple[Inputs, Inputs]] = []  # the least recently used first
         self._lock = Lock()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,15 +12,17 @@ from numpy.typing import NDArray
 
 from latentrt.bundle.bundle import Bundle
 from latentrt.bundle.spec import CONDITIONER, DECODER, DENOISER, ENCODER, ROLES, SHALLOW
-from latentrt.errors import PlanError, RequestError
+from latentrt.errors import RequestError
 from latentrt.images.depth_map import depth_of
 from latentrt.images.given import prepared, prepared_low
-from latentrt.model.adapters import Adapters, check_request, with_adapters
+from latentrt.model import settings
+from latentrt.model.adapters import Adapters, with_adapters
 from latentrt.model.codec import Codec, Identity, Vae
 from latentrt.model.conditioners.beside import Repainted
 from latentrt.model.conditioners.guidance_embedding import GuidanceEmbedding
 from latentrt.model.conditioners.registry import Parts, conditioners_of
-from latentrt.model.given import Given
+from latentrt.model.control import NO_CONTROLS, Applied, check_device, controlled, open_controls
+from latentrt.model.given import Given, check_uses
 from latentrt.model.hoisted import Hoisted
 from latentrt.model.inputs import Sides
 from latentrt.model.other_vae import OWN, VaeOptions
@@ -39,19 +40,6 @@ from latentrt.sampling.table import Table
 if TYPE_CHECKING:
     from latentrt.images.given import Source
 
-NAMES = {"image": "picture", "mask": "mask", "depth": "depth map"}  # by their use
-CONDITIONED = (  # fields of a request that some models do not read
-    "prompt",
-    "negative_prompt",
-    "class_label",
-    "noise_level",
-    "image_guidance",
-    "clip_skip",
-    "aesthetic_score",
-    "negative_aesthetic_score",
-)
-IMAGE_GUIDANCE = 1.5  # of StableDiffusionInstructPix2PixPipeline
-
 
 class Model:
     """A model's text encoders, denoiser and codec, each where the bundle has it.
@@ -65,17 +53,19 @@ class Model:
         tiles: how larger latents are cut for the codec; None: they are not.
         predictor, hoisted: the networks that a row calls, and those that compute some of their inputs once a picture.
         conditioners: fill their inputs and the predictor's others.
-        adapters: the LoRAs that requests may have.
+        adapters, controls: the LoRAs that requests may have, and its ControlNets.
 
     Args:
         bundle: opened.
         backend: runs the networks.
         resident: keep networks loaded; False drops each after use (`end_of`).
-        vae, adapters: another VAE, a decoder of previews, tiles; LoRAs that requests may have.
+        vae: another VAE, a decoder of previews, tiles.
+        adapters, controls: LoRAs, and ControlNets by name, that requests may have.
 
     Raises:
         BundleError: the bundle has no denoiser, or no conditioner fills one of its inputs.
-        RequestError, BackendError: a VAE or tiles do not fit; the networks, or the backend, take no LoRAs.
+        RequestError: a VAE, the tiles or a ControlNet do not fit the model, or its networks take no LoRAs.
+        BackendError: the backend runs no ControlNets, or no LoRAs of each request.
     """
 
     def __init__(
@@ -86,8 +76,11 @@ class Model:
         resident: bool = True,
         vae: VaeOptions = OWN,
         adapters: Adapters | None = None,
+        controls: Mapping[str, Bundle] = NO_CONTROLS,
     ) -> None:
+        check_device(backend, controls)
         bundle, self.adapters = with_adapters(bundle, adapters, backend)
+        bundle = controlled(bundle) if controls else bundle
         denoiser, schedule = bundle.spec.denoiser, str(bundle.spec.schedule)
         self.spec, self.resident, self._vae = vae.spec(bundle.spec), resident, vae
         self.schedule = Schedule.from_config(bundle.json(schedule), self.spec.corrected(schedule))
@@ -104,9 +97,10 @@ class Model:
         without_depth = next((self.networks[name] for name in self.spec.named(SHALLOW)), None)
         self.predictor = Predictor([called if backend.gpu is None else called.open()], without_depth)
         once = self.spec.named(CONDITIONER)
-        self.hoisted = Hoisted(self.networks, self.spec)
+        self.hoisted = Hoisted(self.networks, self.spec, denoiser)
         inputs = inputs_of([self.spec.networks[name] for name in (*once, denoiser)])
         self.conditioners = conditioners_of(Parts(bundle, self.networks, self.codec, inputs, self.adapters))
+        self.controls = open_controls(controls, self.spec, inputs, backend)
 
     def _load(self) -> None:
         """Load what every picture needs; others are loaded with the first picture that needs them."""
@@ -196,32 +190,7 @@ class Model:
         Raises:
             RequestError: it sets a field that the model does not read, or to a value that it cannot use.
         """
-        for field in CONDITIONED:
-            if getattr(request, field) is not None and field not in (*self.fields, *others):
-                raise RequestError(f"{self.spec.id} reads no {field}", needed="a request without one")
-        if request.cache_interval > 1 and not self.predictor.caches:
-            raise RequestError(
-                f"cache_interval is {request.cache_interval}, and the bundle of {self.spec.id} has no shallow graph",
-                needed="1",
-                fix="export the checkpoint again",
-            )
-        guidance = self.spec.defaults.guidance if request.guidance is None else request.guidance
-        if self.text is None:
-            if request.guidance is not None and request.guidance > 1:
-                raise RequestError(
-                    f"guidance is {request.guidance:g}, and {self.spec.id} reads no prompt", needed="guidance 1 or none"
-                )
-            guidance = 1.0
-        steps = self.spec.defaults.steps if request.steps is None else request.steps
-        solver = self.spec.defaults.solver if request.solver is None else request.solver
-        filled = replace(request, steps=steps, solver=solver, guidance=guidance)
-        for one in self.conditioners:
-            one.check_settings(filled)
-        self._check_text(filled)
-        check_request(filled, self.adapters)
-        if "image_guidance" in self.fields and request.image_guidance is None and guidance > 1:
-            return replace(filled, image_guidance=IMAGE_GUIDANCE)
-        return filled
+        return settings.filled(self, request, others)
 
     def guidance(self, request: Request) -> Guidance:
         """Return how the lanes of a request's pictures are combined; its defaults are filled in."""
@@ -229,15 +198,6 @@ class Model:
             return Guidance()
         image = request.image_guidance if "image_guidance" in self.fields else None  # it may be another model's
         return Guidance(request.guidance or 1.0, request.guidance_rescale, request.guidance_interval, image)
-
-    def _check_text(self, request: Request) -> None:
-        """Refuse what asks too much of the text encoders, or of a model without any. Raise RequestError."""
-        special = {"prompt_syntax": request.prompt_syntax != "plain", "embeddings": bool(request.embeddings)}
-        if self.text is None and any(special.values()):
-            name = next(name for name, is_set in special.items() if is_set)
-            raise RequestError(f"{self.spec.id} reads no {name}", needed="a request without one")
-        if self.text is not None and request.prompt is not None and (any(special.values()) or request.clip_skip):
-            self.text.check(request)
 
     def learn(self, files: Mapping[str, Path]) -> None:
         """Take embeddings for all later prompts, by their tokens. Raise RequestError where they do not fit."""
@@ -257,7 +217,8 @@ class Model:
             BundleError, PlanError: there is no encoder that can be used here.
         """
         latents = self.spec.latents
-        self._check_uses(pictures)
+        own = () if self.shows_picture else ("image", "mask")
+        check_uses(pictures, (*self.pictures, *own), self.spec.id)
         if "image" not in pictures:
             return None
         if (times := self.enlarges) > 1:
@@ -267,15 +228,6 @@ class Model:
         pixels, repaint = prepared(pictures["image"], pictures.get("mask"), height, width, latents)
         return Given.of(pixels, repaint, self.codec, depth)
 
-    def _check_uses(self, pictures: Mapping[str, Source]) -> None:
-        for name in pictures:
-            what = NAMES[name]
-            if name not in self.reads:
-                raise RequestError(f"there is a {what}, and {self.spec.id} reads none", needed="a request without one")
-            if "image" not in pictures:
-                found, fix = f"there is a {what} and no picture", "pass it: image=, --image"
-                raise RequestError(found, needed="the one it belongs to", fix=fix)
-
     def drawn_first(self, request: Request, given: Given | None, noise: NoiseSource) -> Sides:
         """Return the inputs of one picture whose noise comes before that of its first latents; see `Conditioner`."""
         sides = Sides.same({})
@@ -283,7 +235,19 @@ class Model:
             sides = sides.and_(one(request, given, noise)) if one.draws_first else sides
         return sides
 
-    def inputs(
+    def applied(self, request: Request, told: Sides, rows: int) -> tuple[Applied, ...]:
+        """Return the ControlNets of a request on one picture.
+
+        Args:
+            request: with the picture's size.
+            told: what conditioners filled (`conditions`).
+            rows: of the run.
+        """
+        size, lanes = self.spec.latents.pixels_of(request.height, request.width), self.guidance(request).lanes
+        asked = [(one, request.control[one.name]) for one in self.controls if one.name in request.control]
+        return tuple(one.applied(control, told, size, lanes, rows) for one, control in asked)
+
+    def conditions(
         self,
         request: Request,
         given: Given | None,
@@ -292,7 +256,7 @@ class Model:
         *,
         tokens: bool = False,
     ) -> Sides:
-        """Return all inputs of the predictor for one picture; see `Conditioner`.
+        """Return all inputs that conditioners fill for one picture, before `hoisted`; see `Conditioner`.
 
         Args:
             request, given, noise: of the picture.
@@ -305,7 +269,7 @@ class Model:
                 sides = sides.and_(one.tokens(request))
             elif not one.draws_first:
                 sides = sides.and_(one(request, given, noise))
-        return sides if tokens else self.hoisted(sides)
+        return sides
 
     def scalars(self, request: Request, table: Table) -> dict[str, NDArray[np.float64]]:
         """Return the columns that conditioners add to a table. Raise ScheduleError as they do."""
@@ -323,15 +287,7 @@ class Model:
             return
         decoders = [self.networks[name] for name in self.spec.named(DECODER)]
         for network in (*decoders, self._preview_decoder):
-            plans = getattr(network and network.open(), "profiles", None)
-            for rows, columns in sorted(self.tiles.sizes(height, width)) if plans else ():
-                if not any(plan.covers({"batch": 1, "height": rows, "width": columns}) for plan in plans or ()):
-                    size = f"{columns * self.tiles.factor}x{rows * self.tiles.factor}"
-                    raise PlanError(
-                        f"no plan of the decoder takes a tile of {size} pixels",
-                        needed=f"one of {'; or '.join(map(str, plans or ()))} in latents",
-                        fix=f"latentrt build BUNDLE --profile size={size}, beside those that it has",
-                    )
+            self.tiles.check_plans(height, width, getattr(network and network.open(), "profiles", None) or ())
 
     def facts(self, height: int, width: int) -> dict[str, Any]:
         """Return what pictures of latents of this size carry of how they were decoded, where it is not the usual."""
@@ -344,8 +300,12 @@ class Model:
         if not self.resident:
             for name in (name for role in roles for name in self.spec.named(role)):
                 self.networks[name].drop()
+            for one in self.controls:
+                one.end_of(*roles)
 
     def close(self) -> None:
         """Free the networks' memory."""
         for network in (*self.networks.values(), *([self._preview_decoder] if self._preview_decoder else [])):
             network.close()
+        for one in self.controls:
+            one.close()

@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from latentrt.bundle.spec import GraphSpec, NetworkSpec, TensorSpec
+from latentrt.bundle.spec import RESIDUAL, GraphSpec, NetworkSpec, TensorSpec
 from latentrt.cuda.array import DeviceArray
 from latentrt.cuda.gpu import Gpu
 from latentrt.model.inputs import Inputs
@@ -69,11 +69,11 @@ class Predictor:
         Returns:
             The denoiser's output, float32 of the sample's shape.
         """
-        return self._called(self._networks, {"sample": sample, "timestep": timestep, **inputs})["out"]
+        return self._called(self._networks, self._whole(sample, timestep, inputs))["out"]
 
     def with_deep(self, sample: Float32, timestep: Float32, inputs: Inputs) -> tuple[Float32, Float32]:
         """Predict; return the deep features too, (lanes, channels, height, width), for later `shallow` calls."""
-        known = self._called(self._networks, {"sample": sample, "timestep": timestep, **inputs})
+        known = self._called(self._networks, self._whole(sample, timestep, inputs))
         return known["out"], known[DEEP]
 
     def shallow(self, sample: Float32, timestep: Float32, inputs: Inputs, deep: Float32) -> Float32:
@@ -81,6 +81,20 @@ class Predictor:
         assert self._without_depth is not None, "see `caches`"
         known = {"sample": sample, "timestep": timestep, **inputs, DEEP: deep}
         return self._called([self._without_depth], known)["out"]
+
+    def no_residuals(self, sample: Float32) -> dict[str, Float32]:
+        """Return zeros for the residuals that the denoiser reads, for these lanes; {} where it reads none.
+
+        Adding them is exact.
+        """
+        sizes = sizes_of(self._networks[-1].graph.inputs, {"sample": sample.shape})
+        read = [tensor for tensor in self._networks[-1].graph.inputs if tensor.name.startswith(RESIDUAL)]
+        return {tensor.name: np.zeros(shape_of(tensor, sizes), np.float32) for tensor in read}
+
+    def _whole(self, sample: Float32, timestep: Float32, inputs: Inputs) -> dict[str, NDArray[Any]]:
+        """Return all inputs; residuals that no ControlNet gave are zeros."""
+        zeros = {} if f"{RESIDUAL}mid" in inputs else self.no_residuals(sample)
+        return {"sample": sample, "timestep": timestep, **zeros, **inputs}
 
     def _called(self, networks: Sequence[Network], known: Inputs) -> dict[str, NDArray[Any]]:
         known = dict(known)

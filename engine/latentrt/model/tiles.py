@@ -6,13 +6,14 @@ order and weights of the fading, are those of diffusers' `AutoencoderKL.enable_t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from latentrt.errors import RequestError
+from latentrt.errors import PlanError, RequestError
+from latentrt.runtime.tensorrt.record import Profile
 from latentrt.values import is_whole
 
 Float32 = NDArray[np.float32]
@@ -51,6 +52,17 @@ class Tiles:
         step = self.side - self.side // PARTS
         rows, columns = ({min(self.side, side - at) for at in range(0, side, step)} for side in (height, width))
         return {(row, column) for row in rows for column in columns}
+
+    def check_plans(self, height: int, width: int, plans: Sequence[Profile]) -> None:
+        """Raise PlanError where none of a decoder's plans takes a tile of latents of this size."""
+        for rows, columns in sorted(self.sizes(height, width)) if plans else ():
+            if not any(plan.covers({"batch": 1, "height": rows, "width": columns}) for plan in plans):
+                size = f"{columns * self.factor}x{rows * self.factor}"
+                raise PlanError(
+                    f"no plan of the decoder takes a tile of {size} pixels",
+                    needed=f"one of {'; or '.join(map(str, plans))} in latents",
+                    fix=f"latentrt build BUNDLE --profile size={size}, beside those that it has",
+                )
 
     def decode(self, run: Run, latents: Float32) -> Float32:
         """Return the pictures of latents (count, channels, height, width)."""

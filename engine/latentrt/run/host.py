@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from latentrt.model.predictor import DEEP, Predictor
+from latentrt.run.controlled import acts, add_residuals
 from latentrt.run.job import Job
 from latentrt.sampling.table import Row, advance, blend, preview
 
@@ -33,7 +34,7 @@ class HostLanes:
     def __init__(self, predict: Predict, count: int = 16) -> None:
         self.count = count
         self._predict = predict
-        self._stacked: dict[tuple[int, bool], tuple[list[Inputs], dict[str, NDArray[Any]]]] = {}  # by call of a tick
+        self._stacked: dict[Hashable, tuple[list[Inputs], dict[str, NDArray[Any]]]] = {}  # by call of a tick
 
     def admit(self, job: Job) -> None:
         """Do nothing: a job brings its arrays."""
@@ -60,8 +61,12 @@ class HostLanes:
         }
         if jobs[0].shallow:
             fed[DEEP] = np.concatenate([_deep_of(job, count) for job, count in zip(jobs, counts, strict=True)])
-        keeps = any(job.table.shallow for job in jobs) and not jobs[0].shallow
         predict = jobs[0].predictor or self._predict
+        if acts(jobs):
+            residuals = cast(Predictor, predict).no_residuals(fed["sample"])
+            add_residuals(jobs, counts, fed["sample"], fed["timestep"], residuals, self._inputs)
+            fed |= residuals
+        keeps = any(job.table.shallow for job in jobs) and not jobs[0].shallow
         out, deep = self._predicted(predict, [side for each in sides for side in each], fed, keeps=keeps)
         ends = np.cumsum(counts).tolist()
         for job, row, count, end in zip(jobs, rows, counts, ends, strict=True):
@@ -92,7 +97,7 @@ class HostLanes:
             return cast(Predictor, predict).with_deep(sample, timestep, inputs)
         return predict(sample, timestep, inputs), None
 
-    def _inputs(self, call: tuple[int, bool], lanes: list[Inputs]) -> dict[str, NDArray[Any]]:
+    def _inputs(self, call: Hashable, lanes: list[Inputs]) -> dict[str, NDArray[Any]]:
         """Return every lane's inputs, stacked; kept as long as the lanes of a call stay the same."""
         known, stacked = self._stacked.get(call, ([], {}))
         if len(lanes) != len(known) or any(a is not b for a, b in zip(lanes, known, strict=True)):

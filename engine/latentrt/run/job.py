@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentrt.errors import LatentrtError, NetworkError
+from latentrt.model.control import Applied
 from latentrt.model.inputs import Inputs, Sides
 from latentrt.model.predictor import Predictor
 from latentrt.sampling.guidance import Guidance
@@ -43,7 +44,7 @@ class Stage:
     """A later part of a job's run.
 
     Attributes:
-        table, uncond, cond, guidance, predictor, image: as a job's own.
+        table, uncond, cond, guidance, predictor, image, controls: as a job's own.
         begin: turns the latents that the stage before left, and the job's noise, into this one's first latents.
     """
 
@@ -54,6 +55,7 @@ class Stage:
     guidance: Guidance
     predictor: Predictor | None = None
     image: Inputs | None = None
+    controls: tuple[Applied, ...] = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -69,6 +71,7 @@ class Job:
             the one with it, and that of the picture's own guidance; see `Sides`. Rows without guidance read cond alone.
         noise: where rows that add noise draw it.
         guidance: how the outputs of the lanes are combined.
+        controls: the ControlNets that act on it.
         kept: what is put back after every row, where a part of a picture is repainted.
         start: where it is not 0, a GPU makes x before the first row: `start` times the first noise of `noise`, which is
             then a `TorchCudaNoise`. Until it is done, `latents` has only the right shape.
@@ -90,6 +93,7 @@ class Job:
     noise: NoiseSource
     guidance: Guidance = field(default_factory=Guidance)
     image: Inputs | None = None
+    controls: tuple[Applied, ...] = ()
     kept: Kept | None = None
     start: float = 0.0
     predictor: Predictor | None = None
@@ -137,6 +141,7 @@ class Job:
         self.latents = stage.begin(self.latents, self.noise)
         self.table, self.uncond, self.cond, self.image = stage.table, stage.uncond, stage.cond, stage.image
         self.guidance, self.predictor, self.later = stage.guidance, stage.predictor, tuple(later)
+        self.controls = stage.controls
         self.before, self.row = self.moved, 0
         self.kept, self.deep, self.start = None, None, 0.0
         self._set_up()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
 from latentrt.errors import RequestError
+from latentrt.images.given import hint_size
 from latentrt.model.adapters import lora_facts
 from latentrt.model.given import Given
 from latentrt.model.model import Model
@@ -61,7 +64,11 @@ def make_jobs(
         drawn = model.drawn_first(request, given, noise)
         on_device = draws_on_device and (given is None or model.shows_picture) and isinstance(noise, TorchCudaNoise)
         latents, kept = _begin(model, request, table, given, noise, on_device=on_device)
-        sides = model.inputs(request, given, noise, drawn, tokens=tokens)
+        told = model.conditions(request, given, noise, drawn, tokens=tokens)
+        sides = told if tokens else model.hoisted(told)
+        controls = model.applied(request, told, len(table))
+        if controls:
+            facts["control"] = {name: own for one in controls for name, own in one.facts.items()}
         tag = facts_of(request, table.solver, seed, index, size, model.spec.id)
         start = table.start if on_device else 0.0
         jobs.append(
@@ -73,6 +80,7 @@ def make_jobs(
                 noise,
                 guidance,
                 sides.image,
+                controls,
                 kept=kept,
                 start=start,
                 later=later,
@@ -83,9 +91,12 @@ def make_jobs(
 
 
 def _placed(model: Model, request: Request, given: Given | None) -> Request:
-    """Return the request with the size and the strength that a given picture sets."""
+    """Return the request with the size and the strength that a given picture sets, or the size of a control's."""
     if given is not None:
         return given.sized(request) if model.shows_picture else given.on(request)
+    if request.control and None in (request.height, request.width):
+        height, width = hint_size(next(iter(request.control.values())).image, model.spec.latents)
+        request = replace(request, height=request.height or height, width=request.width or width)
     if request.strength is not None:
         raise RequestError(
             f"strength is {request.strength:g} and there is no picture",

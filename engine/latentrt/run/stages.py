@@ -99,20 +99,21 @@ def _hires(model: Model, request: Request, scale: float) -> Stage:
         request, height=height, width=width, steps=request.hires_steps or request.steps, strength=request.hires_strength
     )
     table = table_of(model, second)
-    sides = model.inputs(second, None, noise_source(request.noise, request.seed))
+    told = model.conditions(second, None, noise_source(request.noise, request.seed))
+    sides, controls = model.hoisted(told), model.applied(second, told, len(table))
     shape = model.spec.latents.shape_of(height, width)
 
     def begin(latents: Float32, noise: NoiseSource) -> Float32:
         return noised(table.known[0], enlarged(latents, shape[1], shape[2]), noise.normal(shape))
 
-    return Stage(table, sides.uncond, sides.cond, begin, model.guidance(second), image=sides.image)
+    return Stage(table, sides.uncond, sides.cond, begin, model.guidance(second), image=sides.image, controls=controls)
 
 
 def _refined(model: Model, refiner: Model, request: Request, handoff: float) -> Stage:
     """Return the rest of the run by a refiner, as diffusers' denoising_start has it."""
-    own = refiner.filled(replace(without_adapters(request), handoff=None, strength=None), model.fields)
+    own = refiner.filled(replace(without_adapters(request), handoff=None, strength=None, control={}), model.fields)
     table = table_of(refiner, own, denoising_start=handoff)
-    sides = refiner.inputs(own, None, noise_source(request.noise, request.seed))
+    sides = refiner.hoisted(refiner.conditions(own, None, noise_source(request.noise, request.seed)))
     guidance, predictor = refiner.guidance(own), refiner.predictor
     return Stage(table, sides.uncond, sides.cond, lambda latents, noise: latents, guidance, predictor, sides.image)
 

@@ -161,10 +161,10 @@ def _check_kinds(part: str, config: Config) -> None:
     """Refuse a value of another kind among those that are read here, or that say how many layers there are."""
     channels = f"a whole number from 1 to {MOST}"
     kinds = {
-        **dict.fromkeys(("in_channels", "out_channels", "latent_channels"), (_is_size, channels)),
-        "cross_attention_dim": (_is_size, f"{channels} for all blocks"),
-        "projection_dim": (_is_size, channels),
-        "num_class_embeds": (lambda value: value is None or _is_size(value), f"null, or {channels}"),
+        **dict.fromkeys(("in_channels", "out_channels", "latent_channels"), (is_size, channels)),
+        "cross_attention_dim": (is_size, f"{channels} for all blocks"),
+        "projection_dim": (is_size, channels),
+        "num_class_embeds": (lambda value: value is None or is_size(value), f"null, or {channels}"),
         "sample_size": (_are_sides, f"null, {channels}, or two of them: height and width"),
         **dict.fromkeys(CHANNELS, (_are_sizes, "a list of whole numbers")),
         "scaling_factor": (lambda value: is_number(value) and value != 0, "a finite number, not 0"),
@@ -176,16 +176,17 @@ def _check_kinds(part: str, config: Config) -> None:
             raise ExportError(f"{part}/config.json has {key} {config[key]!r}", needed=needed)
 
 
-def _is_size(value: Any) -> bool:
+def is_size(value: Any) -> bool:
+    """Return whether a value of a config is a number of channels."""
     return is_whole(value) and 1 <= value <= MOST
 
 
 def _are_sizes(value: Any) -> bool:
-    return isinstance(value, list) and len(value) > 0 and all(map(_is_size, value))
+    return isinstance(value, list) and len(value) > 0 and all(map(is_size, value))
 
 
 def _are_sides(value: Any) -> bool:
-    return value is None or _is_size(value) or (_are_sizes(value) and len(value) == 2)
+    return value is None or is_size(value) or (_are_sizes(value) and len(value) == 2)
 
 
 def _are_layers(value: Any) -> bool:
@@ -208,21 +209,21 @@ def _check_pixels(unet: Config) -> None:
 def _check_latents(unet: Config, vae: Config, extra: str, *, xl: bool) -> None:
     check_vae(vae)
     levels = unet.get("num_class_embeds") if extra == LOW else None
-    if extra == LOW and not _is_size(levels):
+    if extra == LOW and not is_size(levels):
         raise unsupported(f"a UNet with num_class_embeds {levels!r}", "the number of noise levels in this pipeline")
     wanted = {**CONDITIONAL, "num_class_embeds": levels, "addition_embed_type": "text_time" if xl else None}
     for key, value in wanted.items():
         if unet.get(key, value if key == "attention_type" else None) != value:
             raise unsupported(f"a UNet with {key} {unet.get(key)!r}", f"{key} {value!r} in this pipeline")
     for key in ("addition_time_embed_dim", "projection_class_embeddings_input_dim") if xl else ():
-        if not _is_size(unet.get(key)):
+        if not is_size(unet.get(key)):
             raise unsupported(f"a UNet with {key} {unet.get(key)!r}", "a whole number in an SDXL pipeline")
 
 
 def _check_guidance(unet: Config) -> None:
     """Refuse a UNet that reads something else with its timesteps than a guidance scale."""
     guidance = unet.get("time_cond_proj_dim")
-    if guidance is not None and not (_is_size(guidance) and guidance >= LEAST_EMBEDDING):
+    if guidance is not None and not (is_size(guidance) and guidance >= LEAST_EMBEDDING):
         needed = f"null, or a whole number from {LEAST_EMBEDDING} (LCM, TCD)"
         raise unsupported(f"a UNet with time_cond_proj_dim {guidance!r}", needed)
 

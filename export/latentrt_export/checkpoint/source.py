@@ -17,6 +17,7 @@ from latentrt.bundle.bundle import PICKLES
 from latentrt.errors import ExportError, LatentrtError, OutputError, UnsafeWeightsError
 from latentrt_export.checkpoint.files import AGAIN, license_of, read_json, read_schedule, texts_of, tokenizer_files
 from latentrt_export.checkpoint.hub import download
+from latentrt_export.checkpoint.lone_control import KIND, PART, controlnet_folder, is_controlnet
 from latentrt_export.checkpoint.lone_vae import fitting, is_vae, vae_folder
 from latentrt_export.checkpoint.merged import with_loras
 from latentrt_export.checkpoint.served import (
@@ -76,9 +77,9 @@ class Checkpoint:
     Attributes:
         root: its folder.
         id, revision, license: where known.
-        index: model_index.json, with the pipeline's class and a class for each part; of a VAE alone, its class.
-        configs: config.json of each network that it has: "text_encoder", "text_encoder_2", "unet", "vae".
-        scheduler: scheduler_config.json; empty for a VAE alone.
+        index: model_index.json, with the pipeline's class and a class for each part; of a network alone, its class.
+        configs: config.json of each network that it has: "text_encoder", "text_encoder_2", "unet", "vae"; "controlnet".
+        scheduler: scheduler_config.json; empty for a VAE or ControlNet alone.
         files: where each file of a bundle is now: configs, tokenizers and weights (safetensors, chosen variants under
             their plain names).
         notes: what a user should know of how the checkpoint was opened, one sentence each.
@@ -166,7 +167,7 @@ def _checkpoint(
 def _with_vae(checkpoint: Checkpoint, vae: Path, room: Path, note: str) -> Checkpoint:
     """Return a checkpoint with the VAE of another folder or file."""
     if UNET not in checkpoint.configs:
-        raise ExportError(f"--vae with {checkpoint.id}, which is a VAE", needed="a model", fix="leave out --vae")
+        raise ExportError(f"--vae with {checkpoint.id}, which is no model", needed="a model", fix="leave out --vae")
     own = checkpoint.configs.get(VAE)
     if own is not None and vae_class(own) == TINY and not vae.is_dir():
         found = f"--vae {vae.name} with {checkpoint.id}, whose VAE is an {TINY}"
@@ -194,11 +195,13 @@ def open_checkpoint(source: str | Path, revision: str | None = None, variant: st
         UnsafeWeightsError: a network has pickled weights only.
     """
     root, name, commit = _locate(source, revision, variant)
-    if is_vae(root):
-        config, files, notes = vae_folder(root, variant)
+    if _is_alone(root):
+        part, (config, files, notes) = (
+            (PART, controlnet_folder(root, variant)) if is_controlnet(root) else (VAE, vae_folder(root, variant))
+        )
         texts = {file: path for file, path in texts_of(root).items() if file != "config.json"}
-        index = {"_class_name": vae_class(config)}
-        return Checkpoint(root, name, commit, license_of(root), index, {VAE: config}, {}, texts | files, notes)
+        index = {"_class_name": KIND if part == PART else vae_class(config)}
+        return Checkpoint(root, name, commit, license_of(root), index, {part: config}, {}, texts | files, notes)
     index = _index(root)
     parts = _parts(index)
     for part in parts:
@@ -225,6 +228,11 @@ def open_checkpoint(source: str | Path, revision: str | None = None, variant: st
     notes = tuple(each.note for each in weights.values() if each.note)
     config = read_schedule(schedule, named_class(index.get("scheduler")))
     return Checkpoint(root, name, commit, license_of(root), index, configs, config, files, notes)
+
+
+def _is_alone(root: Path) -> bool:
+    """Return whether a folder holds one network that is no model by itself."""
+    return is_vae(root) or is_controlnet(root)
 
 
 def tokenizer_of(part: str) -> str:
@@ -263,7 +271,7 @@ def _locate(source: str | Path, revision: str | None, variant: str | None) -> tu
     path = Path(source)
     if path.is_dir():
         flat = (path / "config.json").is_file() and (path / "scheduler_config.json").is_file()
-        if not flat and not is_vae(path) and not (path / "model_index.json").is_file():
+        if not flat and not _is_alone(path) and not (path / "model_index.json").is_file():
             raise ExportError(
                 f"{path} has no model_index.json", needed="a diffusers checkpoint folder", fix=FOLDER_OR_ID
             )
@@ -287,7 +295,7 @@ def _single_file(path: Path) -> ExportError | UnsafeWeightsError:
 
 def _has_weights(root: Path) -> bool:
     """Return whether every network of a checkpoint has safetensors of some kind."""
-    if is_vae(root):
+    if _is_alone(root):
         return any(root.glob("*.safetensors"))
     return all(any(_home(root, part).glob("*.safetensors")) for part in _parts(_index(root)))
 

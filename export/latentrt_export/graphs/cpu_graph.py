@@ -49,16 +49,16 @@ def _tokens(node: ir.Node, sizes: Mapping[str, int]) -> int:
     if not isinstance(queries, ir.SymbolicDim) or queries != keys:
         return 0
     try:
-        return _value(ast.parse(str(queries.value), mode="eval").body, sizes)
+        return value_of(ast.parse(str(queries.value), mode="eval").body, sizes)
     except (KeyError, SyntaxError):  # not a formula of these sizes
         return 0
 
 
-def _value(formula: ast.AST, sizes: Mapping[str, int]) -> int:
+def value_of(formula: ast.AST, sizes: Mapping[str, int]) -> int:
     """Return the value of a formula of whole numbers, as ((height - 1)//2 + 1)*width. Raise KeyError for others."""
     match formula:
         case ast.BinOp(left, operation, right):
-            return int(OPERATORS[type(operation)](_value(left, sizes), _value(right, sizes)))
+            return int(OPERATORS[type(operation)](value_of(left, sizes), value_of(right, sizes)))
         case ast.Name(name):
             return sizes[name]
         case ast.Constant(int(number)):

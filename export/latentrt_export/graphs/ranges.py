@@ -18,14 +18,26 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from latentrt.bundle.bundle import Bundle
-from latentrt.bundle.spec import DECODER, ENCODER, FP32, SHALLOW, GraphSpec, ModelSpec
+from latentrt.bundle.spec import (
+    CONDITIONER,
+    CONTROL,
+    CONTROLNET,
+    DECODER,
+    ENCODER,
+    FP32,
+    HINT,
+    SHALLOW,
+    GraphSpec,
+    ModelSpec,
+)
 from latentrt.cuda.gpu import Gpu
 from latentrt.engine import Engine
 from latentrt.golden import example
 from latentrt.model.codec import Vae
+from latentrt.model.control import FACTORS, SCALE
 from latentrt.runtime.base import Facts
 from latentrt.runtime.onnxruntime import load_onnxruntime
-from latentrt.runtime.signature import Arrays
+from latentrt.runtime.signature import Arrays, shape_of
 from latentrt_export.graphs.half import LARGEST, constants, timing
 from latentrt_export.graphs.lower import SCORES, lower
 
@@ -76,6 +88,8 @@ def measure_networks(root: Path, spec: ModelSpec) -> dict[str, dict[str, float]]
     """
     gauges = Gauges()
     bundle = Bundle(root, spec, {})
+    if spec.kind == CONTROLNET:
+        return _measure_control(gauges, bundle)
     if not spec.draws:
         return _measure_vae(gauges, bundle)
     with Engine(bundle, gauges, resident=False) as engine:
@@ -108,6 +122,26 @@ def _measure_vae(gauges: Gauges, bundle: Bundle) -> dict[str, dict[str, float]]:
             vae.encode(draw.uniform(-1, 1, (3, SIDE * spec.factor, SIDE * spec.factor)).astype(np.float32)).mean
         )
     vae.decode(np.stack(latents))
+    return gauges.ranges
+
+
+def _measure_control(gauges: Gauges, bundle: Bundle) -> dict[str, dict[str, float]]:
+    """Return the ranges of a ControlNet: of noise at several levels, under texts of normal numbers and a drawn hint."""
+    spec, draw = bundle.spec, np.random.default_rng(0)
+    names = (*spec.named(HINT), *spec.named(CONDITIONER), *spec.named(CONTROL))
+    networks = {name: gauges.load(bundle, name) for name in names}
+    sizes = {"batch": 1, "height": SIDE, "width": SIDE, "tokens": 77}
+    pixels = SIDE * spec.latents.factor
+    for level in np.linspace(0, 999, STEPS):
+        known = {"picture": draw.uniform(0, 1, (1, 3, pixels, pixels)), "timestep": np.array([level])}
+        known["time_ids"] = np.array([[pixels, pixels, 0, 0, pixels, pixels]])
+        for network in networks.values():
+            for tensor in network.graph.inputs:
+                ones = tensor.name in (SCALE, FACTORS)
+                made = np.ones if ones else draw.standard_normal
+                known.setdefault(tensor.name, made(shape_of(tensor, sizes)))
+            feeds = {tensor.name: known[tensor.name].astype(tensor.dtype) for tensor in network.graph.inputs}
+            known |= network(feeds)
     return gauges.ranges
 
 

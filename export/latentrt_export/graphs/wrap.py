@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel, UNet2DModel
+from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from latentrt.errors import ExportError
 from latentrt_export.checkpoint.files import read_json
+from latentrt_export.checkpoint.lone_control import PART, hint_levels
 from latentrt_export.checkpoint.served import (
     INPUTS,
     KL,
@@ -30,7 +31,12 @@ from latentrt_export.checkpoint.served import (
     upscales_latents,
     vae_class,
 )
-from latentrt_export.graphs.upscaler import LatentUpscaler, PooledTextEncoder
+from latentrt_export.graphs.modules.controlnet import ControlNet, Hint
+from latentrt_export.graphs.modules.text import PenultimateTextEncoder, TextEncoder
+from latentrt_export.graphs.modules.unet import PixelUNet, UNet
+from latentrt_export.graphs.modules.upscaler import LatentUpscaler, PooledTextEncoder
+from latentrt_export.graphs.modules.vae import TinyEncoder, VaeDecoder, VaeEncoder
+from latentrt_export.graphs.parts.control import residual_names
 
 Axes = Mapping[int, str]
 IMAGE_AXES: Axes = {0: "batch", 2: "height", 3: "width"}
@@ -38,6 +44,7 @@ BATCH: Axes = {0: "batch"}
 TEXT_AXES: Axes = {0: "batch", 1: "tokens"}
 # Tracing with a batch of 1 would make torch.export take the batch for a constant.
 TRACE_BATCH = 2
+TOKENS = 77  # of a ControlNet's example: it has no tokenizer to tell
 MOST_SKIPS = 11  # layers of a text encoder that a request may leave out: as many as A1111's web UI offers
 # Every wrapper keeps its model in the attribute `model`: names of parameters are passes.PREFIX + the checkpoint's.
 
@@ -64,140 +71,12 @@ class Network:
     weights: str
 
 
-class TextEncoder(nn.Module):
-    """CLIP's text model as StableDiffusionPipeline uses it: states after the final layer norm.
-
-    `skips` are the layers that may be left out at the end (clip skip).
-    """
-
-    def __init__(self, model: Any, skips: int) -> None:
-        super().__init__()
-        self.model, self._skips = model, skips
-
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
-        """Map input_ids (batch, tokens) int64 to text_states (batch, tokens, dim) and skipped.
-
-        skipped, (batch, skips, tokens, dim), has at k - 1 the states without the last k layers.
-        """
-        out = self.model(input_ids, output_hidden_states=True)
-        norm = getattr(self.model, "text_model", self.model).final_layer_norm
-        layers = self.model.config.num_hidden_layers  # the first hidden state is that of the embedding
-        skipped = [norm(out.hidden_states[layers - skip]) for skip in range(1, self._skips + 1)]
-        return out.last_hidden_state, torch.stack(skipped, dim=1)
-
-
-class PenultimateTextEncoder(nn.Module):
-    """CLIP's text model as StableDiffusionXLPipeline uses it: the states before the last layer.
-
-    A model with a projection also gives the projected, pooled text_embeds (batch, dim). `skips` as of `TextEncoder`.
-    """
-
-    def __init__(self, model: Any, skips: int) -> None:
-        super().__init__()
-        self.model, self._skips = model, skips
-
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
-        """Map input_ids (batch, tokens) int64 to text_states (batch, tokens, dim), perhaps text_embeds, and skipped."""
-        out = self.model(input_ids, output_hidden_states=True)
-        layers = self.model.config.num_hidden_layers
-        pooled = (out.text_embeds,) if isinstance(self.model, CLIPTextModelWithProjection) else ()
-        skipped = [out.hidden_states[layers - 1 - skip] for skip in range(1, self._skips + 1)]
-        return out.hidden_states[layers - 1], *pooled, *([torch.stack(skipped, dim=1)] if skipped else ())
-
-
-class UNet(nn.Module):
-    """UNet2DConditionModel. Channels that it reads beside the latents are an input of their own."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        # diffusers gives upsamplers their output size only where a latent size is not divisible by 2**num_upsamplers,
-        # and tracing keeps one branch. Nothing is divisible by 2**62: the branch that is right for every size is kept.
-        model.num_upsamplers = 62
-        self.model = model
-
-    def forward(
-        self,
-        sample: Tensor,
-        timestep: Tensor,
-        encoder_hidden_states: Tensor,
-        text_embeds: Tensor | None = None,
-        time_ids: Tensor | None = None,
-        beside: Tensor | None = None,
-        depth_map: Tensor | None = None,
-        low_picture: Tensor | None = None,
-        noise_level: Tensor | None = None,
-        timestep_cond: Tensor | None = None,
-    ) -> Tensor:
-        """Map sample (batch, channels, height, width) to out of the same shape."""
-        added = None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
-        extra = [one for one in (beside, depth_map, low_picture) if one is not None]
-        sample = torch.cat([sample, *extra], dim=1) if extra else sample
-        out: Tensor = self.model(
-            sample,
-            timestep,
-            encoder_hidden_states,
-            class_labels=noise_level,
-            timestep_cond=timestep_cond,
-            added_cond_kwargs=added,
-        ).sample
-        return out
-
-
-class PixelUNet(nn.Module):
-    """UNet2DModel: no text; class labels where it was trained with them."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """Map sample (batch, channels, height, width) to out of the same shape."""
-        out: Tensor = self.model(sample, timestep, class_labels).sample
-        return out
-
-
-class VaeDecoder(nn.Module):
-    """Unscaled latents (batch, channels, height, width) to an image (batch, 3, 8·height, 8·width) about -1..1."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, latents: Tensor) -> Tensor:
-        image: Tensor = self.model.decode(latents).sample
-        return image
-
-
-class VaeEncoder(nn.Module):
-    """An image (batch, 3, height, width) to the moments (batch, 2·channels, ...): mean, then log variance."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, image: Tensor) -> Tensor:
-        moments: Tensor = self.model.encode(image).latent_dist.parameters
-        return moments
-
-
-class TinyEncoder(nn.Module):
-    """An image (batch, 3, height, width) to its unscaled latents (batch, channels, ...), which no noise is added to."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, image: Tensor) -> Tensor:
-        latents: Tensor = self.model.encode(image).latents
-        return latents
-
-
 def load_network(root: Path, name: str, *, tokens: int = 77) -> Network:
     """Load one network of the checkpoint at `root` in float32, on the CPU, ready for tracing.
 
     Args:
         root: a diffusers checkpoint whose weights are safetensors, each network in a folder of its name.
-        name: text_encoder, text_encoder_2, unet, vae_decoder or vae_encoder.
+        name: text_encoder, text_encoder_2, unet, vae_decoder or vae_encoder; hint or controlnet.
         tokens: length of a text chunk (77).
     """
     network = _LOADERS[name](root, name, tokens)
@@ -295,12 +174,39 @@ def _vae(root: Path) -> Any:
     return _load(kinds[vae_class(read_json(root / "vae" / "config.json"))], root / "vae")
 
 
+def _hint(root: Path, name: str, tokens: int) -> Network:
+    model = _load(ControlNetModel, root / PART)
+    factor = 2 ** (hint_levels(model.config) - 1)
+    inputs = _examples({"picture": ((model.config.conditioning_channels, 16 * factor, 24 * factor), IMAGE_AXES)})
+    return Network(Hint(model), inputs, ("hint",), PART)
+
+
+def _controlnet(root: Path, name: str, tokens: int) -> Network:
+    model = _load(ControlNetModel, root / PART)
+    config, skips = model.config, len(model.controlnet_down_blocks)
+    sizes: dict[str, tuple[tuple[int, ...], Axes]] = {
+        "sample": ((config.in_channels, 16, 24), IMAGE_AXES),
+        "timestep": ((), BATCH),
+        "encoder_hidden_states": ((TOKENS, config.cross_attention_dim), TEXT_AXES),
+        "hint": ((config.block_out_channels[0], 16, 24), IMAGE_AXES),
+    }
+    if config.addition_embed_type is not None:
+        numbers = 6 * config.addition_time_embed_dim
+        sizes |= {
+            "text_embeds": ((config.projection_class_embeddings_input_dim - numbers,), BATCH),
+            "time_ids": ((6,), BATCH),
+        }
+    return Network(ControlNet(model), _examples(sizes), tuple(residual_names(skips + 1)), PART)
+
+
 _LOADERS: Mapping[str, Callable[[Path, str, int], Network]] = {
     "text_encoder": _text_encoder,
     "text_encoder_2": _text_encoder,
     "unet": _unet,
     "vae_decoder": _vae_decoder,
     "vae_encoder": _vae_encoder,
+    "hint": _hint,
+    "controlnet": _controlnet,
 }
 
 

@@ -76,7 +76,7 @@ def test_folders_that_are_no_vae(checkpoint: Path, tmp_path: Path) -> None:
     for source, folder, words in (
         (checkpoint, tmp_path, "has no config.json"),
         (checkpoint, checkpoint / "unet", "a VAE of the class 'UNet2DConditionModel'"),
-        (vae, vae, "--vae with tiny, which is a VAE"),
+        (vae, vae, "--vae with tiny, which is no model"),
     ):
         with pytest.raises(ExportError, match=words), checkpoint_of(source, choices=Choices(vae=folder)):
             pass

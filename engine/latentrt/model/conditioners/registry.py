@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from latentrt.adapters.mixed import Mixed
 from latentrt.bundle.bundle import Bundle
-from latentrt.bundle.spec import CONDITIONER, LORA, TEXT_ENCODER, TensorSpec
+from latentrt.bundle.spec import CONDITIONER, LORA, RESIDUAL, TEXT_ENCODER, TensorSpec
 from latentrt.errors import EXPORT, BundleError
 from latentrt.model.adapters import Adapted
 from latentrt.model.codec import Codec
@@ -45,7 +45,7 @@ def conditioners_of(parts: Parts) -> tuple[Conditioner, ...]:
     """
     made: dict[Callable[[Parts], Conditioner], Conditioner] = {}
     for name in parts.inputs:
-        if name in OWN:
+        if name in OWN or name.startswith(RESIDUAL):  # of rows, and of ControlNets
             continue
         kind = LORA if name.startswith(LORA) else name
         if kind not in MAKERS:

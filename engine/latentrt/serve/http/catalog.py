@@ -8,7 +8,8 @@ from functools import lru_cache, partial
 from typing import Any
 
 from latentrt.errors import RequestError
-from latentrt.model.model import NAMES, Model
+from latentrt.model.given import NAMES
+from latentrt.model.model import Model
 from latentrt.request import MAX_SEED, Request
 from latentrt.runtime.tensorrt.record import Profile
 from latentrt.sampling.schedule import Schedule

@@ -1,0 +1,247 @@
+"""ControlNets: networks that read the latents and a picture, and give residuals that a UNet adds to what it computes.
+
+Each is a bundle of its own, loaded beside a model. Its picture, the hint, is embedded once; every row calls it before
+the denoiser, where it acts. Source: Zhang, Rao, Agrawala 2023, https://arxiv.org/abs/2302.05543; lanes, scales and rows
+are those of diffusers' ControlNet pipelines.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from threading import Lock
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from latentrt.bundle.bundle import Bundle
+from latentrt.bundle.spec import CONDITIONER, CONTROL, CONTROLNET, HINT, RESIDUAL, ModelSpec, TensorSpec
+from latentrt.errors import EXPORT, BundleError, RequestError
+from latentrt.images.given import prepared_hint
+from latentrt.model.hoisted import Hoisted
+from latentrt.model.inputs import Inputs, Sides
+from latentrt.model.predictor import OWN, inputs_of
+from latentrt.request import Control, Request
+from latentrt.runtime.base import Backend, call
+from latentrt.runtime.lazy import LazyNetwork
+
+Float32 = NDArray[np.float32]
+SCALE, FACTORS, PICTURE, BEFORE = "scale", "factors", "picture", ".before"
+NO_CONTROLS: Mapping[str, Bundle] = {}
+KEPT = 4  # embedded hints of each ControlNet
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Applied:
+    """A ControlNet on one picture.
+
+    Attributes:
+        net: the ControlNet.
+        sides: what it reads besides the rows' own, for each lane of a row with guidance; None for lanes on which it
+            does not act.
+        scales: how strongly it acts in each row, (rows,) float32; 0: it is not run.
+        facts: its settings, for the pictures made with it.
+    """
+
+    net: ControlNet
+    sides: tuple[Inputs | None, ...]
+    scales: Float32
+    facts: Mapping[str, Any]
+
+
+class ControlNet:
+    """A ControlNet's networks on a backend. Any thread may call it.
+
+    Attributes:
+        name: that requests have for it.
+        number: its place among the engine's; residuals are added in this order.
+
+    Args:
+        name, number: as above.
+        bundle: of the ControlNet.
+        backend: runs the networks.
+    """
+
+    def __init__(self, name: str, number: int, bundle: Bundle, backend: Backend) -> None:
+        self.name, self.number, self.spec = name, number, bundle.spec
+        self.networks = {each: LazyNetwork(partial(backend.load, bundle, each)) for each in self.spec.networks}
+        (hint,), (body,) = self.spec.named(HINT), self.spec.named(CONTROL)
+        self._hint, self._body = self.networks[hint], self.networks[body]
+        self._hoisted = Hoisted(self.networks, self.spec, body)
+        self._residuals = [tensor.name for tensor in self.spec.networks[body].outputs]
+        self._read = _read(self.spec)
+        self._hints: OrderedDict[tuple[str, int, int], NDArray[Any]] = OrderedDict()
+        self._lock = Lock()
+
+    def applied(self, control: Control, sides: Sides, size: tuple[int, int], lanes: int, rows: int) -> Applied:
+        """Return the ControlNet on one picture.
+
+        Args:
+            control: its hint and settings.
+            sides: all inputs that the model's conditioners filled.
+            size: (height, width) of the picture in pixels.
+            lanes: of a row with guidance.
+            rows: of the run.
+        """
+        pixels = prepared_hint(control.image, *size)
+        digest = f"sha256:{hashlib.sha256(pixels.tobytes()).hexdigest()}"
+        count = len(self._residuals)
+        pooled = self.spec.conditional_only
+        factors = np.logspace(-1, 0, count) if control.guess and not pooled else np.ones(count)
+        own = {HINT: self._embedded(pixels, digest), FACTORS: factors.astype(np.float32)}
+        told = [
+            self._hoisted(Sides.same({name: side[name] for name in self._read})).cond for side in sides.lanes(lanes)
+        ]
+        conditional = control.guess or pooled
+        inputs = [None if conditional and side is not told[-1] else {**side, **own} for side in told]
+        facts = {name: getattr(control, name) for name in ("scale", "start", "end", "guess")} | {"image": digest}
+        return Applied(self, tuple(inputs), _scales(control, rows), {self.name: facts})
+
+    def _embedded(self, pixels: Float32, digest: str) -> NDArray[Any]:
+        key = digest, *pixels.shape[1:]
+        with self._lock:
+            known = self._hints.get(key)
+        if known is None:
+            known = call(self._hint, {PICTURE: pixels[None]})[HINT][0]
+        with self._lock:
+            self._hints[key] = known
+            self._hints.move_to_end(key)
+            while len(self._hints) > KEPT:
+                self._hints.popitem(last=False)
+        return known
+
+    def __call__(
+        self, sample: Float32, timestep: Float32, inputs: Inputs, scale: Float32, before: Mapping[str, Float32]
+    ) -> dict[str, Float32]:
+        """Return residuals with this ControlNet's added.
+
+        Args:
+            sample: (lanes, channels, height, width), already scaled by c_in.
+            timestep: (lanes,).
+            inputs: those of `Applied.sides`, each with a leading lane axis.
+            scale: (lanes,).
+            before: the residuals of earlier ControlNets, by name.
+        """
+        given = {f"{name}{BEFORE}": array for name, array in before.items()}
+        made = call(self._body, {"sample": sample, "timestep": timestep, **inputs, SCALE: scale, **given})
+        return {name: made[name] for name in self._residuals}
+
+    def end_of(self, *roles: str) -> None:
+        """Drop the networks of roles."""
+        for role in roles:
+            for name in self.spec.named(role):
+                self.networks[name].drop()
+
+    def close(self) -> None:
+        """Free the networks' memory."""
+        for network in self.networks.values():
+            network.close()
+
+
+def _scales(control: Control, rows: int) -> Float32:
+    """Return `Applied.scales`: row i acts where i/rows is not before the start, and (i + 1)/rows not after the end."""
+    acts = [not (row / rows < control.start or (row + 1) / rows > control.end) for row in range(rows)]
+    return np.asarray(acts, np.float32) * np.float32(control.scale)
+
+
+def controlled(bundle: Bundle) -> Bundle:
+    """Return a model's bundle with the denoiser that adds residuals in the place of its own.
+
+    Raises:
+        BundleError: it has none.
+    """
+    spec = bundle.spec
+    network = spec.networks[spec.denoiser].controlled()
+    if network is None:
+        found = f"the denoiser of {spec.id} reads no residuals of ControlNets"
+        raise BundleError(found, needed="a bundle of a UNet with text, exported from a checkpoint", fix=EXPORT)
+    return replace(bundle, spec=replace(spec, networks={**spec.networks, spec.denoiser: network}))
+
+
+def open_controls(
+    bundles: Mapping[str, Bundle], model: ModelSpec, filled: Mapping[str, TensorSpec], backend: Backend
+) -> tuple[ControlNet, ...]:
+    """Load ControlNets beside a model.
+
+    Args:
+        bundles: by the names that requests have for them.
+        model: with the denoiser of `controlled`.
+        filled: the inputs that the model's conditioners fill.
+        backend: runs the networks.
+
+    Raises:
+        RequestError: a bundle is none of a ControlNet, or of one for other models.
+    """
+    if bundles and "beside" in filled and filled["beside"].shape[1] == model.latents.channels:
+        found = f"{model.id} edits pictures, and its pictures take three lanes"
+        raise RequestError(found, needed="a model of two lanes for ControlNets")
+    for name, bundle in bundles.items():
+        _check_fits(name, bundle.spec, model, filled)
+    return tuple(ControlNet(name, number, bundles[name], backend) for number, name in enumerate(bundles))
+
+
+def check_device(backend: Backend, bundles: Mapping[str, Bundle]) -> None:
+    """Refuse ControlNets on a GPU. Raise RequestError."""
+    if bundles and backend.gpu is not None:
+        found = f"ControlNets ({', '.join(bundles)}) on a GPU with {backend.name}"
+        raise RequestError(found, needed="a CPU: they do not run on a GPU yet", fix="leave them out, or device='cpu'")
+
+
+def check_request(request: Request, controls: Sequence[ControlNet], model: str) -> None:
+    """Refuse a request with a ControlNet that is not there, or with step caching. Raise RequestError."""
+    names = [one.name for one in controls]
+    if unknown := [name for name in request.control if name not in names]:
+        raise RequestError(
+            f"there is a control {unknown[0]!r}, and {model} is loaded with {', '.join(names) or 'no ControlNet'}",
+            needed="a ControlNet of that name",
+            fix="load it: control={'NAME': folder}, --controlnet NAME=FOLDER",
+        )
+    if request.control and request.cache_interval > 1:
+        found = f"cache_interval is {request.cache_interval} and there is a control"
+        raise RequestError(found, needed="one of them: shallow rows read no residuals", fix="leave cache_interval out")
+
+
+def _check_fits(name: str, own: ModelSpec, model: ModelSpec, filled: Mapping[str, TensorSpec]) -> None:
+    """Refuse a bundle that is no ControlNet, or whose latents, inputs or residuals are others than the model's."""
+    if own.kind != CONTROLNET:
+        fix = "export one: latentrt export CONTROLNET BUNDLE"
+        raise RequestError(
+            f"{own.id}, loaded as the control {name!r}, is none", needed="a ControlNet's bundle", fix=fix
+        )
+    latents = own.latents.channels, own.latents.factor
+    needed = model.latents.channels, model.latents.factor
+    body, denoiser = own.networks[own.named(CONTROL)[0]], model.networks[model.denoiser]
+    pairs: list[tuple[str, Any, Any]] = [("latents (channels, factor)", latents, needed)]
+    pairs += [
+        (f"the input {key}", one.shape, filled[key].shape if key in filled else None) for key, one in _read(own).items()
+    ]
+    gives, reads = (
+        {tensor.name: tensor.shape for tensor in tensors if tensor.name.startswith(RESIDUAL)}
+        for tensors in (body.outputs, denoiser.inputs)
+    )
+    hint, inputs = own.networks[own.named(HINT)[0]], {tensor.name for tensor in body.inputs}
+    pairs += [
+        ("hint networks from, to", [tensor.name for tensor in (*hint.inputs, *hint.outputs)], [PICTURE, HINT]),
+        ("inputs without", sorted({*OWN, HINT, SCALE, FACTORS, *(f"{key}{BEFORE}" for key in gives)} - inputs), []),
+    ]
+    pairs += [
+        (f"residuals ({len(gives)} and {len(reads)}): {key}", gives.get(key), reads.get(key)) for key in gives | reads
+    ]
+    for what, found, wanted in pairs:
+        if found != wanted:
+            raise RequestError(
+                f"the ControlNet {own.id} has {what} {found or 'none'}",
+                needed=f"{wanted or 'none'}, as {model.id} has",
+                fix="take a ControlNet that was trained for this kind of model",
+            )
+
+
+def _read(spec: ModelSpec) -> dict[str, TensorSpec]:
+    """Return what a ControlNet reads of what a model's conditioners fill."""
+    own = {*OWN, HINT, SCALE, FACTORS}
+    read = inputs_of([spec.networks[name] for name in (*spec.named(CONDITIONER), *spec.named(CONTROL))])
+    return {name: one for name, one in read.items() if name not in own and not name.endswith(BEFORE)}

@@ -1,0 +1,76 @@
+"""A ControlNet in a folder of its own, as diffusers saves one: config.json and safetensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from latentrt_export.checkpoint.files import read_json
+from latentrt_export.checkpoint.lone_vae import CONFIG
+from latentrt_export.checkpoint.served import is_size, unsupported
+from latentrt_export.checkpoint.weights import choose_weights
+
+Config = Mapping[str, Any]
+KIND, PART = "ControlNetModel", "controlnet"
+OTHERS = ("ControlNetUnionModel", "ControlNetXSAdapter", "SparseControlNetModel", "MultiControlNetModel")
+EMBEDDING = (16, 32, 96, 256)  # channels of the hint's embedding, where a config has none
+
+
+def is_controlnet(folder: Path) -> bool:
+    """Return whether a folder holds a ControlNet, or a network like one that is refused."""
+    if (folder / "model_index.json").is_file() or not (folder / CONFIG).is_file():
+        return False
+    return read_json(folder / CONFIG).get("_class_name") in (KIND, *OTHERS)
+
+
+def controlnet_folder(folder: Path, variant: str | None = None) -> tuple[Config, dict[str, Path], tuple[str, ...]]:
+    """Return a ControlNet's config, its files by their names in a bundle, and what a user should know.
+
+    Raises:
+        ExportError: it is one that the engine cannot serve, or its weights are broken or missing.
+        UnsafeWeightsError: its weights are pickled.
+    """
+    config = read_json(folder / CONFIG)
+    check_controlnet(config)
+    weights = choose_weights({PART: folder}, variant)[PART]
+    files = {f"{PART}/{name}": path for name, path in weights.files.items()}
+    return config, {**files, f"{PART}/{CONFIG}": folder / CONFIG}, (weights.note,) if weights.note else ()
+
+
+def check_controlnet(config: Config) -> None:
+    """Refuse a ControlNet that the engine cannot serve. Raise ExportError."""
+    if config.get("_class_name") != KIND:
+        raise unsupported(f"a network of the class {config.get('_class_name')!r}", KIND)
+    xl = config.get("addition_embed_type") is not None
+    wanted = {
+        "class_embed_type": None,
+        "num_class_embeds": None,
+        "encoder_hid_dim_type": None,
+        "encoder_hid_dim": None,
+        "addition_embed_type": "text_time" if xl else None,
+        "conditioning_channels": 3,
+    }
+    for key, value in wanted.items():
+        if config.get(key, value if key == "conditioning_channels" else None) != value:
+            raise unsupported(f"a ControlNet with {key} {config.get(key)!r}", f"{key} {value!r}")
+    order = config.get("controlnet_conditioning_channel_order", "rgb")
+    if order not in ("rgb", "bgr"):
+        raise unsupported(f"a ControlNet with controlnet_conditioning_channel_order {order!r}", "'rgb' or 'bgr'")
+    for key in ("addition_time_embed_dim", "projection_class_embeddings_input_dim") if xl else ():
+        if not is_size(config.get(key)):
+            raise unsupported(f"a ControlNet with {key} {config.get(key)!r}", "a whole number in one for SDXL")
+    for key in ("cross_attention_dim", "in_channels"):
+        if not is_size(config.get(key, 1)):
+            raise unsupported(f"a ControlNet with {key} {config.get(key)!r}", "a whole number")
+    if not hint_levels(config) or not all(map(is_size, config.get("conditioning_embedding_out_channels") or EMBEDDING)):
+        found = (
+            f"a ControlNet with conditioning_embedding_out_channels {config['conditioning_embedding_out_channels']!r}"
+        )
+        raise unsupported(found, "whole numbers")
+
+
+def hint_levels(config: Config) -> int:
+    """Return how many layers a hint's embedding has; each but the first halves its sides."""
+    channels = config.get("conditioning_embedding_out_channels") or EMBEDDING
+    return len(channels) if isinstance(channels, (list, tuple)) else 0

@@ -1,0 +1,128 @@
+"""A ControlNet's graphs, and the UNet's with residuals, against torch; what is no ControlNet that can be exported."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import ControlNetModel, UNet2DConditionModel
+
+from latentrt.bundle.bundle import EMBEDDED, Bundle
+from latentrt.errors import ExportError
+from latentrt.model.control import controlled
+from latentrt.runtime.base import call
+from latentrt.runtime.onnxruntime import OrtBackend
+from latentrt.runtime.signature import shape_of
+from latentrt_export.checkpoint.source import open_checkpoint
+from latentrt_export.graphs.to_onnx import quiet
+from latentrt_export.variants import add_control
+from latentrt_export.verify.checks import relative_l2
+from latentrt_export.verify.networks import HALF_BOUND, NETWORK_BOUND, half_check
+
+Arrays = dict[str, Any]
+SCALE, FACTORS = np.float32([0.5, 2.0]), np.float32([[1] * 5, [0.1, 0.2, 0.3, 0.6, 1]])
+
+
+def feeds_of(size: tuple[int, int], *, xl: bool) -> tuple[Arrays, np.ndarray]:
+    """Return the inputs of both networks at a size of the latents, and a hint of twice that."""
+    draw = np.random.default_rng(0)
+    made = {
+        "sample": draw.standard_normal((2, 4, *size), np.float32),
+        "timestep": np.float32([7, 900.5]),
+        "encoder_hidden_states": draw.standard_normal((2, 77, 80 if xl else 32), np.float32),
+    }
+    if xl:
+        made |= {
+            "text_embeds": draw.standard_normal((2, 24), np.float32),
+            "time_ids": np.float32([[16, 8, 0, 0, 16, 8]] * 2),
+        }
+    return made, draw.uniform(0, 1, (2, 3, 2 * size[0], 2 * size[1])).astype(np.float32)
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_graphs_compute_what_torch_does(exported: Callable[[str], tuple[Path, Path]], name: str) -> None:
+    """The ControlNet twice, as a chain; then the UNet."""
+    source, base = exported(name)
+    net, add_on = exported(f"control-{name}-1")
+    with quiet():
+        control, unet = ControlNetModel.from_pretrained(net), UNet2DConditionModel.from_pretrained(source / "unet")
+        unet.num_upsamplers = 62  # else no odd size
+    backend, bundles = OrtBackend(threads=1), {add_on: Bundle.open(add_on), base: controlled(Bundle.open(base))}
+    networks = {each: backend.load(bundle, each) for bundle in bundles.values() for each in bundle.spec.networks}
+    runs = []
+    for size in ((8, 12), (7, 5)):
+        feeds, picture = feeds_of(size, xl=name == "sdxl")
+        known = {**feeds, "picture": picture, "scale": SCALE, "factors": FACTORS}
+        for each in ("hint", "controlnet_text"):
+            known |= call(networks[each], known)
+        names = [tensor.name for tensor in networks["controlnet"].graph.outputs]
+        sizes = {"batch": 2, "height": size[0], "width": size[1]}
+        before = [tensor for tensor in networks["controlnet"].graph.inputs if tensor.name.endswith(".before")]
+        known |= {tensor.name: np.zeros(shape_of(tensor, sizes), np.float32) for tensor in before}
+        once = call(networks["controlnet"], known)
+        runs.append({**known, **once})
+        known |= {f"{one}.before": once[one] for one in names}
+        twice = call(networks["controlnet"], known)
+        told = {key: torch.from_numpy(array) for key, array in feeds.items()}
+        states = told["sample"], told["timestep"], told["encoder_hidden_states"]
+        with torch.no_grad():
+            down, middle = control(
+                *states,
+                torch.from_numpy(picture),
+                added_cond_kwargs=told if name == "sdxl" else None,
+                return_dict=False,
+            )
+            weights = torch.from_numpy(SCALE[:, None] * FACTORS)[..., None, None, None]
+            own = [one * weights[:, index] for index, one in enumerate((*down, middle))]
+            both = [one + one for one in own]
+            expected = unet(
+                *states,
+                added_cond_kwargs=told if name == "sdxl" else None,
+                down_block_additional_residuals=both[:-1],
+                mid_block_additional_residual=both[-1],
+            ).sample
+        for residual, theirs, total in zip(names, own, both, strict=True):
+            assert relative_l2(once[residual], theirs.numpy()) < NETWORK_BOUND
+            assert relative_l2(twice[residual], total.numpy()) < NETWORK_BOUND
+        for each in ("unet_text", "unet"):
+            twice |= call(networks[each], {**feeds, **twice})
+        assert relative_l2(twice["out"], expected.numpy()) < NETWORK_BOUND
+    half = bundles[add_on].spec.networks["controlnet"].graph("fp16")
+    check = half_check(add_on / half.path, half, "controlnet", runs)
+    assert check.value is not None
+    assert check.value < HALF_BOUND
+
+
+def test_residuals_of_a_bundle_that_exists_need_its_graphs_alone(tmp_path: Path) -> None:
+    """Those of the embedded model, in float32 and float16."""
+    (tmp_path / "unet").mkdir()
+    for path in (EMBEDDED / "unet").iterdir():
+        (tmp_path / "unet" / path.name).hardlink_to(path)
+    spec = add_control(tmp_path, Bundle.open(check_hashes=False).spec).networks["unet"]
+    assert [name for name in spec.variants if name.endswith("+control")] == ["fp32+control", "fp16+control"]
+    residuals = spec.variants["fp32+control"].inputs
+    assert [tensor.name for tensor in residuals] == [*(f"residual_{index}" for index in range(6)), "residual_mid"]
+    assert residuals[4].shape == ("batch", 96, "((height+3)//4)", "((width+3)//4)")
+    assert {tensor.dtype for tensor in spec.graph("fp16+control").inputs[-7:]} == {"float16"}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"_class_name": "ControlNetUnionModel"}, "'ControlNetUnionModel'. Needed: ControlNetModel"),
+        ({"conditioning_channels": 4}, "conditioning_channels 4. Needed: conditioning_channels 3"),
+        ({"class_embed_type": "timestep"}, "class_embed_type 'timestep'"),
+        ({"controlnet_conditioning_channel_order": "grb"}, "order 'grb'"),
+        ({"conditioning_embedding_out_channels": 5}, "conditioning_embedding_out_channels 5"),
+        ({"addition_embed_type": "text"}, "addition_embed_type 'text'"),
+    ],
+)
+def test_other_control_networks_are_refused(tmp_path: Path, config: dict[str, Any], message: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "ControlNetModel", **config}))
+    with pytest.raises(ExportError, match=message):
+        open_checkpoint(tmp_path)
