@@ -23,8 +23,8 @@ SIZES = {"batch": 3, "height": 16, "width": 8, "tokens": 77, "rank": 5}
 FIRST = {"out", "text_states", "text.0"}  # outputs
 FAMILIES = {  # the modules that each network takes
     "sd": {"text_encoder": 12, "unet_text": 8, "unet": 40},
-    "sd2": {"text_encoder": 12, "unet_text": 10, "unet": 50},
-    "sdxl": {"text_encoder": 6, "text_encoder_2": 6, "unet_text": 8, "unet": 48},
+    "sd2": {"text_encoder": 12, "unet_text": 8, "unet": 40},
+    "sdxl": {"text_encoder": 6, "text_encoder_2": 12, "unet_text": 16, "unet": 72},
 }
 
 
@@ -54,7 +54,7 @@ def test_zeros_are_exact_and_lanes_are_alone(taking: Exported, family: str) -> N
     for name, network in bundle.spec.networks.items():
         if not any(key.endswith(ADAPTED) for key in network.variants):
             continue
-        for variant in ("fp32", "fp16") if network.role == "denoiser" else ("fp32",):
+        for variant in ("fp32", "fp32+control", "fp16") if network.role == "denoiser" else ("fp32",):
             backend.variants = (variant,)
             plain = backend.load(bundle, name)
             backend.variants = (f"{variant}{ADAPTED}",)
@@ -77,8 +77,8 @@ def test_the_bundle_is_whole_and_can_be_read(taking: Exported, exported: Exporte
     assert spec.golden == plain.golden
     unet = spec.networks["unet"]
     assert unet.inputs == plain.networks["unet"].inputs
-    assert [key for key in unet.variants if key.endswith(ADAPTED)] == ["fp32+lora", "fp16+lora"]
-    assert "fp32" in unet.adapted().variants
+    assert {"fp32", "fp16", "fp32+control"} <= set(unet.adapted().variants)
+    assert "fp16-ort-cuda" not in unet.adapted().variants
     assert len(unet.adapted().inputs) == len(unet.inputs) + 80
     name = "lora.down_blocks.0.attentions.0.proj_in"
     shapes = {tensor.name: tensor.shape for tensor in unet.adapted().inputs}
