@@ -73,10 +73,10 @@ class Server:
         return dict(answer.json()["error"])
 
 
-def serving(bundle: str | Path) -> Iterator[Server]:
+def serving(bundle: str | Path, **loading: Any) -> Iterator[Server]:
     with (
-        Engine.load(bundle, threads=1, check_hashes=False) as served,
-        Engine.load(bundle, threads=1, check_hashes=False) as alone,
+        Engine.load(bundle, threads=1, check_hashes=False, **loading) as served,
+        Engine.load(bundle, threads=1, check_hashes=False, **loading) as alone,
         Service(served) as service,
     ):
         eventually(lambda: service.scheduler.ready)

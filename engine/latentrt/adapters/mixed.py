@@ -160,7 +160,11 @@ class Mixed:
     def _read(self, one: Asked) -> Adapter:
         """Read a LoRA, and refuse what cannot be added by inputs."""
         held, adapted = held_by(self._bundle), self._modules
-        merge = merge_of(held.base, [Lora(one.file.path)])
+        try:
+            merge = merge_of(held.base, [Lora(one.file.path)])
+        except AdapterError as error:  # a client is told the name, not where the file lies
+            found = error.found.replace(str(one.file.path), f"the LoRA {one.name!r}")
+            raise AdapterError(found, needed=error.needed, fix=error.fix) from error
         read = {
             network: {each.name if each.file else each.name.removeprefix(PREFIX) for each in own}
             for network, own in held.read.items()

@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 import uvicorn
 from fastapi import FastAPI
 
+from latentrt.adapters.mixed import RANK
 from latentrt.engine import Engine
 from latentrt.errors import BackendError, PromptSyntaxWarning, PromptTruncatedWarning
 from latentrt.model.prompts.embeddings import embeddings_of
@@ -102,6 +103,8 @@ def loaded(settings: Settings) -> Iterator[Engine]:
         vae=settings.vae,
         preview_vae=settings.preview_vae,
         tile=settings.tile,
+        adapters=settings.lora_dir,
+        adapter_rank=settings.lora_rank or RANK,
     ) as engine:
         if settings.edits:
             pipeline.load_encoder(engine)

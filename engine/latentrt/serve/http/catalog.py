@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 from latentrt.errors import RequestError
@@ -94,6 +95,11 @@ class Catalog:
         if name not in self.solvers:
             raise unknown("scheduler", name, self.solvers)
         return self.solvers[name]
+
+    @property
+    def loras(self) -> Mapping[str, Path]:
+        """The files of LoRAs that requests may have, by name."""
+        return {} if self._model.adapters is None else self._model.adapters.library.files
 
     # ---- Requests
 

@@ -128,6 +128,10 @@ class GenerateRequest(Wanted):
     model_config = ConfigDict(strict=True)
 
     style: Annotated[Literal["vivid", "natural"] | None, Field(description="Without effect here.")] = None
+    lora: Annotated[
+        dict[str, float | list[float]] | None,
+        Field(description="This server's LoRAs by name: 0.8, or [0.8, 0.5] of the UNet and of the text encoders."),
+    ] = None
 
 
 class EditRequest(Wanted):
@@ -140,6 +144,7 @@ class EditRequest(Wanted):
     mask: Annotated[
         UploadFile | None, Field(description="PNG or WebP of the picture's size; where its alpha is 0 is edited.")
     ] = None
+    lora: Annotated[str | None, Field(description='This server\'s LoRAs as JSON: {"name": 0.8}.')] = None
     strength: Annotated[Part | None, Field(description="How far to leave the picture: 1 keeps nothing.")] = None
     depth: Annotated[
         UploadFile | None,

@@ -34,6 +34,7 @@ from latentrt.serve.http.sd_schema import (
     Checkpoint,
     Images,
     ImageToImage,
+    LoraFile,
     ProgressReport,
     Sampler,
     Scheduler,
@@ -80,6 +81,19 @@ async def sd_models(context: Served) -> list[Checkpoint]:
     """The model under its own name."""
     name = context.catalog.name
     return [Checkpoint(title=name, model_name=name, filename=name)]
+
+
+@router.get("/loras")
+async def loras(context: Served) -> list[LoraFile]:
+    """The LoRAs that prompts may have, as <lora:name:0.8>."""
+    names = await in_thread(lambda: context.catalog.loras)
+    return [LoraFile(name=name, alias=name, path=path.name) for name, path in names.items()]
+
+
+@router.post("/refresh-loras")
+async def refresh_loras() -> dict[str, Any]:
+    """Do nothing: the folder is listed anew for each request."""
+    return {}
 
 
 @router.get("/samplers")

@@ -170,6 +170,15 @@ class Scheduler(BaseModel):
     label: str
 
 
+class LoraFile(BaseModel):
+    """One of /sdapi/v1/loras."""
+
+    name: str
+    alias: str
+    path: str
+    metadata: dict[str, Any] = {}
+
+
 class Checkpoint(BaseModel):
     """One of /sdapi/v1/sd-models."""
 
