@@ -8,10 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from numpy.typing import NDArray
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from latentrt import Engine
+from latentrt.command.main import latentrt
 from latentrt.errors import AdapterError, BackendError, RequestError
 from latentrt.model.prompts.extra_networks import loras_in
 from latentrt.run.job import Job
@@ -198,3 +201,42 @@ def test_on_the_emulated_gpu(taking: Exported, library: Library, engine: Engine)
         for job, known in zip(jobs, expected, strict=True):
             np.testing.assert_allclose(job.latents, known.latents, atol=1e-4)
         assert np.abs(jobs[0].latents - jobs[1].latents).max() > 0.1
+
+
+def test_with_a_controlnet(taking: Exported, exported: Exported, library: Library) -> None:
+    """Jobs with a LoRA, a ControlNet, both and none in one batch; each is to the bit the one made alone."""
+    loading = {"threads": 1, "cache": False, "control": {"edges": exported("control-sd-1")[1]}}
+    edges, (_, bundle), folder = np.eye(32, dtype=np.uint8) * 255, taking("sd"), library("sd")
+    asked = [{}, {"lora": {"a": 0.5}}, {"control": {"edges": edges}}]
+    asked.append({"lora": {"a": 0.5, "b": 0.2}, "control": {"edges": edges}})
+    with Engine.load(bundle, adapters=folder, adapter_rank=9, **loading) as engine:
+        jobs = [engine.requests(["a cat"], SETTINGS | own)[0] for own in asked]
+        engine.run(jobs)
+        pictures = [np.asarray(picture) for picture in engine.pictures(jobs)]
+        for picture, own in zip(pictures, asked, strict=True):
+            np.testing.assert_array_equal(picture, drawn(engine, **own))
+    merged = {folder / "a.safetensors": 0.5, folder / "b.safetensors": 0.2}
+    with Engine.load(bundle, lora=merged, **loading) as engine:
+        assert psnr(pictures[3], drawn(engine, control={"edges": edges})) > 60
+    assert min(psnr(pictures[3], picture) for picture in pictures[:3]) < 40
+
+
+def test_the_commands(exported: Exported, library: Library, tmp_path: Path) -> None:
+    run = CliRunner().invoke
+    assert run(latentrt, ["export", str(exported("sd")[1]), str(tmp_path / "taking"), "--adapters"]).exit_code == 0
+    base = ["generate", "a cat", "-b", str(tmp_path / "taking"), "-s", "2", "--size", "32x32", "-o"]
+    named = [*base, str(tmp_path / "named.png"), "--lora-dir", str(library("sd")), "--lora-name", "a:0.5:0.2"]
+    tagged = [*base, str(tmp_path / "tagged.png"), "--lora-dir", str(library("sd")), "--prompt-syntax", "a1111"]
+    tagged[1] += "<lora:a:0.2:0.5>"
+    pictures = []
+    for arguments in (named, tagged):
+        done = run(latentrt, arguments)
+        assert done.exit_code == 0, done.output
+        pictures.append(np.asarray(Image.open(arguments[arguments.index("-o") + 1])))
+    np.testing.assert_array_equal(pictures[0], pictures[1])
+    with Engine.load(tmp_path / "taking", threads=1, lora=f"{library('sd') / 'a.safetensors'}:0.5:0.2") as engine:
+        assert psnr(pictures[0], np.asarray(engine("a cat", steps=2, height=32, width=32)[0])) > 60
+    alone = [*base, str(tmp_path / "alone.png"), "--lora-name", "a"]
+    for wrong, found in ((alone, "without --lora-dir"), ([*named, "--lora-name", "a"], "each LoRA")):
+        with pytest.raises(RequestError, match=found):
+            run(latentrt, wrong, catch_exceptions=False)

@@ -154,23 +154,24 @@ def generate(prompts: tuple[str, ...], bundle: Path, lanes: int | None, as_json:
 
 
 def loras_of_options(
-    rank: int | None, folder: Path | None, loras: Sequence[str]
+    rank: int | None, folder: Path | None, names: Sequence[str]
 ) -> tuple[dict[str, tuple[float, float]], dict[str, Any]]:
-    """Return the LoRAs of every picture by name, and how the engine is loaded: with a folder, or merged.
+    """Return the LoRAs of every picture by name, with their strengths, and how the engine is loaded.
 
     Raises:
-        RequestError: one stands twice, or its strength is no number; or there is a rank and no folder.
+        RequestError: one stands twice, or its strength is no number; or there is no folder.
     """
     from latentrt.adapters.given import parsed
 
     if folder is None:
-        if rank is not None:
-            raise RequestError("--lora-rank without --lora-dir", needed="a folder of LoRAs")
-        return {}, {"lora": loras}
-    given = [parsed(text) for text in loras]
+        if rank is not None or names:
+            option = "--lora-name" if names else "--lora-rank"
+            raise RequestError(f"{option} without --lora-dir", needed="a folder of LoRAs")
+        return {}, {}
+    given = [parsed(text) for text in names]
     strengths = {str(lora.path): (lora.unet, lora.text) for lora in given}
     if len(strengths) < len(given):
-        raise RequestError(f"--lora is {' and '.join(loras)}", needed="each LoRA once")
+        raise RequestError(f"--lora-name is {' and '.join(names)}", needed="each LoRA once")
     return strengths, {"adapters": folder} | ({} if rank is None else {"adapter_rank": rank})
 
 

@@ -111,8 +111,7 @@ class Text(Conditioner):
     def draws_at_once(self, request: Request) -> bool:
         """Return whether the encoders alone make a request's states of ids: no weights, embeddings, skips or chunks."""
         readings = [self._read(told) for told in self._told(request).values()]
-        plain = all(one.plain for each in readings for one in each)
-        return plain and not request.clip_skip and self._adapters is None
+        return not request.clip_skip and all(one.plain for each in readings for one in each)
 
     def learn(self, files: Mapping[str, Path]) -> None:
         """Take embeddings for all later prompts, by their tokens.
