@@ -109,7 +109,9 @@ def add_adapters(root: Path, spec: ModelSpec) -> ModelSpec:
     for role in (TEXT_ENCODER, CONDITIONER, DENOISER):
         for name in spec.named(role):
             own = {key: one for key, one in spec.networks[name].variants.items() if not key.endswith(ADAPTED)}
-            taken = {f"{key}{ADAPTED}": _adapted(root, one) for key, one in own.items() if key != FP16_ORT_CUDA}
+            taken = {
+                f"{key}{ADAPTED}": _adapted(root, one) for key, one in own.items() if not key.startswith(FP16_ORT_CUDA)
+            }
             networks[name] = replace(
                 spec.networks[name], variants=own | {key: one for key, one in taken.items() if one is not None}
             )

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from latentrt import Engine
+from latentrt.adapters.kept import Kept
 from latentrt.command.main import latentrt
 from latentrt.errors import AdapterError, BackendError, RequestError
 from latentrt.model.prompts.extra_networks import loras_in
@@ -185,6 +186,18 @@ def test_files_come_and_go_and_are_dropped(taking: Exported, library: Library, t
         )
         with pytest.raises(AdapterError, match="not finite"):
             drawn(engine, lora={"one": 0.5})
+
+
+def test_what_was_used_longest_ago_is_dropped() -> None:
+    made: list[str] = []
+    kept = Kept[str, bytes](10, len)
+
+    def get(key: str, size: int) -> bytes:
+        return kept(key, lambda: made.append(key) or bytes(size))  # type: ignore[func-returns-value]
+
+    for key, size in (("a", 4), ("b", 4), ("a", 4), ("c", 5), ("a", 4), ("b", 4), ("d", 99), ("d", 99), ("a", 4)):
+        assert len(get(key, size)) == size
+    assert made == ["a", "b", "c", "b", "d", "a"]
 
 
 def test_on_the_emulated_gpu(taking: Exported, library: Library, engine: Engine) -> None:
