@@ -115,7 +115,7 @@ def add_adapters(root: Path, spec: ModelSpec) -> ModelSpec:
             networks[name] = replace(
                 spec.networks[name], variants=own | {key: one for key, one in taken.items() if one is not None}
             )
-    if networks == spec.networks:
+    if not any(key.endswith(ADAPTED) for one in networks.values() for key in one.variants):
         found = f"{spec.id} has no products with weights in files that LoRAs could change"
         raise ExportError(found, needed="a bundle that was exported from a checkpoint")
     return replace(spec, networks=networks)

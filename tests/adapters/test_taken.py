@@ -80,7 +80,7 @@ def test_the_bundle_is_whole_and_can_be_read(taking: Exported, exported: Exporte
     assert {"fp32", "fp16", "fp32+control"} <= set(unet.adapted().variants)
     assert not any(key.startswith("fp16-ort-cuda") for key in unet.adapted().variants)
     assert len(unet.adapted().inputs) == len(unet.inputs) + 80
-    name = "lora.down_blocks.0.attentions.0.proj_in"
+    name = "lora.up_blocks.0.attentions.1.proj_out"
     shapes = {tensor.name: tensor.shape for tensor in unet.adapted().inputs}
     assert shapes[f"{name}.down"] == ("batch", 32, "rank")
     assert shapes[f"{name}.up"] == ("batch", "rank", 32)
