@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentrt.errors import RequestError
-from latentrt.request import Request, facts_of
+from latentrt.request import Request
+from latentrt.run.facts import facts_of
 from latentrt.values import plain
 
 
@@ -99,6 +100,11 @@ NUMPY: dict[str, Any] = {
     "noise_level": np.int16(20),
     "noise": np.str_("torch-cpu"),
     "strength": np.float64(0.5),
+    "mask_blur": np.float32(4.5),
+    "mask_crop": np.int16(32),
+    "mask_fill": np.str_("noise"),
+    "mask_keeps": np.True_,
+    "seed_delta": np.uint32(31337),
     "hires_scale": np.float32(1.5),
     "hires_steps": np.int8(3),
     "hires_strength": np.float16(0.5),

@@ -1,4 +1,4 @@
-"""A user's request: how it is made of keyword arguments, and which of its settings a picture carries."""
+"""A user's request, and how it is made of keyword arguments."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from latentrt.adapters.given import strengths_of
 from latentrt.errors import RequestError
 from latentrt.sampling.settings import KNOWN_KEYS
 from latentrt.sampling.solvers import SOLVERS
@@ -15,8 +16,8 @@ from latentrt.values import did_you_mean, is_number, is_text, is_whole, plain
 MAX_SEED = 2**64 - 1
 PICTURES = ("image", "mask", "depth")  # what a picture may be used for
 SYNTAXES = ("plain", "a1111", "compel")  # of prompts
+FILLS = ("original", "fill", "noise", "nothing")  # of what a mask repaints
 HIRES_STRENGTH = 0.7
-MOST_STRENGTH = 1000.0  # of a LoRA
 HANDOFF = 0.8  # of a run with a refiner, where nothing else is said
 
 _WHOLE = {"steps": 10_000, "hires_steps": 10_000, "height": 65_536, "width": 65_536}  # from 1 to these
@@ -26,9 +27,8 @@ _NUMBERS = {
     "hires_scale": (1.0, 8.0),
     "image_guidance": (1.0, 1e6),
     **dict.fromkeys(("aesthetic_score", "negative_aesthetic_score"), (0.0, 1000.0)),
+    "mask_blur": (0.0, 256.0),
 }
-# Of a picture, where they are set.
-_OWN = ("strength", "handoff", "image_guidance", "noise_level", "aesthetic_score", "negative_aesthetic_score")
 
 # What users of other tools type, and the name of it here.
 _OTHER_NAMES = {
@@ -132,6 +132,14 @@ class Request:
             encoders.
         noise: the torch generator whose numbers the seed selects.
         strength: how much of the run is made on a given picture, above 0 to 1; None is 0.8, or 1 with a mask.
+        mask_blur: how soft the mask's edge is: the sigma of a Gaussian blur, in pixels of the given picture.
+        mask_crop: draw the mask's surroundings alone, with so many pixels of padding, at the request's size, and put
+            them back into the picture ("only masked"); None: draw all of it.
+        mask_fill: what the run begins on where it repaints: the "original", a "fill" of the colours around, the run's
+            own "noise", or "nothing" (zeros); with a strength of 1 it begins on noise anyway.
+        mask_keeps: give back the picture's own pixels where it is not repainted, not what the VAE makes of them; always
+            so with mask_blur or mask_crop.
+        seed_delta: rows draw the noise that they add from seed + seed_delta; 0: they go on where the first noise ended.
         pictures: the request's pictures by use: "image" to begin on, "mask" for what of it to repaint, "depth" for its
             depth map. PIL images, or uint8 or uint16 arrays.
         control: the pictures that the engine's ControlNets follow, by the ControlNets' names; with settings as a
@@ -169,6 +177,11 @@ class Request:
     lora: Mapping[str, Any] = field(default_factory=dict)
     noise: str = "torch-cpu"
     strength: float | None = None
+    mask_blur: float = 0.0
+    mask_crop: int | None = None
+    mask_fill: str = "original"
+    mask_keeps: bool = False
+    seed_delta: int = 0
     pictures: Mapping[str, Any] = field(default_factory=dict)
     control: Mapping[str, Any] = field(default_factory=dict)
     hires_scale: float | None = None
@@ -192,10 +205,15 @@ class Request:
                 _whole(name, getattr(self, name), 0, 2**31 - 1)
         if self.clip_skip is not None:
             _whole("clip_skip", self.clip_skip, 0, 1000)
-        if self.prompt_syntax not in SYNTAXES:
-            raise RequestError(f"prompt_syntax is {self.prompt_syntax!r}", needed=f"one of {', '.join(SYNTAXES)}")
+        if self.mask_crop is not None:
+            _whole("mask_crop", self.mask_crop, 0, 65_536)
+        _whole("seed_delta", self.seed_delta, 0, MAX_SEED)
+        for name, known in (("prompt_syntax", SYNTAXES), ("mask_fill", FILLS), ("mask_keeps", (False, True))):
+            if getattr(self, name) not in known:
+                found, needed = f"{name} is {getattr(self, name)!r}", f"one of {', '.join(map(str, known))}"
+                raise RequestError(found, needed=needed)
         _check_embeddings(self.embeddings)
-        object.__setattr__(self, "lora", _strengths(self.lora))
+        object.__setattr__(self, "lora", strengths_of(self.lora))
         for name, optional in (("prompt", True), ("negative_prompt", True), ("solver", True), ("noise", False)):
             value = getattr(self, name)
             if not isinstance(value, str) and not (optional and value is None):
@@ -221,6 +239,16 @@ class Request:
         _check_options(self.options)
         object.__setattr__(self, "options", {key: plain(value) for key, value in self.options.items()})
 
+    @property
+    def keeps_pixels(self) -> bool:
+        """Whether the given picture's own pixels are given back where it is not repainted."""
+        return self.mask_keeps or self.mask_blur > 0 or self.mask_crop is not None
+
+    @property
+    def masked(self) -> bool:
+        """Whether it says how a mask is to be used."""
+        return self.keeps_pixels or self.mask_fill != "original"
+
 
 def _check_embeddings(files: object) -> None:
     pairs = files.items() if isinstance(files, Mapping) else [(None, None)]
@@ -228,24 +256,6 @@ def _check_embeddings(files: object) -> None:
         raise RequestError(
             f"embeddings is {files!r}", needed="files by token", fix='pass embeddings={"<toy>": "toy.safetensors"}'
         )
-
-
-def _strengths(lora: object) -> dict[str, tuple[float, float]]:
-    """Return LoRAs' strengths of the UNet and of the text encoders, by name. Raise RequestError."""
-    if not isinstance(lora, Mapping) or not all(map(is_text, lora)):
-        raise RequestError(f"lora is {lora!r}", needed="strengths by name", fix='pass lora={"name": 0.8}')
-    found = {}
-    for name, given in lora.items():
-        both = plain(given)
-        pair = tuple(both) if isinstance(both, (list, tuple)) else (both, both)
-        if len(pair) != 2:
-            raise RequestError(
-                f"the LoRA {name!r} has {len(pair)} strengths", needed="one, or the UNet's and the text's"
-            )
-        for strength in pair:
-            _number(f"the strength of the LoRA {name!r}", strength, -MOST_STRENGTH, MOST_STRENGTH)
-        found[name] = (float(pair[0]), float(pair[1]))
-    return found
 
 
 def _check_options(options: object) -> None:
@@ -290,50 +300,3 @@ def request_from(prompt: str | None, settings: Mapping[str, Any]) -> Request:
     fields = {key: value for key, value in settings.items() if key in own}
     options = {key: value for key, value in settings.items() if key not in own}
     return Request(prompt=prompt, **fields, options=options)
-
-
-def facts_of(request: Request, solver: str, seed: int, index: int, size: tuple[int, int], model: str) -> dict[str, Any]:
-    """Return the settings that a picture of (height, width) carries."""
-    return {
-        **_of_prompt(request),
-        "steps": request.steps,
-        "solver": solver,
-        "noise": request.noise,
-        "seed": seed,
-        "index": index,
-        "width": size[1],
-        "height": size[0],
-        "model": model,
-        **{name: getattr(request, name) for name in _OWN if getattr(request, name) is not None},
-        **({} if request.cache_interval == 1 else {"cache_interval": request.cache_interval}),
-        **_of_hires(request),
-        **request.options,
-    }
-
-
-def _of_hires(request: Request) -> dict[str, Any]:
-    if request.hires_scale is None:
-        return {}
-    steps = {} if request.hires_steps is None else {"hires_steps": request.hires_steps}
-    return {"hires_scale": request.hires_scale, "hires_strength": request.hires_strength, **steps}
-
-
-def _of_prompt(request: Request) -> dict[str, Any]:
-    """Return the settings of a picture that tell how it was conditioned."""
-    if request.prompt is None:
-        return {} if request.class_label is None else {"class_label": request.class_label}
-    return {
-        "prompt": request.prompt,
-        "negative_prompt": request.negative_prompt or "",
-        "guidance": request.guidance,
-        "guidance_rescale": request.guidance_rescale,
-        "guidance_interval": list(request.guidance_interval),
-        **({} if request.prompt_syntax == "plain" else {"prompt_syntax": request.prompt_syntax}),
-        **({"clip_skip": request.clip_skip} if request.clip_skip else {}),
-        **({"embeddings": _names(request.embeddings)} if request.embeddings else {}),
-    }
-
-
-def _names(files: Mapping[str, str | Path]) -> dict[str, str]:
-    """Return the files' names without their folders, which tell of the machine."""
-    return {token: Path(path).name for token, path in files.items()}

@@ -21,9 +21,10 @@ from latentrt.adapters.given import Lora
 from latentrt.adapters.memory import Place, merge_into
 from latentrt.adapters.merge import Merge, Weight
 from latentrt.bundle.bundle import MANIFEST, Bundle
-from latentrt.bundle.spec import ADAPTED, FP32
+from latentrt.bundle.spec import ADAPTED, FP32, INT8_ORT_CPU
 from latentrt.bundle.tensors import header_of, open_tensors
 from latentrt.errors import BundleError
+from latentrt_export.int8 import add_int8
 from latentrt_export.place import place
 from latentrt_export.to_bundle import GRAPH_ROOM, Measure, NetworkSummary, Progress, Summary, finish
 from latentrt_export.variants import add_adapters, add_control, add_cpu, add_half
@@ -80,6 +81,9 @@ def merge_bundle(
         made = {**before, "command": command, "base": before.get("command"), "notes": list(notes)}
         if loras:
             spec = add_control(root, add_cpu(root, add_half(root, replace(spec, made=made, golden=()))))
+        if loras and INT8_ORT_CPU in spec.networks[spec.denoiser].variants:
+            spec, note = add_int8(root, spec)
+            told = (*told, note)
         spec = add_adapters(root, spec) if adapters else spec
         progress(parts[3], 3, len(parts))
         total = finish(root, spec, golden if loras else None)

@@ -79,9 +79,9 @@ def add_half(root: Path, spec: ModelSpec) -> ModelSpec:
             raise ExportError(f"the {name} computes numbers that are not finite", needed="a sound checkpoint")
         islands = Islands(float(f"{largest:.3g}"), overflowing(model, ranges))
         to_half(model, islands.nodes, exact)
-        half = replace(_save(root, half_path(path), model, network), islands=islands)
+        half = replace(save_variant(root, half_path(path), model, network), islands=islands)
         for_cuda(model)
-        cuda = _save(root, cuda_path(path), model, network)
+        cuda = save_variant(root, cuda_path(path), model, network)
         networks[name] = replace(network, variants={**network.variants, FP16: half, FP16_ORT_CUDA: cuda})
     return replace(spec, networks={**spec.networks, **networks})
 
@@ -95,7 +95,7 @@ def add_cpu(root: Path, spec: ModelSpec) -> ModelSpec:
     model = ir.load(root / path)
     if not for_cpu(model, {"height": spec.latents.height, "width": spec.latents.width}):
         return spec
-    variants = {**network.variants, FP32_ORT_CPU: _save(root, cpu_path(path), model, network)}
+    variants = {**network.variants, FP32_ORT_CPU: save_variant(root, cpu_path(path), model, network)}
     return replace(spec, networks={**spec.networks, spec.denoiser: replace(network, variants=variants)})
 
 
@@ -109,9 +109,8 @@ def add_adapters(root: Path, spec: ModelSpec) -> ModelSpec:
     for role in (TEXT_ENCODER, CONDITIONER, DENOISER):
         for name in spec.named(role):
             own = {key: one for key, one in spec.networks[name].variants.items() if not key.endswith(ADAPTED)}
-            taken = {
-                f"{key}{ADAPTED}": _adapted(root, one) for key, one in own.items() if not key.startswith(FP16_ORT_CUDA)
-            }
+            plain = {key: one for key, one in own.items() if key.removesuffix(CONTROLLED) in (FP32, FP32_ORT_CPU, FP16)}
+            taken = {f"{key}{ADAPTED}": _adapted(root, one) for key, one in plain.items()}
             networks[name] = replace(
                 spec.networks[name], variants=own | {key: one for key, one in taken.items() if one is not None}
             )
@@ -134,7 +133,8 @@ def _adapted(root: Path, known: Variant) -> Variant | None:
     return replace(known, path=path, nodes=len(model.graph), dtypes=dtypes, inputs=inputs)
 
 
-def _save(root: Path, path: str, model: ir.Model, network: NetworkSpec) -> Variant:
+def save_variant(root: Path, path: str, model: ir.Model, network: NetworkSpec) -> Variant:
+    """Write a graph of a network, and return what the manifest says of it."""
     ir.save(model, root / path)
     own = (*network.inputs, *network.outputs)
     theirs = (*signature(model.graph.inputs), *signature(model.graph.outputs))

@@ -144,8 +144,8 @@ def test_what_is_refused(taking: Exported, exported: Exported, library: Library,
     with pytest.raises(RequestError, match="cache_interval is 2 and there is a LoRA"):
         drawn(engine, lora={"a": 1}, cache_interval=2)
     for lora, found in (
-        ({"a": "x"}, "strength of the LoRA 'a'"),
-        ({"a": (1, 2, 3)}, "3 strengths"),
+        ({"a": "x"}, "strength of the LoRA 'a' is 'x'"),
+        ({"a": (1, 2, 3)}, "(1, 2, 3)"),
         (["a"], "lora is"),
     ):
         with pytest.raises(RequestError, match=found):
@@ -186,6 +186,17 @@ def test_files_come_and_go_and_are_dropped(taking: Exported, library: Library, t
         )
         with pytest.raises(AdapterError, match="not finite"):
             drawn(engine, lora={"one": 0.5})
+
+
+def test_beside_a_merged_one(engine: Engine, library: Library) -> None:
+    before, folder = drawn(engine, lora={"a": 0.5}), library("sd")
+    engine.set_lora({folder / "b.safetensors": 0.3})
+    both = drawn(engine, lora={"a": 0.5})
+    engine.set_lora({folder / "b.safetensors": 0.3, folder / "a.safetensors": 0.5})
+    assert psnr(both, drawn(engine)) > 60
+    assert psnr(both, before) < 40
+    engine.set_lora()
+    np.testing.assert_array_equal(drawn(engine, lora={"a": 0.5}), before)
 
 
 def test_what_was_used_longest_ago_is_dropped() -> None:

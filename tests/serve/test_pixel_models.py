@@ -70,7 +70,8 @@ class Server:
     def refusal(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         answer = self.ask("POST", path, json=body)
         assert answer.status_code == 400, answer.text
-        return dict(answer.json()["error"])
+        body = answer.json()
+        return {**body, "message": body["errors"]} if path.startswith("/sdapi") else dict(body["error"])
 
 
 def serving(bundle: str | Path, **loading: Any) -> Iterator[Server]:

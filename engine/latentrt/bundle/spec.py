@@ -20,6 +20,7 @@ ADAPTED = "+lora"  # ends the names of variants that take LoRAs of each lane too
 LORA = "lora."  # begins the names of these inputs: lora.MODULE.down (in, rank) and lora.MODULE.up (rank, out)
 CONTROLLED = "+control"  # ends the names of the denoiser's variants that read residuals too
 RESIDUAL = "residual_"  # begins the names of these: residual_0, residual_1, ..., residual_mid
+INT8, INT8_ORT_CPU = "int8", "int8-ort-cpu"  # a precision, and the graph that a denoiser has for it
 
 
 class Dimension(NamedTuple):
@@ -103,8 +104,8 @@ class NetworkSpec:
     Attributes:
         role: one of ROLES.
         inputs, outputs: the signature of its float32 graph.
-        variants: graphs by name: "fp32", "fp32-ort-cpu", "fp16", "fp16-ort-cuda". A runtime says which it runs.
-            They may be there again with "+lora", and a denoiser's with "+control": see `adapted`, `controlled`.
+        variants: graphs by name: "fp32", "fp32-ort-cpu", "fp16", "fp16-ort-cuda", "int8-ort-cpu". A runtime says which
+            it runs. They may be there again with "+lora" or, a denoiser's, "+control": see `adapted`, `controlled`.
         tokenizer: the folder of a text encoder's tokenizer.
     """
 

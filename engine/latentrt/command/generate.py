@@ -11,16 +11,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from latentrt.bundle.bundle import EMBEDDED, embedded
-from latentrt.command.controls import controlnets_of, controls_of
+from latentrt.command.controls import controls_of
 from latentrt.command.options import (
     ADAPTERS,
     AT_LEAST_ONE,
     FOLDER,
     LOADING,
+    LORAS,
     VAES,
     controls_pictures,
     decodes_pictures,
     edits_pictures,
+    names_loras,
     option_json,
     runs_in_stages,
     runs_networks,
@@ -29,6 +31,7 @@ from latentrt.command.options import (
 from latentrt.command.terminal import progress
 from latentrt.command.watch import KINDS, Asked, Watch
 from latentrt.errors import RequestError
+from latentrt.model.control import controlnets_of
 from latentrt.request import HANDOFF, PICTURES, SYNTAXES
 from latentrt.values import parse_size
 
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
 SETTINGS = (
     *("steps", "solver", "seed", "guidance", "image_guidance", "count", "strength", "class_label", "cache_interval"),
     *("hires_scale", "hires_steps", "hires_strength", "handoff"),
+    *("mask_blur", "mask_crop", "mask_fill"),
     *("noise_level", "aesthetic_score", "negative_aesthetic_score"),
     *("prompt_syntax", "clip_skip"),
 )
@@ -113,8 +117,9 @@ SETTINGS = (
 )
 @edits_pictures
 @controls_pictures
-@takes_loras
+@names_loras
 @runs_in_stages
+@takes_loras
 @decodes_pictures
 @runs_networks
 @option_json
@@ -125,7 +130,7 @@ def generate(prompts: tuple[str, ...], bundle: Path, lanes: int | None, as_json:
     from latentrt.images.given import open_picture
     from latentrt.runtime.onnxruntime import return_freed_pages
 
-    loading = {name: asked.pop(name) for name in (*LOADING, *VAES, "refiner")}
+    loading = {name: asked.pop(name) for name in (*LOADING, *VAES, *LORAS, "refiner")}
     loading["control"] = controlnets_of(asked["controlnet"])
     own, loading_loras = loras_of_options(*(asked.pop(name) for name in ADAPTERS))
     loading |= loading_loras
@@ -211,7 +216,8 @@ def _draw(
             watch(job)
             if job.done and job.error is None and job not in images:
                 ready = [each for each in jobs if each.done and each.error is None and each not in images]
-                alone = (engine.decode(each.latents) for each in ready)  # the denoiser stays: other jobs wait for it
+                # The denoiser stays: other jobs wait for it.
+                alone = (engine.decode(each.latents, each.overlay) for each in ready)
                 for done, image in zip(ready, engine.pictures(ready) if jobs[-1].done else alone, strict=True):
                     images[done] = image
                     save(image, where[done], settings=done.tag)

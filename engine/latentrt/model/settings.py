@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from latentrt.errors import RequestError
-from latentrt.model.adapters import check_adapters
+from latentrt.model.conditioners.adapters import check_adapters
 from latentrt.model.control import check_request
 from latentrt.request import Request
 

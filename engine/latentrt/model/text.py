@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from latentrt.adapters.mixed import Asked, Mixed
 from latentrt.errors import EXPORT, PromptSyntaxWarning, PromptTruncatedWarning, RequestError
-from latentrt.model.adapters import asked_by
+from latentrt.model.conditioners.adapters import asked_by
 from latentrt.model.given import Given
 from latentrt.model.inputs import Conditioner, Inputs, Sides
 from latentrt.model.prompts.embeddings import read_embedding
@@ -121,6 +121,10 @@ class Text(Conditioner):
         """
         self._speaking(self._stamps(files))
         self._files = {**self._files, **files}
+
+    def forget(self) -> None:
+        """Encode all prompts anew from now on: the encoders have other weights."""
+        self._known.clear()
 
     def check(self, request: Request) -> None:
         """Refuse what cannot be encoded. Raise RequestError."""
@@ -255,6 +259,10 @@ class _Recent(Generic[K, V]):
             for old in list(self._known)[: -self._most]:
                 del self._known[old]
         return value
+
+    def clear(self) -> None:
+        with self._lock:
+            self._known.clear()
 
 
 def _dropped(readings: Sequence[Reading]) -> str:

@@ -42,6 +42,13 @@ class Denoiser:
         """Lanes that are not reserved for any job; a job with guidance has two reserved for its whole run."""
         return self.lanes - sum(job.most_lanes for job in self._jobs)
 
+    def check_idle(self) -> None:
+        """Refuse while jobs have lanes. Raise RequestError."""
+        if self._jobs:
+            raise RequestError(
+                f"{len(self._jobs)} pictures are being drawn", needed="none", fix="wait until they are done"
+            )
+
     def fits(self, job: Job) -> bool:
         """Return whether the job could be admitted now."""
         return job.most_lanes <= self.free

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from latentrt.bundle.bundle import Bundle
 from latentrt.errors import BundleError, RequestError
-from latentrt.model.adapters import without_adapters
+from latentrt.model.conditioners.adapters import without_adapters
 from latentrt.model.given import Given
 from latentrt.model.model import Model
 from latentrt.request import Request
@@ -100,7 +100,7 @@ def _hires(model: Model, request: Request, scale: float) -> Stage:
     )
     table = table_of(model, second)
     told = model.conditions(second, None, noise_source(request.noise, request.seed))
-    applied = model.applied(second, told, len(table))
+    applied = model.applied(second, None, told, len(table))
     predictor, sides, rows, controls = model.chained(applied, model.hoisted(told), table)
     shape = model.spec.latents.shape_of(height, width)
 

@@ -27,6 +27,19 @@ def usable_cores(system: Path = SYSTEM, cpus: Collection[int] | None = None) -> 
     return max(1, min(cores, int(quota + 0.5)))
 
 
+def multiplies_bytes(system: Path = SYSTEM) -> bool:
+    """Return whether ONNX Runtime's products of 8-bit numbers are exact on this CPU; True where that is not known.
+
+    On x86 without VNNI it adds two products in 16 bits, where they overflow: its quantizer offers weights of 7 bits for
+    such CPUs (https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html).
+    """
+    with suppress(OSError), (system / "proc/cpuinfo").open(encoding="utf-8") as lines:
+        for line in lines:
+            if line.startswith("flags"):  # of x86; Arm has "Features"
+                return "vnni" in line
+    return True
+
+
 def _affinity() -> Collection[int]:
     if hasattr(os, "sched_getaffinity"):
         return os.sched_getaffinity(0)

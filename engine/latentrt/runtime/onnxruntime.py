@@ -14,7 +14,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from latentrt.bundle.bundle import Bundle
-from latentrt.bundle.spec import FP16, FP16_ORT_CUDA, FP32, FP32_ORT_CPU, GraphSpec
+from latentrt.bundle.spec import FP32, INT8, GraphSpec
 from latentrt.cuda.array import DeviceArray
 from latentrt.cuda.gpu import Gpu
 from latentrt.errors import BackendError, MissingDependencyError, NetworkError
@@ -24,6 +24,7 @@ from latentrt.runtime.cores import usable_cores
 from latentrt.runtime.optimized import WEIGHTS, SavedGraph
 from latentrt.runtime.replaced import NONE, Weights, replaced_in, set_weights
 from latentrt.runtime.signature import Arrays, check_arrays, check_feeds
+from latentrt.runtime.variants import VARIANTS, check_int8, graph_of
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 # No TF32; convolutions are chosen by rule, since trying them out would pick others in every process, and may come
@@ -34,7 +35,6 @@ SHAPE_ARITHMETIC = {
     *("Add", "Cast", "Concat", "Constant", "ConstantOfShape", "Div", "Equal", "Expand", "Gather", "Identity", "Mul"),
     *("Range", "Reshape", "Shape", "Size", "Slice", "Squeeze", "Sub", "Unsqueeze", "Where"),
 }
-VARIANTS = {("cpu", FP32): (FP32_ORT_CPU, FP32), ("cpu", FP16): (FP16,), ("cuda", FP16): (FP16_ORT_CUDA,)}
 
 
 class OrtBackend:
@@ -50,7 +50,7 @@ class OrtBackend:
             many entries, each thread computes its own (see `spread`); otherwise they share each operator.
         gpu: the opened device; its stream and memory are then used, and networks are `DeviceNetwork`s.
         precision: "fp32", or "fp16" for the bundle's half-precision graphs (on a CPU the slower ones; "cuda" has no
-            others).
+            others); on "cpu" also "int8", for a bundle that was exported with it.
         spin: whether threads wait for each other by spinning within a call. On idle cores that is a fifth faster; where
             other processes hold cores, it is twice as slow. Between calls they never spin.
         cache: on "cpu", keep optimized graphs in the user's cache and load those: see `SavedGraph`.
@@ -78,8 +78,10 @@ class OrtBackend:
         if threads is not None and threads < 1:
             raise BackendError(f"threads is {threads!r}", needed="a whole number of 1 or more")
         if (device, precision) not in VARIANTS:
-            needed, fix = "fp32 or fp16; on cuda fp16", "pass precision='fp16', or leave it out"
+            needed, fix = "fp32, fp16 or int8; on cuda fp16", "pass precision='fp16', or leave it out"
             raise BackendError(f"the precision is {precision!r}", needed=needed, fix=fix)
+        if precision == INT8:
+            check_int8()
         self.device = device
         self.precision = precision
         self.variants: tuple[str, ...] = VARIANTS[device, precision]
@@ -87,8 +89,9 @@ class OrtBackend:
         on_gpu = gpu is not None
         self.threads = threads or usable_cores()
         exact, cores = not on_gpu and precision == FP32, 1 if on_gpu else self.threads
+        adapts = device == "cpu" and precision != INT8
         self.facts = Facts(
-            fixed_lanes=on_gpu, one_stream=on_gpu, exact=exact, replaces=True, adapts=device == "cpu", cores=cores
+            fixed_lanes=on_gpu, one_stream=on_gpu, exact=exact, replaces=True, adapts=adapts, cores=cores
         )
         self.spin = spin
         self.cache = cache and device == "cpu"
@@ -101,7 +104,7 @@ class OrtBackend:
             BackendError: ONNX Runtime cannot load the graph, or would not run it on the device.
             BundleError: the bundle has no graph for this precision and device.
         """
-        graph = bundle.spec.graph(network, *self.variants)
+        graph = graph_of(bundle.spec, network, self.device, self.precision)
         weights = replaced_in(bundle, graph)
         path, make = bundle.path(graph.path), partial(self.session, opset=graph.opset, weights=weights)
         cached = self.cache and not weights

@@ -17,6 +17,7 @@ from fastapi import FastAPI
 from latentrt.adapters.mixed import RANK
 from latentrt.engine import Engine
 from latentrt.errors import BackendError, PromptSyntaxWarning, PromptTruncatedWarning
+from latentrt.model.control import controlnets_of
 from latentrt.model.prompts.embeddings import embeddings_of
 from latentrt.serve.core import curve, pipeline
 from latentrt.serve.core.queue import Limits
@@ -105,6 +106,9 @@ def loaded(settings: Settings) -> Iterator[Engine]:
         tile=settings.tile,
         adapters=settings.lora_dir,
         adapter_rank=settings.lora_rank or RANK,
+        control=controlnets_of(settings.controlnet),
+        lora=settings.lora,
+        allow_unmatched=settings.allow_unmatched,
     ) as engine:
         if settings.edits:
             pipeline.load_encoder(engine)

@@ -81,6 +81,16 @@ def test_cancelled_lanes_are_free_again(service: Service) -> None:
     assert len(wait(staying.pictures())) == 1
 
 
+def test_what_is_there_is_a_picture(service: Service) -> None:
+    stopped = submit(service, handle_of(steps=500, **SIZE))
+    eventually(lambda: stopped.started)
+    service.scheduler.stop(stopped)
+    (made,) = wait(stopped.pictures())
+    assert made.size == (32, 40)
+    assert made.info["latentrt"]["stopped_after"] < 500
+    assert len(wait(submit(service, handle_of(steps=2, **SIZE)).pictures())) == 1
+
+
 def test_a_step_that_raises_fails_all_that_run_and_those_that_wait_go_on(
     service: Service, on_gpu: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -106,6 +106,14 @@ class FakeScheduler(Scheduler):
         self.submitted.append(handle)
         self.tasks[handle] = asyncio.get_running_loop().create_task(self._draw(handle))
 
+    def stop(self, handle: Handle, *, waiting: bool = True) -> None:
+        super().stop(handle, waiting=waiting)
+        for slot in handle.slots:
+            if slot.stops:
+                self.finish(slot, picture(handle, slot.index))
+        if handle.over and handle in self.tasks:
+            self.tasks[handle].cancel()
+
     def fail(self, handle: Handle, error: LatentrtError) -> None:
         if not handle.over and handle in self.tasks:
             self.cancelled.append(handle)
@@ -120,7 +128,7 @@ class FakeScheduler(Scheduler):
             if self.hold is not None and row > 1:
                 await self.hold.wait()
             job.moved = row
-            for slot in handle.slots:
+            for slot in (slot for slot in handle.slots if slot.stage < Stage.OVER):
                 slot.job, slot.stage = job, Stage.RUNNING
                 if row <= handle.previews:
                     self.show(slot, row - 1, picture(handle, slot.index))
@@ -139,7 +147,8 @@ def picture(handle: Handle, index: int) -> Picture:
     assert request.height is not None
     seed = request.seed + index
     pixels = np.full((request.height, request.width, 3), seed % 256, np.uint8)
-    pixels = request.pictures.get("image", pixels)
+    given = request.pictures.get("image", pixels)
+    pixels = np.asarray(given.convert("RGB") if isinstance(given, Image.Image) else given)
     settings = {"prompt": request.prompt, "seed": seed, "solver": request.solver or "ddim", "steps": request.steps}
     return Picture.of(np.ascontiguousarray(pixels), {**settings, "guidance": request.guidance})
 
@@ -162,6 +171,11 @@ def png(width: int = 64, height: int = 64, mode: str = "RGB", colour: Any = None
     buffer = BytesIO()
     Image.new(mode, (width, height), colour or 0).save(buffer, kind)
     return buffer.getvalue()
+
+
+def code_of(body: dict[str, Any]) -> Any:
+    """Return the code of an error of either API."""
+    return body["code"] if "code" in body else body["error"]["code"]
 
 
 # httpx gives up after five seconds, which is not long on a machine that is busy.

@@ -9,8 +9,8 @@ from latentrt.adapters.mixed import Mixed
 from latentrt.bundle.bundle import Bundle
 from latentrt.bundle.spec import CONDITIONER, LORA, RESIDUAL, TEXT_ENCODER, TensorSpec
 from latentrt.errors import EXPORT, BundleError
-from latentrt.model.adapters import Adapted
 from latentrt.model.codec import Codec
+from latentrt.model.conditioners.adapters import Adapted
 from latentrt.model.conditioners.beside import Edited, Repainted
 from latentrt.model.conditioners.class_label import ClassLabel
 from latentrt.model.conditioners.depth_map import DepthMap

@@ -153,10 +153,10 @@ def paths(engine: Engine) -> tuple[Path, Path]:
 
 def _about(engine: Engine) -> dict[str, Any]:
     """Return what a curve holds for."""
-    backend = engine.backend
+    backend, model = engine.backend, engine.bundle.base.spec.id  # LoRAs change no time
     device = backend.device if backend.gpu is None else backend.gpu.name
     return {
-        **{"model": engine.spec.id, "backend": backend.name, "device": device, "precision": backend.precision},
+        **{"model": model, "backend": backend.name, "device": device, "precision": backend.precision},
         "machine": _machine(),
     }
 

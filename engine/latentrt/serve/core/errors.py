@@ -67,6 +67,11 @@ class Cancelled(ServiceError):
 
     code = "cancelled"
 
+    @classmethod
+    def of(cls, what: str) -> Cancelled:
+        """Return the error of a request that was "cancelled", or "interrupted before it began"."""
+        return cls(f"the request was {what}", needed="a client that waits", fix="ask again")
+
 
 class EngineFault(ServiceError):
     """The engine raised an unexpected error, or hung; `__cause__` has what it raised."""

@@ -18,6 +18,7 @@ from latentrt.errors import LatentrtError
 from latentrt.images.picture import Picture
 from latentrt.request import Request
 from latentrt.run.job import Float32, Job
+from latentrt.serve.core.errors import Cancelled
 from latentrt.serve.core.pipeline import GUIDED, Shape
 
 SHOWN = 200  # characters of a text in a warning
@@ -57,6 +58,7 @@ class Slot:
         limit: the `time.monotonic()` at which it fails if it has not come further.
         job: from when it is prepared until it is over.
         preview: the number and the latents of the newest preview that waits for the VAE.
+        stops: whether its next row is its last, whose prediction is the picture.
     """
 
     handle: Handle
@@ -65,6 +67,7 @@ class Slot:
     stage: Stage = Stage.WAITING
     job: Job | None = None
     preview: tuple[int, Float32] | None = None
+    stops: bool = False
 
     @property
     def row(self) -> int:
@@ -140,8 +143,23 @@ class Handle:
 
     def fail(self, error: LatentrtError) -> None:
         """End the events with an error."""
+        self._close(error)
+
+    def stop(self, *, waiting: bool) -> list[Slot]:
+        """Let pictures that run end with their next row's prediction. Return those that are to end without: those that
+        wait, if they are to end too. Where nothing is left that comes, this ends the events.
+        """
+        open_ones = [slot for slot in self.slots if slot.stage < Stage.OVER]
+        for slot in open_ones:
+            slot.stops |= slot.stage is Stage.RUNNING
+        dropped = [slot for slot in open_ones if slot.stage is Stage.WAITING] if waiting else []
+        if dropped == open_ones != []:
+            self._close(StopAsyncIteration() if self.done else Cancelled.of("interrupted before it began"))
+        return dropped
+
+    def _close(self, end: Exception) -> None:
         with self._lock:
-            self._end = error
+            self._end = end
             self._wake()
 
     def _wake(self) -> None:

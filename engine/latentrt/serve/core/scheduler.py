@@ -98,7 +98,13 @@ class Scheduler:
 
     def cancel(self, handle: Handle) -> None:
         """Cancel a request; its lanes are free within two ticks. Events that it already has can still be read."""
-        self.fail(handle, Cancelled("the request was cancelled", needed="a client that waits", fix="ask again"))
+        self.fail(handle, Cancelled.of("cancelled"))
+
+    def stop(self, handle: Handle, *, waiting: bool = True) -> None:
+        """End a request with what is there; see `Handle.stop`."""
+        with self._changed:
+            for slot in handle.stop(waiting=waiting):
+                self._end(slot, Cancelled.code)
 
     def release(self, handle: Handle) -> None:
         """Forget a request that no client waits for any more; its pictures that are not done are cancelled."""
@@ -249,9 +255,8 @@ class Scheduler:
         return self._health.until_check() == 0
 
     def suspect(self, error: LatentrtError, *, hung: bool = False) -> None:
-        """Let nothing begin until a self-check has passed.
-
-        Call it before the request at fault fails: a client that is told of the fault then finds the server unready.
+        """Let nothing begin until a self-check has passed. Call it before the request at fault fails: a client that is
+        told of the fault then finds the server unready.
         """
         with self._changed:
             self._health.suspect(error)

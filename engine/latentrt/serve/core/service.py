@@ -40,6 +40,8 @@ class Service:
         if not engine.model.resident:
             fix = "load it with resident=True"
             raise BackendError("the engine drops its networks", needed="a resident one", fix=fix)
+        engine.served = True
+        self._engine = engine
         facts, shape = engine.backend.facts, engine.spec.latents.shape_of(None, None)
         self.scheduler = Scheduler(
             engine.denoiser.lanes, shape, facts, limits, curve or Curve(), observer or Observer(), on_hang
@@ -72,6 +74,7 @@ class Service:
         end = time.monotonic() + timeout
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
+        self._engine.served = any(thread.is_alive() for thread in self._threads)
 
     def __enter__(self) -> Service:
         return self

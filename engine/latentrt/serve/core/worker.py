@@ -133,8 +133,9 @@ class Worker:
 
     def _tick(self) -> None:
         slots, rows = dict(self._slots), {job: job.moved for job in self._slots}
+        stopping = {job for job, slot in slots.items() if slot.stops}
         for job, slot in slots.items():
-            job.wants_preview = slot.handle.preview_at(job.moved + 1) is not None
+            job.wants_preview = job in stopping or slot.handle.preview_at(job.moved + 1) is not None
         lanes = sum(job.lanes for job in slots)
         start = time.monotonic()
         with self._scheduler.watched("step"):
@@ -145,15 +146,18 @@ class Worker:
         self._scheduler.ticked(list(slots.values()), lanes, time.monotonic() - start)
         for job, slot in slots.items():
             if job in self._slots and (job.moved > rows[job] or job.done):
-                self._hand_over(job, slot)
+                self._hand_over(job, slot, stops=job in stopping and not job.done)
 
-    def _hand_over(self, job: Job, slot: Slot) -> None:
-        """Take a job that has moved out if it is done or failed; pass a preview of it on to the VAE."""
-        if job.done:
+    def _hand_over(self, job: Job, slot: Slot, *, stops: bool) -> None:
+        """Take a job that has moved out if it is done, failed or stops here; pass a preview of it on to the VAE."""
+        if stops:
+            self._retire([job])
+            job.stop()
+        elif job.done:
             del self._slots[job]
         if job.error is not None:
             self._scheduler.fail(slot.handle, job.error)
-        elif job.done:
+        elif job.done or stops:
             self._scheduler.hand_over(slot)
         elif job.preview is not None and (number := slot.handle.preview_at(job.moved)) is not None:
             self._scheduler.hand_over(slot, (number, job.preview))

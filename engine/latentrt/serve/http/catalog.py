@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import Any
 
 from latentrt.errors import RequestError
@@ -38,8 +37,10 @@ class Catalog:
         fields: those of a request that some models do not read, and this one does.
         pictures: those that every request brings, by their use.
         reads: those that a request may bring.
+        controls: the names of its ControlNets.
         shows_picture: whether the model reads the given picture beside the latents, so that an edit has no strength.
         enlarges: how many times as large as the given picture the drawn one is.
+        own_solver: the engine's name of the usual solver.
 
     Raises:
         RequestError: the settings list a size, name a solver or have a default that cannot be, or forbid the pictures
@@ -52,12 +53,13 @@ class Catalog:
         self, model: Model, profiles: Sequence[Profile] | None, settings: Settings, *, refiner: str | None = None
     ) -> None:
         self._model, self.settings = model, settings
-        self.name = settings.model_name or model.spec.id
+        self.name = settings.model_name or model.networks.bundle.base.spec.id
         self.names = (self.name, *(alias for alias in settings.aliases if alias != self.name))
         self.prompted = model.text is not None
         self.fields, self.classes = model.fields, model.spec.classes
         self.edits = settings.edits and model.edits
         self.pictures, self.reads, self.shows_picture = model.pictures, model.reads, model.shows_picture
+        self.controls = tuple(one.name for one in model.controls)
         self.max_noise_level, self.refiner = model.spec.max_noise_level, refiner
         if self.pictures and not self.edits:
             found, fix = f"edits is off, and {model.spec.id} draws on pictures", "leave --no-edits out"
@@ -68,7 +70,8 @@ class Catalog:
         self.solvers = _solver_names(model.schedule)
         solver = self.solver(settings.scheduler) if settings.scheduler else None
         self.defaults = model.filled(Request(steps=settings.steps, guidance=settings.guidance, solver=solver))
-        tabulate(self.defaults.solver, model.schedule, 1)  # a server that cannot draw by default says so at its start
+        # A server that cannot draw by default says so at its start.
+        self.own_solver = tabulate(self.defaults.solver, model.schedule, 1).solver
         self.max_steps = self._max_steps(self.defaults.steps or 1)
         make = partial(tabulate, schedule=model.schedule, keeps_steps=model.spec.keeps_steps)
         self._work = lru_cache(maxsize=4096)(partial(_work, make))
@@ -97,9 +100,9 @@ class Catalog:
         return self.solvers[name]
 
     @property
-    def loras(self) -> Mapping[str, Path]:
-        """The files of LoRAs that requests may have, by name."""
-        return {} if self._model.adapters is None else self._model.adapters.library.files
+    def loras(self) -> Sequence[str]:
+        """The names of the LoRAs that a request may name."""
+        return () if self._model.adapters is None else tuple(self._model.adapters.library.files)
 
     # ---- Requests
 

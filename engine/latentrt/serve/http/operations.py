@@ -131,6 +131,7 @@ async def model(context: Served) -> dict[str, Any]:
         "class_labels": "class_label" in catalog.fields,
         **{name: name in catalog.fields for name in fields},
         "refiner": catalog.refiner,
+        "controls": catalog.controls,
         "classes": catalog.classes,
         "edits": catalog.edits,
         "strength": not catalog.shows_picture,

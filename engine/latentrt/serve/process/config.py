@@ -72,7 +72,7 @@ class Settings(BaseSettings):
     refiner: Path | None = _field(None, "Model", "Bundle of a model that may draw the last part of a run.")
     backend: str = _field("onnxruntime", "Model", "onnxruntime, openvino, tensorrt or tensorrt-rtx.")
     device: str | None = _field(None, "Model", "cpu, cuda or cuda:1.")
-    precision: Literal["fp32", "fp16"] | None = _field(None, "Model", "Of the graphs: fp32 or fp16.")
+    precision: Literal["fp32", "fp16", "int8"] | None = _field(None, "Model", "Of the graphs: fp32, fp16 or int8.")
     plans: Path | None = _field(None, "Model", "Folder of TensorRT plans; the user's cache if none is named.")
     threads: Count | None = _field(
         None, "Model", "CPU threads of a network call; the cores that the process may use if not given."
@@ -90,6 +90,9 @@ class Settings(BaseSettings):
     lora_dir: Path | None = _field(None, "Model", "Folder of LoRAs that requests may have by name.")
     lora_rank: Count | None = _field(None, "Model", "Largest rank of a picture's LoRAs together; 64 if not given.")
     embedding: Texts = _field((), "Model", "Files of textual inversion, FILE or NAME=FILE, with commas between them.")
+    controlnet: Texts = _field((), "Model", "Bundles of ControlNets, NAME=BUNDLE, with commas between them.")
+    lora: Texts = _field((), "Model", "LoRAs for all pictures, FILE[:STRENGTH[:TEXT]], with commas between them.")
+    allow_unmatched: bool = _field(False, "Model", "Leave out keys of LoRAs that have no place.")
     edits: bool = _field(True, "Model", "Take pictures to edit; without it the VAE's encoder is not loaded.")
 
     queue: Count = _field(64, "Load", "Most pictures that wait.")

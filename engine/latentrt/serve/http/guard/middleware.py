@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from latentrt.serve.core.scheduler import Scheduler
 from latentrt.serve.http.errors import Answer, Problem, answer_to, too_large
 from latentrt.serve.http.guard.origins import foreign
+from latentrt.serve.http.sdapi.answers import response_to
 from latentrt.serve.process.config import Settings
 from latentrt.serve.process.keys import Keys
 from latentrt.serve.process.logs import logger
@@ -28,11 +29,12 @@ from latentrt.serve.process.metrics import Metrics
 OPEN = ("/", "/health/live", "/health/ready", "/metrics", "/openapi.json", "/favicon.ico")  # and all below /static/
 # Every request to these takes places in the queue.
 DRAWING = ("/v1/images/generations", "/v1/images/edits", "/sdapi/v1/txt2img", "/sdapi/v1/img2img")
+ENLARGING = ("/sdapi/v1/extra-single-image", "/sdapi/v1/extra-batch-images")
 BODIES = {  # the media type of each body that is read
-    **dict.fromkeys((*DRAWING, "/sdapi/v1/options"), "application/json"),
+    **dict.fromkeys((*DRAWING, *ENLARGING, "/sdapi/v1/options", "/sdapi/v1/png-info"), "application/json"),
     "/v1/images/edits": "multipart/form-data",
 }
-EDITING = ("/v1/images/edits", "/sdapi/v1/img2img")
+EDITING = ("/v1/images/edits", "/sdapi/v1/img2img", *ENLARGING, "/sdapi/v1/png-info")
 QUIET = ("/health/live", "/health/ready", "/metrics")  # not counted, and logged at the level debug
 CLIENT_GONE = 499  # nginx' number for it; only the log has it
 PIECE = 2**20  # bytes of an answer
@@ -41,7 +43,8 @@ _ID = re.compile(r"[!-~]{1,128}")
 
 def most_bytes(settings: Settings, path: str) -> int:
     """Return the most bytes of a body: many only where pictures are sent, so that many requests fill no memory."""
-    return settings.max_body if path in EDITING else settings.max_text
+    pictures = path in EDITING or (settings.controlnet and path in DRAWING)
+    return settings.max_body if pictures else settings.max_text
 
 
 class Guard:
@@ -186,7 +189,7 @@ class _Exchange:
     async def answer(self, answer: Answer) -> None:
         """Send a refusal."""
         self.facts["outcome"] = answer.code
-        await answer.response(self._scope, self._receive, self.send)
+        await response_to(answer, self._scope["path"])(self._scope, self._receive, self.send)
 
     def end(self) -> tuple[int, str]:
         """Return status and outcome for the log and the metrics."""

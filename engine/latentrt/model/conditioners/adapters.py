@@ -75,13 +75,22 @@ def with_adapters(bundle: Bundle, adapters: Adapters | None, backend: Backend) -
     if not backend.facts.adapts:
         found = f"LoRAs of each request with {backend.name} on {backend.device}"
         raise BackendError(found, needed="onnxruntime on a CPU", fix="merge them when exporting, or take device='cpu'")
+    bundle = adapted(bundle)
+    return bundle, Mixed(adapters.library, bundle, rank=adapters.rank)
+
+
+def adapted(bundle: Bundle) -> Bundle:
+    """Return a model's bundle with the networks that take LoRAs in the places of its own.
+
+    Raises:
+        AdapterError: it has none.
+    """
     spec = bundle.spec
     networks = {name: network.adapted() for name, network in spec.networks.items()}
     if networks == spec.networks:
         found = f"the networks of {spec.id} take no LoRAs of each request"
         raise AdapterError(found, needed="a bundle that does", fix="latentrt export BUNDLE TARGET --adapters")
-    adapted = replace(bundle, spec=replace(spec, networks=networks))
-    return adapted, Mixed(adapters.library, adapted, rank=adapters.rank)
+    return replace(bundle, spec=replace(spec, networks=networks))
 
 
 def asked_by(request: Request, mixed: Mixed | None) -> tuple[Asked, ...]:
