@@ -321,6 +321,14 @@ class Model:
         for network in (*decoders, self._preview_decoder):
             self.tiles.check_plans(height, width, getattr(network and network.open(), "profiles", None) or ())
 
+    def cut_into_tiles(self, pixels: int) -> None:
+        """Cut larger pictures into tiles of so many pixels from now on, as `VaeOptions.tile` does."""
+        self._vae = replace(self._vae, tile=pixels)
+        self.tiles = self._vae.tiles(self.spec)
+        for codec in (self.codec, self.preview):
+            if isinstance(codec, Vae):
+                codec.tiles = self.tiles
+
     def facts(self, height: int, width: int) -> dict[str, Any]:
         """Return what pictures of latents of this size carry of how they were made, where it is not the usual."""
         other, tiles, merged = self._vae.other, self.tiles, self.networks.bundle.merged

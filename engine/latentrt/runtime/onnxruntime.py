@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import math
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -21,6 +21,7 @@ from latentrt.errors import BackendError, MissingDependencyError, NetworkError
 from latentrt.runtime import spread
 from latentrt.runtime.base import Facts
 from latentrt.runtime.cores import usable_cores
+from latentrt.runtime.memory import give_back, usual_area
 from latentrt.runtime.optimized import WEIGHTS, SavedGraph
 from latentrt.runtime.replaced import NONE, Weights, replaced_in, set_weights
 from latentrt.runtime.signature import Arrays, check_arrays, check_feeds
@@ -86,8 +87,7 @@ class OrtBackend:
         self.precision = precision
         self.variants: tuple[str, ...] = VARIANTS[device, precision]
         self.gpu = gpu
-        on_gpu = gpu is not None
-        self.threads = threads or usable_cores()
+        on_gpu, self.threads = gpu is not None, threads or usable_cores()
         exact, cores = not on_gpu and precision == FP32, 1 if on_gpu else self.threads
         adapts = device == "cpu" and precision != INT8
         self.facts = Facts(
@@ -107,10 +107,10 @@ class OrtBackend:
         graph = graph_of(bundle.spec, network, self.device, self.precision)
         weights = replaced_in(bundle, graph)
         path, make = bundle.path(graph.path), partial(self.session, opset=graph.opset, weights=weights)
-        cached = self.cache and not weights
-        session = SavedGraph(bundle, graph, _build()).session(path, make) if cached else make(path)
+        saved = SavedGraph(bundle, graph, _build()) if self.cache and not weights else None
+        session = make(path) if saved is None else saved.session(path, make)
         if self.gpu is None:
-            return OrtNetwork(session, graph, self.threads)
+            return OrtNetwork(session, graph, self.threads, usual=usual_area(bundle.spec, network))
         return OrtDeviceNetwork(session, graph, self.gpu, self.device)
 
     def session(
@@ -224,12 +224,14 @@ class OrtNetwork:
         session: an `onnxruntime.InferenceSession` of the graph.
         graph: its signature.
         threads: the session's, over which the entries of a batch are spread.
+        usual: height times width of the model's own inputs; calls with more than twice that keep no memory after them.
     """
 
-    def __init__(self, session: Any, graph: GraphSpec, threads: int = 1) -> None:
+    def __init__(self, session: Any, graph: GraphSpec, threads: int = 1, *, usual: float = math.inf) -> None:
         self._session = session
         self.graph = graph
         self._threads = threads
+        self._most_kept = 2 * usual
         self._batch = spread.batch_of(graph)
         self._outputs = [tensor.name for tensor in graph.outputs]
 
@@ -241,10 +243,14 @@ class OrtNetwork:
         """
         sizes = check_feeds(self.graph, feeds)
         parts = spread.parts_of(sizes[self._batch], self._threads) if self._batch else 1
+        large = sizes.get("height", 1) * sizes.get("width", 1) > self._most_kept
         try:
-            results = spread.run(self._session, self._outputs, feeds, parts)
+            results = spread.run(self._session, self._outputs, feeds, parts, _shrinking() if large else None)
         except Exception as error:
             raise _failed(self.graph.path, error) from error
+        finally:
+            if large:
+                give_back()
         return dict(zip(self._outputs, results, strict=True))
 
     def close(self) -> None:
@@ -312,23 +318,17 @@ class OrtBound:
         self._session = self._binding = None
 
 
+def _shrinking() -> Any:
+    """Return the options of a call whose memory is given back: the CPU's arena keeps it for good otherwise."""
+    options = load_onnxruntime().RunOptions()
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    return options
+
+
 def _build() -> str:
     """Return what tells one build of ONNX Runtime from others."""
     ort = load_onnxruntime()
     return f"{ort.__version__} {ort.get_build_info()}"
-
-
-def return_freed_pages() -> None:
-    """Have glibc return blocks of 64 KiB and more to the system when they are freed; it holds for the whole process.
-
-    While a session is made, ONNX Runtime frees about as much as it keeps (half-precision weights that it has widened,
-    weights that it has repacked); glibc would hold on to it, a sixth of the embedded model's peak memory. The price is
-    page faults for every large temporary array.
-    """
-    mmap_threshold = -3  # M_MMAP_THRESHOLD of mallopt(3)
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(mmap_threshold, 64 * 1024)
 
 
 def _failed(path: str, error: Exception) -> NetworkError:

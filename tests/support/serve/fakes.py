@@ -31,6 +31,7 @@ from latentrt.serve.core.curve import Curve
 from latentrt.serve.core.handle import Handle, Stage
 from latentrt.serve.core.observer import Observer
 from latentrt.serve.core.queue import Limits
+from latentrt.serve.core.rules.budget import Budget
 from latentrt.serve.core.scheduler import Scheduler
 from latentrt.serve.http.app import create_app
 from latentrt.serve.http.catalog import Catalog
@@ -87,13 +88,16 @@ class FakeScheduler(Scheduler):
         return self.forced or super().state
 
     def fill(self) -> FakeScheduler:
-        """Take all places of the queue, until `empty`."""
-        self.filling = Handle(Request(prompt="", count=self.places), SHAPE, 1)
-        super().reserve(self.filling)
+        """Take all places of the queue, and those for clients that have none in it, until `empty`."""
+        counts = {"one": self.places, "other": -(-self.places // 4)}
+        self.filling = [Handle(Request(prompt="", count=n), SHAPE, 1, owner=owner) for owner, n in counts.items()]
+        for handle in self.filling:
+            super().reserve(handle)
         return self
 
     def empty(self) -> None:
-        super().release(self.filling)
+        for handle in self.filling:
+            super().release(handle)
 
     def reserve(self, handle: Handle) -> None:
         self.seen.append(handle)
@@ -153,9 +157,15 @@ def picture(handle: Handle, index: int) -> Picture:
     return Picture.of(np.ascontiguousarray(pixels), {**settings, "guidance": request.guidance})
 
 
-def catalog_of(model: Model = EMOJI, *, profiles: Sequence[Profile] | None = None, **settings: Any) -> Catalog:
+def catalog_of(
+    model: Model = EMOJI,
+    *,
+    profiles: Sequence[Profile] | None = None,
+    budget: Budget | None = None,
+    **settings: Any,
+) -> Catalog:
     """A model's, under these settings, with plans for these sizes."""
-    return Catalog(model, profiles, Settings(**{"log_format": "json", **settings}))
+    return Catalog(model, profiles, Settings(**{"log_format": "json", **settings}), budget=budget)
 
 
 def app_of(scheduler: FakeScheduler, /, model: Model = EMOJI, **settings: Any) -> Any:

@@ -32,6 +32,12 @@ class QueueFull(ServiceError):
     code = "queue_full"
 
 
+class QuotaExceeded(ServiceError):
+    """The request's key has as many pictures waiting and running as it may have."""
+
+    code = "quota_exceeded"
+
+
 class DeadlineUnreachable(ServiceError):
     """By what was measured, the pictures cannot be done in time."""
 

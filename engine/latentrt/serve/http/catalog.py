@@ -15,6 +15,7 @@ from latentrt.runtime.tensorrt.record import Profile
 from latentrt.sampling.schedule import Schedule
 from latentrt.sampling.solvers import ALIASES, solvers_of
 from latentrt.sampling.table import Table, tabulate
+from latentrt.serve.core.rules.budget import Budget
 from latentrt.serve.http.errors import Problem
 from latentrt.serve.http.sizes import Size, Sizes
 from latentrt.serve.process.config import Settings
@@ -31,6 +32,7 @@ class Catalog:
         profiles: the sizes of latents ("height", "width") that plans draw; None: all.
         settings: what this server allows.
         refiner: the name of the engine's refiner, if it has one.
+        budget: says which sizes fit into memory; None: all.
 
     Attributes:
         sizes: those that are drawn.
@@ -50,7 +52,13 @@ class Catalog:
     """
 
     def __init__(
-        self, model: Model, profiles: Sequence[Profile] | None, settings: Settings, *, refiner: str | None = None
+        self,
+        model: Model,
+        profiles: Sequence[Profile] | None,
+        settings: Settings,
+        *,
+        refiner: str | None = None,
+        budget: Budget | None = None,
     ) -> None:
         self._model, self.settings = model, settings
         self.name = settings.model_name or model.networks.bundle.base.spec.id
@@ -66,7 +74,7 @@ class Catalog:
             raise RequestError(found, needed="edits", fix=fix)
         self.latents = model.spec.latents
         self.enlarges = model.enlarges
-        self.sizes = Sizes(self.latents, profiles, settings, enlarges=self.enlarges)
+        self.sizes = Sizes(self.latents, profiles, settings, enlarges=self.enlarges, budget=budget)
         self.solvers = _solver_names(model.schedule)
         solver = self.solver(settings.scheduler) if settings.scheduler else None
         self.defaults = model.filled(Request(steps=settings.steps, guidance=settings.guidance, solver=solver))

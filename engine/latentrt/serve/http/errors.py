@@ -81,6 +81,7 @@ STORAGE = "insufficient_storage"  # as WebDAV calls it
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 _STATUS = {  # of the service's own errors, by their code
     "queue_full": 429,
+    "quota_exceeded": 429,
     "deadline_unreachable": 429,
     "not_ready": 503,
     "draining": 503,
@@ -92,7 +93,7 @@ _STATUS = {  # of the service's own errors, by their code
 _NO_RETRY = {409, 504}
 _OF_STATUS = {404: "not_found", 405: "method_not_allowed", 408: "body_timeout", 413: "body_too_large"}
 _MEANING = {
-    400: "invalid_value, unsupported_size or image_decode_failed; `param` names the field",
+    400: "invalid_value, unsupported_size, beyond_memory or image_decode_failed; `param` names the field",
     401: "invalid_api_key",
     404: "model_not_found, or not_found",
     408: "body_timeout",
@@ -100,7 +101,7 @@ _MEANING = {
     413: "body_too_large or image_too_large",
     415: "unsupported_media_type",
     422: "invalid_value: the body does not fit its description",
-    429: "queue_full or deadline_unreachable; see Retry-After",
+    429: "queue_full, quota_exceeded or deadline_unreachable; see Retry-After",
     500: "engine_error",
     503: "not_ready or draining, see Retry-After; or insufficient_storage",
     504: "queue_timeout or run_timeout",

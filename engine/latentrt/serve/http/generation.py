@@ -81,7 +81,7 @@ async def generating(
     if context.settings.log_prompts:
         facts["prompt"] = request.prompt
     shape, deadline = catalog.latents.shape_of(final[1], final[0]), time.monotonic() + timeout
-    handle = Handle(request, shape, rows, previews, deadline, facts["id"], facts["owner"], api, task)
+    handle = Handle(request, shape, rows, previews, deadline, facts["id"], facts["owner"], api, task, facts["terms"])
     handle.lanes = catalog.lanes(request)
     context.scheduler.reserve(handle)
     try:

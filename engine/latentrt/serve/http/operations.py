@@ -113,9 +113,10 @@ async def model(context: Served) -> dict[str, Any]:
         "sizes": [f"{width}x{height}" for width, height in catalog.sizes.listed],
         "step": catalog.latents.step,
         "limits": {
-            name: getattr(settings, name) for name in ("max_side", "max_pixels", "max_prompt", "max_image_bytes")
-        }
-        | {
+            "max_side": catalog.sizes.most_side,
+            "max_pixels": catalog.sizes.most_pixels,
+            "max_prompt": settings.max_prompt,
+            "max_image_bytes": settings.max_image_bytes,
             "max_n": settings.most_pictures,
             "max_steps": catalog.max_steps,
             "max_noise_level": catalog.max_noise_level,

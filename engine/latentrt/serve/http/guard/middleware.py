@@ -17,6 +17,7 @@ from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from latentrt.serve.core.rules.terms import Terms
 from latentrt.serve.core.scheduler import Scheduler
 from latentrt.serve.http.errors import Answer, Problem, answer_to, too_large
 from latentrt.serve.http.guard.origins import foreign
@@ -89,7 +90,8 @@ class Guard:
             return too_large(most)
         if scope["method"] != "POST" or path not in BODIES:
             return None
-        refused = (self._scheduler.full() if path in DRAWING else None) or _wrong_media(headers, BODIES[path])
+        owner = exchange.facts["owner"]
+        refused = (self._scheduler.full(owner) if path in DRAWING else None) or _wrong_media(headers, BODIES[path])
         return None if refused is None else answer_to(refused)
 
     def _stranger(self, scope: Scope, exchange: _Exchange) -> Answer | None:
@@ -105,7 +107,7 @@ class Guard:
         if owner is None:
             message = "a key is needed: send it as `Authorization: Bearer KEY`"
             return Answer(401, "invalid_api_key", message, None, {"www-authenticate": "Bearer"})
-        exchange.facts["owner"] = owner
+        exchange.facts |= {"owner": owner, "terms": self._keys.terms(owner)}
         return None
 
     def _report(self, scope: Scope, exchange: _Exchange) -> None:
@@ -116,7 +118,7 @@ class Guard:
         seconds = time.monotonic() - exchange.began
         if route not in QUIET:
             self._metrics.ended_request(route, outcome, status, seconds if "n" in facts and outcome == "ok" else None)
-        told = {key: value for key, value in facts.items() if key not in ("owner", "outcome")}
+        told = {key: value for key, value in facts.items() if key not in ("owner", "terms", "outcome")}
         write = logger().debug if route in QUIET else logger().info
         line = {"method": scope["method"], "route": route, "status": status, "outcome": outcome}
         write("request", **line, seconds=round(seconds, 4), **told)
@@ -139,7 +141,7 @@ class _Exchange:
         self.headers = Headers(scope=scope)
         given = self.headers.get("x-request-id", "")
         id = given if _ID.fullmatch(given) else f"req_{random.getrandbits(96):024x}"
-        self.facts: dict[str, Any] = {"id": id, "owner": ""}
+        self.facts: dict[str, Any] = {"id": id, "owner": "", "terms": Terms()}
         self.status: int | None = None
         self.gone = self._closed = self._body_read = self._left_unread = False
         scope.setdefault("state", {})["facts"] = self.facts
