@@ -27,9 +27,10 @@ from benchmarks.measures import Spread
 from benchmarks.timing import paired
 from latentrt.adapters.mixed import DOWN, UP
 from latentrt.bundle.bundle import EMBEDDED, Bundle
-from latentrt.bundle.spec import ADAPTED, CONDITIONER, FP32, LORA
+from latentrt.bundle.spec import CONDITIONER, LORA
 from latentrt.bundle.tensors import header_of
 from latentrt.engine import Engine
+from latentrt.model.conditioners.adapters import adapted
 from latentrt.run.job import Job
 from latentrt.runtime.base import Network
 from latentrt.runtime.onnxruntime import OrtBackend
@@ -69,10 +70,7 @@ def main() -> None:
 def calls(root: Path, threads: int, repeats: int) -> None:
     """Print the time of a denoiser's call with LoRAs, of that of the plain one, by rank and lanes."""
     bundle, backend = Bundle.open(root, check_hashes=False), OrtBackend(threads=threads)
-    networks: list[Network] = []
-    for variant in (FP32, f"{FP32}{ADAPTED}"):
-        backend.variants = (variant,)
-        networks.append(backend.load(bundle, bundle.spec.denoiser))
+    networks = [backend.load(one, bundle.spec.denoiser) for one in (bundle, adapted(bundle))]
     print("| rank | lanes | a plain call, ms | with LoRAs, of a plain call |\n| ---: | ---: | ---: | --- |")
     for rank in RANKS:
         for lanes in LANES:

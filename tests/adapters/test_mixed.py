@@ -190,9 +190,9 @@ def test_files_come_and_go_and_are_dropped(taking: Exported, library: Library, t
 
 def test_beside_a_merged_one(engine: Engine, library: Library) -> None:
     before, folder = drawn(engine, lora={"a": 0.5}), library("sd")
-    engine.set_lora({folder / "b.safetensors": 0.3})
+    engine.set_lora({folder / "b.safetensors": 1.0})
     both = drawn(engine, lora={"a": 0.5})
-    engine.set_lora({folder / "b.safetensors": 0.3, folder / "a.safetensors": 0.5})
+    engine.set_lora({folder / "b.safetensors": 1.0, folder / "a.safetensors": 0.5})
     assert psnr(both, drawn(engine)) > 60
     assert psnr(both, before) < 40
     engine.set_lora()

@@ -11,8 +11,11 @@ import pytest
 from numpy.typing import NDArray
 
 from latentrt.bundle.bundle import Bundle
-from latentrt.bundle.spec import ADAPTED, LORA, GraphSpec
+from latentrt.bundle.spec import LORA, GraphSpec
 from latentrt.errors import ExportError
+from latentrt.model.conditioners.adapters import adapted
+from latentrt.model.control import controlled
+from latentrt.runtime.base import Network
 from latentrt.runtime.onnxruntime import OrtBackend
 from latentrt.runtime.signature import shape_of
 from latentrt_export.merge_bundle import merge_bundle
@@ -47,28 +50,29 @@ def without(feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     return {name: np.zeros_like(array) if name.startswith(LORA) else array for name, array in feeds.items()}
 
 
+def check(plain: Network, ours: Network) -> int:
+    """Compare a network that takes LoRAs with its plain one; return how many modules it adapts."""
+    feeds = feeds_of(ours.graph)
+    own = {tensor.name for tensor in plain.graph.inputs}
+    expected = plain({key: array for key, array in feeds.items() if key in own})
+    found, changed = ours(without(feeds)), ours(feeds)
+    alone = ours({key: array[1:2] for key, array in feeds.items()})
+    for key, array in expected.items():
+        np.testing.assert_array_equal(found[key], array, err_msg=f"{ours.graph.path} {key}")
+        np.testing.assert_array_equal(alone[key][0], changed[key][1], err_msg=f"{ours.graph.path} {key}")
+    assert all(not np.allclose(changed[key], expected[key], atol=1e-3) for key in FIRST & set(expected))
+    return sum(key.startswith(LORA) for key in feeds) // 2
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_zeros_are_exact_and_lanes_are_alone(taking: Exported, family: str) -> None:
     bundle = Bundle.open(taking(family)[1])
-    backend, taken = OrtBackend(threads=1), {}
-    for name, network in bundle.spec.networks.items():
-        if not any(key.endswith(ADAPTED) for key in network.variants):
-            continue
-        for variant in ("fp32", "fp32+control", "fp16") if network.role == "denoiser" else ("fp32",):
-            backend.variants = (variant,)
-            plain = backend.load(bundle, name)
-            backend.variants = (f"{variant}{ADAPTED}",)
-            ours = backend.load(bundle, name)
-            feeds = feeds_of(ours.graph)
-            taken[name] = sum(key.startswith(LORA) for key in feeds) // 2
-            own = {tensor.name for tensor in plain.graph.inputs}
-            expected = plain({key: array for key, array in feeds.items() if key in own})
-            found, changed = ours(without(feeds)), ours(feeds)
-            alone = ours({key: array[1:2] for key, array in feeds.items()})
-            for key, array in expected.items():
-                np.testing.assert_array_equal(found[key], array, err_msg=f"{name} {variant} {key}")
-                np.testing.assert_array_equal(alone[key][0], changed[key][1], err_msg=f"{name} {variant} {key}")
-            assert all(not np.allclose(changed[key], expected[key], atol=1e-3) for key in FIRST & set(expected))
+    taken: dict[str, int] = {}
+    for precision, residuals in (("fp32", False), ("fp32", True), ("fp16", False)):
+        backend = OrtBackend(threads=1, precision=precision)
+        plain, ours = (controlled(one) if residuals else one for one in (bundle, adapted(bundle)))
+        for name in FAMILIES[family] if precision == "fp32" and not residuals else ("unet",):
+            taken[name] = check(backend.load(plain, name), backend.load(ours, name))
     assert taken == FAMILIES[family]
 
 

@@ -51,8 +51,7 @@ class Model:
         spec: the model as the manifest describes it.
         schedule: the noise that it was trained with.
         networks: by name, each loaded when it is needed.
-        codec: pixels to what is denoised, and back.
-        preview: decodes previews.
+        codec, preview: pixels to what is denoised and back; the codec that decodes previews.
         tiles: how larger latents are cut for the codec; None: they are not.
         predictor, hoisted: the networks that a row calls, and those that compute some of their inputs once a picture.
         conditioners: fill their inputs and the predictor's others.
@@ -67,8 +66,7 @@ class Model:
 
     Raises:
         BundleError: the bundle has no denoiser, or no conditioner fills one of its inputs.
-        RequestError: a VAE, the tiles or a ControlNet do not fit the model, or its networks take no LoRAs.
-        BackendError: the backend runs no ControlNets, or no LoRAs of each request.
+        RequestError, BackendError: a VAE, tiles, a ControlNet or LoRAs do not fit the model, or the backend.
     """
 
     def __init__(
@@ -113,7 +111,7 @@ class Model:
             self.text.forget()
 
     def _load(self) -> None:
-        """Load what every picture needs; others are loaded with the first picture that needs them."""
+        """Load what every picture needs; the others are loaded with the first picture that needs them."""
         for role in ROLES:
             for name in self.spec.named(role) if role not in (ENCODER, SHALLOW) else ():
                 self.networks[name].open()
