@@ -53,7 +53,7 @@ from latentrt_export.graphs.text_inputs import add_text_inputs
 from latentrt_export.graphs.weights import share_weights
 from latentrt_export.int8 import add_int8
 from latentrt_export.place import place
-from latentrt_export.variants import add_control, add_cpu, add_half
+from latentrt_export.variants import add_adapters, add_control, add_cpu, add_half
 
 NOT_EXPORTED = ("safety_checker", "feature_extractor", "image_encoder", "depth_estimator", "watermarker")
 GRAPH_ROOM = 4 * 2**20  # bytes per network for its graph, when free space is checked
@@ -135,7 +135,7 @@ def export_bundle(
     """
     with _opened(source, revision, variant, choices) as checkpoint:
         how = made(checkpoint, variant, choices)
-        return _export(checkpoint, Path(target), how, progress, overwrite, golden, int8)
+        return _export(checkpoint, Path(target), how, progress, overwrite, golden, int8, choices.adapters)
 
 
 def _export(
@@ -146,6 +146,7 @@ def _export(
     overwrite: bool,
     golden: Measure | None,
     int8: bool,
+    adapters: bool,
 ) -> Summary:
     names = networks_of(checkpoint)
     parts = ("copy", *names, "half precision", "manifest")
@@ -171,6 +172,7 @@ def _export(
             spec, remarks = checked(root, spec, (add_half, add_cpu))
         else:
             spec = add_control(root, add_cpu(root, add_half(root, spec)))
+            spec = add_adapters(root, spec) if adapters else spec
         if int8:
             spec, note = add_int8(root, spec)
             remarks = (*remarks, note)

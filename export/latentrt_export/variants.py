@@ -1,4 +1,4 @@
-"""The graphs beside a network's float32 one: half precision, forms for one provider of ONNX Runtime, residuals."""
+"""The graphs beside a network's float32 one: half precision, ONNX Runtime on one device, with residuals or LoRAs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from latentrt.bundle.spec import (
+    ADAPTED,
     CONDITIONER,
     CONTROLLED,
     DENOISER,
@@ -17,9 +18,11 @@ from latentrt.bundle.spec import (
     FP16_ORT_CUDA,
     FP32,
     FP32_ORT_CPU,
+    TEXT_ENCODER,
     Islands,
     ModelSpec,
     NetworkSpec,
+    TensorSpec,
     Variant,
 )
 from latentrt.errors import ExportError
@@ -28,6 +31,7 @@ from latentrt_export.describe import signature
 from latentrt_export.graphs.cpu_graph import cpu_path, for_cpu
 from latentrt_export.graphs.cuda_graph import cuda_path, for_cuda
 from latentrt_export.graphs.half import half_path, to_half
+from latentrt_export.graphs.parts.adapters import adapted_path, read_adapters
 from latentrt_export.graphs.parts.control import adapted_skips, control_path, name_sides, read_residuals
 from latentrt_export.graphs.ranges import measure_networks, overflowing, too_large
 
@@ -99,6 +103,40 @@ def add_cpu(root: Path, spec: ModelSpec) -> ModelSpec:
         return spec
     variants = {**network.variants, FP32_ORT_CPU: save_variant(root, cpu_path(path), model, network)}
     return replace(spec, networks={**spec.networks, spec.denoiser: replace(network, variants=variants)})
+
+
+def add_adapters(root: Path, spec: ModelSpec) -> ModelSpec:
+    """Write the graphs that LoRAs change again, so that they take LoRAs of each lane (`graphs.parts.adapters`).
+
+    Raises:
+        ExportError: there is nothing that a LoRA could change.
+    """
+    networks = dict(spec.networks)
+    for role in (TEXT_ENCODER, CONDITIONER, DENOISER):
+        for name in spec.named(role):
+            own = {key: one for key, one in spec.networks[name].variants.items() if not key.endswith(ADAPTED)}
+            plain = {key: one for key, one in own.items() if key.removesuffix(CONTROLLED) in (FP32, FP32_ORT_CPU, FP16)}
+            taken = {f"{key}{ADAPTED}": _adapted(root, one) for key, one in plain.items()}
+            networks[name] = replace(
+                spec.networks[name], variants=own | {key: one for key, one in taken.items() if one is not None}
+            )
+    if not any(key.endswith(ADAPTED) for one in networks.values() for key in one.variants):
+        found = f"{spec.id} has no products with weights in files that LoRAs could change"
+        raise ExportError(found, needed="a bundle that was exported from a checkpoint")
+    return replace(spec, networks=networks)
+
+
+def _adapted(root: Path, known: Variant) -> Variant | None:
+    """Write a graph with LoRAs as inputs; None where it takes none."""
+    model = ir.load(root / known.path)
+    given = signature(read_adapters(model))
+    if not given:
+        return None
+    path = adapted_path(known.path)
+    ir.save(model, root / path)
+    inputs = (*known.inputs, *(TensorSpec(each.name, "float32", each.shape) for each in given))
+    dtypes = {**known.dtypes, **{each.name: each.dtype for each in given if each.dtype != "float32"}}
+    return replace(known, path=path, nodes=len(model.graph), dtypes=dtypes, inputs=inputs)
 
 
 def save_variant(root: Path, path: str, model: ir.Model, network: NetworkSpec) -> Variant:

@@ -17,6 +17,8 @@ MODEL, CONTROLNET, T2I_ADAPTER = KINDS
 ADD_ONS = {CONTROLNET: "ControlNet", T2I_ADAPTER: "T2I-Adapter"}  # as people name them
 FP32, FP32_ORT_CPU = "fp32", "fp32-ort-cpu"  # variants that export writes; all but the first are optional
 FP16, FP16_ORT_CUDA = "fp16", "fp16-ort-cuda"
+ADAPTED = "+lora"  # ends the names of variants that take LoRAs of each lane too
+LORA = "lora."  # begins the names of these inputs: lora.MODULE.down (in, rank) and lora.MODULE.up (rank, out)
 CONTROLLED = "+control"  # ends the names of the denoiser's variants that read residuals too
 RESIDUAL = "residual_"  # begins the names of these: residual_0, residual_1, ..., residual_mid
 ADAPTER = "adapter_"  # and of a T2I-Adapter's: adapter_0, adapter_1, ...
@@ -105,7 +107,7 @@ class NetworkSpec:
         role: one of ROLES.
         inputs, outputs: the signature of its float32 graph.
         variants: graphs by name: "fp32", "fp32-ort-cpu", "fp16", "fp16-ort-cuda", "int8-ort-cpu". A runtime says which
-            it runs. Those of a denoiser may be there again with "+control": see `controlled`.
+            it runs. They may be there again with "+lora" or, a denoiser's, "+control": see `adapted`, `controlled`.
         tokenizer: the folder of a text encoder's tokenizer.
     """
 
@@ -123,6 +125,18 @@ class NetworkSpec:
             for tensors in ((*self.inputs, *variant.inputs), self.outputs)
         )
         return GraphSpec(variant.path, variant.opset, variant.nodes, inputs, outputs)
+
+    def adapted(self) -> NetworkSpec:
+        """Return the network whose graphs take LoRAs of each lane as well; itself where it has no such graphs."""
+        ends = {name: one for name, one in self.variants.items() if name.endswith(ADAPTED)}
+        if not ends:
+            return self
+        taken = tuple(tensor for tensor in next(iter(ends.values())).inputs if tensor.name.startswith(LORA))
+        variants = {
+            name.removesuffix(ADAPTED): replace(one, inputs=tuple(t for t in one.inputs if t not in taken))
+            for name, one in ends.items()
+        }
+        return replace(self, inputs=(*self.inputs, *taken), variants=variants)
 
     def controlled(self) -> NetworkSpec | None:
         """Return the network that reads residuals of ControlNets and T2I-Adapters; None where it has no such graphs."""

@@ -79,6 +79,28 @@ def decodes_pictures(verb: Verb) -> Verb:
     return verb
 
 
+ADAPTERS = ("lora_rank", "lora_dir", "lora_name")  # options of `names_loras`
+
+
+def names_loras(verb: Verb) -> Verb:
+    """Add the options of LoRAs that pictures name."""
+    for option in (
+        click.option(
+            "--lora-rank", type=AT_LEAST_ONE, help="Largest rank of a picture's LoRAs together  [default: 64]"
+        ),
+        click.option("--lora-dir", type=FOLDER, help="Folder of LoRAs that --lora-name, and prompts, may name."),
+        click.option(
+            "--lora-name",
+            multiple=True,
+            metavar="NAME[:STRENGTH[:TEXT]]",
+            help="LoRA of --lora-dir, and how much of it: 0.8, or 0.8:0.5 of the UNet and of the text encoders; "
+            "repeatable.",
+        ),
+    ):
+        verb = option(verb)
+    return verb
+
+
 def controls_pictures(verb: Verb) -> Verb:
     """Add the options of ControlNets."""
     for option in (

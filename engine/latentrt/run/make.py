@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 
 from latentrt.errors import RequestError
 from latentrt.images.given import hint_size
+from latentrt.model.conditioners.adapters import lora_facts
 from latentrt.model.given import Given
 from latentrt.model.model import Model
-from latentrt.request import Request, facts_of
+from latentrt.request import Request
+from latentrt.run.facts import facts_of
 from latentrt.run.job import Job
 from latentrt.run.stages import later_stages, table_of
 from latentrt.sampling.noise import NoiseSource, TorchCudaNoise, noise_source
@@ -57,7 +59,7 @@ def make_jobs(
     final = model.spec.latents.enlarged(*size, request.hires_scale or 1.0)
     height, width = model.spec.latents.shape_of(*final)[1:]
     model.check_tiles(height, width)
-    facts = {**model.facts(height, width), **(given.facts if given else {})}
+    facts = {**model.facts(height, width), **(given.facts if given else {}), **lora_facts(request, model.adapters)}
     jobs = []
     for index in range(first, first + request.count):
         seed = request.seed + index
