@@ -49,7 +49,7 @@ def test_it_draws_what_the_engine_draws_and_drains() -> None:
             events = list(client.images.generate(prompt="a red apple", stream=True, partial_images=1, extra_body=body))
         drawing = threading.Thread(target=draw, args=(one, {"prompt": "a", "num_inference_steps": 60}, codes := []))
         drawing.start()
-        while 'latentrt:num_requests_running{model_name="emoji"} 1.0' not in get(f"{one.url}/metrics").text:
+        while 'latentrt_num_requests_running{model_name="emoji"} 1.0' not in get(f"{one.url}/metrics").text:
             time.sleep(0.005)
         one.process.send_signal(signal.SIGTERM)
         while one.answers("/health/ready"):
