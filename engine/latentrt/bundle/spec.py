@@ -17,7 +17,8 @@ MODEL, CONTROLNET, T2I_ADAPTER = KINDS
 ADD_ONS = {CONTROLNET: "ControlNet", T2I_ADAPTER: "T2I-Adapter"}  # as people name them
 FP32, FP32_ORT_CPU = "fp32", "fp32-ort-cpu"  # variants that export writes; all but the first are optional
 FP16, FP16_ORT_CUDA = "fp16", "fp16-ort-cuda"
-CONTROLLED = "+control"  # ends the names of the denoiser's variants that read residuals too
+CONTROLLED = "+control"  # ends the names of the denoiser's variants that read residuals of ControlNets too
+ADAPTED = "+adapter"  # and of those that read features of T2I-Adapters as well
 RESIDUAL = "residual_"  # begins the names of these: residual_0, residual_1, ..., residual_mid
 ADAPTER = "adapter_"  # and of a T2I-Adapter's: adapter_0, adapter_1, ...
 
@@ -104,7 +105,7 @@ class NetworkSpec:
         role: one of ROLES.
         inputs, outputs: the signature of its float32 graph.
         variants: graphs by name: "fp32", "fp32-ort-cpu", "fp16", "fp16-ort-cuda". A runtime says which it runs.
-            Those of a denoiser may be there again with "+control": see `controlled`.
+            Those of a denoiser may be there again with "+control" and "+adapter": see `controlled`.
         tokenizer: the folder of a text encoder's tokenizer.
     """
 
@@ -123,12 +124,12 @@ class NetworkSpec:
         )
         return GraphSpec(variant.path, variant.opset, variant.nodes, inputs, outputs)
 
-    def controlled(self) -> NetworkSpec | None:
-        """Return the network that reads residuals of ControlNets and T2I-Adapters; None where it has no such graphs."""
-        ends = {name: one for name, one in self.variants.items() if name.endswith(CONTROLLED)}
+    def controlled(self, ending: str = CONTROLLED) -> NetworkSpec | None:
+        """Return the network of the variants with an ending, CONTROLLED or ADAPTED; None where it has none."""
+        ends = {name: one for name, one in self.variants.items() if name.endswith(ending)}
         if not ends:
             return None
-        variants = {name.removesuffix(CONTROLLED): replace(one, inputs=()) for name, one in ends.items()}
+        variants = {name.removesuffix(ending): replace(one, inputs=()) for name, one in ends.items()}
         residuals = next(iter(ends.values())).inputs
         return replace(self, inputs=(*self.inputs, *residuals), variants=variants)
 

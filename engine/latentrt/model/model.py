@@ -78,7 +78,7 @@ class Model:
         controls: Mapping[str, Bundle] = NO_CONTROLS,
     ) -> None:
         check_device(backend, controls)
-        bundle = controlled(bundle) if controls else bundle
+        bundle = controlled(bundle, controls.values()) if controls else bundle
         denoiser, schedule = bundle.spec.denoiser, str(bundle.spec.schedule)
         self.spec, self.resident, self._vae = vae.spec(bundle.spec), resident, vae
         self.schedule = Schedule.from_config(bundle.json(schedule), self.spec.corrected(schedule))
