@@ -263,7 +263,7 @@ def _check_fits(name: str, own: ModelSpec, model: ModelSpec, filled: Mapping[str
     latents, needed = own.latents, model.latents
     pairs: list[tuple[str, Any, Any]] = [("latents of the factor", latents.factor, needed.factor)]
     if own.kind == CONTROLNET:
-        pairs += [("latents of as many channels:", latents.channels, needed.channels), ("hints", hints, [HINT])]
+        pairs += [("latents of so many channels:", latents.channels, needed.channels), ("hints", hints, [HINT])]
         expected |= {*OWN}
     pairs += [
         (f"the input {key}", one.shape, filled[key].shape if key in filled else None) for key, one in _read(own).items()
