@@ -92,7 +92,10 @@ def controls_pictures(verb: Verb) -> Verb:
             help="Picture that a --controlnet follows, how strongly, and in which part of the run; repeatable.",
         ),
         click.option(
-            "--controlnet", multiple=True, metavar="NAME=BUNDLE", help="ControlNet or T2I-Adapter, by a name; repeatable."
+            "--controlnet",
+            multiple=True,
+            metavar="NAME=BUNDLE",
+            help="ControlNet or T2I-Adapter, by a name; repeatable.",
         ),
     ):
         verb = option(verb)
