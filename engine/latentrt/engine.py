@@ -130,7 +130,7 @@ class Engine:
             check_hashes: compare every file's SHA-256 with the manifest (sizes are always compared).
             refiner: the bundle of a model that takes over at a request's `handoff`.
             vae, preview_vae: bundles whose VAE takes the place of the model's own, and whose decoder makes previews.
-            control: bundles of ControlNets by the names that calls have for them.
+            control: bundles of ControlNets and T2I-Adapters by the names that calls have for them.
             tile: decode and encode pictures with a longer side in tiles of so many pixels; None: at once.
             lora: LoRAs that are merged into the model's weights in memory, each "FILE", "FILE:0.8" or, of the UNet and
                 of the text encoders, "FILE:0.8:0.5"; or strengths by file. Not with OpenVINO. See `set_lora`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from latentrt.bundle.spec import (
     CONDITIONER,
     CONTROLLED,
     DENOISER,
+    FEATURED,
     FP16,
     FP16_ORT_CUDA,
     FP32,
@@ -37,30 +39,37 @@ from latentrt_export.graphs.ranges import measure_networks, overflowing, too_lar
 
 
 def add_control(root: Path, spec: ModelSpec) -> ModelSpec:
-    """Write the denoiser's graphs again with residuals of ControlNets and T2I-Adapters as inputs.
+    """Write the denoiser's graphs again with residuals of ControlNets as inputs, and with features of T2I-Adapters too.
 
-    Other denoisers than UNets that take them stay as they are.
+    The former compute to the bit what the plain ones do where residuals are zeros; features in the middle of a graph
+    change how runtimes fuse it. Other denoisers than UNets that take them stay as they are.
     """
     if not spec.draws:
         return spec
+    adapted = adapted_skips(read_json(root / spec.denoiser / "config.json"))
+    for ending, skips in ((CONTROLLED, ()), (FEATURED, adapted))[: 1 + bool(adapted)]:
+        spec = _with_residuals(root, spec, ending, skips)
+    return spec
+
+
+def _with_residuals(root: Path, spec: ModelSpec, ending: str, adapted: Sequence[int]) -> ModelSpec:
     network = spec.networks[spec.denoiser]
     variants = dict(network.variants)
-    config = read_json(root / spec.denoiser / "config.json")
     for name, source in ((FP32, FP32), (FP32_ORT_CPU, FP32_ORT_CPU), (FP16, FP16), (FP16_ORT_CUDA, FP16)):
         if name not in network.variants:
             continue
         model, known = ir.load(root / network.variants[source].path), network.variants[name]
-        given = read_residuals(model, adapted_skips(config))
+        given = read_residuals(model, adapted)
         if not given:
             return spec
         if name == FP16_ORT_CUDA:
             for_cuda(model)
         name_sides(given)
-        path = control_path(known.path)
+        path = control_path(known.path, ending)
         ir.save(model, root / path)
         inputs = tuple(replace(each, dtype="float32") for each in signature(given))
         dtypes = {each.name: each.dtype for each in signature(given) if each.dtype != "float32"}
-        variants[name + CONTROLLED] = replace(
+        variants[name + ending] = replace(
             known, path=path, nodes=len(model.graph), dtypes={**known.dtypes, **dtypes}, inputs=inputs
         )
     return replace(spec, networks={**spec.networks, spec.denoiser: replace(network, variants=variants)})
@@ -115,8 +124,8 @@ def add_adapters(root: Path, spec: ModelSpec) -> ModelSpec:
     for role in (TEXT_ENCODER, CONDITIONER, DENOISER):
         for name in spec.named(role):
             own = {key: one for key, one in spec.networks[name].variants.items() if not key.endswith(ADAPTED)}
-            plain = {key: one for key, one in own.items() if key.removesuffix(CONTROLLED) in (FP32, FP32_ORT_CPU, FP16)}
-            taken = {f"{key}{ADAPTED}": _adapted(root, one) for key, one in plain.items()}
+            plain = [key for key in own if key.partition("+")[0] in (FP32, FP32_ORT_CPU, FP16)]
+            taken = {f"{key}{ADAPTED}": _adapted(root, own[key]) for key in plain}
             networks[name] = replace(
                 spec.networks[name], variants=own | {key: one for key, one in taken.items() if one is not None}
             )

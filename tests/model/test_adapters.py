@@ -16,10 +16,10 @@ from PIL import Image
 
 from latentrt import Control, Engine
 from latentrt.bundle.bundle import Bundle
+from latentrt.bundle.spec import NetworkSpec
 from latentrt.errors import BundleError, RequestError
 from latentrt.run.job import Job
 from latentrt.runtime.onnxruntime import OrtBackend
-from latentrt_export import variants
 from latentrt_export.checkpoint.source import open_checkpoint
 from latentrt_export.graphs.to_onnx import quiet
 from latentrt_export.verify.checks import difference, psnr
@@ -182,39 +182,24 @@ def test_what_a_request_cannot_ask(opened: Callable[[str], Engine]) -> None:
             opened("sd")("a cat", steps=2, width=24, height=16, control=control)
 
 
-def test_a_bundle_of_before_takes_controlnets_alone(
-    opened: Callable[[str], Engine], exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its UNet reads residuals, and no features of adapters."""
-    bundle = exported("sd")[1]
-    for path in (one for one in bundle.rglob("*") if one.is_file()):
-        (tmp_path / path.relative_to(bundle)).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path.relative_to(bundle)).hardlink_to(path)
-    for path in (tmp_path / "unet").glob("*.control.onnx"):
-        path.unlink()
-    monkeypatch.setattr(variants, "adapted_skips", lambda config: ())
-    known = Bundle.open(bundle, check_hashes=False)
-    old = replace(known, root=tmp_path, spec=variants.add_control(tmp_path, known.spec))
-    edges = {"edges": Bundle.open(add_on(exported, "edges"))}
-    request: dict[str, Any] = {**SETTINGS, "control": {"edges": HINTS["edges"]}}
-    with Engine(old, OrtBackend(threads=1), controls=edges) as engine:
-        found, expected = (np.asarray(one("a cat", **request)[0]) for one in (engine, opened("sd")))
-    assert psnr(found, expected) > PSNR_BOUND
-    adapter = {"colour": Bundle.open(add_on(exported, "colour"))}
-    with pytest.raises(BundleError, match=r"reads no features of T2I-Adapters.*export the checkpoint"):
-        Engine(old, OrtBackend(threads=1), controls=adapter)
-
-
 def test_what_cannot_be_loaded(exported: Exported) -> None:
-    """An adapter alone; one whose features are for other blocks."""
-    adapter = add_on(exported, "colour")
+    """A base of an earlier version; an adapter alone; one whose features are for other blocks."""
+    base, adapter = Bundle.open(exported("sd")[1]), Bundle.open(add_on(exported, "colour"))
+    load = functools.partial(Engine, backend=OrtBackend(threads=1))
+    unet = base.spec.networks["unet"]
+    variants = {name: one for name, one in unet.variants.items() if not name.endswith("+adapter")}
+    old = with_network(base, "unet", replace(unet, variants=variants))
+    with pytest.raises(BundleError, match=r"sd reads no features of T2I-Adapters.*export the checkpoint again"):
+        load(old, controls={"colour": adapter})
+    load(old, controls={"edges": Bundle.open(add_on(exported, "edges"))}).close()
     with pytest.raises(BundleError, match="it is a T2I-Adapter"):
-        Engine.load(adapter)
-    other = Bundle.open(adapter)
-    networks = dict(other.spec.networks)
-    body = networks["t2i_adapter_scaled"]
+        load(adapter)
+    body = adapter.spec.networks["t2i_adapter_scaled"]
     outputs = tuple(replace(one, shape=("batch", 8, *one.shape[2:])) for one in body.outputs)
-    networks["t2i_adapter_scaled"] = replace(body, outputs=outputs)
-    wrong = replace(other, spec=replace(other.spec, networks=networks))
+    wrong = with_network(adapter, "t2i_adapter_scaled", replace(body, outputs=outputs))
     with pytest.raises(RequestError, match=r"the T2I-Adapter adapter-colour has residuals \(2 and 3\): adapter_0"):
-        Engine(Bundle.open(exported("sd")[1]), OrtBackend(threads=1), controls={"colour": wrong})
+        load(base, controls={"colour": wrong})
+
+
+def with_network(bundle: Bundle, name: str, network: NetworkSpec) -> Bundle:
+    return replace(bundle, spec=replace(bundle.spec, networks={**bundle.spec.networks, name: network}))

@@ -19,7 +19,8 @@ FP32, FP32_ORT_CPU = "fp32", "fp32-ort-cpu"  # variants that export writes; all 
 FP16, FP16_ORT_CUDA = "fp16", "fp16-ort-cuda"
 ADAPTED = "+lora"  # ends the names of variants that take LoRAs of each lane too
 LORA = "lora."  # begins the names of these inputs: lora.MODULE.down (in, rank) and lora.MODULE.up (rank, out)
-CONTROLLED = "+control"  # ends the names of the denoiser's variants that read residuals too
+CONTROLLED = "+control"  # ends the names of the denoiser's variants that read residuals of ControlNets too
+FEATURED = "+adapter"  # and of those that read features of T2I-Adapters as well
 RESIDUAL = "residual_"  # begins the names of these: residual_0, residual_1, ..., residual_mid
 ADAPTER = "adapter_"  # and of a T2I-Adapter's: adapter_0, adapter_1, ...
 INT8, INT8_ORT_CPU = "int8", "int8-ort-cpu"  # a precision, and the graph that a denoiser has for it
@@ -107,7 +108,8 @@ class NetworkSpec:
         role: one of ROLES.
         inputs, outputs: the signature of its float32 graph.
         variants: graphs by name: "fp32", "fp32-ort-cpu", "fp16", "fp16-ort-cuda", "int8-ort-cpu". A runtime says which
-            it runs. They may be there again with "+lora" or, a denoiser's, "+control": see `adapted`, `controlled`.
+            it runs. They may be there again with "+lora" or, a denoiser's, "+control" and "+adapter": see `adapted`,
+            `controlled`.
         tokenizer: the folder of a text encoder's tokenizer.
     """
 
@@ -138,12 +140,12 @@ class NetworkSpec:
         }
         return replace(self, inputs=(*self.inputs, *taken), variants=variants)
 
-    def controlled(self) -> NetworkSpec | None:
-        """Return the network that reads residuals of ControlNets and T2I-Adapters; None where it has no such graphs."""
-        ends = {name: one for name, one in self.variants.items() if name.endswith(CONTROLLED)}
+    def controlled(self, ending: str = CONTROLLED) -> NetworkSpec | None:
+        """Return the network of the variants with an ending, CONTROLLED or FEATURED; None where it has none."""
+        ends = {name: one for name, one in self.variants.items() if name.endswith(ending)}
         if not ends:
             return None
-        variants = {name.removesuffix(CONTROLLED): replace(one, inputs=()) for name, one in ends.items()}
+        variants = {name.removesuffix(ending): replace(one, inputs=()) for name, one in ends.items()}
         residuals = next(iter(ends.values())).inputs
         return replace(self, inputs=(*self.inputs, *residuals), variants=variants)
 

@@ -102,7 +102,7 @@ def names_loras(verb: Verb) -> Verb:
 
 
 def controls_pictures(verb: Verb) -> Verb:
-    """Add the options of ControlNets."""
+    """Add the options of ControlNets and T2I-Adapters."""
     for option in (
         click.option(
             "--guess", is_flag=True, help="Every --control acts on the lane with the prompt alone: guess mode."
@@ -114,7 +114,10 @@ def controls_pictures(verb: Verb) -> Verb:
             help="Picture that a --controlnet follows, how strongly, and in which part of the run; repeatable.",
         ),
         click.option(
-            "--controlnet", multiple=True, metavar="NAME=BUNDLE", help="ControlNet, by a name for it; repeatable."
+            "--controlnet",
+            multiple=True,
+            metavar="NAME=BUNDLE",
+            help="ControlNet or T2I-Adapter, by a name; repeatable.",
         ),
     ):
         verb = option(verb)

@@ -26,7 +26,9 @@ from latentrt.bundle.spec import (
     ADD_ONS,
     CONDITIONER,
     CONTROL,
+    CONTROLLED,
     CONTROLNET,
+    FEATURED,
     HINT,
     RESIDUAL,
     T2I_ADAPTER,
@@ -188,17 +190,19 @@ def controlnets_of(typed: Iterable[str]) -> dict[str, Path]:
     return {name: Path(text) for name, text in named(typed, "--controlnet", "NAME=BUNDLE, as in edges=canny/").items()}
 
 
-def controlled(bundle: Bundle) -> Bundle:
-    """Return a model's bundle with the denoiser that adds residuals in the place of its own.
+def controlled(bundle: Bundle, add_ons: Iterable[Bundle]) -> Bundle:
+    """Return a model's bundle with the denoiser that adds what add-ons give in the place of its own.
 
     Raises:
         BundleError: it has none.
     """
     spec = bundle.spec
-    network = spec.networks[spec.denoiser].controlled()
+    adapted = any(one.spec.kind == T2I_ADAPTER for one in add_ons)
+    network = spec.networks[spec.denoiser].controlled(FEATURED if adapted else CONTROLLED)
     if network is None:
-        found = f"the denoiser of {spec.id} reads no residuals of ControlNets or T2I-Adapters"
-        raise BundleError(found, needed="a bundle of a UNet with text, exported from a checkpoint", fix=EXPORT)
+        what = "features of T2I-Adapters" if adapted else "residuals of ControlNets"
+        needed = "a bundle of a UNet with text, exported from a checkpoint by this version"
+        raise BundleError(f"the denoiser of {spec.id} reads no {what}", needed=needed, fix=EXPORT)
     return replace(bundle, spec=replace(spec, networks={**spec.networks, spec.denoiser: network}))
 
 
@@ -215,7 +219,6 @@ def open_controls(
 
     Raises:
         RequestError: a bundle is none of these, or of one for other models.
-        BundleError: the model's bundle is too old for T2I-Adapters.
     """
     if bundles and "beside" in filled and filled["beside"].shape[1] == model.latents.channels:
         found = f"{model.id} edits pictures, and its pictures take three lanes"
@@ -263,16 +266,13 @@ def _check_fits(name: str, own: ModelSpec, model: ModelSpec, filled: Mapping[str
         {tensor.name: tensor.shape for tensor in tensors if tensor.name.startswith(prefix)}
         for tensors in (body.outputs, denoiser.inputs)
     )
-    if not reads:
-        found = f"the denoiser of {model.id} reads no features of T2I-Adapters, as {own.id} gives"
-        raise BundleError(found, needed="a bundle of this version", fix=EXPORT)
     hint, inputs = own.networks[own.named(HINT)[0]], {tensor.name for tensor in body.inputs}
     hints = [tensor.name for tensor in hint.outputs]
     expected = {*hints, SCALE, FACTORS, *(f"{key}{BEFORE}" for key in gives)}
     latents, needed = own.latents, model.latents
     pairs: list[tuple[str, Any, Any]] = [("latents of the factor", latents.factor, needed.factor)]
     if own.kind == CONTROLNET:
-        pairs += [("latents of as many channels:", latents.channels, needed.channels), ("hints", hints, [HINT])]
+        pairs += [("latents of so many channels:", latents.channels, needed.channels), ("hints", hints, [HINT])]
         expected |= {*OWN}
     pairs += [
         (f"the input {key}", one.shape, filled[key].shape if key in filled else None) for key, one in _read(own).items()

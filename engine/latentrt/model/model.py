@@ -81,7 +81,7 @@ class Model:
     ) -> None:
         check_device(backend, controls)
         bundle, self.adapters = with_adapters(bundle, adapters, backend)
-        bundle = controlled(bundle) if controls else bundle
+        bundle = controlled(bundle, controls.values()) if controls else bundle
         denoiser, schedule = bundle.spec.denoiser, str(bundle.spec.schedule)
         self.spec, self.resident, self._vae = vae.spec(bundle.spec), resident, vae
         self.schedule = Schedule.from_config(bundle.json(schedule), self.spec.corrected(schedule))

@@ -61,7 +61,13 @@ def test_graphs_compute_what_torch_does(exported: Callable[[str], tuple[Path, Pa
     with quiet():
         control, unet = ControlNetModel.from_pretrained(net), UNet2DConditionModel.from_pretrained(source / "unet")
         unet.num_upsamplers = 62  # else no odd size
-    backend, bundles = OrtBackend(threads=1), {add_on: Bundle.open(add_on), base: controlled(Bundle.open(base))}
+    backend, bundles = (
+        OrtBackend(threads=1),
+        {
+            add_on: Bundle.open(add_on),
+            base: controlled(Bundle.open(base), [Bundle.open(exported("adapter-colour")[1])]),
+        },
+    )
     networks = {each: backend.load(bundle, each) for bundle in bundles.values() for each in bundle.spec.networks}
     runs = []
     for size in ((8, 12), (7, 5)):
@@ -119,22 +125,24 @@ def test_residuals_of_a_bundle_that_exists_need_its_graphs_alone(tmp_path: Path)
     spec = add_control(tmp_path, Bundle.open(check_hashes=False).spec).networks["unet"]
     controlled = [name for name in spec.variants if name.endswith("+control")]
     assert controlled == ["fp32+control", "fp16+control", "fp16-ort-cuda+control"]
-    residuals = spec.variants["fp32+control"].inputs
-    names = [*(f"residual_{index}" for index in range(6)), "residual_mid", *(f"adapter_{index}" for index in range(4))]
-    assert [tensor.name for tensor in residuals] == names
+    residuals, features = (spec.variants[f"fp32+{kind}"].inputs for kind in ("control", "adapter"))
+    assert [tensor.name for tensor in residuals] == [*(f"residual_{index}" for index in range(6)), "residual_mid"]
+    assert features[:7] == residuals
+    assert [tensor.name for tensor in features[7:]] == [f"adapter_{index}" for index in range(4)]
     assert residuals[4].shape == ("batch", 96, "((height+3)//4)", "((width+3)//4)")
-    assert {tensor.dtype for tensor in spec.graph("fp16+control").inputs[-11:]} == {"float16"}
+    assert {tensor.dtype for tensor in spec.graph("fp16+control").inputs[-7:]} == {"float16"}
 
 
+@pytest.mark.parametrize("add_on", ["control-{}-1", "adapter-colour"])
 @pytest.mark.parametrize("name", ["sd", "sdxl"])
-def test_graphs_for_cuda(exported: Callable[[str], tuple[Path, Path]], name: str) -> None:
-    """The UNet with residuals: a kernel for every node, as many fused norms as the plain one, the half graph's numbers.
+def test_graphs_for_cuda(exported: Callable[[str], tuple[Path, Path]], name: str, add_on: str) -> None:
+    """The UNet with residuals: a kernel for every node, as many fused nodes as the plain one, the half graph's numbers.
 
     And add-ons give residuals in the dtype in which they and the UNet read them, and read scales in float32.
     """
     base = exported(name)[1]
-    add_ons = [Bundle.open(exported(each)[1]) for each in (f"control-{name}-1", "adapter-colour")]
-    unet = controlled(Bundle.open(base)).spec.networks["unet"]
+    added = Bundle.open(exported(add_on.format(name))[1])
+    unet = controlled(Bundle.open(base), [added]).spec.networks["unet"]
     half, graph = (unet.graph(variant) for variant in ("fp16", "fp16-ort-cuda"))
     paths = graph.path, Bundle.open(base).spec.graphs("fp16-ort-cuda")["unet"].path
     model, plain = (ir.load(base / path) for path in paths)
@@ -142,21 +150,21 @@ def test_graphs_for_cuda(exported: Callable[[str], tuple[Path, Path]], name: str
     kinds, before = (Counter(node.op_type for node in one.graph) for one in (model, plain))
     for together in (("GroupNorm", "SkipGroupNorm"), ("NhwcConv", "MatMul"), ("MultiHeadAttention",)):
         assert sum(kinds[kind] for kind in together) == sum(before[kind] for kind in together), together
-    assert kinds["SkipGroupNorm"] > before["SkipGroupNorm"]  # with what is added in front of norms
+    fused = kinds["SkipGroupNorm"] - before["SkipGroupNorm"]
+    assert fused > 0 if added.spec.kind == "t2i_adapter" else fused == 0  # features are added in front of norms
     feeds = _feeds(half)
     source = ir.load(base / half.path)
     emulate(source)
     expected = open_session(source, (base / half.path).parent).run(None, feeds)
     assert distance(interpret(model, (base / graph.path).parent, feeds), expected) < 5e-3
-    for add_on, network in zip(add_ons, ("controlnet", "t2i_adapter_scaled"), strict=True):
-        for own in add_on.spec.graphs("fp16-ort-cuda").values():
-            assert without_kernel(ir.load(add_on.root / own.path)) == set(), own.path
-        body = add_on.spec.networks[network].graph("fp16-ort-cuda")
-        given = {tensor.name: tensor.dtype for tensor in body.outputs}
-        dtypes = {tensor.name: tensor.dtype for tensor in (*body.inputs, *graph.inputs)}
-        assert {name: dtypes[f"{name}.before"] for name in given} == given
-        assert {name: dtypes[name] for name in given} == given
-        assert dtypes["scale"] == "float32"
+    for own in added.spec.graphs("fp16-ort-cuda").values():
+        assert without_kernel(ir.load(added.root / own.path)) == set(), own.path
+    body = added.spec.networks[added.spec.named("control")[0]].graph("fp16-ort-cuda")
+    given = {tensor.name: tensor.dtype for tensor in body.outputs}
+    dtypes = {tensor.name: tensor.dtype for tensor in (*body.inputs, *graph.inputs)}
+    assert {name: dtypes[f"{name}.before"] for name in given} == given
+    assert {name: dtypes[name] for name in given} == given
+    assert dtypes["scale"] == "float32"
 
 
 @pytest.mark.parametrize(

@@ -26,9 +26,12 @@ WITH_TEXT, WITHOUT_TEXT = "CrossAttnDownBlock2D", "DownBlock2D"  # blocks of the
 LARGE = 2**12  # a side that every level halves evenly
 
 
-def control_path(path: str) -> str:
-    """Return the path of the graph with residuals of the graph at `path`: unet/model.onnx, unet/model.control.onnx."""
-    return f"{path.removesuffix('.onnx')}.control.onnx"
+def control_path(path: str, ending: str) -> str:
+    """Return the path of the graph with residuals of the graph at `path`: unet/model.onnx, unet/model.control.onnx.
+
+    `ending` is that of the variant: "+control" or "+adapter".
+    """
+    return f"{path.removesuffix('.onnx')}.{ending.removeprefix('+')}.onnx"
 
 
 def residual_names(count: int) -> list[str]:
