@@ -190,14 +190,14 @@ def controlnets_of(typed: Iterable[str]) -> dict[str, Path]:
     return {name: Path(text) for name, text in named(typed, "--controlnet", "NAME=BUNDLE, as in edges=canny/").items()}
 
 
-def controlled(bundle: Bundle, add_ons: Iterable[Bundle]) -> Bundle:
+def controlled(bundle: Bundle, add_ons: Iterable[ModelSpec]) -> Bundle:
     """Return a model's bundle with the denoiser that adds what add-ons give in the place of its own.
 
     Raises:
         BundleError: it has none.
     """
     spec = bundle.spec
-    adapted = any(one.spec.kind == T2I_ADAPTER for one in add_ons)
+    adapted = any(one.kind == T2I_ADAPTER for one in add_ons)
     network = spec.networks[spec.denoiser].controlled(FEATURED if adapted else CONTROLLED)
     if network is None:
         what = "features of T2I-Adapters" if adapted else "residuals of ControlNets"

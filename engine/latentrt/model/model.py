@@ -81,7 +81,7 @@ class Model:
     ) -> None:
         check_device(backend, controls)
         bundle, self.adapters = with_adapters(bundle, adapters, backend)
-        bundle = controlled(bundle, controls.values()) if controls else bundle
+        bundle = controlled(bundle, [one.spec for one in controls.values()]) if controls else bundle
         denoiser, schedule = bundle.spec.denoiser, str(bundle.spec.schedule)
         self.spec, self.resident, self._vae = vae.spec(bundle.spec), resident, vae
         self.schedule = Schedule.from_config(bundle.json(schedule), self.spec.corrected(schedule))
@@ -103,7 +103,7 @@ class Model:
     def take(self, bundle: Bundle) -> None:
         """Use the weights of a bundle of the same files, as `Networks.take`; nothing changes where that fails."""
         bundle = bundle if self.adapters is None else adapted(bundle)
-        bundle = controlled(bundle) if self.controls else bundle
+        bundle = controlled(bundle, [one.spec for one in self.controls]) if self.controls else bundle
         self.networks.take(bundle)
         self.spec = self._vae.spec(bundle.spec)
         self.hoisted.forget()

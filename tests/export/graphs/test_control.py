@@ -65,7 +65,7 @@ def test_graphs_compute_what_torch_does(exported: Callable[[str], tuple[Path, Pa
         OrtBackend(threads=1),
         {
             add_on: Bundle.open(add_on),
-            base: controlled(Bundle.open(base), [Bundle.open(exported("adapter-colour")[1])]),
+            base: controlled(Bundle.open(base), [Bundle.open(exported("adapter-colour")[1]).spec]),
         },
     )
     networks = {each: backend.load(bundle, each) for bundle in bundles.values() for each in bundle.spec.networks}
@@ -142,7 +142,7 @@ def test_graphs_for_cuda(exported: Callable[[str], tuple[Path, Path]], name: str
     """
     base = exported(name)[1]
     added = Bundle.open(exported(add_on.format(name))[1])
-    unet = controlled(Bundle.open(base), [added]).spec.networks["unet"]
+    unet = controlled(Bundle.open(base), [added.spec]).spec.networks["unet"]
     half, graph = (unet.graph(variant) for variant in ("fp16", "fp16-ort-cuda"))
     paths = graph.path, Bundle.open(base).spec.graphs("fp16-ort-cuda")["unet"].path
     model, plain = (ir.load(base / path) for path in paths)
