@@ -1,0 +1,59 @@
+"""`python examples/addons STAGE...`: LoRAs and ControlNets for the embedded model. See README.md."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from warnings import filterwarnings
+
+sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("emoji", "shared")]
+
+from data import CACHE
+
+SEED = 0
+STAGES = ("looks", "flat", "contrast", "grey", "edges")
+MINUTES = {"flat": 8.0, "contrast": 8.0, "grey": 30.0, "edges": 30.0}
+
+
+def main() -> None:
+    """Run stages in turn."""
+    filterwarnings("ignore", category=FutureWarning)
+    parser = argparse.ArgumentParser(prog="python examples/addons", description=__doc__)
+    parser.add_argument("stages", nargs="+", choices=STAGES, metavar="STAGE", help=", ".join(STAGES))
+    parser.add_argument("--minutes", type=float, help=f"of training, with those of earlier calls {MINUTES}")
+    parser.add_argument("--work", type=Path, default=CACHE / "emoji", help="folder [%(default)s]")
+    parser.add_argument("--threads", type=int, help="of torch, on a CPU")
+    asked = parser.parse_args()
+    if asked.threads:
+        import torch
+
+        torch.set_num_threads(asked.threads)
+    for stage in asked.stages:
+        _run(stage, asked.work, asked.minutes)
+
+
+def _run(stage: str, work: Path, minutes: float | None) -> None:
+    """One stage; its libraries are imported only now."""
+    match stage:
+        case "looks":
+            import looks
+
+            looks.collect(work)
+        case _:
+            import torch
+
+            torch.manual_seed(SEED)  # of the weights that training begins with
+            usual = MINUTES[stage]
+            if stage in ("flat", "contrast"):
+                import lora
+
+                lora.train(work, stage, usual if minutes is None else minutes)
+            else:
+                import control
+
+                control.train(work, stage, usual if minutes is None else minutes)
+
+
+if __name__ == "__main__":
+    main()
