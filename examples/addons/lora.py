@@ -16,11 +16,11 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 from training import Run, batch_of, half, timesteps
 
-RANK = 8
-PLACES = ["to_q", "to_k", "to_v", "to_out.0"]
+RANK = 4
+PLACES = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "net.0.proj", "net.2"]
 PICTURES, NOISES = 8, 2  # in a batch
 DROPPED = 0.1  # the part of the captions that is empty, for classifier-free guidance
-RATE = 2e-3
+RATE = 6e-3
 
 
 def train(work: Path, look: str, minutes: float) -> None:
