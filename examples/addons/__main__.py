@@ -12,8 +12,9 @@ sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("emoji", "sh
 from data import CACHE
 
 SEED = 0
-STAGES = ("looks", "flat", "contrast", "grey", "edges")
-MINUTES = {"flat": 8.0, "contrast": 8.0, "grey": 30.0, "edges": 30.0}
+LOOKS, HINTS = ("flat", "mosaic"), ("grey", "edges")
+STAGES = ("looks", *LOOKS, *HINTS, "pack", "check", "card")
+MINUTES = {"flat": 8.0, "mosaic": 8.0, "grey": 30.0, "edges": 30.0}
 
 
 def main() -> None:
@@ -22,6 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python examples/addons", description=__doc__)
     parser.add_argument("stages", nargs="+", choices=STAGES, metavar="STAGE", help=", ".join(STAGES))
     parser.add_argument("--minutes", type=float, help=f"of training, with those of earlier calls {MINUTES}")
+    parser.add_argument("--only", choices=(*LOOKS, *HINTS), help="of `pack`, `check` and `card` [all]")
     parser.add_argument("--work", type=Path, default=CACHE / "emoji", help="folder [%(default)s]")
     parser.add_argument("--threads", type=int, help="of torch, on a CPU")
     asked = parser.parse_args()
@@ -30,29 +32,36 @@ def main() -> None:
 
         torch.set_num_threads(asked.threads)
     for stage in asked.stages:
-        _run(stage, asked.work, asked.minutes)
+        _run(stage, asked.work, asked.minutes, [asked.only] if asked.only else [*LOOKS, *HINTS])
 
 
-def _run(stage: str, work: Path, minutes: float | None) -> None:
+def _run(stage: str, work: Path, minutes: float | None, names: list[str]) -> None:
     """One stage; its libraries are imported only now."""
     match stage:
         case "looks":
             import looks
 
             looks.collect(work)
+        case "pack" | "card":
+            import ship
+
+            for name in names:
+                (ship.pack if stage == "pack" else ship.card)(work, name)
+        case "check":
+            import judge
+            import ship
+
+            for name in names:
+                (judge.look if name in LOOKS else judge.control)(work, name, ship.shipped(work, name))
         case _:
             import torch
 
             torch.manual_seed(SEED)  # of the weights that training begins with
-            usual = MINUTES[stage]
-            if stage in ("flat", "contrast"):
-                import lora
+            import control
+            import lora
 
-                lora.train(work, stage, usual if minutes is None else minutes)
-            else:
-                import control
-
-                control.train(work, stage, usual if minutes is None else minutes)
+            train = lora.train if stage in LOOKS else control.train
+            train(work, stage, MINUTES[stage] if minutes is None else minutes)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from training import Run, batch_of, device, half, timesteps
 
 CHANNELS = (8, 16, 32, 64)  # of the hint's embedding
 PICTURES, NOISES = 8, 2  # in a batch: a hint is embedded once for several noises
-RATE = 2e-3
+RATE = 4e-3
 BOLD = 0.3  # the part of the batches whose edges are three pixels wide
 
 

@@ -30,7 +30,7 @@ EVERY = 16  # so many-th name that looks are judged by
 Pictures = NDArray[np.uint8]
 
 
-def control(work: Path, kind: str, add_on: Path, base: Path) -> None:
+def control(work: Path, kind: str, add_on: Path) -> None:
     """Write `work`/KIND/found.json: how many pictures follow hints of emoji that were held out of training.
 
     "plain" are the emoji themselves, without a prompt; "moved" are smaller, elsewhere and mirrored, with their names;
@@ -44,7 +44,7 @@ def control(work: Path, kind: str, add_on: Path, base: Path) -> None:
     every = {emoji.name: picture for emoji, picture in zip(data.emoji, own, strict=True)}
     every |= {f"moved {name}": picture for name, picture in zip(names, elsewhere, strict=True)} | colours
     found: dict[str, Any] = {}
-    with Engine.load(base, control={kind: add_on}) as engine:
+    with Engine.load(control={kind: add_on}) as engine:
         for case, texts, pictures, asked in (
             ("without", names, hints, {"guidance": 1.0, "scale": 0.0}),
             ("plain", names, hints, {"guidance": 1.0}),
@@ -88,7 +88,7 @@ def _coloured(data: Data, numbers: Sequence[int], random: Random) -> dict[str, P
     return made
 
 
-def look(work: Path, name: str, weights: Path, base: Path) -> None:
+def look(work: Path, name: str, folder: Path) -> None:
     """Write `work`/NAME/found.json: how many names make their picture in this look, among all pictures in all looks."""
     emoji = [each.name for each in load(work).emoji]
     rivals = {f"3d {name}": picture for name, picture in zip(emoji, on_white(load(work).pictures), strict=True)}
@@ -97,7 +97,7 @@ def look(work: Path, name: str, weights: Path, base: Path) -> None:
         rivals |= {f"{each} {emoji[number]}": picture for number, picture in zip(numbers, pictures, strict=True)}
     asked = [emoji[number] for number in json.loads((work / f"{name}.json").read_text())][::EVERY]
     drawn: list[Image.Image] = []
-    with Engine.load(base, lora=str(weights)) as engine:
+    with Engine.load(lora=folder / f"{folder.name}.safetensors") as engine:
         for first in range(0, len(asked), AT_ONCE):
             some = [named("a ", text) for text in asked[first : first + AT_ONCE]]
             drawn += engine(some, seed=SEED + first, guidance=GUIDANCE, **SETTINGS)

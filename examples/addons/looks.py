@@ -1,23 +1,20 @@
-"""Emoji in two other looks, drawn from SVG: flat, and high contrast (both Fluent, MIT), matched by code point."""
+"""Emoji in two other looks: flat ones, which are SVGs (Fluent, MIT), matched by code point; and mosaics of our own."""
 
 from __future__ import annotations
 
 import json
 import subprocess
-import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from data import SIDE, entries, file_of, load, member, package, spellings
+from data import SIDE, entries, file_of, load, on_white, package
 from numpy.typing import NDArray
+from PIL import Image
 
-FLAT, CONTRAST = "@lobehub/fluent-emoji-flat@1.1.0", "@iconify-json/fluent-emoji-high-contrast@1.2.6"
-RENDERER = "@resvg/resvg-wasm@2.6.2"
-LOOKS = ("flat", "contrast")
-INK = "#212121"  # of high contrast
+FLAT, RENDERER = "@lobehub/fluent-emoji-flat@1.1.0", "@resvg/resvg-wasm@2.6.2"
+LOOKS = ("flat", "mosaic")
+TILES = 16  # of a mosaic, along each side: one for each latent
 AT_ONCE = 64
-SVG = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32" width="32" height="32">{}</svg>'
 
 
 def collect(work: Path) -> None:
@@ -25,13 +22,23 @@ def collect(work: Path) -> None:
 
     The first are pictures on white, uint8 (N, 128, 128, 3), the second the numbers of the emoji that they show.
     """
+    data = load(work)
     codes = {entry["label"].lower(): entry["hexcode"].lower() for entry in entries(work)}
-    ordered = [codes[emoji.name] for emoji in load(work).emoji]
-    for look, found in (("flat", _flat(ordered, work)), ("contrast", _contrast(ordered, work))):
-        pictures = drawn(list(found.values()), work)
-        np.save(work / f"{look}.npy", pictures)
-        (work / f"{look}.json").write_text(json.dumps(list(found)))
-        print(f"{look}: {len(found)} of {len(ordered)}")
+    flat = _flat([codes[emoji.name] for emoji in data.emoji], work)
+    _keep(work, "flat", list(flat), drawn(list(flat.values()), work))
+    _keep(work, "mosaic", list(range(len(data.emoji))), np.stack([mosaic(each) for each in on_white(data.pictures)]))
+
+
+def _keep(work: Path, look: str, numbers: list[int], pictures: NDArray[np.uint8]) -> None:
+    np.save(work / f"{look}.npy", pictures)
+    (work / f"{look}.json").write_text(json.dumps(numbers))
+    print(f"{look}: {len(numbers)} emoji")
+
+
+def mosaic(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """A picture of 16 x 16 tiles, each of one colour."""
+    tiles = Image.fromarray(picture).resize((TILES, TILES), Image.Resampling.BOX)
+    return np.asarray(tiles.resize(picture.shape[1::-1], Image.Resampling.NEAREST))
 
 
 def drawn(svgs: list[str], work: Path, side: int = SIDE) -> NDArray[np.uint8]:
@@ -52,17 +59,3 @@ def _flat(codes: list[str], work: Path) -> dict[int, str]:
     with package(FLAT, work) as pictures:
         files = {number: file_of(pictures, code, "svg") for number, code in enumerate(codes)}
         return {number: file.read().decode() for number, file in files.items() if file is not None}
-
-
-def _contrast(codes: list[str], work: Path) -> dict[int, str]:
-    with package(CONTRAST, work) as icons:
-        names = json.load(member(icons, "chars.json"))
-        bodies = {name: icon["body"] for name, icon in json.load(member(icons, "icons.json"))["icons"].items()}
-
-    def found() -> Iterator[tuple[int, str]]:
-        for number, code in enumerate(codes):
-            name = next((names[each] for each in spellings(code) if each in names), None)
-            if name in bodies:
-                yield number, SVG.format(bodies[name].replace("currentColor", INK))
-
-    return dict(found())

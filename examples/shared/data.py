@@ -93,17 +93,12 @@ def member(package: tarfile.TarFile, path: str) -> IO[bytes]:
 
 def file_of(pictures: tarfile.TarFile, code: str, kind: str) -> IO[bytes] | None:
     """A code point's file: with or without the selector that asks for an emoji rather than a text sign."""
-    for name in spellings(code):
+    for name in (code, f"{code}-fe0f", code.replace("-fe0f", "")):
         try:
             return member(pictures, f"assets/{name}.{kind}")
         except KeyError:
             continue
     return None
-
-
-def spellings(code: str) -> tuple[str, ...]:
-    """How a code point may be written, with or without that selector."""
-    return code, f"{code}-fe0f", code.replace("-fe0f", "")
 
 
 def _picture(pictures: tarfile.TarFile, code: str) -> NDArray[np.uint8] | None:
