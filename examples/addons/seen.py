@@ -16,7 +16,7 @@ from PIL import Image
 from latentrt.images.hints import edges, grey
 
 HELD_OUT = 16  # every so many-th emoji
-MOVED, COMBINED, SEED = 1500, 2000, 0
+MOVED, COMBINED, SEED = 700, 1000, 0
 SMALLEST = 72  # pixels
 DROPPED = 0.5  # the part of the captions that is empty: the hint alone has to do
 HINTS: dict[str, Callable[[Image.Image], Image.Image]] = {"grey": grey, "edges": edges}

@@ -143,7 +143,9 @@ def located(bundle: str | Path) -> Path:
 
 def located_lora(lora: Path) -> Path:
     """Return a LoRA's file or folder: a path, or the name of an embedded one where no such file exists."""
-    known = {folder.name: file for folder in FOLDER.iterdir() if (file := folder / f"{folder.name}.safetensors").exists()}
+    known = {
+        folder.name: file for folder in FOLDER.iterdir() if (file := folder / f"{folder.name}.safetensors").exists()
+    }
     return known.get(str(lora), lora) if not lora.exists() else lora
 
 
