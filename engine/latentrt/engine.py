@@ -126,7 +126,7 @@ class Engine:
             refiner: the bundle of a model that takes over at a request's `handoff`.
             vae: a bundle whose VAE takes the place of the model's own.
             preview_vae: a bundle whose decoder makes the previews, such as AutoencoderTiny's.
-            control: bundles of ControlNets by the names that calls have for them, on a CPU.
+            control: bundles of ControlNets by the names that calls have for them.
             tile: decode and encode pictures with a longer side in tiles of so many pixels; None: at once.
             lora: LoRAs that are merged into the model's weights in memory, each "FILE", "FILE:0.8" or, of the UNet and
                 of the text encoders, "FILE:0.8:0.5"; or strengths by file. Only onnxruntime can.

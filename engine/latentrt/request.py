@@ -58,7 +58,8 @@ class Control:
 
     Attributes:
         image: what it follows: edges, a depth map, ... as the ControlNet was trained with; a PIL image, or a uint8 or
-            uint16 array (height, width, 3) or of grey (height, width). It is brought to the picture's size.
+            uint16 array (height, width, 3) or of grey (height, width). It is brought to the picture's size. Or floats
+            (height, width, 3) of that size, such as `latentrt.images.hints.masked` gives.
         scale: how strongly, 0 to 1000; 1 is as trained.
         start, end: the part of the run, as fractions of its rows, in which it acts.
         guess: whether it acts on the lane with the prompt alone, and less on finer details: diffusers' guess mode.

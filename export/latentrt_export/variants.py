@@ -37,14 +37,15 @@ def add_control(root: Path, spec: ModelSpec) -> ModelSpec:
         return spec
     network = spec.networks[spec.denoiser]
     variants = dict(network.variants)
-    for name in (FP32, FP32_ORT_CPU, FP16):
+    for name, source in ((FP32, FP32), (FP32_ORT_CPU, FP32_ORT_CPU), (FP16, FP16), (FP16_ORT_CUDA, FP16)):
         if name not in network.variants:
             continue
-        known = network.variants[name]
-        model = ir.load(root / known.path)
+        model, known = ir.load(root / network.variants[source].path), network.variants[name]
         given = read_residuals(model)
         if not given:
             return spec
+        if name == FP16_ORT_CUDA:
+            for_cuda(model)
         path = control_path(known.path)
         ir.save(model, root / path)
         inputs = tuple(replace(each, dtype="float32") for each in signature(given))

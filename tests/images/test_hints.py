@@ -1,13 +1,15 @@
-"""Maps for ControlNets: edges where a picture has them, and with OpenCV's where it is installed."""
+"""Maps for ControlNets: edges where a picture has them, and OpenCV's own."""
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
 from latentrt.errors import RequestError
-from latentrt.images.hints import blurred, edges, grey, inverted
+from latentrt.images.given import prepared_hint
+from latentrt.images.hints import blurred, edges, grey, inverted, masked
 
 y, x = np.mgrid[:48, :64]
 DISC = np.where(np.hypot(x - 30, y - 22) < 15, 220, 30).astype(np.uint8)
@@ -35,10 +37,27 @@ def test_a_weak_edge_is_kept_where_it_touches_a_strong_one() -> None:
 
 
 def test_edges_are_those_of_opencv() -> None:
-    cv2 = pytest.importorskip("cv2")
     noise = np.random.default_rng(0).uniform(0, 255, (60, 80)).astype(np.uint8)
-    for picture in (DISC, noise):
-        np.testing.assert_array_equal(np.asarray(edges(Image.fromarray(picture))), cv2.Canny(picture, 100, 200))
+    soft = np.asarray(blurred(Image.fromarray(noise), 2.0).convert("L"))
+    for picture in (DISC, noise, soft):
+        for low, high in ((100, 200), (20, 60.5)):
+            expected = cv2.Canny(picture, low, high)
+            np.testing.assert_array_equal(np.asarray(edges(Image.fromarray(picture), low, high)), expected)
+
+
+def test_a_masked_picture_is_taken_as_it_is() -> None:
+    colours, mask = (
+        Image.fromarray(np.stack([DISC] * 3, axis=-1)),
+        Image.fromarray(np.where(x < 20, 255, 0).astype(np.uint8)),
+    )
+    found = masked(colours, mask)
+    assert (found[:, :20] == -1).all()
+    np.testing.assert_array_equal(found[:, 20:], np.asarray(colours, np.float32)[:, 20:] / np.float32(255))
+    np.testing.assert_array_equal(prepared_hint(found, 48, 64), found.transpose(2, 0, 1))
+    with pytest.raises(RequestError, match=r"floats is 64x48\. Needed: 32x48, as the run"):
+        prepared_hint(found, 48, 32)
+    with pytest.raises(RequestError, match="the mask is 64x48 and the picture 32x32"):
+        masked(colours.resize((32, 32)), mask)
 
 
 def test_other_maps() -> None:

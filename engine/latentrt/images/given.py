@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,27 +76,39 @@ def prepared_low(image: Source, height: int | None, width: int | None, latents: 
     return np.asarray(picture.resize((columns, rows), Image.Resampling.BICUBIC))
 
 
-def hint_size(image: Source, latents: LatentSpec) -> tuple[int, int]:
+def hint_size(image: Source | NDArray[np.floating[Any]], latents: LatentSpec) -> tuple[int, int]:
     """Return the (height, width) of pictures that follow a ControlNet's picture: its own, as `prepared` rounds it."""
-    picture, step = _hint(image), latents.step
-    return picture.height // step * step or picture.height, picture.width // step * step or picture.width
+    width, height = image.shape[1::-1] if _is_ready(image) else _hint(image).size
+    step = latents.step
+    return height // step * step or height, width // step * step or width
 
 
-def prepared_hint(image: Source, height: int, width: int) -> NDArray[np.float32]:
+def prepared_hint(image: Source | NDArray[np.floating[Any]], height: int, width: int) -> NDArray[np.float32]:
     """Bring a ControlNet's picture to the run's size, as diffusers' pipelines do.
 
     Args:
-        image: a PIL image, or a uint8 or uint16 array (height, width, 3), or (height, width) of grey.
+        image: a PIL image, or a uint8 or uint16 array (height, width, 3), or (height, width) of grey. Or a map that is
+            ready (`hints.masked`): a float array of the run's size, (height, width, 3), which is taken as it is.
         height, width: of the run in pixels.
 
     Returns:
         RGB (3, height, width), float32 in 0..1.
 
     Raises:
-        RequestError: a kind or mode that cannot be used.
+        RequestError: a kind or mode that cannot be used; a map that is ready of another size.
     """
-    pixels = np.asarray(_resized(_hint(image), (width, height)), np.float32) / np.float32(255)
+    if _is_ready(image):
+        if image.shape[:2] != (height, width):
+            found = f"the control picture of floats is {image.shape[1]}x{image.shape[0]}"
+            raise RequestError(found, needed=f"{width}x{height}, as the run", fix="resize the picture before its map")
+        pixels = image.astype(np.float32)
+    else:
+        pixels = np.asarray(_resized(_hint(image), (width, height)), np.float32) / np.float32(255)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def _is_ready(image: Any) -> TypeGuard[NDArray[np.floating[Any]]]:
+    return isinstance(image, np.ndarray) and image.dtype.kind == "f" and image.ndim == 3 and image.shape[2] == 3
 
 
 def _hint(image: Any) -> Image:

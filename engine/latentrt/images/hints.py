@@ -1,4 +1,4 @@
-"""Maps for ControlNets that need no network: edges, grey, blurred pictures, and drawings with white lines.
+"""Maps for ControlNets that need no network: edges, grey, blurred and masked pictures, drawings with white lines.
 
 Depth maps, poses and the like come from networks of their own, which are not part of this package.
 """
@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentrt.errors import RequestError
+from latentrt.images.given import WHITE
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -66,6 +67,30 @@ def inverted(picture: Image) -> Image:
     from PIL import ImageOps
 
     return ImageOps.invert(picture.convert("L"))
+
+
+def masked(picture: Image, mask: Image) -> NDArray[np.float32]:
+    """Return a picture without what is to be repainted, for ControlNets that inpaint.
+
+    Args:
+        picture: any PIL image of the run's size.
+        mask: of the same size, white where to repaint.
+
+    Returns:
+        RGB (height, width, 3), float32 in 0..1, and -1 where to repaint.
+
+    Raises:
+        RequestError: the sizes differ.
+
+    Source:
+        The card of lllyasviel/control_v11p_sd15_inpaint, which diffusers' documentation repeats.
+    """
+    if picture.size != mask.size:
+        found = f"the mask is {mask.width}x{mask.height} and the picture {picture.width}x{picture.height}"
+        raise RequestError(found, needed="one size", fix="resize the mask")
+    values = np.asarray(picture.convert("RGB"), np.float32) / np.float32(255)
+    values[np.asarray(mask.convert("L")) >= WHITE] = -1
+    return values
 
 
 def _gradients(values: Float) -> tuple[Float, Float]:

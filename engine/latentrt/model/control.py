@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from threading import Lock
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,7 @@ from latentrt.model.hoisted import Hoisted
 from latentrt.model.inputs import Inputs, Sides
 from latentrt.model.predictor import OWN, inputs_of
 from latentrt.request import Control, Request
-from latentrt.runtime.base import Backend, call
+from latentrt.runtime.base import Backend, DeviceNetwork, call
 from latentrt.runtime.lazy import LazyNetwork
 
 Float32 = NDArray[np.float32]
@@ -130,6 +130,11 @@ class ControlNet:
         made = call(self._body, {"sample": sample, "timestep": timestep, **inputs, SCALE: scale, **given})
         return {name: made[name] for name in self._residuals}
 
+    @property
+    def body(self) -> DeviceNetwork:
+        """The network that rows call, on a GPU."""
+        return cast(DeviceNetwork, self._body.open())
+
     def end_of(self, *roles: str) -> None:
         """Drop the networks of roles."""
         for role in roles:
@@ -185,10 +190,10 @@ def open_controls(
 
 
 def check_device(backend: Backend, bundles: Mapping[str, Bundle]) -> None:
-    """Refuse ControlNets on a GPU. Raise RequestError."""
-    if bundles and backend.gpu is not None:
-        found = f"ControlNets ({', '.join(bundles)}) on a GPU with {backend.name}"
-        raise RequestError(found, needed="a CPU: they do not run on a GPU yet", fix="leave them out, or device='cpu'")
+    """Refuse ControlNets on a GPU, other than by ONNX Runtime. Raise RequestError."""
+    if bundles and backend.gpu is not None and backend.name != "onnxruntime":
+        found = f"ControlNets ({', '.join(bundles)}) with {backend.name}"
+        raise RequestError(found, needed="onnxruntime: there are no plans of theirs yet", fix="backend='onnxruntime'")
 
 
 def check_request(request: Request, controls: Sequence[ControlNet], model: str) -> None:

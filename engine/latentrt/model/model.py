@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from latentrt.errors import RequestError
 from latentrt.images.depth_map import depth_of
 from latentrt.images.given import prepared, prepared_low
 from latentrt.model import settings
+from latentrt.model.chained import Chained, Chains
 from latentrt.model.codec import Codec, Identity, Vae
 from latentrt.model.conditioners.beside import Repainted
 from latentrt.model.conditioners.guidance_embedding import GuidanceEmbedding
@@ -28,7 +29,7 @@ from latentrt.model.other_vae import OWN, VaeOptions
 from latentrt.model.predictor import Predictor, inputs_of
 from latentrt.model.text import Text
 from latentrt.request import Request
-from latentrt.runtime.base import Backend
+from latentrt.runtime.base import Backend, DeviceNetwork
 from latentrt.runtime.lazy import LazyNetwork
 from latentrt.runtime.tensorrt.record import Profile, drawn_by
 from latentrt.sampling.guidance import Guidance
@@ -98,6 +99,7 @@ class Model:
         inputs = inputs_of([self.spec.networks[name] for name in (*once, denoiser)])
         self.conditioners = conditioners_of(Parts(bundle, self.networks, self.codec, inputs))
         self.controls = open_controls(controls, self.spec, inputs, backend)
+        self._chains = None if backend.gpu is None else Chains(cast(DeviceNetwork, called.open()), self.controls)
 
     def _load(self) -> None:
         """Load what every picture needs; the others are loaded with the first picture that needs them."""
@@ -204,7 +206,7 @@ class Model:
 
     def draws_at_once(self, request: Request) -> bool:
         """Return whether a device can draw the whole of a request's pictures in one launch, from token ids."""
-        return self.text is None or self.text.draws_at_once(self.filled(request))
+        return not request.control and (self.text is None or self.text.draws_at_once(self.filled(request)))
 
     def given(self, pictures: Mapping[str, Source], height: int | None, width: int | None) -> Given | None:
         """Encode the pictures of a request; None where it brings none.
@@ -243,6 +245,12 @@ class Model:
         size, lanes = self.spec.latents.pixels_of(request.height, request.width), self.guidance(request).lanes
         asked = [(one, request.control[one.name]) for one in self.controls if one.name in request.control]
         return tuple(one.applied(control, told, size, lanes, rows) for one, control in asked)
+
+    def chained(self, controls: tuple[Applied, ...], sides: Sides, table: Table) -> Chained:
+        """Return what rows call and read with these ControlNets: on a GPU they are a part of the predictor."""
+        if self._chains is None or not controls:
+            return Chained(None, sides, table, controls)
+        return self._chains(controls, sides, table)
 
     def conditions(
         self,

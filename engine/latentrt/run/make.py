@@ -64,15 +64,16 @@ def make_jobs(
         on_device = draws_on_device and (given is None or model.shows_picture) and isinstance(noise, TorchCudaNoise)
         latents, kept = _begin(model, request, table, given, noise, on_device=on_device)
         told = model.conditions(request, given, noise, drawn, tokens=tokens)
-        sides = told if tokens else model.hoisted(told)
         controls = model.applied(request, told, len(table))
         if controls:
             facts["control"] = {name: own for one in controls for name, own in one.facts.items()}
+        told = told if tokens else model.hoisted(told)
+        predictor, sides, rows, controls = model.chained(controls, told, table)
         tag = facts_of(request, table.solver, seed, index, size, model.spec.id)
         start = table.start if on_device else 0.0
         jobs.append(
             Job(
-                table,
+                rows,
                 latents,
                 sides.uncond,
                 sides.cond,
@@ -82,6 +83,7 @@ def make_jobs(
                 controls,
                 kept=kept,
                 start=start,
+                predictor=predictor,
                 later=later,
                 tag={**tag, **facts},
             )

@@ -99,13 +99,15 @@ def _hires(model: Model, request: Request, scale: float) -> Stage:
     )
     table = table_of(model, second)
     told = model.conditions(second, None, noise_source(request.noise, request.seed))
-    sides, controls = model.hoisted(told), model.applied(second, told, len(table))
+    applied = model.applied(second, told, len(table))
+    predictor, sides, rows, controls = model.chained(applied, model.hoisted(told), table)
     shape = model.spec.latents.shape_of(height, width)
 
     def begin(latents: Float32, noise: NoiseSource) -> Float32:
         return noised(table.known[0], enlarged(latents, shape[1], shape[2]), noise.normal(shape))
 
-    return Stage(table, sides.uncond, sides.cond, begin, model.guidance(second), image=sides.image, controls=controls)
+    guidance = model.guidance(second)
+    return Stage(rows, sides.uncond, sides.cond, begin, guidance, predictor, sides.image, controls)
 
 
 def _refined(model: Model, refiner: Model, request: Request, handoff: float) -> Stage:

@@ -25,6 +25,7 @@ HALF, SINGLE = ir.DataType.FLOAT16, ir.DataType.FLOAT
 LARGEST = 65504.0  # float16's largest finite number
 # Up to 999 and 4096, and no whole numbers above 2048 in float16; a sigma is squared.
 TIME_INPUTS = ("timestep", "time_ids", "class_labels", "sigma")
+SCALE = "scale"  # of a ControlNet in a row: rows are float32
 LINEAR = ("Gemm", "MatMul")
 CARRIERS = ("Add", "Max", "Sqrt", "Reciprocal", "Pow", "Log")  # their result may need float32 as their input does
 # Inputs whose type the operator's specification fixes to float32.
@@ -54,7 +55,7 @@ def to_half(model: ir.Model, islands: Collection[str] = (), exact: Collection[st
     single |= {n for n in graph if n.name in islands or any(value.name in islands for value in n.outputs)}
     _follow_consumers(graph, constants(graph, shapes=True), single)
     for value in graph.inputs:
-        if value.dtype == SINGLE and value.name not in (*TIME_INPUTS, *exact):
+        if value.dtype == SINGLE and value.name not in (*TIME_INPUTS, SCALE, *exact):
             value.dtype = HALF
     retyped = _Retyped(graph)
     for node in list(graph):

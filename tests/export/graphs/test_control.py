@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
@@ -19,10 +21,16 @@ from latentrt.runtime.base import call
 from latentrt.runtime.onnxruntime import OrtBackend
 from latentrt.runtime.signature import shape_of
 from latentrt_export.checkpoint.source import open_checkpoint
+from latentrt_export.graphs.half import emulate
+from latentrt_export.graphs.ranges import open_session
 from latentrt_export.graphs.to_onnx import quiet
 from latentrt_export.variants import add_control
 from latentrt_export.verify.checks import relative_l2
 from latentrt_export.verify.networks import HALF_BOUND, NETWORK_BOUND, half_check
+from tests.export.graphs.fused.test_passes import distance
+from tests.export.graphs.test_lower import _feeds
+from tests.support.gpu.cuda_kernels import without_kernel
+from tests.support.ort.contrib import interpret
 
 Arrays = dict[str, Any]
 SCALE, FACTORS = np.float32([0.5, 2.0]), np.float32([[1] * 5, [0.1, 0.2, 0.3, 0.6, 1]])
@@ -104,11 +112,43 @@ def test_residuals_of_a_bundle_that_exists_need_its_graphs_alone(tmp_path: Path)
     for path in (EMBEDDED / "unet").iterdir():
         (tmp_path / "unet" / path.name).hardlink_to(path)
     spec = add_control(tmp_path, Bundle.open(check_hashes=False).spec).networks["unet"]
-    assert [name for name in spec.variants if name.endswith("+control")] == ["fp32+control", "fp16+control"]
+    controlled = [name for name in spec.variants if name.endswith("+control")]
+    assert controlled == ["fp32+control", "fp16+control", "fp16-ort-cuda+control"]
     residuals = spec.variants["fp32+control"].inputs
     assert [tensor.name for tensor in residuals] == [*(f"residual_{index}" for index in range(6)), "residual_mid"]
     assert residuals[4].shape == ("batch", 96, "((height+3)//4)", "((width+3)//4)")
     assert {tensor.dtype for tensor in spec.graph("fp16+control").inputs[-7:]} == {"float16"}
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_graphs_for_cuda(exported: Callable[[str], tuple[Path, Path]], name: str) -> None:
+    """The UNet with residuals: a kernel for every node, as many fused norms as the plain one, the half graph's numbers.
+
+    And the ControlNet gives residuals in the dtype in which it and the UNet read them, and reads scales in float32.
+    """
+    base = exported(name)[1]
+    add_on = Bundle.open(exported(f"control-{name}-1")[1])
+    unet = controlled(Bundle.open(base)).spec.networks["unet"]
+    half, graph = (unet.graph(variant) for variant in ("fp16", "fp16-ort-cuda"))
+    paths = graph.path, Bundle.open(base).spec.graphs("fp16-ort-cuda")["unet"].path
+    model, plain = (ir.load(base / path) for path in paths)
+    assert without_kernel(model) == set()
+    kinds, before = (Counter(node.op_type for node in one.graph) for one in (model, plain))
+    for kind in ("GroupNorm", "NhwcConv", "MultiHeadAttention"):
+        assert kinds[kind] == before[kind], kind
+    feeds = _feeds(half)
+    source = ir.load(base / half.path)
+    emulate(source)
+    expected = open_session(source, (base / half.path).parent).run(None, feeds)
+    assert distance(interpret(model, (base / graph.path).parent, feeds), expected) < 5e-3
+    for own in add_on.spec.graphs("fp16-ort-cuda").values():
+        assert without_kernel(ir.load(add_on.root / own.path)) == set(), own.path
+    body = add_on.spec.networks["controlnet"].graph("fp16-ort-cuda")
+    given = {tensor.name: tensor.dtype for tensor in body.outputs}
+    dtypes = {tensor.name: tensor.dtype for tensor in (*body.inputs, *graph.inputs)}
+    assert {name: dtypes[f"{name}.before"] for name in given} == given
+    assert {name: dtypes[name] for name in given} == given
+    assert dtypes["scale"] == "float32"
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from onnx import TensorProto, helper
 from latentrt.bundle.bundle import Bundle
 from latentrt.bundle.spec import GraphSpec
 from latentrt.errors import ExportError
+from latentrt.runtime.signature import shape_of
 from latentrt_export.graphs.lower import lower
 from latentrt_export.graphs.ranges import open_session
 from tests.support.models import texts
@@ -34,7 +35,7 @@ def _feeds(graph: GraphSpec) -> Arrays:
         sizes |= {"height": 16, "width": 24}  # a pixel model's sides must halve evenly
     feeds: Arrays = {}
     for tensor in graph.inputs:
-        shape = [sizes[side] if isinstance(side, str) else side for side in tensor.shape]
+        shape = shape_of(tensor, sizes)
         if tensor.name == "attention_mask":
             feeds[tensor.name] = np.broadcast_to(np.arange(shape[1]) % 9 != 5, shape).astype(np.int64)
         elif tensor.dtype == "int64":
