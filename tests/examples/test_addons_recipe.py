@@ -80,8 +80,8 @@ def test_a_mosaic_has_tiles_of_one_colour() -> None:
 def test_all_stages_from_pictures_to_what_is_shipped(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import control
     import judge
-    import lora
     import looks
+    import lora
     import ship
     from data import load, on_white
 

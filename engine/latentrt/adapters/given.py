@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from latentrt.bundle.bundle import located_lora
 from latentrt.errors import AdapterError
 
 NEEDED = "FILE, FILE:STRENGTH, or FILE:STRENGTH:STRENGTH of the text encoders"
@@ -18,8 +17,7 @@ class Lora:
     """A file and its strengths.
 
     Attributes:
-        path: a .safetensors file, or the folder in which peft saved one; given as the name of an embedded LoRA, that
-            one's file.
+        path: a .safetensors file, or the folder in which peft saved one.
         unet, text: how much of it is added to the UNet and to the text encoders; 0 leaves them as they are.
 
     Raises:
@@ -31,7 +29,6 @@ class Lora:
     text: float = 1.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "path", located_lora(self.path))
         for strength in (self.unet, self.text):
             if not math.isfinite(strength):
                 raise AdapterError(f"the strength of {self.path} is {strength}", needed="a finite number")
