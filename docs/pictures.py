@@ -16,6 +16,7 @@ from PIL import Image
 
 from latentrt import Engine, grid, save
 from latentrt.bundle.bundle import EMBEDDED
+from latentrt.images.hints import grey
 
 IMAGES = Path(__file__).parent / "images"
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -107,6 +108,22 @@ def tiles(prompt: str = "brick", tile: int = 128) -> None:
     save(grid([*drawn, apart], 3, under), IMAGES / "tiles.webp", settings={"prompt": prompt, **SETTINGS})
 
 
+def add_ons(path: Path = IMAGES / "add-ons.png") -> None:
+    """The embedded model's add-ons: its things plainly and as mosaics, their grey copies, and what is made of those."""
+    names, settings = [f"a {thing}" for thing in THINGS], {**SETTINGS, "guidance": 2.5}
+    with Engine.load(lora="emoji-mosaic") as engine:
+        mosaics = engine(names, **settings)
+    with Engine.load(control={"grey": "emoji-grey"}) as engine:
+        plain = engine(names, **settings)
+        hints = [grey(image) for image in plain]
+        wanted = [f"{colour} {thing}" for colour, thing in zip(COLOURS, THINGS, strict=True)]
+        back = [engine("", control={"grey": hint}, **{**settings, "guidance": 1.0})[0] for hint in hints]
+        turned = [engine(text, control={"grey": hint}, **settings)[0] for text, hint in zip(wanted, hints, strict=True)]
+    under = [*names, *("emoji-mosaic",) * 6, *("grey",) * 6, *("emoji-grey, no prompt",) * 6, *wanted]
+    tiles = [*plain, *mosaics, *(hint.convert("RGB") for hint in hints), *back, *turned]
+    save(grid(tiles, len(THINGS), under), path, settings={"prompt": "; ".join(names), **settings})
+
+
 if __name__ == "__main__":
     with Engine.load() as engine:
         sheet(engine)
@@ -119,3 +136,4 @@ if __name__ == "__main__":
     by_command("denoising.webp", *spread(4), "--guidance", "2.5", shown="--animate")
     forward_noise()
     tiles()
+    add_ons()

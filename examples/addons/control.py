@@ -20,14 +20,6 @@ RATE = 4e-3
 BOLD = 0.3  # the part of the batches whose edges are three pixels wide
 
 
-def begun(work: Path, kind: str, unet: UNet2DConditionModel) -> ControlNetModel:
-    """One for edges begins as the one for grey, where that is trained: what differs is little."""
-    trained = work / "emoji-grey"
-    if kind == "edges" and trained.exists():
-        return ControlNetModel.from_pretrained(trained).float()
-    return new(unet)
-
-
 def new(unet: UNet2DConditionModel) -> ControlNetModel:
     """One of 1.6 million parameters that begins as the UNet's way down, without what reads texts."""
     config = unet.config
@@ -52,7 +44,7 @@ def train(work: Path, kind: str, minutes: float) -> None:
     base, lessons = Base(), seen(load(work))
     shown = torch.from_numpy(hints(kind, lessons.pictures)).to(device())
     latents = base.latents(lessons.pictures, work / "seen.pt")
-    net = begun(work, kind, base.unet)
+    net = new(base.unet)
     run = Run(work / kind, {"net": net}, minutes=minutes, rate=RATE)
 
     def losses(states: Tensor, chosen: Tensor, times: Tensor, bold: Tensor) -> dict[str, Tensor]:

@@ -33,8 +33,8 @@ Pictures = NDArray[np.uint8]
 def control(work: Path, kind: str, add_on: Path) -> None:
     """Write `work`/KIND/found.json: how many pictures follow hints of emoji that were held out of training.
 
-    "plain" are the emoji themselves, without a prompt; "moved" are smaller, elsewhere and mirrored, with their names;
-    "coloured" have another colour, which the prompt says. "without" are the first ones, with a scale of 0.
+    "plain" are the emoji themselves, without a prompt, "named" the same with their names; "moved" are smaller,
+    elsewhere and mirrored; "coloured" have another colour, which the prompt says.
     """
     data, random = load(work), Random(SEED)
     numbers, own = held_out(data), on_white(data.pictures)
@@ -45,14 +45,14 @@ def control(work: Path, kind: str, add_on: Path) -> None:
     every |= {f"moved {name}": picture for name, picture in zip(names, elsewhere, strict=True)} | colours
     found: dict[str, Any] = {}
     with Engine.load(control={kind: add_on}) as engine:
-        for case, texts, pictures, asked in (
-            ("without", names, hints, {"guidance": 1.0, "scale": 0.0}),
-            ("plain", names, hints, {"guidance": 1.0}),
-            ("moved", [f"moved {name}" for name in names], elsewhere, {"guidance": GUIDANCE}),
-            ("coloured", list(colours), np.stack(list(colours.values())), {"guidance": GUIDANCE}),
+        for case, texts, pictures in (
+            ("plain", names, hints),
+            ("named", names, hints),
+            ("moved", [f"moved {name}" for name in names], elsewhere),
+            ("coloured", list(colours), np.stack(list(colours.values()))),
         ):
-            said = ["" if asked["guidance"] == 1 else text.removeprefix("moved ") for text in texts]
-            drawn = followed(engine, kind, said, pictures, **asked)
+            said = ["" if case == "plain" else text.removeprefix("moved ") for text in texts]
+            drawn = followed(engine, kind, said, pictures)
             missed = others_of(drawn, texts, list(every), np.stack(list(every.values())))
             found[case] = {"of": len(texts), "found": len(texts) - len(missed), "others": missed}
             _show(pictures, kind, drawn, work / kind / f"{case}.png")
@@ -61,16 +61,14 @@ def control(work: Path, kind: str, add_on: Path) -> None:
     (work / kind / "found.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
 
 
-def followed(
-    engine: Engine, kind: str, texts: Sequence[str], pictures: Pictures, *, guidance: float, scale: float = 1.0
-) -> list[Image.Image]:
-    """Draw each text on the hint of a picture, text i with seed SEED + i."""
+def followed(engine: Engine, kind: str, texts: Sequence[str], pictures: Pictures) -> list[Image.Image]:
+    """Draw each text on the hint of a picture, text i with seed SEED + i; an empty one without guidance."""
     drawn: list[Image.Image] = []
     for first in range(0, len(texts), AT_ONCE):
         jobs = []
         for number, text in enumerate(texts[first : first + AT_ONCE], start=first):
-            hint = {"image": HINTS[kind](Image.fromarray(pictures[number])), "scale": scale}
-            asked = {**SETTINGS, "guidance": guidance, "seed": SEED + number, "control": {kind: hint}}
+            hint = HINTS[kind](Image.fromarray(pictures[number]))
+            asked = {**SETTINGS, "guidance": GUIDANCE if text else 1.0, "seed": SEED + number, "control": {kind: hint}}
             jobs += engine.jobs(request_from(text, asked))
         engine.run(jobs)
         drawn += engine.pictures(jobs)
