@@ -22,8 +22,8 @@ ROOMS = (
     *("serve.core", "serve.process", "serve.http", "serve", "command", "__main__"),
 )
 EXPORT_ROOMS = (
-    *("checkpoint", "graphs", "place", "describe", "variants", "existing", "golden", "to_bundle", "merge_bundle"),
-    *("plans", "verify", "cli"),
+    *("checkpoint", "graphs", "place", "describe", "variants", "int8", "existing", "golden", "to_bundle"),
+    *("merge_bundle", "plans", "verify", "cli"),
 )
 MOST_FILES, MOST_LINES = 13, 350
 

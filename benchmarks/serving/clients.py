@@ -115,7 +115,7 @@ async def ask(
 
 
 async def metrics(url: str) -> dict[str, float]:
-    """Return the server's metrics, by name and labels but the model's: `latentrt:images_total{outcome="done"}`."""
+    """Return the server's metrics, by name and labels but the model's: `latentrt_images_total{outcome="done"}`."""
     found = {}
     for line in (await ask(url, "/metrics")).body.decode().splitlines():
         if not line.startswith("#"):

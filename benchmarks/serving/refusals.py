@@ -67,7 +67,7 @@ def _refused_by(one: Process) -> list[float]:
 
 async def _idle(url: str) -> bool:
     now = await metrics(url)
-    return not now["latentrt:num_images_running"] and not now["latentrt:num_images_waiting"]
+    return not now["latentrt_num_images_running"] and not now["latentrt_num_images_waiting"]
 
 
 # ---- The clients' process: bare sockets, so that what is timed is the server
@@ -137,7 +137,7 @@ def _read_refusal(sock: socket.socket) -> None:
 
 
 def _until(url: str, which: str, count: int) -> None:
-    while asyncio.run(metrics(url))[f"latentrt:num_images_{which}"] < count:
+    while asyncio.run(metrics(url))[f"latentrt_num_images_{which}"] < count:
         time.sleep(0.01)
 
 

@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentrt.adapters.given import Loras, loras_of
-from latentrt.adapters.memory import EXPORT, with_loras
+from latentrt.adapters.memory import with_loras
 from latentrt.bundle.bundle import EMBEDDED, Bundle
 from latentrt.bundle.spec import CONDITIONER, CONTROL, DENOISER, ENCODER, HINT, SHALLOW, TEXT_ENCODER
 from latentrt.cuda.gpu import Gpu
-from latentrt.errors import BackendError, RequestError
+from latentrt.errors import RequestError
 from latentrt.images.pixels import to_picture, to_pil, to_uint8
 from latentrt.model.codec import decode_each
 from latentrt.model.control import NO_CONTROLS
@@ -28,16 +28,18 @@ from latentrt.request import Request, request_from
 from latentrt.run.denoiser import Denoiser, OnTick
 from latentrt.run.job import Job
 from latentrt.run.lanes import open_lanes
-from latentrt.run.make import make_jobs
+from latentrt.run.make import check_current, make_jobs
 from latentrt.run.stages import refiner_of
 from latentrt.runtime import open_backend
 from latentrt.runtime.base import Backend
+from latentrt.runtime.replaced import check_replaces
 from latentrt.values import plain
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from latentrt.images.given import Source
+    from latentrt.images.inpaint import Overlay
     from latentrt.images.picture import Picture
 
 
@@ -63,8 +65,6 @@ class Engine:
         vae: VaeOptions = OWN,
         controls: Mapping[str, Bundle] = NO_CONTROLS,
     ) -> None:
-        if bundle.replaced and not backend.facts.replaces:
-            raise BackendError(f"LoRAs in memory with {backend.name}", needed="onnxruntime", fix=EXPORT)
         self.bundle, self.backend = bundle, backend
         resident = resident or backend.gpu is not None
         with ExitStack() as opened:
@@ -79,6 +79,7 @@ class Engine:
             opened.pop_all()
         self.spec, self.schedule = self.model.spec, self.model.schedule
         self.denoiser = Denoiser(self._lanes)
+        self.served = False  # whether a `Service` has it
         self._own_gpu: Gpu | None = None  # opened by `load`, closed with the engine
 
     @classmethod
@@ -114,7 +115,7 @@ class Engine:
                 your Backend.
             device: "cpu", "cuda" or "cuda:1"; None is "cpu" for onnxruntime and "cuda" for the others.
             threads, spin: of a network call on the CPU; see `OrtBackend`.
-            precision: "fp32" or "fp16" graphs; None is fp32 on a CPU and fp16 on a GPU.
+            precision: "fp32", "fp16" or "int8" graphs; None is fp32 on a CPU and fp16 on a GPU.
             lanes: the most of a call; guidance takes two a picture. None: 16 on a CPU, a plan's own, or a picture's.
             resident: keep all networks loaded; False drops each after use: the least memory, on a CPU.
             capture: on a GPU, launch ticks and whole pictures as CUDA graphs, not call by call. None: only TensorRT's.
@@ -129,7 +130,7 @@ class Engine:
             control: bundles of ControlNets by the names that calls have for them.
             tile: decode and encode pictures with a longer side in tiles of so many pixels; None: at once.
             lora: LoRAs that are merged into the model's weights in memory, each "FILE", "FILE:0.8" or, of the UNet and
-                of the text encoders, "FILE:0.8:0.5"; or strengths by file. Only onnxruntime can.
+                of the text encoders, "FILE:0.8:0.5"; or strengths by file. Not with OpenVINO. See `set_lora`.
             allow_unmatched: leave out keys of a LoRA that have no place in the model; else they are an error.
 
         Raises:
@@ -143,8 +144,7 @@ class Engine:
         vaes = VaeOptions.open(vae, preview_vae, tile, check_hashes=check_hashes, cache=cache)
         controls = {name: opened(folder) for name, folder in (control or {}).items()}
         first, loras = opened(bundle), loras_of(lora, allow_unmatched=allow_unmatched)
-        if loras:
-            first = with_loras(first, loras, allow_unmatched=allow_unmatched)
+        first = with_loras(first, loras, allow_unmatched=allow_unmatched)
         make = partial(cls, first, lanes=lanes, resident=resident, capture=capture, controls=controls)
         make = partial(make, refiner=second, vae=vaes)
         if isinstance(backend, str):
@@ -178,14 +178,48 @@ class Engine:
 
     def close(self) -> None:
         """Free the networks' memory."""
-        if self._program is not None:
-            self._program.close()
-        self._lanes.close()
+        self._free()
         for model in self._models:
             model.close()
         if self._own_gpu is not None:
             self._own_gpu.close()
             self._own_gpu = None
+
+    def set_lora(self, lora: Loras | None = None, *, allow_unmatched: bool = False) -> None:
+        """Merge these LoRAs, and no others, into the model's weights in memory; None: the bundle's own weights.
+
+        Networks whose weights change are loaded again; if that fails, the engine stays as it was. Jobs that were made
+        before cannot be run any more.
+
+        Args:
+            lora, allow_unmatched: as of `load`.
+
+        Raises:
+            AdapterError: a LoRA does not fit.
+            BackendError, PlanError, DeviceMemoryError: the backend takes no other weights, or has no room.
+            RequestError: pictures are being drawn, or a server has the engine.
+        """
+        loras = loras_of(lora or (), allow_unmatched=allow_unmatched)
+        if self.served:
+            raise RequestError("a server has the engine", needed="one of your own", fix="latentrt serve --lora FILE")
+        self.denoiser.check_idle()
+        if loras:
+            check_replaces(self.backend)
+        bundle = with_loras(self.bundle, loras, allow_unmatched=allow_unmatched)
+        self._free()
+        self.model.take(bundle)
+        self.bundle, self.spec = bundle, self.model.spec
+
+    @property
+    def lora(self) -> tuple[str, ...]:
+        """The LoRAs that are merged: "style.safetensors:0.8"."""
+        return self.bundle.merged
+
+    def _free(self) -> None:
+        """Free the memory of lanes, which on a GPU is bound to networks; pictures that come take it again."""
+        if self._program is not None:
+            self._program.close()
+        self._lanes.close()
 
     def __call__(
         self,
@@ -202,8 +236,8 @@ class Engine:
         Args:
             prompt: what to draw; several prompts share one batch. None for models that read no prompt.
             image, mask: a picture to start from and what of it to repaint, white; PIL images, or uint8 or uint16
-                arrays. Without a height and width the pictures have its size. `strength` says how far to leave it.
-                Upscalers draw it larger.
+                arrays. Without a height and width the pictures have its size. `strength` says how far to leave it,
+                `mask_blur`, `mask_crop` and `mask_fill` how the mask is used. Upscalers draw it larger.
             depth: its depth map, grey, near is white, for models that draw by depth.
             on_tick: called after every row of every picture with its Job; an exception raised in it ends the run.
             settings: fields of `Request` (negative_prompt, steps, seed, guidance, height, width, count, control,
@@ -219,13 +253,14 @@ class Engine:
         prompts = _several(prompt)
         pictures = {name: one for name, one in (("image", image), ("mask", mask), ("depth", depth)) if one is not None}
         asked, given = self._asked(prompts, settings, pictures)
-        whole = self._program is not None and on_tick is None and self._at_once(asked, given)
-        program = self._program if whole else None
-        jobs = self._jobs_of(asked, given, tokens=whole)
+        program = self._program
+        if program is not None and (on_tick is not None or not program.draws(asked, given)):
+            program = None
+        jobs = self._jobs_of(asked, given, tokens=program is not None)
         if program is None:
             self.run(jobs, on_tick)
             return list(self.pictures(jobs))
-        return [to_picture(pixels, job.tag) for pixels, job in zip(program.draw(jobs), jobs, strict=True)]
+        return [_picture(pixels, job) for pixels, job in zip(program.draw(jobs), jobs, strict=True)]
 
     def requests(
         self,
@@ -240,20 +275,7 @@ class Engine:
         self, prompts: Iterable[str | None], settings: Mapping[str, Any], pictures: Mapping[str, Source]
     ) -> tuple[list[Request], Given | None]:
         asked = [request_from(prompt, settings) for prompt in prompts]  # checked before a picture is encoded
-        height, width = (asked[0].height, asked[0].width) if asked else (None, None)
-        return asked, self.model.given(pictures, height, width)
-
-    def _at_once(self, asked: Sequence[Request], given: Given | None) -> bool:
-        """Return whether one graph draws the pictures."""
-        stages = any(one.hires_scale is not None or one.handoff is not None for one in asked)
-        return not stages and not self._in_tiles(asked, given) and all(map(self.model.draws_at_once, asked))
-
-    def _in_tiles(self, asked: Sequence[Request], given: Given | None) -> bool:
-        """Return whether pictures are decoded in tiles, which no graph of a whole picture does."""
-        if self.model.tiles is None or not asked:
-            return False
-        size = (asked[0].height, asked[0].width) if given is None else given.size
-        return self.model.tiles.cut(*self.spec.latents.shape_of(*size)[1:])
+        return asked, self.model.given(pictures, asked[0]) if asked else None
 
     def _jobs_of(self, asked: Sequence[Request], given: Given | None, *, tokens: bool = False) -> list[Job]:
         jobs: list[Job] = []
@@ -271,8 +293,10 @@ class Engine:
 
     def run(self, jobs: Iterable[Job], on_tick: OnTick | None = None) -> None:
         """Denoise jobs to their end; see `Denoiser.run`."""
+        waiting = list(jobs)
+        check_current(self.model, waiting)
         self._end_of(TEXT_ENCODER, CONDITIONER)
-        self.denoiser.run(jobs, on_tick)
+        self.denoiser.run(waiting, on_tick)
 
     def picture(self, job: Job) -> Picture:
         """Return the picture of a job's latents; it carries its settings."""
@@ -282,11 +306,12 @@ class Engine:
         """Yield the pictures of several jobs; small ones are decoded at the same time (`decode_each`)."""
         self._end_of(DENOISER, SHALLOW, CONTROL)
         decoded = decode_each(self.model.codec, [job.latents for job in jobs], self.backend.facts.cores)
-        yield from (to_picture(to_uint8(one[None])[0], job.tag) for one, job in zip(decoded, jobs, strict=True))
+        yield from (_picture(to_uint8(one[None])[0], job) for one, job in zip(decoded, jobs, strict=True))
 
-    def decode(self, latents: NDArray[np.float32]) -> Image:
-        """Return latents (channels, height, width) as a PIL image."""
-        return to_pil(to_uint8(self.model.codec.decode(latents[None]))[0])
+    def decode(self, latents: NDArray[np.float32], overlay: Overlay | None = None) -> Image:
+        """Return latents (channels, height, width) as a PIL image, under an overlay if there is one."""
+        pixels = to_uint8(self.model.codec.decode(latents[None]))[0]
+        return to_pil(pixels if overlay is None else overlay.on(pixels))
 
     @property
     def refiner_name(self) -> str | None:
@@ -304,6 +329,10 @@ class Engine:
     def preview(self, latents: NDArray[np.float32]) -> Image:
         """Return latents (channels, height, width) as a PIL image that the decoder of previews made."""
         return to_pil(to_uint8(self.model.preview.decode(latents[None]))[0])
+
+
+def _picture(pixels: NDArray[np.uint8], job: Job) -> Picture:
+    return to_picture(pixels if job.overlay is None else job.overlay.on(pixels), job.tag)
 
 
 def _several(prompt: object) -> list[Any]:

@@ -33,15 +33,18 @@ def worst_error(engine: Engine) -> float:
     return float(np.max([_difference(engine, known) for known in engine.spec.golden] or [math.nan]))
 
 
-def example(model: Model, side: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def example(model: Model, side: int, *, least: int = 1) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return settings and pictures that any request to a model needs besides a prompt, for a small picture.
 
     Args:
         model: the model that draws.
         side: of the latents at most.
+        least: of the latents, also where the model's own size is less.
     """
     latents = model.spec.latents
-    sides = [min(own, side) // latents.multiple * latents.multiple for own in (latents.height, latents.width)]
+    sides = [
+        max(min(own, side), least) // latents.multiple * latents.multiple for own in (latents.height, latents.width)
+    ]
     height, width = (max(each, latents.multiple) * latents.factor for each in sides)
     settings: dict[str, Any] = {"height": height, "width": width}
     if model.spec.defaults.solver is None and model.schedule.not_served():

@@ -15,6 +15,7 @@ from latentrt.values import did_you_mean, is_number, is_text, is_whole, plain
 MAX_SEED = 2**64 - 1
 PICTURES = ("image", "mask", "depth")  # what a picture may be used for
 SYNTAXES = ("plain", "a1111", "compel")  # of prompts
+FILLS = ("original", "fill", "noise", "nothing")  # of what a mask repaints
 HIRES_STRENGTH = 0.7
 HANDOFF = 0.8  # of a run with a refiner, where nothing else is said
 
@@ -25,9 +26,15 @@ _NUMBERS = {
     "hires_scale": (1.0, 8.0),
     "image_guidance": (1.0, 1e6),
     **dict.fromkeys(("aesthetic_score", "negative_aesthetic_score"), (0.0, 1000.0)),
+    "mask_blur": (0.0, 256.0),
 }
 # Of a picture, where they are set.
-_OWN = ("strength", "handoff", "image_guidance", "noise_level", "aesthetic_score", "negative_aesthetic_score")
+_OWN = (
+    *("strength", "handoff", "image_guidance", "noise_level", "aesthetic_score", "negative_aesthetic_score"),
+    "mask_crop",
+)
+# The same, where they are not at these values.
+_USUAL = {"cache_interval": 1, "seed_delta": 0, "mask_blur": 0, "mask_fill": "original", "mask_keeps": False}
 
 # What users of other tools type, and the name of it here.
 _OTHER_NAMES = {
@@ -126,6 +133,14 @@ class Request:
         embeddings: files of textual inversion (.safetensors) by the words of the prompt that stand for them.
         noise: the torch generator whose numbers the seed selects.
         strength: how much of the run is made on a given picture, above 0 to 1; None is 0.8, or 1 with a mask.
+        mask_blur: how soft the mask's edge is: the sigma of a Gaussian blur, in pixels of the given picture.
+        mask_crop: draw the mask's surroundings alone, with so many pixels of padding, at the request's size, and put
+            them back into the picture ("only masked"); None: draw all of it.
+        mask_fill: what the run begins on where it repaints: the "original", a "fill" of the colours around, the run's
+            own "noise", or "nothing" (zeros); with a strength of 1 it begins on noise anyway.
+        mask_keeps: give back the picture's own pixels where it is not repainted, not what the VAE makes of them; always
+            so with mask_blur or mask_crop.
+        seed_delta: rows draw the noise that they add from seed + seed_delta; 0: they go on where the first noise ended.
         pictures: the request's pictures by use: "image" to begin on, "mask" for what of it to repaint, "depth" for its
             depth map. PIL images, or uint8 or uint16 arrays.
         control: the pictures that the engine's ControlNets follow, by the ControlNets' names; with settings as a
@@ -162,6 +177,11 @@ class Request:
     embeddings: Mapping[str, str | Path] = field(default_factory=dict)
     noise: str = "torch-cpu"
     strength: float | None = None
+    mask_blur: float = 0.0
+    mask_crop: int | None = None
+    mask_fill: str = "original"
+    mask_keeps: bool = False
+    seed_delta: int = 0
     pictures: Mapping[str, Any] = field(default_factory=dict)
     control: Mapping[str, Any] = field(default_factory=dict)
     hires_scale: float | None = None
@@ -185,8 +205,13 @@ class Request:
                 _whole(name, getattr(self, name), 0, 2**31 - 1)
         if self.clip_skip is not None:
             _whole("clip_skip", self.clip_skip, 0, 1000)
-        if self.prompt_syntax not in SYNTAXES:
-            raise RequestError(f"prompt_syntax is {self.prompt_syntax!r}", needed=f"one of {', '.join(SYNTAXES)}")
+        if self.mask_crop is not None:
+            _whole("mask_crop", self.mask_crop, 0, 65_536)
+        _whole("seed_delta", self.seed_delta, 0, MAX_SEED)
+        for name, known in (("prompt_syntax", SYNTAXES), ("mask_fill", FILLS), ("mask_keeps", (False, True))):
+            if getattr(self, name) not in known:
+                found, needed = f"{name} is {getattr(self, name)!r}", f"one of {', '.join(map(str, known))}"
+                raise RequestError(found, needed=needed)
         _check_embeddings(self.embeddings)
         for name, optional in (("prompt", True), ("negative_prompt", True), ("solver", True), ("noise", False)):
             value = getattr(self, name)
@@ -212,6 +237,16 @@ class Request:
         object.__setattr__(self, "control", {name: Control.of(value) for name, value in self.control.items()})
         _check_options(self.options)
         object.__setattr__(self, "options", {key: plain(value) for key, value in self.options.items()})
+
+    @property
+    def keeps_pixels(self) -> bool:
+        """Whether the given picture's own pixels are given back where it is not repainted."""
+        return self.mask_keeps or self.mask_blur > 0 or self.mask_crop is not None
+
+    @property
+    def masked(self) -> bool:
+        """Whether it says how a mask is to be used."""
+        return self.keeps_pixels or self.mask_fill != "original"
 
 
 def _check_embeddings(files: object) -> None:
@@ -279,7 +314,7 @@ def facts_of(request: Request, solver: str, seed: int, index: int, size: tuple[i
         "height": size[0],
         "model": model,
         **{name: getattr(request, name) for name in _OWN if getattr(request, name) is not None},
-        **({} if request.cache_interval == 1 else {"cache_interval": request.cache_interval}),
+        **{name: getattr(request, name) for name, usual in _USUAL.items() if getattr(request, name) != usual},
         **_of_hires(request),
         **request.options,
     }

@@ -65,3 +65,24 @@ def did_you_mean(word: object, words: Iterable[str], otherwise: str = "") -> str
     """Return "did you mean a or b?" with the words most like this one; `otherwise` where none is."""
     near = get_close_matches(str(word), list(words), n=3, cutoff=0.5)
     return f"did you mean {' or '.join(near)}?" if near else otherwise
+
+
+def named(texts: Iterable[str], option: str, form: str) -> dict[str, str]:
+    """Return the values of an option that is given as NAME=VALUE, by name.
+
+    Args:
+        texts: what was typed.
+        option: its name, and `form` how it is given, for errors.
+
+    Raises:
+        RequestError: a text has another form, or a name is given twice.
+    """
+    found: dict[str, str] = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        if not name or not value:
+            raise RequestError(f"{option} is {text!r}", needed=form)
+        if name in found:
+            raise RequestError(f"there are two {option} {name}", needed="a name for each")
+        found[name] = value
+    return found

@@ -9,7 +9,7 @@ from typing import Any
 
 from latentrt.bundle.bundle import MANIFEST
 from latentrt.command.terminal import show, table_of
-from latentrt.errors import MissingDependencyError
+from latentrt.errors import ExportError, MissingDependencyError
 from latentrt_export.checkpoint.onnx_folder import is_onnx_folder
 from latentrt_export.checkpoint.single.choices import AS_THEY_ARE, Choices
 
@@ -23,6 +23,7 @@ def run_export(
     choices: Choices,
     overwrite: bool,
     as_json: bool,
+    int8: bool = False,
 ) -> None:
     """Export with a line for each part, and a summary at the end."""
     _need("export", torch=not is_onnx_folder(source) and not _is_merge(source, revision, variant, choices))
@@ -40,10 +41,16 @@ def run_export(
             "progress": lambda part, done, total: status.update(f"{part} ({done + 1} of {total})"),
         }
         if _is_merge(source, revision, variant, choices):
+            if int8:
+                raise ExportError(
+                    "--int8 with LoRAs for a bundle", needed="a checkpoint", fix="leave it out: a bundle keeps its int8"
+                )
             own = {"allow_unmatched": choices.allow_unmatched, **common}
             summary = merge_bundle(Path(source), target, choices.loras, **own)
         else:
-            summary = export_bundle(source, target, revision=revision, variant=variant, choices=choices, **common)
+            summary = export_bundle(
+                source, target, revision=revision, variant=variant, choices=choices, int8=int8, **common
+            )
     if as_json:
         print(json.dumps({**asdict(summary), "target": str(target)}))
         return

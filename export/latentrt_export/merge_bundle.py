@@ -20,9 +20,10 @@ from latentrt.adapters.given import Lora
 from latentrt.adapters.memory import Place, merge_into
 from latentrt.adapters.merge import Merge, Weight
 from latentrt.bundle.bundle import MANIFEST, Bundle
-from latentrt.bundle.spec import FP32
+from latentrt.bundle.spec import FP32, INT8_ORT_CPU
 from latentrt.bundle.tensors import header_of, open_tensors
 from latentrt.errors import BundleError
+from latentrt_export.int8 import add_int8
 from latentrt_export.place import place
 from latentrt_export.to_bundle import GRAPH_ROOM, Measure, NetworkSummary, Progress, Summary, finish
 from latentrt_export.variants import add_control, add_cpu, add_half
@@ -71,6 +72,9 @@ def merge_bundle(
         command = " ".join(["latentrt export", bundle.spec.id, *(f"--lora={lora}" for lora in loras)])
         made = {**before, "command": command, "base": before.get("command"), "notes": list(notes)}
         spec = add_control(root, add_cpu(root, add_half(root, replace(bundle.spec, made=made, golden=()))))
+        if INT8_ORT_CPU in spec.networks[spec.denoiser].variants:
+            spec, note = add_int8(root, spec)
+            notes = (*notes, note)
         progress(parts[3], 3, len(parts))
         total = finish(root, spec, golden)
     return Summary(summaries, total, notes)

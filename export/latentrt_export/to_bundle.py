@@ -28,6 +28,7 @@ from latentrt.bundle.spec import (
     Variant,
 )
 from latentrt.errors import ExportError, LatentrtError
+from latentrt.runtime.variants import check_int8
 from latentrt_export.checkpoint.lone_control import PART
 from latentrt_export.checkpoint.single.choices import AS_THEY_ARE, Choices
 from latentrt_export.checkpoint.source import Checkpoint, checkpoint_of, tokenizer_of
@@ -50,6 +51,7 @@ from latentrt_export.graphs.parts.hoist import hoist
 from latentrt_export.graphs.parts.shallow import shallow
 from latentrt_export.graphs.text_inputs import add_text_inputs
 from latentrt_export.graphs.weights import share_weights
+from latentrt_export.int8 import add_int8
 from latentrt_export.place import place
 from latentrt_export.variants import add_control, add_cpu, add_half
 
@@ -110,6 +112,7 @@ def export_bundle(
     progress: Progress = lambda part, done, total: None,
     overwrite: bool = False,
     golden: Measure | None = None,
+    int8: bool = False,
 ) -> Summary:
     """Turn the checkpoint `source` into the bundle `target`.
 
@@ -123,6 +126,7 @@ def export_bundle(
         progress: called before each part.
         overwrite: replace an existing bundle. A folder that is no bundle is never replaced.
         golden: measures golden runs on the finished bundle; they go into its manifest.
+        int8: also write the denoiser's 8-bit graph for CPUs, see `add_int8`.
 
     Raises:
         ExportError: it is no checkpoint, or one that cannot be served.
@@ -131,7 +135,7 @@ def export_bundle(
     """
     with _opened(source, revision, variant, choices) as checkpoint:
         how = made(checkpoint, variant, choices)
-        return _export(checkpoint, Path(target), how, progress, overwrite, golden)
+        return _export(checkpoint, Path(target), how, progress, overwrite, golden, int8)
 
 
 def _export(
@@ -141,11 +145,16 @@ def _export(
     progress: Progress,
     overwrite: bool,
     golden: Measure | None,
+    int8: bool,
 ) -> Summary:
     names = networks_of(checkpoint)
     parts = ("copy", *names, "half precision", "manifest")
     sources = {*checkpoint.files.values(), *checkpoint.graphs.values()}
     size = sum(path.stat().st_size for path in sources) + 2 * GRAPH_ROOM * len(names)
+    if int8 and "unet" not in names:
+        raise ExportError("--int8 for a VAE alone", needed="a model with a UNet", fix="leave it out")
+    if int8:
+        check_int8()  # it draws with the graph
     with place(target, checkpoint.root, size, overwrite=overwrite) as root:
         if not checkpoint.graphs:
             _check(checkpoint)
@@ -157,14 +166,17 @@ def _export(
             made_of, summaries[name] = _export_network(checkpoint, root, name)
             networks |= made_of
         progress("half precision", len(parts) - 2, len(parts))
-        spec, left_out = model_spec(checkpoint, networks, how), tuple[str, ...]()
+        spec, remarks = model_spec(checkpoint, networks, how), tuple[str, ...]()
         if checkpoint.graphs:
-            spec, left_out = checked(root, spec, (add_half, add_cpu))
+            spec, remarks = checked(root, spec, (add_half, add_cpu))
         else:
             spec = add_control(root, add_cpu(root, add_half(root, spec)))
+        if int8:
+            spec, note = add_int8(root, spec)
+            remarks = (*remarks, note)
         progress("manifest", len(parts) - 1, len(parts))
         total = finish(root, spec, golden)
-    return Summary(summaries, total, (*notes_of(checkpoint, spec), *left_out))
+    return Summary(summaries, total, (*notes_of(checkpoint, spec), *remarks))
 
 
 @contextmanager

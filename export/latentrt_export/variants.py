@@ -75,9 +75,9 @@ def add_half(root: Path, spec: ModelSpec) -> ModelSpec:
             raise ExportError(f"the {name} computes numbers that are not finite", needed="a sound checkpoint")
         islands = Islands(float(f"{largest:.3g}"), overflowing(model, ranges))
         to_half(model, islands.nodes, exact)
-        half = replace(_save(root, half_path(path), model, network), islands=islands)
+        half = replace(save_variant(root, half_path(path), model, network), islands=islands)
         for_cuda(model)
-        cuda = _save(root, cuda_path(path), model, network)
+        cuda = save_variant(root, cuda_path(path), model, network)
         networks[name] = replace(network, variants={**network.variants, FP16: half, FP16_ORT_CUDA: cuda})
     return replace(spec, networks={**spec.networks, **networks})
 
@@ -91,11 +91,12 @@ def add_cpu(root: Path, spec: ModelSpec) -> ModelSpec:
     model = ir.load(root / path)
     if not for_cpu(model, {"height": spec.latents.height, "width": spec.latents.width}):
         return spec
-    variants = {**network.variants, FP32_ORT_CPU: _save(root, cpu_path(path), model, network)}
+    variants = {**network.variants, FP32_ORT_CPU: save_variant(root, cpu_path(path), model, network)}
     return replace(spec, networks={**spec.networks, spec.denoiser: replace(network, variants=variants)})
 
 
-def _save(root: Path, path: str, model: ir.Model, network: NetworkSpec) -> Variant:
+def save_variant(root: Path, path: str, model: ir.Model, network: NetworkSpec) -> Variant:
+    """Write a graph of a network, and return what the manifest says of it."""
     ir.save(model, root / path)
     own = (*network.inputs, *network.outputs)
     theirs = (*signature(model.graph.inputs), *signature(model.graph.outputs))

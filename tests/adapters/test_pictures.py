@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -18,15 +19,18 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from latentrt import Engine
+from latentrt.adapters.given import loras_of
 from latentrt.bundle.bundle import EMBEDDED, Bundle
 from latentrt.bundle.initializers import initializers
-from latentrt.errors import AdapterError, AdapterWarning, BackendError
+from latentrt.errors import AdapterError, AdapterWarning, BackendError, ExportError
 from latentrt.golden import worst_error
 from latentrt.runtime.onnxruntime import OrtBackend
 from latentrt_export.checkpoint.single.choices import Choices
 from latentrt_export.graphs.to_onnx import quiet
+from latentrt_export.merge_bundle import merge_bundle
 from latentrt_export.to_bundle import export_bundle
 from latentrt_export.verify.checks import psnr
+from latentrt_export.verify.verify import verify
 from tests.support.gpu.host_gpu import host_gpu
 from tests.support.models.loras import EVERYWHERE, modules_of, write_lora
 
@@ -159,6 +163,19 @@ def test_into_a_bundle_without_torch(exported: Exported, tmp_path: Path) -> None
         assert worst_error(engine) < 1e-6
     twice = drawn(merged.root, lora={lora: -0.6})  # the changed weights are what a second LoRA is merged into
     assert psnr(twice, drawn(bundle)) > 60
+
+
+def test_verified(exported: Exported, tmp_path: Path) -> None:
+    checkpoint, bundle = exported("sd")
+    lora = write_lora(tmp_path / "lora.safetensors", checkpoint, "kohya", EVERYWHERE)
+    merged = tmp_path / "merged"
+    merge_bundle(bundle, merged, loras_of(f"{lora}:0.6:0.9"))
+    with pytest.raises(ExportError, match=r"has LoRAs merged.*--against CHECKPOINT --lora FILE"):
+        next(verify(merged, merged))
+    for loras, passed in (([f"{lora}:0.6:0.9"], True), ([f"{lora}:0.6"], False)):
+        checks = verify(merged, checkpoint, steps=1, choices=Choices(lora=loras))
+        changed = itertools.takewhile(lambda check: not check.what.startswith("vae"), checks)
+        assert all(check.passed for check in changed) is passed
 
 
 def test_on_the_emulated_gpu(tmp_path: Path) -> None:

@@ -53,6 +53,16 @@ def test_generate_with_vaes_and_tiles(run: Run) -> None:
         assert image.tobytes() == preview.tobytes()
 
 
+def test_generate_with_loras(run: Run) -> None:
+    assert "gone.safetensors" in refused(run, "generate", "a cat", "--lora", "gone.safetensors:0.5")
+    assert "allow_unmatched without a LoRA" in refused(run, "generate", "a cat", "--allow-unmatched")
+    shapes = {"unet.conv_out.lora_A.weight": (1, 64, 3, 3), "unet.conv_out.lora_B.weight": (4, 1, 1, 1)}
+    save_file({name: np.ones(shape, np.float32) for name, shape in shapes.items()}, "bright.safetensors")
+    code, _, _ = run("generate", "a cat", "--steps", "1", "--lora", "bright.safetensors:0.5:1", "-o", "bright.png")
+    assert code == 0
+    assert read_settings("bright.png")["merged_loras"] == ["bright.safetensors:0.5:1"]
+
+
 def test_generate_with_weights_clip_skip_and_embeddings(run: Run) -> None:
     save_file({"emb_params": np.ones((2, 192), np.float32)}, "toy.safetensors")
     reading = ["--prompt-syntax", "a1111", "--clip-skip", "1", "--embedding", "<toy>=toy.safetensors"]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import cv2
 import numpy as np
 import pytest
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from latentrt.errors import RequestError
 from latentrt.images.given import prepared_hint
 from latentrt.images.hints import blurred, edges, grey, inverted, masked
+from latentrt.images.inpaint import Overlay
 
 y, x = np.mgrid[:48, :64]
 DISC = np.where(np.hypot(x - 30, y - 22) < 15, 220, 30).astype(np.uint8)
@@ -58,6 +60,17 @@ def test_a_masked_picture_is_taken_as_it_is() -> None:
         prepared_hint(found, 48, 32)
     with pytest.raises(RequestError, match="the mask is 64x48 and the picture 32x32"):
         masked(colours.resize((32, 32)), mask)
+
+
+@pytest.mark.parametrize("box", [(10, 6, 34, 22), (3, 5, 51, 45), None])
+def test_a_map_of_a_part_of_the_picture(box: tuple[int, int, int, int] | None) -> None:
+    """As the control image of diffusers' ControlNet inpainting with padding_mask_crop."""
+    picture, colours = Image.new("RGB", (64, 48)), Image.fromarray(np.stack([DISC, x, y], axis=-1).astype(np.uint8))
+    processor = VaeImageProcessor(vae_scale_factor=8, do_convert_rgb=True, do_normalize=False)
+    mode = "default" if box is None else "fill"
+    expected = processor.preprocess(colours, height=32, width=48, crops_coords=box, resize_mode=mode)
+    found = prepared_hint(colours, 32, 48, Overlay(picture, picture.convert("L"), box))
+    np.testing.assert_allclose(found, expected[0].numpy(), atol=1e-6)
 
 
 def test_other_maps() -> None:

@@ -287,18 +287,27 @@ def test_on_a_gpu_with_hires(both: Callable[[str], Both], on_gpu: Engine) -> Non
     assert psnr(ours, expected) > PSNR_BOUND
 
 
-def test_merged_loras_change_the_unet_that_reads_residuals(exported: Exported, tmp_path: Path) -> None:
+def test_merged_loras_change_the_unet_that_reads_residuals(exported: Exported, tmp_path: Path, on_gpu: Engine) -> None:
     source, bundle = exported("sd")
     add_on = exported("control-sd-1")[1]
     lora = write_lora(tmp_path / "lora.safetensors", source, "kohya")
     merge_bundle(bundle, tmp_path / "merged", loras_of(f"{lora}:0.6"))
-    pictures = []
+    pictures, asked = [], {"control": {"edges": EDGES}, **SETTINGS}
     for base, loras in ((bundle, ()), (bundle, f"{lora}:0.6"), (tmp_path / "merged", ())):
         with Engine.load(base, threads=1, lora=loras, control={"edges": add_on}) as engine:
-            pictures.append(np.asarray(engine("a cat", control={"edges": EDGES}, **SETTINGS)[0]))
-    plain, in_memory, merged = pictures
+            pictures.append(np.asarray(engine("a cat", **asked)[0]))
+            engine.set_lora(f"{lora}:0.6" if base == bundle and not loras else ())  # changed, or back
+            pictures.append(np.asarray(engine("a cat", **asked)[0]))
+    plain, changed, in_memory, back, merged, _ = pictures
     np.testing.assert_array_equal(in_memory, merged)
+    np.testing.assert_array_equal(changed, merged)
+    np.testing.assert_array_equal(back, plain)
     assert psnr(plain, merged) < 40
+    before = np.asarray(on_gpu("a cat", **asked)[0])
+    on_gpu.set_lora(f"{lora}:0.6")
+    assert psnr(np.asarray(on_gpu("a cat", **asked)[0]), merged) > PSNR_BOUND
+    on_gpu.set_lora()
+    np.testing.assert_array_equal(np.asarray(on_gpu("a cat", **asked)[0]), before)
 
 
 def test_a_picture_tells_its_controls(both: Callable[[str], Both]) -> None:

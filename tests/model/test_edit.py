@@ -313,7 +313,7 @@ def test_a_solver_that_cannot_begin_midway_is_named(fake: Engine) -> None:
 
 
 def test_an_edit_serves_the_size_that_it_was_encoded_at(fake: Engine) -> None:
-    given = fake.model.given({"image": picture(64, 48)}, None, None)
+    given = fake.model.given({"image": picture(64, 48)}, Request(prompt="a"))
     latents = fake.jobs(Request(prompt="a", height=48, width=64), given=given)[0].latents
     assert latents.shape == (fake.spec.latents.channels, 6, 8)
     with pytest.raises(RequestError, match="width is 128, and the picture was encoded at 64"):

@@ -154,6 +154,30 @@ def test_texts_of_other_lengths_are_calls_of_their_own() -> None:
     np.testing.assert_allclose(job.latents, advance(row, start, outs[0] + 3 * (outs[1] - outs[0]), memory), rtol=1e-6)
 
 
+def test_calls_of_fewer_lanes_and_jobs_that_do_not_move_change_no_bit() -> None:
+    sizes: list[int] = []
+
+    def counting(sample: np.ndarray, timestep: np.ndarray, conditioning: Mapping[str, np.ndarray]) -> np.ndarray:
+        sizes.append(len(sample))
+        return network(sample, timestep, conditioning)
+
+    jobs, other = [make(seed, "euler-ancestral", tokens=33 + 44 * (seed % 2)) for seed in range(3)], make(9, side=8)
+    denoiser = Denoiser(HostLanes(counting))
+    denoiser.limit_calls(lambda shape: 2 if shape == (4, 4, 4) else 1)
+    for job in (*jobs, other):
+        denoiser.admit(job)
+    assert denoiser.tick([other]) == [other]
+    assert (sizes, [job.row for job in jobs]) == ([1, 1], [0, 0, 0])
+    sizes.clear()
+    denoiser.tick(jobs)
+    assert sorted(sizes) == [2, 2, 2]
+    while denoiser.jobs:
+        denoiser.tick()
+    for seed, job in enumerate(jobs):
+        np.testing.assert_array_equal(job.latents, alone(make(seed, "euler-ancestral", tokens=33 + 44 * (seed % 2))))
+    np.testing.assert_array_equal(other.latents, alone(make(9, side=8)))
+
+
 def test_a_run_goes_on_in_another_size() -> None:
     job = make(3, later="larger")
     first, noise = make(3), TorchCpuNoise(3)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from latentrt.runtime.cores import usable_cores
+from latentrt.runtime.cores import multiplies_bytes, usable_cores
 from latentrt.runtime.onnxruntime import OrtBackend
 
 V2 = "30 23 0:26 {root} {point} rw,nosuid - cgroup2 cgroup2 rw,nsdelegate"
@@ -105,3 +105,14 @@ def test_an_affinity_bounds_the_cores_of_this_machine() -> None:
         os.sched_setaffinity(0, allowed)
     assert 1 <= usable_cores() <= len(allowed)
     assert OrtBackend(threads=3).threads == 3
+
+
+@pytest.mark.parametrize(
+    ("line", "exact"),
+    [("flags\t: avx2 avx512_vnni", True), ("flags\t: avx2 fma", False), ("Features\t: asimddp", True), (None, True)],
+)
+def test_products_of_bytes(tmp_path: Path, line: str | None, exact: bool) -> None:
+    if line is not None:
+        (tmp_path / "proc").mkdir()
+        (tmp_path / "proc" / "cpuinfo").write_text(f"processor\t: 0\n{line}\n", encoding="utf-8")
+    assert multiplies_bytes(tmp_path) is exact

@@ -118,7 +118,7 @@ class Session:
         self.running = 0
         self.lock = threading.Lock()
 
-    def run(self, outputs: list[str], feeds: Feeds) -> list[NDArray[Any]]:
+    def run(self, outputs: list[str], feeds: Feeds, options: Any = None) -> list[NDArray[Any]]:
         with self.lock:
             self.sizes.append(len(feeds["a"]))
             self.running += 1
@@ -130,7 +130,7 @@ class Session:
             with self.lock:
                 self.running -= 1
 
-    def run_async(self, outputs: list[str], feeds: Feeds, callback: Any, user_data: None) -> None:
+    def run_async(self, outputs: list[str], feeds: Feeds, callback: Any, user_data: None, options: Any) -> None:
         def work() -> None:
             try:
                 callback(self.run(outputs, feeds), user_data, "")
@@ -159,7 +159,7 @@ def test_an_error_of_any_part_is_raised_when_no_part_runs(entry: int) -> None:
 
 def test_an_interrupt_is_raised_when_no_part_runs() -> None:
     class Interrupted(Session):
-        def run_async(self, outputs: list[str], feeds: Feeds, callback: Any, user_data: None) -> None:
+        def run_async(self, outputs: list[str], feeds: Feeds, callback: Any, user_data: None, options: Any) -> None:
             def work() -> None:
                 with self.lock:
                     self.running += 1

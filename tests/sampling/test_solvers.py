@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from latentrt.errors import ScheduleError
 from latentrt.sampling.schedule import Point, Schedule
 from latentrt.sampling.solvers import SOLVERS, Solver
 from latentrt.sampling.spacing import Grid, Levels
@@ -221,6 +222,7 @@ def choices(solver: Solver) -> list[dict[str, Any]]:
         {"clip_sample": True, "clip_sample_range": 0.8},
         {"use_karras_sigmas": True},
         {"eta": 0.6},
+        {"s_noise": 0.5},
         {"order": 2},
         {"solver_type": "heun"},
         {"disable_corrector": [1, 2]},
@@ -236,3 +238,42 @@ def allowed(solver: Solver, options: dict[str, Any]) -> bool:
 
 
 ANCESTRAL = "EulerAncestralDiscreteScheduler"
+
+
+ADDING = ("euler-ancestral", "dpm2-ancestral", "dpmpp-2s-ancestral", "dpmpp-2m-sde", "dpmpp-3m-sde-kdiffusion")
+
+
+@pytest.mark.parametrize("name", ADDING)
+@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
+def test_a_step_that_goes_further_adds_as_much_noise(name: str, eta: float) -> None:
+    """Where the denoiser finds 0 everywhere, x is noise alone, and stays of the level's deviation with any eta."""
+    grid, solver = grid_of(name, [2.0, 1.0]), SOLVERS[name]
+
+    def step(x: float, drawn: float) -> float:
+        start, noise = np.array([x]) * grid.points[0].alpha, np.array([drawn])
+        own = {**solver.arguments, "eta": eta}
+        last = solver.function(start, grid, Denoiser(lambda x, sigma: 0 * x), lambda: noise, **own)
+        return float(last[0] / grid.targets[-1].alpha)
+
+    kept, added = step(1.0, 0.0), step(0.0, 1.0)
+    assert math.hypot(kept * 2.0, added) == pytest.approx(1.0)
+    assert (added == 0) is (eta == 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [("euler-ancestral", "euler"), ("dpmpp-2m-sde", "dpmpp-2m"), ("dpmpp-3m-sde-kdiffusion", "dpmpp-3m")],
+)
+def test_without_eta_a_solver_is_the_one_without_noise(name: str, plain: str) -> None:
+    same = {"solver_type": "heun", "lower_order_final": False} if "3m" in name else {}
+    ours = tabulate(name, SCHEDULE, 9, eta=0.0)
+    np.testing.assert_allclose(ours.array, tabulate(plain, SCHEDULE, 9, **same).array, rtol=1e-9, atol=1e-12)
+    half, whole = (np.array([row.c for row in tabulate(name, SCHEDULE, 9, s_noise=s).rows]) for s in (0.5, 1.0))
+    np.testing.assert_allclose(half, whole / 2)
+    assert whole.any()
+
+
+@pytest.mark.parametrize("options", [{"s_noise": -1}, {"s_noise": "much"}, {"eta": 2}])
+def test_eta_and_s_noise_have_a_range(options: dict[str, Any]) -> None:
+    with pytest.raises(ScheduleError, match=f"euler-ancestral has {next(iter(options))}"):
+        tabulate("euler-ancestral", SCHEDULE, 9, **options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import configparser
+import json
 import re
 import runpy
 import shutil
@@ -60,15 +61,45 @@ def test_systemd_reads_the_unit(tmp_path: Path) -> None:
     assert (result.returncode, "latentrt.service" in result.stderr) == (0, False), result.stderr
 
 
-@pytest.mark.parametrize("text", [PAGE, (EXAMPLES / "alerts.yml").read_text(encoding="utf-8")], ids=["page", "alerts"])
+QUERIES = [PAGE, *((EXAMPLES / name).read_text(encoding="utf-8") for name in ("alerts.yml", "dashboard.json"))]
+
+
+@pytest.mark.parametrize("text", QUERIES, ids=["page", "alerts", "dashboard"])
 def test_queries_ask_for_metrics_that_exist(text: str) -> None:
     metrics = Metrics("emoji")
     for name in ("num_images_running", "num_images_waiting", "ready"):  # made with the application
         metrics.gauge(name, name, lambda: 0.0)
-    told = set(re.findall(r"latentrt:\w+", asyncio.run(metrics.text()).decode()))
-    asked = set(re.findall(r"latentrt:\w+", text))
+    told = set(re.findall(r"latentrt_\w+", asyncio.run(metrics.text()).decode()))
+    asked = set(re.findall(r"latentrt_\w+", text.replace("latentrt_export", "")))
     assert asked
     assert {re.sub(r"_(bucket|sum|count)$", "", name) for name in asked} <= told
+
+
+def test_the_dashboard_is_one() -> None:
+    """As Grafana's model of a dashboard has it: panels with queries, that do not lie on each other."""
+    board = json.loads((EXAMPLES / "dashboard.json").read_text(encoding="utf-8"))
+    places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in board["panels"]]
+    assert len(set(places)) == len(places)
+    assert all(target["expr"] for panel in board["panels"] for target in panel["targets"])
+    assert len({panel["id"] for panel in board["panels"]}) == len(places)
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool: apt-get install prometheus")
+def test_promtool_likes_names_and_rules(tmp_path: Path) -> None:
+    metrics = Metrics("emoji")
+    metrics.gauge("ready", "1 if requests are taken.", lambda: 1.0)
+    metrics.ended_request("/v1/images/generations", "ok", 200, 1.0)
+    metrics.faulted(True)
+    text = asyncio.run(metrics.text())
+    checked = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True)
+    assert (checked.returncode, checked.stdout, checked.stderr) == (0, b"", b"")
+    board = json.loads((EXAMPLES / "dashboard.json").read_text(encoding="utf-8"))
+    asked = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    rules = [{"record": f"a{number}", "expr": query} for number, query in enumerate(asked)]
+    (tmp_path / "rules.yml").write_text(json.dumps({"groups": [{"name": "all", "rules": rules}]}), encoding="utf-8")
+    for path in (tmp_path / "rules.yml", EXAMPLES / "alerts.yml"):
+        checked = subprocess.run(["promtool", "check", "rules", str(path)], capture_output=True)
+        assert checked.returncode == 0, checked.stderr
 
 
 def test_every_file_of_the_examples_is_named_on_the_page() -> None:

@@ -106,7 +106,7 @@ def test_a_stream_that_is_read_a_byte_at_a_time_is_given_up_with_its_lanes() -> 
         async with await deaf(one.url) as reader:
             reader.send(DRAW, body)
             await until_busy(one.url)
-            while (await metrics(one.url))["latentrt:num_images_running"]:
+            while (await metrics(one.url))["latentrt_num_images_running"]:
                 await reader.reader.read(1)
                 await asyncio.sleep(0.05)
             await until_idle(one.url)
@@ -120,7 +120,7 @@ def test_a_stream_that_is_read_a_byte_at_a_time_is_given_up_with_its_lanes() -> 
 
 async def until_busy(url: str) -> None:
     """Something is drawn."""
-    while not (await metrics(url))["latentrt:num_images_running"]:
+    while not (await metrics(url))["latentrt_num_images_running"]:
         await asyncio.sleep(0.02)
 
 
@@ -137,8 +137,8 @@ async def until_idle_but(url: str, requests: int) -> None:
     """Nothing is drawn any more, and so many requests are not over."""
     while True:
         now = await metrics(url)
-        drawing = now["latentrt:num_images_running"] + now["latentrt:num_images_waiting"]
-        if not drawing and now["latentrt:num_requests_running"] == requests:
+        drawing = now["latentrt_num_images_running"] + now["latentrt_num_images_waiting"]
+        if not drawing and now["latentrt_num_requests_running"] == requests:
             return
         await asyncio.sleep(0.02)
 
@@ -164,7 +164,7 @@ def test_uploads_that_wait_are_not_in_memory(monkeypatch: pytest.MonkeyPatch) ->
             for _ in range(crowd):
                 client = await stack.enter_async_context(await Client.connect(one.url))
                 client.send(EDIT, upload, FORM)
-            while (await metrics(one.url))["latentrt:num_images_waiting"] < crowd:
+            while (await metrics(one.url))["latentrt_num_images_waiting"] < crowd:
                 await asyncio.sleep(0.02)
             while one.descriptors > files + 1 + crowd:  # until all are decoded, and their temporary files closed
                 await asyncio.sleep(0.02)

@@ -68,7 +68,7 @@ def test_of_a_burst_exactly_the_excess_is_refused(requests: int) -> None:
     async def go(url: str) -> list[Answer]:
         async with AsyncExitStack() as stack, await Client.connect(url) as long:
             long.send(DRAW, {"prompt": "an owl", "num_inference_steps": 999, "size": "64x64"})
-            while not (await metrics(url))["latentrt:num_images_running"]:
+            while not (await metrics(url))["latentrt_num_images_running"]:
                 await asyncio.sleep(0.01)
             clients = [await stack.enter_async_context(await Client.connect(url)) for _ in burst]
             asked = [asyncio.ensure_future(client.ask(DRAW, body)) for client, body in zip(clients, burst, strict=True)]

@@ -96,6 +96,16 @@ def test_an_upscaler_gets_the_picture_at_its_own_size(
     np.testing.assert_array_equal(decoded(file), drawn(x4, image=PICTURE, **asked))
 
 
+def test_extras_enlarge_by_the_served_model(x4: Server) -> None:
+    name = x4.ask("GET", "/sdapi/v1/sd-models").json()[0]["title"]
+    upscalers = {one["name"]: one["scale"] for one in x4.ask("GET", "/sdapi/v1/upscalers").json()}
+    assert upscalers == {"None": 1, "Lanczos": 1, "Nearest": 1, name: 4}
+    body = {"image": base64.b64encode(file_of(PICTURE)).decode(), "upscaler_1": name, "upscaling_resize": 4}
+    answer = x4.post("/sdapi/v1/extra-single-image", body)
+    assert decoded(answer["image"]).shape == (56, 72, 3)  # of 19 by 14, in eights
+    assert name in answer["html_info"]
+
+
 def test_an_upscalers_pictures_count_as_they_are_drawn(x4: Server) -> None:
     large = Image.new("RGB", (520, 20))
     error = edit(x4, {}, 400, image=large)
@@ -141,6 +151,8 @@ def test_a1111s_clients_always_send_a_strength_and_an_image_guidance(pix2pix: Se
     (file,) = pix2pix.post(IMG2IMG, img2img({**asked, "image_cfg_scale": 2.5}))["images"]
     np.testing.assert_array_equal(decoded(file), drawn(pix2pix, image=PICTURE, image_guidance=2.5, **settings))
     pix2pix.post(IMG2IMG, img2img({**asked, "cfg_scale": 1, "image_cfg_scale": 1.5}))
+    error = pix2pix.refusal(IMG2IMG, img2img({**asked, "cfg_scale": 1, "image_cfg_scale": 2}))
+    assert error["message"].startswith("image_cfg_scale is 2 and cfg_scale 1. Needed: cfg_scale above 1")
     error = pix2pix.refusal(IMG2IMG, img2img({**asked, "denoising_strength": 0.4}))
     assert (error["param"], "denoising_strength is 0.4" in error["message"]) == ("denoising_strength", True)
 

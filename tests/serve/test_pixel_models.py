@@ -70,13 +70,14 @@ class Server:
     def refusal(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         answer = self.ask("POST", path, json=body)
         assert answer.status_code == 400, answer.text
-        return dict(answer.json()["error"])
+        body = answer.json()
+        return {**body, "message": body["errors"]} if path.startswith("/sdapi") else dict(body["error"])
 
 
-def serving(bundle: str | Path) -> Iterator[Server]:
+def serving(bundle: str | Path, **loading: Any) -> Iterator[Server]:
     with (
-        Engine.load(bundle, threads=1, check_hashes=False) as served,
-        Engine.load(bundle, threads=1, check_hashes=False) as alone,
+        Engine.load(bundle, threads=1, check_hashes=False, **loading) as served,
+        Engine.load(bundle, threads=1, check_hashes=False, **loading) as alone,
         Service(served) as service,
     ):
         eventually(lambda: service.scheduler.ready)

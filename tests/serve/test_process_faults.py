@@ -71,7 +71,7 @@ async def _killed(one: Process) -> int:
     """How many clients see their connection break; none may wait without end."""
     body = {"prompt": "a", "num_inference_steps": 999, "size": "512x512"}
     asked = [asyncio.ensure_future(ask(one.url, DRAW, body)) for _ in range(COMPANY)]
-    while not (await metrics(one.url))["latentrt:num_images_running"]:
+    while not (await metrics(one.url))["latentrt_num_images_running"]:
         await asyncio.sleep(0.01)
     one.process.kill()
     outcomes = await asyncio.gather(*asked, return_exceptions=True)

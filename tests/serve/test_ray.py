@@ -144,10 +144,10 @@ def test_metrics_of_replicas_are_one_text() -> None:
             metrics.ended("done", 1.0)
         replicas.append((name, list(metrics.registry.collect())))
     lines = ray_app.merged(replicas).decode().splitlines()
-    assert lines.count("# TYPE latentrt:images_total counter") == 1
-    images = [line for line in lines if line.startswith("latentrt:images_total{")]
+    assert lines.count("# TYPE latentrt_images_total counter") == 1
+    images = [line for line in lines if line.startswith("latentrt_images_total{")]
     assert images == [
-        f'latentrt:images_total{{model_name="emoji",outcome="done",replica="{name}"}} {count}.0'
+        f'latentrt_images_total{{model_name="emoji",outcome="done",replica="{name}"}} {count}.0'
         for name, count in (("a", 1), ("b", 2))
     ]
 
@@ -173,7 +173,7 @@ def ask(process: Process, **body: Any) -> httpx.Response:
 def told(process: Process, name: str) -> dict[str, float]:
     """A metric's values by replica."""
     lines = httpx.get(f"{process.url}/metrics", timeout=PATIENCE, trust_env=False).text.splitlines()
-    found = [line for line in lines if line.startswith(f"latentrt:{name}{{")]
+    found = [line for line in lines if line.startswith(f"latentrt_{name}{{")]
     return {line.split('replica="')[1].split('"')[0]: float(line.split()[-1]) for line in found}
 
 

@@ -17,14 +17,16 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from benchmarks.serving.process import Process, running
 from latentrt import Engine
 from latentrt.bundle.bundle import Bundle
 from latentrt.errors import BackendError, PlanError
+from latentrt.request import Request
 from latentrt.runtime.onnxruntime import OrtBackend
 from latentrt.serve import server
-from latentrt.serve.process.config import Settings
+from latentrt.serve.process.config import Settings, load_settings
 from tests.support.serve.fake_engine import PATIENCE
 from tests.support.serve.fakes import get, post
 
@@ -47,7 +49,7 @@ def test_it_draws_what_the_engine_draws_and_drains() -> None:
             events = list(client.images.generate(prompt="a red apple", stream=True, partial_images=1, extra_body=body))
         drawing = threading.Thread(target=draw, args=(one, {"prompt": "a", "num_inference_steps": 60}, codes := []))
         drawing.start()
-        while 'latentrt:num_requests_running{model_name="emoji"} 1.0' not in get(f"{one.url}/metrics").text:
+        while 'latentrt_num_requests_running{model_name="emoji"} 1.0' not in get(f"{one.url}/metrics").text:
             time.sleep(0.005)
         one.process.send_signal(signal.SIGTERM)
         while one.answers("/health/ready"):
@@ -154,6 +156,16 @@ def test_threads_do_not_spin_unless_the_settings_say_so() -> None:
             assert engine.backend.spin is spins
 
 
+def test_loras_are_merged_for_all_pictures_and_the_model_keeps_its_name(tmp_path: Path) -> None:
+    shapes = {"unet.conv_out.lora_A.weight": (1, 64, 3, 3), "unet.conv_out.lora_B.weight": (4, 1, 1, 1)}
+    lora = tmp_path / "bright.safetensors"
+    save_file({name: np.ones(shape, np.float32) for name, shape in shapes.items()}, lora)
+    settings = load_settings({"lora": f"{lora}:0.5", "threads": 1, "edits": False})
+    with server.assembled(settings) as app, server.loaded(settings) as engine:
+        assert engine.lora == ("bright.safetensors:0.5",)
+        assert app.state.context.catalog.name == "emoji"
+
+
 @pytest.mark.parametrize("edits", [True, False])
 def test_whatever_will_be_used_is_loaded_at_the_start(edits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
@@ -167,7 +179,7 @@ def test_whatever_will_be_used_is_loaded_at_the_start(edits: bool, monkeypatch: 
     with server.loaded(Settings(threads=1, edits=edits)) as engine:
         always = ["text_encoder", "unet", "unet_text", "vae_decoder"]
         assert sorted(opened) == [*always, *(["vae_encoder"] if edits else [])]
-        engine.model.given({"image": np.zeros((64, 64, 3), np.uint8)}, None, None)
+        engine.model.given({"image": np.zeros((64, 64, 3), np.uint8)}, Request(prompt=""))
         assert opened.count("vae_encoder") == 1
 
 

@@ -23,9 +23,10 @@ Place = tuple[str, int]  # a file of a bundle, and an offset in it
 
 
 def with_loras(bundle: Bundle, loras: Sequence[Lora], *, allow_unmatched: bool = False) -> Bundle:
-    """Return a bundle with LoRAs merged into its weights, in memory; warn of keys that are left out.
+    """Return a bundle with LoRAs merged into its files' weights, in memory; warn of keys that are left out.
 
-    Golden runs are left out, since they are the bundle's own, and its id says what is merged.
+    Golden runs are left out, since they are the bundle's own, and its id says what is merged. LoRAs that were merged
+    before are left out too; without new ones it is `Bundle.base`.
 
     Args:
         bundle, loras, allow_unmatched: as of `merge_into`.
@@ -33,12 +34,15 @@ def with_loras(bundle: Bundle, loras: Sequence[Lora], *, allow_unmatched: bool =
     Raises:
         AdapterError: as of `merge_into` and `Merge.value`.
     """
-    merge, places = merge_into(bundle, loras, allow_unmatched=allow_unmatched)
+    base = bundle.base
+    if not loras:
+        return base
+    merge, places = merge_into(base, loras, allow_unmatched=allow_unmatched)
     for note in merge.notes:
         warnings.warn(note, AdapterWarning, stacklevel=3)
-    replaced = {place: merge.value(weight) for place, weight in places.items()}
-    name = "+".join([bundle.spec.id, *map(str, loras)])
-    return replace(bundle, spec=replace(bundle.spec, id=name, golden=()), replaced=replaced)
+    replaced, merged = {place: merge.value(weight) for place, weight in places.items()}, tuple(map(str, loras))
+    spec = replace(base.spec, id="+".join([base.spec.id, *merged]), golden=())
+    return replace(base, spec=spec, replaced=replaced, merged=merged, plain=base)
 
 
 def merge_into(

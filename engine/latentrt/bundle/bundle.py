@@ -42,6 +42,8 @@ class Bundle:
         root, spec, files: its folder, its model, its files.
         checked: whether their hashes were checked.
         replaced: weights that take the places of those in its files, by file and offset, in the stored dtype.
+        merged: the LoRAs that these come of: "style.safetensors:0.8".
+        plain: the bundle without them, where there are some; see `base`.
     """
 
     root: Path
@@ -49,6 +51,8 @@ class Bundle:
     files: Mapping[str, FileRecord]
     checked: bool = False
     replaced: Mapping[tuple[str, int], NDArray[Any]] = field(default_factory=dict)
+    merged: tuple[str, ...] = ()
+    plain: Bundle | None = None
 
     @classmethod
     def open(cls, root: str | Path = EMBEDDED, *, check_hashes: bool = True, cache: bool = False) -> Bundle:
@@ -76,6 +80,11 @@ class Bundle:
         if check_hashes:
             bundle._check_hashes(cache=cache)
         return bundle
+
+    @property
+    def base(self) -> Bundle:
+        """The bundle with the weights of its files."""
+        return self if self.plain is None else self.plain
 
     def path(self, name: str) -> Path:
         """Return the path of one of the bundle's files. It lies inside the folder."""

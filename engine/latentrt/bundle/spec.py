@@ -18,6 +18,7 @@ FP32, FP32_ORT_CPU = "fp32", "fp32-ort-cpu"  # variants that export writes; all 
 FP16, FP16_ORT_CUDA = "fp16", "fp16-ort-cuda"
 CONTROLLED = "+control"  # ends the names of the denoiser's variants that read residuals too
 RESIDUAL = "residual_"  # begins the names of these: residual_0, residual_1, ..., residual_mid
+INT8, INT8_ORT_CPU = "int8", "int8-ort-cpu"  # a precision, and the graph that a denoiser has for it
 
 
 class Dimension(NamedTuple):
@@ -101,8 +102,8 @@ class NetworkSpec:
     Attributes:
         role: one of ROLES.
         inputs, outputs: the signature of its float32 graph.
-        variants: graphs by name: "fp32", "fp32-ort-cpu", "fp16", "fp16-ort-cuda". A runtime says which it runs.
-            Those of a denoiser may be there again with "+control": see `controlled`.
+        variants: graphs by name: "fp32", "fp32-ort-cpu", "fp16", "fp16-ort-cuda", "int8-ort-cpu". A runtime says which
+            it runs. Those of a denoiser may be there again with "+control": see `controlled`.
         tokenizer: the folder of a text encoder's tokenizer.
     """
 

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from latentrt.bundle.bundle import EMBEDDED, embedded
-from latentrt.command.controls import controlnets_of, controls_of
+from latentrt.command.controls import controls_of
 from latentrt.command.options import (
     AT_LEAST_ONE,
     FOLDER,
     LOADING,
+    LORAS,
     VAES,
     controls_pictures,
     decodes_pictures,
@@ -23,10 +24,12 @@ from latentrt.command.options import (
     option_json,
     runs_in_stages,
     runs_networks,
+    takes_loras,
 )
 from latentrt.command.terminal import progress
 from latentrt.command.watch import KINDS, Asked, Watch
 from latentrt.errors import RequestError
+from latentrt.model.control import controlnets_of
 from latentrt.request import HANDOFF, PICTURES, SYNTAXES
 from latentrt.values import parse_size
 
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
 SETTINGS = (
     *("steps", "solver", "seed", "guidance", "image_guidance", "count", "strength", "class_label", "cache_interval"),
     *("hires_scale", "hires_steps", "hires_strength", "handoff"),
+    *("mask_blur", "mask_crop", "mask_fill"),
     *("noise_level", "aesthetic_score", "negative_aesthetic_score"),
     *("prompt_syntax", "clip_skip"),
 )
@@ -112,6 +116,7 @@ SETTINGS = (
 @edits_pictures
 @controls_pictures
 @runs_in_stages
+@takes_loras
 @decodes_pictures
 @runs_networks
 @option_json
@@ -120,9 +125,9 @@ def generate(prompts: tuple[str, ...], bundle: Path, lanes: int | None, as_json:
     from latentrt.command.output import check_animation, check_folder, check_grid, with_suffix
     from latentrt.engine import Engine
     from latentrt.images.given import open_picture
-    from latentrt.runtime.onnxruntime import return_freed_pages
+    from latentrt.runtime.memory import return_freed_pages
 
-    loading = {name: asked.pop(name) for name in (*LOADING, *VAES, "refiner")}
+    loading = {name: asked.pop(name) for name in (*LOADING, *VAES, *LORAS, "refiner")}
     loading["control"] = controlnets_of(asked["controlnet"])
     if loading["refiner"] is not None and asked["handoff"] is None:
         asked["handoff"] = HANDOFF
@@ -184,7 +189,8 @@ def _draw(
             watch(job)
             if job.done and job.error is None and job not in images:
                 ready = [each for each in jobs if each.done and each.error is None and each not in images]
-                alone = (engine.decode(each.latents) for each in ready)  # the denoiser stays: other jobs wait for it
+                # The denoiser stays: other jobs wait for it.
+                alone = (engine.decode(each.latents, each.overlay) for each in ready)
                 for done, image in zip(ready, engine.pictures(ready) if jobs[-1].done else alone, strict=True):
                     images[done] = image
                     save(image, where[done], settings=done.tag)

@@ -100,6 +100,7 @@ def solvers(as_json: bool) -> None:
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @click.option("--variant", help="Weights variant, such as fp16; networks without it have their plain weights.")
 @options_single
+@click.option("--int8", is_flag=True, help="Also write the UNet with 8-bit numbers, for --precision int8 on a CPU.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing bundle.")
 @option_json
 def export(
@@ -107,6 +108,7 @@ def export(
     target: Path,
     revision: str | None,
     variant: str | None,
+    int8: bool,
     overwrite: bool,
     as_json: bool,
     **choices: Any,
@@ -119,7 +121,16 @@ def export(
     from latentrt_export.cli import run_export
 
     chosen = Choices(**choices)
-    run_export(source, target, revision=revision, variant=variant, choices=chosen, overwrite=overwrite, as_json=as_json)
+    run_export(
+        source,
+        target,
+        revision=revision,
+        variant=variant,
+        choices=chosen,
+        overwrite=overwrite,
+        int8=int8,
+        as_json=as_json,
+    )
 
 
 @latentrt.command()

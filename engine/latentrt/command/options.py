@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from latentrt.bundle.bundle import EMBEDDED
-from latentrt.request import HIRES_STRENGTH
+from latentrt.request import FILLS, HIRES_STRENGTH
 
 Verb = Callable[..., None]
 FOLDER = click.Path(path_type=Path)
@@ -43,7 +43,7 @@ def runs_networks(verb: Verb) -> Verb:
         click.option("--plans", type=FOLDER, help="Folder of TensorRT plans that you trust  [default: in your cache]"),
         click.option(
             "--precision",
-            type=click.Choice(["fp32", "fp16"]),
+            type=click.Choice(["fp32", "fp16", "int8"]),
             help="Of the graphs  [default: fp16 for TensorRT and cuda, fp32 for others]",
         ),
         click.option(
@@ -102,6 +102,9 @@ def controls_pictures(verb: Verb) -> Verb:
 def edits_pictures(verb: Verb) -> Verb:
     """Add the options of a verb that may begin on an existing picture."""
     for option in (
+        click.option("--mask-fill", type=click.Choice(FILLS), default="original", help="What the run begins on there."),
+        click.option("--mask-crop", type=int, help="Draw the mask's surroundings alone, padded by so many pixels."),
+        click.option("--mask-blur", type=float, default=0.0, help="How soft its edge is, in pixels."),
         click.option("--mask", type=FOLDER, help="What of it to repaint: white; as large as the picture."),
         click.option(
             "--strength",
@@ -145,8 +148,11 @@ def runs_in_stages(verb: Verb) -> Verb:
     return verb
 
 
-def options_single(verb: Verb) -> Verb:
-    """Add what a user decides about a checkpoint; the names are those of `latentrt_export`'s `Choices`."""
+LORAS = ("allow_unmatched", "lora")  # options of `takes_loras`
+
+
+def takes_loras(verb: Verb) -> Verb:
+    """Add the options of LoRAs that are merged; their names are those of `Engine.load`."""
     for option in (
         click.option("--allow-unmatched", is_flag=True, help="Leave out keys of LoRAs that have no place."),
         click.option(
@@ -155,6 +161,14 @@ def options_single(verb: Verb) -> Verb:
             metavar="FILE[:STRENGTH[:TEXT]]",
             help="LoRA to merge, and how much of it: 0.8, or 0.8:0.5 of the UNet and of the text encoders; repeatable.",
         ),
+    ):
+        verb = option(verb)
+    return verb
+
+
+def options_single(verb: Verb) -> Verb:
+    """Add what a user decides about a checkpoint; the names are those of `latentrt_export`'s `Choices`."""
+    for option in (
         click.option("--vae", type=FOLDER, help="Folder or file of the VAE to take instead of the checkpoint's."),
         click.option("--ema", is_flag=True, help="Take a single file's averaged weights."),
         click.option(
@@ -165,4 +179,4 @@ def options_single(verb: Verb) -> Verb:
         ),
     ):
         verb = option(verb)
-    return verb
+    return takes_loras(verb)

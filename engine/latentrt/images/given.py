@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from latentrt.bundle.spec import LatentSpec
 from latentrt.errors import RequestError
 from latentrt.images.depth import DEEP, scaled, to_eight_bits, white_of
+from latentrt.images.inpaint import Overlay, blurred, doubled, filled, fitted, region
+from latentrt.request import Request
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -40,13 +42,47 @@ def prepared(
         RequestError: a kind, mode or size that cannot be used; a mask of another size than the picture.
     """
     picture = _opaque(_picture(image, "image"))
-    own, step = (picture.width, picture.height), latents.step
-    size = tuple(wanted or side // step * step or side for wanted, side in zip((width, height), own, strict=True))
-    latents.shape_of(size[1], size[0])  # raises for sides that are not multiples
+    own, size = (picture.width, picture.height), _size_of(picture, height, width, latents)
     grey = latents.factor == 1 and latents.channels == 1
     pixels = np.asarray(_resized(picture.convert("L") if grey else picture, size))
     repaint = None if mask is None else _repaint(_picture(mask, "mask"), own, size)
     return (pixels[..., None] if grey else pixels), repaint
+
+
+def inpainted(
+    image: Source, mask: Source, request: Request, latents: LatentSpec
+) -> tuple[Pixels, NDArray[np.bool_], Overlay | None]:
+    """Bring the part of a picture that is repainted to the run's size, as the request's `mask_...` settings say.
+
+    Args:
+        image, mask, latents: as of `prepared`.
+        request: its size is the run's; None is the picture's own, or with a mask_crop the model's.
+
+    Returns:
+        As `prepared`, and what is laid over the drawn picture, if anything.
+
+    Raises:
+        RequestError: as of `prepared`; the mask repaints nothing.
+    """
+    picture = _opaque(_picture(image, "image"))
+    if latents.factor == 1 and latents.channels == 1:
+        picture = picture.convert("L")
+    area = _picture(mask, "mask")
+    _check_mask(area, picture.size)
+    area = blurred(area.convert("L"), request.mask_blur)
+    if request.mask_crop is None:
+        width, height = _size_of(picture, request.height, request.width, latents)
+        picture, area = _resized(picture, (width, height)), _resized(area, (width, height))
+        overlay = Overlay(picture, doubled(area))
+    else:
+        height, width = latents.pixels_of(request.height, request.width)
+        box = region(area, request.mask_crop, (width, height))
+        overlay = Overlay(picture, area, box)
+        picture, area = fitted(picture.crop(box), (width, height)), fitted(area.crop(box), (width, height))
+    if request.mask_fill != "original":
+        picture = filled(picture, area)
+    pixels = np.asarray(picture).reshape(height, width, -1)
+    return pixels, np.asarray(area) >= WHITE, overlay if request.keeps_pixels else None
 
 
 def prepared_low(image: Source, height: int | None, width: int | None, latents: LatentSpec, times: int) -> Pixels:
@@ -83,13 +119,16 @@ def hint_size(image: Source | NDArray[np.floating[Any]], latents: LatentSpec) ->
     return height // step * step or height, width // step * step or width
 
 
-def prepared_hint(image: Source | NDArray[np.floating[Any]], height: int, width: int) -> NDArray[np.float32]:
+def prepared_hint(
+    image: Source | NDArray[np.floating[Any]], height: int, width: int, overlay: Overlay | None = None
+) -> NDArray[np.float32]:
     """Bring a ControlNet's picture to the run's size, as diffusers' pipelines do.
 
     Args:
         image: a PIL image, or a uint8 or uint16 array (height, width, 3), or (height, width) of grey. Or a map that is
             ready (`hints.masked`): a float array of the run's size, (height, width, 3), which is taken as it is.
         height, width: of the run in pixels.
+        overlay: of a run that draws a part of a picture: of a map of the whole picture that part is taken.
 
     Returns:
         RGB (3, height, width), float32 in 0..1.
@@ -103,7 +142,10 @@ def prepared_hint(image: Source | NDArray[np.floating[Any]], height: int, width:
             raise RequestError(found, needed=f"{width}x{height}, as the run", fix="resize the picture before its map")
         pixels = image.astype(np.float32)
     else:
-        pixels = np.asarray(_resized(_hint(image), (width, height)), np.float32) / np.float32(255)
+        hint = _hint(image)
+        if overlay is not None and overlay.box is not None:
+            hint = fitted(_resized(hint, overlay.picture.size).crop(overlay.box), (width, height))
+        pixels = np.asarray(_resized(hint, (width, height)), np.float32) / np.float32(255)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
@@ -143,6 +185,15 @@ def open_picture(path: str | Path, *, deep: bool = False) -> Image:
         raise RequestError(f"{path} cannot be read ({error})", needed="a picture, such as PNG or JPEG") from error
 
 
+def _size_of(picture: Image, height: int | None, width: int | None, latents: LatentSpec) -> tuple[int, int]:
+    """Return the run's width and height. Raise RequestError for sides that are not multiples of the model's."""
+    step = latents.step
+    width = width or picture.width // step * step or picture.width
+    height = height or picture.height // step * step or picture.height
+    latents.shape_of(height, width)
+    return width, height
+
+
 def _picture(source: Any, name: str) -> Image:
     from PIL import Image
 
@@ -174,7 +225,13 @@ def _opaque(picture: Image) -> Image:
     return ground.convert("RGB")
 
 
-def _repaint(mask: Image, own: tuple[int, int], size: tuple[int, ...]) -> NDArray[np.bool_]:
+def _repaint(mask: Image, own: tuple[int, int], size: tuple[int, int]) -> NDArray[np.bool_]:
+    _check_mask(mask, own)
+    return np.asarray(_resized(mask, size).convert("L")) >= WHITE
+
+
+def _check_mask(mask: Image, own: tuple[int, int]) -> None:
+    """Raise RequestError where it is no mask for a picture of this size."""
     if mask.size != own:
         raise RequestError(
             f"the mask is {mask.width}x{mask.height} and the image {own[0]}x{own[1]}",
@@ -187,10 +244,9 @@ def _repaint(mask: Image, own: tuple[int, int], size: tuple[int, ...]) -> NDArra
             needed="white where to repaint and black elsewhere",
             fix="flatten the mask",
         )
-    return np.asarray(_resized(mask, size).convert("L")) >= WHITE
 
 
-def _resized(picture: Image, size: tuple[int, ...]) -> Image:
+def _resized(picture: Image, size: tuple[int, int]) -> Image:
     from PIL import Image
 
-    return picture.resize((size[0], size[1]), Image.Resampling.LANCZOS)
+    return picture.resize(size, Image.Resampling.LANCZOS)

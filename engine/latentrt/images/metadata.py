@@ -15,6 +15,7 @@ PIL writes none of this by itself. The engine's pictures do (`picture.Picture`);
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,8 @@ Settings = Mapping[str, object]
 
 INFO_KEY = "latentrt"  # where a PIL image carries its settings: image.info[INFO_KEY]
 
+_PARTS = re.compile(r'(?:"(?:\\.|[^"\\])*"|[^,"])+')  # between commas that are not quoted
+_SIZE = re.compile(r"(\d+)x(\d+)")
 _LOSSY = {"quality": 95, "subsampling": 0}  # 4:4:4, since saturated edges show chroma subsampling first
 _EXIF_IFD, _USER_COMMENT, _IMAGE_DESCRIPTION, _SOFTWARE = 0x8769, 0x9286, 0x010E, 0x0131
 _XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
@@ -95,12 +98,50 @@ def _exif(description: str, comment: str) -> Exif:
     return exif
 
 
+def texts_of(image: Image) -> dict[str, str]:
+    """Return the texts in a picture's file, as PIL opened and loaded it; "parameters" is the prose of `prose`."""
+    texts = {str(name): text for name, text in image.info.items() if isinstance(text, str)}
+    exif = image.getexif()
+    comment = exif.get_ifd(_EXIF_IFD).get(_USER_COMMENT)
+    if isinstance(comment, bytes) and comment.startswith(b"UNICODE\0") and "parameters" not in texts:
+        texts["parameters"] = comment[8:].decode("utf-16-be", "replace")
+    if isinstance(description := exif.get(_IMAGE_DESCRIPTION), str) and INFO_KEY not in texts:
+        texts[INFO_KEY] = description
+    return texts
+
+
+def read_prose(text: str) -> dict[str, str]:
+    """Return the parts of what `prose` or A1111's web UI wrote, by their names there; a size "64x32" as two numbers."""
+    *lines, last = text.strip().split("\n")
+    parts = [part.partition(":") for part in _PARTS.findall(last)]
+    if len(parts) < 3 or not all(colon for _, colon, _ in parts):
+        lines, parts = [*lines, last], []
+    starts = (index for index, line in enumerate(lines) if line.startswith("Negative prompt:"))
+    end = next(starts, len(lines))
+    negative = "\n".join(lines[end:]).removeprefix("Negative prompt:").strip()
+    found = {"Prompt": "\n".join(lines[:end]).strip(), "Negative prompt": negative}
+    for name, _, quoted in parts:
+        value = quoted.strip()
+        if size := _SIZE.fullmatch(value):
+            found |= {f"{name.strip()}-1": size[1], f"{name.strip()}-2": size[2]}
+        else:
+            found[name.strip()] = _unquoted(value)
+    return found
+
+
+def _unquoted(text: str) -> str:
+    try:
+        return str(json.loads(text)) if text.startswith('"') else text
+    except ValueError:
+        return text
+
+
 def prose(settings: Settings, size: tuple[int, int]) -> str:
     """Return the text that AUTOMATIC1111's web UI writes and that galleries read: prompt, negative prompt, settings.
 
     The format cannot tell a prompt's own line "Negative prompt: ..." from the real one; the JSON can.
     """
-    noise = str(settings.get("noise", "")).partition(":")[0]
+    noise, skipped = str(settings.get("noise", "")).partition(":")[0], settings.get("clip_skip")
     facts = {
         "Steps": settings.get("steps"),
         "Sampler": settings.get("solver"),
@@ -108,7 +149,15 @@ def prose(settings: Settings, size: tuple[int, int]) -> str:
         "Seed": settings.get("seed"),
         "Size": f"{size[0]}x{size[1]}",
         "Model": settings.get("model"),
-        "Denoising strength": settings.get("strength"),
+        "Denoising strength": settings.get("strength", settings.get("hires_strength")),
+        "Clip skip": None if skipped is None else int(str(skipped)) + 1,
+        "Eta": settings.get("eta"),
+        "ENSD": settings.get("seed_delta"),
+        "Mask blur": settings.get("mask_blur"),
+        "Masked area padding": settings.get("mask_crop"),
+        "Masked content": settings.get("mask_fill"),
+        "Hires upscale": settings.get("hires_scale"),
+        "Hires steps": settings.get("hires_steps"),
         "RNG": {"torch-cpu": "CPU", "torch-cuda": "NV"}.get(noise),
     }
     lines = [str(settings.get("prompt", ""))]

@@ -20,7 +20,7 @@ from latentrt.errors import BackendError
 from latentrt.model.control import BEFORE, FACTORS, SCALE, Applied, ControlNet
 from latentrt.model.inputs import Inputs, Sides
 from latentrt.model.predictor import OWN, Predictor
-from latentrt.runtime.base import Bound, DeviceNetwork
+from latentrt.runtime.base import Bound, DeviceNetwork, Network
 from latentrt.runtime.signature import Arrays
 from latentrt.sampling.table import Table
 
@@ -44,14 +44,14 @@ class Chains:
     """The ControlNets of an engine in turn, before its denoiser; each choice of them is one predictor.
 
     Args:
-        denoiser: reads residuals.
+        denoiser: reads residuals, on a GPU.
         nets: all that the engine has.
 
     Raises:
         BackendError: one gives residuals in another dtype than the next one reads.
     """
 
-    def __init__(self, denoiser: DeviceNetwork, nets: Sequence[ControlNet]) -> None:
+    def __init__(self, denoiser: Network, nets: Sequence[ControlNet]) -> None:
         self._denoiser = denoiser
         self._known: dict[tuple[str, ...], Predictor] = {}
         if nets:
@@ -101,7 +101,7 @@ def _link(net: ControlNet, before: str | None, last: bool) -> Renamed:
     return Renamed(network, names)
 
 
-def _check_dtypes(networks: Sequence[Renamed | DeviceNetwork]) -> None:
+def _check_dtypes(networks: Sequence[Network]) -> None:
     """Raise BackendError where one gives residuals in another dtype than the next one reads."""
     given: dict[str, str] = {}
     for network in networks:

@@ -62,7 +62,7 @@ class Vae:
         self, decoder: Network, encoder: Network | None, latents: LatentSpec, tiles: Tiles | None = None
     ) -> None:
         self._decoder, self._encoder = decoder, encoder
-        self._spec, self._tiles = latents, tiles
+        self._spec, self.tiles = latents, tiles
 
     def encode(self, image: Float32) -> Encoded:
         """See `Codec.encode`."""
@@ -74,7 +74,7 @@ class Vae:
         def run(images: Float32) -> Float32:
             return call(encoder, {"image": images})[output.name]
 
-        (found,) = run(image[None]) if self._tiles is None else self._tiles.encode(run, image[None])
+        (found,) = run(image[None]) if self.tiles is None else self.tiles.encode(run, image[None])
         if not np.isfinite(found).all():
             raise NetworkError(
                 "the VAE encoder's numbers are not finite", needed="finite numbers", fix="take --precision fp32"
@@ -93,7 +93,7 @@ class Vae:
             return call(self._decoder, {"latents": unscaled})["image"]
 
         unscaled = latents / self._spec.scale + self._spec.shift
-        return run(unscaled) if self._tiles is None else self._tiles.decode(run, unscaled)
+        return run(unscaled) if self.tiles is None else self.tiles.decode(run, unscaled)
 
 
 class Identity:

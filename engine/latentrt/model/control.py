@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from threading import Lock
 from typing import Any, cast
 
@@ -21,13 +22,13 @@ from numpy.typing import NDArray
 from latentrt.bundle.bundle import Bundle
 from latentrt.bundle.spec import CONDITIONER, CONTROL, CONTROLNET, HINT, RESIDUAL, ModelSpec, TensorSpec
 from latentrt.errors import EXPORT, BundleError, RequestError
-from latentrt.images.given import prepared_hint
 from latentrt.model.hoisted import Hoisted
 from latentrt.model.inputs import Inputs, Sides
 from latentrt.model.predictor import OWN, inputs_of
 from latentrt.request import Control, Request
 from latentrt.runtime.base import Backend, DeviceNetwork, call
 from latentrt.runtime.lazy import LazyNetwork
+from latentrt.values import named
 
 Float32 = NDArray[np.float32]
 SCALE, FACTORS, PICTURE, BEFORE = "scale", "factors", "picture", ".before"
@@ -77,17 +78,16 @@ class ControlNet:
         self._hints: OrderedDict[tuple[str, int, int], NDArray[Any]] = OrderedDict()
         self._lock = Lock()
 
-    def applied(self, control: Control, sides: Sides, size: tuple[int, int], lanes: int, rows: int) -> Applied:
+    def applied(self, control: Control, pixels: Float32, sides: Sides, lanes: int, rows: int) -> Applied:
         """Return the ControlNet on one picture.
 
         Args:
-            control: its hint and settings.
+            control: its settings.
+            pixels: its hint, as of `prepared_hint`.
             sides: all inputs that the model's conditioners filled.
-            size: (height, width) of the picture in pixels.
             lanes: of a row with guidance.
             rows: of the run.
         """
-        pixels = prepared_hint(control.image, *size)
         digest = f"sha256:{hashlib.sha256(pixels.tobytes()).hexdigest()}"
         count = len(self._residuals)
         pooled = self.spec.conditional_only
@@ -151,6 +151,11 @@ def _scales(control: Control, rows: int) -> Float32:
     """Return `Applied.scales`: row i acts where i/rows is not before the start, and (i + 1)/rows not after the end."""
     acts = [not (row / rows < control.start or (row + 1) / rows > control.end) for row in range(rows)]
     return np.asarray(acts, np.float32) * np.float32(control.scale)
+
+
+def controlnets_of(typed: Iterable[str]) -> dict[str, Path]:
+    """Return bundles by the names that requests have for them, of NAME=BUNDLE. Raise RequestError."""
+    return {name: Path(text) for name, text in named(typed, "--controlnet", "NAME=BUNDLE, as in edges=canny/").items()}
 
 
 def controlled(bundle: Bundle) -> Bundle:

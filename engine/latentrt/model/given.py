@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from latentrt.errors import RequestError
 from latentrt.images.depth_map import relative
+from latentrt.images.inpaint import Overlay
 from latentrt.images.pixels import from_uint8
 from latentrt.model.codec import Codec, Encoded
 from latentrt.request import Request
@@ -42,6 +43,8 @@ class Given:
         facts: settings that describe it, for the pictures made from it.
         depth: (1, height, width) of the latents, float32 in -1..1; None: no depth map was given.
         factor: how much larger the pictures are that are made from it.
+        overlay: what is laid over the pictures that are made from it, if anything.
+        fill: what runs begin on where they repaint; see `Request.mask_fill`.
     """
 
     image: Float32
@@ -51,6 +54,8 @@ class Given:
     facts: Mapping[str, str]
     depth: Float32 | None = None
     factor: int = 1
+    overlay: Overlay | None = None
+    fill: str = "original"
 
     @classmethod
     def of(
@@ -146,12 +151,18 @@ class Given:
         first = unit * np.float32(table.start)
         if not from_noise:
             assert clean is not None
-            first = noised(table.known[0], clean, unit)
+            first = noised(table.known[0], self._filled(clean, unit), unit)
         if self.mask is None or not blends:
             return first, None
         assert clean is not None
         self.encoded.draw(noise)
         return first, Kept(np.broadcast_to(self.mask, shape), clean, unit)
+
+    def _filled(self, clean: Float32, unit: Float32) -> Float32:
+        """Return the clean latents with what the run begins on where it repaints; pixels were filled before."""
+        if self.mask is None or self.fill not in ("noise", "nothing"):
+            return clean
+        return np.where(self.mask > 0, unit if self.fill == "noise" else np.float32(0), clean)
 
 
 def check_uses(pictures: Collection[str], read: Collection[str], model: str) -> None:

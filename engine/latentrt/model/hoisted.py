@@ -40,6 +40,11 @@ class Hoisted:
         image = None if sides.image is None else self._with(sides.image)
         return Sides(self._with(sides.uncond), self._with(sides.cond), image)
 
+    def forget(self) -> None:
+        """Compute all anew from now on: the networks have other weights."""
+        with self._lock:
+            self._known = []
+
     def _with(self, inputs: Inputs) -> Inputs:
         own = {name: inputs[name] for name in self._sources}
         with self._lock:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,7 @@ from latentrt.bundle.bundle import Bundle
 from latentrt.bundle.spec import CONDITIONER, DECODER, DENOISER, ENCODER, ROLES, SHALLOW
 from latentrt.errors import RequestError
 from latentrt.images.depth_map import depth_of
-from latentrt.images.given import prepared, prepared_low
+from latentrt.images.given import inpainted, prepared, prepared_hint, prepared_low
 from latentrt.model import settings
 from latentrt.model.chained import Chained, Chains
 from latentrt.model.codec import Codec, Identity, Vae
@@ -25,11 +26,12 @@ from latentrt.model.control import NO_CONTROLS, Applied, check_device, controlle
 from latentrt.model.given import Given, check_uses
 from latentrt.model.hoisted import Hoisted
 from latentrt.model.inputs import Sides
+from latentrt.model.networks import Networks
 from latentrt.model.other_vae import OWN, VaeOptions
 from latentrt.model.predictor import Predictor, inputs_of
 from latentrt.model.text import Text
 from latentrt.request import Request
-from latentrt.runtime.base import Backend, DeviceNetwork
+from latentrt.runtime.base import Backend
 from latentrt.runtime.lazy import LazyNetwork
 from latentrt.runtime.tensorrt.record import Profile, drawn_by
 from latentrt.sampling.guidance import Guidance
@@ -82,24 +84,29 @@ class Model:
         denoiser, schedule = bundle.spec.denoiser, str(bundle.spec.schedule)
         self.spec, self.resident, self._vae = vae.spec(bundle.spec), resident, vae
         self.schedule = Schedule.from_config(bundle.json(schedule), self.spec.corrected(schedule))
-        self.networks = {
-            name: LazyNetwork(partial(backend.load, vae.home(bundle, network.role), name))
-            for name, network in self.spec.networks.items()
-        }
+        self.networks = Networks(bundle, backend, vae)
         self.tiles = vae.tiles(self.spec)
         self.codec = self._codec()
         self.preview, self._preview_decoder = self._previews(backend)
         if resident:
             self._load()
-        called = self.networks[denoiser]
         without_depth = next((self.networks[name] for name in self.spec.named(SHALLOW)), None)
-        self.predictor = Predictor([called if backend.gpu is None else called.open()], without_depth)
+        self.predictor = Predictor([self.networks[denoiser]], without_depth)
         once = self.spec.named(CONDITIONER)
         self.hoisted = Hoisted(self.networks, self.spec, denoiser)
         inputs = inputs_of([self.spec.networks[name] for name in (*once, denoiser)])
         self.conditioners = conditioners_of(Parts(bundle, self.networks, self.codec, inputs))
         self.controls = open_controls(controls, self.spec, inputs, backend)
-        self._chains = None if backend.gpu is None else Chains(cast(DeviceNetwork, called.open()), self.controls)
+        self._chains = None if backend.gpu is None else Chains(self.networks[denoiser], self.controls)
+
+    def take(self, bundle: Bundle) -> None:
+        """Use the weights of a bundle of the same files, as `Networks.take`; nothing changes where that fails."""
+        bundle = controlled(bundle) if self.controls else bundle
+        self.networks.take(bundle)
+        self.spec = self._vae.spec(bundle.spec)
+        self.hoisted.forget()
+        if self.text is not None:
+            self.text.forget()
 
     def _load(self) -> None:
         """Load what every picture needs; the others are loaded with the first picture that needs them."""
@@ -208,22 +215,29 @@ class Model:
         """Return whether a device can draw the whole of a request's pictures in one launch, from token ids."""
         return not request.control and (self.text is None or self.text.draws_at_once(self.filled(request)))
 
-    def given(self, pictures: Mapping[str, Source], height: int | None, width: int | None) -> Given | None:
-        """Encode the pictures of a request; None where it brings none.
+    def given(self, pictures: Mapping[str, Source], request: Request) -> Given | None:
+        """Encode pictures for a request, which need not be its own; None where there are none.
 
         Raises:
-            RequestError: a kind, size or mask that cannot be used; a mask without its picture.
+            RequestError: a kind, size or mask that cannot be used; a mask without its picture, settings of a mask
+                without one.
             BundleError, PlanError: there is no encoder that can be used here.
         """
-        latents = self.spec.latents
+        latents, height, width = self.spec.latents, request.height, request.width
         own = () if self.shows_picture else ("image", "mask")
         check_uses(pictures, (*self.pictures, *own), self.spec.id)
+        if request.masked and "mask" not in pictures:
+            found = "there are settings of a mask (mask_blur, mask_crop, mask_fill, mask_keeps), and no mask"
+            raise RequestError(found, needed="a mask", fix="pass it: mask=, --mask; or leave them out")
         if "image" not in pictures:
             return None
         if (times := self.enlarges) > 1:
             low = prepared_low(pictures["image"], height, width, latents, times)
             return Given.small(low, times, self.codec if self.encodes else None)
         depth = depth_of(pictures["depth"]) if "depth" in pictures else None
+        if request.masked:
+            pixels, mask, overlay = inpainted(pictures["image"], pictures["mask"], request, latents)
+            return replace(Given.of(pixels, mask, self.codec, depth), overlay=overlay, fill=request.mask_fill)
         pixels, repaint = prepared(pictures["image"], pictures.get("mask"), height, width, latents)
         return Given.of(pixels, repaint, self.codec, depth)
 
@@ -234,17 +248,24 @@ class Model:
             sides = sides.and_(one(request, given, noise)) if one.draws_first else sides
         return sides
 
-    def applied(self, request: Request, told: Sides, rows: int) -> tuple[Applied, ...]:
+    def applied(self, request: Request, given: Given | None, told: Sides, rows: int) -> tuple[Applied, ...]:
         """Return the ControlNets of a request on one picture.
 
         Args:
             request: with the picture's size.
+            given: the picture that it begins on.
             told: what conditioners filled (`conditions`).
             rows: of the run.
+
+        Raises:
+            RequestError: a control's picture cannot be used.
         """
         size, lanes = self.spec.latents.pixels_of(request.height, request.width), self.guidance(request).lanes
+        overlay = None if given is None else given.overlay
         asked = [(one, request.control[one.name]) for one in self.controls if one.name in request.control]
-        return tuple(one.applied(control, told, size, lanes, rows) for one, control in asked)
+        pixels = [prepared_hint(control.image, *size, overlay) for _, control in asked]
+        pairs = zip(asked, pixels, strict=True)
+        return tuple(one.applied(control, own, told, lanes, rows) for (one, control), own in pairs)
 
     def chained(self, controls: tuple[Applied, ...], sides: Sides, table: Table) -> Chained:
         """Return what rows call and read with these ControlNets: on a GPU they are a part of the predictor."""
@@ -294,10 +315,19 @@ class Model:
         for network in (*decoders, self._preview_decoder):
             self.tiles.check_plans(height, width, getattr(network and network.open(), "profiles", None) or ())
 
+    def cut_into_tiles(self, pixels: int) -> None:
+        """Cut larger pictures into tiles of so many pixels from now on, as `VaeOptions.tile` does."""
+        self._vae = replace(self._vae, tile=pixels)
+        self.tiles = self._vae.tiles(self.spec)
+        for codec in (self.codec, self.preview):
+            if isinstance(codec, Vae):
+                codec.tiles = self.tiles
+
     def facts(self, height: int, width: int) -> dict[str, Any]:
-        """Return what pictures of latents of this size carry of how they were decoded, where it is not the usual."""
-        other, tiles = self._vae.other, self.tiles
-        facts = {} if other is None else {"vae": other.spec.id}
+        """Return what pictures of latents of this size carry of how they were made, where it is not the usual."""
+        other, tiles, merged = self._vae.other, self.tiles, self.networks.bundle.merged
+        facts: dict[str, Any] = {} if other is None else {"vae": other.spec.id}
+        facts |= {"merged_loras": list(merged)} if merged else {}
         return facts | ({"tile": self._vae.tile} if tiles is not None and tiles.cut(height, width) else {})
 
     def end_of(self, *roles: str) -> None:

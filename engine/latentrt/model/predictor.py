@@ -17,7 +17,7 @@ from latentrt.cuda.array import DeviceArray
 from latentrt.cuda.gpu import Gpu
 from latentrt.model.inputs import Inputs
 from latentrt.runtime.base import Bound, DeviceNetwork, Network, call
-from latentrt.runtime.lazy import LazyNetwork
+from latentrt.runtime.lazy import LazyNetwork, opened
 from latentrt.runtime.signature import Shape, shape_of, sizes_of
 
 Float32 = NDArray[np.float32]
@@ -148,7 +148,7 @@ class Predictor:
 
     @property
     def _on_device(self) -> tuple[DeviceNetwork, ...]:
-        return cast(tuple[DeviceNetwork, ...], self._networks)
+        return cast(tuple[DeviceNetwork, ...], tuple(map(opened, self._networks)))
 
 
 def inputs_of(networks: Sequence[NetworkSpec | GraphSpec]) -> dict[str, TensorSpec]:

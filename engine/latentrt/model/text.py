@@ -116,6 +116,10 @@ class Text(Conditioner):
         self._speaking(self._stamps(files))
         self._files = {**self._files, **files}
 
+    def forget(self) -> None:
+        """Encode all prompts anew from now on: the encoders have other weights."""
+        self._known.clear()
+
     def check(self, request: Request) -> None:
         """Refuse what cannot be encoded. Raise RequestError."""
         for told in self._told(request).values():
@@ -246,6 +250,10 @@ class _Recent(Generic[K, V]):
             for old in list(self._known)[: -self._most]:
                 del self._known[old]
         return value
+
+    def clear(self) -> None:
+        with self._lock:
+            self._known.clear()
 
 
 def _dropped(readings: Sequence[Reading]) -> str:

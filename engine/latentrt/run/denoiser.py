@@ -6,9 +6,10 @@ made of differ.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from latentrt.errors import LatentrtError, RequestError
+from latentrt.run.host import HostLanes, Most
 from latentrt.run.job import Job, Shapes
 from latentrt.run.lanes import Lanes
 
@@ -42,6 +43,18 @@ class Denoiser:
         """Lanes that are not reserved for any job; a job with guidance has two reserved for its whole run."""
         return self.lanes - sum(job.most_lanes for job in self._jobs)
 
+    def check_idle(self) -> None:
+        """Refuse while jobs have lanes. Raise RequestError."""
+        if self._jobs:
+            raise RequestError(
+                f"{len(self._jobs)} pictures are being drawn", needed="none", fix="wait until they are done"
+            )
+
+    def limit_calls(self, most: Most) -> None:
+        """Let no call on the host have more lanes of a shape than this: see `HostLanes.most`."""
+        if isinstance(self._lanes, HostLanes):
+            self._lanes.most = most
+
     def fits(self, job: Job) -> bool:
         """Return whether the job could be admitted now."""
         return job.most_lanes <= self.free
@@ -67,13 +80,16 @@ class Denoiser:
             self._jobs.remove(job)
             self._lanes.retire(job)
 
-    def tick(self) -> list[Job]:
+    def tick(self, chosen: Collection[Job] | None = None) -> list[Job]:
         """Run one row of every job: one network call for the jobs of the same shapes and depth.
+
+        Args:
+            chosen: the jobs that move; None: all that have lanes. Jobs of the same shapes move together.
 
         Returns:
             The jobs that moved; those among them that are done have been retired.
         """
-        moved = list(self._jobs)
+        moved = [job for job in self._jobs if chosen is None or job in chosen]
         groups: dict[tuple[Shapes, bool], list[Job]] = {}
         for job in moved:
             groups.setdefault((job.shapes, job.shallow), []).append(job)

@@ -17,6 +17,7 @@ Float32 = NDArray[np.float32]
 Inputs = Mapping[str, NDArray[Any]]
 Predict = Callable[[Float32, Float32, Inputs], Float32]
 Predicted = tuple[Float32, Float32 | None]
+Most = Callable[[tuple[int, ...]], int]  # the shape of latents to the most lanes of one call
 
 
 class HostLanes:
@@ -27,9 +28,13 @@ class HostLanes:
         predict: a `Predictor`: (sample, timestep, inputs) with a leading lane axis to its output. A job may bring its
             own.
         count: the most lanes that one call may have.
+
+    Attributes:
+        most: the most lanes of a call by the shape of its latents, where that is less: more are computed in several.
     """
 
     resumable = True
+    most: Most | None = None
 
     def __init__(self, predict: Predict, count: int = 16) -> None:
         self.count = count
@@ -48,7 +53,8 @@ class HostLanes:
     def advance(self, jobs: list[Job]) -> None:
         """Call the predictor over the lanes that these rows need, then apply each job's row.
 
-        That is one call, or one for each length of text where the lanes of a job differ in it.
+        That is one call; several where there are more lanes than one may have, and one for each length of text where
+        the lanes of a job differ in it.
         """
         rows = [job.table.rows[job.row] for job in jobs]
         counts = [job.lanes for job in jobs]
@@ -77,7 +83,8 @@ class HostLanes:
 
     def _predicted(self, predict: Predict, lanes: list[Inputs], fed: Inputs, *, keeps: bool) -> Predicted:
         """Return the predictor's outputs for all lanes, and where it `keeps` them its deep features."""
-        parts = _alike(lanes)
+        most = len(lanes) if self.most is None else max(1, self.most(fed["sample"].shape[1:]))
+        parts = [part[first : first + most] for part in _alike(lanes) for first in range(0, len(part), most)]
         if len(parts) == 1:
             return self._call(predict, 0, lanes, fed, keeps=keeps)
         calls = []

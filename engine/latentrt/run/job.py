@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentrt.errors import LatentrtError, NetworkError
+from latentrt.images.inpaint import Overlay
 from latentrt.model.control import Applied
 from latentrt.model.inputs import Inputs, Sides
 from latentrt.model.predictor import Predictor
@@ -73,10 +74,12 @@ class Job:
         guidance: how the outputs of the lanes are combined.
         controls: the ControlNets that act on it.
         kept: what is put back after every row, where a part of a picture is repainted.
+        overlay: what is laid over its decoded picture, if anything.
         start: where it is not 0, a GPU makes x before the first row: `start` times the first noise of `noise`, which is
             then a `TorchCudaNoise`. Until it is done, `latents` has only the right shape.
         predictor: what its rows call; None is what the lanes were made for.
         later: the stages after this one.
+        made_with: the bundle whose weights its inputs were computed with; None: any.
         tag: any value of the owner's.
         row: index of the next row.
         before: how many rows earlier stages had.
@@ -95,9 +98,11 @@ class Job:
     image: Inputs | None = None
     controls: tuple[Applied, ...] = ()
     kept: Kept | None = None
+    overlay: Overlay | None = None
     start: float = 0.0
     predictor: Predictor | None = None
     later: tuple[Stage, ...] = ()
+    made_with: object = None
     tag: Any = None
     row: int = 0
     before: int = 0
@@ -145,6 +150,16 @@ class Job:
         self.before, self.row = self.moved, 0
         self.kept, self.deep, self.start = None, None, 0.0
         self._set_up()
+
+    def stop(self) -> None:
+        """Take what the last row predicts for the picture. That row must have left a preview, and the lanes be given
+        back.
+        """
+        assert self.preview is not None
+        kept, self.latents = self.kept, self.preview
+        if kept is not None:
+            self.latents = np.where(kept.mask > 0, self.latents, kept.clean)
+        self.later, self.tag = (), {**self.tag, "stopped_after": self.moved}
 
     @property
     def guided(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -46,7 +47,7 @@ def make_jobs(
     """
     request = model.filled(request, refiner.fields if refiner is not None and request.handoff is not None else ())
     if given is None:
-        given = model.given(request.pictures, request.height, request.width)
+        given = model.given(request.pictures, request)
     request = _placed(model, request, given)
     table = table_of(model, request, denoising_end=1.0 if request.handoff is None else request.handoff)
     later = later_stages(model, request, given, refiner)
@@ -62,15 +63,18 @@ def make_jobs(
         noise = noise_source(request.noise, seed)
         drawn = model.drawn_first(request, given, noise)
         on_device = draws_on_device and (given is None or model.shows_picture) and isinstance(noise, TorchCudaNoise)
+        on_device &= not request.seed_delta
         latents, kept = _begin(model, request, table, given, noise, on_device=on_device)
         told = model.conditions(request, given, noise, drawn, tokens=tokens)
-        controls = model.applied(request, told, len(table))
+        controls = model.applied(request, given, told, len(table))
         if controls:
             facts["control"] = {name: own for one in controls for name, own in one.facts.items()}
         told = told if tokens else model.hoisted(told)
         predictor, sides, rows, controls = model.chained(controls, told, table)
         tag = facts_of(request, table.solver, seed, index, size, model.spec.id)
         start = table.start if on_device else 0.0
+        if request.seed_delta:
+            noise = noise_source(request.noise, (seed + request.seed_delta) % 2**64)
         jobs.append(
             Job(
                 rows,
@@ -82,13 +86,22 @@ def make_jobs(
                 sides.image,
                 controls,
                 kept=kept,
+                overlay=None if given is None else given.overlay,
                 start=start,
                 predictor=predictor,
                 later=later,
+                made_with=model.networks.bundle,
                 tag={**tag, **facts},
             )
         )
     return jobs
+
+
+def check_current(model: Model, jobs: Sequence[Job]) -> None:
+    """Refuse jobs whose inputs were computed before the model's weights were changed. Raise RequestError."""
+    if any(job.made_with is not None and job.made_with is not model.networks.bundle for job in jobs):
+        found, needed = "a job was made before the LoRAs were changed", "jobs that were made after it"
+        raise RequestError(found, needed=needed, fix="make them again: engine.requests(...)")
 
 
 def _placed(model: Model, request: Request, given: Given | None) -> Request:

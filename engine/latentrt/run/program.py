@@ -19,9 +19,11 @@ from latentrt.cuda import kernels
 from latentrt.cuda.array import DeviceArray
 from latentrt.cuda.kernels import PROGRESS
 from latentrt.errors import NetworkError, RequestError
+from latentrt.model.given import Given
 from latentrt.model.model import Model
 from latentrt.model.predictor import inputs_of
 from latentrt.model.prompts.encoder import IDS, MASK, POOLED, STATES
+from latentrt.request import Request
 from latentrt.run.arena import Arena, Depth, check_fresh
 from latentrt.run.job import Job, Shapes
 from latentrt.run.pool import Pool
@@ -64,6 +66,17 @@ class Program:
     def __init__(self, model: Model, lanes: int, *, capture: bool = True) -> None:
         self._model, self._lanes, self._capture = model, lanes, capture
         self._canvases: Pool[Kind, _Canvas] = Pool(KEPT)
+
+    def draws(self, asked: Sequence[Request], given: Given | None) -> bool:
+        """Return whether one graph draws these requests' pictures: none in several stages, or decoded in tiles."""
+        stages = any(one.hires_scale is not None or one.handoff is not None for one in asked)
+        return not stages and not self._in_tiles(asked, given) and all(map(self._model.draws_at_once, asked))
+
+    def _in_tiles(self, asked: Sequence[Request], given: Given | None) -> bool:
+        if self._model.tiles is None or not asked:
+            return False
+        size = (asked[0].height, asked[0].width) if given is None else given.size
+        return self._model.tiles.cut(*self._model.spec.latents.shape_of(*size)[1:])
 
     def draw(self, jobs: Sequence[Job]) -> list[Pixels]:
         """Run jobs of one request to their end; return the pictures, each (height, width, channels).

@@ -29,7 +29,7 @@ def open_backend(
         device: "cpu", "cuda" or "cuda:1"; None is "cuda" for TensorRT and the CPU for others. OpenVINO has others:
             see `OpenVinoBackend`.
         threads: of a call on the CPU.
-        precision: "fp32" or "fp16"; None is fp32 on a CPU and fp16 on a GPU.
+        precision: "fp32" or "fp16", or "int8" for onnxruntime on a CPU; None is fp32 on a CPU and fp16 on a GPU.
         plans: a folder of TensorRT's plans; None is the bundle's place in the user's cache.
         cache: keep graphs that onnxruntime has optimized for this CPU in the user's cache, for quicker loading.
         spin: whether threads of a call on the CPU wait for each other by spinning: see `OrtBackend`.
@@ -38,8 +38,9 @@ def open_backend(
         BackendError: unknown name, device or precision, or the device cannot be used; nothing else is tried instead.
         MissingDependencyError: the backend's library is not installed.
     """
-    if precision not in (None, "fp32", "fp16"):
-        raise BackendError(f"the precision is {precision!r}", needed="fp32 or fp16")
+    known = ("fp32", "fp16", *(("int8",) if name == "onnxruntime" else ()))
+    if precision not in (None, *known):
+        raise BackendError(f"the precision is {precision!r} for {name}", needed=f"one of {', '.join(known)}")
     if name == "onnxruntime":
         from latentrt.runtime.onnxruntime import OrtBackend, check_device
 

@@ -65,7 +65,7 @@ class Backend(Protocol):
     Attributes:
         name: "onnxruntime", "tensorrt", ...
         device: "cpu" or "cuda".
-        precision: "fp32" or "fp16".
+        precision: "fp32", "fp16" or "int8".
         variants: names of the graphs that it can run, the preferred one first.
         facts: see `Facts`.
         gpu: the GPU in whose memory its networks, then `DeviceNetwork`s, read and write; None on a CPU.

@@ -49,6 +49,17 @@ class LazyNetwork:
         """Run the network; load it first if needed."""
         return self.open()(feeds)
 
+    @property
+    def loaded(self) -> bool:
+        """Whether it is loaded."""
+        return self._network is not None
+
+    def replace(self, network: Network) -> None:
+        """Take a network that was loaded already in the place of the present one, which is closed."""
+        with self._lock:
+            self.drop()
+            self._network = network
+
     def drop(self) -> None:
         """Free the network's memory; a later call loads it again."""
         with self._lock:
@@ -60,3 +71,8 @@ class LazyNetwork:
         """Free the network's memory for good."""
         self.drop()
         self._closed = True
+
+
+def opened(network: Network) -> Network:
+    """Return what a network stands for: itself, or what it loads."""
+    return network.open() if isinstance(network, LazyNetwork) else network

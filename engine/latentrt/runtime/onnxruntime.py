@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import math
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -14,16 +14,18 @@ from typing import Any
 from numpy.typing import NDArray
 
 from latentrt.bundle.bundle import Bundle
-from latentrt.bundle.spec import FP16, FP16_ORT_CUDA, FP32, FP32_ORT_CPU, GraphSpec
+from latentrt.bundle.spec import FP32, INT8, GraphSpec
 from latentrt.cuda.array import DeviceArray
 from latentrt.cuda.gpu import Gpu
 from latentrt.errors import BackendError, MissingDependencyError, NetworkError
 from latentrt.runtime import spread
 from latentrt.runtime.base import Facts
 from latentrt.runtime.cores import usable_cores
+from latentrt.runtime.memory import give_back, usual_area
 from latentrt.runtime.optimized import WEIGHTS, SavedGraph
 from latentrt.runtime.replaced import NONE, Weights, replaced_in, set_weights
 from latentrt.runtime.signature import Arrays, check_arrays, check_feeds
+from latentrt.runtime.variants import VARIANTS, check_int8, graph_of
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 # No TF32; convolutions are chosen by rule, since trying them out would pick others in every process, and may come
@@ -34,7 +36,6 @@ SHAPE_ARITHMETIC = {
     *("Add", "Cast", "Concat", "Constant", "ConstantOfShape", "Div", "Equal", "Expand", "Gather", "Identity", "Mul"),
     *("Range", "Reshape", "Shape", "Size", "Slice", "Squeeze", "Sub", "Unsqueeze", "Where"),
 }
-VARIANTS = {("cpu", FP32): (FP32_ORT_CPU, FP32), ("cpu", FP16): (FP16,), ("cuda", FP16): (FP16_ORT_CUDA,)}
 
 
 class OrtBackend:
@@ -50,7 +51,7 @@ class OrtBackend:
             many entries, each thread computes its own (see `spread`); otherwise they share each operator.
         gpu: the opened device; its stream and memory are then used, and networks are `DeviceNetwork`s.
         precision: "fp32", or "fp16" for the bundle's half-precision graphs (on a CPU the slower ones; "cuda" has no
-            others).
+            others); on "cpu" also "int8", for a bundle that was exported with it.
         spin: whether threads wait for each other by spinning within a call. On idle cores that is a fifth faster; where
             other processes hold cores, it is twice as slow. Between calls they never spin.
         cache: on "cpu", keep optimized graphs in the user's cache and load those: see `SavedGraph`.
@@ -78,14 +79,15 @@ class OrtBackend:
         if threads is not None and threads < 1:
             raise BackendError(f"threads is {threads!r}", needed="a whole number of 1 or more")
         if (device, precision) not in VARIANTS:
-            needed, fix = "fp32 or fp16; on cuda fp16", "pass precision='fp16', or leave it out"
+            needed, fix = "fp32, fp16 or int8; on cuda fp16", "pass precision='fp16', or leave it out"
             raise BackendError(f"the precision is {precision!r}", needed=needed, fix=fix)
+        if precision == INT8:
+            check_int8()
         self.device = device
         self.precision = precision
         self.variants: tuple[str, ...] = VARIANTS[device, precision]
         self.gpu = gpu
-        on_gpu = gpu is not None
-        self.threads = threads or usable_cores()
+        on_gpu, self.threads = gpu is not None, threads or usable_cores()
         exact, cores = not on_gpu and precision == FP32, 1 if on_gpu else self.threads
         self.facts = Facts(fixed_lanes=on_gpu, one_stream=on_gpu, exact=exact, replaces=True, cores=cores)
         self.spin = spin
@@ -99,13 +101,13 @@ class OrtBackend:
             BackendError: ONNX Runtime cannot load the graph, or would not run it on the device.
             BundleError: the bundle has no graph for this precision and device.
         """
-        graph = bundle.spec.graph(network, *self.variants)
+        graph = graph_of(bundle.spec, network, self.device, self.precision)
         weights = replaced_in(bundle, graph)
         path, make = bundle.path(graph.path), partial(self.session, opset=graph.opset, weights=weights)
-        cached = self.cache and not weights
-        session = SavedGraph(bundle, graph, _build()).session(path, make) if cached else make(path)
+        saved = SavedGraph(bundle, graph, _build()) if self.cache and not weights else None
+        session = make(path) if saved is None else saved.session(path, make)
         if self.gpu is None:
-            return OrtNetwork(session, graph, self.threads)
+            return OrtNetwork(session, graph, self.threads, usual=usual_area(bundle.spec, network))
         return OrtDeviceNetwork(session, graph, self.gpu, self.device)
 
     def session(
@@ -219,12 +221,14 @@ class OrtNetwork:
         session: an `onnxruntime.InferenceSession` of the graph.
         graph: its signature.
         threads: the session's, over which the entries of a batch are spread.
+        usual: height times width of the model's own inputs; calls with more than twice that keep no memory after them.
     """
 
-    def __init__(self, session: Any, graph: GraphSpec, threads: int = 1) -> None:
+    def __init__(self, session: Any, graph: GraphSpec, threads: int = 1, *, usual: float = math.inf) -> None:
         self._session = session
         self.graph = graph
         self._threads = threads
+        self._most_kept = 2 * usual
         self._batch = spread.batch_of(graph)
         self._outputs = [tensor.name for tensor in graph.outputs]
 
@@ -236,10 +240,14 @@ class OrtNetwork:
         """
         sizes = check_feeds(self.graph, feeds)
         parts = spread.parts_of(sizes[self._batch], self._threads) if self._batch else 1
+        large = sizes.get("height", 1) * sizes.get("width", 1) > self._most_kept
         try:
-            results = spread.run(self._session, self._outputs, feeds, parts)
+            results = spread.run(self._session, self._outputs, feeds, parts, _shrinking() if large else None)
         except Exception as error:
             raise _failed(self.graph.path, error) from error
+        finally:
+            if large:
+                give_back()
         return dict(zip(self._outputs, results, strict=True))
 
     def close(self) -> None:
@@ -307,23 +315,17 @@ class OrtBound:
         self._session = self._binding = None
 
 
+def _shrinking() -> Any:
+    """Return the options of a call whose memory is given back: the CPU's arena keeps it for good otherwise."""
+    options = load_onnxruntime().RunOptions()
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    return options
+
+
 def _build() -> str:
     """Return what tells one build of ONNX Runtime from others."""
     ort = load_onnxruntime()
     return f"{ort.__version__} {ort.get_build_info()}"
-
-
-def return_freed_pages() -> None:
-    """Have glibc return blocks of 64 KiB and more to the system when they are freed; it holds for the whole process.
-
-    While a session is made, ONNX Runtime frees about as much as it keeps (half-precision weights that it has widened,
-    weights that it has repacked); glibc would hold on to it, a sixth of the embedded model's peak memory. The price is
-    page faults for every large temporary array.
-    """
-    mmap_threshold = -3  # M_MMAP_THRESHOLD of mallopt(3)
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(mmap_threshold, 64 * 1024)
 
 
 def _failed(path: str, error: Exception) -> NetworkError:

@@ -8,9 +8,12 @@ from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
+from latentrt.adapters.memory import EXPORT
 from latentrt.bundle.bundle import Bundle
 from latentrt.bundle.initializers import initializers
 from latentrt.bundle.spec import GraphSpec
+from latentrt.errors import BackendError
+from latentrt.runtime.base import Backend
 
 
 class Weight(NamedTuple):
@@ -22,6 +25,7 @@ class Weight(NamedTuple):
 
 Weights = Mapping[str, Weight]  # by the names of a graph's initializers
 NONE: Weights = {}
+REPLACING = ("onnxruntime", "tensorrt", "tensorrt-rtx", "tensorrt-lean")
 
 
 def replaced_in(bundle: Bundle, graph: GraphSpec) -> Weights:
@@ -39,6 +43,20 @@ def replaced_in(bundle: Bundle, graph: GraphSpec) -> Weights:
         for each, place in places.items()
         if each.file is not None and place in bundle.replaced
     }
+
+
+def same_weights(one: Bundle, other: Bundle, graph: GraphSpec) -> bool:
+    """Return whether a graph reads the same weights in two bundles of the same files. Raise as `replaced_in`."""
+    ours, theirs = replaced_in(one, graph), replaced_in(other, graph)
+    return ours.keys() == theirs.keys() and all(
+        weight.array.tobytes() == theirs[name].array.tobytes() for name, weight in ours.items()
+    )
+
+
+def check_replaces(backend: Backend) -> None:
+    """Refuse a backend that takes no weights in memory. Raise BackendError."""
+    if not backend.facts.replaces:
+        raise BackendError(f"LoRAs in memory with {backend.name}", needed=f"one of {', '.join(REPLACING)}", fix=EXPORT)
 
 
 def set_weights(options: Any, weights: Weights) -> None:

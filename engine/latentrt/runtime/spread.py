@@ -33,7 +33,7 @@ def parts_of(entries: int, threads: int) -> int:
     return threads if entries >= threads else 1
 
 
-def run(session: Any, outputs: Sequence[str], feeds: Arrays, parts: int) -> list[NDArray[Any]]:
+def run(session: Any, outputs: Sequence[str], feeds: Arrays, parts: int, options: Any = None) -> list[NDArray[Any]]:
     """Run a session and return its outputs; an entry's numbers do not depend on the number of parts.
 
     Args:
@@ -41,18 +41,19 @@ def run(session: Any, outputs: Sequence[str], feeds: Arrays, parts: int) -> list
         outputs: their names.
         feeds: the inputs, each with at least `parts` entries.
         parts: how many calls to make at the same time.
+        options: `onnxruntime.RunOptions` of every call, if any.
 
     Raises:
         Exception: whatever ONNX Runtime raises, once no part is running.
     """
     if parts == 1:
-        return list(session.run(outputs, dict(feeds)))
+        return list(session.run(outputs, dict(feeds), options))
     first, *others = _cut(feeds, parts)
     started: list[_Part] = []
     try:
         for other in others:
-            started.append(_Part(session, outputs, other))
-        results = [session.run(outputs, first)]
+            started.append(_Part(session, outputs, other, options))
+        results = [session.run(outputs, first, options)]
     finally:
         _wait_for(started)
     results += [part.results for part in started]
@@ -81,12 +82,12 @@ def _cut(feeds: Arrays, parts: int) -> list[dict[str, NDArray[Any]]]:
 class _Part:
     """A call that one of the session's own threads makes. It keeps its feeds until ONNX Runtime has read them."""
 
-    def __init__(self, session: Any, outputs: Sequence[str], feeds: dict[str, NDArray[Any]]) -> None:
+    def __init__(self, session: Any, outputs: Sequence[str], feeds: dict[str, NDArray[Any]], options: Any) -> None:
         self.done = Event()
-        self._feeds = feeds
+        self._feeds, self._options = feeds, options
         self._results: Sequence[NDArray[Any]] = ()
         self._error = ""
-        session.run_async(outputs, feeds, self._finish, None)
+        session.run_async(outputs, feeds, self._finish, None, options)
 
     def _finish(self, results: Sequence[NDArray[Any]], _: None, error: str) -> None:
         self._results, self._error = results, error

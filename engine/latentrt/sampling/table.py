@@ -213,7 +213,7 @@ def _above(cutoff: int, table: Table) -> Table:
 
 def _first(name: str, solver: Solver, steps: int, strength: float, *, respaced: bool) -> int:
     """Return how many steps of the whole run are left out."""
-    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 < strength <= 1:
+    if not is_number(strength) or not 0 < strength <= 1:
         raise RequestError(f"strength is {strength!r}", needed="a number above 0 and at most 1")
     first = 0 if respaced else steps - int(steps * strength)
     if first == steps:
@@ -342,8 +342,9 @@ def _configured(schedule: Schedule) -> tuple[str, Solver]:
 
 
 def _check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
-    eta, order = arguments.get("eta", 0.0), arguments.get("order", 1)
-    if isinstance(eta, bool) or not isinstance(eta, (int, float)) or not 0 <= eta <= 1:
-        raise ScheduleError(f"{name} has eta = {eta!r}", needed="a number from 0 to 1")
+    for key, most in (("eta", 1), ("s_noise", 10)):
+        if not is_number(value := arguments.get(key, 0.0)) or not 0 <= value <= most:
+            raise ScheduleError(f"{name} has {key} = {value!r}", needed=f"a number from 0 to {most}")
+    order = arguments.get("order", 1)
     if isinstance(order, bool) or not isinstance(order, int) or not 1 <= order <= SLOTS:
         raise ScheduleError(f"{name} has order = {order!r}", needed=f"a whole number from 1 to {SLOTS}")

@@ -15,16 +15,20 @@ import uvicorn
 from fastapi import FastAPI
 
 from latentrt.engine import Engine
-from latentrt.errors import BackendError, PromptSyntaxWarning, PromptTruncatedWarning
+from latentrt.errors import BackendError, LatentrtError, PromptSyntaxWarning, PromptTruncatedWarning
+from latentrt.model.control import controlnets_of
 from latentrt.model.prompts.embeddings import embeddings_of
 from latentrt.serve.core import curve, pipeline
+from latentrt.serve.core.footprint import budget_of, measured
 from latentrt.serve.core.queue import Limits
+from latentrt.serve.core.rules.budget import Budget, Footprint
 from latentrt.serve.core.scheduler import Scheduler
 from latentrt.serve.core.service import Service
 from latentrt.serve.http.app import Lifespan, create_app
 from latentrt.serve.http.catalog import Catalog
 from latentrt.serve.http.guard.origins import LOOPBACK
-from latentrt.serve.process.config import Settings
+from latentrt.serve.http.sizes import most_pixels
+from latentrt.serve.process.config import MIB, Settings
 from latentrt.serve.process.logs import configure, logger
 from latentrt.serve.process.metrics import Metrics
 
@@ -67,15 +71,40 @@ def assembled(settings: Settings, kind: type[Metrics] = Metrics, lifespan: Lifes
     for told in (PromptTruncatedWarning, PromptSyntaxWarning):  # their texts are what a client wrote
         warnings.simplefilter("ignore", told)
     with loaded(settings) as engine:
-        catalog = Catalog(
-            engine.model, engine.model.profiles(engine.denoiser.lanes), settings, refiner=engine.refiner_name
-        )
-        metrics, measured = kind(catalog.name), curve.load(engine)
-        if measured is None:
+        known = curve.load(engine)
+        if known is None:
             logger().info("no curve was measured: every step may have all lanes", fix="latentrt bench BUNDLE --save")
+        budget = _budget(engine, known or curve.Curve(), settings)
+        profiles = engine.model.profiles(engine.denoiser.lanes)
+        catalog = Catalog(engine.model, profiles, settings, refiner=engine.refiner_name, budget=budget)
+        metrics = kind(catalog.name)
         limits = Limits(settings.queue, settings.queue_timeout, settings.run_timeout, settings.hang_timeout)
-        with Service(engine, limits, curve=measured, observer=metrics, on_hang=_end) as service:
+        with Service(engine, limits, curve=known, budget=budget, observer=metrics, on_hang=_end) as service:
             yield create_app(service.scheduler, catalog, metrics=metrics, lifespan=lifespan)
+
+
+def _budget(engine: Engine, known: curve.Curve, settings: Settings) -> Budget:
+    """Return what network calls may have, and write it into the log."""
+    latents, enlarges = engine.spec.latents, engine.model.enlarges
+    most = most_pixels(latents, settings, enlarges) // latents.factor**2
+    memory = None if settings.memory is None else settings.memory * MIB
+    taken = known.memory or _measured(engine)
+    budget = budget_of(engine, taken, memory, most, processes=settings.most_replicas)
+    told = {"memory_mib": None if budget.memory is None else budget.memory // MIB}
+    told["tile"] = None if budget.tile is None else budget.tile * latents.factor
+    logger().info("budget", **told, most_pixels=budget.largest(most) * latents.factor**2)
+    return budget
+
+
+def _measured(engine: Engine) -> dict[pipeline.Shape, Footprint]:
+    """Return what a picture takes; nothing where the engine fails, which its self-check then shows, or the size is not
+    for this model.
+    """
+    try:
+        return measured(engine)
+    except LatentrtError as error:
+        logger().warning("memory could not be measured: it bounds no size", error=str(error))
+        return {}
 
 
 def _end() -> None:
@@ -102,6 +131,9 @@ def loaded(settings: Settings) -> Iterator[Engine]:
         vae=settings.vae,
         preview_vae=settings.preview_vae,
         tile=settings.tile,
+        control=controlnets_of(settings.controlnet),
+        lora=settings.lora,
+        allow_unmatched=settings.allow_unmatched,
     ) as engine:
         if settings.edits:
             pipeline.load_encoder(engine)

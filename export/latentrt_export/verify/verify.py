@@ -8,6 +8,7 @@ from pathlib import Path
 from latentrt.bundle.bundle import Bundle
 from latentrt.bundle.spec import CONDITIONER, SHALLOW
 from latentrt.engine import Engine
+from latentrt.errors import ExportError
 from latentrt.golden import TOLERANCE, worst_error
 from latentrt_export.checkpoint.single.choices import AS_THEY_ARE, Choices
 from latentrt_export.checkpoint.source import Checkpoint, checkpoint_of
@@ -40,10 +41,17 @@ def verify(
 
     Raises:
         BundleError: the bundle is none, or is damaged.
-        ExportError: the checkpoint is none, or one that the bundle cannot be compared with.
+        ExportError: the checkpoint is none, or one that the bundle cannot be compared with; such as the bundle itself
+            where LoRAs were merged into it.
         UnsafeWeightsError: the checkpoint has pickled weights only.
     """
     opened = Bundle.open(bundle)
+    if "base" in opened.spec.made and Path(checkpoint) == opened.root:
+        raise ExportError(
+            f"{opened.root} has LoRAs merged into a bundle's weights, and diffusers would read those without them",
+            needed="the checkpoint that the bundle came from, and the LoRAs",
+            fix=f"latentrt verify {opened.root} --against CHECKPOINT --lora FILE:STRENGTH",
+        )
     with checkpoint_of(checkpoint, revision, variant, choices) as source:
         yield from _verify(opened, source, steps)
 

@@ -69,7 +69,7 @@ class Schedule:
     def finish(self) -> list[list[Any]]:
         """Wait for all; return the pictures of each. Where the service idles before a request's tick, it comes then."""
         while self.to_come:
-            eventually(lambda: not self.to_come or not self.service.scheduler._slots)
+            eventually(lambda: not self.to_come or not self.service.scheduler._line.slots)
             if self.to_come:
                 self.turn(min(at for at, _ in self.to_come))
         return [wait(_made(handle)) for handle in self.handles]

@@ -18,6 +18,7 @@ from latentrt.engine import Engine
 from latentrt.errors import BundleError, OutputError
 from latentrt.serve.core import curve as curves
 from latentrt.serve.core.curve import Curve
+from latentrt.serve.core.rules.budget import Footprint
 from tests.support.serve.fake_engine import SHAPE, SMALL
 
 # The embedded model on one core: seconds of a UNet call by its lanes.
@@ -110,13 +111,20 @@ def elsewhere(engine: Engine, home: Path) -> Engine:
 
 def test_a_curve_is_kept_with_the_bundle(elsewhere: Engine) -> None:
     assert curves.load(elsewhere) is None
-    curve = Curve({SHAPE: MEASURED, SMALL: {2: 0.5}}, {SHAPE: 0.05})
+    curve = Curve({SHAPE: MEASURED, SMALL: {2: 0.5}}, {SHAPE: 0.05}, {SHAPE: Footprint(1, 0)})
     path = curves.save(curve, elsewhere)
     assert path.is_relative_to(elsewhere.bundle.root)
     assert curves.load(elsewhere) == curve
     assert curves.save(Curve({SHAPE: {2: 1.0}}), elsewhere) == path
     assert curves.load(elsewhere) == Curve({SHAPE: {2: 1.0}})
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_curve_of_an_older_version_has_no_memory(elsewhere: Engine) -> None:
+    path = curves.paths(elsewhere)[0]
+    path.parent.mkdir()
+    path.write_text('{"schema": 1, "ticks": [], "decode": []}')
+    assert curves.load(elsewhere) == Curve()
 
 
 def test_where_the_bundle_cannot_be_written_it_is_kept_in_the_users_cache(elsewhere: Engine, home: Path) -> None:
@@ -157,6 +165,7 @@ def test_another_backend_precision_or_model_has_its_own_curve(elsewhere: Engine,
         b'{"schema": 1, "ticks": [{"shape": [4, 16, 16], "lanes": 0, "seconds": 1.0}], "decode": []}',
         b'{"schema": 1, "ticks": [{"shape": [4, 16, 16], "lanes": 2, "seconds": NaN}], "decode": []}',
         b'{"schema": 1, "ticks": [], "decode": [{"shape": [4, 16, 16], "seconds": "1"}]}',
+        b'{"schema": 1, "ticks": [], "decode": [], "memory": [{"shape": [4, 16, 16], "lane": -1, "decode": 0}]}',
     ],
     ids=str,
 )

@@ -75,7 +75,7 @@ def is_well(service: Service) -> None:
     scheduler = service.scheduler
     eventually(lambda: scheduler.ready)
     assert len(wait(submit(service, handle_of(steps=1)).pictures())) == 1
-    eventually(lambda: not scheduler._slots)
+    eventually(lambda: not scheduler._line.slots)
     assert (scheduler.waiting, scheduler.running) == (0, 0)
 
 

@@ -114,7 +114,7 @@ def test_a_picture_that_runs_too_long_fails_and_leaves_its_lanes(serve: Serve, f
     with pytest.raises(RunTimeout):
         wait(handle.pictures())
     fakes.allow(None)
-    eventually(lambda: not service.scheduler._slots)
+    eventually(lambda: not service.scheduler._line.slots)
     assert service.scheduler.ready
 
 

@@ -11,6 +11,7 @@ import pytest
 from latentrt import Engine
 from latentrt.runtime.onnxruntime import OrtBackend
 from latentrt.serve.core.errors import Cancelled, EngineFault
+from latentrt.serve.core.footprint import budget_of, measured
 from latentrt.serve.core.handle import Finished, Preview
 from latentrt.serve.core.service import Service
 from tests.serve.conftest import eventually
@@ -81,6 +82,16 @@ def test_cancelled_lanes_are_free_again(service: Service) -> None:
     assert len(wait(staying.pictures())) == 1
 
 
+def test_what_is_there_is_a_picture(service: Service) -> None:
+    stopped = submit(service, handle_of(steps=500, **SIZE))
+    eventually(lambda: stopped.started)
+    service.scheduler.stop(stopped)
+    (made,) = wait(stopped.pictures())
+    assert made.size == (32, 40)
+    assert made.info["latentrt"]["stopped_after"] < 500
+    assert len(wait(submit(service, handle_of(steps=2, **SIZE)).pictures())) == 1
+
+
 def test_a_step_that_raises_fails_all_that_run_and_those_that_wait_go_on(
     service: Service, on_gpu: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,3 +112,15 @@ def test_a_step_that_raises_fails_all_that_run_and_those_that_wait_go_on(
             wait(handle.pictures())
     assert len(wait(handles[2].pictures())) == 1
     eventually(lambda: service.scheduler.ready)
+
+
+def test_what_surely_does_not_fit_is_known() -> None:
+    """By what all lanes keep at the model's own size, in proportion; lanes are not fewer for large pictures."""
+    gpu = HostGpu()
+    with Engine.load(backend=OrtBackend(threads=1, gpu=gpu), lanes=4, check_hashes=False) as engine:
+        ((shape, taken),) = measured(engine).items()
+        assert shape == engine.spec.latents.shape_of(None, None)
+        assert taken.lane > 0
+        budget = budget_of(engine, {shape: taken}, 2 * taken.lane, 10**6)
+        assert (budget.largest(10**6), budget.cap((4, 100, 100)), budget.tile) == (2 * 16 * 16, 4, None)
+    gpu.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,12 @@ from latentrt.runtime.tensorrt.record import Profile
 from latentrt.sampling.schedule import Schedule
 from latentrt.sampling.solvers import EDM_SOLVERS, SOLVERS
 from latentrt.serve.core.pipeline import check
+from latentrt.serve.core.rules.budget import Budget, Footprint
 from latentrt.serve.http.catalog import Catalog, _solver_names
 from latentrt.serve.http.errors import Problem
-from latentrt.serve.http.sizes import LEAST_LATENTS
+from latentrt.serve.http.sizes import LEAST_LATENTS, Sizes, most_pixels
+from latentrt.serve.process.config import Settings
+from tests.support.serve.fake_engine import SHAPE
 from tests.support.serve.fakes import catalog_of
 
 CATALOG = catalog_of()
@@ -47,6 +51,31 @@ def test_a_size_is_taken_just_if_it_is_within_the_limits(width: int, height: int
         with pytest.raises(Problem) as caught:
             CATALOG.sizes.of(f"{width}x{height}")
         assert (caught.value.code, caught.value.status, caught.value.param) == ("unsupported_size", 400, "size")
+
+
+def test_a_size_beyond_the_memory_is_refused_with_the_largest_that_fits() -> None:
+    """A lane of 512 x 512 may take half of the memory here: all of it, with as many latents."""
+    budget = Budget(16, SHAPE, 2000, {(4, 64, 64): Footprint(1000, 0)})
+    sizes = catalog_of(budget=budget).sizes
+    assert sizes.most_pixels == 512 * 512
+    assert sizes.of("1024x256") == (1024, 256)
+    with pytest.raises(Problem, match="at most 262144 pixels, as 624x416") as refused:
+        sizes.of("1536x1024")
+    assert (refused.value.code, refused.value.status, refused.value.param) == ("beyond_memory", 400, "size")
+    assert sizes.sides(624, 416) == (624, 416)
+    with pytest.raises(Problem) as never:
+        sizes.of("2048x2048")  # which no memory would help
+    assert never.value.code == "unsupported_size"
+    assert catalog_of(budget=Budget(16, SHAPE, 1, budget.measured)).sizes.of("auto") == (128, 128)
+
+
+def test_limits_follow_the_settings_or_the_model() -> None:
+    latents = CATALOG.latents
+    assert [most_pixels(latents, Settings(), times) for times in (1, 2, 4)] == [1536 * 1024, 1536 * 1024, 2048**2]
+    large = replace(latents, height=300, width=300)
+    assert most_pixels(large, Settings(), 1) == 2400**2
+    assert Sizes(large, None, Settings(), enlarges=1).most_side == 2400
+    assert most_pixels(latents, Settings(max_pixels=9), 4) == 9
 
 
 @given(st.text(max_size=60))

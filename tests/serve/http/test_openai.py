@@ -251,12 +251,6 @@ def test_edits_stream_too(client: openai.OpenAI) -> None:
     assert sorted(event.seed for event in events[2:]) == [5, 6]
 
 
-def test_one_picture_is_edited_at_a_time(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="2 pictures to edit") as caught:
-        client.images.edit(prompt="a", image=[png(), png()])
-    assert caught.value.param == "image"
-
-
 def test_the_asynchronous_client(url: str) -> None:
     async def ask() -> tuple[int, list[str]]:
         async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0) as client:

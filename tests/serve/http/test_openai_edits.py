@@ -57,7 +57,7 @@ def test_edits_keep_the_shape_of_the_picture(client: openai.OpenAI, scheduler: F
         ([("image", png()), ("mask", b"no picture")], {}, "mask", "image_decode_failed"),
         ([("image", png()), ("mask", png())], {}, "mask", "invalid_value"),
         ([("image", png()), ("mask", png(32, 64, "RGBA"))], {}, "mask", "invalid_value"),
-        ([("image", png()), ("image[]", png())], {}, "image", "invalid_value"),
+        ([("image", png()), ("image[]", png())], {}, "image[]", "invalid_value"),
         ([("mask", png())], {}, "image", "invalid_value"),
         ([("mask", png())], {"image": "https://example.org/a.png"}, "image", "invalid_value"),
         ([("image", png()), ("markup", png())], {}, "markup", "invalid_value"),
@@ -82,7 +82,7 @@ def test_a_server_may_edit_nothing() -> None:
         body = {"prompt": "a", "init_images": [base64.b64encode(png()).decode()]}
         other = post(f"{url}/sdapi/v1/img2img", json=body)
     assert [one.status_code for one in (answer, other)] == [400, 400]
-    assert [one.json()["error"]["param"] for one in (answer, other)] == ["image", "init_images"]
+    assert [answer.json()["error"]["param"], other.json()["param"]] == ["image", "init_images"]
     assert scheduler.seen == []
 
 
@@ -98,3 +98,60 @@ def test_pictures_with_too_many_pixels_are_never_decoded() -> None:
             answer = post(f"{url}/v1/images/edits", data={"prompt": "a"}, files=files)
             assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
     assert scheduler.submitted == []
+
+
+def clear(colour: tuple[int, int, int, int], box: tuple[int, int, int, int] | None) -> bytes:
+    image = Image.new("RGBA", (64, 64), (255, 0, 0, 255))
+    if box is not None:
+        image.paste(colour, box)
+    buffer = BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("image", "masked"),
+    [
+        (clear((0, 0, 0, 0), (0, 0, 32, 64)), True),
+        (clear((0, 0, 0, 200), (0, 0, 32, 64)), False),  # more there than not
+        (clear((0, 0, 0, 0), None), False),
+        (png(64, 64), False),
+    ],
+)
+def test_without_a_mask_a_pictures_alpha_is_one(
+    client: openai.OpenAI, scheduler: FakeScheduler, image: bytes, masked: bool
+) -> None:
+    client.images.edit(prompt="a", image=image, size="64x64")
+    request = scheduler.submitted[-1].request
+    assert ("mask" in request.pictures) is masked
+    if masked:
+        assert (request.pictures["mask"][:, :31] == 255).all()
+        assert (request.pictures["mask"][:, 33:] == 0).all()
+    assert request.strength in ((None, 1.0) if masked else (None, 0.8))
+    opaque = Image.new("RGBA", (64, 64), (0, 0, 0, 255))
+    opaque.paste((0, 0, 0, 0), (0, 0, 64, 32))
+    buffer = BytesIO()
+    opaque.save(buffer, "PNG")
+    client.images.edit(prompt="a", image=image, mask=buffer.getvalue(), size="64x64")
+    assert (scheduler.submitted[-1].request.pictures["mask"][:31] == 255).all()
+
+
+def test_several_pictures_are_refused_by_name(client: openai.OpenAI, scheduler: FakeScheduler) -> None:
+    with pytest.raises(openai.BadRequestError, match=r"image\[\] has 2 pictures. Needed: one") as caught:
+        client.images.edit(prompt="a", image=[png(), png()])
+    assert (caught.value.param, scheduler.seen) == ("image[]", [])
+
+
+def test_other_apis_names_are_told_ours(client: openai.OpenAI) -> None:
+    for name, ours in (("steps", "num_inference_steps"), ("cfg_scale", "guidance_scale"), ("width", "size")):
+        words = f"{name} is not a parameter here; did you mean {ours}"
+        with pytest.raises(openai.BadRequestError, match=words):
+            client.images.generate(prompt="a", extra_body={name: 5})
+        with pytest.raises(openai.BadRequestError, match=words):
+            client.images.edit(prompt="a", image=png(), extra_body={name: 5})
+
+
+def test_usage_is_always_told(client: openai.OpenAI) -> None:
+    for answer in (client.images.generate(prompt="a"), client.images.edit(prompt="a", image=png())):
+        assert answer.usage is not None
+        assert (answer.usage.total_tokens, answer.usage.input_tokens_details.text_tokens) == (0, 0)

@@ -27,10 +27,11 @@ def test_nothing_that_fits_the_description_is_a_fault(case: schemathesis.Case) -
     case.call_and_validate(checks=CHECKS)
 
 
-def test_no_422_is_promised_and_every_request_may_be_refused() -> None:
+def test_every_request_may_be_refused() -> None:
     for path, operations in APP.openapi()["paths"].items():
         for operation in operations.values():
-            assert "422" not in operation["responses"]
+            if not path.startswith("/sdapi"):  # A1111's own answer to a body that does not fit
+                assert "422" not in operation["responses"]
             if path.startswith(("/v1", "/sdapi")):
                 assert {"401", "default"} <= set(operation["responses"])
 

@@ -33,7 +33,7 @@ def test_flags_before_variables_before_the_file(toml: Path, monkeypatch: pytest.
     monkeypatch.setenv("LATENTRT_PORT", "10")
     monkeypatch.setenv("LATENTRT_QUEUE", "20")
     settings = load_settings({"port": "100"}, toml)
-    assert (settings.port, settings.queue, settings.max_n, settings.max_side) == (100, 20, 3, 2048)
+    assert (settings.port, settings.queue, settings.max_n, settings.heartbeat) == (100, 20, 3, 10)
     assert settings.aliases == ("a", "b")
 
 

@@ -56,13 +56,13 @@ def test_requests_are_counted_as_they_ended(url: str, scheduler: FakeScheduler) 
     told = values(get(f"{url}/metrics").text)
     outcomes = {"ok": 3, "unsupported_size": 1, "model_not_found": 1, "queue_full": 1, "engine_error": 2}
     for outcome, count in outcomes.items():
-        assert told[f"latentrt:requests_total[outcome={outcome},route={DRAW}]"] == count
+        assert told[f"latentrt_requests_total[outcome={outcome},route={DRAW}]"] == count
         assert sum(line.get("outcome") == outcome for line in log if line["event"] == "request") == count
     for reason in ("unsupported_size", "model_not_found", "queue_full"):
-        assert told[f"latentrt:request_rejected_total[reason={reason}]"] == 1
-    assert "latentrt:request_rejected_total[reason=engine_error]" not in told
-    assert told["latentrt:e2e_request_latency_seconds_count"] == 3
-    assert told["latentrt:request_queue_time_seconds_count"] == 5
+        assert told[f"latentrt_request_rejected_total[reason={reason}]"] == 1
+    assert "latentrt_request_rejected_total[reason=engine_error]" not in told
+    assert told["latentrt_e2e_request_latency_seconds_count"] == 3
+    assert told["latentrt_request_queue_time_seconds_count"] == 5
 
 
 def test_gauges_follow_and_come_back_to_zero(url: str, scheduler: FakeScheduler) -> None:
@@ -73,7 +73,7 @@ def test_gauges_follow_and_come_back_to_zero(url: str, scheduler: FakeScheduler)
 
             async def read() -> dict[str, float]:
                 told = values((await client.get("/metrics")).text)
-                return {name: told[f"latentrt:{name}"] for name in gauges}
+                return {name: told[f"latentrt_{name}"] for name in gauges}
 
             scheduler.delay = 0.005
             drawing = asyncio.create_task(client.post(DRAW, json={"prompt": "a", "n": 3}))
@@ -98,13 +98,13 @@ def test_what_the_scheduler_tells_is_measured() -> None:
     observer.faulted(False)
     observer.faulted(True)
     told = values(asyncio.run(metrics.text()).decode())
-    assert told["latentrt:step_seconds_sum"] == 0.02
-    assert told["latentrt:batch_size_bucket[le=4.0]"] == 1
-    assert told["latentrt:batch_size_bucket[le=2.0]"] == 0
-    assert told["latentrt:stage_seconds_sum[stage=decode]"] == 0.5
-    assert told["latentrt:images_total[outcome=done]"] == 1
-    assert told["latentrt:images_total[outcome=run_timeout]"] == 1
-    assert told["latentrt:engine_faults_total[kind=raised]"] == told["latentrt:engine_faults_total[kind=hung]"] == 1
+    assert told["latentrt_step_seconds_sum"] == 0.02
+    assert told["latentrt_batch_size_bucket[le=4.0]"] == 1
+    assert told["latentrt_batch_size_bucket[le=2.0]"] == 0
+    assert told["latentrt_stage_seconds_sum[stage=decode]"] == 0.5
+    assert told["latentrt_images_total[outcome=done]"] == 1
+    assert told["latentrt_images_total[outcome=run_timeout]"] == 1
+    assert told["latentrt_engine_faults_total[kind=raised]"] == told["latentrt_engine_faults_total[kind=hung]"] == 1
     lines = [line for line in asyncio.run(metrics.text()).decode().splitlines() if line.startswith("latentrt")]
     assert all('model_name="m"' in line for line in lines)
 
@@ -115,7 +115,7 @@ def test_health(url: str, scheduler: FakeScheduler, state: str) -> None:
     assert get(f"{url}/health/live").json() == {"status": "ok"}
     answer = get(f"{url}/health/ready")
     assert (answer.status_code, answer.json()["status"]) == ((200, "ok") if state == "ready" else (503, state))
-    assert values(get(f"{url}/metrics").text)["latentrt:ready"] == (state == "ready")
+    assert values(get(f"{url}/metrics").text)["latentrt_ready"] == (state == "ready")
     if state != "ready":
         refused = post(f"{url}{DRAW}", json={"prompt": "a"})
         code = "draining" if state == "draining" else "not_ready"
@@ -145,8 +145,8 @@ def test_the_queue_shows_progress_and_ones_own_job_can_be_cancelled(scheduler: F
             assert (answer.status_code, answer.json()["error"]["code"]) == (409, "cancelled")
             assert (await client.get("/latentrt/queue")).json()["jobs"] == []
             told = values((await client.get("/metrics")).text)
-            assert told[f"latentrt:requests_total[outcome=cancelled,route={DRAW}]"] == 1
-            assert "latentrt:request_rejected_total[reason=cancelled]" not in told  # it had been taken
+            assert told[f"latentrt_requests_total[outcome=cancelled,route={DRAW}]"] == 1
+            assert "latentrt_request_rejected_total[reason=cancelled]" not in told  # it had been taken
 
     asyncio.run(work())
 

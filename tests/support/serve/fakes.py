@@ -31,6 +31,7 @@ from latentrt.serve.core.curve import Curve
 from latentrt.serve.core.handle import Handle, Stage
 from latentrt.serve.core.observer import Observer
 from latentrt.serve.core.queue import Limits
+from latentrt.serve.core.rules.budget import Budget
 from latentrt.serve.core.scheduler import Scheduler
 from latentrt.serve.http.app import create_app
 from latentrt.serve.http.catalog import Catalog
@@ -87,13 +88,16 @@ class FakeScheduler(Scheduler):
         return self.forced or super().state
 
     def fill(self) -> FakeScheduler:
-        """Take all places of the queue, until `empty`."""
-        self.filling = Handle(Request(prompt="", count=self.places), SHAPE, 1)
-        super().reserve(self.filling)
+        """Take all places of the queue, and those for clients that have none in it, until `empty`."""
+        counts = {"one": self.places, "other": -(-self.places // 4)}
+        self.filling = [Handle(Request(prompt="", count=n), SHAPE, 1, owner=owner) for owner, n in counts.items()]
+        for handle in self.filling:
+            super().reserve(handle)
         return self
 
     def empty(self) -> None:
-        super().release(self.filling)
+        for handle in self.filling:
+            super().release(handle)
 
     def reserve(self, handle: Handle) -> None:
         self.seen.append(handle)
@@ -105,6 +109,14 @@ class FakeScheduler(Scheduler):
         super().submit(handle)
         self.submitted.append(handle)
         self.tasks[handle] = asyncio.get_running_loop().create_task(self._draw(handle))
+
+    def stop(self, handle: Handle, *, waiting: bool = True) -> None:
+        super().stop(handle, waiting=waiting)
+        for slot in handle.slots:
+            if slot.stops:
+                self.finish(slot, picture(handle, slot.index))
+        if handle.over and handle in self.tasks:
+            self.tasks[handle].cancel()
 
     def fail(self, handle: Handle, error: LatentrtError) -> None:
         if not handle.over and handle in self.tasks:
@@ -120,7 +132,7 @@ class FakeScheduler(Scheduler):
             if self.hold is not None and row > 1:
                 await self.hold.wait()
             job.moved = row
-            for slot in handle.slots:
+            for slot in (slot for slot in handle.slots if slot.stage < Stage.OVER):
                 slot.job, slot.stage = job, Stage.RUNNING
                 if row <= handle.previews:
                     self.show(slot, row - 1, picture(handle, slot.index))
@@ -139,14 +151,21 @@ def picture(handle: Handle, index: int) -> Picture:
     assert request.height is not None
     seed = request.seed + index
     pixels = np.full((request.height, request.width, 3), seed % 256, np.uint8)
-    pixels = request.pictures.get("image", pixels)
+    given = request.pictures.get("image", pixels)
+    pixels = np.asarray(given.convert("RGB") if isinstance(given, Image.Image) else given)
     settings = {"prompt": request.prompt, "seed": seed, "solver": request.solver or "ddim", "steps": request.steps}
     return Picture.of(np.ascontiguousarray(pixels), {**settings, "guidance": request.guidance})
 
 
-def catalog_of(model: Model = EMOJI, *, profiles: Sequence[Profile] | None = None, **settings: Any) -> Catalog:
+def catalog_of(
+    model: Model = EMOJI,
+    *,
+    profiles: Sequence[Profile] | None = None,
+    budget: Budget | None = None,
+    **settings: Any,
+) -> Catalog:
     """A model's, under these settings, with plans for these sizes."""
-    return Catalog(model, profiles, Settings(**{"log_format": "json", **settings}))
+    return Catalog(model, profiles, Settings(**{"log_format": "json", **settings}), budget=budget)
 
 
 def app_of(scheduler: FakeScheduler, /, model: Model = EMOJI, **settings: Any) -> Any:
@@ -162,6 +181,11 @@ def png(width: int = 64, height: int = 64, mode: str = "RGB", colour: Any = None
     buffer = BytesIO()
     Image.new(mode, (width, height), colour or 0).save(buffer, kind)
     return buffer.getvalue()
+
+
+def code_of(body: dict[str, Any]) -> Any:
+    """Return the code of an error of either API."""
+    return body["code"] if "code" in body else body["error"]["code"]
 
 
 # httpx gives up after five seconds, which is not long on a machine that is busy.

@@ -56,7 +56,7 @@ async def until_idle(url: str) -> dict[str, float]:
     """The metrics, as soon as every gauge is at zero."""
     while True:
         now = await metrics(url)
-        if not any(now[f"latentrt:{gauge}"] for gauge in GAUGES):
+        if not any(now[f"latentrt_{gauge}"] for gauge in GAUGES):
             return now
         await asyncio.sleep(0.02)
 
@@ -66,7 +66,7 @@ def counted(found: dict[str, float], name: str, label: str) -> dict[str, int]:
     return {
         key.partition(f'{label}="')[2].partition('"')[0]: int(value)
         for key, value in found.items()
-        if key.startswith(f"latentrt:{name}_total{{") and value and ("route" not in key or DRAW in key)
+        if key.startswith(f"latentrt_{name}_total{{") and value and ("route" not in key or DRAW in key)
     }
 
 

@@ -5,7 +5,7 @@ Nothing is built here, and nothing else is tried where no plan fits: an error sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ from latentrt.runtime.tensorrt.library import Library, wanted_key
 from latentrt.runtime.tensorrt.loaded import Host, LoadedPlan, TensorRtBound
 from latentrt.runtime.tensorrt.plans import PlanStore
 from latentrt.runtime.tensorrt.record import REFITTABLE, PlanKey, PlanRecord, Profile
-from latentrt.runtime.tensorrt.refit import as_wanted
+from latentrt.runtime.tensorrt.refit import as_wanted, replaced_in, replaced_places
 
 ALIGNMENT = 256  # bytes, of every address that TensorRT is given
+BUILD = "latentrt build BUNDLE --refittable"
 SHAPES_KEPT = 4  # the number of shapes that a network keeps memory for when it is called with host arrays
 
 
@@ -41,7 +42,7 @@ class TensorRtBackend:
         BackendError: TensorRT finds no driver or device.
     """
 
-    facts = Facts(fixed_lanes=True, one_stream=True, exact=False, captures=True)
+    facts = Facts(fixed_lanes=True, one_stream=True, exact=False, captures=True, replaces=True)
 
     def __init__(self, gpu: Gpu, library: Library, *, precision: str = "fp16", plans: Path | None = None) -> None:
         self.name, self.device = library.name, "cuda"
@@ -50,17 +51,30 @@ class TensorRtBackend:
         self._host = Host(gpu, library)
 
     def load(self, bundle: Bundle, network: str) -> TensorRtNetwork:
-        """Find a network's plans. A single one is loaded now; of several, each at the first use of its shapes.
+        """Find a network's plans. A single one is loaded now; of several, each at the first use of its shapes. Where
+        its graph reads weights that the bundle has in memory, they get these, and only plans are found that take them.
 
         Raises:
             BundleError: the bundle has no such network in this precision.
-            PlanError: no plan is for this device and version, or it is damaged, or TensorRT rejects it.
+            PlanError: no plan is for this device and version, or takes the weights in memory; or it is damaged, or
+                TensorRT rejects it.
             UntrustedFileError: another user may have written to a plan or its folder; it is then not deserialized.
             DeviceMemoryError: the device has too little memory.
         """
         graph = bundle.spec.graph(network, *self.variants)
         wanted = wanted_key(bundle, network, self.precision, self.library, self.gpu)
-        return TensorRtNetwork(self._host, PlanStore(bundle, self.plans), graph, wanted)
+        store, places = PlanStore(bundle.base, self.plans), replaced_places(bundle, graph)
+        fitting = store.fitting(wanted)
+        if places:
+            fitting = [one for one in fitting if REFITTABLE in one.key.options] or [_refittable(fitting[0])]
+        loaded = TensorRtNetwork(self._host, store, graph, wanted, fitting)
+        if places:
+            try:
+                loaded.refit(replaced_in(bundle, places, fitting[0].refit))
+            except BaseException:
+                loaded.close()
+                raise
+        return loaded
 
 
 class TensorRtNetwork:
@@ -70,7 +84,9 @@ class TensorRtNetwork:
     its plans.
     """
 
-    def __init__(self, host: Host, store: PlanStore, graph: GraphSpec, wanted: PlanKey) -> None:
+    def __init__(
+        self, host: Host, store: PlanStore, graph: GraphSpec, wanted: PlanKey, fitting: Sequence[PlanRecord]
+    ) -> None:
         self.graph, self.gpu = graph, host.gpu
         self._host, self._store, self._wanted = host, store, wanted
         self._loaded: dict[str, LoadedPlan] = {}
@@ -78,7 +94,7 @@ class TensorRtNetwork:
         self._calls: dict[tuple[tuple[str, int], ...], _HostCall] = {}
         self._replaced: dict[str, NDArray[Any]] = {}
         self._closed = False
-        self._fitting = store.fitting(wanted)
+        self._fitting = fitting
         if len(self._fitting) == 1:
             self._load(self._fitting[0])
 
@@ -138,7 +154,7 @@ class TensorRtNetwork:
                 TensorRT's refusal the network is closed, since some weights may be new.
         """
         for record in self._fitting:
-            _check_refittable(record, weights)
+            _check_names(_refittable(record), weights)
         table = self._fitting[0].refit
         self._replaced = {name: as_wanted(name, values, table[name]) for name, values in weights.items()}
         try:
@@ -215,11 +231,14 @@ def _check_alignment(graph: GraphSpec, arrays: Mapping[str, DeviceArray]) -> Non
             )
 
 
-def _check_refittable(record: PlanRecord, weights: Mapping[str, NDArray[Any]]) -> None:
-    build = "latentrt build BUNDLE --refittable"
+def _refittable(record: PlanRecord) -> PlanRecord:
+    """Return a plan that takes other weights. Raise PlanError where it does not."""
     if REFITTABLE not in record.key.options:
-        raise PlanError(f"the plan {record.name} takes no weights but its own", needed="a refittable plan", fix=build)
+        raise PlanError(f"the plan {record.name} takes no weights but its own", needed="a refittable plan", fix=BUILD)
+    return record
+
+
+def _check_names(record: PlanRecord, weights: Iterable[str]) -> None:
     if unknown := sorted(set(weights) - set(record.refit)):
-        raise PlanError(
-            f"{record.key.network} has no weight {', '.join(unknown)}", needed="the names of its graph", fix=build
-        )
+        found = f"{record.key.network} has no weight {', '.join(unknown)}"
+        raise PlanError(found, needed="the names of its graph", fix=BUILD)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from latentrt.bundle.bundle import Bundle
+from latentrt.bundle.initializers import initializers
+from latentrt.bundle.spec import GraphSpec
 from latentrt.errors import PlanError
 from latentrt.runtime.tensorrt.library import Library
 from latentrt.runtime.tensorrt.record import Weight
 
 Values = Callable[[str], NDArray[Any]]
+Place = tuple[str, int]  # a file of a bundle, and an offset in it
 STORED = {
     "F64": "float64",
     "F32": "float32",
@@ -58,6 +62,31 @@ class StoredWeights:
             except (OSError, ValueError) as error:
                 raise _error(f"{name} cannot be read ({error})", "the bundle's weights") from error
         return self._files[name]
+
+
+def replaced_places(bundle: Bundle, graph: GraphSpec) -> set[Place]:
+    """Return the places of the weights that a graph reads and the bundle has in memory. Raise BundleError as
+    `initializers`.
+    """
+    folder = PurePosixPath(graph.path).parent
+    read = initializers(bundle.path(graph.path)) if bundle.replaced else ()
+    return {(f"{folder}/{each.file}", each.offset) for each in read if each.file is not None} & set(bundle.replaced)
+
+
+def replaced_in(bundle: Bundle, places: set[Place], table: Mapping[str, Weight]) -> dict[str, NDArray[Any]]:
+    """Return the weights that the bundle has in memory at these places, flat, by a plan's names.
+
+    Raises:
+        PlanError: the plan has no name for one of them.
+    """
+    names = {name: (weight.file, weight.offset) for name, weight in table.items()}
+    if unknown := sorted(places - set(names.values())):
+        raise _error(f"the plan does not name the weight at {unknown[0][1]} of {unknown[0][0]}", "one that does")
+    return {
+        name: _as_stored(name, bundle.replaced[place].ravel().view(np.uint8), table[name].stored)
+        for name, place in names.items()
+        if place in places
+    }
 
 
 def refit(library: Library, logger: Any, engine: Any, names: Iterable[str], value: Values) -> None:

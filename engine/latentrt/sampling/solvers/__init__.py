@@ -32,9 +32,9 @@ from latentrt.sampling.spacing import (
 class Solver:
     """A solver function with the diffusers class whose settings and grid it takes.
 
-    `settings` are those that the name itself fixes ("3m" is solver_order 3); `arguments` are its own, with defaults.
-    `calls` is how often a step calls the network, except the last one, which needs only one call. `only_whole` says why
-    a run cannot begin midway, for those that cannot.
+    `settings` are those that the name itself fixes ("3m" is solver_order 3); `arguments` are its own, with defaults:
+    s_noise multiplies the noise that steps add. `calls` is how often a step calls the network, except the last one,
+    which needs only one call. `only_whole` says why a run cannot begin midway, for those that cannot.
     """
 
     function: Callable[..., Vector]
@@ -52,6 +52,7 @@ _KDPM2A = "KDPM2AncestralDiscreteScheduler"
 _UNIPC = "UniPCMultistepScheduler"
 _ODE = {"algorithm_type": "dpmsolver++"}
 _SDE = {"algorithm_type": "sde-dpmsolver++"}
+_ANCESTRAL = {"eta": 1.0, "s_noise": 1.0}  # k-diffusion's, of solvers that step too far and add noise
 # k-diffusion's second step is diffusers' "heun", and its short runs keep their order.
 _KDIFFUSION = {"solver_type": "heun", "lower_order_final": False}
 
@@ -63,19 +64,20 @@ SOLVERS: dict[str, Solver] = {
     "lcm": Solver(lcm, "LCMScheduler", consistency_grid),
     "tcd": Solver(tcd, "TCDScheduler", consistency_grid, arguments={"eta": 0.3}),
     "euler": Solver(euler, "EulerDiscreteScheduler", sigma_grid),
-    "euler-ancestral": Solver(euler_ancestral, "EulerAncestralDiscreteScheduler", sigma_grid),
+    "euler-ancestral": Solver(euler_ancestral, "EulerAncestralDiscreteScheduler", sigma_grid, arguments=_ANCESTRAL),
     "heun": Solver(heun, "HeunDiscreteScheduler", sigma_grid, calls=2),
     "dpm2": Solver(dpm2, "KDPM2DiscreteScheduler", dpm2_grid, calls=2),
-    "dpm2-ancestral": Solver(partial(dpm2, ancestral=True), _KDPM2A, dpm2_grid, calls=2),
+    "dpm2-ancestral": Solver(dpm2, _KDPM2A, dpm2_grid, arguments=_ANCESTRAL, calls=2),
     "lms": Solver(lms, "LMSDiscreteScheduler", sigma_grid, arguments={"order": 4}, only_whole=_NO_WARM_UP),
     "dpmpp-2m": Solver(dpmpp_multistep, _DPM, lambda_grid, {**_ODE, "solver_order": 2}),
     "dpmpp-3m": Solver(dpmpp_multistep, _DPM, lambda_grid, {**_ODE, "solver_order": 3}),
-    "dpmpp-2m-sde": Solver(dpmpp_multistep, _DPM, lambda_grid, {**_SDE, "solver_order": 2}),
-    "dpmpp-3m-sde": Solver(dpmpp_multistep, _DPM, lambda_grid, {**_SDE, "solver_order": 3}),
+    "dpmpp-2m-sde": Solver(dpmpp_multistep, _DPM, lambda_grid, {**_SDE, "solver_order": 2}, _ANCESTRAL),
+    "dpmpp-3m-sde": Solver(dpmpp_multistep, _DPM, lambda_grid, {**_SDE, "solver_order": 3}, _ANCESTRAL),
     "dpmpp-3m-sde-kdiffusion": Solver(
-        partial(dpmpp_multistep, kdiffusion=True), _DPM, lambda_grid, {**_SDE, "solver_order": 3, **_KDIFFUSION}
+        *(partial(dpmpp_multistep, kdiffusion=True), _DPM, lambda_grid),
+        *({**_SDE, "solver_order": 3, **_KDIFFUSION}, _ANCESTRAL),
     ),
-    "dpmpp-2s-ancestral": Solver(dpmpp_2s_ancestral, _KDPM2A, sigma_grid, arguments={"eta": 1.0}, calls=2),
+    "dpmpp-2s-ancestral": Solver(dpmpp_2s_ancestral, _KDPM2A, sigma_grid, arguments=_ANCESTRAL, calls=2),
     "unipc": Solver(unipc, _UNIPC, unipc_grid, {"solver_order": 2}),
     "unipc-3": Solver(unipc, _UNIPC, unipc_grid, {"solver_order": 3}),
 }

@@ -12,8 +12,19 @@ from latentrt.sampling.solvers.base import Model, Noise, Vector
 from latentrt.sampling.spacing import Grid
 
 
-def dpmpp_multistep(x: Vector, grid: Grid, model: Model, noise: Noise, *, kdiffusion: bool = False) -> Vector:
+def dpmpp_multistep(
+    x: Vector,
+    grid: Grid,
+    model: Model,
+    noise: Noise,
+    *,
+    eta: float = 1.0,
+    s_noise: float = 1.0,
+    kdiffusion: bool = False,
+) -> Vector:
     """Solve by Lu et al. 2022 (DPM-Solver++), algorithm 2 and appendix: 2M, 3M and their SDE forms.
+
+    SDE steps go `eta` times their length in lambda further down, and noise comes back up (k-diffusion's eta).
 
     In third-order SDE steps, k-diffusion's sample_dpmpp_3m_sde subtracts a half within phi_3, as the expansion of the
     exponential wants (`kdiffusion`). diffusers 0.42 adds it; parity with diffusers is the default.
@@ -25,15 +36,15 @@ def dpmpp_multistep(x: Vector, grid: Grid, model: Model, noise: Noise, *, kdiffu
         x0s = [model.x0(x, here), *x0s[:2]]
         order = min(settings["solver_order"], len(x0s), _final_order(settings, grid.first + index, grid.count))
         h = there.lam - here.lam
-        y = 2 * h if stochastic else h
-        decay = math.exp(-h) if stochastic else 1.0
+        further = eta * h if stochastic and eta else 0.0  # h may be infinite
+        y, decay = h + further, math.exp(-further)
         x = there.sigma / here.sigma * decay * x - there.alpha * math.expm1(-y) * x0s[0]
         if order > 1:
             hs = [grid.points[index - k].lam - grid.points[index - k - 1].lam for k in range(order - 1)]
             sign = -1.0 if stochastic and not kdiffusion else 1.0
             x = x + there.alpha * _dpmpp_correction(x0s, h, y, hs, settings["solver_type"], sign)
-        if stochastic and there.sigma > 0:
-            x = x + there.sigma * math.sqrt(-math.expm1(-2 * h)) * noise()
+        if further and there.sigma > 0:
+            x = x + s_noise * there.sigma * math.sqrt(-math.expm1(-2 * further)) * noise()
     return x
 
 

@@ -17,13 +17,15 @@ def euler(x: Vector, grid: Grid, model: Model, noise: Noise) -> Vector:
     return x
 
 
-def euler_ancestral(x: Vector, grid: Grid, model: Model, noise: Noise) -> Vector:
+def euler_ancestral(
+    x: Vector, grid: Grid, model: Model, noise: Noise, *, eta: float = 1.0, s_noise: float = 1.0
+) -> Vector:
     """Solve by k-diffusion's sample_euler_ancestral: an Euler step past the target, then noise up to it."""
     for here, there in grid.steps:
-        up, down = _ancestral(here.sigma, there.sigma)
+        up, down = _ancestral(here.sigma, there.sigma, eta)
         x = x + (down - here.sigma) * model.epsilon(x, here)
         if up > 0:
-            x = x + up * noise()
+            x = x + s_noise * up * noise()
     return x
 
 
@@ -38,10 +40,12 @@ def heun(x: Vector, grid: Grid, model: Model, noise: Noise) -> Vector:
     return x
 
 
-def dpm2(x: Vector, grid: Grid, model: Model, noise: Noise, *, ancestral: bool = False) -> Vector:
-    """Solve by k-diffusion's sample_dpm_2 or its ancestral form: epsilon at the geometric mean of both sigmas."""
+def dpm2(x: Vector, grid: Grid, model: Model, noise: Noise, *, eta: float = 0.0, s_noise: float = 1.0) -> Vector:
+    """Solve by k-diffusion's sample_dpm_2, or with an eta its ancestral form: epsilon at the geometric mean of both
+    sigmas.
+    """
     for here, there in grid.steps:
-        up, down = _ancestral(here.sigma, there.sigma) if ancestral else (0.0, there.sigma)
+        up, down = _ancestral(here.sigma, there.sigma, eta)
         epsilon = model.epsilon(x, here)
         if down == 0:
             return x + (down - here.sigma) * epsilon
@@ -49,7 +53,7 @@ def dpm2(x: Vector, grid: Grid, model: Model, noise: Noise, *, ancestral: bool =
         guess = x + (middle.sigma - here.sigma) * epsilon
         x = x + (down - here.sigma) * model.epsilon(guess, middle)
         if up > 0:
-            x = x + up * noise()
+            x = x + s_noise * up * noise()
     return x
 
 
@@ -76,7 +80,9 @@ def _lagrange_integrals(nodes: list[float], start: float, end: float) -> list[fl
     return integrals
 
 
-def dpmpp_2s_ancestral(x: Vector, grid: Grid, model: Model, noise: Noise, *, eta: float = 1.0) -> Vector:
+def dpmpp_2s_ancestral(
+    x: Vector, grid: Grid, model: Model, noise: Noise, *, eta: float = 1.0, s_noise: float = 1.0
+) -> Vector:
     """Solve by Lu et al. 2022 (DPM-Solver++), algorithm 1 with r = 1/2, made ancestral by k-diffusion."""
     for here, there in grid.steps:
         up, down = _ancestral(here.sigma, there.sigma, eta)
@@ -87,11 +93,11 @@ def dpmpp_2s_ancestral(x: Vector, grid: Grid, model: Model, noise: Noise, *, eta
         guess = middle.sigma / here.sigma * x + (1 - middle.sigma / here.sigma) * x0
         x = down / here.sigma * x + (1 - down / here.sigma) * model.x0(guess, middle)
         if up > 0:
-            x = x + up * noise()
+            x = x + s_noise * up * noise()
     return x
 
 
-def _ancestral(here: float, there: float, eta: float = 1.0) -> tuple[float, float]:
+def _ancestral(here: float, there: float, eta: float) -> tuple[float, float]:
     """Return the noise to add, and the sigma to step down to before (k-diffusion's get_ancestral_step)."""
     up = min(there, eta * math.sqrt(max(there**2 * (here**2 - there**2) / here**2, 0.0)))
     return up, math.sqrt(there**2 - up**2)

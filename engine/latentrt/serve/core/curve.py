@@ -1,8 +1,8 @@
-"""How long a tick takes by the lanes it has: measured by `latentrt bench --save`, refined by every tick of a server.
+"""How long a tick takes by the lanes it has, and what pictures take of memory, as `latentrt bench --save` measured it.
 
-The file is with the bundle, `curves/<key>.json`; where that cannot be written, in the user's cache. The key is a hash
-of the bundle, the machine and the backend, so that one folder may serve several machines. It is not in the manifest:
-what a machine measures does not belong to a model.
+A server refines the times by every tick. The file is with the bundle, `curves/<key>.json`; where that cannot be
+written, in the user's cache. The key is a hash of the bundle, the machine and the backend, so that one folder may serve
+several machines. It is not in the manifest: what a machine measures does not belong to a model.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from latentrt.bundle.bundle import MANIFEST, sha256_of
 from latentrt.engine import Engine
 from latentrt.errors import BundleError, OutputError
 from latentrt.runtime.cores import usable_cores
+from latentrt.serve.core.footprint import LARGE, measured
 from latentrt.serve.core.pipeline import GUIDED, Shape
+from latentrt.serve.core.rules.budget import Footprint
 from latentrt.storage import cache_folder, write_atomic
 from latentrt.values import is_number, is_whole
 
@@ -40,10 +42,12 @@ class Curve:
     Attributes:
         ticks: seconds of a tick, by its lanes.
         decode: seconds of one picture's VAE decoding.
+        memory: bytes that pictures take.
     """
 
     ticks: dict[Shape, dict[int, float]] = field(default_factory=dict)
     decode: dict[Shape, float] = field(default_factory=dict)
+    memory: dict[Shape, Footprint] = field(default_factory=dict)
 
     def seconds(self, shape: Shape, lanes: int) -> float | None:
         """Return the seconds of a tick: interpolated between measured points, in proportion to the lanes beyond them.
@@ -92,7 +96,7 @@ def _nearest(known: Mapping[Shape, Any], shape: Shape) -> Shape | None:
 
 def of_bench(engine: Engine, results: Mapping[str, Any]) -> Curve:
     """Return the curve in what `command.bench.measure` returned: of pictures of the model's own size, with guidance
-    where there is any.
+    where there is any; and what larger pictures take of memory.
 
     Where every call has all lanes there is one point.
     """
@@ -100,7 +104,8 @@ def of_bench(engine: Engine, results: Mapping[str, Any]) -> Curve:
     ticks = {each * row["batch"]: row["step_ms"][1] / 1000 for row in results["batches"]}
     if engine.backend.facts.fixed_lanes:
         ticks = {engine.denoiser.lanes: min(ticks.values())}
-    return Curve({shape: ticks}, {shape: min(row["decode_ms"] for row in results["batches"]) / 1000})
+    decode = min(row["decode_ms"] for row in results["batches"]) / 1000
+    return Curve({shape: ticks}, {shape: decode}, measured(engine, LARGE))
 
 
 def save(curve: Curve, engine: Engine) -> Path:
@@ -153,10 +158,10 @@ def paths(engine: Engine) -> tuple[Path, Path]:
 
 def _about(engine: Engine) -> dict[str, Any]:
     """Return what a curve holds for."""
-    backend = engine.backend
+    backend, model = engine.backend, engine.bundle.base.spec.id  # LoRAs change no time
     device = backend.device if backend.gpu is None else backend.gpu.name
     return {
-        **{"model": engine.spec.id, "backend": backend.name, "device": device, "precision": backend.precision},
+        **{"model": model, "backend": backend.name, "device": device, "precision": backend.precision},
         "machine": _machine(),
     }
 
@@ -177,7 +182,8 @@ def _to_dict(curve: Curve) -> dict[str, Any]:
         for lanes, seconds in sorted(points.items())
     ]
     decode = [{"shape": list(shape), "seconds": seconds} for shape, seconds in curve.decode.items()]
-    return {"ticks": ticks, "decode": decode}
+    memory = [{"shape": list(shape), **each._asdict()} for shape, each in curve.memory.items()]
+    return {"ticks": ticks, "decode": decode, "memory": memory}
 
 
 def _from_dict(data: dict[str, Any]) -> Curve:
@@ -188,6 +194,11 @@ def _from_dict(data: dict[str, Any]) -> Curve:
         curve.ticks.setdefault(_shape(point), {})[point["lanes"]] = point["seconds"]
     for point in data["decode"]:
         curve.decode[_shape(point)] = point["seconds"]
+    for point in data.get("memory", ()):  # curves of older versions have none
+        lane, decode = (point[name] for name in Footprint._fields)
+        if not all(is_whole(each) and each >= 0 for each in (lane, decode)):
+            raise ValueError(f"{point} where whole numbers should be")
+        curve.memory[_shape({**point, "seconds": 1})] = Footprint(lane, decode)
     return curve
 
 

@@ -32,6 +32,12 @@ class QueueFull(ServiceError):
     code = "queue_full"
 
 
+class QuotaExceeded(ServiceError):
+    """The request's key has as many pictures waiting and running as it may have."""
+
+    code = "quota_exceeded"
+
+
 class DeadlineUnreachable(ServiceError):
     """By what was measured, the pictures cannot be done in time."""
 
@@ -66,6 +72,11 @@ class Cancelled(ServiceError):
     """The request was cancelled, or its client has left."""
 
     code = "cancelled"
+
+    @classmethod
+    def of(cls, what: str) -> Cancelled:
+        """Return the error of a request that was "cancelled", or "interrupted before it began"."""
+        return cls(f"the request was {what}", needed="a client that waits", fix="ask again")
 
 
 class EngineFault(ServiceError):

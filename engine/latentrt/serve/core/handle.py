@@ -18,7 +18,9 @@ from latentrt.errors import LatentrtError
 from latentrt.images.picture import Picture
 from latentrt.request import Request
 from latentrt.run.job import Float32, Job
+from latentrt.serve.core.errors import Cancelled
 from latentrt.serve.core.pipeline import GUIDED, Shape
+from latentrt.serve.core.rules.terms import Terms
 
 SHOWN = 200  # characters of a text in a warning
 
@@ -57,6 +59,8 @@ class Slot:
         limit: the `time.monotonic()` at which it fails if it has not come further.
         job: from when it is prepared until it is over.
         preview: the number and the latents of the newest preview that waits for the VAE.
+        stops: whether its next row is its last, whose prediction is the picture.
+        start: when it first got lanes, in the time of `Shares`.
     """
 
     handle: Handle
@@ -65,6 +69,8 @@ class Slot:
     stage: Stage = Stage.WAITING
     job: Job | None = None
     preview: tuple[int, Float32] | None = None
+    stops: bool = False
+    start: float | None = None
 
     @property
     def row(self) -> int:
@@ -85,11 +91,13 @@ class Handle:
         deadline: the `time.monotonic()` by which all pictures must be done; infinity if there is none.
         id, owner, api, task: the request's id, its key's name or without keys its client's address, the API it came by,
             the client's own name for it.
+        terms: what its client has been promised.
         lanes: of the network that each picture takes.
         slots: one for each picture, from the reservation on.
         submitted: whether everything has come that its pictures need.
         came, started: when it was reserved, and when its first row was done.
-        due: its rank in the queue; the smaller, the sooner.
+        due: its rank among its client's requests; the smaller, the sooner.
+        entered: when it was reserved, in the time of `Shares`.
         done: pictures that are finished.
         cut: the end of each text that the model does not read, by the text's field.
         letters: what each text has that is drawn as letters, and who reads it, by the text's field.
@@ -105,12 +113,14 @@ class Handle:
     owner: str = ""
     api: str = ""
     task: str | None = None
+    terms: Terms = field(default_factory=Terms)
     lanes: int = field(init=False)
     slots: list[Slot] = field(init=False, default_factory=list)
     submitted: bool = field(init=False, default=False)
     came: float = field(init=False, default_factory=time.monotonic)
     started: float | None = field(init=False, default=None)
     due: float = field(init=False, default=0.0)
+    entered: float = field(init=False, default=0.0)
     done: int = field(init=False, default=0)
     cut: Mapping[str, str] = field(init=False, default_factory=dict)
     letters: Mapping[str, str] = field(init=False, default_factory=dict)
@@ -140,8 +150,23 @@ class Handle:
 
     def fail(self, error: LatentrtError) -> None:
         """End the events with an error."""
+        self._close(error)
+
+    def stop(self, *, waiting: bool) -> list[Slot]:
+        """Let pictures that run end with their next row's prediction. Return those that are to end without: those that
+        wait, if they are to end too. Where nothing is left that comes, this ends the events.
+        """
+        open_ones = [slot for slot in self.slots if slot.stage < Stage.OVER]
+        for slot in open_ones:
+            slot.stops |= slot.stage is Stage.RUNNING
+        dropped = [slot for slot in open_ones if slot.stage is Stage.WAITING] if waiting else []
+        if dropped == open_ones != []:
+            self._close(StopAsyncIteration() if self.done else Cancelled.of("interrupted before it began"))
+        return dropped
+
+    def _close(self, end: Exception) -> None:
         with self._lock:
-            self._end = error
+            self._end = end
             self._wake()
 
     def _wake(self) -> None:

@@ -7,6 +7,7 @@ import time
 from latentrt.errors import LatentrtError
 from latentrt.serve.core.errors import SOON, EngineFault, NotReady, as_fault
 
+USUAL = 64 * 64  # latents: a picture of 512 x 512 pixels, of most models
 CHECK_AGAIN = 10.0  # seconds after a self-check that failed
 
 
@@ -14,14 +15,14 @@ class Health:
     """Faults, self-checks, and calls that hang.
 
     Args:
-        hang: seconds after which a call that has not returned counts as hung.
+        hang: seconds after which a call that has not returned counts as hung; one for a large picture has more.
     """
 
     def __init__(self, hang: float) -> None:
         self.hang = hang
         self.fault: EngineFault | None = None
         self._check_at: float | None = 0.0  # when the next self-check is due; None where the last one passed
-        self._calls: dict[str, float] = {}  # what the engine does now, and since when
+        self._calls: dict[str, tuple[float, float]] = {}  # what the engine does now, since when, and the seconds it has
         self._hung: set[str] = set()
 
     @property
@@ -52,9 +53,9 @@ class Health:
         else:
             self.fault, self._check_at = as_fault(error), time.monotonic() + CHECK_AGAIN
 
-    def begin(self, call: str) -> None:
-        """Record that a call of the engine begins."""
-        self._calls[call] = time.monotonic()
+    def begin(self, call: str, area: int = 0) -> None:
+        """Record that a call of the engine begins; `area` is that of the latents, height times width."""
+        self._calls[call] = time.monotonic(), self.hang * max(1.0, area / USUAL)
 
     def end(self, call: str) -> bool:
         """Record that a call has returned; return whether a self-check waited for that."""
@@ -64,12 +65,18 @@ class Health:
 
     def found_hung(self, now: float) -> list[EngineFault]:
         """Return a fault for each call that was not yet known to hang."""
-        found = {call: now - since for call, since in self._calls.items() if now - since > self.hang}
+        found = {call: now - since for call, (since, most) in self._calls.items() if now - since > most}
         new = found.keys() - self._hung
         self._hung |= new
-        texts = [f"the engine's {call} has not returned for {found[call]:.1f} s" for call in sorted(new)]
-        return [EngineFault(text, needed=f"{self.hang:g} s", fix="ask again") for text in texts]
+        return [
+            EngineFault(
+                f"the engine's {call} has not returned for {found[call]:.1f} s",
+                needed=f"{self._calls[call][1]:g} s",
+                fix="ask again",
+            )
+            for call in sorted(new)
+        ]
 
     def is_lost(self, now: float) -> bool:
         """Return whether a call that hangs has not returned after as long again."""
-        return any(now - since > 2 * self.hang for since in self._calls.values())
+        return any(now - since > 2 * most for since, most in self._calls.values())

@@ -13,6 +13,7 @@ from latentrt.serve.core.curve import Curve
 from latentrt.serve.core.errors import SOON, DeadlineUnreachable, QueueFull, QueueTimeout, RunTimeout
 from latentrt.serve.core.handle import Handle, Slot, Stage
 from latentrt.serve.core.pipeline import Shape
+from latentrt.serve.core.rules.budget import Budget
 
 
 def next_to_prepare(slots: Iterable[Slot], ahead: int) -> Handle | None:
@@ -59,6 +60,40 @@ def next_to_run(slots: Sequence[Slot], lanes: int, cap: Callable[[Shape], int]) 
     return chosen
 
 
+def next_to_pause(
+    running: Sequence[Slot], chosen: Sequence[Slot], waiting: Sequence[Slot], lanes: int, cap: Callable[[Shape], int]
+) -> tuple[Slot, Slot] | None:
+    """Return a picture whose client has no lanes, and one to pause for it, of the client that has most; None: none is.
+
+    The one that is paused has run the fewest rows of those; its client keeps others that run, so that clients never
+    pause each other in turn.
+
+    Args:
+        running, chosen: pictures that have lanes, and those that get some now.
+        waiting: the others, in the order of the queue; those without jobs are passed.
+        lanes, cap: as of `next_to_run`.
+    """
+    having = [*running, *chosen]
+    held = Counter(slot.handle.owner for slot in having)
+    taken = Counter[Shape]()
+    for slot in having:
+        taken[slot.handle.shape] += slot.handle.lanes
+    for slot in (slot for slot in waiting if slot.job is not None and not held[slot.handle.owner]):
+        handle, shape = slot.handle, slot.handle.shape
+        capped = bool(taken[shape]) and taken[shape] + handle.lanes > cap(shape)
+        victims = [
+            one
+            for one in running
+            if held[one.handle.owner] > 1
+            and one.handle.terms.priority <= handle.terms.priority
+            and (one.handle.shape == shape or not capped)
+            and taken.total() - one.handle.lanes + handle.lanes <= lanes
+        ]
+        if victims:
+            return slot, max(victims, key=lambda one: (held[one.handle.owner], -one.row))
+    return None
+
+
 class Limits(NamedTuple):
     """What pictures may take.
 
@@ -83,46 +118,46 @@ class Forecast:
 
     Args:
         places: pictures that may wait.
-        lanes: of the network.
-        shape: of the model's own latents.
-        measured: says how many lanes run at once, and at first how long a tick takes.
+        budget: says how many lanes of a shape run at once.
+        measured: says how many of them pay, and at first how long a tick takes.
     """
 
-    def __init__(self, places: int, lanes: int, shape: Shape, measured: Curve) -> None:
-        self._places, self._lanes, self._shape = places, lanes, shape
+    def __init__(self, places: int, budget: Budget, measured: Curve) -> None:
+        self._places, self._budget = places, budget
         self._caps, self.curve = measured, deepcopy(measured)
 
     def cap(self, shape: Shape) -> int:
         """Return the most lanes of this shape that a tick should have."""
-        return self._caps.cap(shape, self._lanes)
+        return min(self._budget.cap(shape), self._caps.cap(shape, self._budget.lanes))
 
-    def full(self, pictures: int, slots: Sequence[Slot]) -> QueueFull | None:
-        """Return why so many pictures have no place beside these, and when they may have one; None where they have."""
+    def full(self, pictures: int, slots: Sequence[Slot], *, first: bool = False) -> QueueFull | None:
+        """Return why so many pictures have no place beside these, and when they may have one; None where they have.
+
+        Args:
+            first: their client has none that wait. Such clients find a quarter as many places more, so that others
+                cannot fill the queue before them.
+        """
         waiting = sum(slot.stage is Stage.WAITING for slot in slots)
-        free = self._places - waiting
+        free = self._places - waiting + (-(-self._places // 4) if first else 0)
         if pictures > self._places:
             needed = f"at most {self._places} at once"
             return QueueFull(f"{pictures} pictures", needed, fix="ask for fewer pictures")
         if pictures <= free:
             return None
-        tick, starts = self._begins(slots, self._shape, max(slot.handle.lanes for slot in slots))
+        tick, starts = self._begins(slots, self._budget.own, max(slot.handle.lanes for slot in slots))
         seconds = 0.0 if tick is None else starts[min(pictures - free, waiting) - 1] * tick
-        found = f"{free} of {self._places} places in the queue are free"
+        found = f"{max(0, free)} of {self._places} places in the queue are free"
         return QueueFull(found, needed=f"{pictures}", fix="try again later", retry_after=max(SOON, seconds))
 
-    def refuse(self, handle: Handle, slots: Sequence[Slot]) -> None:
-        """Refuse a request if these pictures leave it no place or no time.
+    def refuse(self, handle: Handle, ahead: Sequence[Slot]) -> None:
+        """Refuse a request that behind these pictures would not be done by its deadline.
 
         Raises:
-            QueueFull, DeadlineUnreachable: as they say.
+            DeadlineUnreachable: it would not.
         """
-        full = self.full(handle.request.count, slots)
-        if full is not None:
-            raise full
         if handle.deadline == math.inf:
             return
         left = handle.deadline - handle.came
-        ahead = [slot for slot in slots if slot.stage > Stage.WAITING or slot.handle.due <= handle.due]
         needed, alone = self._seconds(handle, ahead), self._seconds(handle, [])
         if needed > left:
             helps = alone <= left
@@ -161,7 +196,8 @@ def too_late(slot: Slot, now: float) -> QueueTimeout | RunTimeout:
     """Return the error of a picture whose time is over."""
     seconds = f"{now - slot.handle.came:.1f} s after the request came"
     if slot.stage is Stage.WAITING:
-        return QueueTimeout(f"the picture has not begun {seconds}", needed="a shorter queue", fix="ask again later")
+        state = "was paused and has not gone on" if slot.row else "has not begun"
+        return QueueTimeout(f"the picture {state} {seconds}", needed="a shorter queue", fix="ask again later")
     return RunTimeout(f"the picture is not done {seconds}", needed="a smaller or shorter one", fix="take fewer steps")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from bisect import insort
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -20,12 +19,12 @@ from latentrt.serve.core.curve import Curve
 from latentrt.serve.core.errors import Cancelled, Draining, QueueFull, as_fault
 from latentrt.serve.core.handle import Finished, Handle, Preview, Slot, Stage
 from latentrt.serve.core.health import Health
+from latentrt.serve.core.line import Line
 from latentrt.serve.core.observer import Observer
 from latentrt.serve.core.pipeline import Shape
-from latentrt.serve.core.queue import Forecast, Limits, next_to_prepare, next_to_run, too_late
+from latentrt.serve.core.queue import Forecast, Limits, too_late
+from latentrt.serve.core.rules.budget import Budget
 
-PATIENCE = 0.5  # the part of queue_timeout after which a request without a deadline ranks before all newcomers
-BATCHES = 2  # that wait prepared, at most: the next one, and the one after it
 LOOK = 0.02  # seconds between looks at whether a drain is over
 
 
@@ -39,6 +38,8 @@ class Scheduler:
         curve: what was measured; an empty one lets every tick have all lanes, and times are learnt.
         observer: is told of everything.
         on_hang: called where a call that hangs has not returned after as long again; a thread cannot be ended.
+        budget: of calls; None: the area of all lanes at the model's own size.
+        pauses: whether jobs can be retired and go on later.
     """
 
     def __init__(
@@ -50,14 +51,18 @@ class Scheduler:
         curve: Curve,
         observer: Observer,
         on_hang: Callable[[], None],
+        *,
+        budget: Budget | None = None,
+        pauses: bool = False,
     ) -> None:
         self.lanes, self.facts, self.observer = lanes, facts, observer
-        self._limits, self._on_hang = limits, on_hang
+        self._on_hang = on_hang
         self._changed = threading.Condition()  # guards all that follows; notified when a thread may have work
         self._handles: dict[Handle, None] = {}  # from their reservation until they are released
-        self._slots: list[Slot] = []  # those that are not over: by due time, and in order of arrival where it is equal
         self._decodes_next = False  # requests are prepared and pictures decoded by turns
-        self._forecast = Forecast(limits.queue, lanes, shape, curve)
+        budget = budget or Budget(lanes, shape, fixed=facts.fixed_lanes)
+        self._forecast = Forecast(limits.queue, budget, curve)
+        self._line = Line(lanes, limits, self._forecast, pauses=pauses)
         self._health = Health(limits.hang)
         self._draining = self._closed = False
 
@@ -68,7 +73,7 @@ class Scheduler:
 
         Raises:
             Draining, NotReady: nothing is taken now.
-            QueueFull: there are not as many places.
+            QueueFull, QuotaExceeded: there are not as many places, or not for this client.
             DeadlineUnreachable: by what was measured, the pictures would be late.
             RequestError: the network has too few lanes.
         """
@@ -80,13 +85,7 @@ class Scheduler:
             if handle.lanes > self.lanes:
                 found, needed = f"the picture takes {handle.lanes} lanes", f"at most {self.lanes}"
                 raise RequestError(found, needed, fix="set guidance_scale to 1")
-            handle.came = now = time.monotonic()
-            handle.due = min(now + PATIENCE * self._limits.queue_timeout, handle.deadline)
-            self._forecast.refuse(handle, self._slots)
-            limit = min(now + self._limits.queue_timeout, handle.deadline)
-            handle.slots = [Slot(handle, index, limit) for index in range(handle.request.count)]
-            for slot in handle.slots:
-                insort(self._slots, slot, key=lambda one: one.handle.due)
+            self._line.enter(handle, time.monotonic())
             self._handles[handle] = None
             self._changed.notify_all()
 
@@ -98,7 +97,13 @@ class Scheduler:
 
     def cancel(self, handle: Handle) -> None:
         """Cancel a request; its lanes are free within two ticks. Events that it already has can still be read."""
-        self.fail(handle, Cancelled("the request was cancelled", needed="a client that waits", fix="ask again"))
+        self.fail(handle, Cancelled.of("cancelled"))
+
+    def stop(self, handle: Handle, *, waiting: bool = True) -> None:
+        """End a request with what is there; see `Handle.stop`."""
+        with self._changed:
+            for slot in handle.stop(waiting=waiting):
+                self._end(slot, Cancelled.code)
 
     def release(self, handle: Handle) -> None:
         """Forget a request that no client waits for any more; its pictures that are not done are cancelled."""
@@ -122,46 +127,43 @@ class Scheduler:
 
     def _end(self, slot: Slot, outcome: str) -> None:
         if slot.stage < Stage.OVER:
+            self._line.leave(slot)
             slot.stage, slot.job, slot.preview = Stage.OVER, None, None
-            self._slots.remove(slot)
             self.observer.ended(outcome, time.monotonic() - slot.handle.came)
             self._changed.notify_all()
 
-    def full(self) -> QueueFull | None:
-        """Return why there is no place for any picture; None where there is one, or no request is taken at all."""
+    def full(self, owner: str = "") -> QueueFull | None:
+        """Return why a client's picture has no place; None where it has, or no request is taken at all."""
         with self._changed:
-            return self._forecast.full(1, self._slots) if self.ready else None
-
-    def _at(self, stage: Stage) -> list[Slot]:
-        return [slot for slot in self._slots if slot.stage is stage]
+            return self._line.full(1, owner) if self.ready else None
 
     # ---- What the engine's thread does
 
     def next_turn(self, *, busy: bool) -> list[Slot] | None:
         """Wait until the engine's thread has something to do; return the pictures that get lanes now, None to end it.
 
+        A picture that had lanes and is `Stage.WAITING` again was paused: its job is retired and keeps its place.
+
         Args:
             busy: it has jobs to move anyway.
         """
         with self._changed:
             while not self._closed:
-                joining = self._joining()
+                joining, paused = self._joining()
                 between = self.facts.one_stream and self._side_work() is not None
                 if busy or joining or between or self.check_due:
-                    limit = time.monotonic() + self._limits.run_timeout
-                    for slot in joining:
-                        slot.stage, slot.limit = Stage.RUNNING, min(limit, slot.handle.deadline)
+                    self._line.begin(joining, paused, time.monotonic())
                     if joining:
                         self._changed.notify_all()  # the clock looks at limits
                     return joining
                 self._changed.wait(self._health.until_check())
             return None
 
-    def _joining(self) -> list[Slot]:
+    def _joining(self) -> tuple[list[Slot], Slot | None]:
         """Return none while the engine is not trusted, or while the VAE lags by as many pictures as there are lanes."""
-        if self._health.state != "ready" or len(self._at(Stage.DENOISED)) >= self.lanes:
-            return []
-        return next_to_run(self._slots, self.lanes, self._forecast.cap)
+        if self._health.state != "ready" or len(self._line.at(Stage.DENOISED)) >= self.lanes:
+            return [], None
+        return self._line.next_running()
 
     def ticked(self, slots: Sequence[Slot], lanes: int, seconds: float) -> None:
         """Record a tick of these pictures; a good one of a single shape is a point of the curve."""
@@ -202,7 +204,7 @@ class Scheduler:
             if not isinstance(work, Slot):
                 return work
             if work.stage is Stage.DENOISED:
-                work.stage = Stage.DECODING
+                self._line.decode(work)
                 self._changed.notify_all()  # lanes may have waited for this
             preview, work.preview = work.preview, None
             return work, preview
@@ -211,10 +213,7 @@ class Scheduler:
         """Return nothing while the engine is not trusted: nothing else may use it during a self-check."""
         if self._health.state != "ready":
             return None
-        request = next_to_prepare(self._slots, BATCHES * self.lanes)
-        picture = next(iter(self._at(Stage.DENOISED)), None)
-        first, second = (picture, request) if self._decodes_next else (request, picture)
-        return first or second or next((slot for slot in self._slots if slot.preview is not None), None)
+        return self._line.next_side_work(decodes_first=self._decodes_next)
 
     def prepared(self, handle: Handle, jobs: Sequence[Job], unread: Unread) -> None:
         """Take the jobs of a request, and what the model does not read of its texts."""
@@ -249,9 +248,8 @@ class Scheduler:
         return self._health.until_check() == 0
 
     def suspect(self, error: LatentrtError, *, hung: bool = False) -> None:
-        """Let nothing begin until a self-check has passed.
-
-        Call it before the request at fault fails: a client that is told of the fault then finds the server unready.
+        """Let nothing begin until a self-check has passed. Call it before the request at fault fails: a client that is
+        told of the fault then finds the server unready.
         """
         with self._changed:
             self._health.suspect(error)
@@ -267,10 +265,10 @@ class Scheduler:
             self._changed.notify_all()
 
     @contextmanager
-    def watched(self, call: str) -> Iterator[None]:
-        """Watch a call that may hang: a "step", a "stage" or a "self-check"."""
+    def watched(self, call: str, area: int = 0) -> Iterator[None]:
+        """Watch a call that may hang: a "step", a "stage" or a "self-check", for so many latents."""
         with self._changed:
-            self._health.begin(call)
+            self._health.begin(call, area)
         try:
             yield
         finally:
@@ -283,14 +281,14 @@ class Scheduler:
         with self._changed:
             while not self._closed:
                 now = time.monotonic()
-                for slot in [slot for slot in self._slots if slot.limit <= now]:
+                for slot in [slot for slot in self._line.slots if slot.limit <= now]:
                     self.fail(slot.handle, too_late(slot, now))
                 for fault in self._health.found_hung(now):
                     self.suspect(fault, hung=True)
                     self.fail_all(fault)
                 if self._health.is_lost(now):
                     self._on_hang()
-                limits = [slot.limit - now for slot in self._slots]
+                limits = [slot.limit - now for slot in self._line.slots]
                 self._changed.wait(max(0.0, min([self._health.hang / 4, *limits])))
 
     # ---- What others see, and the end
@@ -309,13 +307,13 @@ class Scheduler:
     def waiting(self) -> int:
         """Pictures without lanes."""
         with self._changed:
-            return len(self._at(Stage.WAITING))
+            return len(self._line.at(Stage.WAITING))
 
     @property
     def running(self) -> int:
         """Pictures that have lanes, or had them and are being decoded."""
         with self._changed:
-            return len(self._slots) - len(self._at(Stage.WAITING))
+            return len(self._line.slots) - len(self._line.at(Stage.WAITING))
 
     @property
     def handles(self) -> tuple[Handle, ...]:
@@ -331,9 +329,9 @@ class Scheduler:
     async def drained(self, timeout: float) -> bool:
         """Wait until no picture waits or runs, `timeout` seconds at most; then close. Return whether all were done."""
         end = time.monotonic() + timeout
-        while self._slots and time.monotonic() < end:
+        while self._line.slots and time.monotonic() < end:
             await asyncio.sleep(LOOK)
-        done = not self._slots
+        done = not self._line.slots
         self.close()  # requests that are left fail
         return done
 

@@ -13,6 +13,7 @@ from latentrt.serve.core.curve import Curve
 from latentrt.serve.core.errors import as_fault
 from latentrt.serve.core.observer import Observer
 from latentrt.serve.core.queue import Limits
+from latentrt.serve.core.rules.budget import Budget
 from latentrt.serve.core.scheduler import Scheduler
 from latentrt.serve.core.worker import SideWorker, Worker
 
@@ -22,7 +23,7 @@ class Service:
 
     Args:
         engine: resident, and used by nothing else from now on; it is not closed here.
-        limits, curve, observer, on_hang: as of `Scheduler`.
+        limits, curve, budget, observer, on_hang: as of `Scheduler`.
 
     Raises:
         BackendError: the engine drops its networks after use.
@@ -34,15 +35,22 @@ class Service:
         limits: Limits = Limits(),  # noqa: B008 - it is immutable
         *,
         curve: Curve | None = None,
+        budget: Budget | None = None,
         observer: Observer | None = None,
         on_hang: Callable[[], None] = lambda: None,
     ) -> None:
         if not engine.model.resident:
             fix = "load it with resident=True"
             raise BackendError("the engine drops its networks", needed="a resident one", fix=fix)
+        engine.served = True
+        self._engine = engine
         facts, shape = engine.backend.facts, engine.spec.latents.shape_of(None, None)
+        budget = budget or Budget(engine.denoiser.lanes, shape, fixed=facts.fixed_lanes)
+        engine.denoiser.limit_calls(budget.lanes_of_call)
         self.scheduler = Scheduler(
-            engine.denoiser.lanes, shape, facts, limits, curve or Curve(), observer or Observer(), on_hang
+            *(engine.denoiser.lanes, shape, facts, limits, curve or Curve(), observer or Observer(), on_hang),
+            budget=budget,
+            pauses=engine.denoiser.resumable,
         )
         side = SideWorker(self.scheduler, engine)
         worker = Worker(self.scheduler, engine, side if facts.one_stream else None)
@@ -72,6 +80,7 @@ class Service:
         end = time.monotonic() + timeout
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
+        self._engine.served = any(thread.is_alive() for thread in self._threads)
 
     def __enter__(self) -> Service:
         return self

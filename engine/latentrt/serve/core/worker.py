@@ -7,8 +7,9 @@ ticks.
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 
 from latentrt.engine import Engine
@@ -17,6 +18,7 @@ from latentrt.run.job import Float32, Job
 from latentrt.serve.core import pipeline
 from latentrt.serve.core.errors import as_error
 from latentrt.serve.core.handle import Handle, Slot, Stage
+from latentrt.serve.core.rules.turns import Turns
 from latentrt.serve.core.scheduler import Scheduler
 
 LOG = logging.getLogger(__name__)
@@ -38,7 +40,7 @@ class SideWorker:
         work = self._scheduler.next_side_work(wait=wait)
         if work is None:
             return False
-        with self._scheduler.watched("stage"):
+        with self._scheduler.watched("stage", _area(work)):
             if isinstance(work, Handle):
                 self._prepare(work)
             elif (preview := work[1]) is not None:
@@ -98,11 +100,12 @@ class Worker:
         self._scheduler, self._engine, self._denoiser = scheduler, engine, engine.denoiser
         self._side = side
         self._slots: dict[Job, Slot] = {}  # of the jobs that have lanes
+        self._turns = Turns[tuple[int, ...]]()
 
     def run(self) -> None:
         """Take turns until the scheduler is closed."""
         while (joining := self._scheduler.next_turn(busy=bool(self._slots))) is not None:
-            self._retire([job for job, slot in self._slots.items() if slot.stage is Stage.OVER])
+            self._retire([job for job, slot in self._slots.items() if slot.stage is not Stage.RUNNING])
             if self._scheduler.check_due and (not self._slots or self._denoiser.resumable):
                 self._check()
             for slot in joining:
@@ -132,28 +135,44 @@ class Worker:
             self._slots[job] = slot
 
     def _tick(self) -> None:
-        slots, rows = dict(self._slots), {job: job.moved for job in self._slots}
+        slots = self._next_to_move()
+        rows = {job: job.moved for job in slots}
+        stopping = {job for job, slot in slots.items() if slot.stops}
         for job, slot in slots.items():
-            job.wants_preview = slot.handle.preview_at(job.moved + 1) is not None
+            job.wants_preview = job in stopping or slot.handle.preview_at(job.moved + 1) is not None
         lanes = sum(job.lanes for job in slots)
         start = time.monotonic()
-        with self._scheduler.watched("step"):
+        area = max(math.prod(job.latents.shape[1:]) for job in slots)
+        with self._scheduler.watched("step", area):
             try:
-                self._denoiser.tick()
+                self._denoiser.tick(slots)
             except Exception as error:
                 self._rescue(rows, error)
         self._scheduler.ticked(list(slots.values()), lanes, time.monotonic() - start)
         for job, slot in slots.items():
             if job in self._slots and (job.moved > rows[job] or job.done):
-                self._hand_over(job, slot)
+                self._hand_over(job, slot, stops=job in stopping and not job.done)
 
-    def _hand_over(self, job: Job, slot: Slot) -> None:
-        """Take a job that has moved out if it is done or failed; pass a preview of it on to the VAE."""
-        if job.done:
+    def _next_to_move(self) -> dict[Job, Slot]:
+        """Return the jobs that move in this tick: those of one shape. A shape of more clients has more turns."""
+        groups: dict[tuple[int, ...], dict[Job, Slot]] = {}
+        for job, slot in self._slots.items():
+            groups.setdefault(job.latents.shape, {})[job] = slot
+        costs = {shape: _cost(shape, group) for shape, group in groups.items()}
+        shape = self._turns.first(costs)
+        self._turns.take(shape, costs)
+        return groups[shape]
+
+    def _hand_over(self, job: Job, slot: Slot, *, stops: bool) -> None:
+        """Take a job that has moved out if it is done, failed or stops here; pass a preview of it on to the VAE."""
+        if stops:
+            self._retire([job])
+            job.stop()
+        elif job.done:
             del self._slots[job]
         if job.error is not None:
             self._scheduler.fail(slot.handle, job.error)
-        elif job.done:
+        elif job.done or stops:
             self._scheduler.hand_over(slot)
         elif job.preview is not None and (number := slot.handle.preview_at(job.moved)) is not None:
             self._scheduler.hand_over(slot, (number, job.preview))
@@ -208,3 +227,17 @@ class Worker:
         self._scheduler.checked(failed)
         for job in self._slots:
             self._denoiser.admit(job)
+
+
+def _area(work: Handle | tuple[Slot, tuple[int, Float32] | None]) -> int:
+    """Return the latents, height times width, of a piece of work."""
+    if isinstance(work, Handle):
+        return math.prod(work.shape[1:])
+    job = work[0].job
+    return 0 if job is None else math.prod(job.latents.shape[1:])
+
+
+def _cost(shape: tuple[int, ...], group: Mapping[Job, Slot]) -> float:
+    """Return what a tick of these jobs costs each of their clients."""
+    owners = {slot.handle.owner for slot in group.values()}
+    return math.prod(shape) * sum(job.lanes for job in group) / len(owners)

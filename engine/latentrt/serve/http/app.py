@@ -15,7 +15,7 @@ from starlette.middleware import Middleware
 from latentrt import __version__
 from latentrt.errors import LatentrtError
 from latentrt.serve.core.scheduler import Scheduler
-from latentrt.serve.http import openai_routes, operations, sd_routes
+from latentrt.serve.http import openai_routes, operations
 from latentrt.serve.http.catalog import Catalog
 from latentrt.serve.http.errors import (
     STORAGE,
@@ -29,6 +29,9 @@ from latentrt.serve.http.generation import Context
 from latentrt.serve.http.guard.middleware import Guard, most_bytes
 from latentrt.serve.http.guard.origins import cross_origin
 from latentrt.serve.http.page import add_page
+from latentrt.serve.http.sdapi.answers import response_to
+from latentrt.serve.http.sdapi.controlnet import router as controlnet
+from latentrt.serve.http.sdapi.routes import router as sdapi
 from latentrt.serve.process.keys import Keys
 from latentrt.serve.process.logs import logger
 from latentrt.serve.process.metrics import Metrics
@@ -66,7 +69,7 @@ def create_app(
         form_limits={
             "max_fields": _MOST_FIELDS,
             "max_files": _MOST_FILES,
-            "max_part_size": 4 * settings.max_prompt + 1024,
+            "max_part_size": settings.max_body if settings.controlnet else 4 * settings.max_prompt + 1024,
         },
         middleware=[
             *cross_origin(settings.cors_origin),
@@ -74,7 +77,7 @@ def create_app(
         ],
     )
     app.state.context, app.state.keys = Context(scheduler, settings, catalog, metrics), keys
-    for router in (openai_routes.router, sd_routes.router):  # first: paths are compared in this order
+    for router in (openai_routes.router, sdapi, controlnet):  # first: paths are compared in this order
         # The guard checks keys; this only puts them into the description.
         app.include_router(router, dependencies=[Depends(HTTPBearer(auto_error=False))] if keys else [])
     app.include_router(operations.router)
@@ -96,13 +99,13 @@ def _add_gauges(metrics: Metrics, scheduler: Scheduler) -> None:
 
 
 async def _answer(http: Request, error: Exception) -> JSONResponse:
-    """Answer an error that a route or the framework raised, in OpenAI's shape."""
+    """Answer an error that a route or the framework raised, in the shape of its API."""
     answer = _answer_of(http, error)
     facts = http.state.facts
     facts["outcome"] = answer.code
     if answer.status == 500 or answer.code == STORAGE:
         logger().error("a request failed", id=facts["id"], exc_info=error)
-    return answer.response
+    return response_to(answer, http.url.path)
 
 
 def _answer_of(http: Request, error: Exception) -> Answer:

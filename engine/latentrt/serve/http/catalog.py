@@ -15,6 +15,7 @@ from latentrt.runtime.tensorrt.record import Profile
 from latentrt.sampling.schedule import Schedule
 from latentrt.sampling.solvers import ALIASES, solvers_of
 from latentrt.sampling.table import Table, tabulate
+from latentrt.serve.core.rules.budget import Budget
 from latentrt.serve.http.errors import Problem
 from latentrt.serve.http.sizes import Size, Sizes
 from latentrt.serve.process.config import Settings
@@ -31,14 +32,18 @@ class Catalog:
         profiles: the sizes of latents ("height", "width") that plans draw; None: all.
         settings: what this server allows.
         refiner: the name of the engine's refiner, if it has one.
+        budget: says which sizes fit into memory; None: all.
 
     Attributes:
         sizes: those that are drawn.
         fields: those of a request that some models do not read, and this one does.
         pictures: those that every request brings, by their use.
         reads: those that a request may bring.
+        controls: the names of its ControlNets.
         shows_picture: whether the model reads the given picture beside the latents, so that an edit has no strength.
         enlarges: how many times as large as the given picture the drawn one is.
+        own_solver: the engine's name of the usual solver.
+        loras: names of the LoRAs that a prompt may name.
 
     Raises:
         RequestError: the settings list a size, name a solver or have a default that cannot be, or forbid the pictures
@@ -48,26 +53,35 @@ class Catalog:
     """
 
     def __init__(
-        self, model: Model, profiles: Sequence[Profile] | None, settings: Settings, *, refiner: str | None = None
+        self,
+        model: Model,
+        profiles: Sequence[Profile] | None,
+        settings: Settings,
+        *,
+        refiner: str | None = None,
+        budget: Budget | None = None,
     ) -> None:
         self._model, self.settings = model, settings
-        self.name = settings.model_name or model.spec.id
+        self.name = settings.model_name or model.networks.bundle.base.spec.id
         self.names = (self.name, *(alias for alias in settings.aliases if alias != self.name))
         self.prompted = model.text is not None
         self.fields, self.classes = model.fields, model.spec.classes
         self.edits = settings.edits and model.edits
         self.pictures, self.reads, self.shows_picture = model.pictures, model.reads, model.shows_picture
+        self.controls = tuple(one.name for one in model.controls)
         self.max_noise_level, self.refiner = model.spec.max_noise_level, refiner
         if self.pictures and not self.edits:
             found, fix = f"edits is off, and {model.spec.id} draws on pictures", "leave --no-edits out"
             raise RequestError(found, needed="edits", fix=fix)
         self.latents = model.spec.latents
         self.enlarges = model.enlarges
-        self.sizes = Sizes(self.latents, profiles, settings, enlarges=self.enlarges)
+        self.sizes = Sizes(self.latents, profiles, settings, enlarges=self.enlarges, budget=budget)
         self.solvers = _solver_names(model.schedule)
         solver = self.solver(settings.scheduler) if settings.scheduler else None
         self.defaults = model.filled(Request(steps=settings.steps, guidance=settings.guidance, solver=solver))
-        tabulate(self.defaults.solver, model.schedule, 1)  # a server that cannot draw by default says so at its start
+        # A server that cannot draw by default says so at its start.
+        self.own_solver = tabulate(self.defaults.solver, model.schedule, 1).solver
+        self.loras: Sequence[str] = ()
         self.max_steps = self._max_steps(self.defaults.steps or 1)
         make = partial(tabulate, schedule=model.schedule, keeps_steps=model.spec.keeps_steps)
         self._work = lru_cache(maxsize=4096)(partial(_work, make))

@@ -63,6 +63,7 @@ class Answer:
     message: str
     param: str | None = None
     headers: dict[str, str] = field(default_factory=dict)
+    misfit: bool = False  # whether the body does not fit its description
 
     @property
     def body(self) -> dict[str, Any]:
@@ -80,6 +81,7 @@ STORAGE = "insufficient_storage"  # as WebDAV calls it
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 _STATUS = {  # of the service's own errors, by their code
     "queue_full": 429,
+    "quota_exceeded": 429,
     "deadline_unreachable": 429,
     "not_ready": 503,
     "draining": 503,
@@ -91,27 +93,40 @@ _STATUS = {  # of the service's own errors, by their code
 _NO_RETRY = {409, 504}
 _OF_STATUS = {404: "not_found", 405: "method_not_allowed", 408: "body_timeout", 413: "body_too_large"}
 _MEANING = {
-    400: "invalid_value, unsupported_size or image_decode_failed; `param` names the field",
+    400: "invalid_value, unsupported_size, beyond_memory or image_decode_failed; `param` names the field",
     401: "invalid_api_key",
     404: "model_not_found, or not_found",
     408: "body_timeout",
     409: "cancelled, by the client or by another request of the same key",
     413: "body_too_large or image_too_large",
     415: "unsupported_media_type",
-    429: "queue_full or deadline_unreachable; see Retry-After",
+    422: "invalid_value: the body does not fit its description",
+    429: "queue_full, quota_exceeded or deadline_unreachable; see Retry-After",
     500: "engine_error",
     503: "not_ready or draining, see Retry-After; or insufficient_storage",
     504: "queue_timeout or run_timeout",
 }
 
 
-def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+_OTHER_NAMES = {  # of other APIs, for the Images API's own
+    "steps": "num_inference_steps",
+    **dict.fromkeys(("cfg_scale", "guidance"), "guidance_scale"),
+    **dict.fromkeys(("sampler", "sampler_name", "solver"), "scheduler"),
+    **dict.fromkeys(("negative", "negativePrompt"), "negative_prompt"),
+    **dict.fromkeys(("width", "height"), "size"),
+    **dict.fromkeys(("num_images", "batch_size"), "n"),
+    "denoising_strength": "strength",
+    "image_guidance_scale": "image_guidance",
+}
+
+
+def documented(*statuses: int, model: type[BaseModel] = ErrorResponse) -> dict[int | str, dict[str, Any]]:
     """Return the `responses` of routes that may answer with these statuses; all have one shape."""
     known: dict[int | str, dict[str, Any]] = {
-        status: {"model": ErrorResponse, "description": _MEANING[status]} for status in statuses
+        status: {"model": model, "description": _MEANING[status]} for status in statuses
     }
     # "default" also keeps FastAPI from documenting a 422 of its own, which no route answers.
-    return {**known, "default": {"model": ErrorResponse, "description": "Any other error."}}
+    return {**known, "default": {"model": model, "description": "Any other error."}}
 
 
 def answer_to(error: BaseException) -> Answer:
@@ -154,7 +169,8 @@ def answer_to_validation(errors: Any) -> Answer:
     if first["type"] == "json_invalid":
         text = "the body is no JSON"
     elif first["type"] == "extra_forbidden":
-        text = f"{param} is not a parameter here"
+        ours = _OTHER_NAMES.get(param or "")
+        text = f"{param} is not a parameter here" + (f"; did you mean {ours}?" if ours else "")
     elif first["type"] == "missing":
         text = f"{param or 'the body'} is missing"
     elif first["type"] == "none_required":
@@ -162,4 +178,4 @@ def answer_to_validation(errors: Any) -> Answer:
     elif text.startswith("Expected UploadFile"):
         text = f"{param} is no file; nothing is fetched from a URL"
     named = param is None or text.split(maxsplit=1)[0] == param
-    return Answer(400, "invalid_value", text if named else f"{param}: {text}", param)
+    return Answer(400, "invalid_value", text if named else f"{param}: {text}", param, misfit=True)

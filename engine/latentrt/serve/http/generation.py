@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Depends
 from fastapi import Request as HttpRequest
@@ -19,6 +19,7 @@ from latentrt.images.picture import Picture
 from latentrt.request import Request
 from latentrt.serve.core.handle import Finished, Handle
 from latentrt.serve.core.scheduler import Scheduler
+from latentrt.serve.http import controls
 from latentrt.serve.http.catalog import Catalog
 from latentrt.serve.http.errors import Problem
 from latentrt.serve.http.images import File, decode, in_thread
@@ -69,7 +70,8 @@ async def generating(
         LatentrtError: it is refused, or a picture that came with it cannot be read.
     """
     catalog, facts = context.catalog, http.state.facts
-    catalog.check_pictures(files)
+    names = [*files, *(["mask"] if "image" in files and files["image"].masks and "mask" in catalog.pictures else [])]
+    catalog.check_pictures(names)
     if files and request.hires_scale is not None:
         raise Problem("there are hires_scale and a picture", needed="one of them", param="hires_scale")
     rows, solver = catalog.work(request)
@@ -79,16 +81,12 @@ async def generating(
     if context.settings.log_prompts:
         facts["prompt"] = request.prompt
     shape, deadline = catalog.latents.shape_of(final[1], final[0]), time.monotonic() + timeout
-    handle = Handle(request, shape, rows, previews, deadline, facts["id"], facts["owner"], api, task)
+    handle = Handle(request, shape, rows, previews, deadline, facts["id"], facts["owner"], api, task, facts["terms"])
     handle.lanes = catalog.lanes(request)
     context.scheduler.reserve(handle)
     try:
-        if files:
-            most, enlarges = context.settings.max_image_pixels, catalog.enlarges
-            pictures = await in_thread(
-                partial(decode, files, (width, height), catalog.latents, most, enlarges=enlarges)
-            )
-            handle.request = replace(request, pictures=pictures)
+        if files or request.control:
+            handle.request = await in_thread(partial(_with_pictures, context, request, files))
         context.scheduler.submit(handle)
         yield handle
     finally:
@@ -96,6 +94,17 @@ async def generating(
         facts.update(queue_seconds=round(handle.queue_seconds, 4), done=handle.done)
         if handle.cut:
             facts["cut"] = list(handle.cut)
+
+
+def _with_pictures(context: Context, request: Request, files: Mapping[str, File]) -> Request:
+    """Return a request with its pictures read. Raise Problem where one cannot be."""
+    catalog, most = context.catalog, context.settings.max_image_pixels
+    height, width = catalog.latents.pixels_of(request.height, request.width)
+    size, pictures = (width, height), dict[str, Any]()
+    if files:
+        pictures = decode(files, size, catalog.latents, most, enlarges=catalog.enlarges, masked=request.masked)
+    followed = pictures["image"].size if request.mask_crop is not None else size  # maps are of the whole picture
+    return replace(request, pictures=pictures, control=controls.read(request.control, followed, most))
 
 
 async def all_pictures(

@@ -6,7 +6,7 @@ import base64
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from io import BytesIO
-from typing import TYPE_CHECKING, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import anyio.to_thread
 import numpy as np
@@ -16,7 +16,7 @@ from latentrt.bundle.spec import LatentSpec
 from latentrt.errors import RequestError
 from latentrt.images.depth import to_eight_bits
 from latentrt.images.depth_map import depth_of
-from latentrt.images.given import MODES, prepared, prepared_low
+from latentrt.images.given import MODES, WHITE, prepared, prepared_low
 from latentrt.serve.http.errors import Problem
 
 if TYPE_CHECKING:
@@ -36,11 +36,13 @@ class File:
         name: of the field, for the client.
         open: opens it at its first byte.
         to_mask: makes levels of grey of a mask, white where to repaint; None: it is no mask.
+        masks: whether a picture's own alpha is the mask, where it has some that repaints.
     """
 
     name: str
     open: Callable[[], BinaryIO]
     to_mask: Callable[[Image.Image, str], Image.Image] | None = None
+    masks: bool = False
 
 
 Files = Mapping[str, File]  # by what they are for, as `Request.pictures`
@@ -52,7 +54,13 @@ async def in_thread(work: Callable[[], T]) -> T:
 
 
 def decode(
-    files: Files, size: tuple[int, int], latents: LatentSpec, most_pixels: int, *, enlarges: int = 1
+    files: Files,
+    size: tuple[int, int],
+    latents: LatentSpec,
+    most_pixels: int,
+    *,
+    enlarges: int = 1,
+    masked: bool = False,
 ) -> dict[str, Source]:
     """Return the pictures of files: pixels, a mask that is 255 where to repaint, and a depth map as it came.
 
@@ -62,11 +70,12 @@ def decode(
         latents: the model's.
         most_pixels: that a file may have.
         enlarges: how many times as large the model draws the picture: its pixels have that part of the size.
+        masked: whether the request says how its mask is used: then picture and mask are as they came.
 
     Raises:
         Problem: 400 image_decode_failed, a mask that does not fit the picture, or what is no depth map.
     """
-    images = {purpose: _load(file, most_pixels, deep=purpose == "depth") for purpose, file in files.items()}
+    images = {purpose: loaded(file, most_pixels, deep=purpose == "depth") for purpose, file in files.items()}
     if "depth" in files:
         _check_depth(images["depth"], files["depth"].name)
     for purpose, file in files.items():
@@ -77,7 +86,13 @@ def decode(
                     f"{file.name} is {sides}", needed=f"the picture's {needed}", fix="resize it", param=file.name
                 )
             images[purpose] = file.to_mask(images[purpose], file.name)
+    if "image" in files and files["image"].masks and "A" in images["image"].getbands():
+        area = alpha_mask(images["image"], "image")
+        if np.asarray(area).max() >= WHITE:
+            images["mask"] = area
     width, height = size
+    if masked:
+        return dict(images)
     if enlarges > 1:
         return {"image": prepared_low(images["image"], height, width, latents, enlarges)}
     pixels, repaint = prepared(images["image"], images.get("mask"), height, width, latents)
@@ -102,6 +117,12 @@ def shape_of(file: File, most_pixels: int) -> tuple[int, int]:
         return (image.height, image.width) if turned else image.size
 
 
+def may_be_clear(file: File, most_pixels: int) -> bool:
+    """Return whether a picture may have transparent parts, by its header. Raise Problem as `shape_of`."""
+    with _opened(file.open(), file.name, most_pixels) as image:
+        return image.has_transparency_data
+
+
 def alpha_mask(mask: Image.Image, name: str) -> Image.Image:
     """Return OpenAI's kind of mask, which repaints where its alpha is 0.
 
@@ -121,15 +142,17 @@ def white_mask(mask: Image.Image, name: str, *, inverted: bool = False) -> Image
     return ImageChops.invert(grey) if inverted else grey
 
 
-def encode(image: Image.Image, kind: str = "png", quality: int | None = None) -> str:
-    """Return the base64 of a file: png, jpeg or webp; a picture of the engine takes its settings along."""
+def encode(image: Image.Image, kind: str = "png", quality: int | None = None, **more: Any) -> str:
+    """Return the base64 of a file: png, jpeg or webp; a picture of the engine takes its settings along. `more` is
+    PIL's.
+    """
     buffer = BytesIO()
-    image.save(buffer, kind, **({} if quality is None or kind == "png" else {"quality": quality}))
+    image.save(buffer, kind, **more, **({} if quality is None or kind == "png" else {"quality": quality}))
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def from_base64(text: str, name: str, most_bytes: int) -> bytes:
-    """Return the bytes of base64 text or of a data: URL; no other URL is ever read.
+    """Return the bytes of base64 text, in lines or not, or of a data: URL; no other URL is ever read.
 
     Raises:
         Problem: a URL, or no base64, or too much of it.
@@ -138,6 +161,7 @@ def from_base64(text: str, name: str, most_bytes: int) -> bytes:
         raise Problem(f"{name} is a URL", needed="the picture itself, as base64", fix="send its bytes", param=name)
     if text.startswith("data:"):
         text = text.partition(",")[2]
+    text = "".join(text.split())  # MIME's lines
     if len(text) > most_bytes * 4 // 3 + 4:
         raise too_many_bytes(name, most_bytes)
     try:
@@ -159,10 +183,13 @@ def _check_depth(image: Image.Image, name: str) -> None:
         raise Problem(error.found, error.needed, error.fix, param=name) from error
 
 
-def _load(file: File, most_pixels: int, *, deep: bool = False) -> Image.Image:
+def loaded(file: File, most_pixels: int, *, deep: bool = False) -> Image.Image:
     """Return a file's picture upright, with 8 bits a channel, palettes and their transparency resolved; close it.
 
     With `deep` it is as it came.
+
+    Raises:
+        Problem: 400 image_decode_failed.
     """
     with file.open() as data:
         image = _opened(data, file.name, most_pixels)

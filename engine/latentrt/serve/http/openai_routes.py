@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, BinaryIO
 
@@ -20,9 +21,19 @@ from starlette.types import Receive, Scope, Send
 from latentrt.model.given import MASKED_STRENGTH, STRENGTH
 from latentrt.request import Request
 from latentrt.serve.core.handle import Handle, Preview
+from latentrt.serve.http.controls import controls_of
 from latentrt.serve.http.errors import Problem, answer_to, documented
 from latentrt.serve.http.generation import Context, Served, all_pictures, generating
-from latentrt.serve.http.images import File, Files, alpha_mask, encode, in_thread, shape_of, too_many_bytes
+from latentrt.serve.http.images import (
+    File,
+    Files,
+    alpha_mask,
+    encode,
+    in_thread,
+    may_be_clear,
+    shape_of,
+    too_many_bytes,
+)
 from latentrt.serve.http.openai_schema import (
     OF_EDITS,
     OWN,
@@ -63,7 +74,8 @@ async def retrieve_model(model: str, context: Served) -> Model:
 @router.post("/images/generations", responses=_DRAWN, response_class=JSONResponse)
 async def generate(wanted: GenerateRequest, http: HttpRequest, context: Served) -> Response:
     """Draw pictures from a prompt."""
-    request = _request(context, wanted, context.catalog.sizes.of(wanted.size))
+    more = {"control": controls_of(wanted.control, context.catalog, context.settings.max_image_bytes)}
+    request = _request(context, wanted, context.catalog.sizes.of(wanted.size), **more)
     return await _answer(context, http, wanted, request, {}, "generation")
 
 
@@ -71,7 +83,8 @@ async def generate(wanted: GenerateRequest, http: HttpRequest, context: Served) 
 async def edit(
     wanted: Annotated[EditRequest, Form(media_type="multipart/form-data")], http: HttpRequest, context: Served
 ) -> Response:
-    """Draw pictures from a prompt and a picture; with a mask only where its alpha is 0.
+    """Draw pictures from a prompt and a picture; with a mask only where its alpha is 0, without one only where the
+    picture's own is, if it is anywhere.
 
     Models that enlarge pictures draw each so many times as large as it is; `size` is that of the drawn one.
     """
@@ -81,8 +94,9 @@ async def edit(
         size = catalog.sizes.fitting(*shape)
     else:
         size = catalog.sizes.of(wanted.size)
-    default = None if catalog.shows_picture else MASKED_STRENGTH if wanted.mask else STRENGTH
+    default = await _strength(context, files)
     more = {name: getattr(wanted, name) for name in OF_EDITS}
+    more["control"] = controls_of(wanted.control, catalog, context.settings.max_image_bytes)
     request = _request(context, wanted, size, strength=wanted.strength or default, **more)
     return await _answer(context, http, wanted, request, files, "edit")
 
@@ -119,8 +133,9 @@ def _files(context: Context, wanted: EditRequest) -> Files:
     """Return the files of an edit, by use."""
     images = [*wanted.image, *wanted.images]
     if len(images) != 1:
-        found = f"{len(images)} pictures to edit" if images else "image is missing"
-        raise Problem(found, needed="one", fix="send one file as image", param="image")
+        param = "image[]" if wanted.images else "image"
+        found = f"{param} has {len(images)} pictures" if images else "image is missing"
+        raise Problem(found, needed="one", fix="send one file as image", param=param)
     most = context.settings.max_image_bytes
     files = {}
     for name, upload in (("image", images[0]), ("mask", wanted.mask), ("depth", wanted.depth)):
@@ -128,7 +143,22 @@ def _files(context: Context, wanted: EditRequest) -> Files:
             raise too_many_bytes(name, most)
         if upload is not None:
             files[name] = File(name, partial(_rewound, upload), alpha_mask if name == "mask" else None)
+    if "mask" not in files and "mask" in context.catalog.reads:
+        files["image"] = replace(files["image"], masks=True)
     return files
+
+
+async def _strength(context: Context, files: Files) -> float | None:
+    """Return the strength of an edit that names none; None where the model has none, or where only the picture's
+    pixels tell whether its alpha is a mask: then the engine chooses.
+    """
+    if context.catalog.shows_picture:
+        return None
+    if "mask" in files:
+        return MASKED_STRENGTH
+    most = context.settings.max_image_pixels
+    clear = files["image"].masks and await in_thread(partial(may_be_clear, files["image"], most))
+    return None if clear else STRENGTH
 
 
 def _rewound(upload: UploadFile) -> BinaryIO:
@@ -167,7 +197,7 @@ async def _answer(
         for picture, file in drawn
     ]
     warnings = {"warnings": handle.warnings} if handle.warnings else {}
-    return JSONResponse({"created": int(time.time()), "data": data, **own, **warnings})
+    return JSONResponse({"created": int(time.time()), "data": data, **own, "usage": USAGE, **warnings})
 
 
 class _Stream(EventSourceResponse):

@@ -2,24 +2,34 @@
 
 A field whose type is None alone is one that the client knows and that is not supported: null passes, anything else is
 refused by name. `seed`, `negative_prompt`, `num_inference_steps`, `guidance_scale`, `scheduler`, `class_label`,
-`strength`, `depth`, `timeout`, OWN and OF_EDITS are latentrt's own (`extra_body` in the client).
+`strength`, `depth`, `control`, `timeout`, OWN and OF_EDITS are latentrt's own (`extra_body` in the client).
 
 Source: openai.types.image_generate_params, image_edit_params, images_response and the stream events, openai 3.54.
 """
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from fastapi import UploadFile
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from latentrt.request import MAX_SEED
+from latentrt.serve.http.controls import Unit
 
 
 def _whole(value: object) -> object:
     """Take JSON's 2.0 for a whole number too."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _json(value: object) -> object:
+    """Take JSON for what it says: a form has texts."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise ValueError("control is no JSON") from error
 
 
 def _without_null(schema: dict[str, Any]) -> None:
@@ -127,6 +137,9 @@ class GenerateRequest(Wanted):
 
     model_config = ConfigDict(strict=True)
 
+    control: Annotated[
+        dict[str, Unit] | None, Field(description="What ControlNets do, by the names that /latentrt/model lists.")
+    ] = None
     style: Annotated[Literal["vivid", "natural"] | None, Field(description="Without effect here.")] = None
 
 
@@ -138,12 +151,19 @@ class EditRequest(Wanted):
     image: Annotated[list[UploadFile], Field(description="The picture to edit: PNG, JPEG or WebP.")] = []
     images: Annotated[list[UploadFile], Field(alias="image[]", description="The same, as arrays are sent.")] = []
     mask: Annotated[
-        UploadFile | None, Field(description="PNG or WebP of the picture's size; where its alpha is 0 is edited.")
+        UploadFile | None,
+        Field(
+            description="PNG or WebP of the picture's size; where its alpha is 0 is edited. Without one, where the"
+            " picture's own alpha is 0, if it is anywhere."
+        ),
     ] = None
     strength: Annotated[Part | None, Field(description="How far to leave the picture: 1 keeps nothing.")] = None
     depth: Annotated[
         UploadFile | None,
         Field(description="The picture's depth map, grey, near is white: for models that draw by depth."),
+    ] = None
+    control: Annotated[
+        dict[str, Unit] | None, BeforeValidator(_json), Field(description="As of generations, as JSON.")
     ] = None
     image_guidance: Annotated[
         ImageGuidance | None,
@@ -172,6 +192,7 @@ class ImagesResponse(BaseModel):
     background: Literal["opaque"] = "opaque"
     output_format: OutputFormat
     size: str
+    usage: Annotated[dict[str, Any], Field(description="Zeros: no tokens are counted.")]
     safety_identifier: str | None = None
     warnings: Annotated[list[str], Field(description="What the model did not read of a prompt, if anything.")] = []
 

@@ -113,9 +113,10 @@ async def model(context: Served) -> dict[str, Any]:
         "sizes": [f"{width}x{height}" for width, height in catalog.sizes.listed],
         "step": catalog.latents.step,
         "limits": {
-            name: getattr(settings, name) for name in ("max_side", "max_pixels", "max_prompt", "max_image_bytes")
-        }
-        | {
+            "max_side": catalog.sizes.most_side,
+            "max_pixels": catalog.sizes.most_pixels,
+            "max_prompt": settings.max_prompt,
+            "max_image_bytes": settings.max_image_bytes,
             "max_n": settings.most_pictures,
             "max_steps": catalog.max_steps,
             "max_noise_level": catalog.max_noise_level,
@@ -131,6 +132,7 @@ async def model(context: Served) -> dict[str, Any]:
         "class_labels": "class_label" in catalog.fields,
         **{name: name in catalog.fields for name in fields},
         "refiner": catalog.refiner,
+        "controls": catalog.controls,
         "classes": catalog.classes,
         "edits": catalog.edits,
         "strength": not catalog.shows_picture,

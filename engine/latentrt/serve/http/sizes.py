@@ -10,13 +10,21 @@ from latentrt.bundle.spec import LatentSpec
 from latentrt.errors import PlanError, RequestError
 from latentrt.images.given import enlarged_size
 from latentrt.runtime.tensorrt.record import Profile
+from latentrt.serve.core.rules.budget import Budget
 from latentrt.serve.http.errors import Problem
 from latentrt.serve.process.config import Settings
 from latentrt.values import parse_size
 
 LEAST_LATENTS = 8  # a side; below it a UNet's deepest level would have less than one
 SUGGESTED = ((256, 256), (512, 512), (768, 768), (1024, 1024), (1024, 1536), (1536, 1024))
+MOST_SIDE, MOST_PIXELS, GIVEN = 2048, 1536 * 1024, 512  # where settings say no more; GIVEN is a side that is enlarged
 Size = tuple[int, int]  # width and height in pixels
+
+
+def most_pixels(latents: LatentSpec, settings: Settings, enlarges: int) -> int:
+    """Return the most pixels of a picture: what the settings allow, or the model's own size and task ask for."""
+    own = math.prod(latents.pixels_of(None, None))
+    return settings.max_pixels or max(MOST_PIXELS, own, (GIVEN * enlarges) ** 2 if enlarges > 1 else 0)
 
 
 class Sizes:
@@ -27,9 +35,11 @@ class Sizes:
         profiles: the sizes of latents ("height", "width") that plans draw; None: all.
         settings: what this server allows.
         enlarges: how many times as large a client's own picture is drawn.
+        budget: says which sizes fit into memory; None: all.
 
     Attributes:
         own: the model's own.
+        most_side, most_pixels: of other sizes.
         listed: all, where they can be listed; none where there are ranges.
 
     Raises:
@@ -38,9 +48,19 @@ class Sizes:
     """
 
     def __init__(
-        self, latents: LatentSpec, profiles: Sequence[Profile] | None, settings: Settings, *, enlarges: int
+        self,
+        latents: LatentSpec,
+        profiles: Sequence[Profile] | None,
+        settings: Settings,
+        *,
+        enlarges: int,
+        budget: Budget | None = None,
     ) -> None:
-        self._latents, self._settings, self._enlarges = latents, settings, enlarges
+        self._latents, self._enlarges = latents, enlarges
+        self.most_side = settings.max_side or max(MOST_SIDE, *latents.pixels_of(None, None))
+        self._asked = self.most_pixels = most_pixels(latents, settings, enlarges)
+        if budget is not None:
+            self.most_pixels = budget.largest(self._asked // latents.factor**2) * latents.factor**2
         self._least = -(-LEAST_LATENTS // latents.multiple) * latents.step
         self._plans = None if profiles is None else [self._ends(profile) for profile in profiles]
         self.own = self._own()
@@ -63,8 +83,18 @@ class Sizes:
     def sides(self, width: int, height: int) -> Size:
         """Return the same for two numbers."""
         if not self.draws(width, height):
-            raise self._unsupported(f"{width}x{height}")
+            raise self._too_large(width, height) or self._unsupported(f"{width}x{height}")
         return width, height
+
+    def _too_large(self, width: int, height: int) -> Problem | None:
+        """Return the refusal of a size that would be drawn with more memory; None for others."""
+        if self.listed or max(width, height) > self.most_side or not self.most_pixels < width * height <= self._asked:
+            return None
+        scale, step = math.sqrt(self.most_pixels / (width * height)), self._latents.step
+        fitting = [max(self._least, int(side * scale) // step * step) for side in (width, height)]
+        found = f"a picture of {width}x{height} takes more memory than this server has for one"
+        needed = f"at most {self.most_pixels} pixels, as {fitting[0]}x{fitting[1]}"
+        return Problem(found, needed, "take a smaller one", param="size", code="beyond_memory")
 
     def fitting(self, width: int, height: int) -> Size:
         """Return the size in which a client's own picture is edited: its shape, with the model's number of pixels; or
@@ -79,7 +109,7 @@ class Sizes:
             return min(self.listed, key=partial(_unlike, (width, height)))
         scale = math.sqrt(self.own[0] * self.own[1] / (width * height))
         least, step = self._least, self._latents.step
-        most = self._settings.max_side // step * step
+        most = self.most_side // step * step
         fitted = [min(most, max(least, round(side * scale / step) * step)) for side in (width, height)]
         sides = fitted[0], fitted[1]
         return sides if self._served(*sides) else self._nearest(sides)
@@ -89,7 +119,8 @@ class Sizes:
         if not self.draws(*size):
             found = f"the picture is {_text((width, height))}, and drawn as {_text(size)}"
             fix = "send another, or name the size: the picture is resized to fit it"
-            raise Problem(found, self.needed(), fix, param="size", code="unsupported_size")
+            other = Problem(found, self.needed(), fix, param="size", code="unsupported_size")
+            raise self._too_large(*size) or other
         return size
 
     def draws(self, width: int, height: int) -> bool:
@@ -101,8 +132,8 @@ class Sizes:
     def _allowed(self, width: int, height: int) -> bool:
         """Return whether the settings allow a size."""
         least, step = self._least, self._latents.step
-        sides = all(least <= side <= self._settings.max_side and side % step == 0 for side in (width, height))
-        return sides and width * height <= self._settings.max_pixels
+        sides = all(least <= side <= self.most_side and side % step == 0 for side in (width, height))
+        return sides and width * height <= self.most_pixels
 
     def _served(self, width: int, height: int) -> bool:
         """Return whether a plan draws a size."""
@@ -169,8 +200,8 @@ class Sizes:
         planned = "" if self._plans is None else f" within {self._ranges()},"
         return (
             f"{', '.join(map(_text, good))}, or any sides{planned} that are multiples of {self._latents.step} from"
-            f" {self._least} to {self._settings.max_side} with at most"
-            f" {self._settings.max_pixels} pixels in all"
+            f" {self._least} to {self.most_side} with at most"
+            f" {self.most_pixels} pixels in all"
         )
 
 

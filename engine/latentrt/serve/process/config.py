@@ -12,6 +12,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from latentrt.bundle.bundle import EMBEDDED
 from latentrt.errors import RequestError
+from latentrt.serve.core.rules.terms import Terms, key_and_terms
 
 PREFIX = "LATENTRT_"
 # Model names that clients send by default: LibreChat's tool gpt-image-1, Open WebUI dall-e-2.
@@ -47,7 +48,9 @@ class Settings(BaseSettings):
     host: str = _field("127.0.0.1", "Network", "Address to listen on; 0.0.0.0 for all.")
     port: Annotated[int, Field(ge=0, le=65_535)] = _field(8000, "Network", "Port; 0 for any that is free.")
     keys: Secrets = _field((), "Network", "Keys that clients need one of; not a flag. None: all may draw.")
-    keys_file: Path | None = _field(None, "Network", "File with one key a line, # for comments.")
+    keys_file: Path | None = _field(
+        None, "Network", "File with one key a line, as KEY share=2 priority=1 places=8; # for comments."
+    )
     cors_origin: Origins = _field(
         (), "Network", "Origins whose pages may use this server from a browser, as https://example.org; * for all."
     )
@@ -72,7 +75,7 @@ class Settings(BaseSettings):
     refiner: Path | None = _field(None, "Model", "Bundle of a model that may draw the last part of a run.")
     backend: str = _field("onnxruntime", "Model", "onnxruntime, openvino, tensorrt or tensorrt-rtx.")
     device: str | None = _field(None, "Model", "cpu, cuda or cuda:1.")
-    precision: Literal["fp32", "fp16"] | None = _field(None, "Model", "Of the graphs: fp32 or fp16.")
+    precision: Literal["fp32", "fp16", "int8"] | None = _field(None, "Model", "Of the graphs: fp32, fp16 or int8.")
     plans: Path | None = _field(None, "Model", "Folder of TensorRT plans; the user's cache if none is named.")
     threads: Count | None = _field(
         None, "Model", "CPU threads of a network call; the cores that the process may use if not given."
@@ -88,9 +91,15 @@ class Settings(BaseSettings):
         None, "Model", "Decode and encode pictures with a longer side in tiles of so many pixels: less memory."
     )
     embedding: Texts = _field((), "Model", "Files of textual inversion, FILE or NAME=FILE, with commas between them.")
+    controlnet: Texts = _field((), "Model", "Bundles of ControlNets, NAME=BUNDLE, with commas between them.")
+    lora: Texts = _field((), "Model", "LoRAs for all pictures, FILE[:STRENGTH[:TEXT]], with commas between them.")
+    allow_unmatched: bool = _field(False, "Model", "Leave out keys of LoRAs that have no place.")
     edits: bool = _field(True, "Model", "Take pictures to edit; without it the VAE's encoder is not loaded.")
 
     queue: Count = _field(64, "Load", "Most pictures that wait.")
+    memory: Count | None = _field(
+        None, "Load", "Most MiB that network calls may take at once; half of what is free at the start if not given."
+    )
     queue_timeout: Seconds = _field(120.0, "Load", "Most seconds that a request waits.")
     run_timeout: Seconds = _field(300.0, "Load", "Most seconds that a request runs.")
     hang_timeout: Seconds = _field(60.0, "Load", "Seconds after which a step counts as hung.")
@@ -99,8 +108,14 @@ class Settings(BaseSettings):
     max_steps: Count | None = _field(
         None, "Limits", "Most steps of a picture; 150 if not given, or the default where that is more."
     )
-    max_side: Count = _field(2048, "Limits", "Longest side of a picture, in pixels.")
-    max_pixels: Count = _field(1536 * 1024, "Limits", "Most pixels of a picture.")
+    max_side: Count | None = _field(
+        None, "Limits", "Longest side of a picture, in pixels; 2048, or the model's own, if not given."
+    )
+    max_pixels: Count | None = _field(
+        None,
+        "Limits",
+        "Most pixels of a picture; 1536x1024, or 512x512 enlarged, within the memory, if not given.",
+    )
     sizes: Texts = _field((), "Limits", "The only sizes drawn, as 512x512,768x512; any within the limits if none.")
     max_prompt: Count = _field(32_000, "Limits", "Most characters of a prompt.")
     max_body: Count = _field(64 * MIB, "Limits", "Most bytes of a request with a picture to edit.")
@@ -148,15 +163,19 @@ class Settings(BaseSettings):
         return min(self.max_body, 2 * 12 * self.max_prompt + MIB // 16)
 
     def secrets(self) -> tuple[bytes, ...]:
-        """Return all keys, those of the file too.
+        """Return all keys, those of the file too. Raise as `clients`."""
+        return tuple(self.clients())
+
+    def clients(self) -> dict[bytes, Terms]:
+        """Return all keys, those of the file too, with what their clients have been promised.
 
         Raises:
-            RequestError: the file cannot be read or has no key.
+            RequestError: the file cannot be read or has no key, or the terms of a key cannot be.
         """
         keys = [key.get_secret_value() for key in self.keys]
         if self.keys_file is not None:
             keys += _keys_of(self.keys_file)
-        return tuple(key.encode() for key in keys)
+        return {key.encode(): terms for key, terms in map(key_and_terms, keys)}
 
 
 def _keys_of(path: Path) -> list[str]:

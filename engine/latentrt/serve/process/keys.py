@@ -7,6 +7,7 @@ import hashlib
 import hmac
 
 from latentrt.errors import RequestError
+from latentrt.serve.core.rules.terms import Terms
 from latentrt.serve.process.config import Settings
 from latentrt.serve.process.logs import logger
 
@@ -20,7 +21,7 @@ class Keys:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._keys = settings.secrets()
+        self._keys = settings.clients()
 
     def __bool__(self) -> bool:
         return bool(self._keys)
@@ -28,7 +29,7 @@ class Keys:
     def read_again(self) -> None:
         """Take the keys that the file has now. If it cannot be read, those from before hold."""
         try:
-            self._keys = self._settings.secrets()
+            self._keys = self._settings.clients()
         except RequestError as error:
             logger().error("the keys could not be read again: those from before hold", error=str(error))
         else:
@@ -44,7 +45,15 @@ class Keys:
         sent = {"bearer": [text.strip().encode()], "basic": _of_basic(text.strip())}.get(scheme.lower(), [])
         matches = [[hmac.compare_digest(key, one) for one in sent] for key in self._keys]
         found = next((key for key, any_of in zip(self._keys, matches, strict=True) if any(any_of)), None)
-        return None if found is None else f"key-{hashlib.sha256(found).hexdigest()[:16]}"
+        return None if found is None else _name(found)
+
+    def terms(self, owner: str) -> Terms:
+        """Return what the client of a key has been promised; `owner` is the key's name."""
+        return next((terms for key, terms in self._keys.items() if _name(key) == owner), Terms())
+
+
+def _name(key: bytes) -> str:
+    return f"key-{hashlib.sha256(key).hexdigest()[:16]}"
 
 
 def _of_basic(credentials: str) -> list[bytes]:

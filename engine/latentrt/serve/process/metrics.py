@@ -10,7 +10,7 @@ from prometheus_client.exposition import generate_latest
 
 from latentrt.serve.core.observer import Observer
 
-PREFIX = "latentrt:"
+PREFIX = "latentrt_"
 TAKEN = ("ok", "client_gone", "cancelled")  # however they ended, these were not refused
 _WAITS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _STEPS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)

@@ -131,8 +131,13 @@ def is_vector(value: ir.Value | None, size: Any) -> bool:
 
 def split_bias(value: ir.Value) -> tuple[ir.Value, ir.Value] | None:
     """Return x and b if a value is x + b, read once, with a weight b for the last axis."""
+    return biased(value) if only_reader(value) is not None else None
+
+
+def biased(value: ir.Value) -> tuple[ir.Value, ir.Value] | None:
+    """Return x and b if a value is x + b with a weight b for the last axis."""
     add = made_by(value, "Add")
-    if add is None or only_reader(value) is None:
+    if add is None:
         return None
     for x, bias in (add.inputs, add.inputs[::-1]):
         if is_vector(bias, sizes(x)[-1] if sizes(x) else None) and not is_fixed(x) and x.dtype == bias.dtype:
@@ -176,7 +181,14 @@ def take_biases(edit: Editor, reader: ir.Node, *values: ir.Value) -> ir.Value | 
             biases.append(bias)
     if len(biases) < 2:
         return biases[0] if biases else None
-    # In float32: ONNX Runtime computes it when it loads the graph, on the CPU, where it has no Add of float16.
+    return sum_of_biases(edit, reader, biases)
+
+
+def sum_of_biases(edit: Editor, reader: ir.Node, biases: Sequence[ir.Value]) -> ir.Value:
+    """Return the sum of two biases, for a node, which a runtime computes when it loads the graph.
+
+    In float32: ONNX Runtime does it on the CPU, where it has no Add of float16.
+    """
     name, dtype = f"{reader.outputs[0].name}.bias", biases[0].dtype
     wide = [in_single(edit, reader, bias, f"{name}.{index}") for index, bias in enumerate(biases)]
     total = edit(reader, "Add", wide, f"{name}.sum", biases[0].shape)

@@ -13,7 +13,9 @@ from latentrt_export.graphs.fused.edit import (
     CONTRIB,
     FLOATS,
     Editor,
+    biased,
     carried_bias,
+    is_vector,
     made_by,
     number,
     numbers,
@@ -21,6 +23,7 @@ from latentrt_export.graphs.fused.edit import (
     same_sizes,
     sizes,
     split_bias,
+    sum_of_biases,
     take_biases,
     take_over,
 )
@@ -85,6 +88,69 @@ def _with_bias(add: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value | None]:
         if (parts := split_bias(one)) is not None:
             return parts[0], other, parts[1]
     return add.inputs[0], add.inputs[1], None
+
+
+def layer_norm_biases(model: ir.Model) -> int:
+    """Take the bias in front of a transformer's tokens (its proj_in) into the two norms that read them.
+
+    The bias is a kernel that reads and writes all tokens: an Add, or cuDNN's behind a convolution. Two nodes read the
+    tokens. One is the SkipLayerNormalization behind the attention, as its residual: b is added to the bias that it has.
+    The other is a LayerNormalization. Its result changes with a factor only by its epsilon, so that of x + b is the
+    SkipLayerNormalization of x and x with the bias 2b and four times the epsilon: doubling is exact, and x comes from
+    the cache the second time. A convolution without its bias then becomes a MatMul (`pointwise_products`).
+
+    Returns:
+        How many biases were taken.
+    """
+    edit, count = Editor(model), 0
+    for node in [n for n in model.graph if n.op_type == "LayerNormalization"]:
+        residual = _residual_of(node) if _is_token_norm(node) else None
+        if residual is not None and (parts := _take_bias_of_tokens(node.inputs[0])) is not None:
+            _share_bias(edit, node, residual, *parts)
+            count += 1
+    edit.tidy()
+    return count
+
+
+def _residual_of(norm: ir.Node) -> ir.Node | None:
+    """Return the SkipLayerNormalization that alone reads, once, what a norm reads."""
+    tokens = norm.inputs[0]
+    others = [use.node for use in tokens.uses() if use.node is not norm]
+    if len(others) != 1 or len(tokens.uses()) != 2 or tokens.is_graph_output():
+        return None
+    return others[0] if others[0].op_type == "SkipLayerNormalization" and tokens in others[0].inputs[:2] else None
+
+
+def _take_bias_of_tokens(tokens: ir.Value) -> tuple[ir.Value, ir.Value] | None:
+    """Return tokens without their bias, and the bias; that of a convolution in front of them is taken off it."""
+    if (parts := biased(tokens)) is not None:
+        return parts
+    reshape = made_by(tokens, "Reshape")
+    conv = made_by(reshape.inputs[0], "NhwcConv") if reshape is not None else None
+    if conv is None or len(conv.inputs) != 3:
+        return None
+    bias, image = conv.inputs[2], conv.outputs[0]
+    readers = [node for node, _ in image.uses() if node.op_type != "Shape"]  # which has the sizes for the way back
+    if readers != [reshape] or image.is_graph_output() or not is_vector(bias, sizes(tokens)[-1]):
+        return None
+    conv.resize_inputs(2)
+    return tokens, bias
+
+
+def _share_bias(edit: Editor, norm: ir.Node, residual: ir.Node, x: ir.Value, bias: ir.Value) -> None:
+    residual.replace_input_with(list(residual.inputs[:2]).index(norm.inputs[0]), x)
+    if len(residual.inputs) == 5:
+        residual.replace_input_with(4, sum_of_biases(edit, residual, [residual.inputs[4], bias]))
+    else:
+        residual.resize_inputs(5)
+        residual.replace_input_with(4, bias)
+    result = norm.outputs[0]
+    inputs = [x, x, *norm.inputs[1:3], sum_of_biases(edit, norm, [bias, bias])]
+    epsilon = 4 * number(norm, "epsilon", 1e-5)
+    fused = edit(
+        norm, "SkipLayerNormalization", inputs, f"{result.name}.fused", result.shape, domain=CONTRIB, epsilon=epsilon
+    )
+    take_over(fused, result)
 
 
 def bias_split_gelus(model: ir.Model) -> int:

@@ -233,6 +233,30 @@ def test_a_residual_and_a_layer_norm(skip: str, fits: bool) -> None:
         assert [bool(value.name) for value in fused.outputs] == [True, False, False, True]
 
 
+IMAGE = "c = Conv(x, small, bias) p = Transpose<perm = [0, 2, 3, 1]>(c) t = Reshape(p, flat)"
+LINEAR = "m = MatMul(x, first) t = Add(m, bias)"
+BLOCK = """
+    n = LayerNormalization<axis = -1, epsilon = 0.01>(t, gamma, beta) o = MatMul(n, square) b = Add(o, other)
+    a = Add(b, t) y = LayerNormalization<axis = -1>(a, gamma, beta) z = Mul(a, a)
+"""
+
+
+@pytest.mark.parametrize(
+    ("start", "shape", "more", "fits"),
+    [(IMAGE, "b,8,6,5", "", True), (LINEAR, "b,30,8", "", True), (LINEAR, "b,30,8", ", float[b,30,16] t", False)],
+    ids=["a convolution", "a product", "tokens that are an output too"],
+)
+def test_the_bias_of_a_transformers_tokens(start: str, shape: str, more: str, fits: bool) -> None:
+    signature = f"(float[{shape}] x) => (float[b,30,16] y, float[b,30,16] z{more})"
+    fixed: Arrays = {"flat": np.array([0, -1, 16])} if start == IMAGE else {}
+    weights = dict.fromkeys(("gamma", "beta", "bias", "other"), (16,)) | {"square": (16, 16)}
+    weights |= {"small": (16, 8, 1, 1)} if start == IMAGE else {"first": (8, 16)}
+    found, nodes = changed(graph(signature, start + BLOCK, weights, fixed))
+    assert (found["skip_layer_norms"], found.get("layer_norm_biases", 0)) == (1, fits)
+    assert (nodes["Add"], nodes["NhwcConv"], nodes["MatMul"]) == (not fits, 0, 2)
+    assert (nodes["SkipLayerNormalization"], nodes["LayerNormalization"]) == (1 + fits, 1 - fits)
+
+
 def test_bias_and_gelu() -> None:
     model = graph("(float[b,t,8] x) => (float[b,t,16] y)", BIASED + "y = Gelu(n)", {"weight": (8, 16), "bias": (16,)})
     assert changed(model) == ({"bias_gelus": 1}, {"MatMul": 1, "BiasGelu": 1})

@@ -17,9 +17,11 @@ from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from latentrt.serve.core.rules.terms import Terms
 from latentrt.serve.core.scheduler import Scheduler
 from latentrt.serve.http.errors import Answer, Problem, answer_to, too_large
 from latentrt.serve.http.guard.origins import foreign
+from latentrt.serve.http.sdapi.answers import response_to
 from latentrt.serve.process.config import Settings
 from latentrt.serve.process.keys import Keys
 from latentrt.serve.process.logs import logger
@@ -28,11 +30,12 @@ from latentrt.serve.process.metrics import Metrics
 OPEN = ("/", "/health/live", "/health/ready", "/metrics", "/openapi.json", "/favicon.ico")  # and all below /static/
 # Every request to these takes places in the queue.
 DRAWING = ("/v1/images/generations", "/v1/images/edits", "/sdapi/v1/txt2img", "/sdapi/v1/img2img")
+ENLARGING = ("/sdapi/v1/extra-single-image", "/sdapi/v1/extra-batch-images")
 BODIES = {  # the media type of each body that is read
-    **dict.fromkeys((*DRAWING, "/sdapi/v1/options"), "application/json"),
+    **dict.fromkeys((*DRAWING, *ENLARGING, "/sdapi/v1/options", "/sdapi/v1/png-info"), "application/json"),
     "/v1/images/edits": "multipart/form-data",
 }
-EDITING = ("/v1/images/edits", "/sdapi/v1/img2img")
+EDITING = ("/v1/images/edits", "/sdapi/v1/img2img", *ENLARGING, "/sdapi/v1/png-info")
 QUIET = ("/health/live", "/health/ready", "/metrics")  # not counted, and logged at the level debug
 CLIENT_GONE = 499  # nginx' number for it; only the log has it
 PIECE = 2**20  # bytes of an answer
@@ -41,7 +44,8 @@ _ID = re.compile(r"[!-~]{1,128}")
 
 def most_bytes(settings: Settings, path: str) -> int:
     """Return the most bytes of a body: many only where pictures are sent, so that many requests fill no memory."""
-    return settings.max_body if path in EDITING else settings.max_text
+    pictures = path in EDITING or (settings.controlnet and path in DRAWING)
+    return settings.max_body if pictures else settings.max_text
 
 
 class Guard:
@@ -86,7 +90,8 @@ class Guard:
             return too_large(most)
         if scope["method"] != "POST" or path not in BODIES:
             return None
-        refused = (self._scheduler.full() if path in DRAWING else None) or _wrong_media(headers, BODIES[path])
+        owner = exchange.facts["owner"]
+        refused = (self._scheduler.full(owner) if path in DRAWING else None) or _wrong_media(headers, BODIES[path])
         return None if refused is None else answer_to(refused)
 
     def _stranger(self, scope: Scope, exchange: _Exchange) -> Answer | None:
@@ -102,7 +107,7 @@ class Guard:
         if owner is None:
             message = "a key is needed: send it as `Authorization: Bearer KEY`"
             return Answer(401, "invalid_api_key", message, None, {"www-authenticate": "Bearer"})
-        exchange.facts["owner"] = owner
+        exchange.facts |= {"owner": owner, "terms": self._keys.terms(owner)}
         return None
 
     def _report(self, scope: Scope, exchange: _Exchange) -> None:
@@ -113,7 +118,7 @@ class Guard:
         seconds = time.monotonic() - exchange.began
         if route not in QUIET:
             self._metrics.ended_request(route, outcome, status, seconds if "n" in facts and outcome == "ok" else None)
-        told = {key: value for key, value in facts.items() if key not in ("owner", "outcome")}
+        told = {key: value for key, value in facts.items() if key not in ("owner", "terms", "outcome")}
         write = logger().debug if route in QUIET else logger().info
         line = {"method": scope["method"], "route": route, "status": status, "outcome": outcome}
         write("request", **line, seconds=round(seconds, 4), **told)
@@ -136,7 +141,7 @@ class _Exchange:
         self.headers = Headers(scope=scope)
         given = self.headers.get("x-request-id", "")
         id = given if _ID.fullmatch(given) else f"req_{random.getrandbits(96):024x}"
-        self.facts: dict[str, Any] = {"id": id, "owner": ""}
+        self.facts: dict[str, Any] = {"id": id, "owner": "", "terms": Terms()}
         self.status: int | None = None
         self.gone = self._closed = self._body_read = self._left_unread = False
         scope.setdefault("state", {})["facts"] = self.facts
@@ -186,7 +191,7 @@ class _Exchange:
     async def answer(self, answer: Answer) -> None:
         """Send a refusal."""
         self.facts["outcome"] = answer.code
-        await answer.response(self._scope, self._receive, self.send)
+        await response_to(answer, self._scope["path"])(self._scope, self._receive, self.send)
 
     def end(self) -> tuple[int, str]:
         """Return status and outcome for the log and the metrics."""

@@ -1,0 +1,156 @@
+"""/sdapi/v1: what there is to choose from, options, and memory."""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter
+
+from latentrt.model.prompts.embeddings import embeddings_of, read_embedding
+from latentrt.serve.http.errors import documented
+from latentrt.serve.http.generation import Served
+from latentrt.serve.http.images import in_thread
+from latentrt.serve.http.sdapi import options as known
+from latentrt.serve.http.sdapi.answers import Error
+from latentrt.serve.http.sdapi.controlnet import SCRIPT
+from latentrt.serve.http.sdapi.drawing import UPSCALERS
+from latentrt.serve.http.sdapi.extras import upscalers_of
+from latentrt.serve.http.sdapi.fields import renamed
+from latentrt.serve.http.sdapi.samplers import SPACINGS, offered
+from latentrt.serve.http.sdapi.schema import (
+    Checkpoint,
+    EmbeddingItem,
+    Embeddings,
+    LoraItem,
+    Memory,
+    Named,
+    SamplerItem,
+    SchedulerItem,
+    Scripts,
+    UpscalerItem,
+)
+
+router = APIRouter()
+
+
+@router.get("/options")
+async def options(context: Served) -> dict[str, Any]:
+    """Those that change pictures, as they are for requests that override none."""
+    return known.present(context.catalog.name)
+
+
+@router.post("/options", responses=documented(400, 404, 415, 422, model=Error))
+async def set_options(values: dict[str, Any], context: Served) -> None:
+    """Clients write options back to choose a checkpoint: there is one. Options that would change pictures are refused
+    unless they hold anyway.
+    """
+    with renamed():
+        context.catalog.check_model(known.options_of(values).sd_model_checkpoint)
+    known.check_present(values, context.catalog.name)
+
+
+@router.get("/sd-models")
+async def sd_models(context: Served) -> list[Checkpoint]:
+    """The model under its own name."""
+    name = context.catalog.name
+    return [Checkpoint(title=name, model_name=name, filename=name)]
+
+
+@router.post("/refresh-checkpoints")
+@router.post("/refresh-vae")
+@router.post("/refresh-loras")
+@router.post("/refresh-embeddings")
+async def refresh() -> None:
+    """Do nothing: what a server offers is known when it starts."""
+
+
+@router.get("/samplers")
+async def samplers(context: Served) -> list[SamplerItem]:
+    """By A1111's names, then by ours."""
+    found = offered(context.catalog).items()
+    return [
+        SamplerItem(
+            name=name,
+            aliases=list(dict.fromkeys([one.solver, *one.aliases])),
+            options={"scheduler": one.spacing} if one.spacing else {},
+        )
+        for name, one in found
+    ]
+
+
+@router.get("/schedulers")
+async def schedulers() -> list[SchedulerItem]:
+    """How noise levels may be spaced."""
+    return [SchedulerItem(name=name.lower(), label=name) for name in SPACINGS]
+
+
+@router.get("/upscalers")
+async def upscalers(context: Served) -> list[UpscalerItem]:
+    """What /sdapi/v1/extra-single-image enlarges with."""
+    return [
+        UpscalerItem(name=name, model_name=name if scale > 1 else None, scale=scale)
+        for name, scale in upscalers_of(context.catalog).items()
+    ]
+
+
+@router.get("/latent-upscale-modes")
+async def latent_upscale_modes() -> list[Named]:
+    """What hires fix enlarges with."""
+    return [Named(name=name) for name in UPSCALERS]
+
+
+@router.get("/loras")
+async def loras(context: Served) -> list[LoraItem]:
+    """Those that prompts may name."""
+    return [LoraItem(name=name, alias=name, path=name) for name in context.catalog.loras]
+
+
+@router.get("/embeddings")
+async def embeddings(context: Served) -> Embeddings:
+    """Those that every prompt may name."""
+    return await in_thread(partial(_embeddings, tuple(context.settings.embedding)))
+
+
+@lru_cache(maxsize=1)
+def _embeddings(typed: tuple[str, ...]) -> Embeddings:
+    loaded = {}
+    for token, path in embeddings_of(typed).items():
+        vectors = next(iter(read_embedding(Path(path)).vectors.values()))
+        loaded[token] = EmbeddingItem(shape=vectors.shape[1], vectors=vectors.shape[0])
+    return Embeddings(loaded=loaded)
+
+
+@router.get("/sd-vae")
+@router.get("/hypernetworks")
+@router.get("/face-restorers")
+@router.get("/realesrgan-models")
+@router.get("/prompt-styles")
+@router.get("/script-info")
+@router.get("/extensions")
+async def none() -> list[Named]:
+    """There are none of these to choose from."""
+    return []
+
+
+@router.get("/scripts")
+async def scripts(context: Served) -> Scripts:
+    """That of ControlNets, where there are some."""
+    names = [SCRIPT] if context.catalog.controls else []
+    return Scripts(txt2img=names, img2img=names)
+
+
+@router.get("/cmd-flags")
+async def cmd_flags() -> dict[str, str]:
+    """None of A1111's flags are known."""
+    return {}
+
+
+@router.get("/memory")
+async def memory() -> Memory:
+    """Bytes that this process holds and that the machine has. A GPU's are not told here."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    total, used = os.sysconf("SC_PHYS_PAGES") * page, int(Path("/proc/self/statm").read_text().split()[1]) * page
+    return Memory(ram={"free": total - used, "used": used, "total": total}, cuda={"error": "unavailable"})

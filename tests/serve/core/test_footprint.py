@@ -1,0 +1,41 @@
+"""What a picture takes of memory, and the budget that follows from it."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from latentrt import Engine
+from latentrt.serve.core.footprint import budget_of, measured
+from latentrt.serve.core.rules.budget import Footprint
+
+MIB = 2**20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells it")
+def test_a_picture_is_measured(embedded: Engine) -> None:
+    """32 x 32 latents decoded are 256 x 256 pixels: 64 channels of those in float32 are 16 MiB."""
+    ((shape, taken),) = measured(embedded, (32,)).items()
+    assert shape == (4, 32, 32)
+    assert MIB < taken.lane < 200 * MIB
+    assert 16 * MIB < taken.decode < 300 * MIB
+
+
+def test_what_cannot_be_decoded_at_once_is_decoded_in_tiles(engine: Engine) -> None:
+    known = {(4, 64, 64): Footprint(0, 100)}
+    assert budget_of(engine, known, 200, 64 * 64).tile is None
+    assert engine.model.tiles is None
+    budget = budget_of(engine, known, 100, 64 * 64)
+    assert budget.tile == 40
+    tiles = engine.model.tiles
+    assert tiles is not None
+    assert (tiles.side, engine.model.facts(64, 64), engine.model.facts(40, 40)) == (40, {"tile": 320}, {})
+    assert budget_of(engine, known, 1000, 64 * 64).tile == 40  # what the engine was loaded with holds
+
+
+def test_without_a_number_it_is_half_of_what_is_free(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("latentrt.serve.core.footprint.free_memory", lambda: 1000)
+    assert budget_of(engine, {}, None, 1).memory == 500
+    monkeypatch.setattr("latentrt.serve.core.footprint.free_memory", lambda: None)
+    assert budget_of(engine, {}, None, 1).memory is None
