@@ -110,18 +110,19 @@ def tiles(prompt: str = "brick", tile: int = 128) -> None:
 
 def add_ons(path: Path = IMAGES / "add-ons.png") -> None:
     """The embedded model's add-ons: its things plainly and as mosaics, their grey copies, and what is made of those."""
-    names, settings = [f"a {thing}" for thing in THINGS], {**SETTINGS, "guidance": 2.5}
-    with Engine.load(lora="emoji-mosaic") as engine:
-        mosaics = engine(names, **settings)
+    names = [f"a {thing}" for thing in THINGS]
+    wanted = [f"a {colour} {thing}" for colour, thing in zip(COLOURS, THINGS, strict=True)]
     with Engine.load(control={"grey": "emoji-grey"}) as engine:
-        plain = engine(names, **settings)
+        plain = engine(names, **SETTINGS)
         hints = [grey(image) for image in plain]
-        wanted = [f"{colour} {thing}" for colour, thing in zip(COLOURS, THINGS, strict=True)]
-        back = [engine("", control={"grey": hint}, **{**settings, "guidance": 1.0})[0] for hint in hints]
-        turned = [engine(text, control={"grey": hint}, **settings)[0] for text, hint in zip(wanted, hints, strict=True)]
-    under = [*names, *("emoji-mosaic",) * 6, *("grey",) * 6, *("emoji-grey, no prompt",) * 6, *wanted]
+        back = [engine("", control={"grey": hint}, **{**SETTINGS, "guidance": 1.0})[0] for hint in hints]
+        turned = [engine(text, control={"grey": hint}, **SETTINGS)[0] for text, hint in zip(wanted, hints, strict=True)]
+        engine.set_lora("emoji-mosaic")
+        mosaics = engine(names, **SETTINGS)
+    count = len(names)
+    under = [*names, *["emoji-mosaic"] * count, *["a grey hint"] * count, *["no prompt"] * count, *wanted]
     tiles = [*plain, *mosaics, *(hint.convert("RGB") for hint in hints), *back, *turned]
-    save(grid(tiles, len(THINGS), under), path, settings={"prompt": "; ".join(names), **settings})
+    save(grid(tiles, count, under), path, settings={"prompt": "; ".join(names), **SETTINGS})
 
 
 if __name__ == "__main__":

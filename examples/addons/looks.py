@@ -1,4 +1,4 @@
-"""Emoji in two other looks: flat ones, which are SVGs (Fluent, MIT), matched by code point; and mosaics of our own."""
+"""Emoji in other looks: mosaics, in blue ink, and flat ones, which are SVGs (Fluent, MIT), matched by code point."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 from data import SIDE, entries, file_of, load, on_white, package
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 FLAT, RENDERER = "@lobehub/fluent-emoji-flat@1.1.0", "@resvg/resvg-wasm@2.6.2"
-LOOKS = ("flat", "mosaic")
+LOOKS = ("mosaic", "ink", "flat")
 TILES = 16  # of a mosaic, along each side: one for each latent
+INK, PAPER = (16, 44, 132), (255, 255, 255)
 AT_ONCE = 64
 
 
@@ -26,7 +27,9 @@ def collect(work: Path) -> None:
     codes = {entry["label"].lower(): entry["hexcode"].lower() for entry in entries(work)}
     flat = _flat([codes[emoji.name] for emoji in data.emoji], work)
     _keep(work, "flat", list(flat), drawn(list(flat.values()), work))
-    _keep(work, "mosaic", list(range(len(data.emoji))), np.stack([mosaic(each) for each in on_white(data.pictures)]))
+    own, every = on_white(data.pictures), list(range(len(data.emoji)))
+    _keep(work, "mosaic", every, np.stack([mosaic(each) for each in own]))
+    _keep(work, "ink", every, np.stack([ink(each) for each in own]))
 
 
 def _keep(work: Path, look: str, numbers: list[int], pictures: NDArray[np.uint8]) -> None:
@@ -39,6 +42,12 @@ def mosaic(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """A picture of 16 x 16 tiles, each of one colour."""
     tiles = Image.fromarray(picture).resize((TILES, TILES), Image.Resampling.BOX)
     return np.asarray(tiles.resize(picture.shape[1::-1], Image.Resampling.NEAREST))
+
+
+def ink(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """A picture's brightness, from blue ink to white paper."""
+    grey = Image.fromarray(picture).convert("L")
+    return np.asarray(ImageOps.colorize(grey, INK, PAPER))
 
 
 def drawn(svgs: list[str], work: Path, side: int = SIDE) -> NDArray[np.uint8]:
