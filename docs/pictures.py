@@ -22,6 +22,7 @@ IMAGES = Path(__file__).parent / "images"
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SETTINGS = {"steps": 20, "solver": "dpmpp-2m", "guidance": 2.5, "seed": 0}
 COLUMNS = 8
+LOOKS = ("emoji-mosaic", "emoji-ink")  # LoRAs
 THINGS = ("camel", "whale", "lobster", "hedgehog", "dog", "squid")
 COLOURS = ("purple", "red", "green", "pink", "purple", "yellow")  # of these things training had no such picture
 
@@ -109,7 +110,7 @@ def tiles(prompt: str = "brick", tile: int = 128) -> None:
 
 
 def add_ons(path: Path = IMAGES / "add-ons.png") -> None:
-    """The embedded model's add-ons: its things plainly and as mosaics, their grey copies, and what is made of those."""
+    """The embedded model's add-ons: its things plainly, in other looks, in grey, and what is made of that."""
     names = [f"a {thing}" for thing in THINGS]
     wanted = [f"a {colour} {thing}" for colour, thing in zip(COLOURS, THINGS, strict=True)]
     with Engine.load(control={"grey": "emoji-grey"}) as engine:
@@ -117,12 +118,14 @@ def add_ons(path: Path = IMAGES / "add-ons.png") -> None:
         hints = [grey(image) for image in plain]
         back = [engine("", control={"grey": hint}, **{**SETTINGS, "guidance": 1.0})[0] for hint in hints]
         turned = [engine(text, control={"grey": hint}, **SETTINGS)[0] for text, hint in zip(wanted, hints, strict=True)]
-        engine.set_lora("emoji-mosaic")
-        mosaics = engine(names, **SETTINGS)
-    count = len(names)
-    under = [*names, *["emoji-mosaic"] * count, *["a grey hint"] * count, *["no prompt"] * count, *wanted]
-    tiles = [*plain, *mosaics, *(hint.convert("RGB") for hint in hints), *back, *turned]
-    save(grid(tiles, count, under), path, settings={"prompt": "; ".join(names), **SETTINGS})
+        drawn, under = [*plain], [*names]
+        for look in LOOKS:
+            engine.set_lora(look)
+            drawn += engine(names, **SETTINGS)
+            under += [look] * len(names)
+    drawn += [*(hint.convert("RGB") for hint in hints), *back, *turned]
+    under += [*["a grey hint"] * len(names), *["no prompt"] * len(names), *wanted]
+    save(grid(drawn, len(names), under), path, settings={"prompt": "; ".join(names), **SETTINGS})
 
 
 if __name__ == "__main__":
