@@ -16,11 +16,13 @@ from PIL import Image
 
 from latentrt import Engine, grid, save
 from latentrt.bundle.bundle import EMBEDDED
+from latentrt.images.hints import grey
 
 IMAGES = Path(__file__).parent / "images"
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SETTINGS = {"steps": 20, "solver": "dpmpp-2m", "guidance": 2.5, "seed": 0}
 COLUMNS = 8
+LOOKS = ("emoji-mosaic", "emoji-ink")  # LoRAs
 THINGS = ("camel", "whale", "lobster", "hedgehog", "dog", "squid")
 COLOURS = ("purple", "red", "green", "pink", "purple", "yellow")  # of these things training had no such picture
 
@@ -107,6 +109,25 @@ def tiles(prompt: str = "brick", tile: int = 128) -> None:
     save(grid([*drawn, apart], 3, under), IMAGES / "tiles.webp", settings={"prompt": prompt, **SETTINGS})
 
 
+def add_ons(path: Path = IMAGES / "add-ons.png") -> None:
+    """The embedded model's add-ons: its things plainly, in other looks, in grey, and what is made of that."""
+    names = [f"a {thing}" for thing in THINGS]
+    wanted = [f"a {colour} {thing}" for colour, thing in zip(COLOURS, THINGS, strict=True)]
+    with Engine.load(control={"grey": "emoji-grey"}) as engine:
+        plain = engine(names, **SETTINGS)
+        hints = [grey(image) for image in plain]
+        back = [engine("", control={"grey": hint}, **{**SETTINGS, "guidance": 1.0})[0] for hint in hints]
+        turned = [engine(text, control={"grey": hint}, **SETTINGS)[0] for text, hint in zip(wanted, hints, strict=True)]
+        drawn, under = [*plain], [*names]
+        for look in LOOKS:
+            engine.set_lora(look)
+            drawn += engine(names, **SETTINGS)
+            under += [look] * len(names)
+    drawn += [*(hint.convert("RGB") for hint in hints), *back, *turned]
+    under += [*["a grey hint"] * len(names), *["no prompt"] * len(names), *wanted]
+    save(grid(drawn, len(names), under), path, settings={"prompt": "; ".join(names), **SETTINGS})
+
+
 if __name__ == "__main__":
     with Engine.load() as engine:
         sheet(engine)
@@ -119,3 +140,4 @@ if __name__ == "__main__":
     by_command("denoising.webp", *spread(4), "--guidance", "2.5", shown="--animate")
     forward_noise()
     tiles()
+    add_ons()

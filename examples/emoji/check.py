@@ -38,9 +38,9 @@ def check(work: Path, bundle: Path) -> None:
     texts, combined = Combiner(data).make(COMBINED, SEED, known)
     with Engine.load(bundle) as engine:
         drawn, drawn_combined = _draw(engine, captions), _draw(engine, texts)
-    others = _others(drawn, captions, names, pictures)
+    others = others_of(drawn, captions, names, pictures)
     rivals = np.concatenate([combined, np.load(work / "combined.npy", mmap_mode="r"), pictures])
-    missed = _others(drawn_combined, texts, [*texts, *known, *names], rivals)
+    missed = others_of(drawn_combined, texts, [*texts, *known, *names], rivals)
     found = {
         "captions": len(captions),
         "found": len(captions) - len(others),
@@ -69,7 +69,7 @@ def _draw(engine: Engine, texts: Sequence[str]) -> list[Image]:
     return drawn
 
 
-def _others(
+def others_of(
     drawn: Sequence[Image], texts: Sequence[str], names: Sequence[str], pictures: NDArray[np.uint8]
 ) -> dict[str, str]:
     """What those are nearest to that are not nearest to the picture of their own text."""

@@ -46,11 +46,8 @@ class Data:
 
 def collect(work: Path) -> Data:
     """Fetch both packages by npm, match pictures to names by code point, and keep the result in `work`."""
-    with _package(NAMES, work) as names:
-        entries = json.load(_member(names, "en/data.json"))
-    entries = [entry for entry in entries if entry.get("group") not in (None, COMPONENTS, FLAGS)]
-    with _package(PICTURES, work) as package:
-        found = [(entry, _picture(package, entry["hexcode"].lower())) for entry in entries]
+    with package(PICTURES, work) as pictures:
+        found = [(entry, _picture(pictures, entry["hexcode"].lower())) for entry in entries(work)]
     drawn = [(_emoji(entry), picture) for entry, picture in found if picture is not None]
     data = Data([emoji for emoji, _ in drawn], np.stack([picture for _, picture in drawn]))
     np.save(work / "pictures.npy", data.pictures)
@@ -58,10 +55,17 @@ def collect(work: Path) -> Data:
     return data
 
 
+def entries(work: Path) -> list[dict[str, Any]]:
+    """Return emojibase's entries, as it has them, without flags and components."""
+    with package(NAMES, work) as names:
+        found = json.load(member(names, "en/data.json"))
+    return [entry for entry in found if entry.get("group") not in (None, COMPONENTS, FLAGS)]
+
+
 def load(work: Path) -> Data:
     """What `collect` kept."""
-    entries = json.loads((work / "emoji.json").read_text())
-    emoji = [Emoji(entry["name"], tuple(entry["tags"]), entry["group"], entry["subgroup"]) for entry in entries]
+    known = json.loads((work / "emoji.json").read_text())
+    emoji = [Emoji(entry["name"], tuple(entry["tags"]), entry["group"], entry["subgroup"]) for entry in known]
     return Data(emoji, np.load(work / "pictures.npy", mmap_mode="r"))
 
 
@@ -70,7 +74,7 @@ def on_white(pictures: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return pictures[..., :3] + (255 - pictures[..., 3:])
 
 
-def _package(name: str, work: Path) -> tarfile.TarFile:
+def package(name: str, work: Path) -> tarfile.TarFile:
     """An npm package's archive, fetched once; npm checks its digest."""
     path = work / (name.removeprefix("@").replace("/", "-").replace("@", "-") + ".tgz")
     if not path.exists():
@@ -81,21 +85,25 @@ def _package(name: str, work: Path) -> tarfile.TarFile:
     return tarfile.open(path)
 
 
-def _member(package: tarfile.TarFile, path: str) -> IO[bytes]:
+def member(package: tarfile.TarFile, path: str) -> IO[bytes]:
     found = package.extractfile(f"package/{path}")
     assert found is not None
     return found
 
 
-def _picture(package: tarfile.TarFile, code: str) -> NDArray[np.uint8] | None:
-    """The picture of a code point: with or without the selector that asks for an emoji rather than a text sign."""
+def file_of(pictures: tarfile.TarFile, code: str, kind: str) -> IO[bytes] | None:
+    """A code point's file: with or without the selector that asks for an emoji rather than a text sign."""
     for name in (code, f"{code}-fe0f", code.replace("-fe0f", "")):
         try:
-            image = Image.open(_member(package, f"assets/{name}.webp")).convert("RGBa")  # premultiplied
+            return member(pictures, f"assets/{name}.{kind}")
         except KeyError:
             continue
-        return resized(image, SIDE)
     return None
+
+
+def _picture(pictures: tarfile.TarFile, code: str) -> NDArray[np.uint8] | None:
+    file = file_of(pictures, code, "webp")
+    return None if file is None else resized(Image.open(file).convert("RGBa"), SIDE)  # premultiplied
 
 
 def resized(image: Image.Image, side: int) -> NDArray[np.uint8]:

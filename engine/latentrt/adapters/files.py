@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from latentrt.adapters.names import PEFT, Module, Names
+from latentrt.bundle.bundle import located_lora
 from latentrt.bundle.tensors import FLOATS, Tensors, open_tensors
 from latentrt.errors import AdapterError
 
@@ -79,12 +80,13 @@ def split(key: str) -> tuple[str, str]:
 
 
 def located(path: Path) -> Path:
-    """Return the file of a LoRA that is given by its file or by peft's folder.
+    """Return the file of a LoRA that is given by its file, by peft's folder, or by the name of an embedded one.
 
     Raises:
         AdapterError: it is of another format than safetensors, or there is none.
     """
-    file = path / SAVED_BY_PEFT if path.is_dir() else path
+    own = located_lora(path)
+    file = own / SAVED_BY_PEFT if own.is_dir() else own
     if file.suffix != ".safetensors":
         raise AdapterError(f"the LoRA is {path}", needed="a .safetensors file; others can run code")
     if not file.is_file():
@@ -96,7 +98,7 @@ def open_lora(path: Path, names: Names) -> LoraFile:
     """Read a file's header and match its keys with a model's modules.
 
     Args:
-        path: of the file, or peft's folder.
+        path: as `located` takes it.
         names: see `names.dictionary`.
 
     Raises:

@@ -56,7 +56,7 @@ class Bundle:
 
     @classmethod
     def open(cls, root: str | Path = EMBEDDED, *, check_hashes: bool = True, cache: bool = False) -> Bundle:
-        """Open and check the bundle at `root`: a folder, or an embedded model's name.
+        """Open and check the bundle at `root`: a folder, or the name of an embedded one.
 
         `check_hashes=False` still compares every file's size; it saves reading full-size weights twice. With `cache`, a
         large bundle is hashed once: see `latentrt.bundle.checked`.
@@ -144,14 +144,23 @@ class Bundle:
 
 
 def located(bundle: str | Path) -> Path:
-    """Return the folder of a bundle: a path, or the name of an embedded model where no such folder exists."""
+    """Return the folder of a bundle: a path, or the name of an embedded one where no such folder exists."""
     path = Path(bundle)
-    return FOLDER / path if not path.exists() and str(bundle) in embedded() else path
+    known = {manifest.parent.name for manifest in FOLDER.glob(f"*/{MANIFEST}")}
+    return FOLDER / path if not path.exists() and str(bundle) in known else path
+
+
+def located_lora(lora: Path) -> Path:
+    """Return a LoRA's file or folder: a path, or the name of an embedded one where no such file exists."""
+    known = {
+        folder.name: file for folder in FOLDER.iterdir() if (file := folder / f"{folder.name}.safetensors").exists()
+    }
+    return known.get(str(lora), lora) if not lora.exists() else lora
 
 
 def embedded() -> tuple[str, ...]:
-    """Return the names of the embedded models."""
-    return tuple(sorted(folder.parent.name for folder in FOLDER.glob(f"*/{MANIFEST}")))
+    """Return the names of the embedded models. Beside them are ControlNets and LoRAs for them."""
+    return tuple(sorted(index.parent.name for index in FOLDER.glob("*/model_index.json")))
 
 
 def _unlisted(path: Path) -> BundleError:
