@@ -116,15 +116,15 @@ def add_ons(path: Path = IMAGES / "add-ons.png") -> None:
     with Engine.load(control={"grey": "emoji-grey"}) as engine:
         plain = engine(names, **SETTINGS)
         hints = [grey(image) for image in plain]
-        back = [engine("", control={"grey": hint}, **{**SETTINGS, "guidance": 1.0})[0] for hint in hints]
-        turned = [engine(text, control={"grey": hint}, **SETTINGS)[0] for text, hint in zip(wanted, hints, strict=True)]
+        asked = zip([*names, *wanted], 2 * hints, strict=True)
+        coloured = [engine(text, control={"grey": hint}, **SETTINGS)[0] for text, hint in asked]
         drawn, under = [*plain], [*names]
         for look in LOOKS:
             engine.set_lora(look)
             drawn += engine(names, **SETTINGS)
             under += [look] * len(names)
-    drawn += [*(hint.convert("RGB") for hint in hints), *back, *turned]
-    under += [*["a grey hint"] * len(names), *["no prompt"] * len(names), *wanted]
+    drawn += [*(hint.convert("RGB") for hint in hints), *coloured]
+    under += [*["a grey hint"] * len(names), *names, *wanted]
     save(grid(drawn, len(names), under), path, settings={"prompt": "; ".join(names), **SETTINGS})
 
 
