@@ -42,9 +42,9 @@ def add_control(root: Path, spec: ModelSpec) -> ModelSpec:
     """Write the denoiser's graphs again with residuals of ControlNets as inputs, and with features of T2I-Adapters too.
 
     The former compute to the bit what the plain ones do where residuals are zeros; features in the middle of a graph
-    change how runtimes fuse it. Other denoisers than UNets that take them stay as they are.
+    change how runtimes fuse it. Other denoisers than UNets that take them stay as they are, and those without text.
     """
-    if not spec.draws:
+    if not spec.draws or not spec.named(TEXT_ENCODER):
         return spec
     adapted = adapted_skips(read_json(root / spec.denoiser / "config.json"))
     for ending, skips in ((CONTROLLED, ()), (FEATURED, adapted))[: 1 + bool(adapted)]:
