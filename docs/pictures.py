@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -17,6 +18,7 @@ from PIL import Image
 from latentrt import Engine, grid, save
 from latentrt.bundle.bundle import EMBEDDED
 from latentrt.images.hints import grey
+from latentrt.request import request_from
 
 IMAGES = Path(__file__).parent / "images"
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -110,22 +112,21 @@ def tiles(prompt: str = "brick", tile: int = 128) -> None:
 
 
 def add_ons(path: Path = IMAGES / "add-ons.png") -> None:
-    """The embedded model's add-ons: its things plainly, in other looks, in grey, and what is made of that."""
+    """The embedded model's add-ons in one batch: its things plainly, in other looks, and what is made of grey ones."""
     names = [f"a {thing}" for thing in THINGS]
     wanted = [f"a {colour} {thing}" for colour, thing in zip(COLOURS, THINGS, strict=True)]
-    with Engine.load(control={"grey": "emoji-grey"}) as engine:
-        plain = engine(names, **SETTINGS)
-        hints = [grey(image) for image in plain]
-        asked = zip([*names, *wanted], 2 * hints, strict=True)
-        coloured = [engine(text, control={"grey": hint}, **SETTINGS)[0] for text, hint in asked]
-        drawn, under = [*plain], [*names]
-        for look in LOOKS:
-            engine.set_lora(look)
-            drawn += engine(names, **SETTINGS)
-            under += [look] * len(names)
-    drawn += [*(hint.convert("RGB") for hint in hints), *coloured]
-    under += [*["a grey hint"] * len(names), *names, *wanted]
-    save(grid(drawn, len(names), under), path, settings={"prompt": "; ".join(names), **SETTINGS})
+    with Engine.load(control={"grey": "emoji-grey"}, adapters={look: look for look in LOOKS}) as engine:
+        hints = [grey(image) for image in engine(names, **SETTINGS)]
+        rows: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in names]
+        rows += [(name, {"lora": {look: 1.0}}) for look in LOOKS for name in names]
+        rows += [(name, {"control": {"grey": hint}}) for name, hint in zip([*names, *wanted], 2 * hints, strict=True)]
+        jobs = [job for name, own in rows for job in engine.jobs(request_from(name, {**SETTINGS, **own}))]
+        engine.run(jobs)
+        drawn = [*engine.pictures(jobs)]
+    count = len(names)
+    drawn[3 * count : 3 * count] = [hint.convert("RGB") for hint in hints]
+    under = [*names, *(look for look in LOOKS for _ in names), *["a grey hint"] * count, *names, *wanted]
+    save(grid(drawn, count, under), path, settings={"prompt": "; ".join(names), **SETTINGS})
 
 
 if __name__ == "__main__":
