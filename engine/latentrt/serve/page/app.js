@@ -2,6 +2,7 @@
 
 import { ask, key, setKey } from "./api.js";
 import { find, say, short, titleOf, toForm } from "./dom.js";
+import * as controls from "./controls.js";
 import * as form from "./form.js";
 import * as gallery from "./gallery.js";
 import * as jobs from "./jobs.js";
@@ -12,9 +13,9 @@ let model = null; // what /latentrt/model said
 let state = "";
 
 async function draw() {
-  const given = await source.source();
   const { strength, ...wanted } = form.values();
-  if (given && strength !== undefined) wanted.strength = strength;
+  const given = { ...(await source.source()), control: controls.controls() };
+  if (given.image && strength !== undefined) wanted.strength = strength;
   const job = jobs.start(wanted, given);
   say(`Drawing ${short(titleOf(wanted))}`);
   if (matchMedia("(max-width: 50rem)").matches) job.card.scrollIntoView({ block: "nearest" });
@@ -33,6 +34,7 @@ async function learn(now) {
   find("model-name").textContent = model.model;
   form.offered(model);
   source.offered(model);
+  controls.offered(model);
 }
 
 function openKey() {

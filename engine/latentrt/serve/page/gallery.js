@@ -110,6 +110,7 @@ function facts({ wanted, facts: own, size, made, edited, warnings }) {
     ["Guidance", own.guidance ?? wanted.guidance_scale],
     ["Seed", wanted.seed],
     ["Starts from", edited ? `a picture, strength ${own.strength ?? wanted.strength ?? "automatic"}` : undefined],
+    ...Object.entries(own.control ?? {}).map(([name, unit]) => ["Follows", `${name}, scale ${unit.scale}, ${unit.start} to ${unit.end}${unit.guess ? ", guess mode" : ""}`]),
     ["Enlarged", own.hires_scale && `${own.hires_scale} times, strength ${own.hires_strength}`],
     ["Refiner from", own.handoff],
     ["Model", own.model ?? wanted.model],

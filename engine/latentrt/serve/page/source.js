@@ -71,9 +71,9 @@ export function use(blob) {
   changed(Boolean(blob));
 }
 
-/** {image, mask, depth} as Blobs, or null where pictures start from noise. */
+/** {image, mask, depth} as Blobs, or {} where pictures start from noise. */
 export async function source() {
-  if (!picture) return null;
+  if (!picture) return {};
   const mask = needs.masks ? (maskFile.files[0] ?? (painted ? await cutOut() : null)) : null;
   return { image: picture, mask, depth: needs.needs_depth ? depthFile.files[0] : null };
 }
