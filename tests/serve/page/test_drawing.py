@@ -126,7 +126,7 @@ def test_previews_and_steps_of_a_running_job(page: Visitor, fakes: Fakes) -> Non
 
 def addresses(page: Visitor) -> list[str]:
     """Of the pictures that are shown."""
-    return page.run("return [...document.querySelectorAll('#work img')].map((image) => image.src)")
+    return page.run("return [...document.querySelectorAll('#jobs img')].map((image) => image.src)")
 
 
 def test_jobs_are_cancelled_by_key_and_by_button_and_drawn_again(page: Visitor, fakes: Fakes) -> None:

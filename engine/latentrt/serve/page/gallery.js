@@ -13,6 +13,7 @@ let opening = null;
 let history = null;
 let hooks = {};
 let shown = null;
+let ontop = false; // it was opened by the newest picture's button
 
 /** `reuse(record)` and `edit(record)` are what a picture's buttons do. */
 export async function begin(given) {
@@ -24,13 +25,17 @@ export async function begin(given) {
   });
   question.addEventListener("close", () => question.returnValue === "delete" && clear());
   const act = (id, work) => find(id).addEventListener("click", () => work(shown));
+  find("newest").addEventListener("click", () => {
+    open([...tiles.keys()].at(-1));
+    ontop = true;
+  });
   act("detail-close", () => detail.close());
   act("detail-reuse", (record) => leave(hooks.reuse, record));
   act("detail-edit", (record) => leave(hooks.edit, record));
   act("detail-copy", copy);
   act("detail-delete", remove);
   detail.addEventListener("keydown", turn);
-  detail.addEventListener("close", () => tiles.get(shown)?.querySelector("button").focus());
+  detail.addEventListener("close", closed);
   detail.addEventListener("click", (event) => event.target === detail && detail.close());
   opening = History.open();
   history = await opening;
@@ -43,6 +48,7 @@ export async function begin(given) {
 export async function add(record) {
   await opening;
   place(record);
+  tally();
   await history.put(record).catch(() => say("The picture could not be kept: the browser has no room"));
   let size = 0;
   for (const one of tiles.keys()) size += one.blob.size;
@@ -55,15 +61,16 @@ export async function add(record) {
 }
 
 function place(record) {
-  const name = `${short(titleOf(record.wanted))}, seed ${record.wanted.seed}`;
   const image = make("img", { alt: "", loading: "lazy", src: URL.createObjectURL(record.blob) });
   const caption = make("span", { className: "caption" }, titleOf(record.wanted));
-  const tile = button("", () => open(record), { className: "tile", "aria-label": name, "aria-haspopup": "dialog" });
+  const tile = button("", () => open(record), { className: "tile", "aria-label": nameOf(record), "aria-haspopup": "dialog" });
   tile.append(image, caption);
   const item = make("li", {}, tile);
   tiles.set(record, item);
   list.prepend(item);
 }
+
+const nameOf = ({ wanted }) => `${short(titleOf(wanted))}, seed ${wanted.seed}`;
 
 async function drop(record) {
   const item = tiles.get(record);
@@ -81,7 +88,14 @@ async function clear() {
   toForm();
 }
 
+/** Say how many there are, and show the newest one above the form, where a phone begins. */
 function tally() {
+  const newest = [...tiles.keys()].at(-1);
+  find("newest").hidden = !newest;
+  if (newest) {
+    find("newest").setAttribute("aria-label", `Newest: ${nameOf(newest)}`);
+    find("newest-image").src = tiles.get(newest).querySelector("img").src;
+  }
   find("empty").hidden = tiles.size > 0;
   find("clear").hidden = tiles.size === 0;
   const kept = history.kept ? "" : ", until this tab is closed";
@@ -96,7 +110,14 @@ function open(record) {
   find("detail-facts").replaceChildren(...facts(record).flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, String(value))]));
   Object.assign(find("detail-download"), { href: address, download: `${slug(record)}.png` });
   find("detail-say").textContent = "";
-  if (!detail.open) detail.showModal();
+  if (detail.open) return;
+  ontop = false;
+  detail.showModal();
+}
+
+/** The focus goes back to what it came from. */
+function closed() {
+  if (shown) (ontop ? find("newest") : tiles.get(shown).querySelector("button")).focus();
 }
 
 /** What made the picture: what the file itself says, else what was asked for. */
