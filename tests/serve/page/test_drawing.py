@@ -230,6 +230,43 @@ def test_an_edit_with_a_painted_mask(flat: Visitor, scheduler: FakeScheduler, pi
     assert (request.pictures, request.strength) == ({}, None)
 
 
+def test_a_mask_by_keyboard_with_eraser_invert_and_undo(flat: Visitor, scheduler: FakeScheduler, picture: str) -> None:
+    flat.one("#source-file").send_keys(picture)
+    canvas = flat.one("#source-mask")
+    flat.until(lambda: flat.run("return arguments[0].width", canvas) == 96 and canvas.is_displayed())
+    alpha = "return [...arguments[0].getContext('2d').getImageData(0, 0, 96, 96).data].filter((_, k) => k % 4 === 3)"
+
+    def painted() -> np.ndarray[Any, Any]:
+        return np.array(flat.run(alpha, canvas)).reshape(96, 96) >= 128
+
+    flat.run("arguments[0].focus()", canvas)
+    flat.run("document.querySelector('#brush').value = 40")
+    flat.press(Keys.ARROW_LEFT)
+    flat.press(Keys.SPACE)
+    dot = painted()
+    assert dot[48].any()
+    assert not dot[:, 60:].any()
+    flat.press("e")
+    assert flat.one("#mask-eraser").get_attribute("aria-pressed") == "true"
+    flat.press(Keys.SPACE)
+    assert not painted().any()
+    flat.press(Keys.CONTROL, "z")
+    np.testing.assert_array_equal(painted(), dot)
+    flat.click("Invert")
+    np.testing.assert_array_equal(painted(), ~dot)
+    flat.click("Clear mask")
+    assert not painted().any()
+    flat.click("Undo")
+    flat.click("Larger")
+    wide = canvas.rect["width"]
+    assert canvas.rect["height"] == wide > 500
+    flat.press(Keys.ESCAPE)
+    assert canvas.rect["width"] < 400
+    flat.draw("a red apple", num_inference_steps=STEPS)
+    flat.count(1, TILE)
+    np.testing.assert_array_equal(scheduler.submitted[0].request.pictures["mask"] == 255, ~dot)
+
+
 def test_a_mask_from_a_file(flat: Visitor, scheduler: FakeScheduler, picture: str, tmp_path: Path) -> None:
     (tmp_path / "mask.png").write_bytes(png(96, 96, "RGBA", (0, 0, 0, 0)))
     flat.one("#source-file").send_keys(picture)
