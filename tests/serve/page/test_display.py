@@ -97,6 +97,18 @@ def test_text_has_contrast(page: Visitor, scheme: str) -> None:
     assert (background == "rgb(23, 25, 22)") == (scheme == "dark")
 
 
+def test_the_switch_for_dark(flat: Visitor) -> None:
+    """It is kept, and twice pressed it follows the system again."""
+    background = "return getComputedStyle(document.body).backgroundColor"
+    light = flat.run(background)
+    flat.click("Dark")
+    flat.visit()
+    assert flat.run(background) == "rgb(23, 25, 22)"
+    flat.click("Light")
+    assert flat.run(background) == light
+    assert flat.run("return localStorage.getItem('latentrt.theme')") is None
+
+
 def test_nothing_moves_for_those_who_want_none(page: Visitor, fakes: Fakes) -> None:
     page.emulate(prefers_reduced_motion="reduce")
     fakes.hold()

@@ -1,14 +1,16 @@
-"""What the page sends beside settings: ControlNets with the pictures that they follow."""
+"""What the page offers beside settings: ControlNets, seeds, a word about large sizes; what is done with pictures."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from zipfile import ZipFile
 
 import pytest
-from selenium.webdriver import Chrome
+from selenium.webdriver import Chrome, Keys
 
 from latentrt.bundle.bundle import Bundle
 from latentrt.model.model import Model
@@ -67,3 +69,51 @@ def test_controls_are_sent(guided: Visitor, scheduler: FakeScheduler, tmp_path: 
 
 def test_a_server_without_controlnets_offers_none(flat: Visitor) -> None:
     assert not flat.one("#controls").is_displayed()
+
+
+def test_seeds_formats_and_a_word_about_large_sizes(flat: Visitor, scheduler: FakeScheduler) -> None:
+    flat.run("document.querySelector('#more').open = true")
+    flat.one("[name=output_format] option[value=webp]").click()
+    flat.draw("a fox", num_inference_steps=STEPS, seed=7)
+    flat.count(1, TILE)[0].click()
+    assert flat.one("#detail-download").get_attribute("download") == "a-fox-7.webp"
+    flat.press(Keys.ESCAPE)
+    seed = flat.one("[name=seed]")
+    flat.click("Random")
+    assert seed.get_attribute("value") == ""
+    flat.click("Same")
+    assert seed.get_attribute("value") == "7"
+    assert not flat.one("#cost").is_displayed()
+    flat.set(hires_scale=2)
+    flat.reads("4 times the pixels of the model’s own 128 × 128", "#cost")
+    flat.click("Defaults")
+    flat.until(lambda: not flat.one("#cost").is_displayed())
+
+
+def test_favourites_stay_pictures_are_compared_and_saved(flat: Visitor, tmp_path: Path) -> None:
+    flat.draw("a fox", num_inference_steps=STEPS, seed=1, n=3)
+    flat.count(3, TILE)
+    flat.run("document.querySelector(\".tile[aria-label$='seed 2']\").click()")
+    flat.click("Favourite", "#detail")
+    flat.click("Compare", "#detail")
+    flat.press(Keys.ARROW_RIGHT)
+    flat.until(lambda: flat.one("#detail-other").is_displayed())
+    assert flat.one("#detail-other").accessible_name == "Beside it: a fox, seed 2, favourite"
+    flat.click("Zoom", "#detail")
+    assert flat.one("#detail-image").rect["width"] > 1000
+    flat.press(Keys.ESCAPE)
+    behaviour = {"behavior": "allow", "downloadPath": str(tmp_path)}
+    flat.chrome.execute_cdp_cmd("Browser.setDownloadBehavior", behaviour)
+    flat.click("Download all")
+    flat.until(lambda: (tmp_path / "latentrt.zip").exists())
+    with ZipFile(tmp_path / "latentrt.zip") as archive:
+        assert archive.testzip() is None
+        names = sorted(name.partition("-")[2] for name in archive.namelist())
+        assert names == ["a-fox-1.png", "a-fox-2.png", "a-fox-3.png"]
+        assert archive.read(archive.namelist()[0]).startswith(b"\x89PNG")
+        assert archive.infolist()[0].date_time[:3] == datetime.now().timetuple()[:3]
+    flat.visit()
+    flat.count(3, TILE)
+    flat.click("Favourites")
+    shown = [tile.accessible_name for tile in flat.all(TILE) if tile.is_displayed()]
+    assert shown == ["a fox, seed 2, favourite"]

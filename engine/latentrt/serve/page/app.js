@@ -7,6 +7,7 @@ import * as form from "./form.js";
 import * as gallery from "./gallery.js";
 import * as jobs from "./jobs.js";
 import * as source from "./source.js";
+import * as theme from "./theme.js";
 import * as watch from "./watch.js";
 
 let model = null; // what /latentrt/model said
@@ -90,6 +91,13 @@ find("key-open").addEventListener("click", openKey);
 find("key-cancel").addEventListener("click", () => find("key-dialog").close(""));
 find("key-dialog").addEventListener("close", keyClosed);
 document.addEventListener("keydown", shortcut);
+for (const [id, seed] of [["seed-any", () => ""], ["seed-same", () => gallery.newest()?.wanted.seed]]) {
+  find(id).addEventListener("click", () => {
+    form.fill({ seed: seed() });
+    form.keep();
+  });
+}
+theme.begin();
 form.begin();
 source.begin(form.startsFrom);
 jobs.begin({ drawn: gallery.add, stirred: watch.look, field: form.field });

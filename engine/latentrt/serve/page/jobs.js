@@ -89,7 +89,7 @@ class Job {
 
   async #request() {
     const { image, mask, depth, control } = this.given;
-    const wanted = { ...this.wanted, stream: true, output_format: "png" };
+    const wanted = { output_format: "png", ...this.wanted, stream: true };
     if (control) wanted.control = await encoded(control);
     const options = { method: "POST", headers: { "x-request-id": this.id }, signal: this.abort.signal };
     if (!image) {
@@ -108,7 +108,7 @@ class Job {
     try {
       for await (const { event, data } of events(response.body)) {
         if (event === "error") throw Refusal.of(data.error);
-        const blob = new Blob([bytes(data.b64_json)], { type: "image/png" });
+        const blob = new Blob([bytes(data.b64_json)], { type: `image/${this.wanted.output_format ?? "png"}` });
         this.#show(data.index ?? 0, blob);
         if (!this.followed) this.#tell("Drawing");
         if (event.endsWith(".completed")) await this.#picture(data, blob);
