@@ -70,11 +70,14 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
 
 def make_checkpoint(name: str, folder: Path) -> None:
     """Write a checkpoint of a kind: "sd", "sd2", "sdxl", "pixels", ...; with "-inpainting", such a one."""
-    from tests.support.models import checkpoints, controlnets, kinds, pixels
+    from tests.support.models import adapters, checkpoints, controlnets, kinds, pixels
 
     if name.startswith("control-"):  # of a checkpoint that is there already: control-sd-1
         _, base, number = name.split("-")
         controlnets.tiny_controlnet(folder, folder.with_name(base), int(number))
+        return
+    if name.startswith("adapter-"):
+        adapters.tiny_adapter(folder, name.removeprefix("adapter-"))
         return
     kind, inpaints = name.removesuffix("-inpainting"), name.endswith("-inpainting")
     unet = {"in_channels": 9} if inpaints else {}
@@ -89,6 +92,10 @@ def make_checkpoint(name: str, folder: Path) -> None:
         checkpoints.tiny_sd2(folder, unet=unet, index=index, variant="fp16", max_shard_size="200KB")
     elif kind == "wide":  # channels and features as in SD 1.5's first block, for kernels that take few sizes
         checkpoints.tiny_sd(folder, unet={"block_out_channels": (320, 320), "norm_num_groups": 32})
+    elif kind == "levels":  # blocks in the order of SD 1.5's, for T2I-Adapters
+        blocks = {"down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")}
+        blocks["up_block_types"] = ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D")
+        checkpoints.tiny_sd(folder, unet={**blocks, "block_out_channels": (16, 32, 32), "layers_per_block": 2})
     elif kind in ("refiner", "depth", "x4", "x2"):
         getattr(checkpoints, f"tiny_{kind}")(folder)
     elif kind == "tiny-vae":

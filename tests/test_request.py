@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentrt.errors import RequestError
-from latentrt.request import Request, facts_of
+from latentrt.request import Request
+from latentrt.run.facts import facts_of
 from latentrt.values import plain
 
 
@@ -118,12 +119,13 @@ NUMPY: dict[str, Any] = {
 
 def test_numpys_values_are_values() -> None:
     request = Request(**NUMPY)
-    assert set(NUMPY) == set(Request.__dataclass_fields__) - {"pictures", "control", "embeddings"}
+    assert set(NUMPY) == set(Request.__dataclass_fields__) - {"pictures", "control", "embeddings", "lora"}
     wanted = {name: plain(value) for name, value in NUMPY.items()}
     wanted["options"] = {"eta": 0.5, "use_karras_sigmas": False, "disable_corrector": [0, 1]}
     for name, value in wanted.items():
         made = getattr(request, name)
         assert (made, type(made)) == (value, type(value)), name
+    assert Request(lora={"a": np.float32(0.5), "b": np.array([1, 0])}).lora == {"a": (0.5, 0.5), "b": (1.0, 0.0)}
     json.dumps(facts_of(request, "ddim", request.seed, 0, (64, 64), "model"), allow_nan=False)
 
 

@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 
 from latentrt.adapters.given import Loras, loras_of
 from latentrt.adapters.memory import with_loras
+from latentrt.adapters.mixed import RANK
 from latentrt.bundle.bundle import EMBEDDED, Bundle
 from latentrt.bundle.spec import CONDITIONER, CONTROL, DENOISER, ENCODER, HINT, SHALLOW, TEXT_ENCODER
 from latentrt.cuda.gpu import Gpu
 from latentrt.errors import RequestError
 from latentrt.images.pixels import to_picture, to_pil, to_uint8
 from latentrt.model.codec import decode_each
+from latentrt.model.conditioners.adapters import Adapters
 from latentrt.model.control import NO_CONTROLS
 from latentrt.model.given import Given
 from latentrt.model.model import Model
@@ -63,14 +65,14 @@ class Engine:
         capture: bool | None = None,
         refiner: Bundle | None = None,
         vae: VaeOptions = OWN,
+        adapters: Adapters | None = None,
         controls: Mapping[str, Bundle] = NO_CONTROLS,
     ) -> None:
         self.bundle, self.backend = bundle, backend
         resident = resident or backend.gpu is not None
         with ExitStack() as opened:
-            self.model = opened.enter_context(
-                closing(Model(bundle, backend, resident=resident, vae=vae, controls=controls))
-            )
+            made = Model(bundle, backend, resident=resident, vae=vae, controls=controls, adapters=adapters)
+            self.model = opened.enter_context(closing(made))
             self.refiner = None
             if refiner is not None:
                 self.refiner = refiner_of(self.model, refiner, backend, resident=resident)
@@ -106,6 +108,8 @@ class Engine:
         control: Mapping[str, str | Path] | None = None,
         lora: Loras = (),
         allow_unmatched: bool = False,
+        adapters: Mapping[str, str | Path] | str | Path | None = None,
+        adapter_rank: int = RANK,
     ) -> Engine:
         """Open a bundle and load its networks.
 
@@ -125,13 +129,14 @@ class Engine:
             cache: keep in your cache, for quicker loading, graphs that onnxruntime has optimized, and what was hashed.
             check_hashes: compare every file's SHA-256 with the manifest (sizes are always compared).
             refiner: the bundle of a model that takes over at a request's `handoff`.
-            vae: a bundle whose VAE takes the place of the model's own.
-            preview_vae: a bundle whose decoder makes the previews, such as AutoencoderTiny's.
-            control: bundles of ControlNets by the names that calls have for them.
+            vae, preview_vae: bundles whose VAE takes the place of the model's own, and whose decoder makes previews.
+            control: bundles of ControlNets and T2I-Adapters by the names that calls have for them.
             tile: decode and encode pictures with a longer side in tiles of so many pixels; None: at once.
             lora: LoRAs that are merged into the model's weights in memory, each "FILE", "FILE:0.8" or, of the UNet and
                 of the text encoders, "FILE:0.8:0.5"; or strengths by file. Not with OpenVINO. See `set_lora`.
             allow_unmatched: leave out keys of a LoRA that have no place in the model; else they are an error.
+            adapters, adapter_rank: LoRAs that calls may name (`lora={"name": 0.8}`), files by name or their folder, and
+                the largest rank of those of one picture together. See docs/lora.md.
 
         Raises:
             BundleError: a bundle is missing, damaged or unsafe.
@@ -146,7 +151,7 @@ class Engine:
         first, loras = opened(bundle), loras_of(lora, allow_unmatched=allow_unmatched)
         first = with_loras(first, loras, allow_unmatched=allow_unmatched)
         make = partial(cls, first, lanes=lanes, resident=resident, capture=capture, controls=controls)
-        make = partial(make, refiner=second, vae=vaes)
+        make = partial(make, refiner=second, vae=vaes, adapters=Adapters.of(adapters, adapter_rank))
         if isinstance(backend, str):
             own = open_backend(backend, device, threads, precision=precision, plans=plans, cache=cache, spin=spin)
         else:

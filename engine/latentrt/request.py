@@ -1,4 +1,4 @@
-"""A user's request: how it is made of keyword arguments, and which of its settings a picture carries."""
+"""A user's request, and how it is made of keyword arguments."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from latentrt.adapters.given import strengths_of
 from latentrt.errors import RequestError
 from latentrt.sampling.settings import KNOWN_KEYS
 from latentrt.sampling.solvers import SOLVERS
@@ -28,13 +29,6 @@ _NUMBERS = {
     **dict.fromkeys(("aesthetic_score", "negative_aesthetic_score"), (0.0, 1000.0)),
     "mask_blur": (0.0, 256.0),
 }
-# Of a picture, where they are set.
-_OWN = (
-    *("strength", "handoff", "image_guidance", "noise_level", "aesthetic_score", "negative_aesthetic_score"),
-    "mask_crop",
-)
-# The same, where they are not at these values.
-_USUAL = {"cache_interval": 1, "seed_delta": 0, "mask_blur": 0, "mask_fill": "original", "mask_keeps": False}
 
 # What users of other tools type, and the name of it here.
 _OTHER_NAMES = {
@@ -49,6 +43,9 @@ _OTHER_NAMES = {
     "init_image": "image",
     "mask_image": "mask",
     "denoising_strength": "strength",
+    "loras": "lora",
+    "lora_scale": "lora",
+    "cross_attention_kwargs": "lora",
     "control_image": "control",
     "controlnet_conditioning_scale": "control",
     "control_guidance_start": "control",
@@ -61,15 +58,16 @@ _OTHER_NAMES = {
 
 @dataclass(frozen=True, slots=True)
 class Control:
-    """How a ControlNet acts on a picture.
+    """How a ControlNet or T2I-Adapter acts on a picture.
 
     Attributes:
-        image: what it follows: edges, a depth map, ... as the ControlNet was trained with; a PIL image, or a uint8 or
+        image: what it follows: edges, a depth map, ... as it was trained with; a PIL image, or a uint8 or
             uint16 array (height, width, 3) or of grey (height, width). It is brought to the picture's size. Or floats
             (height, width, 3) of that size, such as `latentrt.images.hints.masked` gives.
         scale: how strongly, 0 to 1000; 1 is as trained.
         start, end: the part of the run, as fractions of its rows, in which it acts.
-        guess: whether it acts on the lane with the prompt alone, and less on finer details: diffusers' guess mode.
+        guess: whether it acts on the lane with the prompt alone, and less on finer details: diffusers' guess mode,
+            which T2I-Adapters do not have.
 
     Raises:
         RequestError: a value is out of range.
@@ -131,6 +129,8 @@ class Request:
             weights.
         clip_skip: layers of the text encoders to leave out at the end, as diffusers counts; None and 0 are none.
         embeddings: files of textual inversion (.safetensors) by the words of the prompt that stand for them.
+        lora: how much of each of the engine's LoRAs is added, by name: 0.8, or (0.8, 0.5) of the UNet and of the text
+            encoders.
         noise: the torch generator whose numbers the seed selects.
         strength: how much of the run is made on a given picture, above 0 to 1; None is 0.8, or 1 with a mask.
         mask_blur: how soft the mask's edge is: the sigma of a Gaussian blur, in pixels of the given picture.
@@ -175,6 +175,7 @@ class Request:
     prompt_syntax: str = "plain"
     clip_skip: int | None = None
     embeddings: Mapping[str, str | Path] = field(default_factory=dict)
+    lora: Mapping[str, Any] = field(default_factory=dict)
     noise: str = "torch-cpu"
     strength: float | None = None
     mask_blur: float = 0.0
@@ -191,7 +192,7 @@ class Request:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in set(self.__dataclass_fields__) - {"pictures", "control", "options", "embeddings"}:
+        for name in set(self.__dataclass_fields__) - {"pictures", "control", "options", "embeddings", "lora"}:
             object.__setattr__(self, name, plain(getattr(self, name)))
         _whole("count", self.count, 1, 10_000)
         _whole("cache_interval", self.cache_interval, 1, 10_000)
@@ -213,6 +214,7 @@ class Request:
                 found, needed = f"{name} is {getattr(self, name)!r}", f"one of {', '.join(map(str, known))}"
                 raise RequestError(found, needed=needed)
         _check_embeddings(self.embeddings)
+        object.__setattr__(self, "lora", strengths_of(self.lora))
         for name, optional in (("prompt", True), ("negative_prompt", True), ("solver", True), ("noise", False)):
             value = getattr(self, name)
             if not isinstance(value, str) and not (optional and value is None):
@@ -299,50 +301,3 @@ def request_from(prompt: str | None, settings: Mapping[str, Any]) -> Request:
     fields = {key: value for key, value in settings.items() if key in own}
     options = {key: value for key, value in settings.items() if key not in own}
     return Request(prompt=prompt, **fields, options=options)
-
-
-def facts_of(request: Request, solver: str, seed: int, index: int, size: tuple[int, int], model: str) -> dict[str, Any]:
-    """Return the settings that a picture of (height, width) carries."""
-    return {
-        **_of_prompt(request),
-        "steps": request.steps,
-        "solver": solver,
-        "noise": request.noise,
-        "seed": seed,
-        "index": index,
-        "width": size[1],
-        "height": size[0],
-        "model": model,
-        **{name: getattr(request, name) for name in _OWN if getattr(request, name) is not None},
-        **{name: getattr(request, name) for name, usual in _USUAL.items() if getattr(request, name) != usual},
-        **_of_hires(request),
-        **request.options,
-    }
-
-
-def _of_hires(request: Request) -> dict[str, Any]:
-    if request.hires_scale is None:
-        return {}
-    steps = {} if request.hires_steps is None else {"hires_steps": request.hires_steps}
-    return {"hires_scale": request.hires_scale, "hires_strength": request.hires_strength, **steps}
-
-
-def _of_prompt(request: Request) -> dict[str, Any]:
-    """Return the settings of a picture that tell how it was conditioned."""
-    if request.prompt is None:
-        return {} if request.class_label is None else {"class_label": request.class_label}
-    return {
-        "prompt": request.prompt,
-        "negative_prompt": request.negative_prompt or "",
-        "guidance": request.guidance,
-        "guidance_rescale": request.guidance_rescale,
-        "guidance_interval": list(request.guidance_interval),
-        **({} if request.prompt_syntax == "plain" else {"prompt_syntax": request.prompt_syntax}),
-        **({"clip_skip": request.clip_skip} if request.clip_skip else {}),
-        **({"embeddings": _names(request.embeddings)} if request.embeddings else {}),
-    }
-
-
-def _names(files: Mapping[str, str | Path]) -> dict[str, str]:
-    """Return the files' names without their folders, which tell of the machine."""
-    return {token: Path(path).name for token, path in files.items()}

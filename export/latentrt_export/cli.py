@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from latentrt.bundle.bundle import MANIFEST
+from latentrt.bundle.bundle import MANIFEST, located
 from latentrt.command.terminal import show, table_of
 from latentrt.errors import ExportError, MissingDependencyError
 from latentrt_export.checkpoint.onnx_folder import is_onnx_folder
@@ -42,11 +42,10 @@ def run_export(
         }
         if _is_merge(source, revision, variant, choices):
             if int8:
-                raise ExportError(
-                    "--int8 with LoRAs for a bundle", needed="a checkpoint", fix="leave it out: a bundle keeps its int8"
-                )
-            own = {"allow_unmatched": choices.allow_unmatched, **common}
-            summary = merge_bundle(Path(source), target, choices.loras, **own)
+                fix = "leave it out: a bundle keeps its int8"
+                raise ExportError("--int8 with LoRAs for a bundle", needed="a checkpoint", fix=fix)
+            own = {"allow_unmatched": choices.allow_unmatched, "adapters": choices.adapters, **common}
+            summary = merge_bundle(located(source), target, choices.loras, **own)
         else:
             summary = export_bundle(
                 source, target, revision=revision, variant=variant, choices=choices, int8=int8, **common
@@ -65,9 +64,10 @@ def run_export(
 
 
 def _is_merge(source: str, revision: str | None, variant: str | None, choices: Choices) -> bool:
-    """Return whether LoRAs, and nothing else, are asked for with a bundle: it is then not exported again."""
-    alone = replace(choices, lora=(), allow_unmatched=False) == AS_THEY_ARE
-    return bool(choices.loras) and alone and not revision and not variant and (Path(source) / MANIFEST).is_file()
+    """Return whether what LoRAs need, and nothing else, is asked for with a bundle: it is then not exported again."""
+    alone = replace(choices, lora=(), allow_unmatched=False, adapters=False) == AS_THEY_ARE
+    asked = bool(choices.loras) or choices.adapters
+    return asked and alone and not revision and not variant and (located(source) / MANIFEST).is_file()
 
 
 def run_verify(bundle: Path, against: str | Path, *, steps: int, choices: Choices, as_json: bool) -> int:

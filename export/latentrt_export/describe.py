@@ -19,6 +19,7 @@ from latentrt.bundle.spec import (
     HINT,
     MODEL,
     SHALLOW,
+    T2I_ADAPTER,
     Correction,
     Defaults,
     LatentSpec,
@@ -32,7 +33,7 @@ from latentrt.sampling.schedule import Schedule
 from latentrt.values import is_whole
 from latentrt_export.checkpoint.corrections import corrections_of, drawn_by
 from latentrt_export.checkpoint.files import read_json
-from latentrt_export.checkpoint.lone_control import PART, hint_levels
+from latentrt_export.checkpoint.lone_control import ADAPTER, FULL_XL, PART, adapter_factor, hint_levels
 from latentrt_export.checkpoint.served import (
     EDITING,
     EXTRA,
@@ -59,6 +60,8 @@ GRAPHS = {  # where a bundle has each network's graph
     "hint": "controlnet/hint.onnx",
     "controlnet_text": "controlnet/text.onnx",
     "controlnet": "controlnet/model.onnx",
+    "t2i_adapter": "t2i_adapter/model.onnx",
+    "t2i_adapter_scaled": "t2i_adapter/scaled.onnx",
 }
 ROLES = {  # all others are text encoders
     "unet_text": CONDITIONER,
@@ -69,6 +72,8 @@ ROLES = {  # all others are text encoders
     "hint": HINT,
     "controlnet_text": CONDITIONER,
     "controlnet": CONTROL,
+    "t2i_adapter": HINT,
+    "t2i_adapter_scaled": CONTROL,
 }
 
 LCM, PIX2PIX, XL_PIX2PIX, UPSCALER = (4, 8.5), (20, 7.5), (20, 5.0), (75, 9.0)  # steps and guidance
@@ -97,7 +102,7 @@ def model_spec(checkpoint: Checkpoint, networks: Mapping[str, NetworkSpec], how:
         defaults=_defaults(checkpoint),
         corrections=_corrections(checkpoint),
         made=how,
-        kind=MODEL if control is None else CONTROLNET,
+        kind=CONTROLNET if control is not None else T2I_ADAPTER if ADAPTER in configs else MODEL,
         conditional_only=bool(control and control.get("global_pool_conditions")),
     )
 
@@ -169,6 +174,8 @@ def latents_of(checkpoint: Checkpoint) -> LatentSpec:
     """
     if PART in checkpoint.configs:
         return _of_control(checkpoint.configs[PART])
+    if ADAPTER in checkpoint.configs:
+        return _of_adapter(checkpoint.configs[ADAPTER])
     if "unet" not in checkpoint.configs:
         return _alone(checkpoint.configs["vae"])
     unet, vae = ({**checkpoint.configs.get(name, {}), **_corrected(checkpoint, name)} for name in ("unet", "vae"))
@@ -216,6 +223,15 @@ def _alone(vae: Mapping[str, Any]) -> LatentSpec:
 def _of_control(control: Mapping[str, Any]) -> LatentSpec:
     """Return the latents that a ControlNet reads; a config has neither a size of theirs nor a scale."""
     return LatentSpec(control.get("in_channels", 4), 2 ** (hint_levels(control) - 1), 1.0, 0.0, 64, 64)
+
+
+def _of_adapter(adapter: Mapping[str, Any]) -> LatentSpec:
+    """Return the latents of the sizes that a T2I-Adapter's features have been made for; it reads none itself.
+
+    The type for XL has its first features at half their sides, since an SDXL UNet halves them in its first block.
+    """
+    multiple = 2 if adapter.get("adapter_type") == FULL_XL else 1
+    return LatentSpec(4, adapter_factor(adapter) // multiple, 1.0, 0.0, 64, 64, multiple)
 
 
 def _pixels(unet: Mapping[str, Any]) -> LatentSpec:

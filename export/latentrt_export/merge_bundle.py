@@ -1,5 +1,6 @@
-"""LoRAs merged into a bundle: its own files stay as they are, changed weights lie in a file beside them. Without torch.
+"""LoRAs for a bundle, without torch: merged into it, or taken with each request.
 
+Merged: the bundle's own files stay as they are, changed weights lie in a file beside them.
 Graphs read a changed weight from the new file and all others from the base's. Half precision is measured again, since
 other weights overflow elsewhere. diffusers would read the base's weights alone, so that the new bundle has no
 model_index.json.
@@ -20,13 +21,13 @@ from latentrt.adapters.given import Lora
 from latentrt.adapters.memory import Place, merge_into
 from latentrt.adapters.merge import Merge, Weight
 from latentrt.bundle.bundle import MANIFEST, Bundle
-from latentrt.bundle.spec import FP32, INT8_ORT_CPU
+from latentrt.bundle.spec import ADAPTED, FP32, INT8_ORT_CPU
 from latentrt.bundle.tensors import header_of, open_tensors
 from latentrt.errors import BundleError
 from latentrt_export.int8 import add_int8
 from latentrt_export.place import place
 from latentrt_export.to_bundle import GRAPH_ROOM, Measure, NetworkSummary, Progress, Summary, finish
-from latentrt_export.variants import add_control, add_cpu, add_half
+from latentrt_export.variants import add_adapters, add_control, add_cpu, add_half
 
 STEM = "with_lora"
 LEFT_OUT = (MANIFEST, "model_index.json")
@@ -38,6 +39,7 @@ def merge_bundle(
     loras: Sequence[Lora],
     *,
     allow_unmatched: bool = False,
+    adapters: bool = False,
     progress: Progress = lambda part, done, total: None,
     overwrite: bool = False,
     golden: Measure | None = None,
@@ -47,18 +49,23 @@ def merge_bundle(
     Args:
         source: a bundle made from a checkpoint; its hashes are checked.
         target, progress, overwrite, golden: as of `export_bundle`.
-        loras, allow_unmatched: as of `merge_into`.
+        loras, allow_unmatched: as of `merge_into`; or no LoRAs, with `adapters`.
+        adapters: whether to write graphs that take LoRAs with each request (`variants.add_adapters`); a bundle that has
+            them keeps them.
 
     Raises:
         AdapterError: as of `merge_into` and `Merge.value`.
+        ExportError: as of `add_adapters`.
         BundleError: the source is damaged.
         OutputError: the target exists, or cannot be written, or has no room.
     """
     bundle = Bundle.open(source)
-    merge, places = merge_into(bundle, loras, allow_unmatched=allow_unmatched)
-    names = [name for name in bundle.files if name not in LEFT_OUT]
-    size = sum(bundle.files[name].bytes for name in names) + _bytes(merge) + GRAPH_ROOM * len(bundle.spec.networks)
-    parts = ("copy", "weights", "half precision", "manifest")
+    merge, places = merge_into(bundle, loras, allow_unmatched=allow_unmatched) if loras else (Merge({}, {}), {})
+    networks = bundle.spec.networks
+    adapters |= any(name.endswith(ADAPTED) for one in networks.values() for name in one.variants)
+    names = [name for name in bundle.files if name not in (LEFT_OUT if loras else (MANIFEST,))]
+    size = sum(bundle.files[name].bytes for name in names) + _bytes(merge) + GRAPH_ROOM * len(networks)
+    parts = ("copy", "weights", "graphs", "manifest")
     with place(target, source, size, overwrite=overwrite) as root:
         progress(parts[0], 0, len(parts))
         for name in names:
@@ -68,16 +75,19 @@ def merge_bundle(
         summaries = _write_weights(bundle, root, merge, places)
         progress(parts[2], 2, len(parts))
         notes = (*(f"LoRA {lora} merged" for lora in loras), *merge.notes)
-        before = bundle.spec.made
-        command = " ".join(["latentrt export", bundle.spec.id, *(f"--lora={lora}" for lora in loras)])
+        told = (*notes, "takes LoRAs with each request") if adapters else notes
+        spec, before = bundle.spec, bundle.spec.made
+        command = " ".join(["latentrt export", spec.id, *(f"--lora={lora}" for lora in loras)])
         made = {**before, "command": command, "base": before.get("command"), "notes": list(notes)}
-        spec = add_control(root, add_cpu(root, add_half(root, replace(bundle.spec, made=made, golden=()))))
-        if INT8_ORT_CPU in spec.networks[spec.denoiser].variants:
+        if loras:
+            spec = add_control(root, add_cpu(root, add_half(root, replace(spec, made=made, golden=()))))
+        if loras and INT8_ORT_CPU in spec.networks[spec.denoiser].variants:
             spec, note = add_int8(root, spec)
-            notes = (*notes, note)
+            told = (*told, note)
+        spec = add_adapters(root, spec) if adapters else spec
         progress(parts[3], 3, len(parts))
-        total = finish(root, spec, golden)
-    return Summary(summaries, total, notes)
+        total = finish(root, spec, golden if loras else None)
+    return Summary(summaries, total, told)
 
 
 def _bytes(merge: Merge) -> int:

@@ -29,7 +29,7 @@ from latentrt.bundle.spec import (
 )
 from latentrt.errors import ExportError, LatentrtError
 from latentrt.runtime.variants import check_int8
-from latentrt_export.checkpoint.lone_control import PART
+from latentrt_export.checkpoint.lone_control import ADAPTER, PART
 from latentrt_export.checkpoint.single.choices import AS_THEY_ARE, Choices
 from latentrt_export.checkpoint.source import Checkpoint, checkpoint_of, tokenizer_of
 from latentrt_export.describe import (
@@ -45,7 +45,7 @@ from latentrt_export.describe import (
 )
 from latentrt_export.existing.graph import existing_graph, open_graphs
 from latentrt_export.existing.variants import checked
-from latentrt_export.graphs.parts.control import add_chain, sides_of
+from latentrt_export.graphs.parts.control import add_chain, scaled_hints, sides_of
 from latentrt_export.graphs.parts.cut import drop_unused_inputs
 from latentrt_export.graphs.parts.hoist import hoist
 from latentrt_export.graphs.parts.shallow import shallow
@@ -53,7 +53,7 @@ from latentrt_export.graphs.text_inputs import add_text_inputs
 from latentrt_export.graphs.weights import share_weights
 from latentrt_export.int8 import add_int8
 from latentrt_export.place import place
-from latentrt_export.variants import add_control, add_cpu, add_half
+from latentrt_export.variants import add_adapters, add_control, add_cpu, add_half
 
 NOT_EXPORTED = ("safety_checker", "feature_extractor", "image_encoder", "depth_estimator", "watermarker")
 GRAPH_ROOM = 4 * 2**20  # bytes per network for its graph, when free space is checked
@@ -135,7 +135,7 @@ def export_bundle(
     """
     with _opened(source, revision, variant, choices) as checkpoint:
         how = made(checkpoint, variant, choices)
-        return _export(checkpoint, Path(target), how, progress, overwrite, golden, int8)
+        return _export(checkpoint, Path(target), how, progress, overwrite, golden, int8, choices.adapters)
 
 
 def _export(
@@ -146,6 +146,7 @@ def _export(
     overwrite: bool,
     golden: Measure | None,
     int8: bool,
+    adapters: bool,
 ) -> Summary:
     names = networks_of(checkpoint)
     parts = ("copy", *names, "half precision", "manifest")
@@ -171,6 +172,7 @@ def _export(
             spec, remarks = checked(root, spec, (add_half, add_cpu))
         else:
             spec = add_control(root, add_cpu(root, add_half(root, spec)))
+            spec = add_adapters(root, spec) if adapters else spec
         if int8:
             spec, note = add_int8(root, spec)
             remarks = (*remarks, note)
@@ -207,6 +209,8 @@ def networks_of(checkpoint: Checkpoint) -> tuple[str, ...]:
         return tuple(checkpoint.graphs)
     if PART in checkpoint.configs:
         return ("hint", PART)
+    if ADAPTER in checkpoint.configs:
+        return (ADAPTER,)
     unet = ["unet"] if "unet" in checkpoint.configs else []
     return (*checkpoint.text_encoders, *unet, *(("vae_decoder", "vae_encoder") if "vae" in checkpoint.configs else ()))
 
@@ -241,6 +245,8 @@ def _export_network(checkpoint: Checkpoint, root: Path, name: str) -> tuple[dict
             add_chain(model, pools=bool(checkpoint.configs[PART].get("global_pool_conditions")))
             graphs = {"controlnet_text": hoist(model, ["encoder_hidden_states"]), **graphs}
             drop_unused_inputs(model.graph)
+        if name == ADAPTER:
+            graphs |= {f"{ADAPTER}_scaled": scaled_hints(model, latents_of(checkpoint).factor)}
         if name == "unet":
             graphs = {"unet_text": hoist(model, ["encoder_hidden_states"]), **graphs, "unet_shallow": shallow(model)}
         for each, graph in graphs.items():

@@ -1,8 +1,9 @@
-"""The graphs beside a network's float32 one: half precision, forms for one provider of ONNX Runtime, residuals."""
+"""The graphs beside a network's float32 one: half precision, ONNX Runtime on one device, with residuals or LoRAs."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,47 +11,65 @@ import numpy as np
 import onnx_ir as ir
 
 from latentrt.bundle.spec import (
+    ADAPTED,
     CONDITIONER,
     CONTROLLED,
     DENOISER,
+    FEATURED,
     FP16,
     FP16_ORT_CUDA,
     FP32,
     FP32_ORT_CPU,
+    TEXT_ENCODER,
     Islands,
     ModelSpec,
     NetworkSpec,
+    TensorSpec,
     Variant,
 )
 from latentrt.errors import ExportError
+from latentrt_export.checkpoint.files import read_json
 from latentrt_export.describe import signature
 from latentrt_export.graphs.cpu_graph import cpu_path, for_cpu
 from latentrt_export.graphs.cuda_graph import cuda_path, for_cuda
 from latentrt_export.graphs.half import half_path, to_half
-from latentrt_export.graphs.parts.control import control_path, read_residuals
+from latentrt_export.graphs.parts.adapters import adapted_path, read_adapters
+from latentrt_export.graphs.parts.control import adapted_skips, control_path, name_sides, read_residuals
 from latentrt_export.graphs.ranges import measure_networks, overflowing, too_large
 
 
 def add_control(root: Path, spec: ModelSpec) -> ModelSpec:
-    """Write the denoiser's graphs again with residuals of ControlNets as inputs, where it is a UNet that takes them."""
+    """Write the denoiser's graphs again with residuals of ControlNets as inputs, and with features of T2I-Adapters too.
+
+    The former compute to the bit what the plain ones do where residuals are zeros; features in the middle of a graph
+    change how runtimes fuse it. Other denoisers than UNets that take them stay as they are.
+    """
     if not spec.draws:
         return spec
+    adapted = adapted_skips(read_json(root / spec.denoiser / "config.json"))
+    for ending, skips in ((CONTROLLED, ()), (FEATURED, adapted))[: 1 + bool(adapted)]:
+        spec = _with_residuals(root, spec, ending, skips)
+    return spec
+
+
+def _with_residuals(root: Path, spec: ModelSpec, ending: str, adapted: Sequence[int]) -> ModelSpec:
     network = spec.networks[spec.denoiser]
     variants = dict(network.variants)
     for name, source in ((FP32, FP32), (FP32_ORT_CPU, FP32_ORT_CPU), (FP16, FP16), (FP16_ORT_CUDA, FP16)):
         if name not in network.variants:
             continue
         model, known = ir.load(root / network.variants[source].path), network.variants[name]
-        given = read_residuals(model)
+        given = read_residuals(model, adapted)
         if not given:
             return spec
         if name == FP16_ORT_CUDA:
             for_cuda(model)
-        path = control_path(known.path)
+        name_sides(given)
+        path = control_path(known.path, ending)
         ir.save(model, root / path)
         inputs = tuple(replace(each, dtype="float32") for each in signature(given))
         dtypes = {each.name: each.dtype for each in signature(given) if each.dtype != "float32"}
-        variants[name + CONTROLLED] = replace(
+        variants[name + ending] = replace(
             known, path=path, nodes=len(model.graph), dtypes={**known.dtypes, **dtypes}, inputs=inputs
         )
     return replace(spec, networks={**spec.networks, spec.denoiser: replace(network, variants=variants)})
@@ -93,6 +112,40 @@ def add_cpu(root: Path, spec: ModelSpec) -> ModelSpec:
         return spec
     variants = {**network.variants, FP32_ORT_CPU: save_variant(root, cpu_path(path), model, network)}
     return replace(spec, networks={**spec.networks, spec.denoiser: replace(network, variants=variants)})
+
+
+def add_adapters(root: Path, spec: ModelSpec) -> ModelSpec:
+    """Write the graphs that LoRAs change again, so that they take LoRAs of each lane (`graphs.parts.adapters`).
+
+    Raises:
+        ExportError: there is nothing that a LoRA could change.
+    """
+    networks = dict(spec.networks)
+    for role in (TEXT_ENCODER, CONDITIONER, DENOISER):
+        for name in spec.named(role):
+            own = {key: one for key, one in spec.networks[name].variants.items() if not key.endswith(ADAPTED)}
+            plain = [key for key in own if key.partition("+")[0] in (FP32, FP32_ORT_CPU, FP16)]
+            taken = {f"{key}{ADAPTED}": _adapted(root, own[key]) for key in plain}
+            networks[name] = replace(
+                spec.networks[name], variants=own | {key: one for key, one in taken.items() if one is not None}
+            )
+    if not any(key.endswith(ADAPTED) for one in networks.values() for key in one.variants):
+        found = f"{spec.id} has no products with weights in files that LoRAs could change"
+        raise ExportError(found, needed="a bundle that was exported from a checkpoint")
+    return replace(spec, networks=networks)
+
+
+def _adapted(root: Path, known: Variant) -> Variant | None:
+    """Write a graph with LoRAs as inputs; None where it takes none."""
+    model = ir.load(root / known.path)
+    given = signature(read_adapters(model))
+    if not given:
+        return None
+    path = adapted_path(known.path)
+    ir.save(model, root / path)
+    inputs = (*known.inputs, *(TensorSpec(each.name, "float32", each.shape) for each in given))
+    dtypes = {**known.dtypes, **{each.name: each.dtype for each in given if each.dtype != "float32"}}
+    return replace(known, path=path, nodes=len(model.graph), dtypes=dtypes, inputs=inputs)
 
 
 def save_variant(root: Path, path: str, model: ir.Model, network: NetworkSpec) -> Variant:

@@ -9,7 +9,10 @@ import pytest
 
 from latentrt.adapters.merge import Base, base_of
 from latentrt_export.graphs.to_onnx import quiet
+from latentrt_export.merge_bundle import merge_bundle
 from tests.conftest import make_checkpoint
+
+Exported = Callable[[str], tuple[Path, Path]]
 
 
 @pytest.fixture(scope="session")
@@ -22,6 +25,20 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
             with quiet():
                 make_checkpoint(name, root / name)
         return root / name
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def taking(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """Return a function that makes, once each, a checkpoint and its bundle that takes LoRAs with each request."""
+    root = tmp_path_factory.mktemp("taking")
+
+    def make(name: str) -> tuple[Path, Path]:
+        checkpoint, bundle = exported(name)
+        if not (root / name).exists():
+            merge_bundle(bundle, root / name, (), adapters=True)
+        return checkpoint, root / name
 
     return make
 

@@ -72,6 +72,13 @@ class Change:
             found = f"{self.tensors.path} has {sizes} for {self.group.module.name}"
             raise AdapterError(found, needed=f"the parts of a {self.kind}, of one rank") from error
 
+    def factors(self) -> tuple[Float32, Float32] | None:
+        """Return (down, up) with ΔW = up · down, (rank, in) and (out, rank); None where it is no such product alone."""
+        if self.kind != "LoRA" or set(self.group.keys) - {"down", "up", "alpha"}:
+            return None
+        down = _matrix(self._part("down"))
+        return down, self._scale(down.shape[0]) * _matrix(self._part("up"))
+
     def weight(self, weight: Float32, strength: float) -> Float32:
         """Return a weight with this added, so much of it.
 

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from latentrt.errors import AdapterError
+from latentrt.values import is_number, is_text, plain
 
+MOST_STRENGTH = 1000.0  # of a request's
 NEEDED = "FILE, FILE:STRENGTH, or FILE:STRENGTH:STRENGTH of the text encoders"
 
 
@@ -77,6 +79,25 @@ def _one(given: Given) -> Lora:
     if isinstance(given, str):
         return parsed(given)
     return given if isinstance(given, Lora) else Lora(Path(given))
+
+
+def strengths_of(given: object) -> dict[str, tuple[float, float]]:
+    """Return the strengths (UNet, text encoders) of a request's LoRAs by name, each given as a number or two.
+
+    Raises:
+        AdapterError: a name is no text, or a strength no finite number from -1000 to 1000.
+    """
+    if not isinstance(given, Mapping) or not all(map(is_text, given)):
+        raise AdapterError(f"lora is {given!r}", needed="strengths by name", fix='pass lora={"name": 0.8}')
+    found = {}
+    for name, value in given.items():
+        both = plain(value)
+        pair = tuple(both) if isinstance(both, (list, tuple)) else (both, both)
+        if len(pair) != 2 or not all(is_number(each) and abs(each) <= MOST_STRENGTH for each in pair):
+            needed = f"a number from -{MOST_STRENGTH:g} to {MOST_STRENGTH:g}, or two: the UNet's and the text encoders'"
+            raise AdapterError(f"the strength of the LoRA {name!r} is {value!r}", needed=needed)
+        found[name] = (float(pair[0]), float(pair[1]))
+    return found
 
 
 def parsed(text: str) -> Lora:

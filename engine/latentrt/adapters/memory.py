@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import PurePosixPath
+from typing import NamedTuple
 
 from latentrt.adapters.given import Lora
-from latentrt.adapters.merge import NETWORKS, Merge, Weight, merge_of
+from latentrt.adapters.merge import NETWORKS, Base, Merge, Weight, merge_of
 from latentrt.bundle.bundle import Bundle
 from latentrt.bundle.initializers import Initializer, initializers
 from latentrt.bundle.spec import FP32
@@ -58,12 +59,7 @@ def merge_into(
     Raises:
         AdapterError: as of `merge_of`; or the bundle's weights have other names, or lie in its graphs.
     """
-    folders = {name: folder_of(bundle, name) for name in NETWORKS if name in bundle.spec.networks}
-    read = {name: _initializers(bundle, folder) for name, folder in folders.items()}
-    base = {name: _weights(bundle, folder, read[name]) for name, folder in folders.items()}
-    if not any(base.values()):
-        found = f"{bundle.spec.id} has no weights of a network that LoRAs change, under their names"
-        raise AdapterError(found, needed="a bundle made from a checkpoint")
+    folders, read, base = held_by(bundle)
     merge = merge_of(base, loras, allow_unmatched=allow_unmatched)
     places = {}
     for weight in merge.added:
@@ -74,6 +70,35 @@ def merge_into(
         file = f"{folders[weight.network]}/{tensors.path.name}"
         places[file, tensors.entries[weight.name].offset] = weight
     return merge, places
+
+
+class Held(NamedTuple):
+    """A bundle's weights of the networks that LoRAs change, by network.
+
+    Attributes:
+        folders: of their graphs and weights.
+        read: what the float32 graphs there read.
+        base: the file of each weight.
+    """
+
+    folders: Mapping[str, str]
+    read: Mapping[str, Sequence[Initializer]]
+    base: Base
+
+
+def held_by(bundle: Bundle) -> Held:
+    """Return a bundle's weights; only headers are read.
+
+    Raises:
+        AdapterError: they have other names than a checkpoint's.
+    """
+    folders = {name: folder_of(bundle, name) for name in NETWORKS if name in bundle.spec.networks}
+    read = {name: _initializers(bundle, folder) for name, folder in folders.items()}
+    base = {name: _weights(bundle, folder, read[name]) for name, folder in folders.items()}
+    if not any(base.values()):
+        found = f"{bundle.spec.id} has no weights of a network that LoRAs change, under their names"
+        raise AdapterError(found, needed="a bundle made from a checkpoint")
+    return Held(folders, read, base)
 
 
 def folder_of(bundle: Bundle, network: str) -> str:

@@ -10,9 +10,9 @@ from typing import Any
 
 from latentrt.bundle.manifest1 import upgraded
 from latentrt.bundle.spec import (
+    ADD_ONS,
     CONDITIONER,
     CONTROL,
-    CONTROLNET,
     DECODER,
     DENOISER,
     ENCODER,
@@ -125,10 +125,10 @@ def check(spec: ModelSpec) -> None:
 
 
 def _check_kind(spec: ModelSpec) -> None:
-    """Check that it is a model with one denoiser and its schedule, a VAE alone, or a ControlNet."""
+    """Check that it is a model with one denoiser and its schedule, a VAE alone, or a ControlNet or T2I-Adapter."""
     _need(spec.kind in KINDS, "kind", spec.kind, f"one of {', '.join(KINDS)}")
     roles = {network.role for network in spec.networks.values()}
-    if spec.kind == CONTROLNET:
+    if spec.kind in ADD_ONS:
         one = len(spec.named(HINT)) == len(spec.named(CONTROL)) == 1
         needed = f"one each with the roles {HINT!r} and {CONTROL!r}, and {CONDITIONER!r} at most"
         _need(one and roles <= {HINT, CONTROL, CONDITIONER}, "networks", list(spec.networks), needed)

@@ -12,12 +12,17 @@ from latentrt.errors import BundleError, RequestError
 
 ROLES = ("text_encoder", "conditioner", "denoiser", "shallow", "decoder", "encoder", "hint", "control")
 TEXT_ENCODER, CONDITIONER, DENOISER, SHALLOW, DECODER, ENCODER, HINT, CONTROL = ROLES
-KINDS = ("model", "controlnet")  # of bundles; that of a VAE alone is a part of a model
-MODEL, CONTROLNET = KINDS
+KINDS = ("model", "controlnet", "t2i_adapter")  # of bundles; that of a VAE alone is a part of a model
+MODEL, CONTROLNET, T2I_ADAPTER = KINDS
+ADD_ONS = {CONTROLNET: "ControlNet", T2I_ADAPTER: "T2I-Adapter"}  # as people name them
 FP32, FP32_ORT_CPU = "fp32", "fp32-ort-cpu"  # variants that export writes; all but the first are optional
 FP16, FP16_ORT_CUDA = "fp16", "fp16-ort-cuda"
-CONTROLLED = "+control"  # ends the names of the denoiser's variants that read residuals too
+ADAPTED = "+lora"  # ends the names of variants that take LoRAs of each lane too
+LORA = "lora."  # begins the names of these inputs: lora.MODULE.down (in, rank) and lora.MODULE.up (rank, out)
+CONTROLLED = "+control"  # ends the names of the denoiser's variants that read residuals of ControlNets too
+FEATURED = "+adapter"  # and of those that read features of T2I-Adapters as well
 RESIDUAL = "residual_"  # begins the names of these: residual_0, residual_1, ..., residual_mid
+ADAPTER = "adapter_"  # and of a T2I-Adapter's: adapter_0, adapter_1, ...
 INT8, INT8_ORT_CPU = "int8", "int8-ort-cpu"  # a precision, and the graph that a denoiser has for it
 
 
@@ -103,7 +108,8 @@ class NetworkSpec:
         role: one of ROLES.
         inputs, outputs: the signature of its float32 graph.
         variants: graphs by name: "fp32", "fp32-ort-cpu", "fp16", "fp16-ort-cuda", "int8-ort-cpu". A runtime says which
-            it runs. Those of a denoiser may be there again with "+control": see `controlled`.
+            it runs. They may be there again with "+lora" or, a denoiser's, "+control" and "+adapter": see `adapted`,
+            `controlled`.
         tokenizer: the folder of a text encoder's tokenizer.
     """
 
@@ -122,12 +128,24 @@ class NetworkSpec:
         )
         return GraphSpec(variant.path, variant.opset, variant.nodes, inputs, outputs)
 
-    def controlled(self) -> NetworkSpec | None:
-        """Return the network that reads residuals of ControlNets as well; None where it has no such graphs."""
-        ends = {name: one for name, one in self.variants.items() if name.endswith(CONTROLLED)}
+    def adapted(self) -> NetworkSpec:
+        """Return the network whose graphs take LoRAs of each lane as well; itself where it has no such graphs."""
+        ends = {name: one for name, one in self.variants.items() if name.endswith(ADAPTED)}
+        if not ends:
+            return self
+        taken = tuple(tensor for tensor in next(iter(ends.values())).inputs if tensor.name.startswith(LORA))
+        variants = {
+            name.removesuffix(ADAPTED): replace(one, inputs=tuple(t for t in one.inputs if t not in taken))
+            for name, one in ends.items()
+        }
+        return replace(self, inputs=(*self.inputs, *taken), variants=variants)
+
+    def controlled(self, ending: str = CONTROLLED) -> NetworkSpec | None:
+        """Return the network of the variants with an ending, CONTROLLED or FEATURED; None where it has none."""
+        ends = {name: one for name, one in self.variants.items() if name.endswith(ending)}
         if not ends:
             return None
-        variants = {name.removesuffix(CONTROLLED): replace(one, inputs=()) for name, one in ends.items()}
+        variants = {name.removesuffix(ending): replace(one, inputs=()) for name, one in ends.items()}
         residuals = next(iter(ends.values())).inputs
         return replace(self, inputs=(*self.inputs, *residuals), variants=variants)
 
@@ -250,7 +268,7 @@ class ModelSpec:
         corrections: settings that are not used as the bundle's files have them.
         made: how the bundle was made.
         golden: runs whose latents are known.
-        kind: "model", or what is added to one: "controlnet".
+        kind: "model", or what is added to one: "controlnet", "t2i_adapter".
         conditional_only: whether a ControlNet acts on the lane with the prompt alone, as diffusers runs those that pool
             their residuals.
     """
@@ -300,11 +318,9 @@ class ModelSpec:
             BundleError: there is none.
         """
         if not self.draws:
-            what, options = (
-                ("a ControlNet", "--controlnet") if self.kind == CONTROLNET else ("a VAE", "--vae, --preview-vae")
-            )
-            fix = f"pass it beside one: {options}"
-            raise BundleError(f"{self.id} has no denoiser: it is {what}", needed="a model", fix=fix)
+            name, options = ADD_ONS.get(self.kind, "VAE"), "--vae, --preview-vae"
+            fix = f"pass it beside one: {'--controlnet' if self.kind in ADD_ONS else options}"
+            raise BundleError(f"{self.id} has no denoiser: it is a {name}", needed="a model", fix=fix)
         return self.named(DENOISER)[0]
 
     def graph(self, network: str, *variants: str) -> GraphSpec:

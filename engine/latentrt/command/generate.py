@@ -13,6 +13,7 @@ import click
 from latentrt.bundle.bundle import EMBEDDED, embedded
 from latentrt.command.controls import controls_of
 from latentrt.command.options import (
+    ADAPTERS,
     AT_LEAST_ONE,
     FOLDER,
     LOADING,
@@ -21,6 +22,7 @@ from latentrt.command.options import (
     controls_pictures,
     decodes_pictures,
     edits_pictures,
+    names_loras,
     option_json,
     runs_in_stages,
     runs_networks,
@@ -115,6 +117,7 @@ SETTINGS = (
 )
 @edits_pictures
 @controls_pictures
+@names_loras
 @runs_in_stages
 @takes_loras
 @decodes_pictures
@@ -129,6 +132,8 @@ def generate(prompts: tuple[str, ...], bundle: Path, lanes: int | None, as_json:
 
     loading = {name: asked.pop(name) for name in (*LOADING, *VAES, *LORAS, "refiner")}
     loading["control"] = controlnets_of(asked["controlnet"])
+    own, loading_loras = loras_of_options(*(asked.pop(name) for name in ADAPTERS))
+    loading |= loading_loras
     if loading["refiner"] is not None and asked["handoff"] is None:
         asked["handoff"] = HANDOFF
     pattern = with_suffix(asked["output"] or ("{prompt}-{seed}" if prompts else "{model}-{seed}"), asked["format"])
@@ -137,7 +142,7 @@ def generate(prompts: tuple[str, ...], bundle: Path, lanes: int | None, as_json:
     check_animation(asked["animate"])
     if loading["preview_vae"] and not asked["preview_every"] and not asked["animate"]:
         raise RequestError("--preview-vae without previews", needed="--preview-every or --animate")
-    settings = settings_of(asked)
+    settings = settings_of(asked) | {"lora": own}
     pictures = {name: open_picture(asked[name], deep=name == "depth") for name in PICTURES if asked[name]}
     return_freed_pages()
     with Engine.load(bundle, lanes=lanes, resident=False, **loading) as engine:
@@ -151,6 +156,28 @@ def generate(prompts: tuple[str, ...], bundle: Path, lanes: int | None, as_json:
             engine, jobs, pattern, asked["grid"], Asked(asked["preview_every"], asked["animate"], kinds), quiet=as_json
         )
     _tell(jobs, paths, asked["grid"], asked["animate"], watch.files, as_json=as_json)
+
+
+def loras_of_options(
+    rank: int | None, folder: Path | None, names: Sequence[str]
+) -> tuple[dict[str, tuple[float, float]], dict[str, Any]]:
+    """Return the LoRAs of every picture by name, with their strengths, and how the engine is loaded.
+
+    Raises:
+        RequestError: one stands twice, or its strength is no number; or there is no folder.
+    """
+    from latentrt.adapters.given import parsed
+
+    if folder is None:
+        if rank is not None or names:
+            option = "--lora-name" if names else "--lora-rank"
+            raise RequestError(f"{option} without --lora-dir", needed="a folder of LoRAs")
+        return {}, {}
+    given = [parsed(text) for text in names]
+    strengths = {str(lora.path): (lora.unet, lora.text) for lora in given}
+    if len(strengths) < len(given):
+        raise RequestError(f"--lora-name is {' and '.join(names)}", needed="each LoRA once")
+    return strengths, {"adapters": folder} | ({} if rank is None else {"adapter_rank": rank})
 
 
 def settings_of(asked: Mapping[str, Any]) -> dict[str, Any]:

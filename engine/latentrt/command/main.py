@@ -100,6 +100,7 @@ def solvers(as_json: bool) -> None:
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @click.option("--variant", help="Weights variant, such as fp16; networks without it have their plain weights.")
 @options_single
+@click.option("--adapters", is_flag=True, help="Write graphs that take LoRAs with each request, too (docs/lora.md).")
 @click.option("--int8", is_flag=True, help="Also write the UNet with 8-bit numbers, for --precision int8 on a CPU.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing bundle.")
 @option_json
@@ -115,7 +116,8 @@ def export(
 ) -> None:
     """Turn the checkpoint SOURCE (a diffusers folder, a single .safetensors file or a hub id) into the bundle TARGET.
 
-    SOURCE may also be optimum's ONNX export of one: torch is then not used. Needs the extra `export`.
+    SOURCE may also be optimum's ONNX export of one, or with --lora or --adapters a bundle: torch is then not used.
+    Needs the extra `export`.
     """
     from latentrt_export.checkpoint.single.choices import Choices
     from latentrt_export.cli import run_export

@@ -79,8 +79,30 @@ def decodes_pictures(verb: Verb) -> Verb:
     return verb
 
 
+ADAPTERS = ("lora_rank", "lora_dir", "lora_name")  # options of `names_loras`
+
+
+def names_loras(verb: Verb) -> Verb:
+    """Add the options of LoRAs that pictures name."""
+    for option in (
+        click.option(
+            "--lora-rank", type=AT_LEAST_ONE, help="Largest rank of a picture's LoRAs together  [default: 64]"
+        ),
+        click.option("--lora-dir", type=FOLDER, help="Folder of LoRAs that --lora-name, and prompts, may name."),
+        click.option(
+            "--lora-name",
+            multiple=True,
+            metavar="NAME[:STRENGTH[:TEXT]]",
+            help="LoRA of --lora-dir, and how much of it: 0.8, or 0.8:0.5 of the UNet and of the text encoders; "
+            "repeatable.",
+        ),
+    ):
+        verb = option(verb)
+    return verb
+
+
 def controls_pictures(verb: Verb) -> Verb:
-    """Add the options of ControlNets."""
+    """Add the options of ControlNets and T2I-Adapters."""
     for option in (
         click.option(
             "--guess", is_flag=True, help="Every --control acts on the lane with the prompt alone: guess mode."
@@ -92,7 +114,10 @@ def controls_pictures(verb: Verb) -> Verb:
             help="Picture that a --controlnet follows, how strongly, and in which part of the run; repeatable.",
         ),
         click.option(
-            "--controlnet", multiple=True, metavar="NAME=BUNDLE", help="ControlNet, by a name for it; repeatable."
+            "--controlnet",
+            multiple=True,
+            metavar="NAME=BUNDLE",
+            help="ControlNet or T2I-Adapter, by a name; repeatable.",
         ),
     ):
         verb = option(verb)

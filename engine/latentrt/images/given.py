@@ -112,15 +112,19 @@ def prepared_low(image: Source, height: int | None, width: int | None, latents: 
     return np.asarray(picture.resize((columns, rows), Image.Resampling.BICUBIC))
 
 
-def hint_size(image: Source | NDArray[np.floating[Any]], latents: LatentSpec) -> tuple[int, int]:
-    """Return the (height, width) of pictures that follow a ControlNet's picture: its own, as `prepared` rounds it."""
+def hint_size(image: Source | NDArray[np.floating[Any]], step: int) -> tuple[int, int]:
+    """Return the (height, width) of pictures that follow a picture: its own, rounded down to multiples of `step`."""
     width, height = image.shape[1::-1] if _is_ready(image) else _hint(image).size
-    step = latents.step
     return height // step * step or height, width // step * step or width
 
 
 def prepared_hint(
-    image: Source | NDArray[np.floating[Any]], height: int, width: int, overlay: Overlay | None = None
+    image: Source | NDArray[np.floating[Any]],
+    height: int,
+    width: int,
+    overlay: Overlay | None = None,
+    *,
+    channels: int = 3,
 ) -> NDArray[np.float32]:
     """Bring a ControlNet's picture to the run's size, as diffusers' pipelines do.
 
@@ -129,23 +133,28 @@ def prepared_hint(
             ready (`hints.masked`): a float array of the run's size, (height, width, 3), which is taken as it is.
         height, width: of the run in pixels.
         overlay: of a run that draws a part of a picture: of a map of the whole picture that part is taken.
+        channels: that are read: 3 of RGB, or 1 of grey.
 
     Returns:
-        RGB (3, height, width), float32 in 0..1.
+        (channels, height, width), float32 in 0..1.
 
     Raises:
-        RequestError: a kind or mode that cannot be used; a map that is ready of another size.
+        RequestError: a kind or mode that cannot be used; a map that is ready of another size, or for one channel.
     """
     if _is_ready(image):
         if image.shape[:2] != (height, width):
             found = f"the control picture of floats is {image.shape[1]}x{image.shape[0]}"
             raise RequestError(found, needed=f"{width}x{height}, as the run", fix="resize the picture before its map")
+        if channels != 3:
+            found = "the control picture is of floats, for a T2I-Adapter that reads grey"
+            raise RequestError(found, needed="whole numbers, or a PIL image")
         pixels = image.astype(np.float32)
     else:
         hint = _hint(image)
         if overlay is not None and overlay.box is not None:
             hint = fitted(_resized(hint, overlay.picture.size).crop(overlay.box), (width, height))
-        pixels = np.asarray(_resized(hint, (width, height)), np.float32) / np.float32(255)
+        hint = _resized(hint if channels == 3 else hint.convert("L"), (width, height))
+        pixels = (np.asarray(hint, np.float32) / np.float32(255)).reshape(height, width, channels)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 

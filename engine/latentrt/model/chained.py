@@ -1,7 +1,7 @@
-"""ControlNets on a GPU: networks that every row of a job calls in turn, before the denoiser, on memory of the device.
+"""ControlNets and T2I-Adapters on a GPU: networks that every row of a job calls in turn, before the denoiser.
 
-There all lanes are called together, so a ControlNet runs in every row: its scale is 0 in rows where it does not act,
-and its factors are for lanes on which it does not. Adding zeros is exact.
+They pass residuals on in memory of the device. There all lanes are called together, so each runs in every row: its
+scale is 0 in rows where it does not act, and its factors are for lanes on which it does not. Adding zeros is exact.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from latentrt.bundle.spec import RESIDUAL, TensorSpec
+from latentrt.bundle.spec import TensorSpec
 from latentrt.cuda.array import DeviceArray
 from latentrt.cuda.gpu import Gpu
 from latentrt.errors import BackendError
@@ -41,7 +41,7 @@ class Chained(NamedTuple):
 
 
 class Chains:
-    """The ControlNets of an engine in turn, before its denoiser; each choice of them is one predictor.
+    """The add-ons of an engine in turn, before its denoiser; each choice of them is one predictor.
 
     Args:
         denoiser: reads residuals, on a GPU.
@@ -72,7 +72,7 @@ class Chains:
     def _predictor(self, nets: Sequence[ControlNet]) -> Predictor:
         names = tuple(net.name for net in nets)
         if names not in self._known:
-            links = [_link(net, before, net is nets[-1]) for net, before in zip(nets, (None, *names), strict=False)]
+            links = _links(nets)
             _check_dtypes([*links, self._denoiser])
             self._known[names] = Predictor([*links, self._denoiser])
         return self._known[names]
@@ -90,15 +90,21 @@ def _read(controls: Sequence[Applied], lane: int) -> dict[str, NDArray[np.float3
     return told
 
 
-def _link(net: ControlNet, before: str | None, last: bool) -> Renamed:
-    """Return a ControlNet under names of its own, that adds to the residuals of the one before it."""
-    network = net.body
-    names = {tensor.name: f"{net.name}.{tensor.name}" for tensor in network.graph.inputs if tensor.name not in OWN}
-    for tensor in network.graph.outputs:
-        names[tensor.name] = tensor.name if last else f"{net.name}.{tensor.name}"
-        if before is not None:
-            names[f"{tensor.name}{BEFORE}"] = f"{before}.{tensor.name}"
-    return Renamed(network, names)
+def _links(nets: Sequence[ControlNet]) -> list[Renamed]:
+    """Return networks under names of their own; each adds to the residuals of the last one before it that gives them.
+
+    The last one to give a residual gives it under the denoiser's name for it.
+    """
+    last = {tensor.name: net for net in nets for tensor in net.body.graph.outputs}
+    links, before = [], dict[str, str]()
+    for net in nets:
+        graph = net.body.graph
+        names = {tensor.name: f"{net.name}.{tensor.name}" for tensor in graph.inputs if tensor.name not in OWN}
+        names |= {f"{residual}{BEFORE}": given for residual, given in before.items()}
+        own = {each.name: each.name if last[each.name] is net else f"{net.name}.{each.name}" for each in graph.outputs}
+        before |= own
+        links.append(Renamed(net.body, names | own))
+    return links
 
 
 def _check_dtypes(networks: Sequence[Network]) -> None:
@@ -110,9 +116,9 @@ def _check_dtypes(networks: Sequence[Network]) -> None:
                 raise BackendError(
                     f"{tensor.name} is given in {given[tensor.name]} and read in {tensor.dtype}",
                     needed="one dtype for each residual",
-                    fix="export the ControlNets and the model again with this version",
+                    fix="export the add-ons and the model again with this version",
                 )
-        given |= {tensor.name: tensor.dtype for tensor in network.graph.outputs if RESIDUAL in tensor.name}
+        given |= {tensor.name: tensor.dtype for tensor in network.graph.outputs}
 
 
 class Renamed:

@@ -1,8 +1,9 @@
-"""ControlNets: networks that read the latents and a picture, and give residuals that a UNet adds to what it computes.
+"""ControlNets and T2I-Adapters: networks that give residuals, which a UNet adds to what it computes.
 
 Each is a bundle of its own, loaded beside a model. Its picture, the hint, is embedded once; every row calls it before
-the denoiser, where it acts. Source: Zhang, Rao, Agrawala 2023, https://arxiv.org/abs/2302.05543; lanes, scales and rows
-are those of diffusers' ControlNet pipelines.
+the denoiser, where it acts. A ControlNet's rows read the latents and the text; a T2I-Adapter's only scale what the
+picture gave. Sources: Zhang, Rao, Agrawala 2023, https://arxiv.org/abs/2302.05543; Mou et al. 2023,
+https://arxiv.org/abs/2302.08453. Lanes, scales and rows are those of diffusers' pipelines.
 """
 
 from __future__ import annotations
@@ -20,7 +21,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentrt.bundle.bundle import Bundle
-from latentrt.bundle.spec import CONDITIONER, CONTROL, CONTROLNET, HINT, RESIDUAL, ModelSpec, TensorSpec
+from latentrt.bundle.spec import (
+    ADAPTER,
+    ADD_ONS,
+    CONDITIONER,
+    CONTROL,
+    CONTROLLED,
+    CONTROLNET,
+    FEATURED,
+    HINT,
+    RESIDUAL,
+    T2I_ADAPTER,
+    ModelSpec,
+    TensorSpec,
+)
 from latentrt.errors import EXPORT, BundleError, RequestError
 from latentrt.model.hoisted import Hoisted
 from latentrt.model.inputs import Inputs, Sides
@@ -38,10 +52,10 @@ KEPT = 4  # embedded hints of each ControlNet
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Applied:
-    """A ControlNet on one picture.
+    """A ControlNet or T2I-Adapter on one picture.
 
     Attributes:
-        net: the ControlNet.
+        net: the one that acts.
         sides: what it reads besides the rows' own, for each lane of a row with guidance; None for lanes on which it
             does not act.
         scales: how strongly it acts in each row, (rows,) float32; 0: it is not run.
@@ -55,7 +69,7 @@ class Applied:
 
 
 class ControlNet:
-    """A ControlNet's networks on a backend. Any thread may call it.
+    """A ControlNet's networks, or a T2I-Adapter's, on a backend. Any thread may call it.
 
     Attributes:
         name: that requests have for it.
@@ -63,7 +77,7 @@ class ControlNet:
 
     Args:
         name, number: as above.
-        bundle: of the ControlNet.
+        bundle: its own.
         backend: runs the networks.
     """
 
@@ -75,11 +89,16 @@ class ControlNet:
         self._hoisted = Hoisted(self.networks, self.spec, body)
         self._residuals = [tensor.name for tensor in self.spec.networks[body].outputs]
         self._read = _read(self.spec)
-        self._hints: OrderedDict[tuple[str, int, int], NDArray[Any]] = OrderedDict()
+        self._hints: OrderedDict[tuple[str, int, int], Inputs] = OrderedDict()
         self._lock = Lock()
 
+    @property
+    def channels(self) -> int:
+        """Of the pictures that it follows."""
+        return int(self.spec.networks[self.spec.named(HINT)[0]].inputs[0].shape[1])
+
     def applied(self, control: Control, pixels: Float32, sides: Sides, lanes: int, rows: int) -> Applied:
-        """Return the ControlNet on one picture.
+        """Return the ControlNet or T2I-Adapter on one picture.
 
         Args:
             control: its settings.
@@ -87,12 +106,16 @@ class ControlNet:
             sides: all inputs that the model's conditioners filled.
             lanes: of a row with guidance.
             rows: of the run.
+
+        Raises:
+            RequestError: the picture cannot be used, or a T2I-Adapter takes none of this size.
         """
+        self._check_size((pixels.shape[1], pixels.shape[2]))
         digest = f"sha256:{hashlib.sha256(pixels.tobytes()).hexdigest()}"
         count = len(self._residuals)
         pooled = self.spec.conditional_only
         factors = np.logspace(-1, 0, count) if control.guess and not pooled else np.ones(count)
-        own = {HINT: self._embedded(pixels, digest), FACTORS: factors.astype(np.float32)}
+        own = {**self._embedded(pixels, digest), FACTORS: factors.astype(np.float32)}
         told = [
             self._hoisted(Sides.same({name: side[name] for name in self._read})).cond for side in sides.lanes(lanes)
         ]
@@ -101,12 +124,21 @@ class ControlNet:
         facts = {name: getattr(control, name) for name in ("scale", "start", "end", "guess")} | {"image": digest}
         return Applied(self, tuple(inputs), _scales(control, rows), {self.name: facts})
 
-    def _embedded(self, pixels: Float32, digest: str) -> NDArray[Any]:
+    def _check_size(self, size: tuple[int, int]) -> None:
+        step = self.spec.latents.step
+        if any(side % step for side in size):
+            raise RequestError(
+                f"the picture is {size[1]}x{size[0]}, and {self.spec.id}, the control {self.name!r}, reads none such",
+                needed=f"sides that are multiples of {step}",
+                fix=f"take {' and '.join(f'{max(side // step, 1) * step}' for side in size[::-1])}",
+            )
+
+    def _embedded(self, pixels: Float32, digest: str) -> Inputs:
         key = digest, *pixels.shape[1:]
         with self._lock:
             known = self._hints.get(key)
         if known is None:
-            known = call(self._hint, {PICTURE: pixels[None]})[HINT][0]
+            known = {name: array[0] for name, array in call(self._hint, {PICTURE: pixels[None]}).items()}
         with self._lock:
             self._hints[key] = known
             self._hints.move_to_end(key)
@@ -117,14 +149,14 @@ class ControlNet:
     def __call__(
         self, sample: Float32, timestep: Float32, inputs: Inputs, scale: Float32, before: Mapping[str, Float32]
     ) -> dict[str, Float32]:
-        """Return residuals with this ControlNet's added.
+        """Return residuals with its own added; those of other names are left out.
 
         Args:
             sample: (lanes, channels, height, width), already scaled by c_in.
             timestep: (lanes,).
             inputs: those of `Applied.sides`, each with a leading lane axis.
             scale: (lanes,).
-            before: the residuals of earlier ControlNets, by name.
+            before: the residuals of earlier ones, by name.
         """
         given = {f"{name}{BEFORE}": array for name, array in before.items()}
         made = call(self._body, {"sample": sample, "timestep": timestep, **inputs, SCALE: scale, **given})
@@ -158,24 +190,26 @@ def controlnets_of(typed: Iterable[str]) -> dict[str, Path]:
     return {name: Path(text) for name, text in named(typed, "--controlnet", "NAME=BUNDLE, as in edges=canny/").items()}
 
 
-def controlled(bundle: Bundle) -> Bundle:
-    """Return a model's bundle with the denoiser that adds residuals in the place of its own.
+def controlled(bundle: Bundle, add_ons: Iterable[ModelSpec]) -> Bundle:
+    """Return a model's bundle with the denoiser that adds what add-ons give in the place of its own.
 
     Raises:
         BundleError: it has none.
     """
     spec = bundle.spec
-    network = spec.networks[spec.denoiser].controlled()
+    adapted = any(one.kind == T2I_ADAPTER for one in add_ons)
+    network = spec.networks[spec.denoiser].controlled(FEATURED if adapted else CONTROLLED)
     if network is None:
-        found = f"the denoiser of {spec.id} reads no residuals of ControlNets"
-        raise BundleError(found, needed="a bundle of a UNet with text, exported from a checkpoint", fix=EXPORT)
+        what = "features of T2I-Adapters" if adapted else "residuals of ControlNets"
+        needed = "a bundle of a UNet with text, exported from a checkpoint by this version"
+        raise BundleError(f"the denoiser of {spec.id} reads no {what}", needed=needed, fix=EXPORT)
     return replace(bundle, spec=replace(spec, networks={**spec.networks, spec.denoiser: network}))
 
 
 def open_controls(
     bundles: Mapping[str, Bundle], model: ModelSpec, filled: Mapping[str, TensorSpec], backend: Backend
 ) -> tuple[ControlNet, ...]:
-    """Load ControlNets beside a model.
+    """Load ControlNets and T2I-Adapters beside a model.
 
     Args:
         bundles: by the names that requests have for them.
@@ -184,7 +218,7 @@ def open_controls(
         backend: runs the networks.
 
     Raises:
-        RequestError: a bundle is none of a ControlNet, or of one for other models.
+        RequestError: a bundle is none of these, or of one for other models.
     """
     if bundles and "beside" in filled and filled["beside"].shape[1] == model.latents.channels:
         found = f"{model.id} edits pictures, and its pictures take three lanes"
@@ -195,63 +229,72 @@ def open_controls(
 
 
 def check_device(backend: Backend, bundles: Mapping[str, Bundle]) -> None:
-    """Refuse ControlNets on a GPU, other than by ONNX Runtime. Raise RequestError."""
+    """Refuse ControlNets and T2I-Adapters on a GPU, other than by ONNX Runtime. Raise RequestError."""
     if bundles and backend.gpu is not None and backend.name != "onnxruntime":
         found = f"ControlNets ({', '.join(bundles)}) with {backend.name}"
         raise RequestError(found, needed="onnxruntime: there are no plans of theirs yet", fix="backend='onnxruntime'")
 
 
 def check_request(request: Request, controls: Sequence[ControlNet], model: str) -> None:
-    """Refuse a request with a ControlNet that is not there, or with step caching. Raise RequestError."""
-    names = [one.name for one in controls]
-    if unknown := [name for name in request.control if name not in names]:
+    """Refuse a request with a control that is not there, or one that cannot do it. Raise RequestError."""
+    kinds = {one.name: one.spec.kind for one in controls}
+    if unknown := [name for name in request.control if name not in kinds]:
         raise RequestError(
-            f"there is a control {unknown[0]!r}, and {model} is loaded with {', '.join(names) or 'no ControlNet'}",
+            f"there is a control {unknown[0]!r}, and {model} is loaded with {', '.join(kinds) or 'no ControlNet'}",
             needed="a ControlNet of that name",
             fix="load it: control={'NAME': folder}, --controlnet NAME=FOLDER",
         )
+    if guessed := [name for name, one in request.control.items() if one.guess and kinds[name] == T2I_ADAPTER]:
+        found = f"guess is set for the T2I-Adapter {guessed[0]!r}"
+        raise RequestError(found, needed="a ControlNet: an adapter has no guess mode", fix="leave guess out")
     if request.control and request.cache_interval > 1:
         found = f"cache_interval is {request.cache_interval} and there is a control"
         raise RequestError(found, needed="one of them: shallow rows read no residuals", fix="leave cache_interval out")
 
 
 def _check_fits(name: str, own: ModelSpec, model: ModelSpec, filled: Mapping[str, TensorSpec]) -> None:
-    """Refuse a bundle that is no ControlNet, or whose latents, inputs or residuals are others than the model's."""
-    if own.kind != CONTROLNET:
-        fix = "export one: latentrt export CONTROLNET BUNDLE"
+    """Refuse a bundle that is no add-on, or whose latents, inputs or residuals are others than the model's."""
+    if own.kind not in ADD_ONS:
         raise RequestError(
-            f"{own.id}, loaded as the control {name!r}, is none", needed="a ControlNet's bundle", fix=fix
+            f"{own.id}, loaded as the control {name!r}, is none",
+            needed="the bundle of a ControlNet or T2I-Adapter",
+            fix="export one: latentrt export CONTROLNET BUNDLE",
         )
-    latents = own.latents.channels, own.latents.factor
-    needed = model.latents.channels, model.latents.factor
+    prefix = RESIDUAL if own.kind == CONTROLNET else ADAPTER
     body, denoiser = own.networks[own.named(CONTROL)[0]], model.networks[model.denoiser]
-    pairs: list[tuple[str, Any, Any]] = [("latents (channels, factor)", latents, needed)]
-    pairs += [
-        (f"the input {key}", one.shape, filled[key].shape if key in filled else None) for key, one in _read(own).items()
-    ]
     gives, reads = (
-        {tensor.name: tensor.shape for tensor in tensors if tensor.name.startswith(RESIDUAL)}
+        {tensor.name: tensor.shape for tensor in tensors if tensor.name.startswith(prefix)}
         for tensors in (body.outputs, denoiser.inputs)
     )
     hint, inputs = own.networks[own.named(HINT)[0]], {tensor.name for tensor in body.inputs}
+    hints = [tensor.name for tensor in hint.outputs]
+    expected = {*hints, SCALE, FACTORS, *(f"{key}{BEFORE}" for key in gives)}
+    latents, needed = own.latents, model.latents
+    pairs: list[tuple[str, Any, Any]] = [("latents of the factor", latents.factor, needed.factor)]
+    if own.kind == CONTROLNET:
+        pairs += [("latents of so many channels:", latents.channels, needed.channels), ("hints", hints, [HINT])]
+        expected |= {*OWN}
     pairs += [
-        ("hint networks from, to", [tensor.name for tensor in (*hint.inputs, *hint.outputs)], [PICTURE, HINT]),
-        ("inputs without", sorted({*OWN, HINT, SCALE, FACTORS, *(f"{key}{BEFORE}" for key in gives)} - inputs), []),
+        (f"the input {key}", one.shape, filled[key].shape if key in filled else None) for key, one in _read(own).items()
     ]
     pairs += [
-        (f"residuals ({len(gives)} and {len(reads)}): {key}", gives.get(key), reads.get(key)) for key in gives | reads
+        ("a hint network from", [tensor.name for tensor in hint.inputs], [PICTURE]),
+        ("inputs without", sorted(expected - inputs), []),
     ]
+    # A T2I-Adapter may give less than a UNet has places for, as in diffusers.
+    both = gives | reads if own.kind == CONTROLNET else gives
+    pairs += [(f"residuals ({len(gives)} and {len(reads)}): {key}", gives.get(key), reads.get(key)) for key in both]
     for what, found, wanted in pairs:
         if found != wanted:
             raise RequestError(
-                f"the ControlNet {own.id} has {what} {found or 'none'}",
+                f"the {ADD_ONS[own.kind]} {own.id} has {what} {found or 'none'}",
                 needed=f"{wanted or 'none'}, as {model.id} has",
-                fix="take a ControlNet that was trained for this kind of model",
+                fix=f"take a {ADD_ONS[own.kind]} that was trained for this kind of model",
             )
 
 
 def _read(spec: ModelSpec) -> dict[str, TensorSpec]:
-    """Return what a ControlNet reads of what a model's conditioners fill."""
-    own = {*OWN, HINT, SCALE, FACTORS}
+    """Return what an add-on reads of what a model's conditioners fill."""
+    own = {*OWN, SCALE, FACTORS, *(tensor.name for tensor in spec.networks[spec.named(HINT)[0]].outputs)}
     read = inputs_of([spec.networks[name] for name in (*spec.named(CONDITIONER), *spec.named(CONTROL))])
     return {name: one for name, one in read.items() if name not in own and not name.endswith(BEFORE)}

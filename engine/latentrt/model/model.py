@@ -19,6 +19,7 @@ from latentrt.images.given import inpainted, prepared, prepared_hint, prepared_l
 from latentrt.model import settings
 from latentrt.model.chained import Chained, Chains
 from latentrt.model.codec import Codec, Identity, Vae
+from latentrt.model.conditioners.adapters import Adapters, adapted, with_adapters
 from latentrt.model.conditioners.beside import Repainted
 from latentrt.model.conditioners.guidance_embedding import GuidanceEmbedding
 from latentrt.model.conditioners.registry import Parts, conditioners_of
@@ -50,24 +51,22 @@ class Model:
         spec: the model as the manifest describes it.
         schedule: the noise that it was trained with.
         networks: by name, each loaded when it is needed.
-        codec: pixels to what is denoised, and back.
-        preview: decodes previews.
+        codec, preview: pixels to what is denoised and back; the codec that decodes previews.
         tiles: how larger latents are cut for the codec; None: they are not.
-        predictor: the networks that a row calls.
-        hoisted: networks that compute some of the predictor's inputs, once a picture.
+        predictor, hoisted: the networks that a row calls, and those that compute some of their inputs once a picture.
         conditioners: fill their inputs and the predictor's others.
-        controls: its ControlNets.
+        adapters, controls: the LoRAs that requests may have, and its ControlNets.
 
     Args:
         bundle: opened.
         backend: runs the networks.
         resident: keep networks loaded; False drops each after use (`end_of`).
         vae: another VAE, a decoder of previews, tiles.
-        controls: ControlNets, by the names that requests have for them.
+        adapters, controls: LoRAs, and ControlNets by name, that requests may have.
 
     Raises:
         BundleError: the bundle has no denoiser, or no conditioner fills one of its inputs.
-        RequestError: a VAE, the tiles or a ControlNet do not fit the model, or the backend runs no ControlNets.
+        RequestError, BackendError: a VAE, tiles, a ControlNet or LoRAs do not fit the model, or the backend.
     """
 
     def __init__(
@@ -77,10 +76,12 @@ class Model:
         *,
         resident: bool = True,
         vae: VaeOptions = OWN,
+        adapters: Adapters | None = None,
         controls: Mapping[str, Bundle] = NO_CONTROLS,
     ) -> None:
         check_device(backend, controls)
-        bundle = controlled(bundle) if controls else bundle
+        bundle, self.adapters = with_adapters(bundle, adapters, backend)
+        bundle = controlled(bundle, [one.spec for one in controls.values()]) if controls else bundle
         denoiser, schedule = bundle.spec.denoiser, str(bundle.spec.schedule)
         self.spec, self.resident, self._vae = vae.spec(bundle.spec), resident, vae
         self.schedule = Schedule.from_config(bundle.json(schedule), self.spec.corrected(schedule))
@@ -95,13 +96,14 @@ class Model:
         once = self.spec.named(CONDITIONER)
         self.hoisted = Hoisted(self.networks, self.spec, denoiser)
         inputs = inputs_of([self.spec.networks[name] for name in (*once, denoiser)])
-        self.conditioners = conditioners_of(Parts(bundle, self.networks, self.codec, inputs))
+        self.conditioners = conditioners_of(Parts(bundle, self.networks, self.codec, inputs, self.adapters))
         self.controls = open_controls(controls, self.spec, inputs, backend)
         self._chains = None if backend.gpu is None else Chains(self.networks[denoiser], self.controls)
 
     def take(self, bundle: Bundle) -> None:
         """Use the weights of a bundle of the same files, as `Networks.take`; nothing changes where that fails."""
-        bundle = controlled(bundle) if self.controls else bundle
+        bundle = bundle if self.adapters is None else adapted(bundle)
+        bundle = controlled(bundle, [one.spec for one in self.controls]) if self.controls else bundle
         self.networks.take(bundle)
         self.spec = self._vae.spec(bundle.spec)
         self.hoisted.forget()
@@ -213,7 +215,9 @@ class Model:
 
     def draws_at_once(self, request: Request) -> bool:
         """Return whether a device can draw the whole of a request's pictures in one launch, from token ids."""
-        return not request.control and (self.text is None or self.text.draws_at_once(self.filled(request)))
+        if request.control or self.adapters is not None:
+            return False
+        return self.text is None or self.text.draws_at_once(self.filled(request))
 
     def given(self, pictures: Mapping[str, Source], request: Request) -> Given | None:
         """Encode pictures for a request, which need not be its own; None where there are none.
@@ -263,7 +267,7 @@ class Model:
         size, lanes = self.spec.latents.pixels_of(request.height, request.width), self.guidance(request).lanes
         overlay = None if given is None else given.overlay
         asked = [(one, request.control[one.name]) for one in self.controls if one.name in request.control]
-        pixels = [prepared_hint(control.image, *size, overlay) for _, control in asked]
+        pixels = [prepared_hint(control.image, *size, overlay, channels=one.channels) for one, control in asked]
         pairs = zip(asked, pixels, strict=True)
         return tuple(one.applied(control, own, told, lanes, rows) for (one, control), own in pairs)
 

@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from latentrt.bundle.spec import RESIDUAL, GraphSpec, NetworkSpec, TensorSpec
+from latentrt.bundle.spec import ADAPTER, RESIDUAL, GraphSpec, NetworkSpec, TensorSpec
 from latentrt.cuda.array import DeviceArray
 from latentrt.cuda.gpu import Gpu
 from latentrt.model.inputs import Inputs
@@ -88,11 +88,11 @@ class Predictor:
         Adding them is exact.
         """
         sizes = sizes_of(self._networks[-1].graph.inputs, {"sample": sample.shape})
-        read = [tensor for tensor in self._networks[-1].graph.inputs if tensor.name.startswith(RESIDUAL)]
+        read = [tensor for tensor in self._networks[-1].graph.inputs if tensor.name.startswith((RESIDUAL, ADAPTER))]
         return {tensor.name: np.zeros(shape_of(tensor, sizes), np.float32) for tensor in read}
 
     def _whole(self, sample: Float32, timestep: Float32, inputs: Inputs) -> dict[str, NDArray[Any]]:
-        """Return all inputs; residuals that no ControlNet gave are zeros."""
+        """Return all inputs; residuals that nothing gave are zeros."""
         zeros = {} if f"{RESIDUAL}mid" in inputs else self.no_residuals(sample)
         return {"sample": sample, "timestep": timestep, **zeros, **inputs}
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from latentrt.errors import RequestError
+from latentrt.model.conditioners.adapters import check_adapters
 from latentrt.model.control import check_request
 from latentrt.request import Request
 
@@ -38,6 +39,7 @@ def filled(model: Model, request: Request, others: Collection[str]) -> Request:
         one.check_settings(request)
     _check_text(model, request)
     check_request(request, model.controls, model.spec.id)
+    check_adapters(request, model.adapters)
     if "image_guidance" in model.fields and request.image_guidance is None and guidance > 1:
         return replace(request, image_guidance=IMAGE_GUIDANCE)
     return request

@@ -11,7 +11,9 @@ from typing import Generic, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from latentrt.adapters.mixed import Asked, Mixed
 from latentrt.errors import EXPORT, PromptSyntaxWarning, PromptTruncatedWarning, RequestError
+from latentrt.model.conditioners.adapters import asked_by
 from latentrt.model.given import Given
 from latentrt.model.inputs import Conditioner, Inputs, Sides
 from latentrt.model.prompts.embeddings import read_embedding
@@ -34,12 +36,14 @@ class Told(NamedTuple):
         text, syntax: of the prompt.
         skip: layers of the encoders to leave out at the end.
         files: of embeddings: token, path, time of change and size of each.
+        lora: the LoRAs that change the encoders.
     """
 
     text: str
     syntax: str = "plain"
     skip: int = 0
     files: tuple[tuple[str, str, int, int], ...] = ()
+    lora: tuple[Asked, ...] = ()
 
 
 class Unread(NamedTuple):
@@ -59,6 +63,7 @@ class Text(Conditioner):
         zero_negative: whether zeros stand for no negative prompt.
         most: tokens that the denoiser reads, where their number is fixed.
         guided: whether the model's pictures may have a lane without the prompt, and so a negative prompt.
+        adapters: the model's LoRAs of each request.
     """
 
     inputs = ("encoder_hidden_states", "text_embeds")
@@ -70,8 +75,9 @@ class Text(Conditioner):
         zero_negative: bool = False,
         most: int | None = None,
         guided: bool = True,
+        adapters: Mixed | None = None,
     ) -> None:
-        self.encoders = tuple(encoders)
+        self.encoders, self._adapters = tuple(encoders), adapters
         self.fields = ("prompt", *(["negative_prompt"] if guided else []), "clip_skip")
         self._zero_negative, self._most = zero_negative, most
         self._files: Mapping[str, Path] = {}
@@ -148,7 +154,8 @@ class Text(Conditioner):
         Raises:
             RequestError: the prompt is not text that can be encoded in UTF-8, or it does not fit the syntax or model.
         """
-        return self._encode(Told(prompt, syntax, skip, self._stamps({})))
+        lora = asked_by(Request(prompt=prompt, prompt_syntax=syntax), self._adapters)
+        return self._encode(Told(prompt, syntax, skip, self._stamps({}), lora))
 
     def _told(self, request: Request) -> dict[str, Told]:
         """Return the texts that a request's pictures need, by the request's fields."""
@@ -157,9 +164,10 @@ class Text(Conditioner):
         syntax, skip, files = request.prompt_syntax, request.clip_skip or 0, self._stamps(request.embeddings)
         if syntax == "a1111" and not self._skips_in_a1111:
             skip = 0
-        told = {"prompt": Told(request.prompt, syntax, skip, files)}
+        lora = tuple(one for one in asked_by(request, self._adapters) if one.text)
+        told = {"prompt": Told(request.prompt, syntax, skip, files, lora)}
         if "negative_prompt" in self.fields and request.guidance is not None and request.guidance > 1:
-            negative = Told(request.negative_prompt or "", syntax, skip if syntax == "a1111" else 0, files)
+            negative = Told(request.negative_prompt or "", syntax, skip if syntax == "a1111" else 0, files, lora)
             told["negative_prompt"] = negative
         return told
 
@@ -217,7 +225,8 @@ class Text(Conditioner):
         states, inputs = [], dict[str, Float32]()
         for encoder, reading in zip(self._speaking(told.files), self._read(told), strict=True):
             encoder.check(reading, told.skip)
-            own, pooled = encoder(reading, told.skip)
+            lora = {} if self._adapters is None else self._adapters.inputs(encoder.name, told.lora)
+            own, pooled = encoder(reading, told.skip, lora)
             states.append(own)
             if pooled is not None:
                 inputs["text_embeds"] = pooled

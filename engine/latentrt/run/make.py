@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -10,9 +11,11 @@ from numpy.typing import NDArray
 
 from latentrt.errors import RequestError
 from latentrt.images.given import hint_size
+from latentrt.model.conditioners.adapters import lora_facts
 from latentrt.model.given import Given
 from latentrt.model.model import Model
-from latentrt.request import Request, facts_of
+from latentrt.request import Request
+from latentrt.run.facts import facts_of
 from latentrt.run.job import Job
 from latentrt.run.stages import later_stages, table_of
 from latentrt.sampling.noise import NoiseSource, TorchCudaNoise, noise_source
@@ -56,7 +59,7 @@ def make_jobs(
     final = model.spec.latents.enlarged(*size, request.hires_scale or 1.0)
     height, width = model.spec.latents.shape_of(*final)[1:]
     model.check_tiles(height, width)
-    facts = {**model.facts(height, width), **(given.facts if given else {})}
+    facts = {**model.facts(height, width), **(given.facts if given else {}), **lora_facts(request, model.adapters)}
     jobs = []
     for index in range(first, first + request.count):
         seed = request.seed + index
@@ -109,7 +112,9 @@ def _placed(model: Model, request: Request, given: Given | None) -> Request:
     if given is not None:
         return given.sized(request) if model.shows_picture else given.on(request)
     if request.control and None in (request.height, request.width):
-        height, width = hint_size(next(iter(request.control.values())).image, model.spec.latents)
+        steps = (one.spec.latents.step for one in model.controls if one.name in request.control)
+        step = math.lcm(model.spec.latents.step, *steps)
+        height, width = hint_size(next(iter(request.control.values())).image, step)
         request = replace(request, height=request.height or height, width=request.width or width)
     if request.strength is not None:
         raise RequestError(

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from latentrt.bundle.bundle import Bundle
 from latentrt.errors import BundleError, RequestError
+from latentrt.model.conditioners.adapters import without_adapters
 from latentrt.model.given import Given
 from latentrt.model.model import Model
 from latentrt.request import Request
@@ -112,7 +113,7 @@ def _hires(model: Model, request: Request, scale: float) -> Stage:
 
 def _refined(model: Model, refiner: Model, request: Request, handoff: float) -> Stage:
     """Return the rest of the run by a refiner, as diffusers' denoising_start has it."""
-    own = refiner.filled(replace(request, handoff=None, strength=None, control={}), model.fields)
+    own = refiner.filled(replace(without_adapters(request), handoff=None, strength=None, control={}), model.fields)
     table = table_of(refiner, own, denoising_start=handoff)
     sides = refiner.hoisted(refiner.conditions(own, None, noise_source(request.noise, request.seed)))
     guidance, predictor = refiner.guidance(own), refiner.predictor

@@ -48,6 +48,7 @@ class Facts(NamedTuple):
         exact: the numbers are those of the golden runs: float32 on a CPU.
         captures: calls are captured in CUDA graphs unless the caller says otherwise.
         replaces: networks are loaded with `Bundle.replaced`; a backend without it may not be given such a bundle.
+        adapts: networks that take LoRAs as inputs run here, those of the variants with `ADAPTED`.
         cores: a call with at least so many entries in its batch computes so many at the same time, one on each core.
     """
 
@@ -56,6 +57,7 @@ class Facts(NamedTuple):
     exact: bool = True
     captures: bool = False
     replaces: bool = False
+    adapts: bool = False
     cores: int = 1
 
 

@@ -89,7 +89,10 @@ class OrtBackend:
         self.gpu = gpu
         on_gpu, self.threads = gpu is not None, threads or usable_cores()
         exact, cores = not on_gpu and precision == FP32, 1 if on_gpu else self.threads
-        self.facts = Facts(fixed_lanes=on_gpu, one_stream=on_gpu, exact=exact, replaces=True, cores=cores)
+        adapts = device == "cpu" and precision != INT8
+        self.facts = Facts(
+            fixed_lanes=on_gpu, one_stream=on_gpu, exact=exact, replaces=True, adapts=adapts, cores=cores
+        )
         self.spin = spin
         self.cache = cache and device == "cpu"
         self.provider_options = dict(provider_options or {})

@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 import uvicorn
 from fastapi import FastAPI
 
+from latentrt.adapters.mixed import RANK
 from latentrt.engine import Engine
 from latentrt.errors import BackendError, LatentrtError, PromptSyntaxWarning, PromptTruncatedWarning
 from latentrt.model.control import controlnets_of
@@ -131,6 +132,8 @@ def loaded(settings: Settings) -> Iterator[Engine]:
         vae=settings.vae,
         preview_vae=settings.preview_vae,
         tile=settings.tile,
+        adapters=settings.lora_dir,
+        adapter_rank=settings.lora_rank or RANK,
         control=controlnets_of(settings.controlnet),
         lora=settings.lora,
         allow_unmatched=settings.allow_unmatched,

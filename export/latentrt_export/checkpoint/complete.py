@@ -12,7 +12,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, UNet2DConditionModel, UNet2DModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    ControlNetModel,
+    T2IAdapter,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -20,7 +27,7 @@ from latentrt.bundle.tensors import open_tensors
 from latentrt.errors import ExportError
 from latentrt.values import is_number
 from latentrt_export.checkpoint.files import read_json
-from latentrt_export.checkpoint.lone_control import PART
+from latentrt_export.checkpoint.lone_control import ADAPTER, PART
 from latentrt_export.checkpoint.served import KL, TINY, vae_class
 from latentrt_export.checkpoint.source import TEXT, TEXT_2, UNET, VAE, Checkpoint
 from latentrt_export.checkpoint.weights import stem_of
@@ -101,6 +108,7 @@ MAKERS: Mapping[str, Maker] = {
     KL: _of_diffusers(AutoencoderKL),
     TINY: _of_diffusers(AutoencoderTiny),
     PART: _of_diffusers(ControlNetModel),
+    ADAPTER: _of_diffusers(T2IAdapter),
 }
 
 

@@ -1,4 +1,4 @@
-"""A ControlNet in a folder of its own, as diffusers saves one: config.json and safetensors."""
+"""A ControlNet or T2I-Adapter in a folder of its own, as diffusers saves one: config.json and safetensors."""
 
 from __future__ import annotations
 
@@ -13,29 +13,33 @@ from latentrt_export.checkpoint.weights import choose_weights
 
 Config = Mapping[str, Any]
 KIND, PART = "ControlNetModel", "controlnet"
+ADAPTER_KIND, ADAPTER = "T2IAdapter", "t2i_adapter"
+FULL_XL = "full_adapter_xl"  # of its types, the one whose first features have half the latents' sides
+TYPES = ("full_adapter", FULL_XL, "light_adapter")
 OTHERS = ("ControlNetUnionModel", "ControlNetXSAdapter", "SparseControlNetModel", "MultiControlNetModel")
 EMBEDDING = (16, 32, 96, 256)  # channels of the hint's embedding, where a config has none
 
 
-def is_controlnet(folder: Path) -> bool:
-    """Return whether a folder holds a ControlNet, or a network like one that is refused."""
+def is_add_on(folder: Path) -> bool:
+    """Return whether a folder holds a ControlNet or T2I-Adapter, or a network like one that is refused."""
     if (folder / "model_index.json").is_file() or not (folder / CONFIG).is_file():
         return False
-    return read_json(folder / CONFIG).get("_class_name") in (KIND, *OTHERS)
+    return read_json(folder / CONFIG).get("_class_name") in (KIND, ADAPTER_KIND, *OTHERS)
 
 
-def controlnet_folder(folder: Path, variant: str | None = None) -> tuple[Config, dict[str, Path], tuple[str, ...]]:
-    """Return a ControlNet's config, its files by their names in a bundle, and what a user should know.
+def add_on_folder(folder: Path, variant: str | None = None) -> tuple[str, Config, dict[str, Path], tuple[str, ...]]:
+    """Return an add-on's part of a checkpoint, its config, files by their names in a bundle, what a user should know.
 
     Raises:
         ExportError: it is one that the engine cannot serve, or its weights are broken or missing.
         UnsafeWeightsError: its weights are pickled.
     """
     config = read_json(folder / CONFIG)
-    check_controlnet(config)
-    weights = choose_weights({PART: folder}, variant)[PART]
-    files = {f"{PART}/{name}": path for name, path in weights.files.items()}
-    return config, {**files, f"{PART}/{CONFIG}": folder / CONFIG}, (weights.note,) if weights.note else ()
+    part = ADAPTER if config.get("_class_name") == ADAPTER_KIND else PART
+    (check_adapter if part == ADAPTER else check_controlnet)(config)
+    weights = choose_weights({part: folder}, variant)[part]
+    files = {f"{part}/{name}": path for name, path in weights.files.items()}
+    return part, config, {**files, f"{part}/{CONFIG}": folder / CONFIG}, (weights.note,) if weights.note else ()
 
 
 def check_controlnet(config: Config) -> None:
@@ -68,6 +72,26 @@ def check_controlnet(config: Config) -> None:
             f"a ControlNet with conditioning_embedding_out_channels {config['conditioning_embedding_out_channels']!r}"
         )
         raise unsupported(found, "whole numbers")
+
+
+def check_adapter(config: Config) -> None:
+    """Refuse a T2I-Adapter that the engine cannot serve. Raise ExportError."""
+    kind, channels, factor = config.get("adapter_type", TYPES[0]), config.get("channels", [1]), adapter_factor(config)
+    sizes = isinstance(channels, (list, tuple)) and bool(channels) and all(map(is_size, channels))
+    for key, fits, wanted in (
+        ("adapter_type", kind in TYPES, f"one of {', '.join(TYPES)}"),
+        ("in_channels", config.get("in_channels", 3) in (1, 3), "3, or 1 of grey"),
+        ("channels", sizes, "whole numbers"),
+        ("num_res_blocks", is_size(config.get("num_res_blocks", 1)), "a whole number"),
+        ("downscale_factor", is_size(factor) and not (kind == FULL_XL and factor % 2), "a whole number, even for XL"),
+    ):
+        if not fits:
+            raise unsupported(f"a T2I-Adapter with {key} {config.get(key)!r}", wanted)
+
+
+def adapter_factor(config: Config) -> Any:
+    """Return what a T2I-Adapter divides a picture's sides by at once; diffusers' own default depends on no type."""
+    return config.get("downscale_factor", 8)
 
 
 def hint_levels(config: Config) -> int:

@@ -17,7 +17,7 @@ from latentrt.bundle.bundle import PICKLES
 from latentrt.errors import ExportError, LatentrtError, OutputError, UnsafeWeightsError
 from latentrt_export.checkpoint.files import AGAIN, license_of, read_json, read_schedule, texts_of, tokenizer_files
 from latentrt_export.checkpoint.hub import download
-from latentrt_export.checkpoint.lone_control import KIND, PART, controlnet_folder, is_controlnet
+from latentrt_export.checkpoint.lone_control import add_on_folder, is_add_on
 from latentrt_export.checkpoint.lone_vae import fitting, is_vae, vae_folder
 from latentrt_export.checkpoint.merged import with_loras
 from latentrt_export.checkpoint.served import (
@@ -78,8 +78,9 @@ class Checkpoint:
         root: its folder.
         id, revision, license: where known.
         index: model_index.json, with the pipeline's class and a class for each part; of a network alone, its class.
-        configs: config.json of each network that it has: "text_encoder", "text_encoder_2", "unet", "vae"; "controlnet".
-        scheduler: scheduler_config.json; empty for a VAE or ControlNet alone.
+        configs: config.json of each network that it has: "text_encoder", "text_encoder_2", "unet", "vae"; "controlnet",
+            "t2i_adapter".
+        scheduler: scheduler_config.json; empty for a VAE or an add-on alone.
         files: where each file of a bundle is now: configs, tokenizers and weights (safetensors, chosen variants under
             their plain names).
         notes: what a user should know of how the checkpoint was opened, one sentence each.
@@ -196,11 +197,11 @@ def open_checkpoint(source: str | Path, revision: str | None = None, variant: st
     """
     root, name, commit = _locate(source, revision, variant)
     if _is_alone(root):
-        part, (config, files, notes) = (
-            (PART, controlnet_folder(root, variant)) if is_controlnet(root) else (VAE, vae_folder(root, variant))
+        part, config, files, notes = (
+            add_on_folder(root, variant) if is_add_on(root) else (VAE, *vae_folder(root, variant))
         )
         texts = {file: path for file, path in texts_of(root).items() if file != "config.json"}
-        index = {"_class_name": KIND if part == PART else vae_class(config)}
+        index = {"_class_name": vae_class(config) if part == VAE else config["_class_name"]}
         return Checkpoint(root, name, commit, license_of(root), index, {part: config}, {}, texts | files, notes)
     index = _index(root)
     parts = _parts(index)
@@ -232,7 +233,7 @@ def open_checkpoint(source: str | Path, revision: str | None = None, variant: st
 
 def _is_alone(root: Path) -> bool:
     """Return whether a folder holds one network that is no model by itself."""
-    return is_vae(root) or is_controlnet(root)
+    return is_vae(root) or is_add_on(root)
 
 
 def tokenizer_of(part: str) -> str:

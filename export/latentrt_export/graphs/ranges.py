@@ -21,11 +21,11 @@ from latentrt.bundle.bundle import Bundle
 from latentrt.bundle.spec import (
     CONDITIONER,
     CONTROL,
-    CONTROLNET,
     DECODER,
     ENCODER,
     FP32,
     HINT,
+    MODEL,
     SHALLOW,
     GraphSpec,
     ModelSpec,
@@ -88,7 +88,7 @@ def measure_networks(root: Path, spec: ModelSpec) -> dict[str, dict[str, float]]
     """
     gauges = Gauges()
     bundle = Bundle(root, spec, {})
-    if spec.kind == CONTROLNET:
+    if spec.kind != MODEL:
         return _measure_control(gauges, bundle)
     if not spec.draws:
         return _measure_vae(gauges, bundle)
@@ -126,14 +126,15 @@ def _measure_vae(gauges: Gauges, bundle: Bundle) -> dict[str, dict[str, float]]:
 
 
 def _measure_control(gauges: Gauges, bundle: Bundle) -> dict[str, dict[str, float]]:
-    """Return the ranges of a ControlNet: of noise at several levels, under texts of normal numbers and a drawn hint."""
+    """Return the ranges of an add-on: of noise at several levels, under texts of normal numbers and a drawn hint."""
     spec, draw = bundle.spec, np.random.default_rng(0)
     names = (*spec.named(HINT), *spec.named(CONDITIONER), *spec.named(CONTROL))
     networks = {name: gauges.load(bundle, name) for name in names}
     sizes = {"batch": 1, "height": SIDE, "width": SIDE, "tokens": 77}
     pixels = SIDE * spec.latents.factor
+    channels = spec.networks[spec.named(HINT)[0]].inputs[0].shape[1]
     for level in np.linspace(0, 999, STEPS):
-        known = {"picture": draw.uniform(0, 1, (1, 3, pixels, pixels)), "timestep": np.array([level])}
+        known = {"picture": draw.uniform(0, 1, (1, int(channels), pixels, pixels)), "timestep": np.array([level])}
         known["time_ids"] = np.array([[pixels, pixels, 0, 0, pixels, pixels]])
         for network in networks.values():
             for tensor in network.graph.inputs:

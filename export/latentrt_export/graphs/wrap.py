@@ -12,13 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, UNet2DConditionModel, UNet2DModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    ControlNetModel,
+    T2IAdapter,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from latentrt.errors import ExportError
 from latentrt_export.checkpoint.files import read_json
-from latentrt_export.checkpoint.lone_control import PART, hint_levels
+from latentrt_export.checkpoint.lone_control import ADAPTER, PART, adapter_factor, hint_levels
 from latentrt_export.checkpoint.served import (
     INPUTS,
     KL,
@@ -31,12 +38,13 @@ from latentrt_export.checkpoint.served import (
     upscales_latents,
     vae_class,
 )
+from latentrt_export.graphs.modules.adapter import Adapter
 from latentrt_export.graphs.modules.controlnet import ControlNet, Hint
 from latentrt_export.graphs.modules.text import PenultimateTextEncoder, TextEncoder
 from latentrt_export.graphs.modules.unet import PixelUNet, UNet
 from latentrt_export.graphs.modules.upscaler import LatentUpscaler, PooledTextEncoder
 from latentrt_export.graphs.modules.vae import TinyEncoder, VaeDecoder, VaeEncoder
-from latentrt_export.graphs.parts.control import residual_names
+from latentrt_export.graphs.parts.control import hint_name, residual_names
 
 Axes = Mapping[int, str]
 IMAGE_AXES: Axes = {0: "batch", 2: "height", 3: "width"}
@@ -76,7 +84,7 @@ def load_network(root: Path, name: str, *, tokens: int = 77) -> Network:
 
     Args:
         root: a diffusers checkpoint whose weights are safetensors, each network in a folder of its name.
-        name: text_encoder, text_encoder_2, unet, vae_decoder or vae_encoder; hint or controlnet.
+        name: text_encoder, text_encoder_2, unet, vae_decoder or vae_encoder; hint or controlnet; t2i_adapter.
         tokens: length of a text chunk (77).
     """
     network = _LOADERS[name](root, name, tokens)
@@ -199,6 +207,13 @@ def _controlnet(root: Path, name: str, tokens: int) -> Network:
     return Network(ControlNet(model), _examples(sizes), tuple(residual_names(skips + 1)), PART)
 
 
+def _t2i_adapter(root: Path, name: str, tokens: int) -> Network:
+    model = _load(T2IAdapter, root / ADAPTER)
+    factor = adapter_factor(model.config)
+    inputs = _examples({"picture": ((model.config.in_channels, 16 * factor, 24 * factor), IMAGE_AXES)})
+    return Network(Adapter(model), inputs, tuple(map(hint_name, range(len(model.adapter.body)))), ADAPTER)
+
+
 _LOADERS: Mapping[str, Callable[[Path, str, int], Network]] = {
     "text_encoder": _text_encoder,
     "text_encoder_2": _text_encoder,
@@ -207,6 +222,7 @@ _LOADERS: Mapping[str, Callable[[Path, str, int], Network]] = {
     "vae_encoder": _vae_encoder,
     "hint": _hint,
     "controlnet": _controlnet,
+    "t2i_adapter": _t2i_adapter,
 }
 
 

@@ -186,7 +186,7 @@ def by_torch(pipe: Any, prompt: str, tokenizers: list[Tokenizer]) -> tuple[np.nd
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ("a <lora:x:1> b", "has <lora:x:1>"),
+        ("a <hypernet:x:1> b", "has <hypernet:x:1>"),
         ("a cat AND a dog", "has AND"),
         ("a [cat:dog:0.5]", r"changes with the steps: there is ':0.5'"),
         ("a [(cat:1.2):5]", r"changes with the steps: there is ':5'"),

@@ -53,6 +53,7 @@ KERNELS = {
     "Range": ("11-26 27+", "float32 int32 int64"),
     "ReduceMax": ("1-17 18-19 20+", NUMBERS),
     "ReduceMin": ("1-17 18-19 20+", NUMBERS),
+    "Relu": ("13-13 14+", FLOATS),
     "Reshape": ("13-13 14-18 19-20 21-22 23-24 25+", ALL),
     "Resize": ("13-17 18-18 19+", f"{FLOATS} int32"),
     "Shape": ("13-14 15-18 19-20 21-22 23-24 25+", ALL),

@@ -16,6 +16,7 @@ Tensors = dict[str, Tensor]
 PARTS = {"unet": "diffusion_pytorch_model", "text_encoder": "model", "text_encoder_2": "model"}
 ATTENTION = ("attn1.to_q", "attn1.to_v", "attn2.to_k", "attn2.to_v", "attn2.to_out.0", "self_attn.q_proj")
 LINEAR = (*ATTENTION, "ff.net.0.proj", "proj_in", "self_attn.out_proj", "mlp.fc1")
+PRODUCTS = (*LINEAR, "ff.net.2", "proj_out", "mlp.fc2")  # what networks with LoRAs as inputs take
 CONVOLUTIONS = ("conv1", "conv_shortcut", "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv")
 EVERYWHERE = (*LINEAR, *CONVOLUTIONS, "conv_in", "conv_out")
 OLD = {"to_q": "to_q_lora", "to_k": "to_k_lora", "to_v": "to_v_lora", "to_out.0": "to_out_lora"}

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+from latentrt.adapters.mixed import Mixed
 from latentrt.bundle.bundle import Bundle
-from latentrt.bundle.spec import RESIDUAL, TEXT_ENCODER, TensorSpec
+from latentrt.bundle.spec import ADAPTER, CONDITIONER, LORA, RESIDUAL, TEXT_ENCODER, TensorSpec
 from latentrt.errors import EXPORT, BundleError
 from latentrt.model.codec import Codec
+from latentrt.model.conditioners.adapters import Adapted
 from latentrt.model.conditioners.beside import Edited, Repainted
 from latentrt.model.conditioners.class_label import ClassLabel
 from latentrt.model.conditioners.depth_map import DepthMap
@@ -26,12 +28,13 @@ from latentrt.sampling.schedule import Schedule
 
 
 class Parts(NamedTuple):
-    """The parts of conditioners: the bundle, its networks by name, the codec, and the inputs that they fill."""
+    """The parts of conditioners: the bundle, its networks by name, the codec, the inputs that they fill, its LoRAs."""
 
     bundle: Bundle
     networks: Mapping[str, Network]
     codec: Codec
     inputs: Mapping[str, TensorSpec]
+    adapters: Mixed | None = None
 
 
 def conditioners_of(parts: Parts) -> tuple[Conditioner, ...]:
@@ -42,12 +45,13 @@ def conditioners_of(parts: Parts) -> tuple[Conditioner, ...]:
     """
     made: dict[Callable[[Parts], Conditioner], Conditioner] = {}
     for name in parts.inputs:
-        if name in OWN or name.startswith(RESIDUAL):  # of rows, and of ControlNets
+        if name in OWN or name.startswith((RESIDUAL, ADAPTER)):  # of rows, and of add-ons
             continue
-        if name not in MAKERS:
+        kind = LORA if name.startswith(LORA) else name
+        if kind not in MAKERS:
             raise _unknown(parts, f"has the input {name!r}", f"inputs among {', '.join((*OWN, *MAKERS))}")
-        if MAKERS[name] not in made:
-            made[MAKERS[name]] = MAKERS[name](parts)
+        if MAKERS[kind] not in made:
+            made[MAKERS[kind]] = MAKERS[kind](parts)
     return tuple(made.values())
 
 
@@ -61,7 +65,7 @@ def _text(parts: Parts) -> Conditioner:
         raise BundleError(f"{spec.id} has no text encoder", needed="one: its denoiser reads texts")
     tokens, guided = parts.inputs["encoder_hidden_states"].shape[1], "timestep_cond" not in parts.inputs
     most = tokens if isinstance(tokens, int) else None
-    return Text(encoders, zero_negative=spec.zero_negative, most=most, guided=guided)
+    return Text(encoders, zero_negative=spec.zero_negative, most=most, guided=guided, adapters=parts.adapters)
 
 
 def _sizes(parts: Parts) -> Conditioner:
@@ -113,6 +117,13 @@ def _sigma(parts: Parts) -> Conditioner:
     return Sigma()
 
 
+def _adapted(parts: Parts) -> Conditioner:
+    if parts.adapters is None:
+        raise _unknown(parts, "takes LoRAs of each request", "an engine that was loaded with some")
+    spec = parts.bundle.spec
+    return Adapted(parts.adapters, (*spec.named(CONDITIONER), spec.denoiser))
+
+
 def _unknown(parts: Parts, found: str, needed: str) -> BundleError:
     return BundleError(f"the denoiser of {parts.bundle.spec.id} {found}", needed=needed, fix="update latentrt")
 
@@ -129,4 +140,5 @@ MAKERS: Mapping[str, Callable[[Parts], Conditioner]] = {
     "noise_level": _low_picture,
     "low_latents": _low_latents,
     "sigma": _sigma,
+    LORA: _adapted,
 }

@@ -2,7 +2,7 @@
 
     (word)  weighs 1.1, and more in more parentheses      [word]  weighs 1 / 1.1
     (word:1.3)  weighs 1.3                                \\(  is a parenthesis
-    BREAK  begins a new chunk
+    BREAK  begins a new chunk                            <lora:name:0.8>  adds a LoRA (`extra_networks.py`)
 
 Source: modules/prompt_parser.py, sd_hijack_clip.py and sd_emphasis.py of stable-diffusion-webui 1.10, whose rules these
 are down to their quirks: a BREAK in parentheses is a word, an unclosed parenthesis ends with the text.
@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from latentrt.errors import RequestError
+from latentrt.model.prompts.extra_networks import TAG, without_loras
 from latentrt.model.prompts.reading import Float32, Reading, Row, first
 from latentrt.model.prompts.tokenizer import GIVEN, Tokenizer, check_text
 
@@ -38,7 +39,6 @@ _PARTS = re.compile(
     r"|[^\\()\[\]:]+|:"
 )
 _BREAKS = re.compile(r"\bBREAK\b")
-_NETWORKS = re.compile(r"<(\w+):[^<>]+>")
 _AND = re.compile(r"\bAND\b")
 _BRACKETS = re.compile(r"\\.|[\[\]|]|:\s*+[+-]?[.\d]++\s*+(?=\])")
 
@@ -64,6 +64,7 @@ def read(prompt: str, tokenizer: Tokenizer) -> Reading:
         RequestError: it is no text, has a weight that is no number, is too long, or has what is not offered here.
     """
     check_text(prompt)
+    prompt = without_loras(prompt)
     _check(prompt)
     pieces = [(_units(tokenizer, piece), piece) for piece in pieces_of(prompt)]
     if too_large := [piece.weight for _, piece in pieces if not abs(piece.weight) <= MOST_WEIGHT]:
@@ -179,7 +180,7 @@ def _number(text: str) -> float:
 
 def _check(prompt: str) -> None:
     """Refuse what the web UI reads and this does not, rather than draw it as letters."""
-    if found := _NETWORKS.search(prompt):
+    if found := TAG.search(prompt):
         raise RequestError(f"the prompt has {found[0]}", needed="one without <...:...>", fix=f"leave {found[0]} out")
     if _AND.search(prompt):
         raise RequestError("the prompt has AND", needed="one prompt", fix="write it in small letters, or take a comma")

@@ -18,6 +18,7 @@ from latentrt.runtime.base import Network, call
 
 IDS, VECTORS, MASK = "input_ids", "vectors", "attention_mask"  # inputs; the last two not of every bundle
 STATES, POOLED, SKIPPED = "text_states", "text_embeds", "skipped"  # outputs; the last two not of every encoder
+NO_LORA: Mapping[str, Float32] = {}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,27 +57,30 @@ class Encoder:
         if skip > int(most):
             raise RequestError(f"clip_skip is {skip}", needed=f"at most {most}, for {self.name}")
 
-    def __call__(self, reading: Reading, skip: int = 0) -> tuple[Float32, Float32 | None]:
+    def __call__(
+        self, reading: Reading, skip: int = 0, lora: Mapping[str, Float32] = NO_LORA
+    ) -> tuple[Float32, Float32 | None]:
         """Return a prompt's states (tokens, dim) and, where the network gives it, its pooled state (dim,).
 
         Args:
             reading: of the prompt.
             skip: layers to leave out at the end, as diffusers counts.
+            lora: inputs of LoRAs, where the network takes them (`adapters.mixed`).
         """
-        rows = {id(row): self._encode(row) for row in reading.rows}
+        rows = {id(row): self._encode(row, lora) for row in reading.rows}
         if skip:
             states = [outputs[SKIPPED][0, skip - 1] for outputs in rows.values()]
         else:
             states = [outputs[STATES][0] for outputs in rows.values()]
         pooled = None
         if any(tensor.name == POOLED for tensor in self.network.graph.outputs):
-            outputs = rows.get(id(reading.pooled)) or self._encode(reading.pooled)
+            outputs = rows.get(id(reading.pooled)) or self._encode(reading.pooled, lora)
             pooled = outputs[POOLED][0]
         return reading.combine(np.stack(states)), pooled
 
-    def _encode(self, row: Row) -> dict[str, Float32]:
+    def _encode(self, row: Row, lora: Mapping[str, Float32]) -> dict[str, Float32]:
         feeds = feeds_of(self.network.graph.inputs, row.ids[None], table=self.table, mask=row.mask)
-        return call(self.network, feeds)
+        return call(self.network, feeds | {name: array[None] for name, array in lora.items()})
 
     def _inputs(self, name: str, what: str) -> tuple[int | str, ...]:
         """Return the shape of an input. Raise RequestError where the network has none of that name."""

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from latentrt.model.prompts import a1111, compel, plain
+from latentrt.model.prompts.extra_networks import KINDS
 from latentrt.model.prompts.reading import Grammar
 
 GRAMMARS: Mapping[str, Grammar] = {"plain": plain.read, "a1111": a1111.read, "compel": compel.read}  # request.SYNTAXES
 _SIGNS: Mapping[str, re.Pattern[str]] = {"a1111": a1111.SIGNS, "compel": compel.SIGNS}
 SHOWN = 60  # characters of a prompt in a message
-_NETWORKS = re.compile(r"<(?:lora|lyco|hypernet):[^<>]+>")
+_NETWORKS = re.compile(r"<(lora|lyco|hypernet):[^<>]+>")
 
 
 class Foreign(NamedTuple):
@@ -35,4 +36,4 @@ def foreign(prompt: str, syntax: str) -> Foreign | None:
         if name != syntax and (found := signs.search(prompt)):
             return Foreign(found[0], name)
     networks = _NETWORKS.search(prompt) if syntax != "a1111" else None
-    return Foreign(networks[0], None) if networks else None
+    return Foreign(networks[0], "a1111" if networks[1] in KINDS else None) if networks else None

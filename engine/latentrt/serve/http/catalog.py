@@ -43,7 +43,6 @@ class Catalog:
         shows_picture: whether the model reads the given picture beside the latents, so that an edit has no strength.
         enlarges: how many times as large as the given picture the drawn one is.
         own_solver: the engine's name of the usual solver.
-        loras: names of the LoRAs that a prompt may name.
 
     Raises:
         RequestError: the settings list a size, name a solver or have a default that cannot be, or forbid the pictures
@@ -81,7 +80,6 @@ class Catalog:
         self.defaults = model.filled(Request(steps=settings.steps, guidance=settings.guidance, solver=solver))
         # A server that cannot draw by default says so at its start.
         self.own_solver = tabulate(self.defaults.solver, model.schedule, 1).solver
-        self.loras: Sequence[str] = ()
         self.max_steps = self._max_steps(self.defaults.steps or 1)
         make = partial(tabulate, schedule=model.schedule, keeps_steps=model.spec.keeps_steps)
         self._work = lru_cache(maxsize=4096)(partial(_work, make))
@@ -108,6 +106,11 @@ class Catalog:
         if name not in self.solvers:
             raise unknown("scheduler", name, self.solvers)
         return self.solvers[name]
+
+    @property
+    def loras(self) -> Sequence[str]:
+        """The names of the LoRAs that a request may name."""
+        return () if self._model.adapters is None else tuple(self._model.adapters.library.files)
 
     # ---- Requests
 

@@ -124,9 +124,21 @@ def _request(context: Context, wanted: Wanted, size: tuple[int, int], **more: An
         scheduler=wanted.scheduler,
         seed=wanted.seed,
         class_label=wanted.class_label,
+        lora=_lora(wanted),
         **{name: getattr(wanted, name) for name in OWN},
         **more,
     )
+
+
+def _lora(wanted: Wanted) -> Any:
+    """Return the strengths of a request's LoRAs; a form has them as JSON. Raise Problem."""
+    given = getattr(wanted, "lora", None)
+    if not isinstance(given, str):
+        return given
+    try:
+        return json.loads(given) if given else None
+    except (ValueError, RecursionError) as error:
+        raise Problem("lora is no JSON", needed='strengths by name, as {"name": 0.8}', param="lora") from error
 
 
 def _files(context: Context, wanted: EditRequest) -> Files:

@@ -141,6 +141,10 @@ class GenerateRequest(Wanted):
         dict[str, Unit] | None, Field(description="What ControlNets do, by the names that /latentrt/model lists.")
     ] = None
     style: Annotated[Literal["vivid", "natural"] | None, Field(description="Without effect here.")] = None
+    lora: Annotated[
+        dict[str, float | list[float]] | None,
+        Field(description="This server's LoRAs by name: 0.8, or [0.8, 0.5] of the UNet and of the text encoders."),
+    ] = None
 
 
 class EditRequest(Wanted):
@@ -157,6 +161,7 @@ class EditRequest(Wanted):
             " picture's own alpha is 0, if it is anywhere."
         ),
     ] = None
+    lora: Annotated[str | None, Field(description='This server\'s LoRAs as JSON: {"name": 0.8}.')] = None
     strength: Annotated[Part | None, Field(description="How far to leave the picture: 1 keeps nothing.")] = None
     depth: Annotated[
         UploadFile | None,

@@ -90,6 +90,8 @@ class Settings(BaseSettings):
     tile: Count | None = _field(
         None, "Model", "Decode and encode pictures with a longer side in tiles of so many pixels: less memory."
     )
+    lora_dir: Path | None = _field(None, "Model", "Folder of LoRAs that requests may have by name.")
+    lora_rank: Count | None = _field(None, "Model", "Largest rank of a picture's LoRAs together; 64 if not given.")
     embedding: Texts = _field((), "Model", "Files of textual inversion, FILE or NAME=FILE, with commas between them.")
     controlnet: Texts = _field((), "Model", "Bundles of ControlNets, NAME=BUNDLE, with commas between them.")
     lora: Texts = _field((), "Model", "LoRAs for all pictures, FILE[:STRENGTH[:TEXT]], with commas between them.")

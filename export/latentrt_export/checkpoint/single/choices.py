@@ -23,6 +23,7 @@ class Choices:
         vae: a safetensors file with the VAE to take instead of the checkpoint's.
         lora: LoRAs to merge into the weights, in this order; see `latentrt.adapters.given.loras_of`.
         allow_unmatched: whether keys of a LoRA without a place in the model are left out; they are an error otherwise.
+        adapters: whether to write graphs that take LoRAs with each request, too.
 
     Raises:
         ExportError: there is no such model or prediction type.
@@ -35,6 +36,7 @@ class Choices:
     vae: str | Path | None = None
     lora: Loras = ()
     allow_unmatched: bool = False
+    adapters: bool = False
 
     def __post_init__(self) -> None:
         loras_of(self.lora, allow_unmatched=self.allow_unmatched)
@@ -53,7 +55,8 @@ class Choices:
         options += ["--ema"] if self.ema else []
         options += [f"--vae={Path(self.vae).name}"] if self.vae else []
         options += [f"--lora={lora}" for lora in self.loras]
-        return [*options, *(["--allow-unmatched"] if self.allow_unmatched else [])]
+        options += ["--allow-unmatched"] if self.allow_unmatched else []
+        return [*options, *(["--adapters"] if self.adapters else [])]
 
     @property
     def loras(self) -> tuple[Lora, ...]:

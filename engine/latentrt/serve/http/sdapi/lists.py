@@ -64,7 +64,7 @@ async def sd_models(context: Served) -> list[Checkpoint]:
 @router.post("/refresh-loras")
 @router.post("/refresh-embeddings")
 async def refresh() -> None:
-    """Do nothing: what a server offers is known when it starts."""
+    """Do nothing: what a server offers is known when it starts, and the folder of LoRAs is listed for each request."""
 
 
 @router.get("/samplers")
@@ -105,7 +105,8 @@ async def latent_upscale_modes() -> list[Named]:
 @router.get("/loras")
 async def loras(context: Served) -> list[LoraItem]:
     """Those that prompts may name."""
-    return [LoraItem(name=name, alias=name, path=name) for name in context.catalog.loras]
+    names = await in_thread(lambda: context.catalog.loras)
+    return [LoraItem(name=name, alias=name, path=f"{name}.safetensors") for name in names]
 
 
 @router.get("/embeddings")

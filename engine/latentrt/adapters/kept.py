@@ -1,0 +1,41 @@
+"""What was made lately, by key, within a bound of bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from threading import Lock
+from typing import Generic, TypeVar
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
+
+class Kept(Generic[K, V]):
+    """Keeps values until they are too large together; those used longest ago go first, the newest always stays.
+
+    Args:
+        most: bytes.
+        size: of a value, in bytes.
+    """
+
+    def __init__(self, most: int, size: Callable[[V], int]) -> None:
+        self._most, self._size = most, size
+        self._known: dict[K, V] = {}  # the least recently used first
+        self._lock = Lock()
+
+    def __call__(self, key: K, make: Callable[[], V]) -> V:
+        """Return what is known, or else make it. Threads that make the same at once get the same."""
+        with self._lock:
+            known = self._known.get(key)
+        value = make() if known is None else known
+        with self._lock:
+            value = self._known.pop(key, value)
+            self._known[key] = value
+            sizes = {each: self._size(one) for each, one in self._known.items()}
+            total = sum(sizes.values())
+            for old in list(self._known)[:-1]:
+                if total <= self._most:
+                    break
+                total -= sizes[old]
+                del self._known[old]
+        return value
