@@ -1,4 +1,4 @@
-"""Drawing with the page in a real browser: by keyboard, jobs, edits, the history."""
+"""Drawing with the page in a real browser: by keyboard, jobs, edits."""
 
 from __future__ import annotations
 
@@ -310,56 +310,3 @@ def test_a_refused_setting_is_led_to(flat: Visitor, picture: str) -> None:
     flat.click("Start from a picture")
     flat.click("Go to the setting", CARD)
     assert flat.focused == "Strength (1 keeps nothing)"
-
-
-# History
-
-
-def test_the_history_survives_a_reload(page: Visitor) -> None:
-    page.draw("a fox", num_inference_steps=STEPS, seed=1, n=3)
-    page.count(3, TILE)
-    page.visit()
-    names = [tile.accessible_name for tile in page.count(3, TILE)]
-    assert sorted(names) == ["a fox, seed 1", "a fox, seed 2", "a fox, seed 3"]
-    assert page.one("[name=prompt]").get_attribute("value") == "a fox"
-    page.until(
-        lambda: page.run("return [...document.querySelectorAll('.tile img')].every((image) => image.naturalWidth)")
-    )
-    page.one(TILE).click()
-    assert page.one("#detail-title").text == "a fox"
-    download = page.one("#detail-download").get_attribute("download")
-    assert download == f"{names[0].replace(', seed ', '-').replace(' ', '-')}.png"
-    page.press(Keys.ARROW_RIGHT)
-    page.until(lambda: page.one("#detail-download").get_attribute("download") != download)
-    page.click("Copy settings", "#detail")
-    page.reads("Settings copied", "#detail-say")
-    page.click("Delete", "#detail")
-    page.count(2, TILE)
-    page.press(Keys.ESCAPE)
-    page.click("Delete all")
-    page.click("Keep", "#clear-dialog")
-    page.count(2, TILE)
-    page.click("Delete all")
-    page.click("Delete all", "#clear-dialog")
-    page.reads("Nothing drawn yet")
-    page.visit()
-    page.reads("Nothing drawn yet")
-    assert page.all(TILE) == []
-
-
-def test_the_history_is_bounded(page: Visitor) -> None:
-    page.draw("first", num_inference_steps=1)
-    page.count(1, TILE)
-    fill = """return import("/static/history.js").then(async ({ History }) => {
-        const history = await History.open();
-        const [record] = await history.all();
-        for (let k = 1; k <= 205; k++) await history.put({ ...record, id: String(k), made: record.made + k });
-    });"""
-    page.run(fill)
-    page.visit()
-    page.count(206, TILE)
-    page.draw("last", num_inference_steps=1)
-    page.count(200, TILE)
-    assert page.one(TILE).text == "last"
-    page.visit()
-    page.count(200, TILE)

@@ -1,13 +1,11 @@
-"""What the page offers beside settings: ControlNets, seeds, a word about large sizes; what is done with pictures."""
+"""What the page offers beside settings: ControlNets, LoRAs, seeds, formats, a word about large sizes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from zipfile import ZipFile
 
 import pytest
 from selenium.webdriver import Chrome, Keys
@@ -24,7 +22,7 @@ from tests.support.serve.fakes import FakeScheduler, app_of, live, png
 def guided(chrome: Chrome, scheduler: FakeScheduler) -> Iterator[Visitor]:
     """The page of a server with two ControlNets."""
     model = Model(Bundle.open(check_hashes=False), FakeBackend())
-    named: Any = [SimpleNamespace(name=name) for name in ("edges", "depth")]
+    named: Any = [SimpleNamespace(name=name, spec=SimpleNamespace(kind="controlnet")) for name in ("edges", "depth")]
     model.controls = tuple(named)
     with live(app_of(scheduler, model, controlnet=("edges=some/", "depth=other/"))) as url:
         visitor = Visitor(chrome, url)
@@ -71,6 +69,33 @@ def test_a_server_without_controlnets_offers_none(flat: Visitor) -> None:
     assert not flat.one("#controls").is_displayed()
 
 
+def test_loras_are_sent_and_kept(chrome: Chrome, scheduler: FakeScheduler, tmp_path: Path) -> None:
+    (tmp_path / "picture.png").write_bytes(png(64, 64))
+    model = Model(Bundle.open(check_hashes=False), FakeBackend())
+    library = SimpleNamespace(files={"flat": "", "pixel-art": ""})
+    named: Any = SimpleNamespace(library=library, asked=lambda strengths: ())
+    model.adapters = named
+    with live(app_of(scheduler, model)) as url:
+        page = Visitor(chrome, url).visit()
+        page.click("LoRAs")
+        strength = page.one("[name='lora.pixel-art']")
+        assert strength.accessible_name == "pixel-art"
+        strength.send_keys("0.8")
+        page.draw("a fox", num_inference_steps=STEPS)
+        page.count(1, TILE)
+        page.one("#source-file").send_keys(str(tmp_path / "picture.png"))
+        page.draw("a cat")
+        page.count(2, TILE)
+        assert [handle.request.lora for handle in scheduler.submitted] == [{"pixel-art": (0.8, 0.8)}] * 2
+        page.click("Defaults")
+        assert page.one("[name='lora.pixel-art']").get_attribute("value") == ""
+        page.one(TILE).click()
+        page.reads("pixel-art, strength 0.8", "#detail-facts")
+        page.click("Reuse settings", "#detail")
+        assert page.one("[name='lora.pixel-art']").get_attribute("value") == "0.8"
+        assert page.complaints() == []
+
+
 def test_seeds_formats_and_a_word_about_large_sizes(flat: Visitor, scheduler: FakeScheduler) -> None:
     flat.run("document.querySelector('#more').open = true")
     flat.one("[name=output_format] option[value=webp]").click()
@@ -88,32 +113,3 @@ def test_seeds_formats_and_a_word_about_large_sizes(flat: Visitor, scheduler: Fa
     flat.reads("4 times the pixels of the model’s own 128 × 128", "#cost")
     flat.click("Defaults")
     flat.until(lambda: not flat.one("#cost").is_displayed())
-
-
-def test_favourites_stay_pictures_are_compared_and_saved(flat: Visitor, tmp_path: Path) -> None:
-    flat.draw("a fox", num_inference_steps=STEPS, seed=1, n=3)
-    flat.count(3, TILE)
-    flat.run("document.querySelector(\".tile[aria-label$='seed 2']\").click()")
-    flat.click("Favourite", "#detail")
-    flat.click("Compare", "#detail")
-    flat.press(Keys.ARROW_RIGHT)
-    flat.until(lambda: flat.one("#detail-other").is_displayed())
-    assert flat.one("#detail-other").accessible_name == "Beside it: a fox, seed 2, favourite"
-    flat.click("Zoom", "#detail")
-    assert flat.one("#detail-image").rect["width"] > 1000
-    flat.press(Keys.ESCAPE)
-    behaviour = {"behavior": "allow", "downloadPath": str(tmp_path)}
-    flat.chrome.execute_cdp_cmd("Browser.setDownloadBehavior", behaviour)
-    flat.click("Download all")
-    flat.until(lambda: (tmp_path / "latentrt.zip").exists())
-    with ZipFile(tmp_path / "latentrt.zip") as archive:
-        assert archive.testzip() is None
-        names = sorted(name.partition("-")[2] for name in archive.namelist())
-        assert names == ["a-fox-1.png", "a-fox-2.png", "a-fox-3.png"]
-        assert archive.read(archive.namelist()[0]).startswith(b"\x89PNG")
-        assert archive.infolist()[0].date_time[:3] == datetime.now().timetuple()[:3]
-    flat.visit()
-    flat.count(3, TILE)
-    flat.click("Favourites")
-    shown = [tile.accessible_name for tile in flat.all(TILE) if tile.is_displayed()]
-    assert shown == ["a fox, seed 2, favourite"]

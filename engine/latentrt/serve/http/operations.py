@@ -133,6 +133,7 @@ async def model(context: Served) -> dict[str, Any]:
         **{name: name in catalog.fields for name in fields},
         "refiner": catalog.refiner,
         "controls": catalog.controls,
+        "loras": catalog.loras,
         "classes": catalog.classes,
         "edits": catalog.edits,
         "strength": not catalog.shows_picture,

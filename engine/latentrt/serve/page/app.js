@@ -2,11 +2,11 @@
 
 import { ask, key, setKey } from "./api.js";
 import { find, say, short, titleOf, toForm } from "./dom.js";
-import * as controls from "./controls.js";
 import * as form from "./form.js";
-import * as gallery from "./gallery.js";
+import * as controls from "./given/controls.js";
+import * as source from "./given/source.js";
 import * as jobs from "./jobs.js";
-import * as source from "./source.js";
+import * as gallery from "./kept/gallery.js";
 import * as theme from "./theme.js";
 import * as watch from "./watch.js";
 

@@ -1,6 +1,7 @@
 // The settings: what the server offers, what was typed, and what is sent.
 
 import { find, make } from "./dom.js";
+import * as loras from "./given/loras.js";
 
 const DRAFT = "latentrt.draft";
 const NUMBERS = [
@@ -42,6 +43,7 @@ export function offered(model) {
   for (const [name, limit] of Object.entries(bounds)) Object.assign(field(name), limit);
   field("model").replaceChildren(...model.names.map((name) => new Option(name, name === model.model ? "" : name)));
   field("scheduler").replaceChildren(...solvers(model));
+  loras.offered(model);
   sizes();
   if (first) reset();
   fill(typed);
@@ -112,6 +114,8 @@ export function values() {
   const size = field("size").value;
   if (size === OTHER) wanted.size = `${field("width").value}x${field("height").value}`;
   else if (size) wanted.size = size;
+  const lora = loras.strengths();
+  if (Object.keys(lora).length) wanted.lora = lora;
   return wanted;
 }
 
@@ -123,6 +127,7 @@ export function fill(wanted) {
     else field(name).value = wanted[name];
   }
   if (wanted.size) fillSize(wanted.size);
+  if (wanted.lora) loras.fill(wanted.lora);
   showSides();
 }
 
@@ -143,6 +148,7 @@ export function reset() {
   field("num_inference_steps").value = offer?.defaults.steps ?? "";
   field("guidance_scale").value = offer?.defaults.guidance ?? "";
   field("class_label").value = 0;
+  loras.fill({});
   choose("partial_images", "3");
   showSides();
 }

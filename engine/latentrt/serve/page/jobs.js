@@ -1,9 +1,9 @@
 // Jobs: each is one request, a card with its previews and progress, and an end.
 
 import { Refusal, ask, broken, events } from "./api.js";
-import { encoded } from "./controls.js";
 import { button, count, find, make, say, short, titleOf, toForm } from "./dom.js";
-import { settingsOf } from "./png.js";
+import { encoded } from "./given/controls.js";
+import { settingsOf } from "./kept/png.js";
 
 const MOST_AT_ONCE = 4; // a browser has six connections to a server, and cancelling needs one
 const CANCEL_PATIENCE = 2000; // ms
@@ -97,7 +97,7 @@ class Job {
       return ask("v1/images/generations", { ...options, body: JSON.stringify(wanted) });
     }
     const body = new FormData();
-    for (const [name, value] of Object.entries(wanted)) body.set(name, name === "control" ? JSON.stringify(value) : String(value));
+    for (const [name, value] of Object.entries(wanted)) body.set(name, typeof value === "object" ? JSON.stringify(value) : String(value));
     body.set("image", image, "image");
     if (mask) body.set("mask", mask, "mask.png");
     if (depth) body.set("depth", depth, "depth.png");

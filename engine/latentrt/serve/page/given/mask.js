@@ -1,6 +1,6 @@
 // The mask that is painted over the picture to start from: strokes, an eraser and undo, by pointer or by keyboard.
 
-import { find, toggle } from "./dom.js";
+import { find, toggle } from "../dom.js";
 
 const MOVES = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 const SIGNS = { e: () => toggle(eraser), i: () => add("invert"), "[": () => resize(-2), "]": () => resize(2) };

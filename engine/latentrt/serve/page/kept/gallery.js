@@ -1,6 +1,6 @@
 // The history as a grid, and one picture with its settings.
 
-import { button, find, make, say, short, titleOf, toForm, toggle } from "./dom.js";
+import { button, find, make, say, short, titleOf, toForm, toggle } from "../dom.js";
 import { History } from "./history.js";
 import { zip } from "./zip.js";
 
@@ -173,6 +173,7 @@ function facts({ wanted, facts: own, size, made, edited, warnings }) {
     ["Guidance", own.guidance ?? wanted.guidance_scale],
     ["Seed", wanted.seed],
     ["Starts from", edited ? `a picture, strength ${own.strength ?? wanted.strength ?? "automatic"}` : undefined],
+    ...Object.entries(wanted.lora ?? {}).map(([name, strength]) => ["LoRA", `${name}, strength ${strength}`]),
     ...Object.entries(own.control ?? {}).map(([name, unit]) => ["Follows", `${name}, scale ${unit.scale}, ${unit.start} to ${unit.end}${unit.guess ? ", guess mode" : ""}`]),
     ["Enlarged", own.hires_scale && `${own.hires_scale} times, strength ${own.hires_strength}`],
     ["Refiner from", own.handoff],

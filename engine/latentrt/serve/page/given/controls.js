@@ -1,6 +1,6 @@
 // ControlNets: for each that the server has, a picture that it follows, and how.
 
-import { button, find, make } from "./dom.js";
+import { button, find, make } from "../dom.js";
 
 const NUMBERS = { scale: ["Scale", 1, 1000], start: ["From", 0, 1], end: ["To", 1, 1] }; // label, usual, most
 

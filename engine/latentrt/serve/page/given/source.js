@@ -1,6 +1,6 @@
 // The picture to start from, and a mask that is painted over it (mask.js) or comes from a file.
 
-import { find, say } from "./dom.js";
+import { find, say } from "../dom.js";
 import * as mask from "./mask.js";
 
 const file = find("source-file");
