@@ -201,11 +201,11 @@ async function saveAll() {
 }
 
 /** The body of a request that makes the picture again. */
-async function copy({ wanted }) {
+async function copy({ wanted, edited, facts: own }) {
   const { partial_images, ...body } = wanted;
   const text = JSON.stringify(body, null, 2);
   const good = await navigator.clipboard?.writeText(text).then(() => true, () => false);
-  find("detail-say").textContent = good || copyOldWay(text) ? "Settings copied, as a request’s body" : "The browser does not let this page copy";
+  find("detail-say").textContent = good || copyOldWay(text) ? `Settings copied, as a request’s body${edited || own.control ? " without the pictures that were given" : ""}` : "The browser does not let this page copy";
 }
 
 /** Without TLS only this machine's own pages have a clipboard. */
