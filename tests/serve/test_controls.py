@@ -74,7 +74,7 @@ def scheduler() -> FakeScheduler:
 @pytest.fixture
 def url(scheduler: FakeScheduler) -> Iterator[str]:
     model = Model(Bundle.open(check_hashes=False), FakeBackend())
-    named: Any = SimpleNamespace(name="edges")
+    named: Any = SimpleNamespace(name="edges", spec=SimpleNamespace(kind="controlnet"))
     model.controls = (named,)
     with live(app_of(scheduler, model, controlnet=("edges=some/",))) as url:
         yield url

@@ -37,6 +37,34 @@ def test_a_phone_has_nothing_beyond_its_edge(flat: Visitor, scheduler: FakeSched
         flat.press(Keys.ESCAPE)
 
 
+def test_a_phones_first_screen_has_the_newest_picture_and_draw(flat: Visitor, scheduler: FakeScheduler) -> None:
+    """And so it has while many jobs run."""
+    scheduler.hold = asyncio.Event()
+    inside = """const box = document.querySelector(arguments[0]).getBoundingClientRect();
+        return box.height >= 40 && box.top >= 0 && box.bottom <= innerHeight;"""
+    with flat.width(390):
+        flat.draw("a fox", num_inference_steps=STEPS, seed=1)
+        flat.until(lambda: scheduler.running)
+        let_go(scheduler)
+        flat.count(1, TILE)
+        scheduler.hold = asyncio.Event()
+        for _ in range(4):
+            flat.draw("an owl", n=3)
+        flat.count(12, f"{CARD} .frame img")
+        flat.run("document.activeElement.blur(); scrollTo(0, 0)")
+        for part in ("#newest img", "[type=submit]", CARD):
+            assert flat.run(inside, part), part
+        newest = flat.one("#newest")
+        assert newest.accessible_name == "Newest: a fox, seed 1"
+        newest.click()
+        flat.reads("a fox", "#detail-title")
+        flat.press(Keys.ESCAPE)
+        assert flat.focused == "Newest: a fox, seed 1"
+        let_go(scheduler)
+        flat.count(0, CARD)
+    assert not newest.is_displayed()
+
+
 def let_go(scheduler: FakeScheduler) -> None:
     """End what holds its rows."""
     assert scheduler.hold is not None
@@ -67,6 +95,18 @@ def test_text_has_contrast(page: Visitor, scheme: str) -> None:
     assert len(contrasts) > 15
     assert min(contrasts) > 4.5
     assert (background == "rgb(23, 25, 22)") == (scheme == "dark")
+
+
+def test_the_switch_for_dark(flat: Visitor) -> None:
+    """It is kept, and twice pressed it follows the system again."""
+    background = "return getComputedStyle(document.body).backgroundColor"
+    light = flat.run(background)
+    flat.click("Dark")
+    flat.visit()
+    assert flat.run(background) == "rgb(23, 25, 22)"
+    flat.click("Light")
+    assert flat.run(background) == light
+    assert flat.run("return localStorage.getItem('latentrt.theme')") is None
 
 
 def test_nothing_moves_for_those_who_want_none(page: Visitor, fakes: Fakes) -> None:

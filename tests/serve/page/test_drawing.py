@@ -1,4 +1,4 @@
-"""Drawing with the page in a real browser: by keyboard, jobs, edits, the history."""
+"""Drawing with the page in a real browser: by keyboard, jobs, edits."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_by_keyboard_alone(page: Visitor) -> None:
         stops.append(page.focused)
         if page.focused == "Prompt":
             break
-    assert stops == ["Skip to the pictures", "Key", "Prompt"]
+    assert stops == ["Skip to the pictures", "Dark", "Key", "Prompt"]
     page.press("a red apple")
     page.press(Keys.TAB)
     assert page.focused == "Negative prompt"
@@ -126,7 +126,7 @@ def test_previews_and_steps_of_a_running_job(page: Visitor, fakes: Fakes) -> Non
 
 def addresses(page: Visitor) -> list[str]:
     """Of the pictures that are shown."""
-    return page.run("return [...document.querySelectorAll('#work img')].map((image) => image.src)")
+    return page.run("return [...document.querySelectorAll('#jobs img')].map((image) => image.src)")
 
 
 def test_jobs_are_cancelled_by_key_and_by_button_and_drawn_again(page: Visitor, fakes: Fakes) -> None:
@@ -230,6 +230,44 @@ def test_an_edit_with_a_painted_mask(flat: Visitor, scheduler: FakeScheduler, pi
     assert (request.pictures, request.strength) == ({}, None)
 
 
+def test_a_mask_by_keyboard_with_eraser_invert_and_undo(flat: Visitor, scheduler: FakeScheduler, picture: str) -> None:
+    flat.one("#source-file").send_keys(picture)
+    canvas = flat.one("#source-mask")
+    flat.until(lambda: flat.run("return arguments[0].width", canvas) == 96 and canvas.is_displayed())
+    alpha = "return [...arguments[0].getContext('2d').getImageData(0, 0, 96, 96).data].filter((_, k) => k % 4 === 3)"
+
+    def painted() -> np.ndarray[Any, Any]:
+        return np.array(flat.run(alpha, canvas)).reshape(96, 96) >= 128
+
+    flat.run("arguments[0].focus()", canvas)
+    flat.run("document.querySelector('#brush').value = 40")
+    flat.press(Keys.ARROW_LEFT)
+    flat.press(Keys.SPACE)
+    dot = painted()
+    assert dot[48].any()
+    assert not dot[:, 60:].any()
+    flat.press("e")
+    assert flat.one("#mask-eraser").get_attribute("aria-pressed") == "true"
+    flat.press(Keys.SPACE)
+    assert not painted().any()
+    flat.press(Keys.CONTROL, "z")
+    np.testing.assert_array_equal(painted(), dot)
+    flat.click("Invert")
+    np.testing.assert_array_equal(painted(), ~dot)
+    flat.click("Clear mask")
+    assert not painted().any()
+    flat.click("Undo")
+    flat.click("Larger")
+    wide = canvas.rect["width"]
+    assert canvas.rect["height"] == wide > 500
+    flat.press(Keys.ESCAPE)
+    assert canvas.rect["width"] < 400
+    flat.draw("a red apple", num_inference_steps=STEPS)
+    flat.count(1, TILE)
+    mask = scheduler.submitted[0].request.pictures["mask"]
+    assert abs(np.mean(mask == 255) - np.mean(~dot)) < 0.01
+
+
 def test_a_mask_from_a_file(flat: Visitor, scheduler: FakeScheduler, picture: str, tmp_path: Path) -> None:
     (tmp_path / "mask.png").write_bytes(png(96, 96, "RGBA", (0, 0, 0, 0)))
     flat.one("#source-file").send_keys(picture)
@@ -272,56 +310,3 @@ def test_a_refused_setting_is_led_to(flat: Visitor, picture: str) -> None:
     flat.click("Start from a picture")
     flat.click("Go to the setting", CARD)
     assert flat.focused == "Strength (1 keeps nothing)"
-
-
-# History
-
-
-def test_the_history_survives_a_reload(page: Visitor) -> None:
-    page.draw("a fox", num_inference_steps=STEPS, seed=1, n=3)
-    page.count(3, TILE)
-    page.visit()
-    names = [tile.accessible_name for tile in page.count(3, TILE)]
-    assert sorted(names) == ["a fox, seed 1", "a fox, seed 2", "a fox, seed 3"]
-    assert page.one("[name=prompt]").get_attribute("value") == "a fox"
-    page.until(
-        lambda: page.run("return [...document.querySelectorAll('.tile img')].every((image) => image.naturalWidth)")
-    )
-    page.one(TILE).click()
-    assert page.one("#detail-title").text == "a fox"
-    download = page.one("#detail-download").get_attribute("download")
-    assert download == f"{names[0].replace(', seed ', '-').replace(' ', '-')}.png"
-    page.press(Keys.ARROW_RIGHT)
-    page.until(lambda: page.one("#detail-download").get_attribute("download") != download)
-    page.click("Copy settings", "#detail")
-    page.reads("Settings copied", "#detail-say")
-    page.click("Delete", "#detail")
-    page.count(2, TILE)
-    page.press(Keys.ESCAPE)
-    page.click("Delete all")
-    page.click("Keep", "#clear-dialog")
-    page.count(2, TILE)
-    page.click("Delete all")
-    page.click("Delete all", "#clear-dialog")
-    page.reads("Nothing drawn yet")
-    page.visit()
-    page.reads("Nothing drawn yet")
-    assert page.all(TILE) == []
-
-
-def test_the_history_is_bounded(page: Visitor) -> None:
-    page.draw("first", num_inference_steps=1)
-    page.count(1, TILE)
-    fill = """return import("/static/history.js").then(async ({ History }) => {
-        const history = await History.open();
-        const [record] = await history.all();
-        for (let k = 1; k <= 205; k++) await history.put({ ...record, id: String(k), made: record.made + k });
-    });"""
-    page.run(fill)
-    page.visit()
-    page.count(206, TILE)
-    page.draw("last", num_inference_steps=1)
-    page.count(200, TILE)
-    assert page.one(TILE).text == "last"
-    page.visit()
-    page.count(200, TILE)

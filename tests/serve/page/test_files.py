@@ -12,6 +12,8 @@ from latentrt.serve.http.page import PAGE
 from tests.support.serve.fake_engine import PATIENCE
 from tests.support.serve.fakes import FakeScheduler, app_of, get, live, post
 
+PARTS = [path for path in PAGE.rglob("*") if path.is_file()]
+
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
@@ -22,7 +24,8 @@ def url() -> Iterator[str]:
 def test_every_part_is_open_and_may_load_nothing_from_elsewhere() -> None:
     kinds = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml", ".html": "text/html"}
     with live(app_of(FakeScheduler(), keys=("secret",))) as url, httpx.Client(base_url=url, timeout=PATIENCE) as client:
-        for path, part in [("/", PAGE / "index.html"), *((f"/static/{part.name}", part) for part in PAGE.iterdir())]:
+        static = [(f"/static/{part.relative_to(PAGE).as_posix()}", part) for part in PARTS]
+        for path, part in [("/", PAGE / "index.html"), *static]:
             answer = client.get(path)
             again = client.get(path, headers={"if-none-match": answer.headers["etag"]})
             head = client.head(path)
@@ -39,15 +42,17 @@ def test_every_part_is_open_and_may_load_nothing_from_elsewhere() -> None:
 
 
 def test_there_is_nothing_else_below_static(url: str) -> None:
-    for path in ("/static/", "/static/none.js", "/static/..%2fapp.py", "/static/%2e%2e/app.py"):
+    for path in ("/static/", "/static/none.js", "/static/kept/", "/static/..%2fapp.py", "/static/%2e%2e/app.py"):
         answer = get(url + path)
         assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
     assert post(f"{url}/").status_code == 405
 
 
 def test_the_files_are_small_and_name_no_other_place() -> None:
-    texts = {part.name: part.read_text(encoding="utf-8") for part in PAGE.iterdir()}
-    assert sum(map(len, texts.values())) < 60_000
+    texts = {part.name: part.read_text(encoding="utf-8") for part in PARTS}
+    # Less than a few pictures; raised from 60,000 for ControlNets, the mask editor and comparing.
+    assert sum(map(len, texts.values())) < 85_000
+    assert all(text.count("\n") <= 350 for text in texts.values())
     for text in texts.values():
         assert set(re.findall(r"https?://[^\s\"']+", text)) <= {"http://www.w3.org/2000/svg"}
         assert not re.search(r"innerHTML|\beval\(|new Function|document\.write", text)

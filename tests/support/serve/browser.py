@@ -117,7 +117,8 @@ class Visitor:
 
     def click(self, text: str, within: str = "body") -> None:
         """Click the button with this text."""
-        found = next(one for one in self.all(f"{within} :is(button, summary)") if one.text == text)
+        selector = f"{within} :is(button, summary)"
+        found = self.until(lambda: next((one for one in self.all(selector) if one.text == text), None))
         self.run("arguments[0].scrollIntoView({ block: 'center' })", found)
         found.click()
 

@@ -3,18 +3,20 @@
 import { ask, key, setKey } from "./api.js";
 import { find, say, short, titleOf, toForm } from "./dom.js";
 import * as form from "./form.js";
-import * as gallery from "./gallery.js";
+import * as controls from "./given/controls.js";
+import * as source from "./given/source.js";
 import * as jobs from "./jobs.js";
-import * as source from "./source.js";
+import * as gallery from "./kept/gallery.js";
+import * as theme from "./theme.js";
 import * as watch from "./watch.js";
 
 let model = null; // what /latentrt/model said
 let state = "";
 
 async function draw() {
-  const given = await source.source();
   const { strength, ...wanted } = form.values();
-  if (given && strength !== undefined) wanted.strength = strength;
+  const given = { ...(await source.source()), control: controls.controls() };
+  if (given.image && strength !== undefined) wanted.strength = strength;
   const job = jobs.start(wanted, given);
   say(`Drawing ${short(titleOf(wanted))}`);
   if (matchMedia("(max-width: 50rem)").matches) job.card.scrollIntoView({ block: "nearest" });
@@ -33,6 +35,7 @@ async function learn(now) {
   find("model-name").textContent = model.model;
   form.offered(model);
   source.offered(model);
+  controls.offered(model);
 }
 
 function openKey() {
@@ -88,6 +91,13 @@ find("key-open").addEventListener("click", openKey);
 find("key-cancel").addEventListener("click", () => find("key-dialog").close(""));
 find("key-dialog").addEventListener("close", keyClosed);
 document.addEventListener("keydown", shortcut);
+for (const [id, seed] of [["seed-any", () => ""], ["seed-same", () => gallery.newest()?.wanted.seed]]) {
+  find(id).addEventListener("click", () => {
+    form.fill({ seed: seed() });
+    form.keep();
+  });
+}
+theme.begin();
 form.begin();
 source.begin(form.startsFrom);
 jobs.begin({ drawn: gallery.add, stirred: watch.look, field: form.field });

@@ -19,6 +19,12 @@ export const button = (text, onclick, attributes = {}) => make("button", { type:
 /** Put the cursor into the first field of the form. */
 export const toForm = () => [...find("form").elements].find((element) => element.offsetParent && !element.disabled)?.focus();
 
+/** Press a button, or let it up again; whether it is pressed now. */
+export function toggle(one, pressed = one.ariaPressed !== "true") {
+  one.ariaPressed = String(pressed);
+  return pressed;
+}
+
 /** Tell those who listen to the page instead of looking at it. */
 export function say(text) {
   find("say").textContent = text;

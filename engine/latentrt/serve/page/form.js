@@ -1,15 +1,17 @@
 // The settings: what the server offers, what was typed, and what is sent.
 
 import { find, make } from "./dom.js";
+import * as loras from "./given/loras.js";
 
 const DRAFT = "latentrt.draft";
 const NUMBERS = [
   ...["n", "num_inference_steps", "guidance_scale", "seed", "class_label", "strength", "partial_images"],
   ...["hires_scale", "handoff", "image_guidance", "noise_level"],
 ];
-const TEXTS = ["prompt", "negative_prompt", "scheduler", "model"];
+const TEXTS = ["prompt", "negative_prompt", "scheduler", "model", "output_format"];
 const SHAPES = [[1, 1], [3, 2], [2, 3], [16, 9], [9, 16]];
 const OTHER = "other";
+const LARGER = 1.25; // times the model's own pixels: from here on a word is said
 
 const form = find("form");
 export const field = (name) => form.elements.namedItem(name);
@@ -41,6 +43,7 @@ export function offered(model) {
   for (const [name, limit] of Object.entries(bounds)) Object.assign(field(name), limit);
   field("model").replaceChildren(...model.names.map((name) => new Option(name, name === model.model ? "" : name)));
   field("scheduler").replaceChildren(...solvers(model));
+  loras.offered(model);
   sizes();
   if (first) reset();
   fill(typed);
@@ -111,6 +114,8 @@ export function values() {
   const size = field("size").value;
   if (size === OTHER) wanted.size = `${field("width").value}x${field("height").value}`;
   else if (size) wanted.size = size;
+  const lora = loras.strengths();
+  if (Object.keys(lora).length) wanted.lora = lora;
   return wanted;
 }
 
@@ -122,6 +127,7 @@ export function fill(wanted) {
     else field(name).value = wanted[name];
   }
   if (wanted.size) fillSize(wanted.size);
+  if (wanted.lora) loras.fill(wanted.lora);
   showSides();
 }
 
@@ -134,7 +140,7 @@ function fillSize(size) {
 
 /** The server's defaults for all but the prompts. */
 export function reset() {
-  for (const name of [...NUMBERS, "size", "scheduler", "model"]) {
+  for (const name of [...NUMBERS, "size", "scheduler", "model", "output_format"]) {
     if (field(name).options) field(name).selectedIndex = 0;
     else field(name).value = "";
   }
@@ -142,6 +148,7 @@ export function reset() {
   field("num_inference_steps").value = offer?.defaults.steps ?? "";
   field("guidance_scale").value = offer?.defaults.guidance ?? "";
   field("class_label").value = 0;
+  loras.fill({});
   choose("partial_images", "3");
   showSides();
 }
@@ -151,6 +158,18 @@ function showSides() {
   find("sides").hidden = !other;
   for (const name of ["width", "height"]) field(name).disabled = !other;
   for (const name of ["width", "height"]) field(name).required = other;
+  warn();
+}
+
+/** A word about time and memory before a picture that is larger than the model's own. */
+function warn() {
+  const { size, hires_scale } = values();
+  const pixels = (text) => text.split("x").reduce((product, side) => product * Number(side), 1);
+  const times = offer ? (pixels(size ?? offer.size) * (hires_scale ?? 1) ** 2) / pixels(offer.size) : 1;
+  find("cost").hidden = !(times >= LARGER);
+  if (find("cost").hidden) return;
+  const twice = hires_scale || fromPicture ? "" : " Things may appear twice; “Enlarge and draw on”, under More, avoids that.";
+  find("cost").textContent = `${Number(times.toPrecision(2))} times the pixels of the model’s own ${named(offer.size)}: expect at least as many times the time and memory.${twice}`;
 }
 
 function draft() {
@@ -163,7 +182,7 @@ function draft() {
 
 /** Keep what is typed, and let a closed part open where a value in it cannot be sent. */
 export function begin() {
-  form.addEventListener("input", keep);
+  form.addEventListener("input", () => (keep(), warn()));
   form.addEventListener("change", showSides);
   form.addEventListener("invalid", ({ target }) => target.closest("details")?.setAttribute("open", ""), true);
   showSides();

@@ -2,7 +2,8 @@
 
 import { Refusal, ask, broken, events } from "./api.js";
 import { button, count, find, make, say, short, titleOf, toForm } from "./dom.js";
-import { settingsOf } from "./png.js";
+import { encoded } from "./given/controls.js";
+import { settingsOf } from "./kept/png.js";
 
 const MOST_AT_ONCE = 4; // a browser has six connections to a server, and cancelling needs one
 const CANCEL_PATIENCE = 2000; // ms
@@ -31,8 +32,9 @@ export function told(entries) {
   for (const entry of entries) byId(entry.id)?.follow(entry, ahead.indexOf(entry.id));
 }
 
-export function start(wanted, source) {
-  const job = new Job(wanted, source);
+/** `given` are pictures: {image, mask, depth, control}, each only where there is one. */
+export function start(wanted, given) {
+  const job = new Job(wanted, given);
   jobs.add(job);
   find("jobs").prepend(job.card);
   next();
@@ -49,11 +51,11 @@ function next() {
 }
 
 class Job {
-  constructor(wanted, source) {
+  constructor(wanted, given) {
     const random = crypto.getRandomValues(new Uint32Array(3));
     this.id = `page_${[...random].map((word) => word.toString(16).padStart(8, "0")).join("")}`;
     this.wanted = wanted;
-    this.source = source;
+    this.given = given;
     this.name = short(titleOf(wanted));
     this.open = true;
     this.sent = false;
@@ -85,18 +87,20 @@ class Job {
     next();
   }
 
-  #request() {
-    const wanted = { ...this.wanted, stream: true, output_format: "png" };
+  async #request() {
+    const { image, mask, depth, control } = this.given;
+    const wanted = { output_format: "png", ...this.wanted, stream: true };
+    if (control) wanted.control = await encoded(control);
     const options = { method: "POST", headers: { "x-request-id": this.id }, signal: this.abort.signal };
-    if (!this.source) {
+    if (!image) {
       options.headers["content-type"] = "application/json";
       return ask("v1/images/generations", { ...options, body: JSON.stringify(wanted) });
     }
     const body = new FormData();
-    for (const [name, value] of Object.entries(wanted)) body.set(name, String(value));
-    body.set("image", this.source.image, "image");
-    if (this.source.mask) body.set("mask", this.source.mask, "mask.png");
-    if (this.source.depth) body.set("depth", this.source.depth, "depth.png");
+    for (const [name, value] of Object.entries(wanted)) body.set(name, typeof value === "object" ? JSON.stringify(value) : String(value));
+    body.set("image", image, "image");
+    if (mask) body.set("mask", mask, "mask.png");
+    if (depth) body.set("depth", depth, "depth.png");
     return ask("v1/images/edits", { ...options, body });
   }
 
@@ -104,7 +108,7 @@ class Job {
     try {
       for await (const { event, data } of events(response.body)) {
         if (event === "error") throw Refusal.of(data.error);
-        const blob = new Blob([bytes(data.b64_json)], { type: "image/png" });
+        const blob = new Blob([bytes(data.b64_json)], { type: `image/${this.wanted.output_format ?? "png"}` });
         this.#show(data.index ?? 0, blob);
         if (!this.followed) this.#tell("Drawing");
         if (event.endsWith(".completed")) await this.#picture(data, blob);
@@ -131,7 +135,7 @@ class Job {
     const facts = await settingsOf(blob).catch(() => ({}));
     const { n, ...wanted } = { ...this.wanted, seed: data.seed, size: data.size };
     const id = `${this.id}-${data.index ?? 0}`;
-    await hooks.drawn({ id, made: Date.now(), blob, size: data.size, wanted, facts, edited: Boolean(this.source), warnings: data.warnings ?? [] });
+    await hooks.drawn({ id, made: Date.now(), blob, size: data.size, wanted, facts, edited: Boolean(this.given.image), warnings: data.warnings ?? [] });
   }
 
   /** An entry of the server's queue; `ahead` is how many wait before it. */
@@ -183,7 +187,7 @@ class Job {
     this.progress.remove();
     const again = button("Draw again", () => {
       this.dismiss();
-      start(this.wanted, this.source).card.querySelector("button").focus();
+      start(this.wanted, this.given).card.querySelector("button").focus();
     });
     this.actions.replaceChildren(again, button("Dismiss", () => (this.dismiss(), toForm())));
     const setting = error?.param && hooks.field(error.param);

@@ -1,7 +1,8 @@
 // The history as a grid, and one picture with its settings.
 
-import { button, count, find, make, say, short, titleOf, toForm } from "./dom.js";
+import { button, find, make, say, short, titleOf, toForm, toggle } from "../dom.js";
 import { History } from "./history.js";
+import { zip } from "./zip.js";
 
 const MOST = 200; // pictures
 const MOST_BYTES = 256 * 2 ** 20;
@@ -13,6 +14,9 @@ let opening = null;
 let history = null;
 let hooks = {};
 let shown = null;
+let other = null; // that is compared with it
+let only = false; // whether favourites alone are shown
+let ontop = false; // it was opened by the newest picture's button
 
 /** `reuse(record)` and `edit(record)` are what a picture's buttons do. */
 export async function begin(given) {
@@ -24,13 +28,25 @@ export async function begin(given) {
   });
   question.addEventListener("close", () => question.returnValue === "delete" && clear());
   const act = (id, work) => find(id).addEventListener("click", () => work(shown));
+  find("newest").addEventListener("click", () => {
+    open(newest());
+    ontop = true;
+  });
+  find("favourites").addEventListener("click", () => {
+    only = toggle(find("favourites"));
+    list.classList.toggle("only", only);
+  });
+  find("save-all").addEventListener("click", saveAll);
+  act("detail-favourite", favour);
+  act("detail-zoom", () => detail.classList.toggle("zoomed", toggle(find("detail-zoom"))));
+  act("detail-compare", compare);
   act("detail-close", () => detail.close());
   act("detail-reuse", (record) => leave(hooks.reuse, record));
   act("detail-edit", (record) => leave(hooks.edit, record));
   act("detail-copy", copy);
   act("detail-delete", remove);
   detail.addEventListener("keydown", turn);
-  detail.addEventListener("close", () => tiles.get(shown)?.querySelector("button").focus());
+  detail.addEventListener("close", closed);
   detail.addEventListener("click", (event) => event.target === detail && detail.close());
   opening = History.open();
   history = await opening;
@@ -43,10 +59,11 @@ export async function begin(given) {
 export async function add(record) {
   await opening;
   place(record);
+  tally();
   await history.put(record).catch(() => say("The picture could not be kept: the browser has no room"));
   let size = 0;
   for (const one of tiles.keys()) size += one.blob.size;
-  for (const oldest of [...tiles.keys()]) {
+  for (const oldest of [...tiles.keys()].filter(({ favourite }) => !favourite)) {
     if (tiles.size <= MOST && size <= MOST_BYTES) break;
     size -= oldest.blob.size;
     await drop(oldest);
@@ -55,21 +72,25 @@ export async function add(record) {
 }
 
 function place(record) {
-  const name = `${short(titleOf(record.wanted))}, seed ${record.wanted.seed}`;
   const image = make("img", { alt: "", loading: "lazy", src: URL.createObjectURL(record.blob) });
   const caption = make("span", { className: "caption" }, titleOf(record.wanted));
-  const tile = button("", () => open(record), { className: "tile", "aria-label": name, "aria-haspopup": "dialog" });
+  const tile = button("", () => open(record), { className: "tile", "aria-label": nameOf(record), "aria-haspopup": "dialog" });
   tile.append(image, caption);
-  const item = make("li", {}, tile);
+  const item = make("li", { className: record.favourite ? "favourite" : "" }, tile);
   tiles.set(record, item);
   list.prepend(item);
 }
+
+const nameOf = ({ wanted, favourite }) => `${short(titleOf(wanted))}, seed ${wanted.seed}${favourite ? ", favourite" : ""}`;
+
+export const newest = () => [...tiles.keys()].at(-1);
 
 async function drop(record) {
   const item = tiles.get(record);
   URL.revokeObjectURL(item.querySelector("img").src);
   item.remove();
   tiles.delete(record);
+  if (other === record) other = null;
   await history.remove(record.id);
 }
 
@@ -81,22 +102,64 @@ async function clear() {
   toForm();
 }
 
+/** Say how many there are, and show the newest one above the form, where a phone begins. */
 function tally() {
+  const last = newest();
+  find("newest").hidden = !last;
+  if (last) {
+    find("newest").setAttribute("aria-label", `Newest: ${nameOf(last)}`);
+    find("newest-image").src = addressOf(last);
+  }
   find("empty").hidden = tiles.size > 0;
-  find("clear").hidden = tiles.size === 0;
+  find("history-all").hidden = tiles.size === 0;
   const kept = history.kept ? "" : ", until this tab is closed";
   find("count").textContent = tiles.size ? `${tiles.size}${kept}` : "";
 }
 
+const addressOf = (record) => tiles.get(record).querySelector("img").src;
+
 function open(record) {
   shown = record;
-  const address = tiles.get(record).querySelector("img").src;
+  const address = addressOf(record);
   find("detail-title").textContent = titleOf(record.wanted);
   Object.assign(find("detail-image"), { src: address, alt: titleOf(record.wanted) });
   find("detail-facts").replaceChildren(...facts(record).flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, String(value))]));
-  Object.assign(find("detail-download"), { href: address, download: `${slug(record)}.png` });
+  Object.assign(find("detail-download"), { href: address, download: fileOf(record) });
+  toggle(find("detail-favourite"), Boolean(record.favourite));
+  showOther();
   find("detail-say").textContent = "";
-  if (!detail.open) detail.showModal();
+  if (detail.open) return;
+  ontop = false;
+  detail.showModal();
+}
+
+/** Mark a picture as one that stays, or take the mark away. */
+async function favour(record) {
+  record.favourite = toggle(find("detail-favourite"));
+  const item = tiles.get(record);
+  item.classList.toggle("favourite", record.favourite);
+  item.querySelector("button").ariaLabel = nameOf(record);
+  tally();
+  await history.put(record).catch(() => say("The mark could not be kept: the browser has no room"));
+}
+
+/** Hold this picture beside those that are opened next, or end that. */
+function compare(record) {
+  other = other ? null : record;
+  showOther();
+  find("detail-say").textContent = other ? "The next picture that you turn to or open is shown beside this one" : "";
+}
+
+function showOther() {
+  const beside = other && other !== shown;
+  toggle(find("detail-compare"), Boolean(other));
+  find("detail-other").hidden = !beside;
+  if (beside) Object.assign(find("detail-other"), { src: addressOf(other), alt: `Beside it: ${nameOf(other)}`, title: nameOf(other) });
+}
+
+/** The focus goes back to what it came from. */
+function closed() {
+  if (shown) (ontop ? find("newest") : tiles.get(shown).querySelector("button")).focus();
 }
 
 /** What made the picture: what the file itself says, else what was asked for. */
@@ -110,6 +173,8 @@ function facts({ wanted, facts: own, size, made, edited, warnings }) {
     ["Guidance", own.guidance ?? wanted.guidance_scale],
     ["Seed", wanted.seed],
     ["Starts from", edited ? `a picture, strength ${own.strength ?? wanted.strength ?? "automatic"}` : undefined],
+    ...Object.entries(wanted.lora ?? {}).map(([name, strength]) => ["LoRA", `${name}, strength ${strength}`]),
+    ...Object.entries(own.control ?? {}).map(([name, unit]) => ["Follows", `${name}, scale ${unit.scale}, ${unit.start} to ${unit.end}${unit.guess ? ", guess mode" : ""}`]),
     ["Enlarged", own.hires_scale && `${own.hires_scale} times, strength ${own.hires_strength}`],
     ["Refiner from", own.handoff],
     ["Model", own.model ?? wanted.model],
@@ -124,12 +189,23 @@ const slug = ({ wanted }) => {
   return `${words.replace(/^-|-$/g, "").slice(0, 60) || "picture"}-${wanted.seed}`;
 };
 
+const fileOf = (record) => `${slug(record)}.${record.blob.type.replace("image/", "")}`;
+
+/** All that are shown, oldest first, in one archive. */
+async function saveAll() {
+  const records = [...tiles.keys()].filter(({ favourite }) => !only || favourite);
+  const files = records.map((record, index) => ({ name: `${String(index + 1).padStart(3, "0")}-${fileOf(record)}`, made: record.made, blob: record.blob }));
+  const address = URL.createObjectURL(await zip(files));
+  make("a", { href: address, download: "latentrt.zip" }).click();
+  setTimeout(() => URL.revokeObjectURL(address), 60_000); // the browser may still read it
+}
+
 /** The body of a request that makes the picture again. */
-async function copy({ wanted }) {
+async function copy({ wanted, edited, facts: own }) {
   const { partial_images, ...body } = wanted;
   const text = JSON.stringify(body, null, 2);
   const good = await navigator.clipboard?.writeText(text).then(() => true, () => false);
-  find("detail-say").textContent = good || copyOldWay(text) ? "Settings copied, as a request’s body" : "The browser does not let this page copy";
+  find("detail-say").textContent = good || copyOldWay(text) ? `Settings copied, as a request’s body${edited || own.control ? " without the pictures that were given" : ""}` : "The browser does not let this page copy";
 }
 
 /** Without TLS only this machine's own pages have a clipboard. */
@@ -161,7 +237,7 @@ function leave(work, record) {
 }
 
 const neighbour = (record, way) => {
-  const records = [...tiles.keys()].reverse();
+  const records = [...tiles.keys()].filter((one) => !only || one.favourite || one === record).reverse();
   return records[records.indexOf(record) + way];
 };
 
