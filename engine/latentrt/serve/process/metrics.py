@@ -17,6 +17,11 @@ _STEPS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10
 _LANES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 
+def refused(outcome: str, status: int) -> bool:
+    """Return whether a request that ended so was refused."""
+    return outcome not in TAKEN and (400 <= status < 500 or status == 503)
+
+
 class Metrics(Observer):
     """All metrics of one server, in a registry of their own.
 
@@ -57,7 +62,7 @@ class Metrics(Observer):
     def ended_request(self, route: str, outcome: str, status: int, seconds: float | None) -> None:
         """Count a request that is over; `seconds` where it was one for pictures that were made."""
         self._requests.labels(self._model, route, outcome).inc()
-        if outcome not in TAKEN and (400 <= status < 500 or status == 503):
+        if refused(outcome, status):
             self._rejected.labels(self._model, outcome).inc()
         if seconds is not None:
             self._latency.observe(seconds)
