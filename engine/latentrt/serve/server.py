@@ -80,7 +80,8 @@ def assembled(settings: Settings, kind: type[Metrics] = Metrics, lifespan: Lifes
         metrics = kind(catalog.name)
         limits = Limits(settings.queue, settings.queue_timeout, settings.run_timeout, settings.hang_timeout)
         with Service(engine, limits, curve=known, budget=budget, observer=metrics, on_hang=_end) as service:
-            yield create_app(service.scheduler, catalog, metrics=metrics, lifespan=lifespan)
+            memory = None if engine.backend.gpu is None else engine.backend.gpu.memory
+            yield create_app(service.scheduler, catalog, metrics=metrics, lifespan=lifespan, gpu_memory=memory)
 
 
 def _budget(engine: Engine, known: curve.Curve, settings: Settings) -> Budget:

@@ -112,6 +112,7 @@ def test_a_request_is_one_line(log: list[MutableMapping[str, Any]]) -> None:
     (line,) = lines_of(log)
     seconds, waited = line.pop("seconds"), line.pop("queue_seconds")
     assert 0 < waited < seconds
+    assert line.pop("client").startswith("address-")
     assert line == {
         **{"event": "request", "log_level": "info", "id": "mine", "method": "POST", "route": DRAW, "status": 200},
         **{"outcome": "ok", "n": 2, "done": 2, "steps": 9, "rows": 17, "solver": "heun", "size": "128x128"},

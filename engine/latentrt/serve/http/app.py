@@ -42,7 +42,12 @@ _MOST_FIELDS, _MOST_FILES = 64, 18
 
 
 def create_app(
-    scheduler: Scheduler, catalog: Catalog, *, metrics: Metrics | None = None, lifespan: Lifespan | None = None
+    scheduler: Scheduler,
+    catalog: Catalog,
+    *,
+    metrics: Metrics | None = None,
+    lifespan: Lifespan | None = None,
+    gpu_memory: Callable[[], tuple[int, int]] | None = None,
 ) -> FastAPI:
     """Return the application.
 
@@ -51,6 +56,7 @@ def create_app(
         catalog: the model as clients see it, with the settings that hold.
         metrics: the scheduler's observer; None where it has another one.
         lifespan: runs around the serving, if given.
+        gpu_memory: tells the bytes of the engine's GPU that are free, and all; None where it has none.
 
     Raises:
         RequestError: the keys cannot be read.
@@ -58,6 +64,8 @@ def create_app(
     settings, keys = catalog.settings, Keys(catalog.settings)
     metrics = metrics or Metrics(catalog.name)
     _add_gauges(metrics, scheduler)
+    if gpu_memory is not None:
+        metrics.gpu_memory(gpu_memory)
     app = FastAPI(
         title="latentrt",
         summary="Stable Diffusion: the OpenAI Images API, and a thin one of A1111.",
@@ -76,7 +84,7 @@ def create_app(
             Middleware(Guard, keys=keys, settings=settings, scheduler=scheduler, metrics=metrics),
         ],
     )
-    app.state.context, app.state.keys = Context(scheduler, settings, catalog, metrics), keys
+    app.state.context, app.state.keys = Context(scheduler, settings, catalog, metrics, gpu_memory), keys
     for router in (openai_routes.router, sdapi, controlnet):  # first: paths are compared in this order
         # The guard checks keys; this only puts them into the description.
         app.include_router(router, dependencies=[Depends(HTTPBearer(auto_error=False))] if keys else [])

@@ -35,6 +35,7 @@ class Context:
     settings: Settings
     catalog: Catalog
     metrics: Metrics
+    gpu_memory: Callable[[], tuple[int, int]] | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from starlette.types import Scope
 
+from latentrt.serve.process.keys import label_of
 from latentrt.serve.process.logs import logger
 from latentrt.serve.process.metrics import Metrics, refused
 
@@ -51,11 +52,16 @@ class Record:
         if route not in UNCOUNTED:
             drawn = "n" in facts and outcome == "ok"
             self._metrics.ended_request(route, outcome, status, seconds if drawn else None)
+        client = label_of(facts["owner"]) if facts.get("owner") else None
+        if facts.get("done"):
+            self._metrics.drew(facts["done"], facts["size"], client or "unknown")
         quiet = route in (*UNCOUNTED, *POLLED, STATIC) and status < 500
         if not quiet and refused(outcome, status):
             quiet = self._counted((route, status, outcome))
         write = logger().debug if quiet else logger().info
         line = {"method": method, "route": route, "status": status, "outcome": outcome, "seconds": round(seconds, 4)}
+        if client is not None:
+            line["client"] = client
         write("request", **line, **{key: value for key, value in facts.items() if key not in _UNTOLD})
 
     def _counted(self, kind: tuple[str, int, str]) -> bool:
