@@ -31,6 +31,7 @@ from latentrt.serve.http.sizes import most_pixels
 from latentrt.serve.process.config import MIB, Settings
 from latentrt.serve.process.logs import configure, logger
 from latentrt.serve.process.metrics import Metrics
+from latentrt.serve.process.traces import tracing
 
 UNDRAINED, HUNG = 1, 70  # exit codes; 0 is a drain that lost nothing
 _MOST_HEAD = 2**16  # bytes of a request's line and headers
@@ -79,9 +80,14 @@ def assembled(settings: Settings, kind: type[Metrics] = Metrics, lifespan: Lifes
         catalog = Catalog(engine.model, profiles, settings, refiner=engine.refiner_name, budget=budget)
         metrics = kind(catalog.name)
         limits = Limits(settings.queue, settings.queue_timeout, settings.run_timeout, settings.hang_timeout)
-        with Service(engine, limits, curve=known, budget=budget, observer=metrics, on_hang=_end) as service:
+        with (
+            tracing(settings) as traces,
+            Service(engine, limits, curve=known, budget=budget, observer=metrics, on_hang=_end) as service,
+        ):
             memory = None if engine.backend.gpu is None else engine.backend.gpu.memory
-            yield create_app(service.scheduler, catalog, metrics=metrics, lifespan=lifespan, gpu_memory=memory)
+            yield create_app(
+                service.scheduler, catalog, metrics=metrics, lifespan=lifespan, gpu_memory=memory, traces=traces
+            )
 
 
 def _budget(engine: Engine, known: curve.Curve, settings: Settings) -> Budget:

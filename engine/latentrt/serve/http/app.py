@@ -28,6 +28,7 @@ from latentrt.serve.http.errors import (
 from latentrt.serve.http.generation import Context
 from latentrt.serve.http.guard.middleware import Guard, most_bytes
 from latentrt.serve.http.guard.origins import cross_origin
+from latentrt.serve.http.guard.record import Record
 from latentrt.serve.http.page import add_page
 from latentrt.serve.http.sdapi.answers import response_to
 from latentrt.serve.http.sdapi.controlnet import router as controlnet
@@ -35,6 +36,7 @@ from latentrt.serve.http.sdapi.routes import router as sdapi
 from latentrt.serve.process.keys import Keys
 from latentrt.serve.process.logs import logger
 from latentrt.serve.process.metrics import Metrics
+from latentrt.serve.process.traces import Traces
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 # Parts of a form: every field there is, with room for repeated ones.
@@ -48,6 +50,7 @@ def create_app(
     metrics: Metrics | None = None,
     lifespan: Lifespan | None = None,
     gpu_memory: Callable[[], tuple[int, int]] | None = None,
+    traces: Traces | None = None,
 ) -> FastAPI:
     """Return the application.
 
@@ -57,6 +60,7 @@ def create_app(
         metrics: the scheduler's observer; None where it has another one.
         lifespan: runs around the serving, if given.
         gpu_memory: tells the bytes of the engine's GPU that are free, and all; None where it has none.
+        traces: makes spans of requests; None: none are made.
 
     Raises:
         RequestError: the keys cannot be read.
@@ -81,7 +85,7 @@ def create_app(
         },
         middleware=[
             *cross_origin(settings.cors_origin),
-            Middleware(Guard, keys=keys, settings=settings, scheduler=scheduler, metrics=metrics),
+            Middleware(Guard, keys=keys, settings=settings, scheduler=scheduler, record=Record(metrics, traces)),
         ],
     )
     app.state.context, app.state.keys = Context(scheduler, settings, catalog, metrics, gpu_memory), keys

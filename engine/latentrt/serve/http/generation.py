@@ -85,6 +85,7 @@ async def generating(
     handle = Handle(request, shape, rows, previews, deadline, facts["id"], facts["owner"], api, task, facts["terms"])
     handle.lanes = catalog.lanes(request)
     context.scheduler.reserve(handle)
+    facts["handle"] = handle
     try:
         if files or request.control:
             handle.request = await in_thread(partial(_with_pictures, context, request, files))

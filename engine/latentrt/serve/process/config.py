@@ -29,6 +29,7 @@ def _split(value: object) -> object:
 
 Texts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 Origin = Annotated[str, Field(pattern=r"^(\*|https?://[^/\s?#]+)$")]
+Endpoint = Annotated[str, Field(pattern=r"^https?://[^\s?#]+$")]
 Origins = Annotated[tuple[Origin, ...], NoDecode, BeforeValidator(_split)]
 Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)]
 Count = Annotated[int, Field(ge=1)]
@@ -132,6 +133,9 @@ class Settings(BaseSettings):
 
     log_format: Literal["auto", "console", "json"] = _field("auto", "Logs", "auto: console on a terminal, else json.")
     log_level: Literal["debug", "info", "warning", "error"] = _field("info", "Logs", "debug, info, warning or error.")
+    otlp_endpoint: Endpoint | None = _field(
+        None, "Logs", "Collector of traces, OTLP over HTTP, as http://localhost:4318; needs the extra `otel`."
+    )
     log_prompts: bool = _field(False, "Logs", "Write prompts into the log.")
 
     @model_validator(mode="after")

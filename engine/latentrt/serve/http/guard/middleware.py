@@ -26,7 +26,6 @@ from latentrt.serve.http.sdapi.answers import response_to
 from latentrt.serve.process.config import Settings
 from latentrt.serve.process.keys import Keys
 from latentrt.serve.process.logs import logger
-from latentrt.serve.process.metrics import Metrics
 
 OPEN = ("/", "/health/live", "/health/ready", "/metrics", "/openapi.json", "/favicon.ico")  # and all below /static/
 # Every request to these takes places in the queue.
@@ -51,10 +50,10 @@ def most_bytes(settings: Settings, path: str) -> int:
 class Guard:
     """Refuses, bounds and logs requests around the application; only `origins.cross_origin` is further out."""
 
-    def __init__(self, app: ASGIApp, *, keys: Keys, settings: Settings, scheduler: Scheduler, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, *, keys: Keys, settings: Settings, scheduler: Scheduler, record: Record) -> None:
         self._app = app
         self._keys, self._settings = keys, settings
-        self._scheduler, self._record = scheduler, Record(metrics)
+        self._scheduler, self._record = scheduler, record
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -113,8 +112,8 @@ class Guard:
 
     def _report(self, scope: Scope, exchange: _Exchange) -> None:
         status, outcome = exchange.end()
-        route, seconds = route_of(scope, (*BODIES, *POLLED)), time.monotonic() - exchange.began
-        self._record.ended(scope["method"], route, status, outcome, seconds, exchange.facts)
+        route = route_of(scope, (*BODIES, *POLLED))
+        self._record.ended(scope, route, status, outcome, exchange.began, exchange.facts)
 
 
 class _Exchange:

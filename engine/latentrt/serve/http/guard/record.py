@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.types import Scope
@@ -11,12 +13,13 @@ from starlette.types import Scope
 from latentrt.serve.process.keys import label_of
 from latentrt.serve.process.logs import logger
 from latentrt.serve.process.metrics import Metrics, refused
+from latentrt.serve.process.traces import Traces
 
 UNCOUNTED = ("/health/live", "/health/ready", "/metrics")
 POLLED = ("/latentrt/queue", "/sdapi/v1/progress")  # by pages and clients, while they are open
 STATIC = "/static"
 SECOND = 1.0  # in which one refusal of a kind has a line of its own
-_UNTOLD = ("owner", "terms", "outcome")
+_UNTOLD = ("owner", "terms", "outcome", "handle")
 
 
 def route_of(scope: Scope, known: tuple[str, ...]) -> str:
@@ -42,27 +45,37 @@ class Record:
     files.
     """
 
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
+    def __init__(self, metrics: Metrics, traces: Traces | None) -> None:
+        self._metrics, self._traces = metrics, traces
         self._more: Counter[tuple[str, int, str]] = Counter()  # refusals of this second, but for the first of each
         self._timer: asyncio.TimerHandle | None = None
 
-    def ended(self, method: str, route: str, status: int, outcome: str, seconds: float, facts: dict[str, Any]) -> None:
-        """Count a request and write its line; `facts` are what the routes noted of it."""
+    def ended(
+        self, scope: Scope, route: str, status: int, outcome: str, began: float, facts: Mapping[str, Any]
+    ) -> None:
+        """Count a request that ends now, write its line, make its spans.
+
+        Args:
+            began: its `time.monotonic()`.
+            facts: what the routes noted of it.
+        """
+        seconds = time.monotonic() - began
+        line = {"method": scope["method"], "route": route, "status": status, "outcome": outcome}
+        told = {"seconds": round(seconds, 4)} | {name: value for name, value in facts.items() if name not in _UNTOLD}
+        if facts["owner"]:
+            told["client"] = label_of(facts["owner"])
         if route not in UNCOUNTED:
             drawn = "n" in facts and outcome == "ok"
             self._metrics.ended_request(route, outcome, status, seconds if drawn else None)
-        client = label_of(facts["owner"]) if facts.get("owner") else None
         if facts.get("done"):
-            self._metrics.drew(facts["done"], facts["size"], client or "unknown")
-        quiet = route in (*UNCOUNTED, *POLLED, STATIC) and status < 500
+            self._metrics.drew(facts["done"], facts["size"], told.get("client", "unknown"))
+        quiet = route in UNCOUNTED or (route in (*POLLED, STATIC) and status < 500)
+        if self._traces is not None and not quiet:
+            self._traces.request(scope, route, status, began, facts.get("handle"), {"outcome": outcome, **told})
         if not quiet and refused(outcome, status):
             quiet = self._counted((route, status, outcome))
         write = logger().debug if quiet else logger().info
-        line = {"method": method, "route": route, "status": status, "outcome": outcome, "seconds": round(seconds, 4)}
-        if client is not None:
-            line["client"] = client
-        write("request", **line, **{key: value for key, value in facts.items() if key not in _UNTOLD})
+        write("request", **line, **told)
 
     def _counted(self, kind: tuple[str, int, str]) -> bool:
         """Return whether this second had such a refusal before; count it then."""
