@@ -70,6 +70,11 @@ class Settings(BaseSettings):
         "1", "Ray", "How many replicas: a number, or MIN:MAX by load. Each has a GPU of its own, if it runs on one."
     )
 
+    ray_name: Annotated[str, Field(min_length=1)] = _field("latentrt", "Ray", "The application's name in the cluster.")
+    ray_route: Annotated[str, Field(pattern=r"^/([^/?#\s]+(/[^/?#\s]+)*)?$")] = _field(
+        "/", "Ray", "Path below which Ray serves the application, as /draw; / for all."
+    )
+
     bundle: Path = _field(EMBEDDED, "Model", "Bundle to serve.")
     model_name: str | None = _field(None, "Model", "The model's name for clients; the bundle's id if none is named.")
     aliases: Texts = _field(OTHER_NAMES, "Model", "Other names for it, with commas between them.")
