@@ -195,7 +195,7 @@ def serve(settings: Settings) -> int:
     with ExitStack() as stack:
         stack.callback(ray.shutdown)
         if "RAY_ADDRESS" in os.environ:
-            ray.init(log_to_driver=False)
+            _join_cluster()
         else:
             with listening(settings) as sock:  # a port that is taken is reported before anything starts
                 port = sock.getsockname()[1]
@@ -205,9 +205,20 @@ def serve(settings: Settings) -> int:
         _refuse_a_second(settings.ray_name)
         stack.callback(ray_serve.delete, settings.ray_name)  # waits until the last bytes of answers are out
         handle = _run(target, settings)
-        announce(settings, *_address())
+        announce(settings, *_address(), settings.ray_route.rstrip("/"))
         _wait_for_signal(settings)
         return 0 if _drained(handle, settings.drain_timeout) else UNDRAINED
+
+
+def _join_cluster() -> None:
+    try:
+        ray.init(log_to_driver=False)
+    except ConnectionError as error:
+        raise BackendError(
+            f"the cluster cannot be reached ({error})",
+            needed="a running one at RAY_ADDRESS",
+            fix="ray start --head there, or unset RAY_ADDRESS for a cluster of this machine alone",
+        ) from error
 
 
 def _refuse_a_second(name: str) -> None:

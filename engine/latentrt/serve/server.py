@@ -233,10 +233,10 @@ async def run(app: FastAPI, settings: Settings, sock: socket.socket) -> int:
     return 0 if drained else UNDRAINED
 
 
-def announce(settings: Settings, host: str, port: int) -> None:
-    """Write into the log where clients find the server, and whether it is open to all."""
+def announce(settings: Settings, host: str, port: int, path: str = "") -> None:
+    """Write into the log where clients find the server, below which path, and whether it is open to all."""
     shown = f"[{host}]" if ":" in host else host
-    url = f"http://{shown}:{port}"
+    url = f"http://{shown}:{port}{path}"
     logger().info("serving", url=url, openai=f"{url}/v1", openapi=f"{url}/openapi.json", bundle=str(settings.bundle))
-    if settings.host not in LOOPBACK and not settings.secrets():
-        logger().warning("no keys are set: every client that reaches this address may draw", host=settings.host)
+    if host not in LOOPBACK and not settings.secrets():
+        logger().warning("no keys are set: every client that reaches this address may draw", host=host)
