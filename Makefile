@@ -18,7 +18,7 @@ demo: $(VENV)/.core ## set up a virtual environment and draw a picture
 test: $(VENV)/.dev ## what CI runs, save the linters
 	$(BIN)/python -m pytest -n 2 --dist loadscope -m "not slow and not gpu"
 
-test-all: $(VENV)/.dev ## with the tests that take minutes
+test-all: $(VENV)/.ray ## with the tests that take minutes, those of two replicas of Ray too
 	$(BIN)/python -m pytest -n 2 --dist loadscope -m "not gpu"
 
 test-gpu: $(VENV)/.dev ## what needs an NVIDIA GPU: parity, bits, memory; fails where no network runs on one
@@ -56,6 +56,11 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "Installing what tests need (torch, diffusers, ...) into $(VENV); this takes minutes ..."
 	$(PIP) --editable ".[dev]"
 	@touch $@ $(VENV)/.core
+
+$(VENV)/.ray: $(VENV)/.dev
+	@echo "Installing Ray into $(VENV) (280 MiB) ..."
+	$(PIP) --editable ".[dev,ray]"
+	@touch $@
 
 clean: ## remove everything that was made
 	rm -rf $(VENV) out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

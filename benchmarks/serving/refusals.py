@@ -22,6 +22,7 @@ from benchmarks.serving.traffic import quantile
 
 PLACES = 64  # of the queue
 FLAGS = ("--lanes", "2", "--queue", str(PLACES), "--max-steps", "999", "--run-timeout", "900")
+EACH = ("--log-level", "debug")  # a line for each refusal, not a count
 PARTS = {"p50": 0.5, "p99": 0.99}
 FOREVER = 999  # steps: 10 s, longer than any burst
 
@@ -35,7 +36,7 @@ def measure(requests: int, crowds: tuple[int, ...], repeats: int) -> list[dict[s
     found: list[dict[str, Any]] = [
         {"clients": clients, "requests": requests, "client_seconds": [], "server_seconds": []} for clients in crowds
     ]
-    with running(*FLAGS, command=fake.COMMAND) as one:
+    with running(*FLAGS, *EACH, command=fake.COMMAND) as one:
         for _ in range(repeats + 1):
             for part in found:
                 client, server = _burst(one, requests, part["clients"])

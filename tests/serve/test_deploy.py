@@ -69,6 +69,7 @@ def test_queries_ask_for_metrics_that_exist(text: str) -> None:
     metrics = Metrics("emoji")
     for name in ("num_images_running", "num_images_waiting", "ready"):  # made with the application
         metrics.gauge(name, name, lambda: 0.0)
+    metrics.gpu_memory(lambda: (1, 2))
     told = set(re.findall(r"latentrt_\w+", asyncio.run(metrics.text()).decode()))
     asked = set(re.findall(r"latentrt_\w+", text.replace("latentrt_export", "")))
     assert asked
@@ -90,6 +91,8 @@ def test_promtool_likes_names_and_rules(tmp_path: Path) -> None:
     metrics.gauge("ready", "1 if requests are taken.", lambda: 1.0)
     metrics.ended_request("/v1/images/generations", "ok", 200, 1.0)
     metrics.faulted(True)
+    metrics.drew(2, "512x512", "key-1a2b3c4d")
+    metrics.gpu_memory(lambda: (1, 2))
     text = asyncio.run(metrics.text())
     checked = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True)
     assert (checked.returncode, checked.stdout, checked.stderr) == (0, b"", b"")

@@ -39,8 +39,10 @@ async def crowd(url: str, bodies: Iterable[Body], clients: int) -> list[tuple[Bo
 
 def one_story(one: Process, found: dict[str, float], outcomes: dict[str, int], done: int) -> None:
     """The log and the metrics count these requests by outcome, and so many finished pictures."""
-    lines = [line for line in one.requests() if line["route"] == DRAW]
-    assert Counter(line["outcome"] for line in lines) == outcomes
+    told = Counter(line["outcome"] for line in one.requests() if line["route"] == DRAW)
+    for line in (line for line in one.log if line["event"] == "refusals"):
+        told[line["outcome"]] += line["count"]
+    assert told == outcomes
     assert counted(found, "requests", "outcome") == outcomes
     assert counted(found, "images", "outcome").get("done", 0) == done
 

@@ -26,6 +26,7 @@ from benchmarks.serving.process import Process, running
 from latentrt import Engine
 from latentrt.command.serve import serve
 from latentrt.errors import BackendError, MissingDependencyError, RequestError
+from latentrt.serve import ray_scaling
 from latentrt.serve.process.config import Settings, load_settings
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "serve" / "ray.yaml"
@@ -88,7 +89,7 @@ def test_ray_neither_batches_nor_queues_without_bound() -> None:
     assert config.backpressure_config.status_code == 429
     assert config.graceful_shutdown_timeout_s == 7
     scaling = config.autoscaling_config
-    assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (1, 4, 4)
+    assert (scaling.min_replicas, scaling.max_replicas, scaling.policy.policy_kwargs) == (1, 4, {"seats": 4})
 
 
 @needs_ray
@@ -260,9 +261,9 @@ def test_a_replica_that_is_killed_is_replaced(two: Process) -> None:
     for thread in drawing:
         thread.join()
     codes = [answer.status_code for answer in answers]
-    assert 500 in codes  # Ray's own answer, without a body of ours
-    assert 200 in codes
-    assert set(codes) == {200, 500}
+    assert set(codes) == {200, 503}
+    lost = next(answer for answer in answers if answer.status_code == 503)
+    assert (lost.json()["error"]["code"], lost.headers["retry-after"]) == ("not_ready", "1")
     assert ask(two, num_inference_steps=2).status_code == 200
     eventually(lambda: len(told(two, "ready")) == 2)
     assert len(before & set(told(two, "ready"))) == 1
@@ -305,7 +306,7 @@ def test_the_example_configuration_scales_with_the_load(tmp_path: Path) -> None:
     deployment["autoscaling_config"] = {
         "min_replicas": 1,
         "max_replicas": 2,
-        "target_ongoing_requests": 1,
+        "policy": {"policy_function": ray_scaling.PATH, "policy_kwargs": {"seats": 1}},
         "upscale_delay_s": 1,
         "look_back_period_s": 2,
     }

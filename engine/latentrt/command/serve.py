@@ -13,8 +13,14 @@ import click
 
 from latentrt.errors import MissingDependencyError
 
-# Read when Ray is imported: no usage reports to its makers, and no line of the log left out as a duplicate.
-RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0", "RAY_COLOR_PREFIX": "0"}
+# Read when Ray is imported: no usage reports to its makers, no line of the log left out as a duplicate, and proxies
+# that answer as the server does.
+RAY = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_COLOR_PREFIX": "0",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "latentrt.serve.ray_proxy:middlewares",
+}
 
 
 class ServeCommand(click.Command):

@@ -20,14 +20,18 @@ import ray
 from fastapi import FastAPI
 from prometheus_client import Metric, generate_latest
 from ray import serve as ray_serve
+from ray.serve.context import _get_global_client  # nothing public tells the address
+from ray.serve.exceptions import RayServeException
 
 from latentrt.errors import BackendError
 from latentrt.run.lanes import ON_A_CPU
 from latentrt.runtime.cores import usable_cores
+from latentrt.serve import ray_scaling
 from latentrt.serve.core.scheduler import Scheduler
 from latentrt.serve.process.config import Settings, load_settings
 from latentrt.serve.process.logs import configure, logger
 from latentrt.serve.process.metrics import Metrics
+from latentrt.serve.ray_proxy import WithoutPrefix
 from latentrt.serve.server import UNDRAINED, announce, assembled, listening
 
 NAME = "latentrt"  # of Ray's application and of its one deployment
@@ -56,6 +60,11 @@ class Replica:
         scheduler: Scheduler = self.app.state.context.scheduler
         scheduler.drain()
         return await scheduler.drained(timeout)
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Return what `ByPictures` reads."""
+        scheduler: Scheduler = self.app.state.context.scheduler
+        return {ray_scaling.WAITING: float(scheduler.waiting), ray_scaling.RUNNING: float(scheduler.running)}
 
     async def metrics(self) -> tuple[str, list[Metric]]:
         """Return the replica's name and what it has measured."""
@@ -126,7 +135,10 @@ def _options(settings: Settings) -> dict[str, Any]:
         "autoscaling_config": {
             "min_replicas": settings.fewest_replicas,
             "max_replicas": settings.most_replicas,
-            "target_ongoing_requests": max(1, at_once // 2),  # guidance takes two lanes: with more, pictures wait
+            "policy": {
+                "policy_function": ray_scaling.PATH,
+                "policy_kwargs": {"seats": max(1, at_once // 2)},  # guidance takes two lanes: with more, pictures wait
+            },
         },
         "max_ongoing_requests": settings.queue + at_once + BESIDE,
         "max_queued_requests": BEFORE * settings.queue,
@@ -163,7 +175,9 @@ def _build(settings: Settings) -> FastAPI:
                 await asyncio.sleep(_LOOK)
             yield
 
-    return owned.enter_context(assembled(settings, ReplicaMetrics, lifespan))
+    app = owned.enter_context(assembled(settings, ReplicaMetrics, lifespan))
+    app.add_middleware(WithoutPrefix)
+    return app
 
 
 def serve(settings: Settings) -> int:
@@ -181,24 +195,52 @@ def serve(settings: Settings) -> int:
     with ExitStack() as stack:
         stack.callback(ray.shutdown)
         if "RAY_ADDRESS" in os.environ:
-            ray.init(log_to_driver=False)
+            _join_cluster()
         else:
             with listening(settings) as sock:  # a port that is taken is reported before anything starts
                 port = sock.getsockname()[1]
-            ray.init("local", include_dashboard=False)
+            ray.init("local", include_dashboard=False, num_cpus=usable_cores())
             _refuse_if_too_small(settings)
         ray_serve.start(http_options={"host": settings.host, "port": port})
-        stack.callback(ray_serve.delete, NAME)  # waits until the last bytes of answers are out
-        handle = _run(target)
-        announce(settings, settings.host, port)
+        _refuse_a_second(settings.ray_name)
+        stack.callback(ray_serve.delete, settings.ray_name)  # waits until the last bytes of answers are out
+        handle = _run(target, settings)
+        announce(settings, *_address(), settings.ray_route.rstrip("/"))
         _wait_for_signal(settings)
         return 0 if _drained(handle, settings.drain_timeout) else UNDRAINED
 
 
-def _run(target: ray_serve.Application) -> Any:
+def _join_cluster() -> None:
     try:
-        return ray_serve.run(target, name=NAME, route_prefix="/")
-    except RuntimeError as error:
+        ray.init(log_to_driver=False)
+    except ConnectionError as error:
+        raise BackendError(
+            f"the cluster cannot be reached ({error})",
+            needed="a running one at RAY_ADDRESS",
+            fix="ray start --head there, or unset RAY_ADDRESS for a cluster of this machine alone",
+        ) from error
+
+
+def _refuse_a_second(name: str) -> None:
+    """Ray would replace an application that has this name."""
+    if name in ray_serve.status().applications:
+        raise BackendError(
+            f"an application {name!r} runs in this cluster",
+            needed="a name of its own",
+            fix=f"--ray-name OTHER --ray-route /OTHER, or end it: serve delete {name}",
+        )
+
+
+def _address() -> tuple[str, int]:
+    """Return where Ray's proxies listen: in a cluster where Serve ran before, as they were told then."""
+    options = _get_global_client().http_config
+    return options.host, options.port
+
+
+def _run(target: ray_serve.Application, settings: Settings) -> Any:
+    try:
+        return ray_serve.run(target, name=settings.ray_name, route_prefix=settings.ray_route)
+    except (RuntimeError, RayServeException) as error:
         raise BackendError(
             f"the replicas did not start ({error})",
             needed="replicas that do",

@@ -32,6 +32,7 @@ from latentrt.serve.http.sizes import most_pixels
 from latentrt.serve.process.config import MIB, Settings
 from latentrt.serve.process.logs import configure, logger
 from latentrt.serve.process.metrics import Metrics
+from latentrt.serve.process.traces import tracing
 
 UNDRAINED, HUNG = 1, 70  # exit codes; 0 is a drain that lost nothing
 _MOST_HEAD = 2**16  # bytes of a request's line and headers
@@ -80,8 +81,14 @@ def assembled(settings: Settings, kind: type[Metrics] = Metrics, lifespan: Lifes
         catalog = Catalog(engine.model, profiles, settings, refiner=engine.refiner_name, budget=budget)
         metrics = kind(catalog.name)
         limits = Limits(settings.queue, settings.queue_timeout, settings.run_timeout, settings.hang_timeout)
-        with Service(engine, limits, curve=known, budget=budget, observer=metrics, on_hang=_end) as service:
-            yield create_app(service.scheduler, catalog, metrics=metrics, lifespan=lifespan)
+        with (
+            tracing(settings) as traces,
+            Service(engine, limits, curve=known, budget=budget, observer=metrics, on_hang=_end) as service,
+        ):
+            memory = None if engine.backend.gpu is None else engine.backend.gpu.memory
+            yield create_app(
+                service.scheduler, catalog, metrics=metrics, lifespan=lifespan, gpu_memory=memory, traces=traces
+            )
 
 
 def _budget(engine: Engine, known: curve.Curve, settings: Settings) -> Budget:
@@ -229,10 +236,10 @@ async def run(app: FastAPI, settings: Settings, sock: socket.socket) -> int:
     return 0 if drained else UNDRAINED
 
 
-def announce(settings: Settings, host: str, port: int) -> None:
-    """Write into the log where clients find the server, and whether it is open to all."""
+def announce(settings: Settings, host: str, port: int, path: str = "") -> None:
+    """Write into the log where clients find the server, below which path, and whether it is open to all."""
     shown = f"[{host}]" if ":" in host else host
-    url = f"http://{shown}:{port}"
+    url = f"http://{shown}:{port}{path}"
     logger().info("serving", url=url, openai=f"{url}/v1", openapi=f"{url}/openapi.json", bundle=str(settings.bundle))
-    if settings.host not in LOOPBACK and not settings.secrets():
-        logger().warning("no keys are set: every client that reaches this address may draw", host=settings.host)
+    if host not in LOOPBACK and not settings.secrets():
+        logger().warning("no keys are set: every client that reaches this address may draw", host=host)

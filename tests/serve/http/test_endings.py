@@ -9,8 +9,10 @@ import threading
 from collections.abc import MutableMapping
 from typing import Any
 
+import httpx
 import pytest
 
+from latentrt.serve.http.guard import record
 from tests.serve.http.test_middleware import DRAW, ask, lines_of
 from tests.support.serve.fakes import FakeScheduler, app_of, live, post, until
 
@@ -110,6 +112,7 @@ def test_a_request_is_one_line(log: list[MutableMapping[str, Any]]) -> None:
     (line,) = lines_of(log)
     seconds, waited = line.pop("seconds"), line.pop("queue_seconds")
     assert 0 < waited < seconds
+    assert line.pop("client").startswith("address-")
     assert line == {
         **{"event": "request", "log_level": "info", "id": "mine", "method": "POST", "route": DRAW, "status": 200},
         **{"outcome": "ok", "n": 2, "done": 2, "steps": 9, "rows": 17, "solver": "heun", "size": "128x128"},
@@ -121,6 +124,30 @@ def test_prompts_are_logged_only_if_that_is_asked_for(log: list[MutableMapping[s
     assert lines_of(log)[0]["prompt"] == "a secret"
 
 
-def test_health_is_not_worth_a_line(app: Any, log: list[MutableMapping[str, Any]]) -> None:
-    ask(app, "GET", "/health/live")
+def test_what_is_asked_all_the_time_is_not_worth_a_line(app: Any, log: list[MutableMapping[str, Any]]) -> None:
+    paths = ("/health/live", "/latentrt/queue", "/sdapi/v1/progress", "/static/app.js", "/static/none.js")
+    statuses = [ask(app, "GET", path).status_code for path in paths]
+    assert statuses == [200, 200, 200, 200, 404]
+    assert [line["route"] for line in lines_of(log)] == [*paths[:3], "/static", "/static"]
     assert {line["log_level"] for line in lines_of(log)} == {"debug"}
+    text = asyncio.run(app.state.context.metrics.text()).decode()
+    assert 'requests_total{model_name="emoji",outcome="ok",route="/static"} 1.0' in text
+
+
+def test_refusals_of_a_kind_are_counted_by_the_second(
+    log: list[MutableMapping[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(record, "SECOND", 0.5)
+    app = app_of(FakeScheduler().fill())
+
+    async def go() -> None:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+            for _ in range(6):
+                await client.post(DRAW, json={"prompt": "a"})
+            await until(lambda: [line for line in log if line["event"] == "refusals"])
+            await client.post(DRAW, json={"prompt": "a"})
+
+    asyncio.run(go())
+    told = [(line["outcome"], line.get("count")) for line in log if line["log_level"] == "info"]
+    assert told == [("queue_full", None), ("queue_full", 5), ("queue_full", None)]
+    assert len(lines_of(log)) == 7  # each is there at the level debug

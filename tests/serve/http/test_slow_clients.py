@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from latentrt.serve.http.guard.middleware import PIECE, Guard
+from latentrt.serve.http.guard.record import Record
 from latentrt.serve.process.config import Settings
 from latentrt.serve.process.metrics import Metrics
 from tests.support.serve.fake_engine import PATIENCE
@@ -39,7 +40,7 @@ class App:
 def asked(app: App, stall: float, room: int = 4096) -> Iterator[socket.socket]:
     """A client of it that has asked, with so much room for what it does not read."""
     settings = Settings(stall_timeout=stall)
-    guard = Guard(app, keys=(), settings=settings, scheduler=FakeScheduler(), metrics=Metrics("emoji"))
+    guard = Guard(app, keys=(), settings=settings, scheduler=FakeScheduler(), record=Record(Metrics("emoji"), None))
     with live(guard, http="h11") as url, socket.socket() as sock:
         host, _, port = url.removeprefix("http://").rpartition(":")
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, room)

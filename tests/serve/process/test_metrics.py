@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,9 +14,12 @@ from structlog.testing import capture_logs
 
 from latentrt.errors import NetworkError
 from latentrt.serve.core.observer import Observer
+from latentrt.serve.http.app import create_app
+from latentrt.serve.process.frequent import OTHER, TRACKED, Frequent
+from latentrt.serve.process.keys import label_of
 from latentrt.serve.process.metrics import Metrics
 from tests.support.serve.fake_engine import PATIENCE
-from tests.support.serve.fakes import ROWS, FakeScheduler, app_of, get, live, post, until
+from tests.support.serve.fakes import ROWS, FakeScheduler, app_of, catalog_of, get, live, post, until
 
 DRAW = "/v1/images/generations"
 
@@ -155,3 +159,58 @@ def test_what_a_page_may_offer(url: str) -> None:
     model = get(f"{url}/latentrt/model").json()
     assert (model["model"], model["size"], model["step"], model["limits"]["max_n"]) == ("emoji", "128x128", 8, 10)
     assert "euler-a" in model["schedulers"]
+
+
+# ---- What clients choose
+
+
+def test_the_most_frequent_names_have_labels_of_their_own() -> None:
+    names = Frequent(2)
+    assert [names.label(name) for name in "aabbc"] == [
+        ("a", None),
+        ("a", None),
+        ("b", None),
+        ("b", None),
+        (OTHER, None),
+    ]
+    assert [names.label("c", 3), names.label("c")] == [(OTHER, None), ("c", "a")]
+    assert names.label("a") == (OTHER, None)
+    for number in range(5000):  # each once: none of them is worth a label, and none is remembered for long
+        assert names.label(f"{number}")[0] == OTHER or number > TRACKED
+    assert len(names._counts) <= TRACKED + 1
+
+
+def test_pictures_are_counted_by_size_and_client() -> None:
+    app = app_of(FakeScheduler(), keys=("one",))
+
+    async def go() -> str:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+            for number in range(20):
+                body = {"prompt": "a", "n": 2, "size": f"{64 + 8 * number}x64"}
+                answer = await client.post(DRAW, json=body, headers={"authorization": "Bearer one"})
+                assert answer.status_code == 200
+            await client.post(DRAW, json={"prompt": "a"})
+            return (await client.get("/metrics")).text
+
+    with capture_logs() as log:
+        told = values(asyncio.run(go()))
+    sizes = {name: count for name, count in told.items() if "images_by_size_total" in name}
+    assert sizes["latentrt_images_by_size_total[size=other]"] == 8
+    assert (len(sizes), sum(sizes.values())) == (17, 40)
+    name = f"key-{hashlib.sha256(b'one').hexdigest()[:8]}"
+    assert told[f"latentrt_images_by_client_total[client={name}]"] == 40
+    lines = [line for line in log if line["event"] == "request" and line["route"] == DRAW]
+    assert [line.get("client") for line in lines] == [name] * 20 + [None]
+    assert label_of("10.0.0.1") == label_of("10.0.0.1") != label_of("10.0.0.2")
+    assert "10.0" not in label_of("10.0.0.1")
+
+
+def test_a_gpus_memory_is_told() -> None:
+    metrics = Metrics("m")
+    app = create_app(FakeScheduler(), catalog_of(), metrics=metrics, gpu_memory=lambda: (3, 8))
+    with live(app) as url:
+        told = values(get(f"{url}/metrics").text)
+        assert (told["latentrt_gpu_memory_free_bytes"], told["latentrt_gpu_memory_total_bytes"]) == (3, 8)
+        memory = get(f"{url}/sdapi/v1/memory").json()
+    assert memory["cuda"] == {"system": {"free": 3, "used": 5, "total": 8}}
+    assert memory["ram"]["used"] > 0

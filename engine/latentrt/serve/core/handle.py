@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import NamedTuple
 
 from PIL.Image import Image
 
@@ -51,6 +52,17 @@ class Stage(IntEnum):
     WAITING, RUNNING, DENOISED, DECODING, OVER = range(5)
 
 
+class Mark(NamedTuple):
+    """A part of a request's work: "prepare", "steps", "decode" or "preview"; of which picture (None: of all), and its
+    begin and end in `time.monotonic()`.
+    """
+
+    name: str
+    picture: int | None
+    start: float
+    end: float
+
+
 @dataclass(slots=True, eq=False)
 class Slot:
     """One picture of a request: its place in the queue, then its lanes.
@@ -61,6 +73,7 @@ class Slot:
         preview: the number and the latents of the newest preview that waits for the VAE.
         stops: whether its next row is its last, whose prediction is the picture.
         start: when it first got lanes, in the time of `Shares`.
+        began: the same in that of `time.monotonic()`.
     """
 
     handle: Handle
@@ -71,6 +84,12 @@ class Slot:
     preview: tuple[int, Float32] | None = None
     stops: bool = False
     start: float | None = None
+    began: float | None = None
+
+    def stepped(self) -> None:
+        """Mark that its steps end now, whether or not all have run."""
+        if self.began is not None:
+            self.handle.marks.append(Mark("steps", self.index, self.began, time.monotonic()))
 
     @property
     def row(self) -> int:
@@ -102,6 +121,7 @@ class Handle:
         cut: the end of each text that the model does not read, by the text's field.
         letters: what each text has that is drawn as letters, and who reads it, by the text's field.
         shown: the newest preview or picture.
+        marks: the parts of its work that are over.
     """
 
     request: Request
@@ -125,6 +145,7 @@ class Handle:
     cut: Mapping[str, str] = field(init=False, default_factory=dict)
     letters: Mapping[str, str] = field(init=False, default_factory=dict)
     shown: Image | None = field(init=False, default=None)
+    marks: list[Mark] = field(init=False, default_factory=list)
     _lock: threading.Lock = field(init=False, default_factory=threading.Lock)
     _events: deque[Event] = field(init=False, default_factory=deque)
     _news: Future[None] = field(init=False)
@@ -223,6 +244,11 @@ class Handle:
     def queue_seconds(self) -> float:
         """How long it waited for its first row, or waits."""
         return (self.started or time.monotonic()) - self.came
+
+    def queued(self, now: float) -> Mark:
+        """Return how long it waited until its first picture got lanes; until now where none has."""
+        began = [slot.began for slot in self.slots if slot.began is not None]
+        return Mark("queue", None, self.came, min(began, default=now))
 
     def preview_at(self, row: int) -> int | None:
         """Return the number of the preview that is wanted after so many rows: evenly spread, none after the last."""

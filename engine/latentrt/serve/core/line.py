@@ -107,6 +107,7 @@ class Line:
             paused.stage = Stage.WAITING
         for slot in joining:
             slot.stage = Stage.RUNNING
+            slot.began = slot.began or now
             self._shares.begin(slot)
         run, wait = self._limits.run_timeout, self._limits.queue_timeout
         begun = [slot for slot in (*joining, paused) if slot is not None]

@@ -128,6 +128,8 @@ class Scheduler:
     def _end(self, slot: Slot, outcome: str) -> None:
         if slot.stage < Stage.OVER:
             self._line.leave(slot)
+            if slot.stage < Stage.DENOISED:
+                slot.stepped()
             slot.stage, slot.job, slot.preview = Stage.OVER, None, None
             self.observer.ended(outcome, time.monotonic() - slot.handle.came)
             self._changed.notify_all()
@@ -183,6 +185,7 @@ class Scheduler:
             if slot.stage is Stage.RUNNING:
                 slot.preview = preview
                 if preview is None:
+                    slot.stepped()
                     slot.stage = Stage.DENOISED
                 self._changed.notify_all()
 

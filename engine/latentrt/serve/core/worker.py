@@ -17,7 +17,7 @@ from latentrt.errors import LatentrtError, NetworkError
 from latentrt.run.job import Float32, Job
 from latentrt.serve.core import pipeline
 from latentrt.serve.core.errors import as_error
-from latentrt.serve.core.handle import Handle, Slot, Stage
+from latentrt.serve.core.handle import Handle, Mark, Slot, Stage
 from latentrt.serve.core.rules.turns import Turns
 from latentrt.serve.core.scheduler import Scheduler
 
@@ -51,7 +51,7 @@ class SideWorker:
 
     def _prepare(self, handle: Handle) -> None:
         try:
-            with self._timed("prepare"):
+            with self._timed("prepare", handle):
                 jobs, unread = pipeline.prepare(self._engine, handle.request)
         except Exception as error:
             if pipeline.is_fault(error):
@@ -66,7 +66,7 @@ class SideWorker:
         if job is None:  # over by now
             return
         try:
-            with self._timed("decode"):
+            with self._timed("decode", slot.handle, slot.index):
                 picture = self._engine.picture(job)
         except Exception as error:
             if not isinstance(error, NetworkError):
@@ -78,15 +78,17 @@ class SideWorker:
     def _preview(self, slot: Slot, number: int, latents: Float32) -> None:
         """Decode a preview. One that cannot be decoded is left out: the picture itself may still succeed."""
         with suppress(LatentrtError):
-            with self._timed("preview"):
+            with self._timed("preview", slot.handle, slot.index):
                 image = self._engine.preview(latents)
             self._scheduler.show(slot, number, image)
 
     @contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
+    def _timed(self, stage: str, handle: Handle, index: int | None = None) -> Iterator[None]:
         start = time.monotonic()
         yield
-        self._scheduler.observer.staged(stage, time.monotonic() - start)
+        end = time.monotonic()
+        handle.marks.append(Mark(stage, index, start, end))
+        self._scheduler.observer.staged(stage, end - start)
 
 
 class Worker:

@@ -28,6 +28,7 @@ from latentrt.serve.http.errors import (
 from latentrt.serve.http.generation import Context
 from latentrt.serve.http.guard.middleware import Guard, most_bytes
 from latentrt.serve.http.guard.origins import cross_origin
+from latentrt.serve.http.guard.record import Record
 from latentrt.serve.http.page import add_page
 from latentrt.serve.http.sdapi.answers import response_to
 from latentrt.serve.http.sdapi.controlnet import router as controlnet
@@ -35,6 +36,7 @@ from latentrt.serve.http.sdapi.routes import router as sdapi
 from latentrt.serve.process.keys import Keys
 from latentrt.serve.process.logs import logger
 from latentrt.serve.process.metrics import Metrics
+from latentrt.serve.process.traces import Traces
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 # Parts of a form: every field there is, with room for repeated ones.
@@ -42,7 +44,13 @@ _MOST_FIELDS, _MOST_FILES = 64, 18
 
 
 def create_app(
-    scheduler: Scheduler, catalog: Catalog, *, metrics: Metrics | None = None, lifespan: Lifespan | None = None
+    scheduler: Scheduler,
+    catalog: Catalog,
+    *,
+    metrics: Metrics | None = None,
+    lifespan: Lifespan | None = None,
+    gpu_memory: Callable[[], tuple[int, int]] | None = None,
+    traces: Traces | None = None,
 ) -> FastAPI:
     """Return the application.
 
@@ -51,6 +59,8 @@ def create_app(
         catalog: the model as clients see it, with the settings that hold.
         metrics: the scheduler's observer; None where it has another one.
         lifespan: runs around the serving, if given.
+        gpu_memory: tells the bytes of the engine's GPU that are free, and all; None where it has none.
+        traces: makes spans of requests; None: none are made.
 
     Raises:
         RequestError: the keys cannot be read.
@@ -58,6 +68,8 @@ def create_app(
     settings, keys = catalog.settings, Keys(catalog.settings)
     metrics = metrics or Metrics(catalog.name)
     _add_gauges(metrics, scheduler)
+    if gpu_memory is not None:
+        metrics.gpu_memory(gpu_memory)
     app = FastAPI(
         title="latentrt",
         summary="Stable Diffusion: the OpenAI Images API, and a thin one of A1111.",
@@ -73,10 +85,10 @@ def create_app(
         },
         middleware=[
             *cross_origin(settings.cors_origin),
-            Middleware(Guard, keys=keys, settings=settings, scheduler=scheduler, metrics=metrics),
+            Middleware(Guard, keys=keys, settings=settings, scheduler=scheduler, record=Record(metrics, traces)),
         ],
     )
-    app.state.context, app.state.keys = Context(scheduler, settings, catalog, metrics), keys
+    app.state.context, app.state.keys = Context(scheduler, settings, catalog, metrics, gpu_memory), keys
     for router in (openai_routes.router, sdapi, controlnet):  # first: paths are compared in this order
         # The guard checks keys; this only puts them into the description.
         app.include_router(router, dependencies=[Depends(HTTPBearer(auto_error=False))] if keys else [])

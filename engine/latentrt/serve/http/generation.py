@@ -35,6 +35,7 @@ class Context:
     settings: Settings
     catalog: Catalog
     metrics: Metrics
+    gpu_memory: Callable[[], tuple[int, int]] | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
 
@@ -84,6 +85,7 @@ async def generating(
     handle = Handle(request, shape, rows, previews, deadline, facts["id"], facts["owner"], api, task, facts["terms"])
     handle.lanes = catalog.lanes(request)
     context.scheduler.reserve(handle)
+    facts["handle"] = handle
     try:
         if files or request.control:
             handle.request = await in_thread(partial(_with_pictures, context, request, files))

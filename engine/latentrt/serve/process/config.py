@@ -29,6 +29,7 @@ def _split(value: object) -> object:
 
 Texts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 Origin = Annotated[str, Field(pattern=r"^(\*|https?://[^/\s?#]+)$")]
+Endpoint = Annotated[str, Field(pattern=r"^https?://[^\s?#]+$")]
 Origins = Annotated[tuple[Origin, ...], NoDecode, BeforeValidator(_split)]
 Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)]
 Count = Annotated[int, Field(ge=1)]
@@ -67,6 +68,11 @@ class Settings(BaseSettings):
     ray: bool = _field(False, "Ray", "Serve by replicas of Ray Serve; needs the extra `ray`.")
     replicas: Range = _field(
         "1", "Ray", "How many replicas: a number, or MIN:MAX by load. Each has a GPU of its own, if it runs on one."
+    )
+
+    ray_name: Annotated[str, Field(min_length=1)] = _field("latentrt", "Ray", "The application's name in the cluster.")
+    ray_route: Annotated[str, Field(pattern=r"^/([^/?#\s]+(/[^/?#\s]+)*)?$")] = _field(
+        "/", "Ray", "Path below which Ray serves the application, as /draw; / for all."
     )
 
     bundle: Path = _field(EMBEDDED, "Model", "Bundle to serve.")
@@ -134,6 +140,9 @@ class Settings(BaseSettings):
 
     log_format: Literal["auto", "console", "json"] = _field("auto", "Logs", "auto: console on a terminal, else json.")
     log_level: Literal["debug", "info", "warning", "error"] = _field("info", "Logs", "debug, info, warning or error.")
+    otlp_endpoint: Endpoint | None = _field(
+        None, "Logs", "Collector of traces, OTLP over HTTP, as http://localhost:4318; needs the extra `otel`."
+    )
     log_prompts: bool = _field(False, "Logs", "Write prompts into the log.")
 
     @model_validator(mode="after")

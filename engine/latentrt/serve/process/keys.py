@@ -5,11 +5,15 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
+import os
 
 from latentrt.errors import RequestError
 from latentrt.serve.core.rules.terms import Terms
 from latentrt.serve.process.config import Settings
 from latentrt.serve.process.logs import logger
+
+_KEY = "key-"
+_SECRET = os.urandom(16)  # of this process
 
 
 class Keys:
@@ -52,8 +56,19 @@ class Keys:
         return next((terms for key, terms in self._keys.items() if _name(key) == owner), Terms())
 
 
+def label_of(owner: str) -> str:
+    """Return a name of a client that all may see.
+
+    Of a key it is the first eight digits of its SHA-256, as "key-1a2b3c4d"; of an address a name that only this process
+    gives it, since all addresses can be tried out.
+    """
+    if owner.startswith(_KEY):
+        return owner[: len(_KEY) + 8]
+    return f"address-{hmac.digest(_SECRET, owner.encode(), 'sha256').hex()[:8]}"
+
+
 def _name(key: bytes) -> str:
-    return f"key-{hashlib.sha256(key).hexdigest()[:16]}"
+    return f"{_KEY}{hashlib.sha256(key).hexdigest()[:16]}"
 
 
 def _of_basic(credentials: str) -> list[bytes]:

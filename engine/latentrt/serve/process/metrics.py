@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
 from prometheus_client.exposition import generate_latest
 
+from latentrt.errors import LatentrtError
 from latentrt.serve.core.observer import Observer
+from latentrt.serve.process.frequent import Frequent
 
 PREFIX = "latentrt_"
 TAKEN = ("ok", "client_gone", "cancelled")  # however they ended, these were not refused
 _WAITS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _STEPS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_SIZES, _CLIENTS = 16, 32  # labels of their own
 _LANES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+
+
+def refused(outcome: str, status: int) -> bool:
+    """Return whether a request that ended so was refused."""
+    return outcome not in TAKEN and (400 <= status < 500 or status == 503)
 
 
 class Metrics(Observer):
@@ -38,6 +47,8 @@ class Metrics(Observer):
             Histogram, "request_queue_time_seconds", "From a request's acceptance to its first step.", buckets=_WAITS
         )
         self._images = self._make(Counter, "images", "Pictures that ended, by how; done is good.", "outcome")
+        self._by_size = self._bounded("images_by_size", "Finished pictures; rare sizes are other.", "size", _SIZES)
+        self._by_client = self._bounded("images_by_client", "Finished pictures, by key.", "client", _CLIENTS)
         self._image_latency = self._make(
             Histogram, "e2e_image_latency_seconds", "From a picture's acceptance to its end.", buckets=_WAITS
         )
@@ -50,6 +61,18 @@ class Metrics(Observer):
         """Add a gauge that is read at each scrape."""
         self._make(Gauge, name, help).set_function(read)
 
+    def gpu_memory(self, read: Callable[[], tuple[int, int]]) -> None:
+        """Add gauges of a GPU's free bytes, and of all; NaN where the driver fails."""
+
+        def part(index: int) -> float:
+            try:
+                return read()[index]
+            except LatentrtError:
+                return math.nan
+
+        self.gauge("gpu_memory_free_bytes", "Free memory of the GPU, whoever uses the rest.", lambda: part(0))
+        self.gauge("gpu_memory_total_bytes", "Memory of the GPU.", lambda: part(1))
+
     async def text(self) -> bytes:
         """Return what a scrape gets: of all servers, where several stand behind one address."""
         return generate_latest(self.registry)
@@ -57,10 +80,18 @@ class Metrics(Observer):
     def ended_request(self, route: str, outcome: str, status: int, seconds: float | None) -> None:
         """Count a request that is over; `seconds` where it was one for pictures that were made."""
         self._requests.labels(self._model, route, outcome).inc()
-        if outcome not in TAKEN and (400 <= status < 500 or status == 503):
+        if refused(outcome, status):
             self._rejected.labels(self._model, outcome).inc()
         if seconds is not None:
             self._latency.observe(seconds)
+
+    def drew(self, pictures: int, size: str, client: str) -> None:
+        """Count the finished pictures of a request that is over; the event loop alone calls this."""
+        for (counter, names), name in ((self._by_size, size), (self._by_client, client)):
+            label, dropped = names.label(name, pictures)
+            if dropped is not None:
+                counter.remove(self._model, dropped)
+            counter.labels(self._model, label).inc(pictures)
 
     # ---- What the scheduler tells
 
@@ -80,6 +111,9 @@ class Metrics(Observer):
 
     def faulted(self, hung: bool) -> None:
         self._faults.labels(self._model, "hung" if hung else "raised").inc()
+
+    def _bounded(self, name: str, help: str, label: str, most: int) -> tuple[Any, Frequent]:
+        return self._make(Counter, name, help, label), Frequent(most)
 
     def _make(self, kind: Any, name: str, help: str, *labels: str, **options: Any) -> Any:
         """Add a metric whose first label is the model; bound to it at once where it is the only one."""

@@ -21,11 +21,11 @@ from latentrt.serve.core.rules.terms import Terms
 from latentrt.serve.core.scheduler import Scheduler
 from latentrt.serve.http.errors import Answer, Problem, answer_to, too_large
 from latentrt.serve.http.guard.origins import foreign
+from latentrt.serve.http.guard.record import POLLED, Record, route_of
 from latentrt.serve.http.sdapi.answers import response_to
 from latentrt.serve.process.config import Settings
 from latentrt.serve.process.keys import Keys
 from latentrt.serve.process.logs import logger
-from latentrt.serve.process.metrics import Metrics
 
 OPEN = ("/", "/health/live", "/health/ready", "/metrics", "/openapi.json", "/favicon.ico")  # and all below /static/
 # Every request to these takes places in the queue.
@@ -36,7 +36,6 @@ BODIES = {  # the media type of each body that is read
     "/v1/images/edits": "multipart/form-data",
 }
 EDITING = ("/v1/images/edits", "/sdapi/v1/img2img", *ENLARGING, "/sdapi/v1/png-info")
-QUIET = ("/health/live", "/health/ready", "/metrics")  # not counted, and logged at the level debug
 CLIENT_GONE = 499  # nginx' number for it; only the log has it
 PIECE = 2**20  # bytes of an answer
 _ID = re.compile(r"[!-~]{1,128}")
@@ -51,14 +50,15 @@ def most_bytes(settings: Settings, path: str) -> int:
 class Guard:
     """Refuses, bounds and logs requests around the application; only `origins.cross_origin` is further out."""
 
-    def __init__(self, app: ASGIApp, *, keys: Keys, settings: Settings, scheduler: Scheduler, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, *, keys: Keys, settings: Settings, scheduler: Scheduler, record: Record) -> None:
         self._app = app
         self._keys, self._settings = keys, settings
-        self._scheduler, self._metrics = scheduler, metrics
+        self._scheduler, self._record = scheduler, record
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            return await self._app(scope, receive, send)
+            await self._app(scope, receive, send)
+            return self._record.flush()  # the server ends
         most = most_bytes(self._settings, scope["path"])
         exchange = _Exchange(scope, receive, send, self._settings)
         try:
@@ -111,17 +111,9 @@ class Guard:
         return None
 
     def _report(self, scope: Scope, exchange: _Exchange) -> None:
-        """Count the request and write its line, so that metrics and log agree."""
         status, outcome = exchange.end()
-        path, facts = scope["path"], exchange.facts
-        route = getattr(scope.get("route"), "path", None) or (path if path in BODIES else "unknown")
-        seconds = time.monotonic() - exchange.began
-        if route not in QUIET:
-            self._metrics.ended_request(route, outcome, status, seconds if "n" in facts and outcome == "ok" else None)
-        told = {key: value for key, value in facts.items() if key not in ("owner", "terms", "outcome")}
-        write = logger().debug if route in QUIET else logger().info
-        line = {"method": scope["method"], "route": route, "status": status, "outcome": outcome}
-        write("request", **line, seconds=round(seconds, 4), **told)
+        route = route_of(scope, (*BODIES, *POLLED))
+        self._record.ended(scope, route, status, outcome, exchange.began, exchange.facts)
 
 
 class _Exchange:

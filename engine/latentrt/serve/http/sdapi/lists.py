@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi import APIRouter
 
+from latentrt.errors import LatentrtError
 from latentrt.model.prompts.embeddings import embeddings_of, read_embedding
 from latentrt.serve.http.errors import documented
 from latentrt.serve.http.generation import Served
@@ -150,8 +151,18 @@ async def cmd_flags() -> dict[str, str]:
 
 
 @router.get("/memory")
-async def memory() -> Memory:
-    """Bytes that this process holds and that the machine has. A GPU's are not told here."""
+async def memory(context: Served) -> Memory:
+    """Bytes that this process holds and that the machine has; below `cuda`, `system`, those of the engine's GPU."""
     page = os.sysconf("SC_PAGE_SIZE")
     total, used = os.sysconf("SC_PHYS_PAGES") * page, int(Path("/proc/self/statm").read_text().split()[1]) * page
-    return Memory(ram={"free": total - used, "used": used, "total": total}, cuda={"error": "unavailable"})
+    return Memory(ram={"free": total - used, "used": used, "total": total}, cuda=_of_gpu(context))
+
+
+def _of_gpu(context: Served) -> dict[str, Any]:
+    if context.gpu_memory is None:
+        return {"error": "unavailable"}
+    try:
+        free, total = context.gpu_memory()
+    except LatentrtError as error:
+        return {"error": str(error)}
+    return {"system": {"free": free, "used": total - free, "total": total}}

@@ -190,7 +190,7 @@ class Embeddings(BaseModel):
 
 
 class Memory(BaseModel):
-    """GET /sdapi/v1/memory: bytes of this process, and of the machine."""
+    """GET /sdapi/v1/memory: bytes of this process, of the machine, and of the GPU."""
 
     ram: dict[str, Any]
     cuda: dict[str, Any]
