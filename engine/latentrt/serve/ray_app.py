@@ -240,7 +240,14 @@ def _address() -> tuple[str, int]:
 def _run(target: ray_serve.Application, settings: Settings) -> Any:
     try:
         return ray_serve.run(target, name=settings.ray_name, route_prefix=settings.ray_route)
-    except (RuntimeError, RayServeException) as error:
+    except RayServeException as error:
+        raise BackendError(
+            f"Ray takes no application {settings.ray_name!r} at {settings.ray_route} "
+            f"({str(error).strip().splitlines()[-1]})",
+            needed="a name and a path of its own",
+            fix="--ray-name OTHER --ray-route /OTHER",
+        ) from error
+    except RuntimeError as error:
         raise BackendError(
             f"the replicas did not start ({error})",
             needed="replicas that do",
