@@ -47,6 +47,7 @@ def test_threads_spin_unless_the_server_is_measured(
 
     monkeypatch.setattr(onnxruntime, "OrtBackend", recording)
     monkeypatch.setattr(curve, "save", lambda *_: tmp_path)
+    monkeypatch.setattr(curve, "LARGE", (8,))
     few = ["--steps", "1", "--batches", "1", "--repeats", "1"] if arguments[0] == "bench" else []
     assert run(*arguments, *few)[0] == 0
     assert made == [spins]

@@ -22,7 +22,9 @@ class Health:
         self.hang = hang
         self.fault: EngineFault | None = None
         self._check_at: float | None = 0.0  # when the next self-check is due; None where the last one passed
-        self._calls: dict[str, tuple[float, float]] = {}  # what the engine does now, since when, and the seconds it has
+        self._calls: dict[
+            str, tuple[float, float]
+        ] = {}  # what the engine does now: since when, in usual calls
         self._hung: set[str] = set()
 
     @property
@@ -55,7 +57,7 @@ class Health:
 
     def begin(self, call: str, area: int = 0) -> None:
         """Record that a call of the engine begins; `area` is that of the latents, height times width."""
-        self._calls[call] = time.monotonic(), self.hang * max(1.0, area / USUAL)
+        self._calls[call] = time.monotonic(), max(1.0, area / USUAL)
 
     def end(self, call: str) -> bool:
         """Record that a call has returned; return whether a self-check waited for that."""
@@ -65,13 +67,13 @@ class Health:
 
     def found_hung(self, now: float) -> list[EngineFault]:
         """Return a fault for each call that was not yet known to hang."""
-        found = {call: now - since for call, (since, most) in self._calls.items() if now - since > most}
+        found = {call: now - since for call, (since, size) in self._calls.items() if now - since > self.hang * size}
         new = found.keys() - self._hung
         self._hung |= new
         return [
             EngineFault(
                 f"the engine's {call} has not returned for {found[call]:.1f} s",
-                needed=f"{self._calls[call][1]:g} s",
+                needed=f"{self.hang * self._calls[call][1]:g} s",
                 fix="ask again",
             )
             for call in sorted(new)
@@ -79,4 +81,4 @@ class Health:
 
     def is_lost(self, now: float) -> bool:
         """Return whether a call that hangs has not returned after as long again."""
-        return any(now - since > 2 * most for since, most in self._calls.values())
+        return any(now - since > 2 * self.hang * size for since, size in self._calls.values())

@@ -84,7 +84,7 @@ def test_each_pass_keeps_the_numbers(exported: Exported, case: tuple[str, str]) 
     assert [run(model) for run in PASSES] == [0] * len(PASSES), "nothing is left to find"
 
 
-@pytest.mark.parametrize("case", CASES, ids="-".join)
+@pytest.mark.parametrize("case", EVERY)
 def test_half_graphs(exported: Exported, case: tuple[str, str]) -> None:
     """As near to float32 as the graphs before; no weight is copied, and every node has a kernel."""
     _, root = exported(case[0])
