@@ -22,9 +22,7 @@ class Health:
         self.hang = hang
         self.fault: EngineFault | None = None
         self._check_at: float | None = 0.0  # when the next self-check is due; None where the last one passed
-        self._calls: dict[
-            str, tuple[float, float]
-        ] = {}  # what the engine does now: since when, in usual calls
+        self._calls: dict[str, tuple[float, float]] = {}  # what the engine does now: since when, in usual calls
         self._hung: set[str] = set()
 
     @property
