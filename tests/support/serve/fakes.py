@@ -212,7 +212,7 @@ def live(app: Any, **config: Any) -> Iterator[str]:
                 lifespan="off",
                 ws="none",
                 timeout_graceful_shutdown=1,
-                **config,
+                **{"timeout_keep_alive": round(PATIENCE), **config},  # clients on a busy machine come late
             )
         )
         thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from typing import Any
 
@@ -178,17 +178,15 @@ def test_png_info(api: webuiapi.WebUIApi) -> None:
 @pytest.mark.parametrize("way", ["interrupt", "skip"])
 def test_interrupt_and_skip_return_what_is_there(api: webuiapi.WebUIApi, scheduler: FakeScheduler, way: str) -> None:
     scheduler.hold = asyncio.Event()
-    made: list[Any] = []
-    drawing = threading.Thread(target=lambda: made.append(api.txt2img(prompt="a", batch_size=2, **SIZE)))
-    drawing.start()
     other = webuiapi.WebUIApi(baseurl=api.baseurl)
-    eventually(lambda: [one.row for one in scheduler.handles] == [1])
-    progress = other.get_progress()
-    assert (progress["state"]["job_count"], progress["state"]["sampling_step"]) == (2, 1)
-    assert getattr(other, way)() == ({} if way == "interrupt" else None)
-    drawing.join()
+    with ThreadPoolExecutor() as pool:
+        drawing = pool.submit(api.txt2img, prompt="a", batch_size=2, **SIZE)
+        eventually(lambda: drawing.done() or [one.row for one in scheduler.handles] == [1])
+        progress = other.get_progress()
+        assert (progress["state"]["job_count"], progress["state"]["sampling_step"]) == (2, 1)
+        assert getattr(other, way)() == ({} if way == "interrupt" else None)
+        assert len(drawing.result().images) == 2
     other.session.close()
-    assert len(made[0].images) == 2
 
 
 @pytest.mark.parametrize("name", ["Lanczos", "Nearest", "None"])
