@@ -87,6 +87,7 @@ def api(url: str) -> Iterator[webuiapi.WebUIApi]:
     client.session.close()
 
 
+# The client writes units into its default of alwayson_scripts, for all later calls: each call here gives its own.
 def followed(scheduler: FakeScheduler) -> Any:
     return scheduler.submitted[-1].request.control["edges"]
 
@@ -112,7 +113,7 @@ def test_units_of_a1111s_client(
     api: webuiapi.WebUIApi, scheduler: FakeScheduler, unit: dict[str, Any], expected: Image.Image
 ) -> None:
     own = webuiapi.ControlNetUnit(image=MAP, model="edges", weight=0.8, guidance_end=0.5, control_mode=2, **unit)
-    api.txt2img(prompt="a", width=64, height=64, controlnet_units=[own])
+    api.txt2img(prompt="a", width=64, height=64, controlnet_units=[own], alwayson_scripts={})
     control = followed(scheduler)
     assert (control.scale, control.start, control.end, control.guess) == (0.8, 0.0, 0.5, True)
     np.testing.assert_array_equal(np.asarray(control.image), np.asarray(expected))
@@ -121,10 +122,12 @@ def test_units_of_a1111s_client(
 def test_a_unit_without_a_picture_follows_the_given_one(api: webuiapi.WebUIApi, scheduler: FakeScheduler) -> None:
     """And with a mask whose surroundings alone are drawn, its map is of the whole picture."""
     unit = webuiapi.ControlNetUnit(model="edges")
-    api.img2img(images=[MAP], prompt="a", width=64, height=64, controlnet_units=[unit])
+    api.img2img(images=[MAP], prompt="a", width=64, height=64, controlnet_units=[unit], alwayson_scripts={})
     assert followed(scheduler).image.size == (64, 64)
     mask = Image.new("L", MAP.size, 255)
-    api.img2img(images=[MAP], mask_image=mask, prompt="a", width=64, height=64, controlnet_units=[unit])
+    api.img2img(
+        images=[MAP], mask_image=mask, prompt="a", width=64, height=64, controlnet_units=[unit], alwayson_scripts={}
+    )
     assert followed(scheduler).image.size == MAP.size
 
 

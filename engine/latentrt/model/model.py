@@ -252,24 +252,18 @@ class Model:
             sides = sides.and_(one(request, given, noise)) if one.draws_first else sides
         return sides
 
-    def applied(self, request: Request, given: Given | None, told: Sides, rows: int) -> tuple[Applied, ...]:
-        """Return the ControlNets of a request on one picture.
-
-        Args:
-            request: with the picture's size.
-            given: the picture that it begins on.
-            told: what conditioners filled (`conditions`).
-            rows: of the run.
-
-        Raises:
-            RequestError: a control's picture cannot be used.
-        """
-        size, lanes = self.spec.latents.pixels_of(request.height, request.width), self.guidance(request).lanes
-        overlay = None if given is None else given.overlay
+    def hints(self, request: Request, given: Given | None) -> dict[str, NDArray[np.float32]]:
+        """Return what a request's ControlNets follow, by their names, at the request's size; see `prepared_hint`."""
+        size, overlay = self.spec.latents.pixels_of(request.height, request.width), given.overlay if given else None
         asked = [(one, request.control[one.name]) for one in self.controls if one.name in request.control]
-        pixels = [prepared_hint(control.image, *size, overlay, channels=one.channels) for one, control in asked]
-        pairs = zip(asked, pixels, strict=True)
-        return tuple(one.applied(control, own, told, lanes, rows) for (one, control), own in pairs)
+        return {one.name: prepared_hint(own.image, *size, overlay, channels=one.channels) for one, own in asked}
+
+    def applied(
+        self, request: Request, hints: Mapping[str, NDArray[np.float32]], told: Sides, rows: int
+    ) -> tuple[Applied, ...]:
+        """Return the ControlNets of a request on one picture, which conditioners `told` so much; of so many rows."""
+        lanes, asked = self.guidance(request).lanes, [one for one in self.controls if one.name in hints]
+        return tuple(one.applied(request.control[one.name], hints[one.name], told, lanes, rows) for one in asked)
 
     def chained(self, controls: tuple[Applied, ...], sides: Sides, table: Table) -> Chained:
         """Return what rows call and read with these ControlNets: on a GPU they are a part of the predictor."""

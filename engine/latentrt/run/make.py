@@ -60,7 +60,7 @@ def make_jobs(
     height, width = model.spec.latents.shape_of(*final)[1:]
     model.check_tiles(height, width)
     facts = {**model.facts(height, width), **(given.facts if given else {}), **lora_facts(request, model.adapters)}
-    jobs = []
+    hints, jobs = model.hints(request, given), []
     for index in range(first, first + request.count):
         seed = request.seed + index
         noise = noise_source(request.noise, seed)
@@ -69,7 +69,7 @@ def make_jobs(
         on_device &= not request.seed_delta
         latents, kept = _begin(model, request, table, given, noise, on_device=on_device)
         told = model.conditions(request, given, noise, drawn, tokens=tokens)
-        controls = model.applied(request, given, told, len(table))
+        controls = model.applied(request, hints, told, len(table))
         if controls:
             facts["control"] = {name: own for one in controls for name, own in one.facts.items()}
         told = told if tokens else model.hoisted(told)

@@ -100,7 +100,7 @@ def _hires(model: Model, request: Request, scale: float) -> Stage:
     )
     table = table_of(model, second)
     told = model.conditions(second, None, noise_source(request.noise, request.seed))
-    applied = model.applied(second, None, told, len(table))
+    applied = model.applied(second, model.hints(second, None), told, len(table))
     predictor, sides, rows, controls = model.chained(applied, model.hoisted(told), table)
     shape = model.spec.latents.shape_of(height, width)
 

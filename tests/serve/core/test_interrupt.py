@@ -1,4 +1,4 @@
-"""What is there of a request that is interrupted: the prediction of one more row, of pictures that have begun."""
+"""What an interrupted request gives: the prediction of one more row, of pictures that have begun."""
 
 from __future__ import annotations
 

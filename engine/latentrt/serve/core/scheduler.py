@@ -100,7 +100,7 @@ class Scheduler:
         self.fail(handle, Cancelled.of("cancelled"))
 
     def stop(self, handle: Handle, *, waiting: bool = True) -> None:
-        """End a request with what is there; see `Handle.stop`."""
+        """End a request with the pictures that have begun; see `Handle.stop`."""
         with self._changed:
             for slot in handle.stop(waiting=waiting):
                 self._end(slot, Cancelled.code)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from io import BytesIO
 from typing import Annotated
 
 from PIL import Image
@@ -12,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from latentrt.request import Control
 from latentrt.serve.http.catalog import Catalog, unknown
-from latentrt.serve.http.images import File, from_base64, loaded
+from latentrt.serve.http.images import File, base64_file, loaded
 
 Fit = Callable[[Image.Image, tuple[int, int]], Image.Image]  # a picture, and the width and height that it is to have
 MOST = 1000.0  # of a scale, as of `Control`
@@ -56,11 +55,6 @@ def controls_of(units: Mapping[str, Unit] | None, catalog: Catalog, most_bytes: 
         file = base64_file(f"control.{name}.image", unit.image, most_bytes)
         found[name] = Control(Sent(file), **unit.model_dump(exclude={"image"}))
     return found
-
-
-def base64_file(name: str, text: str, most_bytes: int) -> File:
-    """Return a picture that came as base64; it is decoded when it is opened."""
-    return File(name, lambda: BytesIO(from_base64(text, name, most_bytes)))
 
 
 def check_name(param: str, name: str, catalog: Catalog) -> None:

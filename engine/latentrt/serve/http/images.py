@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from latentrt.images.given import Source
 
 T = TypeVar("T")
+ToMask = Callable[[Image.Image, str], Image.Image]
 FORMATS = ("PNG", "JPEG", "WEBP")
 _ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)  # of EXIF: those that swap width and height
 _THREADS = anyio.CapacityLimiter(2)  # enough to keep up with any engine, too few to take the CPU from it
@@ -41,7 +42,7 @@ class File:
 
     name: str
     open: Callable[[], BinaryIO]
-    to_mask: Callable[[Image.Image, str], Image.Image] | None = None
+    to_mask: ToMask | None = None
     masks: bool = False
 
 
@@ -168,6 +169,11 @@ def from_base64(text: str, name: str, most_bytes: int) -> bytes:
         return base64.b64decode(text, validate=True)
     except ValueError as error:
         raise _undecodable(name, "no base64") from error
+
+
+def base64_file(name: str, text: str, most_bytes: int, to_mask: ToMask | None = None) -> File:
+    """Return a picture that came as base64; it is decoded when it is opened."""
+    return File(name, lambda: BytesIO(from_base64(text, name, most_bytes)), to_mask)
 
 
 def too_many_bytes(name: str, most: int) -> Problem:

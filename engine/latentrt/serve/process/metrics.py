@@ -70,7 +70,7 @@ class Metrics(Observer):
             except LatentrtError:
                 return math.nan
 
-        self.gauge("gpu_memory_free_bytes", "Free memory of the GPU, whoever uses the rest.", lambda: part(0))
+        self.gauge("gpu_memory_free_bytes", "Free memory of the GPU.", lambda: part(0))
         self.gauge("gpu_memory_total_bytes", "Memory of the GPU.", lambda: part(1))
 
     async def text(self) -> bytes:

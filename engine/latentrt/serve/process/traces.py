@@ -101,7 +101,7 @@ def tracing(settings: Settings) -> Iterator[Traces | None]:
         )
         if settings.otlp_endpoint:
             raise missing from error
-        logger().warning("no traces are sent", error=str(missing))  # whoever set the variable may mean other programs
+        logger().warning("no traces are sent", error=str(missing))  # the variable may be set for other programs
         yield None
         return
     try:

@@ -19,10 +19,10 @@ from latentrt.images.given import WHITE
 from latentrt.images.hints import blurred, edges, inverted
 from latentrt.request import Control
 from latentrt.serve.http.catalog import Catalog, unknown
-from latentrt.serve.http.controls import MOST, Sent, base64_file, check_name
+from latentrt.serve.http.controls import MOST, Sent, check_name
 from latentrt.serve.http.errors import Problem, answer_to_validation
 from latentrt.serve.http.generation import Served
-from latentrt.serve.http.images import File
+from latentrt.serve.http.images import File, base64_file
 
 router = APIRouter(prefix="/controlnet", tags=["A1111"])
 SCRIPT = "controlnet"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from functools import partial
-from io import BytesIO
 from typing import Any
 
 from fastapi import APIRouter
@@ -18,7 +17,7 @@ from latentrt.request import HANDOFF, HIRES_STRENGTH, Request
 from latentrt.serve.http.catalog import unknown
 from latentrt.serve.http.errors import Problem, documented
 from latentrt.serve.http.generation import Context, Served, all_pictures, generating
-from latentrt.serve.http.images import File, Files, encode, from_base64, in_thread, shape_of, white_mask
+from latentrt.serve.http.images import File, Files, ToMask, base64_file, encode, in_thread, shape_of, white_mask
 from latentrt.serve.http.sdapi.answers import Error
 from latentrt.serve.http.sdapi.controlnet import controls_of
 from latentrt.serve.http.sdapi.fields import renamed
@@ -68,10 +67,9 @@ async def img2img(wanted: ImageToImage, http: HttpRequest, context: Served) -> J
     return await _answer(context, http, wanted, files, size, **more, noise_level=wanted.noise_level)
 
 
-def file_of(context: Context, name: str, text: str, to_mask: Any = None) -> File:
-    """Return a picture that came as base64; it is decoded when it is opened."""
-    most = context.settings.max_image_bytes
-    return File(name, lambda: BytesIO(from_base64(text, name, most)), to_mask)
+def file_of(context: Context, name: str, text: str, to_mask: ToMask | None = None) -> File:
+    """Return a picture that came as base64, within the server's limit."""
+    return base64_file(name, text, context.settings.max_image_bytes, to_mask)
 
 
 def _strength(context: Context, wanted: ImageToImage) -> float | None:

@@ -44,7 +44,7 @@ async def progress(
 
 @router.post("/interrupt")
 async def interrupt(context: Served, http: HttpRequest, id_task: str | None = None) -> dict[str, str]:
-    """End one task, or all that this key's A1111 clients have, with what is there; never those of another key.
+    """End one task, or all that this key's A1111 clients have, with what they drew so far; never those of others.
 
     Pictures that run end with the prediction of one more row, those that wait are left out. A request of which nothing
     has begun gets 409.
