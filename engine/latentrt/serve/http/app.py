@@ -16,6 +16,8 @@ from latentrt import __version__
 from latentrt.errors import LatentrtError
 from latentrt.serve.core.scheduler import Scheduler
 from latentrt.serve.http import openai_routes, operations
+from latentrt.serve.http.background.routes import router as background
+from latentrt.serve.http.background.store import Jobs
 from latentrt.serve.http.catalog import Catalog
 from latentrt.serve.http.errors import (
     STORAGE,
@@ -70,6 +72,8 @@ def create_app(
     _add_gauges(metrics, scheduler)
     if gpu_memory is not None:
         metrics.gpu_memory(gpu_memory)
+    record = Record(metrics, traces)
+    jobs = Jobs(settings, metrics, record)
     app = FastAPI(
         title="latentrt",
         summary="Stable Diffusion: the OpenAI Images API, and a thin one of A1111.",
@@ -85,11 +89,11 @@ def create_app(
         },
         middleware=[
             *cross_origin(settings.cors_origin),
-            Middleware(Guard, keys=keys, settings=settings, scheduler=scheduler, record=Record(metrics, traces)),
+            Middleware(Guard, keys=keys, settings=settings, scheduler=scheduler, record=record),
         ],
     )
-    app.state.context, app.state.keys = Context(scheduler, settings, catalog, metrics, gpu_memory), keys
-    for router in (openai_routes.router, sdapi, controlnet):  # first: paths are compared in this order
+    app.state.context, app.state.keys = Context(scheduler, settings, catalog, metrics, jobs, gpu_memory), keys
+    for router in (openai_routes.router, background, sdapi, controlnet):  # first: paths are compared in this order
         # The guard checks keys; this only puts them into the description.
         app.include_router(router, dependencies=[Depends(HTTPBearer(auto_error=False))] if keys else [])
     app.include_router(operations.router)

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends
 from fastapi import Request as HttpRequest
@@ -20,11 +20,14 @@ from latentrt.request import Request
 from latentrt.serve.core.handle import Finished, Handle
 from latentrt.serve.core.scheduler import Scheduler
 from latentrt.serve.http import controls
+from latentrt.serve.http.background.store import Jobs
 from latentrt.serve.http.catalog import Catalog
 from latentrt.serve.http.errors import Problem
 from latentrt.serve.http.images import File, decode, in_thread
 from latentrt.serve.process.config import Settings
 from latentrt.serve.process.metrics import Metrics
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +38,7 @@ class Context:
     settings: Settings
     catalog: Catalog
     metrics: Metrics
+    jobs: Jobs
     gpu_memory: Callable[[], tuple[int, int]] | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -118,7 +122,7 @@ async def all_pictures(
         LatentrtError: the request failed.
         ClientDisconnect: the client has left.
     """
-    work = asyncio.ensure_future(_collect(handle, encode))
+    work = asyncio.ensure_future(collected(handle, lambda picture: (picture, encode(picture))))
     gone = asyncio.ensure_future(_gone(http))
     try:
         await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -131,11 +135,12 @@ async def all_pictures(
         await asyncio.gather(work, gone, return_exceptions=True)
 
 
-async def _collect(handle: Handle, encode: Callable[[Picture], str]) -> list[tuple[Picture, str]]:
-    made: dict[int, tuple[Picture, str]] = {}
+async def collected(handle: Handle, use: Callable[[Picture], T]) -> list[T]:
+    """Wait for a request's pictures; return what a thread made of each, in order. Raise LatentrtError as it failed."""
+    made: dict[int, T] = {}
     async for event in handle:
         if isinstance(event, Finished):
-            made[event.index] = event.image, await in_thread(partial(encode, event.image))
+            made[event.index] = await in_thread(partial(use, event.image))
     return [made[index] for index in sorted(made)]
 
 
