@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -25,6 +26,7 @@ from latentrt.serve.process.webhooks.hosts import Target
 from latentrt.serve.process.webhooks.sender import Webhooks
 
 PART = 4  # of all that is kept, one client may have one in so many
+LATE = 0.05  # seconds: a timer of the event loop may be a little early
 LAST_RESULTS = 10.0  # seconds that clients have for what was finished while the server ends
 
 
@@ -41,6 +43,7 @@ class Job:
         scope: of the request that ordered it.
         target: of its webhook.
         created, ended: Unix seconds.
+        limit: the `time.monotonic()` until which it is kept; infinity while it is not over.
         progress: as it was at the end.
         drawn: its pictures, where it ended well.
         failure: the answer to the error that it ended in.
@@ -58,6 +61,7 @@ class Job:
     id: str = field(init=False, default_factory=lambda: f"job_{secrets.token_hex(16)}")
     created: float = field(init=False, default_factory=time.time)
     ended: float | None = field(init=False, default=None)
+    limit: float = field(init=False, default=math.inf)
     progress: Progress | None = field(init=False, default=None)
     drawn: Sequence[Drawn] = field(init=False, default=())
     failure: Answer | None = field(init=False, default=None)
@@ -145,7 +149,8 @@ class Jobs:
         """Wait, so many seconds at most, until all jobs are over, their webhooks sent, and the results of those that
         ended meanwhile fetched, for which clients have LAST_RESULTS. Return whether all jobs are over.
         """
-        begun, end = time.time(), time.monotonic() + seconds
+        begun = time.monotonic()
+        end = begun + seconds
         tasks = [job.task for job in self._open.values() if job.task is not None]
         if tasks:
             await asyncio.wait(tasks, timeout=seconds)
@@ -156,7 +161,7 @@ class Jobs:
         return not self._open
 
     def _unread(self, since: float) -> Iterator[Job]:
-        return (job for job in self._over.values() if job.drawn and not job.read and (job.ended or 0) >= since)
+        return (job for job in self._over.values() if job.drawn and not job.read and job.limit - self._keep >= since)
 
     # ---- From begin to end
 
@@ -186,6 +191,7 @@ class Jobs:
     def _end(self, job: Job, error: Exception | None) -> None:
         assert job.handle is not None
         job.ended, job.progress, job.handle = time.time(), Progress.of(job.handle), None
+        job.limit = time.monotonic() + self._keep
         if error is not None:
             job.drawn, job.failure = (), answer_to(error)
             if job.failure.status == 500:
@@ -194,7 +200,7 @@ class Jobs:
         self._record.ended_job(job.scope, "completed" if job.failure is None else job.failure.code, job.facts)
         job.facts, job.scope = {}, {}
         self._make_room(job.owner)
-        asyncio.get_running_loop().call_later(self._keep, self._sweep)
+        asyncio.get_running_loop().call_later(self._keep + LATE, self._sweep)
 
     # ---- What is kept
 
@@ -214,8 +220,8 @@ class Jobs:
 
     def _sweep(self) -> None:
         """Drop what has been kept for its time."""
-        now = time.time()
-        for job in [job for job in self._over.values() if job.ended is not None and job.ended + self._keep <= now]:
+        now = time.monotonic()
+        for job in [job for job in self._over.values() if job.limit <= now]:
             self._drop(job, "expired")
 
     def _drop(self, job: Job, reason: str) -> None:

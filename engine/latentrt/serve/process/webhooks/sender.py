@@ -91,10 +91,11 @@ class Webhooks:
         id, end = f"msg_{secrets.token_hex(16)}", time.monotonic() + self._lasting
         outcome, why = "failed", ""
         try:
-            for delay in (0.0, *self._delays):
-                last = self._ending.is_set()
+            for number, delay in enumerate((0.0, *self._delays)):
+                if number and self._ending.is_set():
+                    break
                 await self._pause(delay * random.uniform(1, 1.2))
-                if last or time.monotonic() > end:
+                if time.monotonic() > end:
                     break
                 async with self._places[target.authority]:
                     why = await self._attempt(target, id, body)
