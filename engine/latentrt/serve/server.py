@@ -24,8 +24,10 @@ from latentrt.serve.core import curve, pipeline
 from latentrt.serve.core.footprint import budget_of, measured
 from latentrt.serve.core.queue import Limits
 from latentrt.serve.core.rules.budget import Budget, Footprint
+from latentrt.serve.core.scheduler import Scheduler
 from latentrt.serve.core.service import Service
 from latentrt.serve.http.app import Lifespan, create_app
+from latentrt.serve.http.background.store import Jobs
 from latentrt.serve.http.catalog import Catalog
 from latentrt.serve.http.guard.origins import LOOPBACK
 from latentrt.serve.http.sizes import most_pixels
@@ -239,10 +241,12 @@ async def drain(app: FastAPI, seconds: float) -> bool:
 
     Return whether all were done.
     """
-    context, end = app.state.context, time.monotonic() + seconds
-    context.scheduler.drain()
-    done: bool = await context.scheduler.drained(seconds)
-    return await context.jobs.drained(end - time.monotonic()) and done
+    scheduler: Scheduler = app.state.context.scheduler
+    jobs: Jobs = app.state.jobs
+    end = time.monotonic() + seconds
+    scheduler.drain()
+    done = await scheduler.drained(seconds)
+    return await jobs.drained(end - time.monotonic()) and done
 
 
 def announce(settings: Settings, host: str, port: int, path: str = "") -> None:

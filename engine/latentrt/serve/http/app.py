@@ -73,7 +73,6 @@ def create_app(
     if gpu_memory is not None:
         metrics.gpu_memory(gpu_memory)
     record = Record(metrics, traces)
-    jobs = Jobs(settings, metrics, record)
     app = FastAPI(
         title="latentrt",
         summary="Stable Diffusion: the OpenAI Images API, and a thin one of A1111.",
@@ -92,7 +91,8 @@ def create_app(
             Middleware(Guard, keys=keys, settings=settings, scheduler=scheduler, record=record),
         ],
     )
-    app.state.context, app.state.keys = Context(scheduler, settings, catalog, metrics, jobs, gpu_memory), keys
+    app.state.context, app.state.keys = Context(scheduler, settings, catalog, metrics, gpu_memory), keys
+    app.state.jobs = Jobs(settings, metrics, record)
     for router in (openai_routes.router, background, sdapi, controlnet):  # first: paths are compared in this order
         # The guard checks keys; this only puts them into the description.
         app.include_router(router, dependencies=[Depends(HTTPBearer(auto_error=False))] if keys else [])

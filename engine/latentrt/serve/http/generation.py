@@ -20,7 +20,6 @@ from latentrt.request import Request
 from latentrt.serve.core.handle import Finished, Handle
 from latentrt.serve.core.scheduler import Scheduler
 from latentrt.serve.http import controls
-from latentrt.serve.http.background.store import Jobs
 from latentrt.serve.http.catalog import Catalog
 from latentrt.serve.http.errors import Problem
 from latentrt.serve.http.images import File, decode, in_thread
@@ -38,7 +37,6 @@ class Context:
     settings: Settings
     catalog: Catalog
     metrics: Metrics
-    jobs: Jobs
     gpu_memory: Callable[[], tuple[int, int]] | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 

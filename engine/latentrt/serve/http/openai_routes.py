@@ -23,7 +23,7 @@ from latentrt.model.given import MASKED_STRENGTH, STRENGTH
 from latentrt.request import Request
 from latentrt.serve.core.handle import Handle, Preview
 from latentrt.serve.http.background.schema import JobStatus, path_of
-from latentrt.serve.http.background.store import Job
+from latentrt.serve.http.background.store import Job, jobs_of
 from latentrt.serve.http.controls import controls_of
 from latentrt.serve.http.errors import Problem, answer_to, documented
 from latentrt.serve.http.generation import Context, Served, all_pictures, collected, generating
@@ -187,7 +187,7 @@ async def _answer(
     context: Context, http: HttpRequest, wanted: Wanted, request: Request, files: Files, verb: str
 ) -> Response:
     style = Style.of(wanted, f"{request.width}x{request.height}")
-    target = _target(context, wanted)
+    target = _target(context, http, wanted)
     begun = generating(
         context,
         http,
@@ -209,7 +209,7 @@ async def _answer(
     return JSONResponse(style.body(((seed_of(picture), file) for picture, file in drawn), handle.warnings))
 
 
-def _target(context: Context, wanted: Wanted) -> Target | None:
+def _target(context: Context, http: HttpRequest, wanted: Wanted) -> Target | None:
     """Return where a background job's webhook goes. Raise Problem where what is asked for cannot be."""
     if wanted.background is not True:
         if wanted.webhook_url is not None:
@@ -225,7 +225,7 @@ def _target(context: Context, wanted: Wanted) -> Target | None:
     if wanted.webhook_url is None:
         return None
     try:
-        return context.jobs.webhooks.hosts.target(wanted.webhook_url)
+        return jobs_of(http).webhooks.hosts.target(wanted.webhook_url)
     except RequestError as error:
         raise Problem(error.found, error.needed, error.fix, param="webhook_url") from error
 
@@ -234,11 +234,11 @@ def _begun(
     context: Context, http: HttpRequest, handle: Handle, style: Style, target: Target | None, begun: AsyncExitStack
 ) -> JSONResponse:
     """Return the answer to a request that goes on as a job."""
-    facts = http.state.facts
-    job = Job(facts["owner"], context.catalog.name, style, handle, facts, http.scope, target)
-    context.jobs.begin(job, begun, partial(collected, handle, style.drawn))
-    status = context.jobs.status(job, context.scheduler.handles)
-    return JSONResponse(status.model_dump(mode="json"), 202, {"location": path_of(job.id)})
+    jobs, facts = jobs_of(http), http.state.facts
+    job = Job(facts["owner"], context.catalog.name, style, context.scheduler, handle, facts, http.scope, target)
+    jobs.begin(job, begun, partial(collected, handle, style.drawn))
+    location = path_of(job.id).removeprefix("/v1/images/")  # relative: a proxy may have a prefix
+    return JSONResponse(jobs.status(job).model_dump(mode="json"), 202, {"location": location})
 
 
 class _Stream(EventSourceResponse):

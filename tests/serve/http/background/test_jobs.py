@@ -28,8 +28,9 @@ def order(url: str, headers: dict[str, str] | None = None, **body: Any) -> str:
     """Order a job; return its path."""
     answer = post(f"{url}{DRAW}", json={**BODY, **body}, headers=headers)
     assert answer.status_code == 202, answer.text
-    assert answer.headers["location"] == f"{JOBS}/{answer.json()['id']}"
-    return f"{url}{answer.headers['location']}"
+    path = str(answer.url.join(answer.headers["location"]))
+    assert path == f"{url}{JOBS}/{answer.json()['id']}"
+    return path
 
 
 def over(path: str) -> dict[str, Any]:
@@ -82,7 +83,7 @@ def test_a_job_is_followed_and_its_result_is_what_the_request_would_have_got(
     assert [one["seed"] for one in result["data"]] == [7, 8]
     assert get(url + ended["preview"]).content == base64.b64decode(result["data"][1]["b64_json"])
     assert scheduler.handles == ()
-    assert [job.handle for job in app.state.context.jobs.own("127.0.0.1")] == [None]  # no arrays are kept
+    assert [job.handle for job in app.state.jobs.own("127.0.0.1")] == [None]  # no arrays are kept
     (line,) = [line for line in log if line["event"] == "job"]
     assert (line["outcome"], line["job"], line["done"], line["size"]) == ("completed", status["id"], 2, "128x128")
     (ordered,) = [line for line in log if line["event"] == "request" and line["status"] == 202]
@@ -229,7 +230,7 @@ def test_while_the_server_ends_results_can_be_fetched_for_a_moment(
     scheduler.hold = asyncio.Event()
     path = order(url)
     loop = next(iter(scheduler.tasks.values())).get_loop()
-    ending = asyncio.run_coroutine_threadsafe(app.state.context.jobs.drained(60), loop)
+    ending = asyncio.run_coroutine_threadsafe(app.state.jobs.drained(60), loop)
     let_go(scheduler)
     over(path)
     assert not ending.done()

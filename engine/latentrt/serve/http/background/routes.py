@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from functools import partial
 
 from fastapi import APIRouter
@@ -11,9 +10,8 @@ from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
 from latentrt.serve.http.background.schema import JOBS, JobDeleted, JobList, JobStatus
-from latentrt.serve.http.background.store import Job
+from latentrt.serve.http.background.store import Job, jobs_of
 from latentrt.serve.http.errors import Problem, documented
-from latentrt.serve.http.generation import Context, Served
 from latentrt.serve.http.images import in_thread
 from latentrt.serve.http.openai_schema import ImagesResponse
 
@@ -26,16 +24,16 @@ _KEPT = {
 
 
 @router.get(JOBS)
-async def list_jobs(http: HttpRequest, context: Served) -> JobList:
+async def list_jobs(http: HttpRequest) -> JobList:
     """This client's jobs that wait, run, or are kept, the newest first."""
-    jobs, handles = context.jobs, context.scheduler.handles
-    return JobList(data=[jobs.status(job, handles) for job in jobs.own(http.state.facts["owner"])])
+    jobs = jobs_of(http)
+    return JobList(data=[jobs.status(job) for job in jobs.own(http.state.facts["owner"])])
 
 
 @router.get(f"{JOBS}/{{job}}")
-async def retrieve_job(job: str, http: HttpRequest, context: Served) -> JobStatus:
+async def retrieve_job(job: str, http: HttpRequest) -> JobStatus:
     """How far a job is."""
-    return context.jobs.status(_job(job, http, context), context.scheduler.handles)
+    return jobs_of(http).status(_job(job, http))
 
 
 @router.get(
@@ -43,9 +41,9 @@ async def retrieve_job(job: str, http: HttpRequest, context: Served) -> JobStatu
     response_class=Response,
     responses={200: {"content": _FILES, "description": "The newest preview or picture."}, **documented(401, 404)},
 )
-async def preview_job(job: str, http: HttpRequest, context: Served) -> Response:
+async def preview_job(job: str, http: HttpRequest) -> Response:
     """The newest preview, of those that `partial_images` asked for, or the newest picture."""
-    found = _job(job, http, context)
+    found = _job(job, http)
     shown, style = None if found.handle is None else found.handle.shown, found.style
     if shown is not None:
         file = await in_thread(partial(style.file, shown))
@@ -62,11 +60,11 @@ async def preview_job(job: str, http: HttpRequest, context: Served) -> Response:
 
 
 @router.get(f"{JOBS}/{{job}}/result", responses=_KEPT, response_class=JSONResponse)
-async def result_of_job(job: str, http: HttpRequest, context: Served) -> Response:
+async def result_of_job(job: str, http: HttpRequest) -> Response:
     """What the request would have been answered without `background`: pictures, or the error that it ended in."""
-    found = _job(job, http, context)
+    found = _job(job, http)
     if found.progress is None:
-        status = context.jobs.status(found).status
+        status = jobs_of(http).status(found).status
         needed, fix = "one that is over", "ask for its status until then, or name a webhook_url"
         raise Problem(f"the job is {status}", needed, fix, status=409, code="not_finished")
     found.read = True
@@ -77,17 +75,16 @@ async def result_of_job(job: str, http: HttpRequest, context: Served) -> Respons
 
 
 @router.delete(f"{JOBS}/{{job}}")
-async def delete_job(job: str, http: HttpRequest, context: Served) -> JobDeleted:
+async def delete_job(job: str, http: HttpRequest) -> JobDeleted:
     """Cancel a job that waits or runs, which is kept as cancelled; forget one that is over, and its pictures."""
-    found = _job(job, http, context)
-    if found.handle is None:
-        context.jobs.forget(found)
-        return JobDeleted(id=found.id, status=context.jobs.status(found).status, deleted=True)
-    context.scheduler.cancel(found.handle)
-    if found.task is not None:
-        await asyncio.wait([found.task])
-    return JobDeleted(id=found.id, status=context.jobs.status(found).status, deleted=False)
+    jobs, found = jobs_of(http), _job(job, http)
+    over = found.handle is None
+    if over:
+        jobs.forget(found)
+    else:
+        await jobs.cancel(found)
+    return JobDeleted(id=found.id, status=jobs.status(found).status, deleted=over)
 
 
-def _job(id: str, http: HttpRequest, context: Context) -> Job:
-    return context.jobs.of(id, http.state.facts["owner"])
+def _job(id: str, http: HttpRequest) -> Job:
+    return jobs_of(http).of(id, http.state.facts["owner"])

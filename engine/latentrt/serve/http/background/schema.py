@@ -43,7 +43,7 @@ class JobStatus(BaseModel):
     eta_seconds: Annotated[float | None, Field(description="Until its end, by its pace so far; null where unknown.")]
     error: ErrorDetail | None
     warnings: list[str]
-    preview: Annotated[str | None, Field(description="Path of its newest picture, once there is one.")]
+    preview: Annotated[str | None, Field(description="Path of its newest picture, below the server's address.")]
     result: Annotated[str | None, Field(description="Path of its result, once there is one.")]
 
 
@@ -104,20 +104,8 @@ def path_of(id: str) -> str:
     return f"{JOBS}/{id}"
 
 
-def ahead_of(handle: Handle, handles: Sequence[Handle]) -> int:
-    """Return how many pictures wait that came before those of a request; `handles` are all, oldest first."""
-    before = handles[: handles.index(handle)] if handle in handles else ()
-    return sum(slot.stage is Stage.WAITING for other in before for slot in other.slots)
-
-
-def status_of(job: Job, progress: Progress, expires: float | None, handles: Sequence[Handle]) -> JobStatus:
-    """Return what a client is told of a job.
-
-    Args:
-        progress: its own.
-        expires: Unix seconds; None while it is not over.
-        handles: all requests that wait or run, oldest first.
-    """
+def status_of(job: Job, progress: Progress, expires: float | None) -> JobStatus:
+    """Return what a client is told of a job; `expires` is in Unix seconds, None while it is not over."""
     status, failure, over = _status(job, progress), job.failure, job.ended is not None
     shown = bool(job.drawn) if over else progress.shown
     return JobStatus(
@@ -134,7 +122,7 @@ def status_of(job: Job, progress: Progress, expires: float | None, handles: Sequ
         done=progress.done,
         row=progress.row,
         rows=progress.rows,
-        ahead=ahead_of(job.handle, handles) if job.handle is not None and status == "queued" else None,
+        ahead=_ahead(job.handle, job.scheduler.handles) if job.handle is not None and status == "queued" else None,
         queue_seconds=progress.queue_seconds,
         eta_seconds=None if over else progress.eta_seconds,
         error=None if failure is None else ErrorDetail(**failure.body["error"]),
@@ -150,3 +138,9 @@ def _status(job: Job, progress: Progress) -> Status:
     if job.failure is None:
         return "completed"
     return "cancelled" if job.failure.code == "cancelled" else "failed"
+
+
+def _ahead(handle: Handle, handles: Sequence[Handle]) -> int:
+    """Return how many pictures wait that came before those of a request; `handles` are all, oldest first."""
+    before = handles[: handles.index(handle)] if handle in handles else ()
+    return sum(slot.stage is Stage.WAITING for other in before for slot in other.slots)

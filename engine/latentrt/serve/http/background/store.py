@@ -11,10 +11,12 @@ from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastapi import Request as HttpRequest
 from starlette.types import Scope
 
 from latentrt.serve.core.errors import Cancelled
 from latentrt.serve.core.handle import Handle
+from latentrt.serve.core.scheduler import Scheduler
 from latentrt.serve.http.background.schema import JobStatus, Progress, status_of
 from latentrt.serve.http.errors import Answer, Problem, answer_to
 from latentrt.serve.http.guard.record import Record
@@ -38,7 +40,7 @@ class Job:
         owner: its key's name, or without keys its client's address.
         model: its name for clients.
         style: how its pictures are answered.
-        handle: None once it is over: it has arrays.
+        scheduler, handle: of its pictures; no handle once it is over: it has arrays.
         facts: what the log says of it.
         scope: of the request that ordered it.
         target: of its webhook.
@@ -54,6 +56,7 @@ class Job:
     owner: str
     model: str
     style: Style
+    scheduler: Scheduler
     handle: Handle | None
     facts: dict[str, Any]
     scope: Scope
@@ -135,11 +138,17 @@ class Jobs:
         found = [job for job in (*self._open.values(), *self._over.values()) if job.owner == owner]
         return sorted(found, key=lambda job: job.created, reverse=True)
 
-    def status(self, job: Job, handles: Sequence[Handle] = ()) -> JobStatus:
-        """Return what a client is told of its job; `handles` are all requests that wait or run, oldest first."""
+    def status(self, job: Job) -> JobStatus:
+        """Return what a client is told of its job."""
         progress = Progress.of(job.handle) if job.handle is not None else job.progress
         assert progress is not None
-        return status_of(job, progress, None if job.ended is None else job.ended + self._keep, handles)
+        return status_of(job, progress, None if job.ended is None else job.ended + self._keep)
+
+    async def cancel(self, job: Job) -> None:
+        """Cancel a job, and wait until it is over: it may have been done just before."""
+        if job.handle is not None and job.task is not None:
+            job.scheduler.cancel(job.handle)
+            await asyncio.wait([job.task])
 
     def forget(self, job: Job) -> None:
         """Drop a job that is over."""
@@ -228,3 +237,10 @@ class Jobs:
         with suppress(KeyError):
             del self._over[job.id]
             self._metrics.forgot(reason)
+
+
+def jobs_of(http: HttpRequest) -> Jobs:
+    """Return the jobs of the server that answers a request."""
+    jobs = http.app.state.jobs
+    assert isinstance(jobs, Jobs)
+    return jobs

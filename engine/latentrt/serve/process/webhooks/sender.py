@@ -91,17 +91,16 @@ class Webhooks:
         id, end = f"msg_{secrets.token_hex(16)}", time.monotonic() + self._lasting
         outcome, why = "failed", ""
         try:
-            for number, delay in enumerate((0.0, *self._delays)):
-                if number and self._ending.is_set():
-                    break
+            for delay in (0.0, *self._delays):
                 await self._pause(delay * random.uniform(1, 1.2))
                 if time.monotonic() > end:
                     break
+                last = self._ending.is_set()
                 async with self._places[target.authority]:
                     why = await self._attempt(target, id, body)
                 if not why:
                     outcome = "delivered"
-                if not why or why == str(_GONE):
+                if last or why in ("", str(_GONE)):
                     break
         finally:
             self._told(outcome)
