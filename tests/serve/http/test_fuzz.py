@@ -27,9 +27,9 @@ def answered(path: str, body: bytes, kind: str) -> int:
             return await client.post(path, content=body, headers={"content-type": kind})
 
     answer = asyncio.run(go())
-    if answer.status_code != 200 and path in SD:
+    if answer.status_code >= 400 and path in SD:
         assert set(answer.json()) == {"error", "detail", "errors", "body", "param", "code"}
-    elif answer.status_code != 200:
+    elif answer.status_code >= 400:
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
     assert answer.status_code < 500, answer.text
     return answer.status_code
@@ -40,7 +40,18 @@ anything = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=8,
 )
-FIELDS = ("model", "n", "size", "seed", "num_inference_steps", "guidance_scale", "scheduler", "stream", "timeout")
+FIELDS = (
+    "model",
+    "n",
+    "size",
+    "seed",
+    "num_inference_steps",
+    "guidance_scale",
+    "scheduler",
+    "stream",
+    "timeout",
+    "background",
+)
 
 
 @few
@@ -57,7 +68,7 @@ def test_bytes_as_json(path: str, body: bytes) -> None:
 )
 def test_fields_of_any_kind(path: str, fields: dict[str, Any], prompt: Any) -> None:
     body = json.dumps({**fields, "prompt": prompt}).encode()
-    assert answered(path, body, "application/json") in (200, 400, 404, 413, 422)
+    assert answered(path, body, "application/json") in (200, 202, 400, 404, 413, 422)
 
 
 PICTURE = png(64, 64)

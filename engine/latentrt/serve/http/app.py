@@ -136,6 +136,8 @@ def _answer_of(http: Request, error: Exception) -> Answer:
         return too_large(most_bytes(http.app.state.context.settings, http.url.path))
     headers = dict(error.headers or {})
     if error.status_code == 405:  # Starlette lists the methods of the path's first route alone
-        methods = http.app.openapi()["paths"].get(http.url.path, {})
+        template = getattr(http.scope.get("route"), "path", "")
+        paths = http.app.openapi()["paths"]
+        methods = paths.get(http.url.path) or paths.get(template) or {}
         headers |= {"Allow": ", ".join(methods).upper()} if methods else {}
     return answer_to_status(error.status_code, str(error.detail), headers)

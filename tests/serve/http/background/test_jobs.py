@@ -144,6 +144,9 @@ def test_a_job_that_is_cancelled_is_kept_until_it_is_deleted_again(url: str, sch
     scheduler.hold = asyncio.Event()
     path = order(url)
     assert get(f"{path}/preview").json()["error"]["code"] == "no_preview"
+    assert httpx.delete(path, headers={"origin": "https://page.example"}).status_code == 403
+    other = post(path)
+    assert (other.status_code, set(other.headers["allow"].split(", "))) == (405, {"GET", "DELETE"})
     cancelled = delete(path)
     assert (cancelled["status"], cancelled["deleted"]) == ("cancelled", False)
     assert scheduler.handles == ()

@@ -80,7 +80,7 @@ def test_a_message_is_tried_again_and_no_redirect_is_followed() -> None:
     async def go() -> None:
         async with receiving(500, 302, 204) as receiver:
             sends = webhooks(told, origin := f"http://127.0.0.1:{receiver.port}")
-            sends.send(sends.hosts.target(f"{origin}/hook?a=1"), KIND, DATA)
+            sends.send("a", sends.hosts.target(f"{origin}/hook?a=1"), KIND, DATA)
             await until(lambda: told["delivered"])
         assert [line for line, _, _ in receiver.got] == ["POST /hook?a=1 HTTP/1.1"] * 3
         assert len({headers["webhook-id"] for _, headers, _ in receiver.got}) == 1
@@ -101,7 +101,7 @@ def test_attempts_are_bounded(status: int, attempts: int) -> None:
     async def go() -> None:
         async with receiving(status) as receiver:
             sends = webhooks(told, origin := f"http://127.0.0.1:{receiver.port}")
-            sends.send(sends.hosts.target(origin), KIND, DATA)
+            sends.send("a", sends.hosts.target(origin), KIND, DATA)
             await until(lambda: told["failed"])
         assert len(receiver.got) == attempts
 
@@ -109,20 +109,21 @@ def test_attempts_are_bounded(status: int, attempts: int) -> None:
 
 
 def test_a_slow_receiver_holds_nobody_and_the_end_is_a_last_chance(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sender, "MOST", 4)
+    monkeypatch.setattr(sender, "MOST", 6)
+    monkeypatch.setattr(sender, "PART", 2)
     told = Counter[str]()
 
     async def go() -> None:
         async with receiving(None) as slow, receiving(503, 200) as other:
             origins = [f"http://127.0.0.1:{one.port}" for one in (slow, other)]
             sends = webhooks(told, *origins, delays=(60,))
-            for origin in (*[origins[0]] * 3, origins[1], origins[1]):
-                sends.send(sends.hosts.target(origin), KIND, DATA)
-            assert told == {"dropped": 1}
+            for owner, origin in (*[("a", origins[0])] * 4, ("b", origins[1]), *[("c", origins[0])] * 3):
+                sends.send(owner, sends.hosts.target(origin), KIND, DATA)
+            assert told == {"dropped": 2}  # one for its owner's many, one for all
             await until(lambda: other.got)
             await sends.finish(0.3)
-            assert told == {"dropped": 1, "delivered": 1, "failed": 3}
-            assert (len(slow.got), len(other.got), sends.tasks) == (2, 2, set())
+            assert told == {"dropped": 2, "delivered": 1, "failed": 5}
+            assert (len(slow.got), len(other.got), sends.tasks) == (2, 2, {})
 
     asyncio.run(go())
 
@@ -181,7 +182,7 @@ def test_a_name_that_leads_inside_is_refused_unless_it_is_listed_so(monkeypatch:
             asked = resolving(monkeypatch, inside if listed_private else mixed, mixed, mixed)
             lists: dict[str, Any] = {"public": () if listed_private else (origin,)}
             sends = webhooks(told, *((origin,) if listed_private else ()), **lists)
-            sends.send(sends.hosts.target(origin), KIND, DATA)
+            sends.send("a", sends.hosts.target(origin), KIND, DATA)
             await until(lambda: not sends.tasks)
             assert asked == ["hooks.example"] * (1 if listed_private else 3)
             if listed_private:  # the address that was checked is the one that is connected to
@@ -205,7 +206,7 @@ def test_certificates_are_checked_by_name(tmp_path: Path, monkeypatch: pytest.Mo
         async with receiving(200, tls=tls) as receiver:
             resolving(monkeypatch, ["127.0.0.1"])
             sends = webhooks(told, origin := f"{name}:{receiver.port}", delays=())
-            sends.send(sends.hosts.target(f"https://{origin}/"), KIND, {})
+            sends.send("a", sends.hosts.target(f"https://{origin}/"), KIND, {})
             await until(lambda: told)
         return next(iter(told))
 

@@ -188,7 +188,7 @@ class Jobs:
             self._end(job, None)
         if job.target is not None:
             status = self.status(job)
-            self.webhooks.send(job.target, f"image.job.{status.status}", status.model_dump(mode="json"))
+            self.webhooks.send(job.owner, job.target, f"image.job.{status.status}", status.model_dump(mode="json"))
 
     def _check_room(self, job: Job) -> None:
         most = self._bytes // PART

@@ -24,7 +24,7 @@ from latentrt.serve.process.webhooks.signature import signed
 
 ATTEMPT = 10.0  # seconds for the name, the connection and the answer's first line
 DELAYS = (5.0, 30.0, 120.0, 240.0)  # seconds before each further attempt, and up to a fifth more
-MOST = 512  # messages under way
+MOST, PART = 512, 4  # messages under way; one client may have one in so many of them
 AT_ONCE = 2  # connections to one host
 _REST, _MOST_READ = 1.0, 2**16  # seconds and bytes of an answer's rest
 _GONE = 410  # the receiver wants no more
@@ -42,7 +42,7 @@ class Webhooks:
         delays: before each further attempt.
 
     Attributes:
-        tasks: one for each message under way.
+        tasks: one for each message under way, with its owner.
     """
 
     def __init__(
@@ -59,24 +59,26 @@ class Webhooks:
         self._tls = ssl.create_default_context() if hosts.has_https else None
         self._places: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(AT_ONCE))
         self._ending = asyncio.Event()
-        self.tasks: set[asyncio.Task[None]] = set()
+        self.tasks: dict[asyncio.Task[None], str] = {}
 
-    def send(self, target: Target, kind: str, data: Mapping[str, Any]) -> None:
+    def send(self, owner: str, target: Target, kind: str, data: Mapping[str, Any]) -> None:
         """Send a message; drop it where too many are under way.
 
         Args:
+            owner: whose it is.
             target: as `Hosts.target` returned it.
             kind: as "image.job.completed".
             data: JSON.
         """
-        if len(self.tasks) >= MOST:
-            logger().warning("a webhook was dropped", host=target.authority, under_way=len(self.tasks))
+        own = sum(each == owner for each in self.tasks.values())
+        if len(self.tasks) >= MOST or own >= MOST // PART:
+            logger().warning("a webhook was dropped", host=target.authority, under_way=len(self.tasks), own=own)
             return self._told("dropped")
         message = {"type": kind, "timestamp": datetime.now(UTC).isoformat(), "data": data}
         body = json.dumps(message, separators=(",", ":")).encode()
         task = asyncio.get_running_loop().create_task(self._deliver(target, body))
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
+        self.tasks[task] = owner
+        task.add_done_callback(self.tasks.pop)
 
     async def finish(self, seconds: float) -> None:
         """Try what is left once more, now; give up what has not arrived after so many seconds."""
