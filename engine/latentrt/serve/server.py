@@ -243,10 +243,10 @@ async def drain(app: FastAPI, seconds: float) -> bool:
     """
     scheduler: Scheduler = app.state.context.scheduler
     jobs: Jobs = app.state.jobs
-    end = time.monotonic() + seconds
+    begun = time.monotonic()
     scheduler.drain()
     done = await scheduler.drained(seconds)
-    return await jobs.drained(end - time.monotonic()) and done
+    return await jobs.drained(begun, seconds) and done
 
 
 def announce(settings: Settings, host: str, port: int, path: str = "") -> None:

@@ -233,9 +233,10 @@ def test_while_the_server_ends_results_can_be_fetched_for_a_moment(
     scheduler.hold = asyncio.Event()
     path = order(url)
     loop = next(iter(scheduler.tasks.values())).get_loop()
-    ending = asyncio.run_coroutine_threadsafe(app.state.jobs.drained(60), loop)
+    ending = asyncio.run_coroutine_threadsafe(app.state.jobs.drained(time.monotonic(), 60), loop)
     let_go(scheduler)
     over(path)
+    time.sleep(0.05)
     assert not ending.done()
     assert get(f"{path}/result").status_code == 200
     assert ending.result()

@@ -30,6 +30,7 @@ from latentrt.serve.process.webhooks.sender import Webhooks
 PART = 4  # of all that is kept, one client may have one in so many
 LATE = 0.05  # seconds: a timer of the event loop may be a little early
 LAST_RESULTS = 10.0  # seconds that clients have for what was finished while the server ends
+LOOK = 0.02  # seconds between looks at whether they have it
 
 
 @dataclass(slots=True, eq=False)
@@ -154,22 +155,25 @@ class Jobs:
         """Drop a job that is over."""
         self._drop(job, "deleted")
 
-    async def drained(self, seconds: float) -> bool:
-        """Wait, so many seconds at most, until all jobs are over, their webhooks sent, and the results of those that
-        ended meanwhile fetched, for which clients have LAST_RESULTS. Return whether all jobs are over.
+    async def drained(self, begun: float, seconds: float) -> bool:
+        """Wait until all jobs are over, their webhooks sent, and the results of those that ended meanwhile fetched, for
+        which clients have LAST_RESULTS. Return whether all jobs are over.
+
+        Args:
+            begun: the `time.monotonic()` at which the server's end began.
+            seconds: of that end, at most.
         """
-        begun = time.monotonic()
         end = begun + seconds
         tasks = [job.task for job in self._open.values() if job.task is not None]
         if tasks:
-            await asyncio.wait(tasks, timeout=seconds)
+            await asyncio.wait(tasks, timeout=end - time.monotonic())
         await self.webhooks.finish(end - time.monotonic())
-        last = min(end, time.monotonic() + LAST_RESULTS)
-        while time.monotonic() < last and any(self._unread(begun)):
-            await asyncio.sleep(0.02)
+        while (now := time.monotonic()) < end and any(self._unread(max(begun, now - LAST_RESULTS))):
+            await asyncio.sleep(LOOK)
         return not self._open
 
     def _unread(self, since: float) -> Iterator[Job]:
+        """Yield jobs that ended well since a `time.monotonic()`, and whose results nobody has fetched."""
         return (job for job in self._over.values() if job.drawn and not job.read and job.limit - self._keep >= since)
 
     # ---- From begin to end
