@@ -45,6 +45,7 @@ from latentrt.serve.http.openai_schema import (
     ModelList,
     Wanted,
 )
+from latentrt.serve.http.utf8 import Utf8Response
 from latentrt.serve.process.logs import logger
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"], responses=documented(400, 401, 404))
@@ -209,7 +210,7 @@ async def _answer(
         for picture, file in drawn
     ]
     warnings = {"warnings": handle.warnings} if handle.warnings else {}
-    return JSONResponse({"created": int(time.time()), "data": data, **own, "usage": USAGE, **warnings})
+    return Utf8Response({"created": int(time.time()), "data": data, **own, "usage": USAGE, **warnings})
 
 
 class _Stream(EventSourceResponse):
