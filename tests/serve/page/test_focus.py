@@ -66,3 +66,39 @@ def test_escape_ends_the_zoom_and_then_closes(flat: Visitor) -> None:
     assert flat.focused == "Keep"
     flat.press(Keys.ESCAPE)
     flat.until(lambda: flat.focused == "Delete all")
+
+
+def tab_to(page: Visitor, name: str) -> None:
+    """Go on by Tab until something of this name has the focus."""
+    for _ in range(80):
+        if page.focused.startswith(name):
+            return
+        page.press(Keys.TAB)
+    raise AssertionError(f"Tab does not lead to {name}")
+
+
+def test_from_a_first_picture_to_a_masked_one_by_keyboard(flat: Visitor, scheduler: FakeScheduler) -> None:
+    tab_to(flat, "Prompt")
+    flat.press("a fox")
+    tab_to(flat, "Draw")
+    flat.press(Keys.ENTER)
+    flat.count(1, TILE)
+    tab_to(flat, "a fox, seed")
+    flat.press(Keys.ENTER)
+    tab_to(flat, "Start from it")
+    flat.press(Keys.ENTER)
+    flat.until(lambda: flat.one("#source-mask").is_displayed() and flat.focused == "Prompt")
+    tab_to(flat, "Mask: paint")
+    flat.press(Keys.SPACE)
+    flat.reads("Redraws", "#mask-say")
+    flat.press(Keys.CONTROL, "z")
+    flat.until(lambda: not flat.one("#mask-say").text)
+    tab_to(flat, "Larger")
+    flat.press(Keys.ENTER)
+    assert flat.focused.startswith("Mask: paint")
+    flat.press(Keys.SPACE)
+    flat.press(Keys.ESCAPE)
+    assert flat.focused == "Larger"
+    flat.press(Keys.CONTROL, Keys.ENTER)
+    flat.count(2, TILE)
+    assert set(scheduler.submitted[1].request.pictures) == {"image", "mask"}

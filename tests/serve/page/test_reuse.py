@@ -40,6 +40,7 @@ def test_settings_are_used_again_with_their_maps(guided: Visitor, scheduler: Fak
     guided.click("Follow a picture")
     guided.one("[name='control.sketch.image']").send_keys(str(tmp_path / "other.png"))
     guided.one(TILE).click()
+    guided.reads("edges, scale 0.7, 0 to 1, guess mode", "#detail-facts")
     guided.click("Reuse settings", "#detail")
     guided.until(lambda: guided.focused == "Prompt")
     guided.draw("a fox")

@@ -183,7 +183,7 @@ function closed() {
 }
 
 /** What made the picture: what the file itself says, else what was asked for. */
-function facts({ wanted, facts: own, size, made, edited, warnings }) {
+function facts({ wanted, facts: own, control, size, made, edited, warnings }) {
   const rows = [
     ["Negative prompt", wanted.negative_prompt],
     ["Class", wanted.class_label],
@@ -194,7 +194,7 @@ function facts({ wanted, facts: own, size, made, edited, warnings }) {
     ["Seed", wanted.seed],
     ["Starts from", edited ? `a picture, strength ${own.strength ?? wanted.strength ?? "automatic"}` : undefined],
     ...Object.entries(wanted.lora ?? {}).map(([name, strength]) => ["LoRA", `${name}, strength ${strength}`]),
-    ...Object.entries(own.control ?? {}).map(([name, unit]) => ["Follows", `${name}, scale ${unit.scale}, ${unit.start} to ${unit.end}${unit.guess ? ", guess mode" : ""}`]),
+    ...Object.entries(own.control ?? control ?? {}).map(([name, unit]) => ["Follows", `${name}, scale ${unit.scale}, ${unit.start} to ${unit.end}${unit.guess ? ", guess mode" : ""}`]),
     ["Enlarged", own.hires_scale && `${own.hires_scale} times, strength ${own.hires_strength}`],
     ["Refiner from", own.handoff],
     ["Model", own.model ?? wanted.model],
