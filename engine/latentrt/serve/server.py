@@ -75,8 +75,7 @@ def assembled(settings: Settings, kind: type[Metrics] = Metrics, lifespan: Lifes
     with loaded(settings) as engine:
         known = curve.load(engine)
         if known is None:
-            fix = f"latentrt bench {settings.bundle} --save"
-            logger().info("no curve was measured: every step may have all lanes", fix=fix)
+            logger().info("no curve was measured: every step may have all lanes", fix="latentrt bench BUNDLE --save")
         budget = _budget(engine, known or curve.Curve(), settings)
         profiles = engine.model.profiles(engine.denoiser.lanes)
         catalog = Catalog(engine.model, profiles, settings, refiner=engine.refiner_name, budget=budget)
