@@ -96,7 +96,7 @@ class Told:
         async def keep(message: Message) -> None:
             told.append(message)
 
-        await self._app(scope, receive, keep)
+        await self._app({**scope, "query_string": b""}, receive, keep)  # of the one that there is
         body = json.loads(b"".join(message.get("body", b"") for message in told))
         (name,) = parse_qs(scope["query_string"].decode()).get("model", [body["model"]])
         if name not in (body["model"], *self._of):
