@@ -17,7 +17,7 @@ from benchmarks.serving.process import COMMAND, running
 from latentrt.command.serve import RAY
 from latentrt.serve.process.config import Settings
 from latentrt.serve.server import listening
-from tests.serve.test_ray import PATIENCE, eventually, needs_ray
+from tests.serve.ray.test_ray import PATIENCE, eventually, needs_ray
 
 
 def free_port() -> int:
