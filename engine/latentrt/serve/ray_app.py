@@ -212,6 +212,12 @@ def _join_cluster() -> None:
     try:
         ray.init(log_to_driver=False)
     except ConnectionError as error:
+        if "AuthToken" in str(error.__cause__):
+            raise BackendError(
+                "the cluster asks for a token, and this is none of its",
+                needed="the cluster's, from ~/.ray/auth_token of one of its nodes",
+                fix="RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN",
+            ) from error
         raise BackendError(
             f"the cluster cannot be reached ({error})",
             needed="a running one at RAY_ADDRESS",

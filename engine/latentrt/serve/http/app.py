@@ -79,6 +79,9 @@ def create_app(
         version=__version__,
         docs_url=None,  # their pages load scripts from other servers
         redoc_url=None,
+        servers=[{"url": ".", "description": "This one: relative to the description's own address, below any path."}],
+        root_path_in_servers=False,
+        redirect_slashes=False,  # to an address that knows no path or TLS of a proxy
         telemetry={"tracing": False, "metrics": False, "logs": False},  # there are metrics and a log
         lifespan=lifespan,
         form_limits={

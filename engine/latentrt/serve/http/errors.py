@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse
 
 from latentrt.errors import LatentrtError, RequestError, ScheduleError, UnknownSolverError
 from latentrt.serve.core.errors import ServiceError
+from latentrt.serve.http.utf8 import Utf8Response
 
 
 class Problem(RequestError):  # noqa: N818 - as RFC 9457 calls it
@@ -74,7 +75,7 @@ class Answer:
     @property
     def response(self) -> JSONResponse:
         """The same as a response."""
-        return JSONResponse(self.body, self.status, self.headers)
+        return Utf8Response(self.body, self.status, self.headers)
 
 
 STORAGE = "insufficient_storage"  # as WebDAV calls it

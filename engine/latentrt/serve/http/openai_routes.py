@@ -48,6 +48,7 @@ from latentrt.serve.http.openai_schema import (
     ModelList,
     Wanted,
 )
+from latentrt.serve.http.utf8 import Utf8Response
 from latentrt.serve.process.logs import logger
 from latentrt.serve.process.webhooks.hosts import Target
 
@@ -206,7 +207,7 @@ async def _answer(
         return _begun(context, http, handle, style, target, stack)
     async with begun as handle:
         drawn = await all_pictures(http, handle, style.encoded)
-    return JSONResponse(style.body(((seed_of(picture), file) for picture, file in drawn), handle.warnings))
+    return Utf8Response(style.body(((seed_of(picture), file) for picture, file in drawn), handle.warnings))
 
 
 def _target(context: Context, http: HttpRequest, wanted: Wanted) -> Target | None:

@@ -14,6 +14,7 @@ from latentrt.serve.http.background.store import Job, jobs_of
 from latentrt.serve.http.errors import Problem, documented
 from latentrt.serve.http.images import in_thread
 from latentrt.serve.http.openai_schema import ImagesResponse
+from latentrt.serve.http.utf8 import Utf8Response
 
 router = APIRouter(tags=["background jobs"], responses=documented(401, 404))
 _FILES = {f"image/{kind}": {"schema": {"type": "string", "format": "binary"}} for kind in ("png", "jpeg", "webp")}
@@ -71,7 +72,7 @@ async def result_of_job(job: str, http: HttpRequest) -> Response:
     if found.failure is not None:
         http.state.facts["outcome"] = found.failure.code
         return found.failure.response
-    return JSONResponse(await in_thread(partial(found.style.kept, found.drawn, found.progress.warnings)))
+    return Utf8Response(await in_thread(partial(found.style.kept, found.drawn, found.progress.warnings)))
 
 
 @router.delete(f"{JOBS}/{{job}}")
