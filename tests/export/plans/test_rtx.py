@@ -65,7 +65,7 @@ def build(bundles: Callable[[str], Bundle], tmp_path_factory: pytest.TempPathFac
         bundle, (library, gpu) = bundles(name), open_target("tensorrt-rtx", "cuda", compute_capability)
         shapes = shapes_of(bundle.spec, asked)
         orders = orders_of(bundle, library, gpu, shapes, networks=networks, plans=folders[name])
-        return build_plans(bundle, orders, estimates_of(bundle, library, orders))
+        return build_plans(orders, estimates_of(library, orders))
 
     return build
 
@@ -95,7 +95,7 @@ def test_several_profiles_become_one_plan(
     bundle, (library, gpu) = bundles("emoji"), open_target("tensorrt-rtx", "cuda", compute_capability)
     shapes = shapes_of(bundle.spec, {}, ["lanes=2,size=128x128", "lanes=4,size=64x64"])
     orders = orders_of(bundle, library, gpu, shapes, networks=["vae_decoder"], plans=tmp_path / "plans")
-    (built,) = build_plans(bundle, orders, estimates_of(bundle, library, orders))
+    (built,) = build_plans(orders, estimates_of(library, orders))
     assert [str(profile) for profile in built.record.key.profiles] == [
         f"batch 1, height {side}, width {side}" for side in (16, 8)
     ]
@@ -202,7 +202,7 @@ def test_an_interrupt_stops_the_real_builder(bundles: Callable[[str], Bundle], t
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build_plans(bundle, orders, estimates_of(bundle, library, orders), progress=interrupt)
+        build_plans(orders, estimates_of(library, orders), progress=interrupt)
     assert not list((tmp_path / "plans").iterdir())
 
 
@@ -210,7 +210,7 @@ def test_too_little_memory_is_told_before_the_build(bundles: Callable[[str], Bun
     bundle, (library, gpu) = bundles("emoji"), open_target("tensorrt-rtx", "cuda", "8.9")
     orders = orders_of(bundle, library, gpu, shapes_of(bundle.spec, {}), plans=tmp_path / "plans")
     with pytest.raises(DeviceMemoryError, match="the GPU has"):
-        build_plans(bundle, orders, estimates_of(bundle, library, orders), free=10_000_000)
+        build_plans(orders, estimates_of(library, orders), free=10_000_000)
 
 
 def odd_graph() -> onnx.ModelProto:

@@ -63,7 +63,7 @@ class TensorRtBackend:
         """
         graph = bundle.spec.graph(network, *self.variants)
         wanted = wanted_key(bundle, network, self.precision, self.library, self.gpu)
-        store, places = PlanStore(bundle.base, self.plans), replaced_places(bundle, graph)
+        store, places = PlanStore(bundle.base, self.plans, graph), replaced_places(bundle, graph)
         fitting = store.fitting(wanted)
         if places:
             fitting = [one for one in fitting if REFITTABLE in one.key.options] or [_refittable(fitting[0])]
