@@ -22,6 +22,8 @@ from latentrt.runtime.signature import symbols
 from latentrt.runtime.tensorrt.record import Profile, Range
 from latentrt.values import parse_size, parse_whole
 
+SETTINGS = ("lanes", "pictures", "size", "tokens")
+
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
@@ -46,7 +48,7 @@ def shapes_of(spec: ModelSpec, settings: Mapping[str, str], profiles: Sequence[s
             least:best:most. What is missing is the lanes of one guided picture (mostly two), one picture, the model's
             own size, prompts of one chunk, and the rank that engines have by default: fixed shapes, which make the
             fastest plans.
-        profiles: further settings for each of several profiles, as "lanes=2,size=512x512".
+        profiles: further settings for each of several profiles, as "lanes=2,size=512x512"; the rank is one for all.
 
     Raises:
         RequestError: a setting is unknown or not a range.
@@ -55,8 +57,8 @@ def shapes_of(spec: ModelSpec, settings: Mapping[str, str], profiles: Sequence[s
     latents = spec.latents
     sides = latents.height * latents.factor, latents.width * latents.factor
     own = Shapes(*((size,) * 3 for size in (_lanes(spec), 1, *sides, spec.tokens, RANK)))
-    base = _with(own, settings, latents)
-    return tuple(_with(base, _pairs(text), latents) for text in profiles) or (base,)
+    base = _with(own, settings, latents, (*SETTINGS, "rank"))
+    return tuple(_with(base, _pairs(text), latents, SETTINGS) for text in profiles) or (base,)
 
 
 def _lanes(spec: ModelSpec) -> int:
@@ -116,8 +118,7 @@ def _pairs(text: str) -> dict[str, str]:
     return {name.strip(): value for name, _, value in pairs}
 
 
-def _with(shapes: Shapes, settings: Mapping[str, str], latents: LatentSpec) -> Shapes:
-    known = ("lanes", "pictures", "size", "tokens", "rank")
+def _with(shapes: Shapes, settings: Mapping[str, str], latents: LatentSpec, known: Sequence[str]) -> Shapes:
     for name, text in settings.items():
         if name not in known:
             raise RequestError(f"a profile has the setting {name!r}", needed=f"one of {', '.join(known)}")

@@ -24,6 +24,7 @@ from latentrt_export.plans.capability import capability, refused
 from latentrt_export.plans.plan_graph import load_graph, serialized, weights_of
 from latentrt_export.plans.plan_shapes import profiles_of, shapes_of
 from latentrt_export.plans.to_tensorrt import Built, build_plans, estimates_of, open_target, orders_of
+from latentrt_export.plans.wanted import bundles_of, networks_of
 from latentrt_export.to_bundle import export_bundle
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has wheels for Linux on x86-64, and Windows")
@@ -86,6 +87,34 @@ def rtx() -> Library:
 def test_every_graph_becomes_a_plan(build: Build, name: str, compute_capability: str, shapes: str) -> None:
     """Both models for several kinds of GPU; the slow tests have all combinations."""
     check(build(name, compute_capability, SHAPES[shapes]), compute_capability)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("controlnets", "loras", "shapes"),
+    [(("grey=emoji-grey",), False, "static"), (("grey=emoji-grey",), False, "ranges"), ((), True, "static")],
+    ids=["control", "control, ranges", "lora"],
+)
+def test_graphs_for_add_ons_become_plans(
+    tmp_path: Path, controlnets: tuple[str, ...], loras: bool, shapes: str
+) -> None:
+    """The UNet that reads residuals with a ControlNet's networks; those that take LoRAs, 112 inputs of the UNet's."""
+    library, gpu = open_target("tensorrt-rtx", "cuda", "8.9")
+    bundles = bundles_of(EMBEDDED, controlnets, loras=loras)
+    asked = shapes_of(bundles[0].spec, {**SHAPES[shapes], "rank": "16"})
+    changed = ("unet", "unet_text", "text_encoder") if loras else ("unet", "hint", "controlnet")
+    orders = [
+        order
+        for one, own in networks_of(bundles, changed)
+        for order in orders_of(one, library, gpu, asked, networks=own, plans=tmp_path / "plans")
+    ]
+    built = build_plans(orders, estimates_of(library, orders))
+    assert {each.record.key.network for each in built} == set(changed)
+    for each in built:
+        made, estimated = each.record.made, each.record.made["estimate"]
+        assert each.path.stat().st_size == each.record.bytes
+        assert made["weights"] == pytest.approx(estimated["weights"], rel=0.02, abs=1e6)
+        assert 0.4 < made["activations"] / estimated["activations"] < 1.6
 
 
 @pytest.mark.parametrize("compute_capability", CAPABILITIES)
@@ -226,12 +255,25 @@ def odd_graph() -> onnx.ModelProto:
     )
 
 
-def test_every_node_of_our_graphs_is_supported(rtx: Library) -> None:
-    bundle = Bundle.open(EMBEDDED)
-    for name in NETWORKS:
-        found = capability(bundle, rtx, name, "fp16", profiles_of(bundle.spec, name, shapes_of(bundle.spec, {})))
-        assert found.refused == ()
-        assert found.nodes == bundle.spec.graph(name, "fp16").nodes
+@pytest.mark.parametrize(
+    ("controlnets", "loras", "networks"),
+    [
+        ((), False, NETWORKS),
+        (("grey=emoji-grey",), False, ("unet", "hint", "controlnet")),
+        (("grey=emoji-grey",), True, ("unet", "unet_text", "text_encoder")),
+    ],
+    ids=["plain", "control", "control, lora"],
+)
+def test_every_node_of_our_graphs_is_supported(
+    rtx: Library, controlnets: tuple[str, ...], loras: bool, networks: tuple[str, ...]
+) -> None:
+    bundles = bundles_of(EMBEDDED, controlnets, loras=loras)
+    shapes = shapes_of(bundles[0].spec, {})
+    for bundle, own in networks_of(bundles, networks):
+        for name in own:
+            found = capability(bundle, rtx, name, "fp16", profiles_of(bundle.spec, name, shapes))
+            assert found.refused == ()
+            assert found.nodes == bundle.spec.graph(name, "fp16").nodes
 
 
 def test_unsupported_nodes_are_named_as_polygraphy_names_them(rtx: Library, tmp_path: Path) -> None:
