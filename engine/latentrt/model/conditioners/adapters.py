@@ -10,7 +10,7 @@ from latentrt.adapters.library import Given as Files
 from latentrt.adapters.library import Library
 from latentrt.adapters.mixed import RANK, Asked, Mixed
 from latentrt.bundle.bundle import Bundle
-from latentrt.bundle.spec import LORA
+from latentrt.bundle.spec import FP16, LORA
 from latentrt.errors import AdapterError, BackendError, RequestError
 from latentrt.model.given import Given
 from latentrt.model.inputs import Conditioner, Inputs, Sides
@@ -20,6 +20,7 @@ from latentrt.runtime.base import Backend
 from latentrt.sampling.noise import NoiseSource
 
 MOST_RANK = 1024
+TAKE = "latentrt export BUNDLE TARGET --adapters"
 LOAD = "load them: adapters=FOLDER, --lora-dir FOLDER"
 
 
@@ -68,15 +69,20 @@ def with_adapters(bundle: Bundle, adapters: Adapters | None, backend: Backend) -
 
     Raises:
         BackendError: the backend runs no such networks.
-        AdapterError: the bundle has none.
+        AdapterError: the bundle has none, or none for the backend.
     """
     if adapters is None:
         return bundle, None
     if not backend.facts.adapts:
-        found = f"LoRAs of each request with {backend.name} on {backend.device}"
-        raise BackendError(found, needed="onnxruntime on a CPU", fix="merge them when exporting, or take device='cpu'")
-    bundle = adapted(bundle)
-    return bundle, Mixed(adapters.library, bundle, rank=adapters.rank)
+        found = f"LoRAs of each request with {backend.name} on {backend.device}, in {backend.precision}"
+        fix = "merge them when exporting, or take backend='onnxruntime'"
+        raise BackendError(found, needed="onnxruntime, in fp32 or fp16", fix=fix)
+    before, bundle = bundle.spec, adapted(bundle)
+    for name, network in bundle.spec.networks.items():
+        if network != before.networks[name] and not set(backend.variants) & set(network.variants):
+            found = f"the {name} of {before.id} takes LoRAs of each request in {', '.join(network.variants)}"
+            raise AdapterError(found, needed=" or ".join(backend.variants), fix=TAKE)
+    return bundle, Mixed(adapters.library, bundle, rank=adapters.rank, half=backend.precision == FP16)
 
 
 def adapted(bundle: Bundle) -> Bundle:
@@ -89,7 +95,7 @@ def adapted(bundle: Bundle) -> Bundle:
     networks = {name: network.adapted() for name, network in spec.networks.items()}
     if networks == spec.networks:
         found = f"the networks of {spec.id} take no LoRAs of each request"
-        raise AdapterError(found, needed="a bundle that does", fix="latentrt export BUNDLE TARGET --adapters")
+        raise AdapterError(found, needed="a bundle that does", fix=TAKE)
     return replace(bundle, spec=replace(spec, networks=networks))
 
 
