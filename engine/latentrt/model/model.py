@@ -19,7 +19,7 @@ from latentrt.images.given import inpainted, prepared, prepared_hint, prepared_l
 from latentrt.model import settings
 from latentrt.model.chained import Chained, Chains
 from latentrt.model.codec import Codec, Identity, Vae
-from latentrt.model.conditioners.adapters import Adapters, adapted, with_adapters
+from latentrt.model.conditioners.adapters import Adapters, adapted, check_ranks, with_adapters
 from latentrt.model.conditioners.beside import Repainted
 from latentrt.model.conditioners.guidance_embedding import GuidanceEmbedding
 from latentrt.model.conditioners.registry import Parts, conditioners_of
@@ -90,6 +90,8 @@ class Model:
         self.preview, self._preview_decoder = self._previews(backend)
         if resident:
             self._load()
+        if self.adapters is not None:
+            check_ranks(self.networks.values(), self.adapters.rank)
         without_depth = next((self.networks[name] for name in self.spec.named(SHALLOW)), None)
         self.predictor = Predictor([self.networks[denoiser]], without_depth)
         once = self.spec.named(CONDITIONER)

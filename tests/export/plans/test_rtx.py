@@ -114,7 +114,8 @@ def test_graphs_for_add_ons_become_plans(
         made, estimated = each.record.made, each.record.made["estimate"]
         assert each.path.stat().st_size == each.record.bytes
         assert made["weights"] == pytest.approx(estimated["weights"], rel=0.02, abs=1e6)
-        assert 0.4 < made["activations"] / estimated["activations"] < 1.6
+        scratch = 2**23  # which small ones may have once more
+        assert made["activations"] == pytest.approx(estimated["activations"], rel=0.6, abs=scratch)
 
 
 @pytest.mark.parametrize("compute_capability", CAPABILITIES)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -11,12 +11,14 @@ from latentrt.adapters.library import Library
 from latentrt.adapters.mixed import RANK, Asked, Mixed
 from latentrt.bundle.bundle import Bundle
 from latentrt.bundle.spec import FP16, LORA
-from latentrt.errors import AdapterError, BackendError, RequestError
+from latentrt.errors import AdapterError, BackendError, PlanError, RequestError
 from latentrt.model.given import Given
 from latentrt.model.inputs import Conditioner, Inputs, Sides
 from latentrt.model.prompts.extra_networks import loras_in, without_loras
 from latentrt.request import Request
 from latentrt.runtime.base import Backend
+from latentrt.runtime.lazy import LazyNetwork
+from latentrt.runtime.tensorrt.record import Profile
 from latentrt.sampling.noise import NoiseSource
 
 MOST_RANK = 1024
@@ -76,13 +78,27 @@ def with_adapters(bundle: Bundle, adapters: Adapters | None, backend: Backend) -
     if not backend.facts.adapts:
         found = f"LoRAs of each request with {backend.name} on {backend.device}, in {backend.precision}"
         fix = "merge them when exporting, or take backend='onnxruntime'"
-        raise BackendError(found, needed="onnxruntime, in fp32 or fp16", fix=fix)
+        raise BackendError(found, needed="onnxruntime or tensorrt, in fp32 or fp16", fix=fix)
     before, bundle = bundle.spec, adapted(bundle)
     for name, network in bundle.spec.networks.items():
         if network != before.networks[name] and not set(backend.variants) & set(network.variants):
             found = f"the {name} of {before.id} takes LoRAs of each request in {', '.join(network.variants)}"
             raise AdapterError(found, needed=" or ".join(backend.variants), fix=TAKE)
     return bundle, Mixed(adapters.library, bundle, rank=adapters.rank, half=backend.precision == FP16)
+
+
+def check_ranks(networks: Iterable[LazyNetwork], rank: int) -> None:
+    """Refuse networks whose plans take LoRAs of other ranks than an engine's. Raise PlanError."""
+    for network in networks:
+        profiles: Sequence[Profile] = getattr(network.open(), "profiles", ()) if network.loaded else ()
+        ranks = [profile.ranges["rank"] for profile in profiles if "rank" in profile.ranges]
+        if ranks and not any(low <= rank <= high for low, _, high in ranks):
+            own = ", ".join(dict.fromkeys(str(low) if low == high else f"{low} to {high}" for low, _, high in ranks))
+            raise PlanError(
+                f"the plans of {network.graph.path} take LoRAs of rank {own}",
+                needed=f"{rank}, the engine's adapter_rank",
+                fix=f"latentrt build BUNDLE --lora-rank {rank}; or take adapter_rank={ranks[0][2]} (--lora-rank)",
+            )
 
 
 def adapted(bundle: Bundle) -> Bundle:

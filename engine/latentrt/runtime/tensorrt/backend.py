@@ -42,7 +42,7 @@ class TensorRtBackend:
         BackendError: TensorRT finds no driver or device.
     """
 
-    facts = Facts(fixed_lanes=True, one_stream=True, exact=False, captures=True, replaces=True)
+    facts = Facts(fixed_lanes=True, one_stream=True, exact=False, captures=True, replaces=True, adapts=True)
 
     def __init__(self, gpu: Gpu, library: Library, *, precision: str = "fp16", plans: Path | None = None) -> None:
         self.name, self.device = library.name, "cuda"
