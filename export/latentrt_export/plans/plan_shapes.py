@@ -76,8 +76,9 @@ def profiles_of(spec: ModelSpec, network: str, asked: Sequence[Shapes]) -> tuple
     one launch. What a ControlNet or T2I-Adapter follows is embedded picture by picture.
 
     Raises:
-        PlanError: its graph has an unknown symbolic dimension.
+        PlanError: its graph has an unknown symbolic dimension, or reads no pictures of these sizes.
     """
+    _check_sides(spec, asked)
     names = symbols(spec.networks[network].inputs)
     found: list[Profile] = []
     for ranges in (ranges for shapes in asked for ranges in _ranges(spec, network, shapes)):
@@ -91,6 +92,13 @@ def profiles_of(spec: ModelSpec, network: str, asked: Sequence[Shapes]) -> tuple
         if profile not in found:
             found.append(profile)
     return tuple(found)
+
+
+def _check_sides(spec: ModelSpec, asked: Sequence[Shapes]) -> None:
+    step = spec.latents.step
+    if odd := [pixels for one in asked for pixels in (*one.height, *one.width) if pixels % step]:
+        found, needed = f"size has {odd[0]} pixels", f"multiples of {step}, as {spec.id} reads"
+        raise PlanError(found, needed=needed, fix="pass another --size")
 
 
 def _ranges(spec: ModelSpec, network: str, shapes: Shapes) -> list[dict[str, Range]]:

@@ -115,6 +115,9 @@ def test_add_ons_have_the_shapes_of_their_model() -> None:
     residuals = {tensor.name: tensor for tensor in model.spec.networks["unet"].inputs if "residual" in tensor.name}
     assert unet.shapes(residuals["residual_2"]) == ((2, 64, 4, 8), (4, 64, 4, 8), (8, 64, 4, 8))
     assert unet.shapes(residuals["residual_mid"])[0] == (2, 160, 2, 4)
+    divides = replace(add_on.spec, latents=replace(add_on.spec.latents, multiple=2))  # as T2I-Adapters of SDXL
+    with pytest.raises(PlanError, match=r"size has 120 pixels.*multiples of 16, as emoji-grey reads"):
+        profiles_of(divides, "hint", asked)
 
 
 def test_networks_that_take_loras_have_the_engines_rank() -> None:
