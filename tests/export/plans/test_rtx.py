@@ -98,7 +98,7 @@ def test_every_graph_becomes_a_plan(build: Build, name: str, compute_capability:
 def test_graphs_for_add_ons_become_plans(
     tmp_path: Path, controlnets: tuple[str, ...], loras: bool, shapes: str
 ) -> None:
-    """The UNet that reads residuals with a ControlNet's networks; those that take LoRAs, 112 inputs of the UNet's."""
+    """The UNet that reads residuals with a ControlNet's networks; those that take LoRAs, 140 inputs of the UNet's."""
     library, gpu = open_target("tensorrt-rtx", "cuda", "8.9")
     bundles = bundles_of(EMBEDDED, controlnets, loras=loras)
     asked = shapes_of(bundles[0].spec, {**SHAPES[shapes], "rank": "16"})
@@ -170,12 +170,13 @@ def test_what_is_built_is_found_and_not_built_again(build: Build, bundles: Calla
 
 def test_weights_are_known_to_the_network_by_their_names(rtx: Library, tmp_path: Path) -> None:
     """The weights for refitting a stripped plan: RTX itself strips only where there is a GPU."""
-    bundle, opset = Bundle.open(EMBEDDED), building.opset(rtx)
-    for name in NETWORKS:
+    opset, add_ons = building.opset(rtx), bundles_of(EMBEDDED, ["grey=emoji-grey"], loras=True)
+    wanted = [*networks_of(bundles_of(EMBEDDED), NETWORKS), *networks_of(add_ons, ("unet", "hint", "controlnet"))]
+    for number, (bundle, name) in enumerate((bundle, name) for bundle, own in wanted for name in own):
         graph = bundle.spec.graph(name, "fp16")
-        model = load_graph(bundle, graph, profiles_of(bundle.spec, name, shapes_of(bundle.spec, {})), opset)
+        model = load_graph(bundle, graph, profiles_of(bundle.spec, name, FIXED), opset)
         weights = weights_of(model, graph)
-        folder = tmp_path / name
+        folder = tmp_path / str(number)
         folder.mkdir()
         data, path = serialized(model, bundle.path(graph.path), folder)
         logger = rtx.logger()
