@@ -80,8 +80,8 @@ def loras(data: Mapping[str, Any]) -> str:
     found = {int(rank): Spread.of(record["unet_ms"]) for rank, record in data.get("loras", {}).items()}
     if 0 not in found:
         return ""
-    plain = found[0].median
-    rows = [(rank or "plain graph", spread(found[rank]), number(found[rank].median / plain)) for rank in sorted(found)]
+    ratios = {rank: number(each.median / found[0].median) for rank, each in found.items()}
+    rows = [(str(rank or "plain graph"), spread(found[rank]), ratios[rank]) for rank in sorted(found)]
     return table(("rank", "UNet, ms", "of the plain graph"), rows)
 
 
