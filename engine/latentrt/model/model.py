@@ -216,7 +216,7 @@ class Model:
 
     def draws_at_once(self, request: Request) -> bool:
         """Return whether a device can draw the whole of a request's pictures in one launch, from token ids."""
-        if request.control or self.adapters is not None:
+        if request.control:
             return False
         return self.text is None or self.text.draws_at_once(self.filled(request))
 
