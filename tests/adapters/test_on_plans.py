@@ -11,7 +11,7 @@ import pytest
 
 from latentrt import Engine
 from latentrt.errors import PlanError
-from tests.adapters.test_mixed import SETTINGS
+from tests.adapters.test_mixed import SETTINGS, drawn
 from tests.adapters.test_on_gpu import ASKED, jobs_of, run
 from tests.support.gpu.emulated import open_backend
 from tests.support.gpu.fake_plans import put_plans
@@ -68,8 +68,11 @@ def test_as_on_the_host_alone_and_in_company(planned: Planned) -> None:
     with Engine.load(planned.bundle, threads=1, cache=False, adapter_rank=RANK, **planned.loading) as here:
         expected = run(here, jobs(here))
     with Engine.load(planned.bundle, backend=planned.backend, adapter_rank=RANK, **planned.loading) as there:
-        together = run(there, jobs(there))
+        asked = jobs(there)
+        together = run(there, asked)
         alone = [run(there, [job])[0] for job in jobs(there)]
+        by_rows = np.asarray(there.picture(asked[1]))
+        np.testing.assert_array_equal(drawn(there, lora=ASKED[1], steps=3, seed=1), by_rows)  # in one launch
     for number, (a, b, c) in enumerate(zip(together, alone, expected, strict=True)):
         np.testing.assert_array_equal(a, b)
         np.testing.assert_allclose(a, c, atol=1e-4)
