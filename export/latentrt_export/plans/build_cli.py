@@ -135,6 +135,7 @@ def _show_estimates(estimates: Sequence[Estimate], orders: Sequence[Order], free
 
 def _show_built(built: Sequence[Built], orders: Sequence[Order]) -> None:
     table = table_of("network", "plan", "size", "seconds")
+    table.columns[1].overflow = "fold"  # as in the list
     for each, order in zip(built, orders, strict=True):
         seconds = f"{each.seconds:.1f}" if each.seconds else "built before"
         table.add_row(order.label, each.record.name, _megabytes(each.record.bytes), seconds)
