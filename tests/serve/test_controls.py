@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import urllib.request
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
@@ -85,6 +86,12 @@ def api(url: str) -> Iterator[webuiapi.WebUIApi]:
     client = webuiapi.WebUIApi(baseurl=f"{url}/sdapi/v1")
     yield client
     client.session.close()
+
+
+def test_kinds_are_told(url: str) -> None:
+    with urllib.request.urlopen(f"{url}/latentrt/model") as answer:
+        told = json.load(answer)
+    assert (told["controls"], told["control_kinds"]) == (["edges"], {"edges": "controlnet"})
 
 
 # The client writes units into its default of alwayson_scripts, for all later calls: each call here gives its own.

@@ -60,7 +60,7 @@ def controls_of(units: Mapping[str, Unit] | None, catalog: Catalog, most_bytes: 
 def check_name(param: str, name: str, catalog: Catalog) -> None:
     """Refuse a ControlNet that the server does not have. Raise Problem."""
     if name not in catalog.controls:
-        raise unknown(param, name, catalog.controls or ("none: this server has no ControlNets",))
+        raise unknown(param, name, tuple(catalog.controls) or ("none: this server has no ControlNets",))
 
 
 def read(controls: Mapping[str, Control], size: tuple[int, int], most_pixels: int) -> dict[str, Control]:
