@@ -8,7 +8,7 @@ from pathlib import Path
 
 from latentrt.adapters.given import parsed
 from latentrt.bundle.bundle import MANIFEST, Bundle, located, located_lora
-from latentrt.bundle.spec import ADD_ONS, CONTROLNET
+from latentrt.bundle.spec import ADD_ONS, CONTROLNETS
 from latentrt.engine import Engine
 from latentrt.errors import ExportError
 from latentrt_export.checkpoint.lone_control import ADAPTER, PART
@@ -60,7 +60,7 @@ def _controls(
     if spec.kind not in ADD_ONS:
         needed = f"the bundle of a {' or '.join(ADD_ONS.values())}, or a LoRA"
         raise ExportError(f"{spec.id} with --base is a model", needed=needed, fix="leave out --base")
-    part = PART if spec.kind == CONTROLNET else ADAPTER
+    part = PART if spec.kind in CONTROLNETS else ADAPTER
     with (
         checkpoint_of(add_on.root / part if against is None else against) as source,
         plain_folder(_checked(source, part, add_on)) as folder,

@@ -14,14 +14,16 @@ import torch
 from PIL import Image
 
 from latentrt.bundle.bundle import Bundle
-from latentrt.bundle.spec import CONDITIONER, CONTROL, CONTROLNET, FP16, FP32, HINT, ModelSpec
+from latentrt.bundle.spec import CONDITIONER, CONTROL, CONTROLNET_UNION, CONTROLNETS, FP16, FP32, HINT, ModelSpec
 from latentrt.engine import Engine
 from latentrt.errors import RequestError, ScheduleError
-from latentrt.model.control import BEFORE, FACTORS, PICTURE, SCALE
+from latentrt.model.control import BEFORE, FACTORS, PICTURE, SCALE, TYPE
 from latentrt.model.predictor import inputs_of
 from latentrt.runtime.base import Network, call
 from latentrt.runtime.signature import shape_of
-from latentrt_export.checkpoint.lone_control import ADAPTER, ADAPTER_KIND, KIND, PART
+from latentrt_export.checkpoint.files import read_json
+from latentrt_export.checkpoint.lone_control import ADAPTER, PART
+from latentrt_export.checkpoint.lone_vae import CONFIG
 from latentrt_export.verify.checks import Array, Check, difference, not_served, psnr, relative_l2, worst
 from latentrt_export.verify.images import LATENTS_BOUND, PSNR_BOUND, run_engine, run_of
 from latentrt_export.verify.networks import (
@@ -35,6 +37,7 @@ from latentrt_export.verify.networks import (
 from latentrt_export.verify.reference import PROMPTS, Run, Theirs, comparing, run_pipeline
 
 NAME = "control"  # of the add-on in the engine
+KIND = 1  # of maps, of a ControlNet Union
 STRENGTH = 0.7  # of its residuals, at the network depth
 TEXT, EDIT, INPAINT = "", "Img2Img", "Inpaint"  # of the names of diffusers' ControlNet pipelines
 GUIDANCE, SEED = 3.0, 7
@@ -62,7 +65,8 @@ ADAPTED_XL = (Case("text, until 0.6", TEXT, {"scale": 0.8, "end": 0.6}, {}),)
 
 def open_theirs(spec: ModelSpec, checkpoint: Path) -> Any:
     """Return an add-on's torch module as diffusers loads it, in float32."""
-    kind, folder = (KIND, PART) if spec.kind == CONTROLNET else (ADAPTER_KIND, ADAPTER)
+    folder = PART if spec.kind in CONTROLNETS else ADAPTER
+    kind = str(read_json(checkpoint / folder / CONFIG)["_class_name"])
     with comparing(kind):
         module = getattr(diffusers, kind).from_pretrained(
             checkpoint / folder, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True
@@ -85,7 +89,7 @@ def residual_checks(engine: Engine, bundle: Bundle, theirs: Any) -> Iterator[Che
     runs: list[dict[str, Array]] = []
     pairs: dict[str, list[tuple[Array, Array]]] = {output: [] for output in outputs}
     sizes = sizes_of(replace(latents, multiple=lcm(latents.multiple, spec.latents.multiple)))
-    for guess, size in zip((False, spec.kind == CONTROLNET), sizes, strict=True):
+    for guess, size in zip((False, spec.kind in CONTROLNETS), sizes, strict=True):
         feeds = _feeds(engine, spec, names, size, guess=guess)
         runs.append(_called(networks, feeds))
         with torch.no_grad(), comparing(type(theirs).__name__):
@@ -121,6 +125,8 @@ def _feeds(
         SCALE: np.full(len(PROMPTS), STRENGTH, np.float32),
         FACTORS: np.tile(factors.astype(np.float32), (len(PROMPTS), 1)),
     }
+    if TYPE in read:
+        own[TYPE] = np.tile(np.eye(int(read[TYPE].shape[1]), dtype=np.float32)[KIND], (len(PROMPTS), 1))
     rest = [tensor for name, tensor in read.items() if name not in own]
     feeds = {**drawn(engine, rest, PROMPTS, size), **own}
     return {name: np.zeros_like(array) if name.endswith(BEFORE) else array for name, array in feeds.items()}
@@ -134,15 +140,26 @@ def _called(networks: Mapping[str, Network], feeds: Mapping[str, Array]) -> dict
 
 
 def _residuals(theirs: Any, feeds: Mapping[str, torch.Tensor], *, guess: bool) -> tuple[torch.Tensor, ...]:
-    """Return what diffusers' pipelines give to the UNet."""
+    """Return what diffusers' pipelines give to the UNet.
+
+    A Union attends over the lanes of a call, as if they were what it reads together; here each is run alone.
+    """
     if isinstance(theirs, diffusers.T2IAdapter):
         return tuple(one * STRENGTH for one in theirs(feeds[PICTURE]))
+    union, lanes = isinstance(theirs, diffusers.ControlNetUnionModel), len(feeds[PICTURE])
+    if union and lanes > 1:
+        each = [
+            _residuals(theirs, {key: one[i : i + 1] for key, one in feeds.items()}, guess=guess) for i in range(lanes)
+        ]
+        return tuple(map(torch.cat, zip(*each, strict=True)))
+    types = {"control_type": feeds[TYPE], "control_type_idx": [KIND]} if union else {}
     added = {name: feeds[name] for name in ("text_embeds", "time_ids") if name in feeds}
     down, middle = theirs(
         feeds["sample"],
         feeds["timestep"],
         feeds.get("encoder_hidden_states"),
-        feeds[PICTURE],
+        [feeds[PICTURE]] if union else feeds[PICTURE],
+        **types,
         conditioning_scale=STRENGTH,
         guess_mode=guess,
         added_cond_kwargs=added or None,
@@ -183,18 +200,21 @@ def controlled_checks(engine: Engine, spec: ModelSpec, pipelines: Theirs, theirs
 
 def _cases(engine: Engine, spec: ModelSpec) -> tuple[Case, ...]:
     """Return the runs that both sides can make."""
-    if spec.kind != CONTROLNET:
+    if spec.kind not in CONTROLNETS:
         own = ADAPTED_XL if "time_ids" in engine.model.predictor.inputs else ADAPTED
         return own if not engine.model.pictures else ()
     if engine.model.reads_masks:
         return tuple(case for case in CASES if case.kind == INPAINT)
-    return CASES if not engine.model.pictures else ()
+    # diffusers 0.42's pipelines of Unions fail in guess mode with guidance: they give types for two lanes, and run one.
+    cases = tuple(case for case in CASES if not (spec.kind == CONTROLNET_UNION and case.control.get("guess")))
+    return cases if not engine.model.pictures else ()
 
 
 def _run(engine: Engine, spec: ModelSpec, case: Case, steps: int) -> Run:
     """Return a case as both sides get it, of a size that the add-on reads too."""
-    control = {**case.control, "image": Image.new("L", (1, 1))}
-    run = run_of(engine, PROMPTS, {"steps": steps, "solver": None, "seed": SEED, "guidance": GUIDANCE})
+    control = {**case.control, **({"type": KIND} if spec.kind == CONTROLNET_UNION else {})}
+    prompts = PROMPTS[:1] if spec.kind == CONTROLNET_UNION else PROMPTS  # of which theirs mixes the pictures of a batch
+    run = run_of(engine, prompts, {"steps": steps, "solver": None, "seed": SEED, "guidance": GUIDANCE})
     step = spec.latents.step
     height, width = (max(run.settings[side] // step, 1) * step for side in ("height", "width"))
     control["image"] = _map(height, width, spec.networks[spec.named(HINT)[0]].inputs[0].shape[1] == 1)
@@ -203,7 +223,7 @@ def _run(engine: Engine, spec: ModelSpec, case: Case, steps: int) -> Run:
     image = (np.stack([columns, rows, rows * columns], axis=-1) * 255).astype(np.uint8)
     mask = (np.hypot(columns - 0.4, rows - 0.4) < 0.2).astype(np.uint8) * np.uint8(255)
     pictures = {TEXT: {}, EDIT: {"image": image}, INPAINT: {"image": image, "mask": mask}}[case.kind]
-    return Run(PROMPTS, settings, pictures)
+    return Run(prompts, settings, pictures)
 
 
 def _map(height: int, width: int, grey: bool) -> Image.Image:
@@ -225,11 +245,13 @@ def _told(pipelines: Theirs, case: Case, run: Run, theirs: Any, *, guess: bool) 
         pipe = pipelines.pipeline(kind=f"StableDiffusion{xl}AdapterPipeline", adapter=theirs)
         told = {"adapter_conditioning_scale": own["scale"], "image": [own["image"]] * len(run.prompts)}
         return pipe, told | ({"adapter_conditioning_factor": own["end"]} if "end" in own else {})
-    pipe = pipelines.pipeline(kind=f"StableDiffusion{xl}ControlNet{case.kind}Pipeline", controlnet=theirs)
-    return pipe, {
+    union = isinstance(theirs, diffusers.ControlNetUnionModel)
+    name = f"StableDiffusion{xl}ControlNet{'Union' if union else ''}{case.kind}Pipeline"
+    told = {
         "controlnet_conditioning_scale": own.get("scale", 1.0),
         "control_guidance_start": own.get("start", 0.0),
         "control_guidance_end": own.get("end", 1.0),
         "guess_mode": guess or own.get("guess", False),
-        "image" if case.kind == TEXT else "control_image": own["image"],
+        "control_image" if union or case.kind != TEXT else "image": own["image"],
     }
+    return pipelines.pipeline(kind=name, controlnet=theirs), told | ({"control_mode": KIND} if union else {})

@@ -21,7 +21,7 @@ from latentrt_export.merge_bundle import merge_bundle
 from latentrt_export.verify.add_ons import verify_add_on
 from latentrt_export.verify.checks import Check
 from latentrt_export.verify.verify import verify
-from tests.support.models.controlnets import POOLS
+from tests.support.models.controlnets import POOLS, UNION
 from tests.support.models.loras import EVERYWHERE, PRODUCTS, write_lora
 
 Exported = Callable[[str], tuple[Path, Path]]
@@ -40,17 +40,19 @@ def measured(checks: list[Check]) -> dict[str, float]:
         ("sd", "control-sd-1", 5),
         pytest.param("sdxl", f"control-sdxl-{POOLS}", 5, marks=pytest.mark.slow),
         ("sd-inpainting", "control-sd-1", 1),
+        ("sdxl", f"control-sdxl-{UNION}", 4),  # diffusers' pipelines of Unions have no guess mode that works
         ("sd", "adapter-colour", 1),
         ("sdxl", "adapter-grey", 1),
     ],
 )
 def test_add_ons_equal_diffusers(exported: Exported, base: str, add_on: str, images: int) -> None:
     """With what their bundles hold, and with the checkpoint."""
-    exported("sd")  # of which the ControlNets are made
+    exported("sd")  # of which the ControlNets of the inpainting model are made
     model, bundle = exported(base)[1], exported(add_on)[1]
     found = measured(list(verify_add_on(str(bundle), model, steps=3)))
     networks = {what: value for what, value in found.items() if what.startswith("network")}
-    assert all(value < (3e-3 if "in float16" in what else 4e-6) for what, value in networks.items())
+    most = 1.5e-5 if str(UNION) in add_on else 4e-6
+    assert all(value < (3e-3 if "in float16" in what else most) for what, value in networks.items())
     pictures = [value for what, value in found.items() if "PSNR" in what]
     assert len(pictures) == images
     assert min(pictures) > 60

@@ -39,7 +39,7 @@ class Catalog:
         fields: those of a request that some models do not read, and this one does.
         pictures: those that every request brings, by their use.
         reads: those that a request may bring.
-        controls: its ControlNets' and T2I-Adapters' kinds ("controlnet", "t2i_adapter") by name.
+        controls: its ControlNets' and T2I-Adapters' kinds ("controlnet", ...) by name.
         shows_picture: whether the model reads the given picture beside the latents, so that an edit has no strength.
         enlarges: how many times as large as the given picture the drawn one is.
         own_solver: the engine's name of the usual solver.

@@ -27,6 +27,7 @@ class Unit(BaseModel):
     start: Annotated[float, Field(ge=0, le=1, description="The part of the run before it acts.")] = 0.0
     end: Annotated[float, Field(ge=0, le=1, description="The part of the run after which it acts no more.")] = 1.0
     guess: Annotated[bool, Field(description="It acts on the lane with the prompt alone (guess mode).")] = False
+    type: Annotated[str | int | None, Field(description="The map's kind, of a ControlNet Union: canny, or 3.")] = None
 
 
 @dataclass(frozen=True, slots=True)
