@@ -68,6 +68,8 @@ class Control:
         start, end: the part of the run, as fractions of its rows, in which it acts.
         guess: whether it acts on the lane with the prompt alone, and less on finer details: diffusers' guess mode,
             which T2I-Adapters do not have.
+        type: which of the kinds of maps that a ControlNet Union reads the image is: "canny", or its number; None for
+            others.
 
     Raises:
         RequestError: a value is out of range.
@@ -78,15 +80,18 @@ class Control:
     start: float = 0.0
     end: float = 1.0
     guess: bool = False
+    type: str | int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("scale", "start", "end", "guess"):
+        for name in ("scale", "start", "end", "guess", "type"):
             object.__setattr__(self, name, plain(getattr(self, name)))
         _number("a control's scale", self.scale, 0.0, 1000.0)
         _number("a control's start", self.start, 0.0, 1.0)
         _number("a control's end", self.end, self.start, 1.0)
         if not isinstance(self.guess, bool):
             raise RequestError(f"a control's guess is {self.guess!r}", needed="True or False")
+        if self.type is not None and not is_text(self.type) and not is_whole(self.type):
+            raise RequestError(f"a control's type is {self.type!r}", needed="a name, or a whole number")
 
     @classmethod
     def of(cls, value: Any) -> Control:

@@ -13,6 +13,7 @@ from latentrt.bundle.spec import (
     CONDITIONER,
     CONTROL,
     CONTROLNET,
+    CONTROLNET_UNION,
     DECODER,
     DENOISER,
     ENCODER,
@@ -33,7 +34,7 @@ from latentrt.sampling.schedule import Schedule
 from latentrt.values import is_whole
 from latentrt_export.checkpoint.corrections import corrections_of, drawn_by
 from latentrt_export.checkpoint.files import read_json
-from latentrt_export.checkpoint.lone_control import ADAPTER, FULL_XL, PART, adapter_factor, hint_levels
+from latentrt_export.checkpoint.lone_control import ADAPTER, FULL_XL, PART, UNION, adapter_factor, hint_levels
 from latentrt_export.checkpoint.served import (
     EDITING,
     EXTRA,
@@ -102,9 +103,16 @@ def model_spec(checkpoint: Checkpoint, networks: Mapping[str, NetworkSpec], how:
         defaults=_defaults(checkpoint),
         corrections=_corrections(checkpoint),
         made=how,
-        kind=CONTROLNET if control is not None else T2I_ADAPTER if ADAPTER in configs else MODEL,
+        kind=_kind(configs),
         conditional_only=bool(control and control.get("global_pool_conditions")),
     )
+
+
+def _kind(configs: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return a bundle's kind by its networks' configs."""
+    if PART in configs:
+        return CONTROLNET_UNION if configs[PART].get("_class_name") == UNION else CONTROLNET
+    return T2I_ADAPTER if ADAPTER in configs else MODEL
 
 
 def notes_of(checkpoint: Checkpoint, spec: ModelSpec) -> tuple[str, ...]:

@@ -12,9 +12,10 @@ from latentrt.errors import BundleError, RequestError
 
 ROLES = ("text_encoder", "conditioner", "denoiser", "shallow", "decoder", "encoder", "hint", "control")
 TEXT_ENCODER, CONDITIONER, DENOISER, SHALLOW, DECODER, ENCODER, HINT, CONTROL = ROLES
-KINDS = ("model", "controlnet", "t2i_adapter")  # of bundles; that of a VAE alone is a part of a model
-MODEL, CONTROLNET, T2I_ADAPTER = KINDS
-ADD_ONS = {CONTROLNET: "ControlNet", T2I_ADAPTER: "T2I-Adapter"}  # as people name them
+KINDS = ("model", "controlnet", "controlnet_union", "t2i_adapter")  # of bundles; that of a VAE alone is of a model
+MODEL, CONTROLNET, CONTROLNET_UNION, T2I_ADAPTER = KINDS
+CONTROLNETS = (CONTROLNET, CONTROLNET_UNION)
+ADD_ONS = {CONTROLNET: "ControlNet", CONTROLNET_UNION: "ControlNet Union", T2I_ADAPTER: "T2I-Adapter"}
 FP32, FP32_ORT_CPU = "fp32", "fp32-ort-cpu"  # variants that export writes; all but the first are optional
 FP16, FP16_ORT_CUDA = "fp16", "fp16-ort-cuda"
 ADAPTED = "+lora"  # ends the names of variants that take LoRAs of each lane too

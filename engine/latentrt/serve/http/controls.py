@@ -27,6 +27,7 @@ class Unit(BaseModel):
     start: Annotated[float, Field(ge=0, le=1, description="The part of the run before it acts.")] = 0.0
     end: Annotated[float, Field(ge=0, le=1, description="The part of the run after which it acts no more.")] = 1.0
     guess: Annotated[bool, Field(description="It acts on the lane with the prompt alone (guess mode).")] = False
+    type: Annotated[str | int | None, Field(description="The map's kind, of a ControlNet Union: canny, or 3.")] = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ def controls_of(units: Mapping[str, Unit] | None, catalog: Catalog, most_bytes: 
 def check_name(param: str, name: str, catalog: Catalog) -> None:
     """Refuse a ControlNet that the server does not have. Raise Problem."""
     if name not in catalog.controls:
-        raise unknown(param, name, catalog.controls or ("none: this server has no ControlNets",))
+        raise unknown(param, name, tuple(catalog.controls) or ("none: this server has no ControlNets",))
 
 
 def read(controls: Mapping[str, Control], size: tuple[int, int], most_pixels: int) -> dict[str, Control]:

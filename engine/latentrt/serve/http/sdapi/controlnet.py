@@ -33,6 +33,8 @@ RESIZING: tuple[tuple[str, ...], ...] = (  # by resize_mode
 )
 BALANCED, PROMPT, CONTROL = "Balanced", "My prompt is more important", "ControlNet is more important"
 MODES = (BALANCED, PROMPT, CONTROL)  # by control_mode
+UNION = ("OpenPose", "Depth", "Soft Edge", "Hard Edge", "Normal Map", "Segmentation", "Tile", "Inpaint")  # by number
+UNKNOWN = "Unknown"  # of a ControlNet that is no Union
 
 
 class Unit(BaseModel):
@@ -54,6 +56,7 @@ class Unit(BaseModel):
     guidance_end: Annotated[float, Field(ge=0, le=1)] = 1.0
     control_mode: int | str = 0
     hr_option: str = "Both"
+    union_control_type: str | None = None
 
 
 def _value(given: float, usual: float) -> float:
@@ -137,7 +140,10 @@ def _control(
         raise Problem(f"hr_option is {unit.hr_option[:100]!r}", needed="Both", param="hr_option")
     fit = partial(_fitted, unit=unit, module=module, mode=_chosen("resize_mode", unit.resize_mode, RESIZING))
     scale, start, end, guess = unit.weight, unit.guidance_start, unit.guidance_end, MODES[mode] == CONTROL
-    return {name: Control(Sent(_file(unit, given, most), fit), scale=scale, start=start, end=end, guess=guess)}
+    kind = unit.union_control_type or UNKNOWN
+    number = None if kind == UNKNOWN else _chosen("union_control_type", kind, [(each,) for each in UNION])
+    sent = Sent(_file(unit, given, most), fit)
+    return {name: Control(sent, scale=scale, start=start, end=end, guess=guess, type=number)}
 
 
 def _file(unit: Unit, given: File | None, most: int) -> File:
