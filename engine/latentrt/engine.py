@@ -21,6 +21,7 @@ from latentrt.errors import RequestError
 from latentrt.images.pixels import to_picture, to_pil, to_uint8
 from latentrt.model.codec import decode_each
 from latentrt.model.conditioners.adapters import Adapters
+from latentrt.model.conditioners.ip_adapter import NO_IP_ADAPTERS
 from latentrt.model.control import NO_CONTROLS
 from latentrt.model.given import Given
 from latentrt.model.model import Model
@@ -67,11 +68,13 @@ class Engine:
         vae: VaeOptions = OWN,
         adapters: Adapters | None = None,
         controls: Mapping[str, Bundle] = NO_CONTROLS,
+        ip_adapters: Mapping[str, Bundle] = NO_IP_ADAPTERS,
     ) -> None:
         self.bundle, self.backend = bundle, backend
         resident = resident or backend.gpu is not None
         with ExitStack() as opened:
-            made = Model(bundle, backend, resident=resident, vae=vae, controls=controls, adapters=adapters)
+            add_ons: dict[str, Any] = {"adapters": adapters, "controls": controls, "ip_adapters": ip_adapters}
+            made = Model(bundle, backend, resident=resident, vae=vae, **add_ons)
             self.model = opened.enter_context(closing(made))
             self.refiner = None
             if refiner is not None:
@@ -106,6 +109,7 @@ class Engine:
         preview_vae: str | Path | None = None,
         tile: int | None = None,
         control: Mapping[str, str | Path] | None = None,
+        ip_adapter: Mapping[str, str | Path] | None = None,
         lora: Loras = (),
         allow_unmatched: bool = False,
         adapters: Mapping[str, str | Path] | str | Path | None = None,
@@ -130,7 +134,8 @@ class Engine:
             check_hashes: compare every file's SHA-256 with the manifest (sizes are always compared).
             refiner: the bundle of a model that takes over at a request's `handoff`.
             vae, preview_vae: bundles whose VAE takes the place of the model's own, and whose decoder makes previews.
-            control: bundles of ControlNets and T2I-Adapters by the names that calls have for them.
+            control, ip_adapter: bundles of ControlNets and T2I-Adapters, and of IP-Adapters, by the names that calls
+                have for them.
             tile: decode and encode pictures with a longer side in tiles of so many pixels; None: at once.
             lora: LoRAs that are merged into the model's weights in memory, each "FILE", "FILE:0.8" or, of the UNet and
                 of the text encoders, "FILE:0.8:0.5"; or strengths by file. Not with OpenVINO. See `set_lora`.
@@ -147,11 +152,13 @@ class Engine:
         opened = partial(Bundle.open, check_hashes=check_hashes, cache=cache)
         second = None if refiner is None else opened(refiner)
         vaes = VaeOptions.open(vae, preview_vae, tile, check_hashes=check_hashes, cache=cache)
-        controls = {name: opened(folder) for name, folder in (control or {}).items()}
+        controls, shown = (
+            {name: opened(folder) for name, folder in (given or {}).items()} for given in (control, ip_adapter)
+        )
         first, loras = opened(bundle), loras_of(lora, allow_unmatched=allow_unmatched)
         first = with_loras(first, loras, allow_unmatched=allow_unmatched)
         make = partial(cls, first, lanes=lanes, resident=resident, capture=capture, controls=controls)
-        make = partial(make, refiner=second, vae=vaes, adapters=Adapters.of(adapters, adapter_rank))
+        make = partial(make, ip_adapters=shown, refiner=second, vae=vaes, adapters=Adapters.of(adapters, adapter_rank))
         if isinstance(backend, str):
             own = open_backend(backend, device, threads, precision=precision, plans=plans, cache=cache, spin=spin)
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from latentrt.bundle.spec import (
     FP16_ORT_CUDA,
     FP32,
     FP32_ORT_CPU,
+    PROMPTED,
     TEXT_ENCODER,
     Islands,
     ModelSpec,
@@ -35,6 +36,7 @@ from latentrt_export.graphs.cuda_graph import cuda_path, for_cuda
 from latentrt_export.graphs.half import half_path, to_half
 from latentrt_export.graphs.parts.adapters import adapted_path, read_adapters
 from latentrt_export.graphs.parts.control import adapted_skips, control_path, name_sides, read_residuals
+from latentrt_export.graphs.parts.image_prompts import prompted_path, read_image_prompts
 from latentrt_export.graphs.ranges import measure_networks, overflowing, too_large
 
 
@@ -125,7 +127,7 @@ def add_adapters(root: Path, spec: ModelSpec) -> ModelSpec:
         for name in spec.named(role):
             own = {key: one for key, one in spec.networks[name].variants.items() if not key.endswith(ADAPTED)}
             plain = [key for key in own if key.partition("+")[0] in (FP32, FP32_ORT_CPU, FP16)]
-            taken = {f"{key}{ADAPTED}": _adapted(root, own[key]) for key in plain}
+            taken = {f"{key}{ADAPTED}": _with_inputs(root, own[key], adapted_path, read_adapters) for key in plain}
             networks[name] = replace(
                 spec.networks[name], variants=own | {key: one for key, one in taken.items() if one is not None}
             )
@@ -135,13 +137,31 @@ def add_adapters(root: Path, spec: ModelSpec) -> ModelSpec:
     return replace(spec, networks=networks)
 
 
-def _adapted(root: Path, known: Variant) -> Variant | None:
-    """Write a graph with LoRAs as inputs; None where it takes none."""
+def add_image_prompts(root: Path, spec: ModelSpec) -> ModelSpec:
+    """Write the denoiser's graphs for ONNX Runtime on a CPU again, with and without residuals of ControlNets and
+    T2I-Adapters, so that they look at pictures (`graphs.parts.image_prompts`).
+
+    Denoisers without cross attention to a text stay as they are.
+    """
+    if not spec.draws or not spec.named(TEXT_ENCODER):
+        return spec
+    network = spec.networks[spec.denoiser]
+    own = {key: one for key, one in network.variants.items() if not key.endswith((PROMPTED, ADAPTED))}
+    plain = [key for key in own if key.partition("+")[0] in (FP32, FP32_ORT_CPU)]
+    made = {f"{key}{PROMPTED}": _with_inputs(root, own[key], prompted_path, read_image_prompts) for key in plain}
+    variants = {**network.variants} | {key: one for key, one in made.items() if one is not None}
+    return replace(spec, networks={**spec.networks, spec.denoiser: replace(network, variants=variants)})
+
+
+def _with_inputs(
+    root: Path, known: Variant, path_of: Callable[[str], str], read: Callable[[ir.Model], tuple[ir.Value, ...]]
+) -> Variant | None:
+    """Write a graph again with the inputs that `read` adds; None where it adds none."""
     model = ir.load(root / known.path)
-    given = signature(read_adapters(model))
+    given = signature(read(model))
     if not given:
         return None
-    path = adapted_path(known.path)
+    path = path_of(known.path)
     ir.save(model, root / path)
     inputs = (*known.inputs, *(TensorSpec(each.name, "float32", each.shape) for each in given))
     dtypes = {**known.dtypes, **{each.name: each.dtype for each in given if each.dtype != "float32"}}
