@@ -25,7 +25,6 @@ RESIDUAL = "residual_"  # begins the names of these: residual_0, residual_1, ...
 ADAPTER = "adapter_"  # and of a T2I-Adapter's: adapter_0, adapter_1, ...
 PROMPTED = "+ip_adapter"  # and of those that read keys and values of image prompts, of each of the above too
 IMAGE_KEYS, IMAGE_VALUES = "image_keys.", "image_values."  # begin the names of these: image_keys.PLACE
-IMAGE_EMBEDS, IMAGE_STATES = "image_embeds", "image_states"  # what image encoders give
 TAKEN = {ADAPTED: (LORA,), PROMPTED: (IMAGE_KEYS, IMAGE_VALUES)}
 INT8, INT8_ORT_CPU = "int8", "int8-ort-cpu"  # a precision, and the graph that a denoiser has for it
 
@@ -321,9 +320,10 @@ class ModelSpec:
             BundleError: there is none.
         """
         if not self.draws:
-            name, options = ADD_ONS.get(self.kind, "VAE"), {MODEL: "--vae", IP_ADAPTER: "--ip-adapter-model"}
-            fix = f"pass it beside one: {options.get(self.kind, '--controlnet')}"
-            raise BundleError(f"{self.id} has no denoiser: it is a {name}", needed="a model", fix=fix)
+            name = ADD_ONS.get(self.kind, "VAE")
+            option = {MODEL: "--vae, --preview-vae", IP_ADAPTER: "--ip-adapter-model"}.get(self.kind, "--controlnet")
+            found = f"{self.id} has no denoiser: it is {'an' if self.kind == IP_ADAPTER else 'a'} {name}"
+            raise BundleError(found, needed="a model", fix=f"pass it beside one: {option}")
         return self.named(DENOISER)[0]
 
     def graph(self, network: str, *variants: str) -> GraphSpec:

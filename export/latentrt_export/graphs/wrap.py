@@ -24,8 +24,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
-from latentrt.bundle.spec import IMAGE_EMBEDS, IMAGE_STATES
 from latentrt.errors import ExportError
+from latentrt.model.conditioners.ip_adapter import IMAGE_EMBEDS, IMAGE_STATES, KEYS, VALUES
 from latentrt_export.checkpoint.add_ons import ip_adapter
 from latentrt_export.checkpoint.files import read_json
 from latentrt_export.checkpoint.lone_control import ADAPTER, PART, adapter_factor, hint_levels
@@ -236,7 +236,7 @@ def _ip_adapter(root: Path, name: str, tokens: int) -> Network:
     size, patch = (next(one[key] for one in sides if key in one) for key in ("image_size", "patch_size"))
     shape = ((size // patch) ** 2 + 1, own.width) if own.plus else (own.width,)
     inputs = _examples({IMAGE_STATES if own.plus else IMAGE_EMBEDS: (shape, BATCH)})
-    outputs = (f"{kind}.{layer}" for layer in range(len(own.channels)) for kind in ("keys", "values"))
+    outputs = (f"{kind}{layer}" for layer in range(len(own.channels)) for kind in (KEYS, VALUES))
     return Network(module, inputs, tuple(outputs), name)
 
 

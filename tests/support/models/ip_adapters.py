@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -24,28 +25,25 @@ ENCODER = {
 }
 
 
-def tiny_ip_adapter(
-    file: Path, base: Path, *, plus: bool = False, seed: int = 0, dtype: torch.dtype = torch.float32
-) -> Path:
-    """Write an IP-Adapter for the UNet of a checkpoint, and image_encoder/ beside it; return the file."""
-    torch.manual_seed(seed)
+def tiny_ip_adapter(file: Path, base: Path, *, plus: bool = False) -> None:
+    """Write an IP-Adapter for the UNet of a checkpoint, in float16 if it is no plus, and image_encoder/ beside it."""
+    file.parent.mkdir(parents=True)
     unet = UNet2DConditionModel.from_pretrained(base / "unet")
-    channels = tuple(
-        unet.get_submodule(name.removesuffix(".processor")).to_q.out_features
-        for name in unet.attn_processors
-        if name.endswith("attn2.processor")
-    )
-    encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**ENCODER))
-    with torch.no_grad():
-        for value in encoder.parameters():
-            value.normal_(0, 0.2)
-    if not (file.parent / "image_encoder").exists():
-        encoder.save_pretrained(file.parent / "image_encoder")
+    attentions = [name.removesuffix(".processor") for name in unet.attn_processors if "attn2" in name]
+    channels = tuple(unet.get_submodule(name).to_q.out_features for name in attentions)
+    torch.manual_seed(0)
+    encoder = _drawn(CLIPVisionModelWithProjection(CLIPVisionConfig(**ENCODER)))  # the same for all kinds
     cross = unet.config.cross_attention_dim
     own = IpAdapter(True, 24, 16, cross, channels, 32, 4, 2) if plus else IpAdapter(False, 20, 4, cross, channels)
-    model = ImagePrompt(own).model
+    model = _drawn(ImagePrompt(own).model)
+    encoder.save_pretrained(file.parent / "image_encoder")
+    kind = torch.float32 if plus else torch.float16
+    save_file({name: value.to(kind).contiguous() for name, value in model.state_dict().items()}, file)
+
+
+def _drawn(module: Any) -> Any:
+    """Return a module with random weights, large enough that a picture changes what is drawn."""
     with torch.no_grad():
-        for name, value in model.named_parameters():
+        for name, value in module.named_parameters():
             value.normal_(1.0 if "norm" in name and name.endswith("weight") else 0.0, 0.3)
-    save_file({name: value.to(dtype).contiguous() for name, value in model.state_dict().items()}, file)
-    return file
+    return module

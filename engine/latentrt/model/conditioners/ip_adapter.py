@@ -23,7 +23,6 @@ from latentrt.bundle.bundle import Bundle
 from latentrt.bundle.spec import (
     CONDITIONER,
     HINT,
-    IMAGE_EMBEDS,
     IMAGE_KEYS,
     IMAGE_VALUES,
     IP_ADAPTER,
@@ -43,6 +42,7 @@ from latentrt.sampling.noise import NoiseSource
 
 Float32 = NDArray[np.float32]
 NO_IP_ADAPTERS: Mapping[str, Bundle] = {}
+IMAGE_EMBEDS, IMAGE_STATES = "image_embeds", "image_states"  # what image encoders give, one of both
 KEYS, VALUES = "keys.", "values."  # begin the names of what an add-on gives: keys.0, values.0, ...
 KEPT = 4  # pictures of each add-on
 MOST_TOKENS = 4096  # to which those of several are brought
