@@ -87,3 +87,17 @@ def test_what_the_options_of_controlnets_refuse(run: Run) -> None:
         (["--guess"], "--guess without a --control"),
     ):
         assert found in refused(run, "generate", "a cat", *options)
+
+
+def test_ip_adapters_show_pictures(run: Run, exported: Exported) -> None:
+    bundle, add_on = exported("sd")[1], exported("ip-sd-base")[1]
+    Image.fromarray(PICTURE).save("apple.png")
+    given = ["-b", str(bundle), "--ip-adapter-model", f"style={add_on}", "--steps", "2"]
+    code, out, _ = run("generate", "a cat", *given, "--ip-adapter", "style=apple.png:0.6", "-o", "cat.png")
+    assert (code, out.split()) == (0, ["cat.png"])
+    with Engine.load(bundle, check_hashes=False, ip_adapter={"style": add_on}) as engine:
+        (expected,) = engine("a cat", steps=2, ip_adapter={"style": {"image": PICTURE, "scale": 0.6}})
+    np.testing.assert_array_equal(np.asarray(Image.open("cat.png")), np.asarray(expected))
+    assert read_settings("cat.png")["ip_adapter"]["style"]["scale"] == 0.6
+    assert "--ip-adapter-model is 'style'" in refused(run, "generate", "a cat", "--ip-adapter-model", "style")
+    assert "an ip_adapter 'style', and" in refused(run, "generate", "a cat", "--ip-adapter", "style=apple.png")

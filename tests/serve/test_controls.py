@@ -40,7 +40,8 @@ MAP_TEXT = text_of(MAP)
 @pytest.fixture(scope="module")
 def served(exported: Exported) -> Iterator[Server]:
     bundle = exported("sd")[1]
-    yield from serving(bundle, control={"edges": exported("control-sd-1")[1], "grey": exported("control-sd-2")[1]})
+    controls = {"edges": exported("control-sd-1")[1], "grey": exported("control-sd-2")[1]}
+    yield from serving(bundle, control=controls, ip_adapter={"style": exported("ip-sd-base")[1]})
 
 
 def test_pictures_are_the_engines(served: Server) -> None:
@@ -64,6 +65,32 @@ def test_pictures_are_the_engines(served: Server) -> None:
     own = {"image": MAP.resize((24, 16), Image.Resampling.LANCZOS), "strength": 0.8}
     (expected,) = served.alone("a cat", control={"edges": MAP}, **own, **asked)
     np.testing.assert_array_equal(decoded(edited["data"][0]["b64_json"]), np.asarray(expected))
+
+
+def test_pictures_that_ip_adapters_show(served: Server) -> None:
+    """In generations and in edits, which are forms; and what is refused."""
+    asked = {"seed": 3, "steps": 2, "width": 24, "height": 16}
+    body = {"prompt": "a cat", "num_inference_steps": 2, "seed": 3, "size": "24x16"}
+    given = {"style": {"image": MAP_TEXT, "scale": {"up": 0.7}}}
+    shown = {"style": {"image": MAP, "scale": {"up": 0.7}}}
+    (drawn,) = served.post(DRAW, {**body, "ip_adapter": given})["data"]
+    (expected,) = served.alone("a cat", ip_adapter=shown, **asked)
+    np.testing.assert_array_equal(decoded(drawn["b64_json"]), np.asarray(expected))
+
+    form = {name: str(value) for name, value in body.items()} | {"ip_adapter": json.dumps(given)}
+    edited = served.ask("POST", EDIT, data=form, files={"image": base64.b64decode(MAP_TEXT)}).json()
+    own = {"image": MAP.resize((24, 16), Image.Resampling.LANCZOS), "strength": 0.8}
+    (expected,) = served.alone("a cat", ip_adapter=shown, **own, **asked)
+    np.testing.assert_array_equal(decoded(edited["data"][0]["b64_json"]), np.asarray(expected))
+
+    for wrong, param in (
+        ({"other": given["style"]}, "ip_adapter"),
+        ({"style": {"image": "no base64"}}, "ip_adapter.style.image"),
+        ({"style": {"image": MAP_TEXT, "scale": {"up": "much"}}}, None),
+        ({"style": {"image": MAP_TEXT, "scale": {"sideways": 1}}}, None),
+    ):
+        assert served.refusal(DRAW, {**body, "ip_adapter": wrong})["param"] == param
+    assert served.ask("GET", "/latentrt/model").json()["ip_adapters"] == ["style"]
 
 
 @pytest.fixture

@@ -185,9 +185,9 @@ def _scales(control: Control, rows: int) -> Float32:
     return np.asarray(acts, np.float32) * np.float32(control.scale)
 
 
-def controlnets_of(typed: Iterable[str]) -> dict[str, Path]:
-    """Return bundles by the names that requests have for them, of NAME=BUNDLE. Raise RequestError."""
-    return {name: Path(text) for name, text in named(typed, "--controlnet", "NAME=BUNDLE, as in edges=canny/").items()}
+def controlnets_of(typed: Iterable[str], option: str = "--controlnet") -> dict[str, Path]:
+    """Return bundles by the names that requests have for them, of an option's NAME=BUNDLE. Raise RequestError."""
+    return {name: Path(text) for name, text in named(typed, option, "NAME=BUNDLE, as in edges=canny/").items()}
 
 
 def controlled(bundle: Bundle, add_ons: Iterable[ModelSpec]) -> Bundle:

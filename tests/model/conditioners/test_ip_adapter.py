@@ -20,10 +20,12 @@ from latentrt.run.job import Job
 from latentrt.runtime.onnxruntime import OrtBackend
 from latentrt_export.checkpoint.source import open_checkpoint
 from latentrt_export.graphs.to_onnx import quiet
+from latentrt_export.merge_bundle import merge_bundle
 from latentrt_export.verify.checks import difference, psnr
 from latentrt_export.verify.images import run_engine
 from latentrt_export.verify.reference import Run, Theirs, plain_folder, run_pipeline
 from tests.support.gpu.host_gpu import host_gpu
+from tests.support.models.loras import write_lora
 
 Exported = Callable[[str], tuple[Path, Path]]
 Given = Mapping[str, Mapping[str, Any]]
@@ -116,16 +118,17 @@ def _given(case: Case) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def both(exported: Exported) -> Iterator[Callable[[str], Both]]:
-    """Return a function that opens both sides of a checkpoint, once; with a ControlNet too."""
+    """Return a function that opens both sides of a checkpoint, once; "sd" with a ControlNet too."""
     opened: dict[str, tuple[Both, Any]] = {}
 
     def make(name: str) -> Both:
         if name not in opened:
             source, bundle = exported(name)
             pairs = {kind: exported(f"ip-{name}-{kind}") for kind in PICTURES}
-            net, control = exported(f"control-{name}-1")
             add_ons: dict[str, Any] = {"ip_adapter": {kind: pair[1] for kind, pair in pairs.items()}}
-            engine = Engine.load(bundle, threads=1, check_hashes=False, control={"edges": control}, **add_ons)
+            net, control = exported("control-sd-1")
+            add_ons |= {"control": {"edges": control}} if name == "sd" else {}
+            engine = Engine.load(bundle, threads=1, check_hashes=False, **add_ons)
             plain = plain_folder(open_checkpoint(source))
             files = {kind: pair[0] for kind, pair in pairs.items()}
             opened[name] = Both(engine, Theirs(plain.__enter__(), engine), files, net), plain
@@ -197,10 +200,27 @@ def test_a_picture_does_not_depend_on_its_company(
     np.testing.assert_array_equal(plain.latents, alone[0].latents)
 
 
+def test_it_goes_with_loras(exported: Exported, tmp_path: Path) -> None:
+    """Of each request, and merged in memory while the engine runs: the same picture."""
+    source, bundle = exported("sd")
+    add_on, lora = exported("ip-sd-base")[1], write_lora(tmp_path / "style.safetensors", source, "kohya")
+    merge_bundle(bundle, tmp_path / "bundle", (), adapters=True)
+    asked: dict[str, Any] = {**SETTINGS, "steps": 2, "ip_adapter": {"base": PICTURE}}
+    options: dict[str, Any] = {"threads": 1, "check_hashes": False, "ip_adapter": {"base": add_on}}
+    with Engine.load(tmp_path / "bundle", adapters={"style": lora}, **options) as engine:
+        mixed = np.asarray(engine("a cat", lora={"style": 0.6}, **asked)[0])
+    with Engine.load(bundle, **options) as engine:
+        plain = np.asarray(engine("a cat", **asked)[0])
+        engine.set_lora(f"{lora}:0.6")
+        merged = np.asarray(engine("a cat", **asked)[0])
+    assert psnr(mixed, merged) > PSNR_BOUND
+    assert psnr(plain, merged) < 45
+
+
 def test_what_a_picture_carries(both: Callable[[str], Both]) -> None:
-    """And that the enlarged run looks at it too; networks that are dropped are loaded again."""
+    """And that the enlarged run looks at it too."""
     engine = both("sd").engine
-    asked: dict[str, Any] = {**SETTINGS, "steps": 1, "hires_scale": 1.5}
+    asked: dict[str, Any] = {**SETTINGS, "steps": 2, "hires_scale": 1.5}
     with_it = engine("a cat", **asked, ip_adapter={"base": {"image": PICTURE, "scale": {"up": 1}}})[0]
     without = engine("a cat", **asked)[0]
     assert psnr(np.asarray(with_it), np.asarray(without)) < 50

@@ -100,7 +100,7 @@ def _job(handle: Handle) -> Job:
 @router.get("/latentrt/model", responses=documented(401))
 async def model(context: Served) -> dict[str, Any]:
     """What a page or a client may offer: names, sizes, limits, defaults, solvers, and what the model reads: prompts,
-    class labels (below `classes`, where that is known), pictures to edit; `controls` and `loras` by
+    class labels (below `classes`, where that is known), pictures to edit; `controls`, `ip_adapters` and `loras` by
     name. `needs_picture`, `needs_mask` and `needs_depth` are those that it draws from alone. `strength` and `masks` say
     whether edits have them, `enlarges` how many times as large as the given picture the drawn one is (null: as large).
     """
@@ -133,6 +133,7 @@ async def model(context: Served) -> dict[str, Any]:
         **{name: name in catalog.fields for name in fields},
         "refiner": catalog.refiner,
         "controls": catalog.controls,
+        "ip_adapters": catalog.ip_adapters,
         "loras": catalog.loras,
         "classes": catalog.classes,
         "edits": catalog.edits,
