@@ -2,7 +2,7 @@
 
 A field whose type is None alone is one that the client knows and that is not supported: null passes, anything else is
 refused by name. `seed`, `negative_prompt`, `num_inference_steps`, `guidance_scale`, `scheduler`, `class_label`,
-`strength`, `depth`, `control`, `ip_adapter`, `timeout`, OWN and OF_EDITS are latentrt's own (`extra_body` in the client).
+`strength`, `depth`, `control`, `ip_adapter`, `timeout`, OWN and OF_EDITS are our own (`extra_body` in the client).
 
 Source: openai.types.image_generate_params, image_edit_params, images_response and the stream events, openai 3.54.
 """
