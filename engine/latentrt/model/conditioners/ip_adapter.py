@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,6 +31,7 @@ from latentrt.bundle.spec import (
 from latentrt.errors import EXPORT, BundleError, RequestError
 from latentrt.images.clip import clip_pixels
 from latentrt.model.conditioners.block_scales import scales_of
+from latentrt.model.conditioners.kept import Kept
 from latentrt.model.given import Given
 from latentrt.model.inputs import Conditioner, Inputs, Sides
 from latentrt.request import Request
@@ -75,31 +74,30 @@ class IpAdapter:
         self._encoder, self._body = self.networks[encoder], self.networks[body]
         (self._reads,), (gives,) = self.spec.networks[encoder].inputs, self.spec.networks[encoder].outputs
         self._gives = gives.name
-        self._seen: OrderedDict[str, Seen] = OrderedDict()
-        self._lock = Lock()
+        self._seen: Kept[Seen] = Kept(KEPT)
 
     @property
     def tokens(self) -> int:
         """How many it makes of a picture."""
         return int(self.spec.networks[self.spec.named(CONDITIONER)[0]].outputs[0].shape[1])
 
+    def prepared(self, image: Any) -> Float32:
+        """Return a picture as the image encoder reads it; one that is so already as it is. Raise as `clip_pixels`."""
+        side = int(self._reads.shape[2])
+        ready = isinstance(image, np.ndarray) and image.dtype == np.float32 and image.shape == (3, side, side)
+        return image if ready else clip_pixels(image, side)
+
     def see(self, image: Any) -> Seen:
         """Return keys and values of a picture. Raise RequestError where it cannot be used."""
-        pixels = clip_pixels(image, int(self._reads.shape[2]))
+        pixels = self.prepared(image)
         digest = f"sha256:{hashlib.sha256(pixels.tobytes()).hexdigest()}"
-        with self._lock:
-            known = self._seen.get(digest)
-        if known is None:
-            states = self._encode(pixels)
-            # Without a picture: an embedding of zeros, or the states of a picture that is zeros.
-            none = np.zeros_like(states) if self._gives == IMAGE_EMBEDS else self._encode(np.zeros_like(pixels))
-            known = Seen(self._keys(states), self._keys(none), digest)
-        with self._lock:
-            self._seen[digest] = known
-            self._seen.move_to_end(digest)
-            while len(self._seen) > KEPT:
-                self._seen.popitem(last=False)
-        return known
+        return self._seen(digest, lambda: self._looked(pixels, digest))
+
+    def _looked(self, pixels: Float32, digest: str) -> Seen:
+        states = self._encode(pixels)
+        # Without a picture: an embedding of zeros, or the states of a picture that is zeros.
+        none = np.zeros_like(states) if self._gives == IMAGE_EMBEDS else self._encode(np.zeros_like(pixels))
+        return Seen(self._keys(states), self._keys(none), digest)
 
     def _encode(self, pixels: Float32) -> Float32:
         return call(self._encoder, {self._reads.name: pixels[None]})[self._gives]
@@ -143,21 +141,27 @@ class ImagePrompts(Conditioner):
             for place, channels in self._places.items()
             for kind in self.inputs
         }
+        self._sides: Kept[Sides] = Kept(KEPT)  # pictures of one request share them
 
     def __call__(self, request: Request, given: Given | None, noise: NoiseSource) -> Sides:
         """See `Conditioner`."""
         asked = {number: one for number, one in enumerate(self.adapters) if one.name in request.ip_adapter}
         if not asked:
             return Sides.same(self._none)
+        own = [(number, one.see(request.ip_adapter[one.name].image)) for number, one in asked.items()]
+        scales = [scales_of(request.ip_adapter[one.name].scale, tuple(self._places)) for one in asked.values()]
+        key = tuple((number, seen.digest, scale) for (number, seen), scale in zip(own, scales, strict=True))
+        return self._sides(key, lambda: self._filled(own, scales))
+
+    def _filled(self, own: Sequence[tuple[int, Seen]], scales: Sequence[Sequence[float]]) -> Sides:
+        """Return the sides with what adapters, by their numbers, see, at each place by its scale."""
         sides = [{name: zeros.copy() for name, zeros in self._none.items()} for _ in range(2)]
-        for number, one in asked.items():
-            own = request.ip_adapter[one.name]
-            seen, scales = one.see(own.image), scales_of(own.scale, tuple(self._places))
+        for (number, seen), each in zip(own, scales, strict=True):
+            repeated = self._tokens // self.adapters[number].tokens
             for side, made in zip(sides, (seen.uncond, seen.cond), strict=True):
-                for layer, (place, scale) in enumerate(zip(self._places, scales, strict=True)):
-                    repeated = self._tokens // one.tokens
-                    side[f"{IMAGE_KEYS}{place}"][number] = np.tile(made[f"{KEYS}{layer}"], (repeated, 1))
+                for layer, (place, scale) in enumerate(zip(self._places, each, strict=True)):
                     values = made[f"{VALUES}{layer}"] * np.float32(scale)
+                    side[f"{IMAGE_KEYS}{place}"][number] = np.tile(made[f"{KEYS}{layer}"], (repeated, 1))
                     side[f"{IMAGE_VALUES}{place}"][number] = np.tile(values, (repeated, 1))
         return Sides(*sides)
 
@@ -183,9 +187,9 @@ def prompted(bundle: Bundle, backend: Backend, adapters: Mapping[str, Bundle]) -
         RequestError: the backend runs no such denoiser.
         BundleError: as of `looking`.
     """
-    if adapters and (backend.gpu is not None or backend.name != "onnxruntime"):
+    if adapters and backend.gpu is not None:
         found = f"IP-Adapters ({', '.join(adapters)}) with {backend.name} on {backend.device}"
-        raise RequestError(found, needed="onnxruntime on a CPU", fix="backend='onnxruntime', device='cpu'")
+        raise RequestError(found, needed="a CPU: there are no graphs for a GPU yet", fix="device='cpu'")
     return looking(bundle) if adapters else bundle
 
 
@@ -239,6 +243,15 @@ def check_ip_adapters(request: Request, adapters: Sequence[IpAdapter], model: st
     if request.ip_adapter and request.cache_interval > 1:
         found = f"cache_interval is {request.cache_interval} and there is an ip_adapter"
         raise RequestError(found, needed="one: shallow rows look at no pictures", fix="leave cache_interval out")
+
+
+def prepared_prompts(request: Request, adapters: Sequence[IpAdapter]) -> Request:
+    """Return a request with its image prompts as image encoders read them, for all its pictures. Raise RequestError."""
+    own = request.ip_adapter
+    ready = {
+        one.name: replace(own[one.name], image=one.prepared(own[one.name].image)) for one in adapters if one.name in own
+    }
+    return replace(request, ip_adapter=ready) if ready else request
 
 
 def ip_adapter_facts(request: Request, adapters: Sequence[IpAdapter]) -> dict[str, Any]:
