@@ -79,7 +79,7 @@ def make_checkpoint(name: str, folder: Path) -> None:
         return
     if name.startswith("ip-"):  # of a checkpoint that is there already: ip-sd-plus
         _, base, kind = name.split("-")
-        ip_adapters.tiny_ip_adapter(folder, folder.parent.with_name(base), plus=kind == "plus")
+        ip_adapters.tiny_ip_adapter(folder, folder.parent.with_name(base), kind)
         return
     if name.startswith("adapter-"):
         adapters.tiny_adapter(folder, name.removeprefix("adapter-"))

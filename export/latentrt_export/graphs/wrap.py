@@ -220,11 +220,11 @@ def _t2i_adapter(root: Path, name: str, tokens: int) -> Network:
 
 
 def _image_encoder(root: Path, name: str, tokens: int) -> Network:
-    plus = ip_adapter.read_ip_adapter(root / ip_adapter.FILE).plus
+    states = ip_adapter.read_ip_adapter(root / ip_adapter.FILE).reads_states
     model = _load(CLIPVisionModelWithProjection, root / name)
     side = model.config.image_size
     inputs = _examples({"pixel_values": ((3, side, side), BATCH)})
-    return Network(ImageEncoder(model, states=plus), inputs, (IMAGE_STATES if plus else IMAGE_EMBEDS,), name)
+    return Network(ImageEncoder(model, states=states), inputs, (IMAGE_STATES if states else IMAGE_EMBEDS,), name)
 
 
 def _ip_adapter(root: Path, name: str, tokens: int) -> Network:
@@ -234,8 +234,8 @@ def _ip_adapter(root: Path, name: str, tokens: int) -> Network:
     module.model.load_state_dict({key: value.to(torch.float32) for key, value in weights.items()})
     sides = (read_json(root / ip_adapter.ENCODER / "config.json"), ip_adapter.ENCODERS)
     size, patch = (next(one[key] for one in sides if key in one) for key in ("image_size", "patch_size"))
-    shape = ((size // patch) ** 2 + 1, own.width) if own.plus else (own.width,)
-    inputs = _examples({IMAGE_STATES if own.plus else IMAGE_EMBEDS: (shape, BATCH)})
+    shape = ((size // patch) ** 2 + 1, own.width) if own.reads_states else (own.width,)
+    inputs = _examples({IMAGE_STATES if own.reads_states else IMAGE_EMBEDS: (shape, BATCH)})
     outputs = (f"{kind}{layer}" for layer in range(len(own.channels)) for kind in (KEYS, VALUES))
     return Network(module, inputs, tuple(outputs), name)
 

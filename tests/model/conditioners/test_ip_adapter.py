@@ -36,6 +36,8 @@ PICTURES = {
     "base": Image.fromarray((np.stack([x, y, x * y], axis=-1) * 255).astype(np.uint8)),
     "plus": Image.fromarray((np.stack([y, 1 - x, x], axis=-1) * 255).astype(np.uint8)).crop((0, 0, 25, 40)),
 }
+PICTURES["full"] = PICTURES["plus"]
+KINDS = {"sd": ("base", "plus", "full"), "sdxl": ("base", "plus")}
 PICTURE = np.asarray(PICTURES["base"].resize((24, 16)))
 MASK = (np.hypot(*np.mgrid[-8:8, -12:12]) < 6).astype(np.uint8) * 255
 SETTINGS: Mapping[str, Any] = {"seed": 7, "steps": 4, "width": 24, "height": 16, "negative_prompt": "a"}
@@ -58,6 +60,7 @@ CASES = {
     "base, one lane": Case(TEXT, {"base": {}}, {"solver": "heun", "guidance": 1.0, "width": 40}),
     "plus": Case(TEXT, {"plus": {"scale": 0.8}}, {"solver": "ddim", "guidance": 3.0}),
     "blocks": Case(TEXT, {"plus": {"scale": BLOCKS}}, {"solver": "ddim", "guidance": 3.0}),
+    "full": Case(TEXT, {"full": {"scale": 0.6}}, {"solver": "ddim", "guidance": 3.0}),
     "both, image": Case(EDIT, TWO, {"solver": "ddim", "guidance": 3.0, "strength": 0.6}),
     "mask": Case(INPAINT, {"base": {}}, {"solver": "ddim", "guidance": 3.0, "strength": 0.8}),
     "control": Case(CONTROL, {"plus": {"scale": 0.6}}, {"solver": "ddim", "guidance": 3.0}),
@@ -124,7 +127,7 @@ def both(exported: Exported) -> Iterator[Callable[[str], Both]]:
     def make(name: str) -> Both:
         if name not in opened:
             source, bundle = exported(name)
-            pairs = {kind: exported(f"ip-{name}-{kind}") for kind in PICTURES}
+            pairs = {kind: exported(f"ip-{name}-{kind}") for kind in KINDS[name]}
             add_ons: dict[str, Any] = {"ip_adapter": {kind: pair[1] for kind, pair in pairs.items()}}
             net, control = exported("control-sd-1")
             add_ons |= {"control": {"edges": control}} if name == "sd" else {}
@@ -248,7 +251,7 @@ def test_what_a_picture_carries(both: Callable[[str], Both]) -> None:
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        ({"other": PICTURE}, "an ip_adapter 'other', and sd is loaded with base, plus"),
+        ({"other": PICTURE}, "an ip_adapter 'other', and sd is loaded with base, plus, full"),
         (PICTURE, r"ip_adapter is a ndarray.*by the names of IP-Adapters"),
         ({"base": {"scale": 0.5}}, "an ip_adapter has 'scale'. Needed: image, and others of image, scale"),
         ({"base": "a.png"}, "the image prompt is str"),

@@ -25,8 +25,8 @@ ENCODER = {
 }
 
 
-def tiny_ip_adapter(file: Path, base: Path, *, plus: bool = False) -> None:
-    """Write an IP-Adapter for the UNet of a checkpoint, in float16 if it is no plus, and image_encoder/ beside it."""
+def tiny_ip_adapter(file: Path, base: Path, kind: str) -> None:
+    """Write an IP-Adapter for the UNet of a checkpoint, in float16 if it is a base, and image_encoder/ beside it."""
     file.parent.mkdir(parents=True)
     unet = UNet2DConditionModel.from_pretrained(base / "unet")
     attentions = [name.removesuffix(".processor") for name in unet.attn_processors if "attn2" in name]
@@ -34,11 +34,15 @@ def tiny_ip_adapter(file: Path, base: Path, *, plus: bool = False) -> None:
     torch.manual_seed(0)
     encoder = _drawn(CLIPVisionModelWithProjection(CLIPVisionConfig(**ENCODER)))  # the same for all kinds
     cross = unet.config.cross_attention_dim
-    own = IpAdapter(True, 24, 16, cross, channels, 32, 4, 2) if plus else IpAdapter(False, 20, 4, cross, channels)
+    own = {
+        "base": IpAdapter("base", 20, 4, cross, channels),
+        "plus": IpAdapter("plus", 24, 16, cross, channels, 32, 4, 2),
+        "full": IpAdapter("full", 24, 0, cross, channels),
+    }[kind]
     model = _drawn(ImagePrompt(own).model)
     encoder.save_pretrained(file.parent / "image_encoder")
-    kind = torch.float32 if plus else torch.float16
-    save_file({name: value.to(kind).contiguous() for name, value in model.state_dict().items()}, file)
+    dtype = torch.float16 if kind == "base" else torch.float32
+    save_file({name: value.to(dtype).contiguous() for name, value in model.state_dict().items()}, file)
 
 
 def _drawn(module: Any) -> Any:

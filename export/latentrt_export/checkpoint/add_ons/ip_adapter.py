@@ -29,27 +29,23 @@ ENCODERS = {
     "image_size": 224,
     "patch_size": 32,
 }  # transformers' own defaults
-OTHERS = {  # kinds by a weight that only they have
-    "image_proj.perceiver_resampler.proj_in.weight": "FaceID Plus",
-    "image_proj.proj.3.weight": "full face",
-    "image_proj.proj.0.weight": "FaceID",
-}
+KINDS = BASE, PLUS, FULL = ("base", "plus", "full")  # what makes tokens: a linear layer, a resampler, two layers
+OWN = {"proj.weight": BASE, "latents": PLUS, "proj.3.weight": FULL}  # by a weight that only one kind has
 
 
 class IpAdapter(NamedTuple):
     """What the shapes in a file say.
 
     Attributes:
-        plus: whether a resampler makes the tokens, of the states before the encoder's last layer, and not a linear
-            layer, of the picture's embedding.
+        kind: one of KINDS.
         width: of what it reads of the image encoder.
-        tokens: how many it makes of a picture.
+        tokens: how many it makes of a picture; 0: as many as the encoder has states.
         cross: their width: that of the UNet's texts.
         channels: of each cross attention.
         hidden, depth, heads: of a resampler: its width, layers, and heads of each.
     """
 
-    plus: bool
+    kind: str
     width: int
     tokens: int
     cross: int
@@ -57,6 +53,11 @@ class IpAdapter(NamedTuple):
     hidden: int = 0
     depth: int = 0
     heads: int = 0
+
+    @property
+    def reads_states(self) -> bool:
+        """Whether it reads the states before the encoder's last layer, and not the picture's embedding."""
+        return self.kind != BASE
 
 
 def is_ip_adapter(path: Path) -> bool:
@@ -71,11 +72,11 @@ def read_ip_adapter(path: Path) -> IpAdapter:
         ExportError: it is of a kind that the engine cannot serve, or weights are missing, of other shapes, or too many.
     """
     shapes = open_tensors(path).shapes
-    for name, kind in OTHERS.items():
-        if name in shapes:
-            raise unsupported(f"{path.name}, an IP-Adapter of the kind {kind!r}", "one of the kinds base and plus")
+    kind = next((kind for name, kind in OWN.items() if f"{PROJECTION}{name}" in shapes), None)
+    if kind is None:
+        raise unsupported(f"{path.name}, an IP-Adapter of another kind, such as FaceID", f"one of {', '.join(KINDS)}")
     try:
-        own = _plus(shapes) if f"{PROJECTION}latents" in shapes else _base(shapes)
+        own = _plus(shapes) if kind == PLUS else _base(shapes) if kind == BASE else _full(shapes)
     except (KeyError, ValueError) as error:
         raise ExportError(f"{path} lacks {error}", needed="the weights of an IP-Adapter", fix=AGAIN) from error
     needed = _needed(own)
@@ -111,7 +112,7 @@ def ip_adapter_files(
     config = {**ENCODERS, **read_json(folder / CONFIG)}
     if config.get("model_type", "clip_vision_model") != "clip_vision_model":
         raise unsupported(f"an image encoder of the type {config['model_type']!r}", "'clip_vision_model'")
-    size = "hidden_size" if own.plus else "projection_dim"
+    size = "hidden_size" if own.reads_states else "projection_dim"
     if config[size] != own.width:
         raise ExportError(
             f"the image encoder in {folder} has {size} {config[size]}, and {path.name} reads {own.width}",
@@ -131,7 +132,12 @@ def numbers(count: int) -> range:
 
 def _base(shapes: Shapes) -> IpAdapter:
     (cross,), width = shapes[f"{PROJECTION}norm.weight"], shapes[f"{PROJECTION}proj.weight"][-1]
-    return IpAdapter(False, width, BASE_TOKENS, cross, _channels(shapes))
+    return IpAdapter(BASE, width, BASE_TOKENS, cross, _channels(shapes))
+
+
+def _full(shapes: Shapes) -> IpAdapter:
+    cross, width = shapes[f"{PROJECTION}proj.2.weight"]
+    return IpAdapter(FULL, width, 0, cross, _channels(shapes))
 
 
 def _plus(shapes: Shapes) -> IpAdapter:
@@ -139,7 +145,7 @@ def _plus(shapes: Shapes) -> IpAdapter:
     width, (cross,) = shapes[f"{PROJECTION}proj_in.weight"][-1], shapes[f"{PROJECTION}norm_out.weight"]
     heads = shapes[f"{PROJECTION}layers.0.0.to_q.weight"][0] // HEAD
     depth = len([name for name in shapes if name.endswith(".0.to_q.weight")])
-    return IpAdapter(True, width, tokens, cross, _channels(shapes), hidden, depth, heads)
+    return IpAdapter(PLUS, width, tokens, cross, _channels(shapes), hidden, depth, heads)
 
 
 def _channels(shapes: Shapes) -> tuple[int, ...]:
@@ -155,10 +161,14 @@ def _needed(own: IpAdapter) -> dict[str, tuple[int, ...]]:
         for number, channels in zip(numbers(len(own.channels)), own.channels, strict=True)
         for kind in "kv"
     }
-    if not own.plus:
+    if own.kind == BASE:
         wide = own.tokens * cross
         base = {"proj.weight": (wide, own.width), "proj.bias": (wide,), "norm.weight": (cross,), "norm.bias": (cross,)}
         return needed | {f"{PROJECTION}{name}": shape for name, shape in base.items()}
+    if own.kind == FULL:
+        layers = {0: (own.width, own.width), 2: (cross, own.width), 3: (cross,)}
+        weights = {f"{PROJECTION}proj.{number}.weight": shape for number, shape in layers.items()}
+        return needed | weights | {f"{PROJECTION}proj.{number}.bias": shape[:1] for number, shape in layers.items()}
     plus: dict[str, tuple[int, ...]] = {
         "latents": (1, own.tokens, hidden),
         "proj_in.weight": (hidden, own.width),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentrt_export.checkpoint.add_ons.ip_adapter import HEAD, IpAdapter, numbers
+from latentrt_export.checkpoint.add_ons.ip_adapter import BASE, FULL, HEAD, PLUS, IpAdapter, numbers
 
 
 class ImageEncoder(nn.Module):
@@ -46,7 +46,7 @@ class _Weights(nn.Module):
     def __init__(self, own: IpAdapter) -> None:
         super().__init__()
         self.config = own._asdict()
-        self.image_proj = Resampler(own) if own.plus else Projection(own)
+        self.image_proj = {BASE: Projection, PLUS: Resampler, FULL: TwoLayers}[own.kind](own)
         self.ip_adapter = nn.ModuleDict(
             {
                 str(number): nn.ModuleDict(
@@ -68,6 +68,20 @@ class Projection(nn.Module):
     def forward(self, embeds: Tensor) -> Tensor:
         """Map (batch, width) to (batch, tokens, cross)."""
         tokens: Tensor = self.norm(torch.unflatten(self.proj(embeds), 1, (self.tokens, -1)))
+        return tokens
+
+
+class TwoLayers(nn.Module):
+    """A token of each state of a picture."""
+
+    def __init__(self, own: IpAdapter) -> None:
+        super().__init__()
+        last = nn.Linear(own.width, own.cross), nn.LayerNorm(own.cross)
+        self.proj = nn.Sequential(nn.Linear(own.width, own.width), nn.GELU(), *last)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Map (batch, patches + 1, width) to (batch, patches + 1, cross)."""
+        tokens: Tensor = self.proj(states)
         return tokens
 
 

@@ -25,7 +25,7 @@ def opened(file: Path, choices: Choices | None = None) -> None:
         pass
 
 
-@pytest.mark.parametrize("kind", ["base", "plus"])
+@pytest.mark.parametrize("kind", ["base", "plus", "full"])
 def test_a_bundle_is_the_files_and_two_graphs(exported: Exported, kind: str) -> None:
     """No weight is written twice, in float16 neither."""
     file, folder = exported(f"ip-sd-{kind}")
@@ -38,8 +38,8 @@ def test_a_bundle_is_the_files_and_two_graphs(exported: Exported, kind: str) -> 
     assert (folder / "ip_adapter" / "model.safetensors").read_bytes() == file.read_bytes()
     assert not list(folder.rglob("*.extra.safetensors"))
     keys = bundle.spec.networks["ip_adapter"].outputs[0]
-    assert (keys.name, keys.shape) == ("keys.0", ("batch", own.tokens, own.channels[0]))
-    assert own.tokens == {"base": 4, "plus": 16}[kind]
+    tokens = {"base": 4, "plus": 16, "full": 17}[kind]
+    assert (own.kind, keys.name, keys.shape) == (kind, "keys.0", ("batch", tokens, own.channels[0]))
 
 
 def copied(exported: Exported, tmp_path: Path, change: Callable[[Weights], None], kind: str = "base") -> Path:
@@ -55,14 +55,15 @@ def copied(exported: Exported, tmp_path: Path, change: Callable[[Weights], None]
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("image_proj.proj.3.weight", "kind 'full face'. Needed: one of the kinds base and plus"),
-        ("image_proj.perceiver_resampler.proj_in.weight", "kind 'FaceID Plus'"),
+        ("image_proj.perceiver_resampler.proj_in.weight", "such as FaceID. Needed: one of base, plus, full"),
         ("ip_adapter.1.to_k_lora.down.weight", r"has ip_adapter.1.to_k_lora.down.weight: \[1, 1\]. Needed: no such"),
     ],
 )
 def test_other_kinds_are_refused(exported: Exported, tmp_path: Path, name: str, words: str) -> None:
     def change(weights: Weights) -> None:
         weights[name] = np.zeros((1, 1), np.float32)
+        if "resampler" in name:
+            del weights["image_proj.proj.weight"]
 
     with pytest.raises(ExportError, match=words):
         opened(copied(exported, tmp_path, change))
