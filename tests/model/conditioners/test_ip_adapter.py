@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,8 @@ from diffusers import ControlNetModel
 from PIL import Image
 
 from latentrt import Engine, ImagePrompt
+from latentrt.bundle.bundle import Bundle
+from latentrt.bundle.spec import TensorSpec
 from latentrt.errors import BundleError, RequestError
 from latentrt.model.predictor import Predictor
 from latentrt.run.job import Job
@@ -291,3 +294,42 @@ def test_what_cannot_be_loaded(exported: Exported) -> None:
         pytest.raises(RequestError, match=r"IP-Adapters \(it\) with onnxruntime on .*Needed: a CPU"),
     ):
         Engine.load(bundle, backend=OrtBackend(threads=1, gpu=gpu), ip_adapter={"it": add_on})
+
+
+@pytest.mark.parametrize(
+    ("tensor", "change"),
+    [
+        ("pixel_values", {"shape": ("batch", 3, "height", "width")}),
+        ("image_embeds", {"name": "other"}),
+        ("keys.0", {"name": "other"}),
+        ("keys.0", {"shape": ("batch", "tokens", 32)}),
+        ("values.3", {"shape": ("batch", 5, 32)}),
+        ("values.3", {"shape": ()}),
+    ],
+)
+def test_add_ons_with_other_tensors(exported: Exported, tensor: str, change: dict[str, Any]) -> None:
+    """What a manifest says is not believed: each is refused before a network is loaded."""
+    bundle, add_on = (Bundle.open(exported(name)[1], check_hashes=False) for name in ("sd", "ip-sd-base"))
+
+    def changed(tensors: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+        return tuple(replace(one, **change) if one.name == tensor else one for one in tensors)
+
+    networks = {
+        name: replace(one, inputs=changed(one.inputs), outputs=changed(one.outputs))
+        for name, one in add_on.spec.networks.items()
+    }
+    other = replace(add_on, spec=replace(add_on.spec, networks=networks))
+    with pytest.raises(BundleError, match="other networks than an IP-Adapter"):
+        Engine(bundle, OrtBackend(threads=1), ip_adapters={"it": other})
+
+
+@pytest.mark.parametrize("change", [{"name": "image_keys.elsewhere"}, {"shape": ("batch", "adapters", 4, 32)}])
+def test_denoisers_with_other_inputs(exported: Exported, change: dict[str, Any]) -> None:
+    bundle, add_on = (Bundle.open(exported(name)[1], check_hashes=False) for name in ("sd", "ip-sd-base"))
+    unet = bundle.spec.networks["unet"]
+    first, *rest = unet.variants["fp32+ip_adapter"].inputs
+    known = replace(unet.variants["fp32+ip_adapter"], inputs=(replace(first, **change), *rest))
+    network = replace(unet, variants={**unet.variants, "fp32+ip_adapter": known})
+    other = replace(bundle, spec=replace(bundle.spec, networks={**bundle.spec.networks, "unet": network}))
+    with pytest.raises(BundleError, match=r"has the input image_keys.*Needed: a place"):
+        Engine(other, OrtBackend(threads=1), ip_adapters={"it": add_on})

@@ -30,7 +30,7 @@ from latentrt.bundle.spec import (
 )
 from latentrt.errors import EXPORT, BundleError, RequestError
 from latentrt.images.clip import clip_pixels
-from latentrt.model.conditioners.block_scales import scales_of
+from latentrt.model.conditioners.block_scales import PLACE, scales_of
 from latentrt.model.conditioners.kept import Kept
 from latentrt.model.given import Given
 from latentrt.model.inputs import Conditioner, Inputs, Sides
@@ -204,6 +204,12 @@ def looking(bundle: Bundle) -> Bundle:
     if network is spec.networks[spec.denoiser]:
         needed = "a bundle of a UNet with text, exported from a checkpoint by this version"
         raise BundleError(f"the denoiser of {spec.id} looks at no pictures", needed=needed, fix=EXPORT)
+    for tensor in network.inputs:
+        if tensor.name.startswith((IMAGE_KEYS, IMAGE_VALUES)):
+            place, whole = tensor.name.partition(".")[2], [isinstance(side, int) for side in tensor.shape]
+            if not PLACE.fullmatch(place) or whole != [False, False, False, True]:
+                found = f"the denoiser of {spec.id} has the input {tensor.name} {tensor.shape}"
+                raise BundleError(found, needed="a place, and (batch, adapters, image_tokens, channels)", fix=EXPORT)
     return replace(bundle, spec=replace(spec, networks={**spec.networks, spec.denoiser: network}))
 
 
@@ -220,6 +226,7 @@ def open_ip_adapters(
 
     Raises:
         RequestError: a bundle is none, or of one for other models; or their tokens cannot be brought to one number.
+        BundleError: an IP-Adapter has other networks than this version makes.
     """
     for name, bundle in bundles.items():
         _check_fits(name, bundle.spec, model, tuple(places_of(read).values()))
@@ -268,11 +275,8 @@ def _check_fits(name: str, own: ModelSpec, model: ModelSpec, channels: Sequence[
             needed="the bundle of an IP-Adapter",
             fix="export one: latentrt export IP-ADAPTER.safetensors BUNDLE",
         )
-    encoder, body = (own.networks[own.named(role)[0]] for role in (HINT, CONDITIONER))
-    expected = [f"{kind}{layer}" for layer in range(len(body.outputs) // 2) for kind in (KEYS, VALUES)]
-    reads, gives = [tensor.name for tensor in body.inputs], [tensor.name for tensor in encoder.outputs]
-    if [tensor.name for tensor in body.outputs] != expected or reads != gives or len(encoder.inputs) != 1:
-        raise RequestError(f"{own.id} has other networks than an IP-Adapter", needed="one", fix=EXPORT)
+    _check_networks(own)
+    body = own.networks[own.named(CONDITIONER)[0]]
     found = tuple(tensor.shape[-1] for tensor in body.outputs[::2])
     if found != tuple(channels):
         raise RequestError(
@@ -280,6 +284,26 @@ def _check_fits(name: str, own: ModelSpec, model: ModelSpec, channels: Sequence[
             needed=f"{_told(channels)}, as {model.id} has",
             fix="take an IP-Adapter that was trained for this kind of model",
         )
+
+
+def _check_networks(own: ModelSpec) -> None:
+    """Refuse an add-on whose networks have other inputs or outputs than `IpAdapter` uses. Raise BundleError."""
+    encoder, body = (own.networks[own.named(role)[0]] for role in (HINT, CONDITIONER))
+    pictures, made = ([tensor.shape[1:] for tensor in tensors] for tensors in (encoder.inputs, body.outputs))
+    gives, reads = ([tensor.name for tensor in tensors] for tensors in (encoder.outputs, body.inputs))
+    expected = [f"{kind}{layer}" for layer in range(len(made) // 2) for kind in (KEYS, VALUES)]
+    whole = all(isinstance(side, int) and side > 0 for shape in (*pictures, *made) for side in shape)
+    good = (
+        len(pictures) == 1
+        and pictures[0] == (3, *pictures[0][-1:] * 2)
+        and gives == reads
+        and reads in ([IMAGE_EMBEDS], [IMAGE_STATES])
+        and {len(shape) for shape in made} == {2}
+        and len({shape[0] for shape in made}) == 1
+        and [tensor.name for tensor in body.outputs] == expected
+    )
+    if not good or not whole:
+        raise BundleError(f"{own.id} has other networks than an IP-Adapter", needed="those of this version", fix=EXPORT)
 
 
 def _told(channels: Sequence[Any]) -> str:
