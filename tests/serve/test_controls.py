@@ -103,6 +103,7 @@ def url(scheduler: FakeScheduler) -> Iterator[str]:
     model = Model(Bundle.open(check_hashes=False), FakeBackend())
     named: Any = SimpleNamespace(name="edges", spec=SimpleNamespace(kind="controlnet"))
     model.controls = (named,)
+    model.ip_adapters = (SimpleNamespace(name="style"),)  # type: ignore[assignment]
     with live(app_of(scheduler, model, controlnet=("edges=some/",))) as url:
         yield url
 
@@ -146,6 +147,16 @@ def test_units_of_a1111s_client(
     np.testing.assert_array_equal(np.asarray(control.image), np.asarray(expected))
 
 
+def test_a_unit_of_an_ip_adapter(api: webuiapi.WebUIApi, scheduler: FakeScheduler) -> None:
+    """It has a unit as ControlNets have them, and its picture is shown as it is."""
+    own = webuiapi.ControlNetUnit(image=MAP, model="style [0a1b2c3d]", module="ip-adapter_clip_sd15", weight=0.6)
+    edge = webuiapi.ControlNetUnit(image=MAP, model="edges")
+    api.txt2img(prompt="a", width=64, height=64, controlnet_units=[own, edge], alwayson_scripts={})
+    request = scheduler.submitted[-1].request
+    assert (request.ip_adapter["style"].scale, list(request.control)) == (0.6, ["edges"])
+    np.testing.assert_array_equal(np.asarray(request.ip_adapter["style"].image), np.asarray(MAP))
+
+
 def test_a_unit_without_a_picture_follows_the_given_one(api: webuiapi.WebUIApi, scheduler: FakeScheduler) -> None:
     """And with a mask whose surroundings alone are drawn, its map is of the whole picture."""
     unit = webuiapi.ControlNetUnit(model="edges")
@@ -159,8 +170,8 @@ def test_a_unit_without_a_picture_follows_the_given_one(api: webuiapi.WebUIApi, 
 
 
 def test_what_there_is_to_choose_from(api: webuiapi.WebUIApi) -> None:
-    assert (api.controlnet_version(), api.controlnet_model_list()) == (2, ["edges"])
-    assert {"none", "canny", "tile_resample"} <= set(api.controlnet_module_list())
+    assert (api.controlnet_version(), api.controlnet_model_list()) == (2, ["edges", "style"])
+    assert {"none", "canny", "tile_resample", "ip-adapter-auto"} <= set(api.controlnet_module_list())
     assert api.get_scripts()["txt2img"] == ["controlnet"]
 
 
@@ -176,6 +187,9 @@ def test_what_there_is_to_choose_from(api: webuiapi.WebUIApi) -> None:
         ({"image": ""}, "a unit has no image"),
         ({"weight": -1}, "alwayson_scripts.controlnet.args.0: weight: "),
         ({"image": "AAAA"}, "image cannot be decoded"),
+        ({"model": "style", "guidance_end": 0.5}, "an IP-Adapter acts from 0 to 0.5"),
+        ({"model": "style", "control_mode": 2}, "control_mode is 'ControlNet is more important'"),
+        ({"model": "style", "module": "canny"}, "there is no module 'canny'"),
     ],
 )
 def test_units_that_are_refused(url: str, unit: dict[str, Any], message: str) -> None:
