@@ -40,7 +40,7 @@ PICTURES = {
     "plus": Image.fromarray((np.stack([y, 1 - x, x], axis=-1) * 255).astype(np.uint8)).crop((0, 0, 25, 40)),
 }
 PICTURES["full"] = PICTURES["plus"]
-KINDS = {"sd": ("base", "plus", "full"), "sdxl": ("base", "plus")}
+KINDS = {"sd": ("base", "plus", "full"), "sdxl": ("plus",)}
 PICTURE = np.asarray(PICTURES["base"].resize((24, 16)))
 MASK = (np.hypot(*np.mgrid[-8:8, -12:12]) < 6).astype(np.uint8) * 255
 SETTINGS: Mapping[str, Any] = {"seed": 7, "steps": 4, "width": 24, "height": 16, "negative_prompt": "a"}
@@ -69,8 +69,8 @@ CASES = {
     "control": Case(CONTROL, {"plus": {"scale": 0.6}}, {"solver": "ddim", "guidance": 3.0}),
 }
 XL_CASES = {
-    "base": Case(TEXT, {"base": {"scale": XL_BLOCKS}}, {"solver": "euler", "guidance": 3.0}),
-    "plus, image": Case(EDIT, {"plus": {"scale": 0.7}}, {"solver": "ddim", "guidance": 3.0, "strength": 0.6}),
+    "blocks": Case(TEXT, {"plus": {"scale": XL_BLOCKS}}, {"solver": "euler", "guidance": 3.0}),
+    "image": Case(EDIT, {"plus": {"scale": 0.7}}, {"solver": "ddim", "guidance": 3.0, "strength": 0.6}),
 }
 
 

@@ -1,4 +1,4 @@
-"""ControlNets and IP-Adapters as A1111's extension has them: units in `alwayson_scripts`, and what there is to choose from.
+"""ControlNets and IP-Adapters as units of A1111's extension in `alwayson_scripts`, and what there is to choose from.
 
 A preprocessor ("module") works at the size of the picture that is drawn ("pixel perfect"), whatever the client says.
 
