@@ -213,19 +213,21 @@ def _scales(control: Control, rows: int) -> Float32:
     return np.asarray(acts, np.float32) * np.float32(control.scale)
 
 
-def controlnets_of(typed: Iterable[str]) -> dict[str, Path]:
-    """Return bundles by the names that requests have for them, of NAME=BUNDLE. Raise RequestError."""
-    return {name: Path(text) for name, text in named(typed, "--controlnet", "NAME=BUNDLE, as in edges=canny/").items()}
+def controlnets_of(typed: Iterable[str], option: str = "--controlnet") -> dict[str, Path]:
+    """Return bundles by the names that requests have for them, of an option's NAME=BUNDLE. Raise RequestError."""
+    return {name: Path(text) for name, text in named(typed, option, "NAME=BUNDLE, as in edges=canny/").items()}
 
 
 def controlled(bundle: Bundle, add_ons: Iterable[ModelSpec]) -> Bundle:
-    """Return a model's bundle with the denoiser that adds what add-ons give in the place of its own.
+    """Return a model's bundle with the denoiser that adds what add-ons give in the place of its own, if there are any.
 
     Raises:
         BundleError: it has none.
     """
-    spec = bundle.spec
-    adapted = any(one.kind == T2I_ADAPTER for one in add_ons)
+    spec, kinds = bundle.spec, [one.kind for one in add_ons]
+    if not kinds:
+        return bundle
+    adapted = T2I_ADAPTER in kinds
     network = spec.networks[spec.denoiser].controlled(FEATURED if adapted else CONTROLLED)
     if network is None:
         what = "features of T2I-Adapters" if adapted else "residuals of ControlNets"
@@ -297,7 +299,7 @@ def check_fits(bundles: Mapping[str, Bundle], model: ModelSpec) -> None:
 
 def _check_fits(name: str, own: ModelSpec, model: ModelSpec, filled: Mapping[str, TensorSpec]) -> None:
     """Refuse a bundle that is no add-on, or whose latents, inputs or residuals are others than the model's."""
-    if own.kind not in ADD_ONS:
+    if own.kind not in (*CONTROLNETS, T2I_ADAPTER):
         raise RequestError(
             f"{own.id}, loaded as the control {name!r}, is none",
             needed="the bundle of a ControlNet or T2I-Adapter",

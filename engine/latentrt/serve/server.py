@@ -144,6 +144,7 @@ def loaded(settings: Settings) -> Iterator[Engine]:
         adapters=settings.lora_dir,
         adapter_rank=settings.lora_rank or RANK,
         control=controlnets_of(settings.controlnet),
+        ip_adapter=controlnets_of(settings.ip_adapter_model, "--ip-adapter-model"),
         lora=settings.lora,
         allow_unmatched=settings.allow_unmatched,
     ) as engine:

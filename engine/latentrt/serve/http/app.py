@@ -68,6 +68,7 @@ def create_app(
         RequestError: the keys cannot be read.
     """
     settings, keys = catalog.settings, Keys(catalog.settings)
+    add_ons = settings.controlnet or settings.ip_adapter_model  # whose pictures are fields of forms
     metrics = metrics or Metrics(catalog.name)
     _add_gauges(metrics, scheduler)
     if gpu_memory is not None:
@@ -87,7 +88,7 @@ def create_app(
         form_limits={
             "max_fields": _MOST_FIELDS,
             "max_files": _MOST_FILES,
-            "max_part_size": settings.max_body if settings.controlnet else 4 * settings.max_prompt + 1024,
+            "max_part_size": settings.max_body if add_ons else 4 * settings.max_prompt + 1024,
         },
         middleware=[
             *cross_origin(settings.cors_origin),

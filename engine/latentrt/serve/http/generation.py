@@ -89,7 +89,7 @@ async def generating(
     context.scheduler.reserve(handle)
     facts["handle"] = handle
     try:
-        if files or request.control:
+        if files or request.control or request.ip_adapter:
             handle.request = await in_thread(partial(_with_pictures, context, request, files))
         context.scheduler.submit(handle)
         yield handle
@@ -108,7 +108,8 @@ def _with_pictures(context: Context, request: Request, files: Mapping[str, File]
     if files:
         pictures = decode(files, size, catalog.latents, most, enlarges=catalog.enlarges, masked=request.masked)
     followed = pictures["image"].size if request.mask_crop is not None else size  # maps are of the whole picture
-    return replace(request, pictures=pictures, control=controls.read(request.control, followed, most))
+    control, ip_adapter = controls.read(request.control, followed, most), controls.shown(request.ip_adapter, most)
+    return replace(request, pictures=pictures, control=control, ip_adapter=ip_adapter)
 
 
 async def all_pictures(

@@ -24,7 +24,7 @@ from latentrt.request import Request
 from latentrt.serve.core.handle import Handle, Preview
 from latentrt.serve.http.background.schema import JobStatus, path_of
 from latentrt.serve.http.background.store import Job, jobs_of
-from latentrt.serve.http.controls import controls_of
+from latentrt.serve.http.controls import controls_of, image_prompts_of
 from latentrt.serve.http.errors import Problem, answer_to, documented
 from latentrt.serve.http.generation import Context, Served, all_pictures, collected, generating
 from latentrt.serve.http.images import (
@@ -80,8 +80,7 @@ async def retrieve_model(model: str, context: Served) -> Model:
 @router.post("/images/generations", responses=_DRAWN, response_class=JSONResponse)
 async def generate(wanted: GenerateRequest, http: HttpRequest, context: Served) -> Response:
     """Draw pictures from a prompt."""
-    more = {"control": controls_of(wanted.control, context.catalog, context.settings.max_image_bytes)}
-    request = _request(context, wanted, context.catalog.sizes.of(wanted.size), **more)
+    request = _request(context, wanted, context.catalog.sizes.of(wanted.size), **_add_ons(context, wanted))
     return await _answer(context, http, wanted, request, {}, "generation")
 
 
@@ -102,9 +101,18 @@ async def edit(
         size = catalog.sizes.of(wanted.size)
     default = await _strength(context, files)
     more = {name: getattr(wanted, name) for name in OF_EDITS}
-    more["control"] = controls_of(wanted.control, catalog, context.settings.max_image_bytes)
+    more |= _add_ons(context, wanted)
     request = _request(context, wanted, size, strength=wanted.strength or default, **more)
     return await _answer(context, http, wanted, request, files, "edit")
+
+
+def _add_ons(context: Context, wanted: GenerateRequest | EditRequest) -> dict[str, Any]:
+    """Return the settings of add-ons that bring pictures. Raise as `controls_of` and `image_prompts_of`."""
+    catalog, most = context.catalog, context.settings.max_image_bytes
+    return {
+        "control": controls_of(wanted.control, catalog, most),
+        "ip_adapter": image_prompts_of(wanted.ip_adapter, catalog, most),
+    }
 
 
 def _model(context: Context, name: str) -> Model:

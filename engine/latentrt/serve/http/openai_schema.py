@@ -2,8 +2,8 @@
 
 A field whose type is None alone is one that the client knows and that is not supported: null passes, anything else is
 refused by name. `seed`, `negative_prompt`, `num_inference_steps`, `guidance_scale`, `scheduler`, `class_label`,
-`strength`, `depth`, `control`, `timeout`, `webhook_url`, `background` as a truth, OWN and OF_EDITS are latentrt's own
-(`extra_body` in the client).
+`strength`, `depth`, `control`, `ip_adapter`, `timeout`, `webhook_url`, `background` as a truth, OWN and OF_EDITS are
+latentrt's own (`extra_body` in the client).
 
 Source: openai.types.image_generate_params, image_edit_params, images_response and the stream events, openai 3.54.
 """
@@ -17,7 +17,7 @@ from fastapi import UploadFile
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from latentrt.request import MAX_SEED
-from latentrt.serve.http.controls import Unit
+from latentrt.serve.http.controls import Shown, Unit
 
 
 def _whole(value: object) -> object:
@@ -30,7 +30,7 @@ def _json(value: object) -> object:
     try:
         return json.loads(value) if isinstance(value, str) else value
     except ValueError as error:
-        raise ValueError("control is no JSON") from error
+        raise ValueError("it is no JSON") from error
 
 
 def _without_null(schema: dict[str, Any]) -> None:
@@ -154,6 +154,9 @@ class GenerateRequest(Wanted):
     control: Annotated[
         dict[str, Unit] | None, Field(description="What ControlNets do, by the names that /latentrt/model lists.")
     ] = None
+    ip_adapter: Annotated[
+        dict[str, Shown] | None, Field(description="What IP-Adapters show, by the names that /latentrt/model lists.")
+    ] = None
     style: Annotated[Literal["vivid", "natural"] | None, Field(description="Without effect here.")] = None
     lora: Annotated[
         dict[str, float | list[float]] | None,
@@ -183,6 +186,9 @@ class EditRequest(Wanted):
     ] = None
     control: Annotated[
         dict[str, Unit] | None, BeforeValidator(_json), Field(description="As of generations, as JSON.")
+    ] = None
+    ip_adapter: Annotated[
+        dict[str, Shown] | None, BeforeValidator(_json), Field(description="As of generations, as JSON.")
     ] = None
     image_guidance: Annotated[
         ImageGuidance | None,

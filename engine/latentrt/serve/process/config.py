@@ -105,6 +105,7 @@ class Settings(BaseSettings):
     lora_rank: Count | None = _field(None, "Model", "Largest rank of a picture's LoRAs together; 64 if not given.")
     embedding: Texts = _field((), "Model", "Files of textual inversion, FILE or NAME=FILE, with commas between them.")
     controlnet: Texts = _field((), "Model", "Bundles of ControlNets, NAME=BUNDLE, with commas between them.")
+    ip_adapter_model: Texts = _field((), "Model", "Bundles of IP-Adapters, NAME=BUNDLE, with commas between them.")
     lora: Texts = _field((), "Model", "LoRAs for all pictures, FILE[:STRENGTH[:TEXT]], with commas between them.")
     allow_unmatched: bool = _field(False, "Model", "Leave out keys of LoRAs that have no place.")
     edits: bool = _field(True, "Model", "Take pictures to edit; without it the VAE's encoder is not loaded.")

@@ -19,7 +19,7 @@ from latentrt.serve.http.errors import Problem, documented
 from latentrt.serve.http.generation import Context, Served, all_pictures, generating
 from latentrt.serve.http.images import File, Files, ToMask, base64_file, encode, in_thread, shape_of, white_mask
 from latentrt.serve.http.sdapi.answers import Error
-from latentrt.serve.http.sdapi.controlnet import controls_of
+from latentrt.serve.http.sdapi.controlnet import add_ons_of
 from latentrt.serve.http.sdapi.fields import renamed
 from latentrt.serve.http.sdapi.options import FORMATS, Options, check_idle, options_of
 from latentrt.serve.http.sdapi.samplers import solver_of
@@ -119,9 +119,7 @@ async def _answer(
     solver, settings = solver_of(context.catalog, wanted, options)
     previews = PREVIEWS if wanted.force_task_id else 0
     encoding = partial(encode, kind=FORMATS[(options.samples_format or "png").lower()])
-    more["control"] = controls_of(
-        wanted.alwayson_scripts, context.catalog, files.get("image"), context.settings.max_image_bytes
-    )
+    more |= add_ons_of(wanted.alwayson_scripts, context.catalog, files.get("image"), context.settings.max_image_bytes)
     with renamed():
         request = _request(context, wanted, options, size, solver, options=settings, **more)
         async with generating(
