@@ -190,15 +190,17 @@ def prompted(bundle: Bundle, backend: Backend, adapters: Mapping[str, Bundle]) -
     if adapters and backend.gpu is not None:
         found = f"IP-Adapters ({', '.join(adapters)}) with {backend.name} on {backend.device}"
         raise RequestError(found, needed="a CPU: there are no graphs for a GPU yet", fix="device='cpu'")
-    return looking(bundle) if adapters else bundle
+    return looking(bundle, tuple(adapters))
 
 
-def looking(bundle: Bundle) -> Bundle:
-    """Return a model's bundle with the denoiser that looks at pictures in the place of its own.
+def looking(bundle: Bundle, adapters: Sequence[Any]) -> Bundle:
+    """Return a model's bundle with the denoiser that looks at pictures in the place of its own, if there are adapters.
 
     Raises:
         BundleError: it has none.
     """
+    if not adapters:
+        return bundle
     spec = bundle.spec
     network = spec.networks[spec.denoiser].adapted(PROMPTED)
     if network is spec.networks[spec.denoiser]:

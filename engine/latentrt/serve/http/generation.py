@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends
 from fastapi import Request as HttpRequest
@@ -25,6 +25,8 @@ from latentrt.serve.http.errors import Problem
 from latentrt.serve.http.images import File, decode, in_thread
 from latentrt.serve.process.config import Settings
 from latentrt.serve.process.metrics import Metrics
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +121,7 @@ async def all_pictures(
         LatentrtError: the request failed.
         ClientDisconnect: the client has left.
     """
-    work = asyncio.ensure_future(_collect(handle, encode))
+    work = asyncio.ensure_future(collected(handle, lambda picture: (picture, encode(picture))))
     gone = asyncio.ensure_future(_gone(http))
     try:
         await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -132,11 +134,12 @@ async def all_pictures(
         await asyncio.gather(work, gone, return_exceptions=True)
 
 
-async def _collect(handle: Handle, encode: Callable[[Picture], str]) -> list[tuple[Picture, str]]:
-    made: dict[int, tuple[Picture, str]] = {}
+async def collected(handle: Handle, use: Callable[[Picture], T]) -> list[T]:
+    """Wait for a request's pictures; return what a thread made of each, in order. Raise LatentrtError as it failed."""
+    made: dict[int, T] = {}
     async for event in handle:
         if isinstance(event, Finished):
-            made[event.index] = event.image, await in_thread(partial(encode, event.image))
+            made[event.index] = await in_thread(partial(use, event.image))
     return [made[index] for index in sorted(made)]
 
 

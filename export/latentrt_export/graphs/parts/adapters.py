@@ -38,17 +38,21 @@ def read_adapters(model: ir.Model) -> tuple[ir.Value, ...]:
         The new inputs, in the dtype of the first: for each module lora.MODULE.down (batch, in, rank) and
         lora.MODULE.up (batch, rank, out).
     """
-    graph = model.graph
-    batch, dtype = next((value.shape[0], value.dtype) for value in graph.inputs if value.dtype != ir.DataType.INT64)
-    inputs = []
-    for node, weight in list(_products(graph)):
-        module = str(weight.name).removesuffix(".weight")
-        out, wide = weight.shape[0], weight.shape[1]
-        down = _input(graph, f"{LORA}{module}.down", (batch, wide, RANK), dtype)
-        up = _input(graph, f"{LORA}{module}.up", (batch, RANK, out), dtype)
-        _adapt(graph, node, module, down, up)
+    inputs: list[ir.Value] = []
+    for node, weight in list(_products(model.graph)):
+        down, up = declare_adapters(model.graph, weight)
+        _adapt(model.graph, node, str(weight.name).removesuffix(".weight"), down, up)
         inputs += [down, up]
     return tuple(inputs)
+
+
+def declare_adapters(graph: ir.Graph, weight: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Add the two inputs of the LoRAs of a weight, (out, in) or (out, in, 1, 1), to a graph; return them."""
+    batch, dtype = next((value.shape[0], value.dtype) for value in graph.inputs if value.dtype != ir.DataType.INT64)
+    module = str(weight.name).removesuffix(".weight")
+    out, wide = weight.shape[0], weight.shape[1]
+    down = _input(graph, f"{LORA}{module}.down", (batch, wide, RANK), dtype)
+    return down, _input(graph, f"{LORA}{module}.up", (batch, RANK, out), dtype)
 
 
 def _products(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Value]]:
@@ -59,7 +63,7 @@ def _products(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Value]]:
         weight, turned = weight_of(node.inputs[1])
         if weight is None or weight.shape is None or not str(weight.name).endswith(".weight"):
             continue
-        if turned if node.op_type == "MatMul" else not turned and _is_of_one_pixel(node, weight):
+        if turned if node.op_type == "MatMul" else not turned and is_of_one_pixel(node, weight):
             yield node, weight
 
 
@@ -75,7 +79,8 @@ def weight_of(value: ir.Value | None) -> tuple[ir.Value | None, bool]:
     return (value, turned) if stored else (None, False)
 
 
-def _is_of_one_pixel(node: ir.Node, weight: ir.Value) -> bool:
+def is_of_one_pixel(node: ir.Node, weight: ir.Value) -> bool:
+    """Return whether a convolution, or the product that it became, is a product that keeps the channels."""
     assert weight.shape is not None
     out, wide, *kernel = weight.shape
     plain = {"strides": [1, 1], "pads": [0, 0, 0, 0], "dilations": [1, 1]}

@@ -32,6 +32,7 @@ from latentrt.serve.http.sdapi.schema import (
     ImageToImage,
     TextToImage,
 )
+from latentrt.serve.http.utf8 import Utf8Response
 
 router = APIRouter()
 DRAWN = documented(400, 401, 404, 408, 409, 413, 415, 422, 429, 500, 503, 504, model=Error)
@@ -125,13 +126,13 @@ async def _answer(
             context, http, request, files, api=API, previews=previews, task=wanted.force_task_id
         ) as handle:
             drawn = await all_pictures(http, handle, encoding)
-    parameters = wanted.model_dump(mode="json", include=set(TextToImage.model_fields))
+    parameters = wanted.model_dump(include=set(TextToImage.model_fields))
     images = [file for _, file in drawn] if wanted.send_images is not False else []
     info = _info(request, [picture for picture, _ in drawn])
     info |= {"sd_model_name": context.catalog.name}
     info |= {"sampler_name": wanted.sampler_name} if wanted.sampler_name else {}
     info |= {"warnings": handle.warnings} if handle.warnings else {}
-    return JSONResponse({"images": images, "parameters": parameters, "info": json.dumps(info)})
+    return Utf8Response({"images": images, "parameters": parameters, "info": json.dumps(info)})
 
 
 def _request(
