@@ -13,6 +13,7 @@ from latentrt.bundle.spec import (
     CONDITIONER,
     CONTROL,
     CONTROLNET,
+    CONTROLNET_UNION,
     DECODER,
     DENOISER,
     ENCODER,
@@ -35,7 +36,7 @@ from latentrt.values import is_whole
 from latentrt_export.checkpoint.add_ons import ip_adapter
 from latentrt_export.checkpoint.corrections import corrections_of, drawn_by
 from latentrt_export.checkpoint.files import read_json
-from latentrt_export.checkpoint.lone_control import ADAPTER, FULL_XL, PART, adapter_factor, hint_levels
+from latentrt_export.checkpoint.lone_control import ADAPTER, FULL_XL, PART, UNION, adapter_factor, hint_levels
 from latentrt_export.checkpoint.served import (
     EDITING,
     EXTRA,
@@ -82,7 +83,7 @@ ROLES = {  # all others are text encoders
     "ip_adapter": CONDITIONER,
 }
 
-ADD_ONS = {PART: CONTROLNET, ADAPTER: T2I_ADAPTER, ip_adapter.PART: IP_ADAPTER}  # kinds by their parts
+ADD_ONS = {ADAPTER: T2I_ADAPTER, ip_adapter.PART: IP_ADAPTER}  # kinds by their parts; ControlNets are of two
 LCM, PIX2PIX, XL_PIX2PIX, UPSCALER = (4, 8.5), (20, 7.5), (20, 5.0), (75, 9.0)  # steps and guidance
 MAX_NOISE_LEVEL = 350  # diffusers' own default
 TRACING, WRITING = ("torch", "diffusers", "transformers"), ("onnx", "onnx-ir", "onnxscript")  # libraries
@@ -109,9 +110,16 @@ def model_spec(checkpoint: Checkpoint, networks: Mapping[str, NetworkSpec], how:
         defaults=_defaults(checkpoint),
         corrections=_corrections(checkpoint),
         made=how,
-        kind=next((kind for part, kind in ADD_ONS.items() if part in configs), MODEL),
+        kind=_kind(configs),
         conditional_only=bool(control and control.get("global_pool_conditions")),
     )
+
+
+def _kind(configs: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return a bundle's kind by its networks' configs."""
+    if PART in configs:
+        return CONTROLNET_UNION if configs[PART].get("_class_name") == UNION else CONTROLNET
+    return next((kind for part, kind in ADD_ONS.items() if part in configs), MODEL)
 
 
 def notes_of(checkpoint: Checkpoint, spec: ModelSpec) -> tuple[str, ...]:

@@ -173,7 +173,7 @@ def add_image_prompts(root: Path, spec: ModelSpec) -> ModelSpec:
 
 
 def _with_inputs(
-    root: Path, known: Variant, path_of: Callable[[str], str], read: Callable[[ir.Model], tuple[ir.Value, ...]]
+    root: Path, known: Variant, path_of: Callable[[str], str], read: Callable[[ir.Model], Sequence[ir.Value]]
 ) -> Variant | None:
     """Write a graph again with the inputs that `read` adds; None where it adds none."""
     model = ir.load(root / known.path)

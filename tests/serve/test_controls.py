@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from latentrt.images.hints import blurred, edges, inverted
 from latentrt.model.model import Model
 from latentrt.runtime.fake import FakeBackend
 from tests.serve.test_pixel_models import SD, Server, decoded, serving
-from tests.support.serve.fakes import FakeScheduler, app_of, live
+from tests.support.serve.fakes import FakeScheduler, app_of, get, live, post
 
 Exported = Callable[[str], tuple[Path, Path]]
 y, x = np.mgrid[:48, :64]
@@ -100,8 +101,12 @@ def scheduler() -> FakeScheduler:
 
 @pytest.fixture
 def url(scheduler: FakeScheduler) -> Iterator[str]:
+    yield from served_as("controlnet", scheduler)
+
+
+def served_as(kind: str, scheduler: FakeScheduler) -> Iterator[str]:
     model = Model(Bundle.open(check_hashes=False), FakeBackend())
-    named: Any = SimpleNamespace(name="edges", spec=SimpleNamespace(kind="controlnet"))
+    named: Any = SimpleNamespace(name="edges", spec=SimpleNamespace(kind=kind), type_of=lambda control: control.type)
     model.controls = (named,)
     model.ip_adapters = (SimpleNamespace(name="style"),)  # type: ignore[assignment]
     with live(app_of(scheduler, model, controlnet=("edges=some/",))) as url:
@@ -113,6 +118,11 @@ def api(url: str) -> Iterator[webuiapi.WebUIApi]:
     client = webuiapi.WebUIApi(baseurl=f"{url}/sdapi/v1")
     yield client
     client.session.close()
+
+
+def test_kinds_are_told(url: str) -> None:
+    told = get(f"{url}/latentrt/model").json()
+    assert (told["controls"], told["control_kinds"]) == (["edges"], {"edges": "controlnet"})
 
 
 # The client writes units into its default of alwayson_scripts, for all later calls: each call here gives its own.
@@ -145,6 +155,18 @@ def test_units_of_a1111s_client(
     control = followed(scheduler)
     assert (control.scale, control.start, control.end, control.guess) == (0.8, 0.0, 0.5, True)
     np.testing.assert_array_equal(np.asarray(control.image), np.asarray(expected))
+
+
+def test_types_of_a_union(scheduler: FakeScheduler) -> None:
+    with contextmanager(served_as)("controlnet_union", scheduler) as url:
+        for kind, number in (("Hard Edge", 3), ("Inpaint", 7), ("Unknown", None)):
+            unit = {"image": MAP_TEXT, "model": "edges", "union_control_type": kind}
+            asked = {"prompt": "a", "width": 64, "height": 64, "alwayson_scripts": {"ControlNet": {"args": [unit]}}}
+            assert post(f"{url}/sdapi/v1/txt2img", json=asked).is_success
+            assert followed(scheduler).type == number
+        asked = {"prompt": "a", "size": "64x64", "control": {"edges": {"image": MAP_TEXT, "type": "canny"}}}
+        assert post(f"{url}/v1/images/generations", json=asked).is_success
+        assert followed(scheduler).type == "canny"
 
 
 def test_a_unit_of_an_ip_adapter(api: webuiapi.WebUIApi, scheduler: FakeScheduler) -> None:

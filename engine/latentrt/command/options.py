@@ -127,8 +127,9 @@ def controls_pictures(verb: Verb) -> Verb:
         click.option(
             "--control",
             multiple=True,
-            metavar="NAME=PICTURE[:SCALE[:START:END]]",
-            help="Picture that a --controlnet follows, how strongly, and in which part of the run; repeatable.",
+            metavar="NAME[@TYPE]=PICTURE[:SCALE[:START:END]]",
+            help="Picture that a --controlnet follows, how strongly, and in which part of the run; repeatable. TYPE is "
+            "of a ControlNet Union: union@canny, or its number.",
         ),
         click.option(
             "--controlnet",

@@ -18,7 +18,7 @@ from latentrt.images.depth_map import depth_of
 from latentrt.images.given import inpainted, prepared, prepared_hint, prepared_low
 from latentrt.model import settings
 from latentrt.model.chained import Chained, Chains
-from latentrt.model.codec import Codec, Identity, Vae
+from latentrt.model.codec import Codec, Vae, codec_of
 from latentrt.model.conditioners.adapters import Adapters, adapted, check_ranks, with_adapters
 from latentrt.model.conditioners.beside import Repainted
 from latentrt.model.conditioners.guidance_embedding import GuidanceEmbedding
@@ -88,7 +88,7 @@ class Model:
         self.schedule = Schedule.from_config(bundle.json(schedule), self.spec.corrected(schedule))
         self.networks = Networks(bundle, backend, vae)
         self.tiles = vae.tiles(self.spec)
-        self.codec = self._codec()
+        self.codec = codec_of(self.spec, self.networks, self.tiles)
         self.preview, self._preview_decoder = self._previews(backend)
         if resident:
             self._load()
@@ -96,10 +96,12 @@ class Model:
             check_ranks(self.networks.values(), self.adapters.rank)
         without_depth = next((self.networks[name] for name in self.spec.named(SHALLOW)), None)
         self.predictor = Predictor([self.networks[denoiser]], without_depth)
+        once = self.spec.named(CONDITIONER)
         self.hoisted = Hoisted(self.networks, self.spec, denoiser)
-        inputs = inputs_of([self.spec.networks[name] for name in (*self.spec.named(CONDITIONER), denoiser)])
-        self.ip_adapters = looking_at = open_ip_adapters(ip_adapters, self.spec, inputs, backend)
-        self.conditioners = conditioners_of(Parts(bundle, self.networks, self.codec, inputs, self.adapters, looking_at))
+        inputs = inputs_of([self.spec.networks[name] for name in (*once, denoiser)])
+        self.ip_adapters = open_ip_adapters(ip_adapters, self.spec, inputs, backend)
+        parts = Parts(bundle, self.networks, self.codec, inputs, self.adapters, self.ip_adapters)
+        self.conditioners = conditioners_of(parts)
         self.controls = open_controls(controls, self.spec, backend)
         self._add_ons: tuple[ControlNet | IpAdapter, ...] = (*self.controls, *self.ip_adapters)
         self._chains = None if backend.gpu is None else Chains(self.networks[denoiser], self.controls)
@@ -107,7 +109,8 @@ class Model:
     def take(self, bundle: Bundle) -> None:
         """Use the weights of a bundle of the same files, as `Networks.take`; nothing changes where that fails."""
         bundle = bundle if self.adapters is None else adapted(bundle)
-        bundle = controlled(looking(bundle, self.ip_adapters), [one.spec for one in self.controls])
+        bundle = looking(bundle) if self.ip_adapters else bundle
+        bundle = controlled(bundle, [one.spec for one in self.controls])
         self.networks.take(bundle)
         self.spec = self._vae.spec(bundle.spec)
         self.hoisted.forget()
@@ -121,13 +124,6 @@ class Model:
                 self.networks[name].open()
         if self._preview_decoder is not None:
             self._preview_decoder.open()
-
-    def _codec(self) -> Codec:
-        decoder, encoder = (next(iter(self.spec.named(role)), None) for role in (DECODER, ENCODER))
-        if decoder is None:
-            return Identity()
-        encoders = self.networks[encoder] if encoder else None
-        return Vae(self.networks[decoder], encoders, self.spec.latents, self.tiles)
 
     def _previews(self, backend: Backend) -> tuple[Codec, LazyNetwork | None]:
         """Return the codec of previews, and its network where that is another one than the model's."""

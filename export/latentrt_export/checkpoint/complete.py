@@ -16,6 +16,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
     ControlNetModel,
+    ControlNetUnionModel,
     T2IAdapter,
     UNet2DConditionModel,
     UNet2DModel,
@@ -34,7 +35,7 @@ from latentrt.errors import ExportError
 from latentrt.values import is_number
 from latentrt_export.checkpoint.add_ons import ip_adapter
 from latentrt_export.checkpoint.files import read_json
-from latentrt_export.checkpoint.lone_control import ADAPTER, PART
+from latentrt_export.checkpoint.lone_control import ADAPTER, PART, UNION
 from latentrt_export.checkpoint.served import KL, TINY, vae_class
 from latentrt_export.checkpoint.source import TEXT, TEXT_2, UNET, VAE, Checkpoint
 from latentrt_export.checkpoint.weights import stem_of
@@ -77,6 +78,8 @@ def check_complete(checkpoint: Checkpoint, part: str) -> None:
 def _kind(checkpoint: Checkpoint, part: str) -> str:
     if part == VAE:
         return vae_class(checkpoint.configs[VAE])
+    if part == PART and checkpoint.configs[PART].get("_class_name") == UNION:
+        return UNION
     pixels = part == UNET and VAE not in checkpoint.configs
     return "pixels" if pixels else part
 
@@ -117,6 +120,7 @@ MAKERS: Mapping[str, Maker] = {
     KL: _of_diffusers(AutoencoderKL),
     TINY: _of_diffusers(AutoencoderTiny),
     PART: _of_diffusers(ControlNetModel),
+    UNION: _of_diffusers(ControlNetUnionModel),
     ADAPTER: _of_diffusers(T2IAdapter),
     ip_adapter.ENCODER: _of_transformers(CLIPVisionModelWithProjection, CLIPVisionConfig),
 }

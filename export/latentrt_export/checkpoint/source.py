@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from latentrt.bundle.bundle import PICKLES
+from latentrt.bundle.tensors import open_tensors
 from latentrt.errors import ExportError, LatentrtError, OutputError, UnsafeWeightsError
 from latentrt_export.checkpoint.add_ons import ip_adapter
 from latentrt_export.checkpoint.files import AGAIN, license_of, read_json, read_schedule, texts_of, tokenizer_files
@@ -32,6 +33,7 @@ from latentrt_export.checkpoint.served import (
     vae_class,
 )
 from latentrt_export.checkpoint.single.choices import AS_THEY_ARE, Choices
+from latentrt_export.checkpoint.single.controlnet.file import is_controlnet, make_controlnet
 from latentrt_export.checkpoint.single.folder import make_folder
 from latentrt_export.checkpoint.single.vae_file import vae_files
 from latentrt_export.checkpoint.weights import choose_weights
@@ -154,6 +156,10 @@ def _checkpoint(
             raise ExportError(f"a revision or variant of the file {path}", needed="a folder, or the id of one")
         if ip_adapter.is_ip_adapter(path):
             return _ip_adapter(path, choices)
+        tensors = open_tensors(path)
+        if is_controlnet(tensors.shapes):
+            notes = make_controlnet(tensors, room, choices)
+            return replace(open_checkpoint(room), id=path.name, notes=notes)
         folder = choices.vae if choices.vae and Path(choices.vae).is_dir() else None
         notes = make_folder(path, room, replace(choices, vae=None) if folder else choices)
         single = replace(open_checkpoint(room), id=path.name, notes=notes)

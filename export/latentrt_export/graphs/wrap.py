@@ -16,6 +16,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
     ControlNetModel,
+    ControlNetUnionModel,
     T2IAdapter,
     UNet2DConditionModel,
     UNet2DModel,
@@ -28,7 +29,7 @@ from latentrt.errors import ExportError
 from latentrt.model.conditioners.ip_adapter import IMAGE_EMBEDS, IMAGE_STATES, KEYS, VALUES
 from latentrt_export.checkpoint.add_ons import ip_adapter
 from latentrt_export.checkpoint.files import read_json
-from latentrt_export.checkpoint.lone_control import ADAPTER, PART, adapter_factor, hint_levels
+from latentrt_export.checkpoint.lone_control import ADAPTER, PART, UNION, adapter_factor, hint_levels
 from latentrt_export.checkpoint.served import (
     INPUTS,
     KL,
@@ -42,7 +43,7 @@ from latentrt_export.checkpoint.served import (
     vae_class,
 )
 from latentrt_export.graphs.modules.adapter import Adapter
-from latentrt_export.graphs.modules.controlnet import ControlNet, Hint
+from latentrt_export.graphs.modules.controlnet import ControlNet, ControlNetUnion, Hint
 from latentrt_export.graphs.modules.ip_adapter import ImageEncoder, ImagePrompt
 from latentrt_export.graphs.modules.text import PenultimateTextEncoder, TextEncoder
 from latentrt_export.graphs.modules.unet import PixelUNet, UNet
@@ -188,20 +189,22 @@ def _vae(root: Path) -> Any:
 
 
 def _hint(root: Path, name: str, tokens: int) -> Network:
-    model = _load(ControlNetModel, root / PART)
+    model = _load(_control_class(root), root / PART)
     factor = 2 ** (hint_levels(model.config) - 1)
     inputs = _examples({"picture": ((model.config.conditioning_channels, 16 * factor, 24 * factor), IMAGE_AXES)})
     return Network(Hint(model), inputs, ("hint",), PART)
 
 
 def _controlnet(root: Path, name: str, tokens: int) -> Network:
-    model = _load(ControlNetModel, root / PART)
+    model = _load(_control_class(root), root / PART)
+    union = isinstance(model, ControlNetUnionModel)
     config, skips = model.config, len(model.controlnet_down_blocks)
     sizes: dict[str, tuple[tuple[int, ...], Axes]] = {
         "sample": ((config.in_channels, 16, 24), IMAGE_AXES),
         "timestep": ((), BATCH),
         "encoder_hidden_states": ((TOKENS, config.cross_attention_dim), TEXT_AXES),
         "hint": ((config.block_out_channels[0], 16, 24), IMAGE_AXES),
+        **({"control_type": ((config.num_control_type,), BATCH)} if union else {}),
     }
     if config.addition_embed_type is not None:
         numbers = 6 * config.addition_time_embed_dim
@@ -209,7 +212,12 @@ def _controlnet(root: Path, name: str, tokens: int) -> Network:
             "text_embeds": ((config.projection_class_embeddings_input_dim - numbers,), BATCH),
             "time_ids": ((6,), BATCH),
         }
-    return Network(ControlNet(model), _examples(sizes), tuple(residual_names(skips + 1)), PART)
+    wrapper = ControlNetUnion if union else ControlNet
+    return Network(wrapper(model), _examples(sizes), tuple(residual_names(skips + 1)), PART)
+
+
+def _control_class(root: Path) -> Any:
+    return ControlNetUnionModel if read_json(root / PART / "config.json")["_class_name"] == UNION else ControlNetModel
 
 
 def _t2i_adapter(root: Path, name: str, tokens: int) -> Network:

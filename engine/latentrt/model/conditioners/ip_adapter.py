@@ -190,17 +190,15 @@ def prompted(bundle: Bundle, backend: Backend, adapters: Mapping[str, Bundle]) -
     if adapters and backend.gpu is not None:
         found = f"IP-Adapters ({', '.join(adapters)}) with {backend.name} on {backend.device}"
         raise RequestError(found, needed="a CPU: there are no graphs for a GPU yet", fix="device='cpu'")
-    return looking(bundle, tuple(adapters))
+    return looking(bundle) if adapters else bundle
 
 
-def looking(bundle: Bundle, adapters: Sequence[Any]) -> Bundle:
-    """Return a model's bundle with the denoiser that looks at pictures in the place of its own, if there are adapters.
+def looking(bundle: Bundle) -> Bundle:
+    """Return a model's bundle with the denoiser that looks at pictures in the place of its own.
 
     Raises:
         BundleError: it has none.
     """
-    if not adapters:
-        return bundle
     spec = bundle.spec
     network = spec.networks[spec.denoiser].adapted(PROMPTED)
     if network is spec.networks[spec.denoiser]:

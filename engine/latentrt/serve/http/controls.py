@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
-from latentrt.request import Control, ImagePrompt
+from latentrt.guides import Control, ImagePrompt
 from latentrt.serve.http.catalog import Catalog, unknown
 from latentrt.serve.http.images import File, base64_file, loaded
 
@@ -27,6 +27,7 @@ class Unit(BaseModel):
     start: Annotated[float, Field(ge=0, le=1, description="The part of the run before it acts.")] = 0.0
     end: Annotated[float, Field(ge=0, le=1, description="The part of the run after which it acts no more.")] = 1.0
     guess: Annotated[bool, Field(description="It acts on the lane with the prompt alone (guess mode).")] = False
+    type: Annotated[str | int | None, Field(description="The map's kind, of a ControlNet Union: canny, or 3.")] = None
 
 
 class Shown(BaseModel):
@@ -88,7 +89,7 @@ def image_prompts_of(given: Mapping[str, Shown] | None, catalog: Catalog, most_b
 def check_name(param: str, name: str, catalog: Catalog) -> None:
     """Refuse a ControlNet that the server does not have. Raise Problem."""
     if name not in catalog.controls:
-        raise unknown(param, name, catalog.controls or ("none: this server has no ControlNets",))
+        raise unknown(param, name, tuple(catalog.controls) or ("none: this server has no ControlNets",))
 
 
 def read(controls: Mapping[str, Control], size: tuple[int, int], most_pixels: int) -> dict[str, Control]:

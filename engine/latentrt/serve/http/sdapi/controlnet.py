@@ -15,9 +15,9 @@ from fastapi import APIRouter
 from PIL import Image, ImageOps
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from latentrt.guides import Control, ImagePrompt
 from latentrt.images.given import WHITE
 from latentrt.images.hints import blurred, edges, inverted
-from latentrt.request import Control, ImagePrompt
 from latentrt.serve.http.catalog import Catalog, unknown
 from latentrt.serve.http.controls import MOST, Sent, check_name
 from latentrt.serve.http.errors import Problem, answer_to_validation
@@ -34,6 +34,8 @@ RESIZING: tuple[tuple[str, ...], ...] = (  # by resize_mode
 )
 BALANCED, PROMPT, CONTROL = "Balanced", "My prompt is more important", "ControlNet is more important"
 MODES = (BALANCED, PROMPT, CONTROL)  # by control_mode
+UNION = ("OpenPose", "Depth", "Soft Edge", "Hard Edge", "Normal Map", "Segmentation", "Tile", "Inpaint")  # by number
+UNKNOWN = "Unknown"  # of a ControlNet that is no Union
 
 
 class Unit(BaseModel):
@@ -55,6 +57,7 @@ class Unit(BaseModel):
     guidance_end: Annotated[float, Field(ge=0, le=1)] = 1.0
     control_mode: int | str = 0
     hr_option: str = "Both"
+    union_control_type: str | None = None
 
 
 def _value(given: float, usual: float) -> float:
@@ -146,7 +149,10 @@ def _control(unit: Unit, given: File | None, most: int) -> Control:
         raise Problem(f"control_mode is {PROMPT!r}", needed=f"{BALANCED} or {CONTROL}", param="control_mode")
     fit = partial(_fitted, unit=unit, module=module, mode=_chosen("resize_mode", unit.resize_mode, RESIZING))
     scale, start, end, guess = unit.weight, unit.guidance_start, unit.guidance_end, MODES[mode] == CONTROL
-    return Control(Sent(_file(unit, given, most), fit), scale=scale, start=start, end=end, guess=guess)
+    kind = unit.union_control_type or UNKNOWN
+    number = None if kind == UNKNOWN else _chosen("union_control_type", kind, [(each,) for each in UNION])
+    sent = Sent(_file(unit, given, most), fit)
+    return Control(sent, scale=scale, start=start, end=end, guess=guess, type=number)
 
 
 def _image_prompt(unit: Unit, given: File | None, most: int) -> ImagePrompt:
