@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from latentrt.images.metadata import read_settings as read_settings
     from latentrt.images.sheet import grid as grid
     from latentrt.request import Control as Control
+    from latentrt.request import ImagePrompt as ImagePrompt
     from latentrt.request import Request as Request
     from latentrt.run.denoiser import Denoiser as Denoiser
     from latentrt.run.host import HostLanes as HostLanes
@@ -39,6 +40,7 @@ _HOME = {
     "Engine": "engine",
     "Guidance": "sampling.guidance",
     "HostLanes": "run.host",
+    "ImagePrompt": "request",
     "Job": "run.job",
     "LatentrtError": "errors",
     "Request": "request",

@@ -51,6 +51,8 @@ _OTHER_NAMES = {
     "control_guidance_start": "control",
     "control_guidance_end": "control",
     "guess_mode": "control",
+    "ip_adapter_image": "ip_adapter",
+    "ip_adapter_scale": "ip_adapter",
     "prompt": "",
     "options": "",
 }
@@ -96,14 +98,52 @@ class Control:
     @classmethod
     def of(cls, value: Any) -> Control:
         """Return the Control that a picture alone stands for, or a mapping of its fields. Raise RequestError."""
-        if isinstance(value, Control):
-            return value
-        if not isinstance(value, Mapping):
-            return cls(value)
-        if "image" not in value or not set(value) <= set(cls.__dataclass_fields__):
-            fields = ", ".join(cls.__dataclass_fields__)
-            raise RequestError(f"a control has {', '.join(map(repr, value))}", needed=f"image, and others of {fields}")
-        return cls(**value)
+        return value if isinstance(value, Control) else _of_picture(cls, "a control", value)
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePrompt:
+    """How an IP-Adapter acts on a picture.
+
+    Attributes:
+        image: what it shows the model; a PIL image, or a uint8 or uint16 array (height, width, 3) or of grey (height,
+            width). The middle is taken, and brought to the size that the image encoder reads.
+        scale: how strongly, 0 to 1000; 1 is as trained. Or numbers by block: see `model.conditioners.block_scales`.
+
+    Raises:
+        RequestError: a scale is no number, or out of range.
+    """
+
+    image: Any
+    scale: Any = 1.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scale", _scale(self.scale))
+
+    @classmethod
+    def of(cls, value: Any) -> ImagePrompt:
+        """Return the ImagePrompt that a picture alone stands for, or a mapping of its fields. Raise RequestError."""
+        return value if isinstance(value, ImagePrompt) else _of_picture(cls, "an ip_adapter", value)
+
+
+def _of_picture(kind: type[Any], name: str, value: Any) -> Any:
+    """Return a picture with the settings of a kind, of the picture alone or a mapping; `name` is for errors."""
+    fields = kind.__dataclass_fields__
+    if isinstance(value, Mapping) and ("image" not in value or not set(value) <= set(fields)):
+        needed = f"image, and others of {', '.join(fields)}"
+        raise RequestError(f"{name} has {', '.join(map(repr, value))}", needed=needed)
+    return kind(**value) if isinstance(value, Mapping) else kind(value)
+
+
+def _scale(value: Any) -> Any:
+    """Return a scale, or scales in mappings and lists, in Python's numbers. Raise RequestError."""
+    if isinstance(value, Mapping):
+        return {str(name): _scale(own) for name, own in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_scale(own) for own in value]
+    value = plain(value)
+    _number("an ip_adapter's scale", value, 0.0, 1000.0)
+    return value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,6 +190,8 @@ class Request:
             depth map. PIL images, or uint8 or uint16 arrays.
         control: the pictures that the engine's ControlNets follow, by the ControlNets' names; with settings as a
             `Control` or a mapping of its fields.
+        ip_adapter: the pictures that the engine's IP-Adapters show the model, by the IP-Adapters' names; with settings
+            as an `ImagePrompt` or a mapping of its fields.
         hires_scale: by how much the finished latents are enlarged, 1 to 8, to be drawn on (hires fix); None: not.
         hires_steps: of the second run; None is as many as of the first.
         hires_strength: how much of the second run is made, above 0 to 1.
@@ -190,6 +232,7 @@ class Request:
     seed_delta: int = 0
     pictures: Mapping[str, Any] = field(default_factory=dict)
     control: Mapping[str, Any] = field(default_factory=dict)
+    ip_adapter: Mapping[str, Any] = field(default_factory=dict)
     hires_scale: float | None = None
     hires_steps: int | None = None
     hires_strength: float = HIRES_STRENGTH
@@ -197,7 +240,8 @@ class Request:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in set(self.__dataclass_fields__) - {"pictures", "control", "options", "embeddings", "lora"}:
+        mappings = {"pictures", "control", "ip_adapter", "options", "embeddings", "lora"}
+        for name in set(self.__dataclass_fields__) - mappings:
             object.__setattr__(self, name, plain(getattr(self, name)))
         _whole("count", self.count, 1, 10_000)
         _whole("cache_interval", self.cache_interval, 1, 10_000)
@@ -238,10 +282,12 @@ class Request:
         _number("guidance_interval's end", interval[1], interval[0], 1.0)
         if unknown := sorted(set(self.pictures) - set(PICTURES)):
             raise RequestError(f"there is a picture for {unknown[0]!r}", needed=f"one for {' or '.join(PICTURES)}")
-        if not isinstance(self.control, Mapping):
-            found, fix = f"control is a {type(self.control).__name__}", 'pass control={"edges": picture}'
-            raise RequestError(found, needed="pictures by the names of ControlNets", fix=fix)
-        object.__setattr__(self, "control", {name: Control.of(value) for name, value in self.control.items()})
+        for name, what, kind in (("control", "ControlNets", Control), ("ip_adapter", "IP-Adapters", ImagePrompt)):
+            own = getattr(self, name)
+            if not isinstance(own, Mapping):
+                found, fix = f"{name} is a {type(own).__name__}", f'pass {name}={{"NAME": picture}}'
+                raise RequestError(found, needed=f"pictures by the names of {what}", fix=fix)
+            object.__setattr__(self, name, {key: kind.of(value) for key, value in own.items()})
         _check_options(self.options)
         object.__setattr__(self, "options", {key: plain(value) for key, value in self.options.items()})
 

@@ -1,4 +1,6 @@
-"""What ControlNets follow, on the command line: NAME[@TYPE]=PICTURE[:SCALE[:START:END]]."""
+"""Pictures of add-ons on the command line: NAME[@TYPE]=PICTURE[:SCALE[:START:END]] of ControlNets; of IP-Adapters
+NAME=PICTURE[:SCALE].
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,11 @@ from typing import Any
 
 from latentrt.errors import RequestError
 from latentrt.images.given import open_picture
-from latentrt.request import Control
+from latentrt.request import Control, ImagePrompt
 from latentrt.values import named
 
 NUMBER = r"\d*\.?\d+"
+PROMPT = re.compile(rf"(?P<picture>.+?):(?P<scale>{NUMBER})")
 FORM = re.compile(rf"(?P<picture>.+?)(?::(?P<scale>{NUMBER})(?::(?P<start>{NUMBER}):(?P<end>{NUMBER}))?)?")
 
 
@@ -33,6 +36,22 @@ def controls_of(options: Iterable[str], *, guess: bool) -> dict[str, Control]:
             raise RequestError(f"--control has {name} twice", needed="one of them")
         found[name] = replace(control, type=int(kind) if kind.isdecimal() else kind) if kind else control
     return found
+
+
+def image_prompts_of(options: Iterable[str]) -> dict[str, ImagePrompt]:
+    """Return what IP-Adapters show, by name, of NAME=PICTURE[:SCALE]; pictures are opened.
+
+    Raises:
+        RequestError: as of `controls_of`.
+    """
+    return {name: _image_prompt(text) for name, text in named(options, "--ip-adapter", "NAME=PICTURE").items()}
+
+
+def _image_prompt(text: str) -> ImagePrompt:
+    parts = PROMPT.fullmatch(text)
+    if parts is None or Path(text).is_file():
+        return ImagePrompt(open_picture(text))
+    return ImagePrompt(open_picture(parts["picture"]), float(parts["scale"]))
 
 
 def _control(text: str, *, guess: bool) -> Control:

@@ -101,6 +101,9 @@ def solvers(as_json: bool) -> None:
 @click.option("--variant", help="Weights variant, such as fp16; networks without it have their plain weights.")
 @options_single
 @click.option("--adapters", is_flag=True, help="Write graphs that take LoRAs with each request, too (docs/lora.md).")
+@click.option(
+    "--image-encoder", type=FOLDER, help="Folder of an IP-Adapter's image encoder  [default: image_encoder beside it]"
+)
 @click.option("--int8", is_flag=True, help="Also write the UNet with 8-bit numbers, for --precision int8 on a CPU.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing bundle.")
 @option_json

@@ -79,6 +79,23 @@ def decodes_pictures(verb: Verb) -> Verb:
     return verb
 
 
+def shows_pictures(verb: Verb) -> Verb:
+    """Add the options of IP-Adapters."""
+    for option in (
+        click.option(
+            "--ip-adapter",
+            multiple=True,
+            metavar="NAME=PICTURE[:SCALE]",
+            help="Picture that an --ip-adapter-model shows the model, and how strongly; repeatable.",
+        ),
+        click.option(
+            "--ip-adapter-model", multiple=True, metavar="NAME=BUNDLE", help="IP-Adapter, by a name; repeatable."
+        ),
+    ):
+        verb = option(verb)
+    return verb
+
+
 ADAPTERS = ("lora_rank", "lora_dir", "lora_name")  # options of `names_loras`
 
 

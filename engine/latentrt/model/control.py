@@ -190,6 +190,11 @@ class ControlNet:
         """The network that rows call, on a GPU."""
         return cast(DeviceNetwork, self._body.open())
 
+    def open(self) -> None:
+        """Load all networks. Raise as `Backend.load`."""
+        for network in self.networks.values():
+            network.open()
+
     def end_of(self, *roles: str) -> None:
         """Drop the networks of roles."""
         for role in roles:
@@ -208,19 +213,21 @@ def _scales(control: Control, rows: int) -> Float32:
     return np.asarray(acts, np.float32) * np.float32(control.scale)
 
 
-def controlnets_of(typed: Iterable[str]) -> dict[str, Path]:
-    """Return bundles by the names that requests have for them, of NAME=BUNDLE. Raise RequestError."""
-    return {name: Path(text) for name, text in named(typed, "--controlnet", "NAME=BUNDLE, as in edges=canny/").items()}
+def controlnets_of(typed: Iterable[str], option: str = "--controlnet") -> dict[str, Path]:
+    """Return bundles by the names that requests have for them, of an option's NAME=BUNDLE. Raise RequestError."""
+    return {name: Path(text) for name, text in named(typed, option, "NAME=BUNDLE, as in edges=canny/").items()}
 
 
 def controlled(bundle: Bundle, add_ons: Iterable[ModelSpec]) -> Bundle:
-    """Return a model's bundle with the denoiser that adds what add-ons give in the place of its own.
+    """Return a model's bundle with the denoiser that adds what add-ons give in the place of its own, if there are any.
 
     Raises:
         BundleError: it has none.
     """
-    spec = bundle.spec
-    adapted = any(one.kind == T2I_ADAPTER for one in add_ons)
+    spec, kinds = bundle.spec, [one.kind for one in add_ons]
+    if not kinds:
+        return bundle
+    adapted = T2I_ADAPTER in kinds
     network = spec.networks[spec.denoiser].controlled(FEATURED if adapted else CONTROLLED)
     if network is None:
         what = "features of T2I-Adapters" if adapted else "residuals of ControlNets"
@@ -229,33 +236,23 @@ def controlled(bundle: Bundle, add_ons: Iterable[ModelSpec]) -> Bundle:
     return replace(bundle, spec=replace(spec, networks={**spec.networks, spec.denoiser: network}))
 
 
-def open_controls(
-    bundles: Mapping[str, Bundle], model: ModelSpec, filled: Mapping[str, TensorSpec], backend: Backend
-) -> tuple[ControlNet, ...]:
-    """Load ControlNets and T2I-Adapters beside a model.
+def open_controls(bundles: Mapping[str, Bundle], model: ModelSpec, backend: Backend) -> tuple[ControlNet, ...]:
+    """Load ControlNets and T2I-Adapters beside a model: on a GPU now, else when a picture needs them.
 
     Args:
         bundles: by the names that requests have for them.
         model: with the denoiser of `controlled`.
-        filled: the inputs that the model's conditioners fill.
         backend: runs the networks.
 
     Raises:
-        RequestError: a bundle is none of these, or of one for other models.
+        RequestError: as of `check_fits`.
+        BackendError, PlanError, DeviceMemoryError: a GPU cannot run one.
     """
-    if bundles and "beside" in filled and filled["beside"].shape[1] == model.latents.channels:
-        found = f"{model.id} edits pictures, and its pictures take three lanes"
-        raise RequestError(found, needed="a model of two lanes for ControlNets")
-    for name, bundle in bundles.items():
-        _check_fits(name, bundle.spec, model, filled)
-    return tuple(ControlNet(name, number, bundles[name], backend) for number, name in enumerate(bundles))
-
-
-def check_device(backend: Backend, bundles: Mapping[str, Bundle]) -> None:
-    """Refuse ControlNets and T2I-Adapters on a GPU, other than by ONNX Runtime. Raise RequestError."""
-    if bundles and backend.gpu is not None and backend.name != "onnxruntime":
-        found = f"ControlNets ({', '.join(bundles)}) with {backend.name}"
-        raise RequestError(found, needed="onnxruntime: there are no plans of theirs yet", fix="backend='onnxruntime'")
+    check_fits(bundles, model)
+    controls = tuple(ControlNet(name, number, bundles[name], backend) for number, name in enumerate(bundles))
+    for one in controls if backend.gpu is not None else ():
+        one.open()
+    return controls
 
 
 def check_request(request: Request, controls: Sequence[ControlNet], model: str) -> None:
@@ -263,8 +260,8 @@ def check_request(request: Request, controls: Sequence[ControlNet], model: str) 
     kinds = {one.name: one.spec.kind for one in controls}
     if unknown := [name for name in request.control if name not in kinds]:
         raise RequestError(
-            f"there is a control {unknown[0]!r}, and {model} is loaded with {', '.join(kinds) or 'no ControlNet'}",
-            needed="a ControlNet of that name",
+            f"there is a control {unknown[0]!r}, and {model} is loaded with {', '.join(kinds) or 'none'}",
+            needed="a ControlNet or T2I-Adapter of that name",
             fix="load it: control={'NAME': folder}, --controlnet NAME=FOLDER",
         )
     for one in controls:
@@ -283,9 +280,26 @@ def check_request(request: Request, controls: Sequence[ControlNet], model: str) 
         raise RequestError(found, needed="one of them: shallow rows read no residuals", fix="leave cache_interval out")
 
 
+def check_fits(bundles: Mapping[str, Bundle], model: ModelSpec) -> None:
+    """Refuse bundles, by the names that requests have for them, that are no add-ons, or are for other models.
+
+    Args:
+        model: with the denoiser of `controlled`.
+
+    Raises:
+        RequestError: one does not fit, or the model takes none.
+    """
+    filled = inputs_of([model.networks[name] for name in (*model.named(CONDITIONER), model.denoiser)])
+    if bundles and "beside" in filled and filled["beside"].shape[1] == model.latents.channels:
+        found = f"{model.id} edits pictures, and its pictures take three lanes"
+        raise RequestError(found, needed="a model of two lanes for ControlNets and T2I-Adapters")
+    for name, bundle in bundles.items():
+        _check_fits(name, bundle.spec, model, filled)
+
+
 def _check_fits(name: str, own: ModelSpec, model: ModelSpec, filled: Mapping[str, TensorSpec]) -> None:
     """Refuse a bundle that is no add-on, or whose latents, inputs or residuals are others than the model's."""
-    if own.kind not in ADD_ONS:
+    if own.kind not in (*CONTROLNETS, T2I_ADAPTER):
         raise RequestError(
             f"{own.id}, loaded as the control {name!r}, is none",
             needed="the bundle of a ControlNet or T2I-Adapter",

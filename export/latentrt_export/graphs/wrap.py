@@ -21,10 +21,13 @@ from diffusers import (
     UNet2DConditionModel,
     UNet2DModel,
 )
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
 from latentrt.errors import ExportError
+from latentrt.model.conditioners.ip_adapter import IMAGE_EMBEDS, IMAGE_STATES, KEYS, VALUES
+from latentrt_export.checkpoint.add_ons import ip_adapter
 from latentrt_export.checkpoint.files import read_json
 from latentrt_export.checkpoint.lone_control import ADAPTER, PART, UNION, adapter_factor, hint_levels
 from latentrt_export.checkpoint.served import (
@@ -41,6 +44,7 @@ from latentrt_export.checkpoint.served import (
 )
 from latentrt_export.graphs.modules.adapter import Adapter
 from latentrt_export.graphs.modules.controlnet import ControlNet, ControlNetUnion, Hint
+from latentrt_export.graphs.modules.ip_adapter import ImageEncoder, ImagePrompt
 from latentrt_export.graphs.modules.text import PenultimateTextEncoder, TextEncoder
 from latentrt_export.graphs.modules.unet import PixelUNet, UNet
 from latentrt_export.graphs.modules.upscaler import LatentUpscaler, PooledTextEncoder
@@ -85,7 +89,8 @@ def load_network(root: Path, name: str, *, tokens: int = 77) -> Network:
 
     Args:
         root: a diffusers checkpoint whose weights are safetensors, each network in a folder of its name.
-        name: text_encoder, text_encoder_2, unet, vae_decoder or vae_encoder; hint or controlnet; t2i_adapter.
+        name: text_encoder, text_encoder_2, unet, vae_decoder or vae_encoder; hint or controlnet; t2i_adapter;
+            image_encoder or ip_adapter.
         tokens: length of a text chunk (77).
     """
     network = _LOADERS[name](root, name, tokens)
@@ -222,6 +227,27 @@ def _t2i_adapter(root: Path, name: str, tokens: int) -> Network:
     return Network(Adapter(model), inputs, tuple(map(hint_name, range(len(model.adapter.body)))), ADAPTER)
 
 
+def _image_encoder(root: Path, name: str, tokens: int) -> Network:
+    states = ip_adapter.read_ip_adapter(root / ip_adapter.FILE).reads_states
+    model = _load(CLIPVisionModelWithProjection, root / name)
+    side = model.config.image_size
+    inputs = _examples({"pixel_values": ((3, side, side), BATCH)})
+    return Network(ImageEncoder(model, states=states), inputs, (IMAGE_STATES if states else IMAGE_EMBEDS,), name)
+
+
+def _ip_adapter(root: Path, name: str, tokens: int) -> Network:
+    own = ip_adapter.read_ip_adapter(root / ip_adapter.FILE)
+    module = ImagePrompt(own)
+    weights = load_file(root / ip_adapter.FILE)
+    module.model.load_state_dict({key: value.to(torch.float32) for key, value in weights.items()})
+    sides = (read_json(root / ip_adapter.ENCODER / "config.json"), ip_adapter.ENCODERS)
+    size, patch = (next(one[key] for one in sides if key in one) for key in ("image_size", "patch_size"))
+    shape = ((size // patch) ** 2 + 1, own.width) if own.reads_states else (own.width,)
+    inputs = _examples({IMAGE_STATES if own.reads_states else IMAGE_EMBEDS: (shape, BATCH)})
+    outputs = (f"{kind}{layer}" for layer in range(len(own.channels)) for kind in (KEYS, VALUES))
+    return Network(module, inputs, tuple(outputs), name)
+
+
 _LOADERS: Mapping[str, Callable[[Path, str, int], Network]] = {
     "text_encoder": _text_encoder,
     "text_encoder_2": _text_encoder,
@@ -231,6 +257,8 @@ _LOADERS: Mapping[str, Callable[[Path, str, int], Network]] = {
     "hint": _hint,
     "controlnet": _controlnet,
     "t2i_adapter": _t2i_adapter,
+    "image_encoder": _image_encoder,
+    "ip_adapter": _ip_adapter,
 }
 
 

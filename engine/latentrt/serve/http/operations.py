@@ -100,7 +100,7 @@ def _job(handle: Handle) -> Job:
 @router.get("/latentrt/model", responses=documented(401))
 async def model(context: Served) -> dict[str, Any]:
     """What a page or a client may offer: names, sizes, limits, defaults, solvers, and what the model reads: prompts,
-    class labels (below `classes`, where that is known), pictures to edit; `controls` and `loras` by
+    class labels (below `classes`, where that is known), pictures to edit; `controls`, `ip_adapters` and `loras` by
     name, and each control's kind in `control_kinds`: "controlnet", "controlnet_union", which needs a
     type, or "t2i_adapter", which has no guess mode.
     `needs_picture`, `needs_mask` and `needs_depth` are those that it draws from alone. `strength` and `masks` say
@@ -136,6 +136,7 @@ async def model(context: Served) -> dict[str, Any]:
         "refiner": catalog.refiner,
         "controls": tuple(catalog.controls),
         "control_kinds": catalog.controls,
+        "ip_adapters": catalog.ip_adapters,
         "loras": catalog.loras,
         "classes": catalog.classes,
         "edits": catalog.edits,
