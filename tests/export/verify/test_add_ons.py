@@ -51,8 +51,7 @@ def test_add_ons_equal_diffusers(exported: Exported, base: str, add_on: str, ima
     model, bundle = exported(base)[1], exported(add_on)[1]
     found = measured(list(verify_add_on(str(bundle), model, steps=3)))
     networks = {what: value for what, value in found.items() if what.startswith("network")}
-    most = 1.5e-5 if str(UNION) in add_on else 4e-6
-    assert all(value < (3e-3 if "in float16" in what else most) for what, value in networks.items())
+    assert all(value < (3e-3 if "in float16" in what else 4e-6) for what, value in networks.items())
     pictures = [value for what, value in found.items() if "PSNR" in what]
     assert len(pictures) == images
     assert min(pictures) > 60

@@ -97,7 +97,7 @@ def test_out_of_a_whole_model(tmp_path: Path, fast: pytest.MonkeyPatch) -> None:
     [
         ({"difference": torch.zeros(0)}, "differences from a base's weights.*get the whole"),
         ({"lora_controlnet": torch.zeros(0)}, "a Control-LoRA"),
-        ({"task_embedding": torch.zeros(1)}, "a ControlNet Union"),
+        ({"task_embedding": torch.zeros(1)}, "a ControlNet Union.*its whole folder"),
         ({"control_model.zero_convs.0.0.bias": None}, r"the controlnet lacks control_model\.zero_convs\.0\.0\.bias"),
         ({"control_model.input_hint_block.0.weight": None}, r"has no input_hint_block\.0\.weight"),
         ({"control_model.input_hint_block.2.weight": None}, r"has no input_hint_block\.2\.weight"),

@@ -22,7 +22,11 @@ NEEDED = "a ControlNet's own weights"
 OTHERS = (  # kinds of ControlNets that are refused by name: what, names of tensors, what to do
     ("a ControlNet as differences from a base's weights", r"^difference$", "get the whole ControlNet"),
     ("a Control-LoRA", r"^lora_controlnet$|\.(?:down|up)$", "get the whole ControlNet"),
-    ("a ControlNet Union", r"^(?:task_embedding$|control_add_embedding\.|transformer_layes\.)", ""),
+    (
+        "a ControlNet Union",
+        r"^(?:task_embedding$|control_add_embedding\.|transformer_layes\.)",
+        "export its whole folder",
+    ),
     ("a ControlNet of a video model", r"\.(?:motion_modules|time_stack)\.", ""),
 )
 SD2, SD1 = 1024, 768  # numbers of the texts that they read
