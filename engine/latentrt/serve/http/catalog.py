@@ -86,15 +86,6 @@ class Catalog:
 
     # ---- Names
 
-    def check_model(self, name: str | None) -> None:
-        """Refuse a name that is none of the model's; no name at all is allowed too.
-
-        Raises:
-            Problem: 404 model_not_found.
-        """
-        if name and name not in self.names:
-            raise unknown("model", name, self.names, status=404, code="model_not_found")
-
     def solver(self, name: str | None) -> str | None:
         """Return the engine's name of a solver or diffusers class; None is the default one, or the model's own.
 

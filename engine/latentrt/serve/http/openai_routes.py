@@ -34,6 +34,7 @@ from latentrt.serve.http.images import (
     shape_of,
     too_many_bytes,
 )
+from latentrt.serve.http.models.models import models_of, serving
 from latentrt.serve.http.openai_schema import (
     OF_EDITS,
     OWN,
@@ -59,35 +60,35 @@ _DRAWN = {
 
 
 @router.get("/models")
-async def list_models(context: Served) -> ModelList:
-    """The model under all its names."""
-    return ModelList(data=[_model(context, name) for name in context.catalog.names])
+async def list_models(http: HttpRequest, context: Served) -> ModelList:
+    """The models under all their names; `root` is a model's own."""
+    names = models_of(http).names.items()
+    return ModelList(data=[_model(context, name, root) for name, root in names])
 
 
 @router.get("/models/{model:path}", responses=documented(404))
-async def retrieve_model(model: str, context: Served) -> Model:
-    """One of its names."""
-    context.catalog.check_model(model)
-    return _model(context, model)
+async def retrieve_model(model: str, http: HttpRequest, context: Served) -> Model:
+    """One of these names."""
+    return _model(context, model, models_of(http).find(model).name)
 
 
 @router.post("/images/generations", responses=_DRAWN, response_class=JSONResponse)
-async def generate(wanted: GenerateRequest, http: HttpRequest, context: Served) -> Response:
+async def generate(wanted: GenerateRequest, http: HttpRequest) -> Response:
     """Draw pictures from a prompt."""
+    context = await serving(http, wanted.model, pictures=wanted.n, timeout=wanted.timeout)
     more = {"control": controls_of(wanted.control, context.catalog, context.settings.max_image_bytes)}
     request = _request(context, wanted, context.catalog.sizes.of(wanted.size), **more)
     return await _answer(context, http, wanted, request, {}, "generation")
 
 
 @router.post("/images/edits", responses=_DRAWN, response_class=JSONResponse)
-async def edit(
-    wanted: Annotated[EditRequest, Form(media_type="multipart/form-data")], http: HttpRequest, context: Served
-) -> Response:
+async def edit(wanted: Annotated[EditRequest, Form(media_type="multipart/form-data")], http: HttpRequest) -> Response:
     """Draw pictures from a prompt and a picture; with a mask only where its alpha is 0, without one only where the
     picture's own is, if it is anywhere.
 
     Models that enlarge pictures draw each so many times as large as it is; `size` is that of the drawn one.
     """
+    context = await serving(http, wanted.model, pictures=wanted.n, timeout=wanted.timeout)
     files, catalog = _files(context, wanted), context.catalog
     if wanted.size in (None, "", "auto"):
         shape = await in_thread(partial(shape_of, files["image"], context.settings.max_image_pixels))
@@ -101,8 +102,8 @@ async def edit(
     return await _answer(context, http, wanted, request, files, "edit")
 
 
-def _model(context: Context, name: str) -> Model:
-    return Model(id=name, created=context.created, owned_by="latentrt", root=context.catalog.name)
+def _model(context: Context, name: str, root: str) -> Model:
+    return Model(id=name, created=context.created, owned_by="latentrt", root=root)
 
 
 def _request(context: Context, wanted: Wanted, size: tuple[int, int], **more: Any) -> Request:
@@ -113,7 +114,6 @@ def _request(context: Context, wanted: Wanted, size: tuple[int, int], **more: An
             fix="set output_format, or leave output_compression out",
             param="output_compression",
         )
-    context.catalog.check_model(wanted.model)
     return context.catalog.request(
         wanted.prompt or None,
         negative_prompt=wanted.negative_prompt,

@@ -19,7 +19,7 @@ UNCOUNTED = ("/health/live", "/health/ready", "/metrics")
 POLLED = ("/latentrt/queue", "/sdapi/v1/progress")  # by pages and clients, while they are open
 STATIC = "/static"
 SECOND = 1.0  # in which one refusal of a kind has a line of its own
-_UNTOLD = ("owner", "terms", "outcome", "handle")
+_UNTOLD = ("owner", "terms", "outcome", "handle", "held")
 
 
 def route_of(scope: Scope, known: tuple[str, ...]) -> str:
@@ -60,15 +60,16 @@ class Record:
             facts: what the routes noted of it.
         """
         seconds = time.monotonic() - began
+        metrics = self._metrics.of(facts["model"]) if "model" in facts else self._metrics
         line = {"method": scope["method"], "route": route, "status": status, "outcome": outcome}
         told = {"seconds": round(seconds, 4)} | {name: value for name, value in facts.items() if name not in _UNTOLD}
         if facts["owner"]:
             told["client"] = label_of(facts["owner"])
         if route not in UNCOUNTED:
             drawn = "n" in facts and outcome == "ok"
-            self._metrics.ended_request(route, outcome, status, seconds if drawn else None)
+            metrics.ended_request(route, outcome, status, seconds if drawn else None)
         if facts.get("done"):
-            self._metrics.drew(facts["done"], facts["size"], told.get("client", "unknown"))
+            metrics.drew(facts["done"], facts["size"], told.get("client", "unknown"))
         quiet = route in UNCOUNTED or (route in (*POLLED, STATIC) and status < 500)
         if self._traces is not None and not quiet:
             self._traces.request(scope, route, status, began, facts.get("handle"), {"outcome": outcome, **told})

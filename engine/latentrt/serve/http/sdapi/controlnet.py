@@ -21,7 +21,7 @@ from latentrt.request import Control
 from latentrt.serve.http.catalog import Catalog, unknown
 from latentrt.serve.http.controls import MOST, Sent, check_name
 from latentrt.serve.http.errors import Problem, answer_to_validation
-from latentrt.serve.http.generation import Served
+from latentrt.serve.http.generation import Chosen
 from latentrt.serve.http.images import File, base64_file
 
 router = APIRouter(prefix="/controlnet", tags=["A1111"])
@@ -178,7 +178,7 @@ async def version() -> dict[str, int]:
 
 
 @router.get("/model_list")
-async def model_list(context: Served) -> dict[str, list[str]]:
+async def model_list(context: Chosen) -> dict[str, list[str]]:
     """Names for a unit's `model`."""
     return {"model_list": list(context.catalog.controls)}
 
