@@ -10,6 +10,7 @@ import socket
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -128,7 +129,8 @@ def _budget(engine: Engine, known: curve.Curve, settings: Settings, memory: int 
     most = most_pixels(latents, settings, enlarges) // latents.factor**2
     taken = known.memory or _measured(engine, device)
     budget = budget_of(engine, taken, memory, most, processes=settings.most_replicas)
-    told = {"memory_mib": None if budget.memory is None else budget.memory // MIB}
+    told: dict[str, Any] = {} if settings.model_name is None else {"model": settings.model_name}
+    told["memory_mib"] = None if budget.memory is None else budget.memory // MIB
     told["tile"] = None if budget.tile is None else budget.tile * latents.factor
     logger().info("budget", **told, most_pixels=budget.largest(most) * latents.factor**2)
     return budget

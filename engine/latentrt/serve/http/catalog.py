@@ -60,7 +60,8 @@ class Catalog:
         refiner: str | None = None,
         budget: Budget | None = None,
     ) -> None:
-        self._model, self.settings = model, settings
+        self._model: Model | None = model
+        self._library, self.settings = None if model.adapters is None else model.adapters.library, settings
         self.name = settings.model_name or model.networks.bundle.base.spec.id
         self.names = (self.name, *(alias for alias in settings.aliases if alias != self.name))
         self.prompted = model.text is not None
@@ -101,7 +102,17 @@ class Catalog:
     @property
     def loras(self) -> Sequence[str]:
         """The names of the LoRAs that a request may name."""
-        return () if self._model.adapters is None else tuple(self._model.adapters.library.files)
+        return () if self._library is None else tuple(self._library.files)
+
+    def forget(self) -> None:
+        """Let the model go, which is closed: it makes no more requests, but what there is to choose from stays."""
+        self._model = None
+
+    @property
+    def model(self) -> Model:
+        """What the engine draws with."""
+        assert self._model is not None
+        return self._model
 
     # ---- Requests
 
@@ -158,7 +169,7 @@ class Catalog:
             **{name: value for name, value in more.items() if value is not None},
         )
         self._check_stages(request)
-        return self._model.filled(request)
+        return self.model.filled(request)
 
     def _check_stages(self, request: Request) -> None:
         if request.handoff is not None and self.refiner is None:
@@ -213,7 +224,7 @@ class Catalog:
 
     def lanes(self, request: Request) -> int:
         """Return the most lanes that each of a request's pictures takes."""
-        return self._model.guidance(request).lanes
+        return self.model.guidance(request).lanes
 
     def work(self, request: Request) -> tuple[int, str]:
         """Return how many network calls each of a request's pictures takes, and the solver that makes them.

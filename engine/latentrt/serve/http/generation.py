@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any
 
@@ -36,7 +36,6 @@ class Context:
     catalog: Catalog
     metrics: Metrics
     gpu_memory: Callable[[], tuple[int, int]] | None = None
-    created: int = field(default_factory=lambda: int(time.time()))
 
 
 async def _first(http: HttpRequest) -> Context:

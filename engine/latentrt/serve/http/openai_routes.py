@@ -23,7 +23,7 @@ from latentrt.request import Request
 from latentrt.serve.core.handle import Handle, Preview
 from latentrt.serve.http.controls import controls_of
 from latentrt.serve.http.errors import Problem, answer_to, documented
-from latentrt.serve.http.generation import Context, Served, all_pictures, generating
+from latentrt.serve.http.generation import Context, all_pictures, generating
 from latentrt.serve.http.images import (
     File,
     Files,
@@ -34,7 +34,7 @@ from latentrt.serve.http.images import (
     shape_of,
     too_many_bytes,
 )
-from latentrt.serve.http.models.models import models_of, serving
+from latentrt.serve.http.models.models import Models, models_of, serving
 from latentrt.serve.http.openai_schema import (
     OF_EDITS,
     OWN,
@@ -60,16 +60,17 @@ _DRAWN = {
 
 
 @router.get("/models")
-async def list_models(http: HttpRequest, context: Served) -> ModelList:
+async def list_models(http: HttpRequest) -> ModelList:
     """The models under all their names; `root` is a model's own."""
-    names = models_of(http).names.items()
-    return ModelList(data=[_model(context, name, root) for name, root in names])
+    models = models_of(http)
+    return ModelList(data=[_model(models, name, root) for name, root in models.names.items()])
 
 
 @router.get("/models/{model:path}", responses=documented(404))
-async def retrieve_model(model: str, http: HttpRequest, context: Served) -> Model:
+async def retrieve_model(model: str, http: HttpRequest) -> Model:
     """One of these names."""
-    return _model(context, model, models_of(http).find(model).name)
+    models = models_of(http)
+    return _model(models, model, models.find(model).name)
 
 
 @router.post("/images/generations", responses=_DRAWN, response_class=JSONResponse)
@@ -102,8 +103,8 @@ async def edit(wanted: Annotated[EditRequest, Form(media_type="multipart/form-da
     return await _answer(context, http, wanted, request, files, "edit")
 
 
-def _model(context: Context, name: str, root: str) -> Model:
-    return Model(id=name, created=context.created, owned_by="latentrt", root=root)
+def _model(models: Models, name: str, root: str) -> Model:
+    return Model(id=name, created=models.created, owned_by="latentrt", root=root)
 
 
 def _request(context: Context, wanted: Wanted, size: tuple[int, int], **more: Any) -> Request:

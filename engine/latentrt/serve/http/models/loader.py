@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -80,7 +81,7 @@ class Loader:
             if time.monotonic() > patience:
                 unbusy = [one._replace(busy=False) for one in self._residents()]
                 for one in self._named(to_drop(unbusy, entry.bytes, self._room) or ()):
-                    one.yields = True
+                    one.yields |= not one.waiting  # those that waited until it was loaded have it first
             await asyncio.sleep(LOOK)
         return True
 
@@ -112,8 +113,8 @@ class Loader:
 
     async def _drop(self, entry: Entry, why: str) -> None:
         stack, entry.opened, entry.yields = entry.opened, None, False
-        if stack is not None:
-            await self._run(_closed, stack)
+        if stack is not None and entry.context is not None:
+            await self._run(_closed, stack, entry.context)
             logger().info("dropped", model=entry.name, why=why, mib=entry.bytes // MIB)
 
     async def _run(self, work: Callable[..., None], *arguments: object) -> None:
@@ -159,6 +160,8 @@ def _settle(scheduler: Scheduler, name: str) -> None:
         raise ModelFailed(f"the self-check of {name} failed", needed="one that passes", fix="latentrt verify BUNDLE")
 
 
-def _closed(stack: ExitStack) -> None:
+def _closed(stack: ExitStack, context: Context) -> None:
     stack.close()
+    context.catalog.forget()
+    gc.collect()
     give_back()

@@ -36,6 +36,7 @@ class Models:
     Attributes:
         entries: the models.
         loader: loads and drops them.
+        created: when the server began, in seconds since 1970.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Models:
         named = [(name, one) for one in self.entries for name in (one.name, *one.aliases)]
         self._names = dict(named) | {one.name: one for one in self.entries}
         self._chosen: OrderedDict[str, Entry] = OrderedDict()
+        self.created = int(time.time())
         self._draining = self._ended = False
 
     @classmethod

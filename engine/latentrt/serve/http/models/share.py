@@ -50,14 +50,21 @@ class Share:
             room = settings.model_memory * MIB
         if calls is None and free is not None:
             calls = int(max(0, free - (room or 0)) * PART)
-        for one in each:
-            if room is not None and bytes_of(one) > room:
-                found = f"the files of {one.model_name} have {bytes_of(one) // MIB} MiB"
-                fix = "--model-memory MIB, or a server of its own"
-                raise RequestError(found, needed=f"at most {room // MIB}, the memory of all models", fix=fix)
+        _check(settings, each, room)
         told = {"room_mib": None if room is None else room // MIB, "calls_mib": None if calls is None else calls // MIB}
         logger().info("models", names=[one.model_name for one in each], **told)
         return cls(room, calls)
+
+
+def _check(settings: Settings, each: Sequence[Settings], room: int | None) -> None:
+    """Refuse a model that is larger than the room, or all of them where they are to be loaded at the start."""
+    sizes = {str(one.model_name): bytes_of(one) for one in each}
+    if settings.preload:
+        sizes["all models, which are to be preloaded"] = sum(sizes.values())
+    for name, size in sizes.items():
+        if room is not None and size > room:
+            found, fix = f"the files of {name} have {size // MIB} MiB", "--model-memory MIB, or a server of its own"
+            raise RequestError(found, needed=f"at most {room // MIB}, the memory of all models", fix=fix)
 
 
 def bytes_of(settings: Settings) -> int:
