@@ -279,10 +279,16 @@ def load_settings(flags: dict[str, Any], config: Path | None = None) -> Settings
         raise RequestError(
             f"{name}: {message}" if name else message,
             needed="settings that `latentrt serve --help` lists, within their ranges",
-            fix=f"change --{name.replace('_', '-')}, {PREFIX}{name.upper()} or {name} in the TOML file"
-            if name
-            else "change one of them",
+            fix=_fix(name),
         ) from error
+
+
+def _fix(name: str) -> str:
+    """Return where a setting may come from."""
+    if not name:
+        return "change one of them"
+    flag = "NAME=BUNDLE" if name == "models" else f"--{name.replace('_', '-')}"
+    return f"change {flag}, {PREFIX}{name.upper()} or {name} in the TOML file"
 
 
 def _lines_of(path: Path) -> dict[str, Any]:
