@@ -17,6 +17,7 @@ def test_a_load_waits_for_nobody_and_nobody_for_it(several: Serve) -> None:
     late = [server.drawing("b") for _ in range(2)]
     server.until(lambda: server.ask("GET", "/latentrt/queue").json()["waiting"] == 2)
     assert server.draw("a").status_code == 200
+    assert server.ready() == {"a": "ready", "b": "loading"}
     assert 'num_images_waiting{model_name="b"} 2.0' in server.ask("GET", "/metrics").text
     server.may_load["b"].set()
     assert [one.result().status_code for one in late] == [200, 200]

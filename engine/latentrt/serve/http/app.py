@@ -29,7 +29,7 @@ from latentrt.serve.http.generation import Context
 from latentrt.serve.http.guard.middleware import Guard, most_bytes
 from latentrt.serve.http.guard.origins import cross_origin
 from latentrt.serve.http.guard.record import Record
-from latentrt.serve.http.models.entry import Entry
+from latentrt.serve.http.models.entry import ON_DEMAND, Entry
 from latentrt.serve.http.models.models import Models
 from latentrt.serve.http.page import add_page
 from latentrt.serve.http.sdapi.answers import response_to
@@ -142,7 +142,7 @@ def _add_gauges(metrics: Metrics, entry: Entry) -> None:
     metrics.gauge("num_requests_waiting", "Requests whose first step has not run.", lambda: requests(False))
     metrics.gauge("num_images_running", "Pictures that have lanes.", lambda: entry.running)
     metrics.gauge("num_images_waiting", "Pictures that wait for lanes, or for their model.", lambda: entry.pictures)
-    metrics.gauge("ready", "1 if requests are taken.", lambda: float(entry.state in ("ready", "unloaded")))
+    metrics.gauge("ready", "1 if requests are taken.", lambda: float(entry.state in ("ready", *ON_DEMAND)))
     metrics.gauge("model_loaded", "1 if the model is loaded.", lambda: float(entry.opened is not None))
 
 

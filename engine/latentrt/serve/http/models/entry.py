@@ -13,6 +13,8 @@ from latentrt.serve.core.scheduler import Scheduler
 from latentrt.serve.http.generation import Context
 from latentrt.serve.process.config import Settings
 
+ON_DEMAND = "unloaded", "loading"  # states of models that requests may wait for
+
 
 @dataclass(slots=True, eq=False)
 class Entry:
@@ -58,9 +60,11 @@ class Entry:
 
     @property
     def state(self) -> str:
-        """Return its scheduler's state; "unloaded" where it is not loaded, or "failed" where that failed lately."""
+        """Return its scheduler's state; else "unloaded", "loading", or "failed" where loading it failed lately."""
         if self.scheduler is not None:
             return self.scheduler.state
+        if self.loading is not None:
+            return "loading"
         return "failed" if time.monotonic() < self.again else "unloaded"
 
     @property

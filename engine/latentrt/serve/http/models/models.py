@@ -19,7 +19,7 @@ from latentrt.serve.core.handle import Handle
 from latentrt.serve.core.scheduler import LOOK, Scheduler
 from latentrt.serve.http.catalog import unknown
 from latentrt.serve.http.generation import Context
-from latentrt.serve.http.models.entry import Entry
+from latentrt.serve.http.models.entry import ON_DEMAND, Entry
 from latentrt.serve.http.models.loader import Loader, Open
 from latentrt.serve.process.metrics import Metrics
 
@@ -120,7 +120,7 @@ class Models:
             Draining, QueueFull, ModelFailed, ModelLoading: it is not loaded now.
         """
         end = time.monotonic() + min(entry.settings.queue_timeout, timeout)
-        if self._draining:
+        if self._draining and entry.state != "draining":  # else its scheduler refuses
             raise Draining("the server is ending", needed="one that runs", fix="send the request to another")
         while entry.opened is None or entry.yields:
             await self._wait(entry, pictures, end)
@@ -171,7 +171,7 @@ class Models:
         if self._draining:
             return "draining"
         states = [one.state for one in self.entries]
-        known = [state for state in states if state != "unloaded"]
+        known = [state for state in states if state not in ON_DEMAND]
         if "ready" in known or not known:
             return "ready"
         return known[0]
