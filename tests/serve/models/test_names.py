@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from functools import partial
 from io import BytesIO
 
 import numpy as np
@@ -81,3 +82,28 @@ def test_pictures_are_those_of_each_model_alone(several: Serve) -> None:
     both = [server.drawing(name, n=2, num_inference_steps=9) for name in ("a", "b") for _ in range(2)]
     files = {one["b64_json"] for answer in both for one in answer.result().json()["data"]}
     assert len({np.asarray(Image.open(BytesIO(base64.b64decode(file)))).tobytes() for file in files}) == 2  # by seed
+
+
+def test_jobs_of_all_models_are_shown_and_ended(several: Serve) -> None:
+    server = several("a", "b")
+    assert server.draw("b").status_code == 200
+    server.fakes["a"].hold()
+    names = ("a", "b", "a", "b")
+    drawing = [server.drawing(name, num_inference_steps=9) for name in names[:2]]
+    path, steps = "/sdapi/v1/txt2img", {"prompt": "an owl", "steps": 9}
+    for name in names[2:]:
+        body = {**steps, "override_settings": {"sd_model_checkpoint": name}}
+        drawing.append(server.call(partial(server.ask, "POST", path, json=body)))
+    server.until(lambda: len(server.models.handles) == 4)
+    queue = server.ask("GET", "/latentrt/queue").json()
+    assert sorted(job["model"] for job in queue["jobs"]) == ["a", "a", "b", "b"]
+    assert (queue["waiting"] + queue["running"], queue["capacity"]) == (4, 128)
+    assert server.ask("GET", "/sdapi/v1/progress").json()["state"]["job_count"] == 1
+    assert server.ask("POST", "/sdapi/v1/interrupt").status_code == 200
+    for job in queue["jobs"]:
+        if job["api"] == "generations":
+            assert server.ask("POST", f"/latentrt/jobs/{job['id']}/cancel").json() == {"cancelled": 1}
+    server.fakes["a"].allow(None)
+    assert [one.result().status_code for one in drawing[:2]] == [409, 409]
+    assert {one.result().status_code for one in drawing[2:]} <= {200, 409}  # with what they drew, if anything
+    assert max(fakes.steps for fakes in server.fakes.values()) < 15

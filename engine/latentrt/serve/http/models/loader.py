@@ -161,7 +161,11 @@ def _settle(scheduler: Scheduler, name: str) -> None:
 
 
 def _closed(stack: ExitStack, context: Context) -> None:
-    stack.close()
+    """Close a model, and give back what it held; what raises is written into the log."""
+    try:
+        stack.close()
+    except Exception as error:
+        logger().error("a model could not be closed", model=context.catalog.name, exc_info=error)
     context.catalog.forget()
     gc.collect()
     give_back()

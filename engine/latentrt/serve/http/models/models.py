@@ -119,11 +119,15 @@ class Models:
         Raises:
             Draining, QueueFull, ModelFailed, ModelLoading: it is not loaded now.
         """
-        end = time.monotonic() + min(entry.settings.queue_timeout, timeout)
+        within = min(entry.settings.queue_timeout, timeout)
+        end, pictures = time.monotonic() + within, min(pictures, entry.settings.queue)
         if self._draining and entry.state != "draining":  # else its scheduler refuses
             raise Draining("the server is ending", needed="one that runs", fix="send the request to another")
         while entry.opened is None or entry.yields:
-            await self._wait(entry, pictures, end)
+            if not await self._wait(entry, pictures, end):
+                others = [one.name for one in self.entries if one.scheduler and one.busy and one is not entry]
+                found = f"the model {entry.name} was not loaded" + (f" beside {', '.join(others)}" if others else "")
+                raise ModelLoading(found, needed=f"within {within:g} s", fix="try again later", retry_after=SOON)
         entry.held += 1
         entry.used = time.monotonic()
         return self.described(entry)
@@ -133,7 +137,8 @@ class Models:
         entry.held -= 1
         entry.used = time.monotonic()
 
-    async def _wait(self, entry: Entry, pictures: int, end: float) -> None:
+    async def _wait(self, entry: Entry, pictures: int, end: float) -> bool:
+        """Wait until a load of a model is over; return whether it was by then."""
         now, places = time.monotonic(), entry.settings.queue
         if self._ended:
             raise Draining("the server was stopped", needed="a server that runs", fix="ask again")
@@ -152,11 +157,7 @@ class Models:
             done, _ = await asyncio.wait({self.loader.start(entry)}, timeout=max(0.0, end - now))
         finally:
             entry.waiting -= pictures
-        if not done:
-            others = [one.name for one in self.entries if one.opened is not None and one is not entry and one.busy]
-            found = f"the model {entry.name} was not loaded in {end - now:.1f} s"
-            found += f" beside {', '.join(others)}" if others else ""
-            raise ModelLoading(found, needed="more time", fix="try again later", retry_after=SOON)
+        return bool(done)
 
     # ---- What others see, and the end
 
