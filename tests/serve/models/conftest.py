@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
@@ -121,19 +121,19 @@ Serve = Callable[..., Several]
 
 @pytest.fixture
 def several(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
-    """Starts servers of fake models "a", "b" and so on; each model has 100 MiB."""
+    """Starts servers of fake models "a", "b" and so on, with settings of their `own`; each model has 100 MiB."""
     monkeypatch.setattr(share, "bytes_of", lambda settings: 100 * MIB)
     monkeypatch.setattr(server, "bytes_of", lambda settings: 100 * MIB)
     monkeypatch.setattr(Entry, "measure", lambda entry, before: None)
     monkeypatch.setattr(server, "measured", lambda engine: {})
     with ExitStack() as stack:
 
-        def start(*names: str, **settings: Any) -> Several:
+        def start(*names: str, own: Mapping[str, Any] | None = None, **settings: Any) -> Several:
             made = Several(*names)
             monkeypatch.setattr(server, "loaded", made.load)
-            texts = [f"{name}=emoji" for name in names]
+            tables = {name: {"bundle": "emoji", **(own or {}).get(name, {})} for name in names}
             made.app = stack.enter_context(
-                server.assembled(Settings(models=texts, edits=False, log_format="json", **settings))
+                server.assembled(Settings(models=tables, edits=False, log_format="json", **settings))
             )
             made.url = stack.enter_context(live(made.app, lifespan="on"))
             stack.callback(made.let_go)

@@ -41,6 +41,16 @@ def test_a_request_names_its_model(several: Serve) -> None:
     assert server.ask("GET", "/latentrt/model").json()["models"] == ["a", "b"]
 
 
+def test_each_may_have_settings_of_its_own(several: Serve) -> None:
+    server = several("a", "b", own={"b": {"steps": 2, "aliases": ["dall-e-2", "other"]}}, steps=5)
+    for name, model, steps in (("a", "a", 5), ("b", "b", 2), ("other", "b", 2), ("dall-e-3", "a", 5)):
+        told = server.ask("GET", "/latentrt/model", params={"model": name}).json()
+        assert (told["model"], told["defaults"]["steps"]) == (model, steps)
+    before = server.fakes["b"].steps
+    assert server.draw("other", num_inference_steps=None).status_code == 200
+    assert server.fakes["b"].steps == before + 2
+
+
 def test_a1111s_client_switches(several: Serve) -> None:
     server = several("a", "b", "c")
     api = webuiapi.WebUIApi(baseurl=f"{server.url}/sdapi/v1")
@@ -87,11 +97,13 @@ def test_pictures_are_those_of_each_model_alone(several: Serve) -> None:
 def test_jobs_of_all_models_are_shown_and_ended(several: Serve) -> None:
     server = several("a", "b")
     assert server.draw("b").status_code == 200
+    before = server.fakes["a"].steps
     server.fakes["a"].hold()
-    names = ("a", "b", "a", "b")
-    drawing = [server.drawing(name, num_inference_steps=9) for name in names[:2]]
+    drawing = [server.drawing("a", num_inference_steps=9)]
+    server.fakes["a"].wait_for(before + 1)  # the others wait for its step
+    drawing.append(server.drawing("b", num_inference_steps=9))
     path, steps = "/sdapi/v1/txt2img", {"prompt": "an owl", "steps": 9}
-    for name in names[2:]:
+    for name in ("a", "b"):
         body = {**steps, "override_settings": {"sd_model_checkpoint": name}}
         drawing.append(server.call(partial(server.ask, "POST", path, json=body)))
     server.until(lambda: len(server.models.handles) == 4)

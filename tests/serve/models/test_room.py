@@ -6,6 +6,7 @@ import pytest
 
 from latentrt.errors import RequestError
 from latentrt.serve.http.models import loader
+from latentrt.serve.process.config import MIB
 from tests.serve.models.conftest import Serve
 from tests.support.serve.fakes import code_of
 
@@ -23,6 +24,13 @@ def test_the_least_recently_used_is_dropped(several: Serve) -> None:
     assert (shown["model"], shown["loras"], server.loaded) == ("a", [], {"b", "c"})
     assert server.draw().status_code == 200
     assert server.loads == {"a": 2, "b": 2, "c": 1}
+
+
+def test_others_are_dropped_where_the_system_has_less(several: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = several("a", "b", model_memory=1000)
+    monkeypatch.setattr(loader, "free_memory", lambda: 99 * MIB)
+    assert server.draw("b").status_code == 200
+    assert server.loaded == {"b"}
 
 
 def test_one_with_requests_stays(several: Serve) -> None:

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, suppress
 
-from latentrt.runtime.memory import give_back, resident_memory
+from latentrt.runtime.memory import free_memory, give_back, resident_memory
 from latentrt.serve.core.errors import ModelFailed
 from latentrt.serve.core.rules.room import Resident, to_drop
 from latentrt.serve.core.scheduler import LOOK, Scheduler
@@ -72,7 +72,7 @@ class Loader:
     async def _make_room(self, entry: Entry) -> bool:
         """Drop others until a model has room; return False where nobody waits for it any more."""
         patience = time.monotonic() + PATIENCE
-        while (dropped := to_drop(self._residents(), entry.bytes, self._room)) != []:
+        while (dropped := self._to_drop(self._residents(), entry)) != []:
             if dropped is not None:  # one alone: meanwhile others may be needed
                 await self._drop(self._named(dropped)[0], "room")
                 continue
@@ -80,10 +80,17 @@ class Loader:
                 return False
             if time.monotonic() > patience:
                 unbusy = [one._replace(busy=False) for one in self._residents()]
-                for one in self._named(to_drop(unbusy, entry.bytes, self._room) or ()):
+                for one in self._named(self._to_drop(unbusy, entry) or ()):
                     one.yields |= not one.waiting  # those that waited until it was loaded have it first
             await asyncio.sleep(LOOK)
         return True
+
+    def _to_drop(self, residents: Sequence[Resident], entry: Entry) -> list[str] | None:
+        """Return the names of `to_drop`, where the room ends at the latest with what the system has left."""
+        room, free = self._room, free_memory()
+        if room is not None and free is not None:
+            room = min(room, sum(one.bytes for one in residents) + free)
+        return to_drop(residents, entry.bytes, room)
 
     def _residents(self) -> list[Resident]:
         loaded = (one for one in self._entries if one.opened is not None)
