@@ -33,7 +33,7 @@ from latentrt.serve.http.generation import Context
 from latentrt.serve.http.guard.origins import LOOPBACK
 from latentrt.serve.http.models.entry import Entry
 from latentrt.serve.http.models.models import Models
-from latentrt.serve.http.models.share import Share, bytes_of
+from latentrt.serve.http.models.share import Share, guess_of
 from latentrt.serve.http.sizes import most_pixels
 from latentrt.serve.process.config import MIB, Settings
 from latentrt.serve.process.logs import configure, logger
@@ -86,7 +86,7 @@ def assembled(settings: Settings, kind: type[Metrics] = Metrics, lifespan: Lifes
     def open_one(name: str) -> AbstractContextManager[Context]:
         return _opened(by_name[name], metrics.of(name), share.calls, device)
 
-    entries = [Entry(name, one, bytes_of(one), _aliases(name, one)) for name, one in by_name.items()]
+    entries = [Entry(name, one, guess_of(one), _aliases(name, one)) for name, one in by_name.items()]
     models = Models(entries, open_one, metrics, room=share.room, idle=settings.idle_unload)
     with tracing(settings) as traces, closing(models):
         for entry in entries if settings.preload else entries[:1]:

@@ -123,7 +123,7 @@ Serve = Callable[..., Several]
 def several(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
     """Starts servers of fake models "a", "b" and so on, with settings of their `own`; each model has 100 MiB."""
     monkeypatch.setattr(share, "bytes_of", lambda settings: 100 * MIB)
-    monkeypatch.setattr(server, "bytes_of", lambda settings: 100 * MIB)
+    monkeypatch.setattr(server, "guess_of", lambda settings: 100 * MIB)
     monkeypatch.setattr(Entry, "measure", lambda entry, before: None)
     monkeypatch.setattr(server, "measured", lambda engine: {})
     with ExitStack() as stack:

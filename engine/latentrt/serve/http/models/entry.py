@@ -23,7 +23,7 @@ class Entry:
     Attributes:
         name: for clients, in logs and in metrics; `aliases` are its other names.
         settings: its own.
-        bytes: of memory that it takes: at first of its files, then as measured.
+        bytes: of memory that it takes: at first a guess, then as measured.
         context: its parts; after it was dropped, those of before, which tell clients what there is to choose from.
         opened: closes it; None where it is not loaded.
         loading: loads it.
@@ -84,8 +84,8 @@ class Entry:
         return coming or self.pictures + self.running > 0
 
     def measure(self, before: int | None) -> None:
-        """Take what the process holds more than `before` for the model's size: at least half of its files, since others
-        may have freed something meanwhile.
+        """Take what the process holds more than `before` for the model's size, but at least half of what it was thought
+        to be: others may have freed something meanwhile.
         """
         now = resident_memory()
         if now is not None and before is not None:

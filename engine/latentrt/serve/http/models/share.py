@@ -67,6 +67,13 @@ def _check(settings: Settings, each: Sequence[Settings], room: int | None) -> No
             raise RequestError(found, needed=f"at most {room // MIB}, the memory of all models", fix=fix)
 
 
+def guess_of(settings: Settings) -> int:
+    """Return about how many bytes a model takes that was never loaded: twice its files, where half-precision weights
+    are widened.
+    """
+    return bytes_of(settings) * (2 if settings.precision in (None, "fp32") else 1)
+
+
 def bytes_of(settings: Settings) -> int:
     """Return the bytes of the bundles of a model and its add-ons. Raise BundleError where one cannot be read."""
     beside = (settings.refiner, settings.vae, settings.preview_vae, *controlnets_of(settings.controlnet).values())
