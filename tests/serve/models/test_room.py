@@ -75,3 +75,17 @@ def test_models_larger_than_the_room_are_refused_at_the_start(several: Serve) ->
         several("a", "b", model_memory=99)
     with pytest.raises(RequestError, match="preloaded have 200 MiB"):
         several("a", "b", model_memory=199, preload=True)
+
+
+def test_a_background_job_keeps_its_model(several: Serve) -> None:
+    server = several("a", "b", model_memory=150)
+    assert server.draw("b").status_code == 200
+    server.fakes["b"].hold()
+    job = server.draw("b", background=True)
+    assert job.status_code == 202
+    late = server.draw("a", timeout=0.05)
+    assert (late.status_code, code_of(late.json())) == (503, "model_loading")
+    server.fakes["b"].allow(None)
+    path = f"/v1/images/jobs/{job.json()['id']}"
+    server.until(lambda: server.ask("GET", path).json()["status"] == "completed")
+    assert server.draw("a").status_code == 200

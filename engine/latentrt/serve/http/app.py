@@ -16,6 +16,8 @@ from latentrt import __version__
 from latentrt.errors import LatentrtError
 from latentrt.serve.core.scheduler import Scheduler
 from latentrt.serve.http import openai_routes, operations
+from latentrt.serve.http.background.routes import router as background
+from latentrt.serve.http.background.store import Jobs
 from latentrt.serve.http.catalog import Catalog
 from latentrt.serve.http.errors import (
     STORAGE,
@@ -91,12 +93,16 @@ def app_of(
         _add_gauges(metrics.of(entry.name), entry)
     if first.gpu_memory is not None:
         metrics.gpu_memory(first.gpu_memory)
+    record = Record(metrics, traces)
     app = FastAPI(
         title="latentrt",
         summary="Stable Diffusion: the OpenAI Images API, and a thin one of A1111.",
         version=__version__,
         docs_url=None,  # their pages load scripts from other servers
         redoc_url=None,
+        servers=[{"url": ".", "description": "This one: relative to the description's own address, below any path."}],
+        root_path_in_servers=False,
+        redirect_slashes=False,  # to an address that knows no path or TLS of a proxy
         telemetry={"tracing": False, "metrics": False, "logs": False},  # there are metrics and a log
         lifespan=_watching(models, lifespan),
         form_limits={
@@ -106,11 +112,12 @@ def app_of(
         },
         middleware=[
             *cross_origin(settings.cors_origin),
-            Middleware(Guard, keys=keys, settings=settings, models=models, record=Record(metrics, traces)),
+            Middleware(Guard, keys=keys, settings=settings, models=models, record=record),
         ],
     )
     app.state.models, app.state.metrics, app.state.keys, app.state.settings = models, metrics, keys, settings
-    for router in (openai_routes.router, sdapi, controlnet):  # first: paths are compared in this order
+    app.state.jobs = Jobs(settings, metrics, record)
+    for router in (openai_routes.router, background, sdapi, controlnet):  # first: paths are compared in this order
         # The guard checks keys; this only puts them into the description.
         app.include_router(router, dependencies=[Depends(HTTPBearer(auto_error=False))] if keys else [])
     app.include_router(operations.router)
@@ -168,6 +175,8 @@ def _answer_of(http: Request, error: Exception) -> Answer:
         return too_large(most_bytes(http.app.state.settings, http.url.path))
     headers = dict(error.headers or {})
     if error.status_code == 405:  # Starlette lists the methods of the path's first route alone
-        methods = http.app.openapi()["paths"].get(http.url.path, {})
+        template = getattr(http.scope.get("route"), "path", "")
+        paths = http.app.openapi()["paths"]
+        methods = paths.get(http.url.path) or paths.get(template) or {}
         headers |= {"Allow": ", ".join(methods).upper()} if methods else {}
     return answer_to_status(error.status_code, str(error.detail), headers)

@@ -117,8 +117,10 @@ def _job(model: str, handle: Handle) -> Job:
 @router.get("/latentrt/model", responses=documented(401))
 async def model(http: Request, model: str | None = None) -> dict[str, Any]:
     """What a page or a client may offer of a model, or of the first: names, sizes, limits, defaults, solvers, and what
-    it reads: prompts, class labels (below `classes`, where that is known), pictures to edit; `controls` and `loras` by
-    name. `needs_picture`, `needs_mask` and `needs_depth` are those that it draws from alone. `strength` and `masks` say
+    it reads: prompts, class labels (below `classes`, where that is known), pictures to edit; `controls`, `ip_adapters`
+    and `loras` by name, and each control's kind in `control_kinds`: "controlnet", "controlnet_union", which needs a
+    type, or "t2i_adapter", which has no guess mode.
+    `needs_picture`, `needs_mask` and `needs_depth` are those that it draws from alone. `strength` and `masks` say
     whether edits have them, `enlarges` how many times as large as the given picture the drawn one is (null: as large).
     `models` are all that the server has; one that never was loaded is loaded to answer this.
     """
@@ -152,7 +154,9 @@ async def model(http: Request, model: str | None = None) -> dict[str, Any]:
         "class_labels": "class_label" in catalog.fields,
         **{name: name in catalog.fields for name in fields},
         "refiner": catalog.refiner,
-        "controls": catalog.controls,
+        "controls": tuple(catalog.controls),
+        "control_kinds": catalog.controls,
+        "ip_adapters": catalog.ip_adapters,
         "loras": catalog.loras,
         "classes": catalog.classes,
         "edits": catalog.edits,

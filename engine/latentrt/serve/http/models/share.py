@@ -76,7 +76,9 @@ def guess_of(settings: Settings) -> int:
 
 def bytes_of(settings: Settings) -> int:
     """Return the bytes of the bundles of a model and its add-ons. Raise BundleError where one cannot be read."""
-    beside = (settings.refiner, settings.vae, settings.preview_vae, *controlnets_of(settings.controlnet).values())
+    controls = controlnets_of(settings.controlnet).values()
+    prompts = controlnets_of(settings.ip_adapter_model, "--ip-adapter-model").values()
+    beside = (settings.refiner, settings.vae, settings.preview_vae, *controls, *prompts)
     return sum(map(_bytes, (settings.bundle, *(path for path in beside if path is not None))))
 
 

@@ -1,19 +1,39 @@
 // ControlNets: for each that the server has, a picture that it follows, and how.
 
-import { button, find, make } from "../dom.js";
+import { button, find, make, say } from "../dom.js";
 
 const NUMBERS = { scale: ["Scale", 1, 1000], start: ["From", 0, 1], end: ["To", 1, 1] }; // label, usual, most
 
 let parts = []; // the fields of each: {name, element, file, scale, start, end, guess}
 let most = Infinity; // bytes
 
-/** Show a part for each ControlNet; what was given to those that were there before remains. */
-export function offered({ controls, limits }) {
+/** Show a part for each; what was given to those that were there before remains. Only ControlNets have a guess mode. */
+export function offered({ controls, limits, control_kinds: kinds = {} }) {
   most = limits.max_image_bytes;
   find("controls").hidden = !controls.length;
   parts = controls.map((name) => parts.find((part) => part.name === name) ?? partOf(name));
   find("control-list").replaceChildren(...parts.map((part) => part.element));
+  for (const part of parts) part.guesses((kinds[part.name] ?? "controlnet") === "controlnet");
   parts.forEach(check);
+}
+
+/** Write what a picture was made with into the fields: {name: {image, scale, start, end, guess}}, and take all else out. */
+export function fill(units) {
+  for (const part of parts) {
+    const { image = null, scale = 1, start = 0, end = 1, guess = false } = units[part.name] ?? {};
+    [part.scale.value, part.start.value, part.end.value, part.guess.checked] = [scale, start, end, guess];
+    part.give(image);
+    if (image) find("controls").open = true;
+  }
+}
+
+/** Let one follow this picture. */
+export function follow(name, blob) {
+  const part = parts.find((one) => one.name === name);
+  find("controls").open = true;
+  part.give(blob);
+  part.scale.focus();
+  say(`${name} follows the picture`);
 }
 
 function partOf(name) {
@@ -27,8 +47,7 @@ function partOf(name) {
   part.guess = input("guess", { type: "checkbox" });
   const image = make("img", { alt: `The picture that ${name} follows` });
   const remove = button("Remove", () => {
-    part.file.value = "";
-    show();
+    part.give(null);
     part.file.focus();
   }, { "aria-label": `Remove the picture of ${name}` });
   const guess = make("label", { className: "check" }, part.guess, "Guess mode");
@@ -40,6 +59,16 @@ function partOf(name) {
     settings.hidden = !blob;
     for (const one of settings.querySelectorAll("input")) one.disabled = !blob;
     check(part);
+  };
+  part.give = (blob) => {
+    const data = new DataTransfer(); // an input takes files of nothing else
+    if (blob) data.items.add(new File([blob], blob.name ?? "picture", { type: blob.type }));
+    part.file.files = data.files;
+    show();
+  };
+  part.guesses = (can) => {
+    guess.hidden = !can;
+    part.guess.checked &&= can;
   };
   part.file.addEventListener("change", show);
   part.element = make("fieldset", { oninput: () => check(part) }, make("legend", {}, name), field("Picture", part.file), settings);
