@@ -15,6 +15,7 @@ from latentrt.bundle.spec import CONDITIONER, CONTROL, DENOISER, ENCODER, HINT, 
 from latentrt.images.pixels import to_picture, to_pil, to_uint8
 from latentrt.model.codec import decode_each
 from latentrt.model.conditioners.adapters import Adapters
+from latentrt.model.conditioners.ip_adapter import NO_IP_ADAPTERS
 from latentrt.model.control import NO_CONTROLS
 from latentrt.model.given import Given
 from latentrt.model.model import Model
@@ -55,6 +56,7 @@ class Drawing:
         vae: VaeOptions = OWN,
         adapters: Adapters | None = None,
         controls: Mapping[str, Bundle] = NO_CONTROLS,
+        ip_adapters: Mapping[str, Bundle] = NO_IP_ADAPTERS,
         embeddings: Mapping[str, str | Path] | Iterable[str | Path] = (),
         owned: bool = False,
     ) -> None:
@@ -63,7 +65,8 @@ class Drawing:
         with ExitStack() as opened:
             if owned and backend.gpu is not None:
                 opened.callback(backend.gpu.close)
-            made = Model(bundle, backend, resident=resident, vae=vae, controls=controls, adapters=adapters)
+            add_ons: dict[str, Any] = {"adapters": adapters, "controls": controls, "ip_adapters": ip_adapters}
+            made = Model(bundle, backend, resident=resident, vae=vae, **add_ons)
             self.model = opened.enter_context(closing(made))
             self.refiner = None
             if refiner is not None:

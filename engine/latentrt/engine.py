@@ -58,6 +58,7 @@ class Engine(Drawing):
         preview_vae: str | Path | None = None,
         tile: int | None = None,
         control: Mapping[str, str | Path] | None = None,
+        ip_adapter: Mapping[str, str | Path] | None = None,
         lora: Loras = (),
         allow_unmatched: bool = False,
         adapters: Mapping[str, str | Path] | str | Path | None = None,
@@ -82,7 +83,8 @@ class Engine(Drawing):
             check_hashes: compare every file's SHA-256 with the manifest (sizes are always compared).
             refiner: the bundle of a model that takes over at a request's `handoff`.
             vae, preview_vae: bundles whose VAE takes the place of the model's own, and whose decoder makes previews.
-            control: bundles of ControlNets and T2I-Adapters by the names that calls have for them.
+            control, ip_adapter: bundles of ControlNets and T2I-Adapters, and of IP-Adapters, by the names that calls
+                have for them.
             tile: decode and encode pictures with a longer side in tiles of so many pixels; None: at once.
             lora: LoRAs that are merged into the model's weights in memory, each "FILE", "FILE:0.8" or, of the UNet and
                 of the text encoders, "FILE:0.8:0.5"; or strengths by file. Not with OpenVINO. See `set_lora`.
@@ -92,14 +94,16 @@ class Engine(Drawing):
 
         Raises:
             BundleError: a bundle is missing, damaged or unsafe.
-            RequestError: a VAE, the tiles or a ControlNet do not fit the model; an AdapterError, a LoRA does not.
+            RequestError: a VAE, the tiles or an add-on do not fit the model; an AdapterError, a LoRA does not.
             BackendError, MissingDependencyError: the backend or device cannot be used here.
             PlanError: there is no plan for this device, bundle and precision; the message names the command.
         """
         opened = partial(Bundle.open, check_hashes=check_hashes, cache=cache)
         second = None if refiner is None else opened(refiner)
         vaes = VaeOptions.open(vae, preview_vae, tile, check_hashes=check_hashes, cache=cache)
-        controls = {name: opened(folder) for name, folder in (control or {}).items()}
+        controls, image_prompts = (
+            {name: opened(folder) for name, folder in (given or {}).items()} for given in (control, ip_adapter)
+        )
         first, loras = opened(bundle), loras_of(lora, allow_unmatched=allow_unmatched)
         first = with_loras(first, loras, allow_unmatched=allow_unmatched)
         library = Adapters.of(adapters, adapter_rank)
@@ -116,6 +120,7 @@ class Engine(Drawing):
             vae=vaes,
             adapters=library,
             controls=controls,
+            ip_adapters=image_prompts,
             embeddings=embeddings,
             owned=own is not backend,
         )

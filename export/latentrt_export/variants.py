@@ -21,6 +21,7 @@ from latentrt.bundle.spec import (
     FP32,
     FP32_ORT_CPU,
     LORA,
+    PROMPTED,
     TEXT_ENCODER,
     Islands,
     ModelSpec,
@@ -37,6 +38,7 @@ from latentrt_export.graphs.fused.adapters import read_adapters_fused
 from latentrt_export.graphs.half import half_path, to_half
 from latentrt_export.graphs.parts.adapters import adapted_path, read_adapters
 from latentrt_export.graphs.parts.control import adapted_skips, control_path, name_sides, read_residuals
+from latentrt_export.graphs.parts.image_prompts import prompted_path, read_image_prompts
 from latentrt_export.graphs.ranges import measure_networks, overflowing, too_large
 
 # By the variants that LoRAs of each lane can be inputs of.
@@ -133,7 +135,9 @@ def add_adapters(root: Path, spec: ModelSpec) -> ModelSpec:
         for name in spec.named(role):
             own = {key: one for key, one in spec.networks[name].variants.items() if not key.endswith(ADAPTED)}
             readers = {key: READERS[kind] for key in own if (kind := key.partition("+")[0]) in READERS}
-            made = {f"{key}{ADAPTED}": _adapted(root, own[key], read) for key, read in readers.items()}
+            made = {
+                f"{key}{ADAPTED}": _with_inputs(root, own[key], adapted_path, read) for key, read in readers.items()
+            }
             taken = {key: one for key, one in made.items() if one is not None}
             _check_alike(name, taken)
             networks[name] = replace(spec.networks[name], variants=own | taken)
@@ -152,13 +156,31 @@ def _check_alike(network: str, taken: Mapping[str, Variant]) -> None:
         raise ExportError(found, needed="the same LoRAs in all", fix="report it; export without --adapters")
 
 
-def _adapted(root: Path, known: Variant, read: Callable[[ir.Model], Sequence[ir.Value]]) -> Variant | None:
-    """Write a graph with LoRAs as inputs; None where it takes none."""
+def add_image_prompts(root: Path, spec: ModelSpec) -> ModelSpec:
+    """Write the denoiser's graphs for ONNX Runtime on a CPU again, with and without residuals of ControlNets and
+    T2I-Adapters, so that they look at pictures (`graphs.parts.image_prompts`).
+
+    Denoisers without cross attention to a text stay as they are.
+    """
+    if not spec.draws or not spec.named(TEXT_ENCODER):
+        return spec
+    network = spec.networks[spec.denoiser]
+    own = {key: one for key, one in network.variants.items() if not key.endswith((PROMPTED, ADAPTED))}
+    plain = [key for key in own if key.partition("+")[0] in (FP32, FP32_ORT_CPU)]
+    made = {f"{key}{PROMPTED}": _with_inputs(root, own[key], prompted_path, read_image_prompts) for key in plain}
+    variants = {**network.variants} | {key: one for key, one in made.items() if one is not None}
+    return replace(spec, networks={**spec.networks, spec.denoiser: replace(network, variants=variants)})
+
+
+def _with_inputs(
+    root: Path, known: Variant, path_of: Callable[[str], str], read: Callable[[ir.Model], Sequence[ir.Value]]
+) -> Variant | None:
+    """Write a graph again with the inputs that `read` adds; None where it adds none."""
     model = ir.load(root / known.path)
     given = signature(read(model))
     if not given:
         return None
-    path = adapted_path(known.path)
+    path = path_of(known.path)
     ir.save(model, root / path)
     inputs = (*known.inputs, *(TensorSpec(each.name, "float32", each.shape) for each in given))
     dtypes = {**known.dtypes, **{each.name: each.dtype for each in given if each.dtype != "float32"}}

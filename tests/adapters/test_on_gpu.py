@@ -16,7 +16,7 @@ import pytest
 
 from latentrt import Engine
 from latentrt.adapters.mixed import balanced
-from latentrt.bundle.bundle import Bundle
+from latentrt.bundle.bundle import EMBEDDED, Bundle
 from latentrt.bundle.spec import LORA
 from latentrt.errors import AdapterError, DeviceMemoryError
 from latentrt.model.conditioners.adapters import Adapters
@@ -143,6 +143,28 @@ def test_with_controlnets(taking: Exported, exported: Exported, library: Library
     for number, (a, b) in enumerate(zip(ours, expected, strict=True)):
         np.testing.assert_allclose(a, b, atol=1e-4)
         assert all(np.abs(a - other).max() > 0.01 for other in ours[:number])
+
+
+def test_the_cuda_graphs_with_a_controlnet() -> None:
+    """Of the embedded model, with its own LoRAs and ControlNet."""
+    loading: dict[str, Any] = {"adapters": {"ink": "emoji-ink"}, "adapter_rank": 8, "control": {"grey": "emoji-grey"}}
+    settings, grey = (
+        {"steps": 2, "guidance": 1.0, "height": 32, "width": 32},
+        {"grey": np.eye(32, dtype=np.uint8) * 255},
+    )
+    asked = [{"lora": lora, "control": control} for control in ({}, grey) for lora in ({}, {"ink": 0.8})]
+
+    def pictures(engine: Engine) -> list[np.ndarray]:
+        jobs = [engine.requests(["a red apple"], settings | own)[0] for own in asked]
+        engine.run(jobs)
+        return [np.asarray(picture) for picture in engine.pictures(jobs)]
+
+    with Engine.load(threads=1, cache=False, check_hashes=False, **loading) as here:
+        expected = pictures(here)
+    with loaded(EMBEDDED, InterpretedBackend, **loading) as there:
+        ours = pictures(there)
+    assert min(psnr(a, b) for a, b in zip(ours, expected, strict=True)) > HALF_BOUND
+    assert max(psnr(ours[3], other) for other in ours[:3]) < 30
 
 
 def test_what_is_refused(taking: Exported, library: Library, tmp_path: Path) -> None:

@@ -133,6 +133,13 @@ class Mixed:
             }
         return found
 
+    @property
+    def lane_bytes(self) -> int:
+        """The most bytes that a lane's LoRAs take: inputs of all networks, and the denoiser's once more in a call."""
+        sizes = {name: sum(map(sum, own.values())) for name, own in self._modules.items()}
+        numbers = sum(sizes.values()) + sizes[self._bundle.spec.denoiser]
+        return numbers * self.rank * np.dtype(np.float32).itemsize
+
     def _made(self, network: str, home: str, asked: Sequence[Asked]) -> Arrays:
         own = [(self._adapter(one).products.get(home, {}), np.float32(one.strength(home))) for one in asked]
         made: dict[str, NDArray[Any]] = {}

@@ -24,7 +24,7 @@ RAY = {
 
 
 class ServeCommand(click.Command):
-    """Options come from the settings, under their headings. Keys are no options: others can read a command line."""
+    """Options come from the settings, under their headings. Secrets are no options: others can read a command line."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """Return the verb's own options, then one for each setting."""
@@ -46,7 +46,8 @@ def serve(config: Path | None, print_config: bool, **flags: Any) -> None:
     """Serve a bundle: a page at /, the OpenAI Images API, and /sdapi/v1.
 
     Flags have precedence over LATENTRT_* variables (LATENTRT_MAX_STEPS=50), those over a TOML file. Keys come
-    from LATENTRT_KEYS (with commas between them), the TOML file or --keys-file. Needs the extra `serve`.
+    from LATENTRT_KEYS (with commas between them), the TOML file or --keys-file; the secret that signs webhooks
+    from LATENTRT_WEBHOOK_SECRET or the TOML file. Needs the extra `serve`.
     """
     load_settings = _config().load_settings
     settings = load_settings({name: value for name, value in flags.items() if value not in (None, ())}, config)
@@ -85,7 +86,7 @@ def _options() -> dict[str, list[click.Parameter]]:
     """Return an option for each setting, by section. Their values are text: the settings check them."""
     sections: dict[str, list[click.Parameter]] = {}
     for name, field in _config().Settings.model_fields.items():
-        if name == "keys":
+        if name in _config().SECRET:
             continue
         flag = f"--{name.replace('_', '-')}"
         boolean = field.annotation is bool

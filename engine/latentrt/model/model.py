@@ -18,12 +18,13 @@ from latentrt.images.depth_map import depth_of
 from latentrt.images.given import inpainted, prepared, prepared_hint, prepared_low
 from latentrt.model import settings
 from latentrt.model.chained import Chained, Chains
-from latentrt.model.codec import Codec, Identity, Vae
+from latentrt.model.codec import Codec, Vae, codec_of
 from latentrt.model.conditioners.adapters import Adapters, adapted, check_ranks, with_adapters
 from latentrt.model.conditioners.beside import Repainted
 from latentrt.model.conditioners.guidance_embedding import GuidanceEmbedding
+from latentrt.model.conditioners.ip_adapter import NO_IP_ADAPTERS, IpAdapter, looking, open_ip_adapters, prompted
 from latentrt.model.conditioners.registry import Parts, conditioners_of
-from latentrt.model.control import NO_CONTROLS, Applied, controlled, open_controls
+from latentrt.model.control import NO_CONTROLS, Applied, ControlNet, controlled, open_controls
 from latentrt.model.given import Given, check_uses
 from latentrt.model.hoisted import Hoisted
 from latentrt.model.inputs import Sides
@@ -55,18 +56,18 @@ class Model:
         tiles: how larger latents are cut for the codec; None: they are not.
         predictor, hoisted: the networks that a row calls, and those that compute some of their inputs once a picture.
         conditioners: fill their inputs and the predictor's others.
-        adapters, controls: the LoRAs that requests may have, and its ControlNets.
+        adapters, controls, ip_adapters: what requests may have: LoRAs, ControlNets, IP-Adapters.
 
     Args:
         bundle: opened.
         backend: runs the networks.
         resident: keep networks loaded; False drops each after use (`end_of`).
         vae: another VAE, a decoder of previews, tiles.
-        adapters, controls: LoRAs, and ControlNets by name, that requests may have.
+        adapters, controls, ip_adapters: LoRAs, and ControlNets and IP-Adapters by name, that requests may have.
 
     Raises:
         BundleError: the bundle has no denoiser, or no conditioner fills one of its inputs.
-        RequestError, BackendError: a VAE, tiles, a ControlNet or LoRAs do not fit the model, or the backend.
+        RequestError, BackendError: a VAE, tiles, or one of these do not fit the model, or the backend.
     """
 
     def __init__(
@@ -78,15 +79,16 @@ class Model:
         vae: VaeOptions = OWN,
         adapters: Adapters | None = None,
         controls: Mapping[str, Bundle] = NO_CONTROLS,
+        ip_adapters: Mapping[str, Bundle] = NO_IP_ADAPTERS,
     ) -> None:
         bundle, self.adapters = with_adapters(bundle, adapters, backend)
-        bundle = controlled(bundle, [one.spec for one in controls.values()]) if controls else bundle
+        bundle = controlled(prompted(bundle, backend, ip_adapters), [one.spec for one in controls.values()])
         denoiser, schedule = bundle.spec.denoiser, str(bundle.spec.schedule)
         self.spec, self.resident, self._vae = vae.spec(bundle.spec), resident, vae
         self.schedule = Schedule.from_config(bundle.json(schedule), self.spec.corrected(schedule))
         self.networks = Networks(bundle, backend, vae)
         self.tiles = vae.tiles(self.spec)
-        self.codec = self._codec()
+        self.codec = codec_of(self.spec, self.networks, self.tiles)
         self.preview, self._preview_decoder = self._previews(backend)
         if resident:
             self._load()
@@ -97,14 +99,18 @@ class Model:
         once = self.spec.named(CONDITIONER)
         self.hoisted = Hoisted(self.networks, self.spec, denoiser)
         inputs = inputs_of([self.spec.networks[name] for name in (*once, denoiser)])
-        self.conditioners = conditioners_of(Parts(bundle, self.networks, self.codec, inputs, self.adapters))
+        self.ip_adapters = open_ip_adapters(ip_adapters, self.spec, inputs, backend)
+        parts = Parts(bundle, self.networks, self.codec, inputs, self.adapters, self.ip_adapters)
+        self.conditioners = conditioners_of(parts)
         self.controls = open_controls(controls, self.spec, backend)
+        self._add_ons: tuple[ControlNet | IpAdapter, ...] = (*self.controls, *self.ip_adapters)
         self._chains = None if backend.gpu is None else Chains(self.networks[denoiser], self.controls)
 
     def take(self, bundle: Bundle) -> None:
         """Use the weights of a bundle of the same files, as `Networks.take`; nothing changes where that fails."""
         bundle = bundle if self.adapters is None else adapted(bundle)
-        bundle = controlled(bundle, [one.spec for one in self.controls]) if self.controls else bundle
+        bundle = looking(bundle) if self.ip_adapters else bundle
+        bundle = controlled(bundle, [one.spec for one in self.controls])
         self.networks.take(bundle)
         self.spec = self._vae.spec(bundle.spec)
         self.hoisted.forget()
@@ -118,13 +124,6 @@ class Model:
                 self.networks[name].open()
         if self._preview_decoder is not None:
             self._preview_decoder.open()
-
-    def _codec(self) -> Codec:
-        decoder, encoder = (next(iter(self.spec.named(role)), None) for role in (DECODER, ENCODER))
-        if decoder is None:
-            return Identity()
-        encoders = self.networks[encoder] if encoder else None
-        return Vae(self.networks[decoder], encoders, self.spec.latents, self.tiles)
 
     def _previews(self, backend: Backend) -> tuple[Codec, LazyNetwork | None]:
         """Return the codec of previews, and its network where that is another one than the model's."""
@@ -336,12 +335,12 @@ class Model:
         if not self.resident:
             for name in (name for role in roles for name in self.spec.named(role)):
                 self.networks[name].drop()
-            for one in self.controls:
+            for one in self._add_ons:
                 one.end_of(*roles)
 
     def close(self) -> None:
         """Free the networks' memory."""
         for network in (*self.networks.values(), *([self._preview_decoder] if self._preview_decoder else [])):
             network.close()
-        for one in self.controls:
+        for one in self._add_ons:
             one.close()

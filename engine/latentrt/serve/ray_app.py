@@ -32,7 +32,7 @@ from latentrt.serve.process.config import Settings, load_settings
 from latentrt.serve.process.logs import configure, logger
 from latentrt.serve.process.metrics import Metrics
 from latentrt.serve.ray_proxy import WithoutPrefix
-from latentrt.serve.server import UNDRAINED, announce, assembled, listening
+from latentrt.serve.server import UNDRAINED, announce, assembled, drain, listening
 
 NAME = "latentrt"  # of Ray's application and of its one deployment
 BESIDE = 32  # requests at a replica beside those for pictures with a place: refusals, uploads, health
@@ -57,9 +57,7 @@ class Replica:
 
     async def drain(self, timeout: float) -> bool:
         """Refuse what is new and finish what has a place; return whether that was done in time (seconds)."""
-        scheduler: Scheduler = self.app.state.context.scheduler
-        scheduler.drain()
-        return await scheduler.drained(timeout)
+        return await drain(self.app, timeout)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Return what `ByPictures` reads."""
@@ -214,6 +212,12 @@ def _join_cluster() -> None:
     try:
         ray.init(log_to_driver=False)
     except ConnectionError as error:
+        if "AuthToken" in str(error.__cause__):
+            raise BackendError(
+                "the cluster asks for a token, and this is none of its",
+                needed="the cluster's, from ~/.ray/auth_token of one of its nodes",
+                fix="RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN",
+            ) from error
         raise BackendError(
             f"the cluster cannot be reached ({error})",
             needed="a running one at RAY_ADDRESS",

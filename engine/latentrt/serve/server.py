@@ -7,6 +7,7 @@ import gc
 import os
 import signal
 import socket
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -26,6 +27,7 @@ from latentrt.serve.core.rules.budget import Budget, Footprint
 from latentrt.serve.core.scheduler import Scheduler
 from latentrt.serve.core.service import Service
 from latentrt.serve.http.app import Lifespan, create_app
+from latentrt.serve.http.background.store import Jobs
 from latentrt.serve.http.catalog import Catalog
 from latentrt.serve.http.guard.origins import LOOPBACK
 from latentrt.serve.http.sizes import most_pixels
@@ -142,6 +144,7 @@ def loaded(settings: Settings) -> Iterator[Engine]:
         adapters=settings.lora_dir,
         adapter_rank=settings.lora_rank or RANK,
         control=controlnets_of(settings.controlnet),
+        ip_adapter=controlnets_of(settings.ip_adapter_model, "--ip-adapter-model"),
         lora=settings.lora,
         allow_unmatched=settings.allow_unmatched,
     ) as engine:
@@ -189,7 +192,6 @@ class _Server(uvicorn.Server):
 
 async def run(app: FastAPI, settings: Settings, sock: socket.socket) -> int:
     """Serve the application on a bound socket until it is drained; return the exit code."""
-    scheduler: Scheduler = app.state.context.scheduler
     server = _Server(
         uvicorn.Config(
             app,
@@ -210,10 +212,9 @@ async def run(app: FastAPI, settings: Settings, sock: socket.socket) -> int:
     loop, signals = asyncio.get_running_loop(), (signal.SIGTERM, signal.SIGINT)
     tasks: set[asyncio.Task[None]] = set()
 
-    async def drain() -> None:
+    async def end() -> None:
         nonlocal drained
-        scheduler.drain()
-        drained = await scheduler.drained(settings.drain_timeout)
+        drained = await drain(app, settings.drain_timeout)
         if not drained:
             logger().error("not everything was finished in time", seconds=settings.drain_timeout)
         server.should_exit = True
@@ -223,7 +224,7 @@ async def run(app: FastAPI, settings: Settings, sock: socket.socket) -> int:
             logger().warning("a second signal: ending at once", signal=number.name)
             os._exit(128 + number)
         logger().info("draining", signal=number.name, seconds=settings.drain_timeout)
-        tasks.add(loop.create_task(drain()))
+        tasks.add(loop.create_task(end()))
 
     for number in signals:
         loop.add_signal_handler(number, on_signal, number)
@@ -234,6 +235,19 @@ async def run(app: FastAPI, settings: Settings, sock: socket.socket) -> int:
         for number in (*signals, signal.SIGHUP):
             loop.remove_signal_handler(number)
     return 0 if drained else UNDRAINED
+
+
+async def drain(app: FastAPI, seconds: float) -> bool:
+    """Refuse new requests, and finish those that have a place, so many seconds at most; background jobs are told of.
+
+    Return whether all were done.
+    """
+    scheduler: Scheduler = app.state.context.scheduler
+    jobs: Jobs = app.state.jobs
+    begun = time.monotonic()
+    scheduler.drain()
+    done = await scheduler.drained(seconds)
+    return await jobs.drained(begun, seconds) and done
 
 
 def announce(settings: Settings, host: str, port: int, path: str = "") -> None:

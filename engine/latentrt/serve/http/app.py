@@ -16,6 +16,8 @@ from latentrt import __version__
 from latentrt.errors import LatentrtError
 from latentrt.serve.core.scheduler import Scheduler
 from latentrt.serve.http import openai_routes, operations
+from latentrt.serve.http.background.routes import router as background
+from latentrt.serve.http.background.store import Jobs
 from latentrt.serve.http.catalog import Catalog
 from latentrt.serve.http.errors import (
     STORAGE,
@@ -66,30 +68,36 @@ def create_app(
         RequestError: the keys cannot be read.
     """
     settings, keys = catalog.settings, Keys(catalog.settings)
+    add_ons = settings.controlnet or settings.ip_adapter_model  # whose pictures are fields of forms
     metrics = metrics or Metrics(catalog.name)
     _add_gauges(metrics, scheduler)
     if gpu_memory is not None:
         metrics.gpu_memory(gpu_memory)
+    record = Record(metrics, traces)
     app = FastAPI(
         title="latentrt",
         summary="Stable Diffusion: the OpenAI Images API, and a thin one of A1111.",
         version=__version__,
         docs_url=None,  # their pages load scripts from other servers
         redoc_url=None,
+        servers=[{"url": ".", "description": "This one: relative to the description's own address, below any path."}],
+        root_path_in_servers=False,
+        redirect_slashes=False,  # to an address that knows no path or TLS of a proxy
         telemetry={"tracing": False, "metrics": False, "logs": False},  # there are metrics and a log
         lifespan=lifespan,
         form_limits={
             "max_fields": _MOST_FIELDS,
             "max_files": _MOST_FILES,
-            "max_part_size": settings.max_body if settings.controlnet else 4 * settings.max_prompt + 1024,
+            "max_part_size": settings.max_body if add_ons else 4 * settings.max_prompt + 1024,
         },
         middleware=[
             *cross_origin(settings.cors_origin),
-            Middleware(Guard, keys=keys, settings=settings, scheduler=scheduler, record=Record(metrics, traces)),
+            Middleware(Guard, keys=keys, settings=settings, scheduler=scheduler, record=record),
         ],
     )
     app.state.context, app.state.keys = Context(scheduler, settings, catalog, metrics, gpu_memory), keys
-    for router in (openai_routes.router, sdapi, controlnet):  # first: paths are compared in this order
+    app.state.jobs = Jobs(settings, metrics, record)
+    for router in (openai_routes.router, background, sdapi, controlnet):  # first: paths are compared in this order
         # The guard checks keys; this only puts them into the description.
         app.include_router(router, dependencies=[Depends(HTTPBearer(auto_error=False))] if keys else [])
     app.include_router(operations.router)
@@ -132,6 +140,8 @@ def _answer_of(http: Request, error: Exception) -> Answer:
         return too_large(most_bytes(http.app.state.context.settings, http.url.path))
     headers = dict(error.headers or {})
     if error.status_code == 405:  # Starlette lists the methods of the path's first route alone
-        methods = http.app.openapi()["paths"].get(http.url.path, {})
+        template = getattr(http.scope.get("route"), "path", "")
+        paths = http.app.openapi()["paths"]
+        methods = paths.get(http.url.path) or paths.get(template) or {}
         headers |= {"Allow": ", ".join(methods).upper()} if methods else {}
     return answer_to_status(error.status_code, str(error.detail), headers)

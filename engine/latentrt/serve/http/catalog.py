@@ -39,7 +39,8 @@ class Catalog:
         fields: those of a request that some models do not read, and this one does.
         pictures: those that every request brings, by their use.
         reads: those that a request may bring.
-        controls: the names of its ControlNets.
+        controls: its ControlNets' and T2I-Adapters' kinds ("controlnet", ...) by name.
+        ip_adapters: the names of its IP-Adapters.
         shows_picture: whether the model reads the given picture beside the latents, so that an edit has no strength.
         enlarges: how many times as large as the given picture the drawn one is.
         own_solver: the engine's name of the usual solver.
@@ -67,7 +68,8 @@ class Catalog:
         self.fields, self.classes = model.fields, model.spec.classes
         self.edits = settings.edits and model.edits
         self.pictures, self.reads, self.shows_picture = model.pictures, model.reads, model.shows_picture
-        self.controls = tuple(one.name for one in model.controls)
+        self.controls = {one.name: one.spec.kind for one in model.controls}
+        self.ip_adapters = tuple(one.name for one in model.ip_adapters)
         self.max_noise_level, self.refiner = model.spec.max_noise_level, refiner
         if self.pictures and not self.edits:
             found, fix = f"edits is off, and {model.spec.id} draws on pictures", "leave --no-edits out"

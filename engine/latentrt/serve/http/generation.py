@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends
 from fastapi import Request as HttpRequest
@@ -25,6 +25,8 @@ from latentrt.serve.http.errors import Problem
 from latentrt.serve.http.images import File, decode, in_thread
 from latentrt.serve.process.config import Settings
 from latentrt.serve.process.metrics import Metrics
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,7 @@ async def generating(
     context.scheduler.reserve(handle)
     facts["handle"] = handle
     try:
-        if files or request.control:
+        if files or request.control or request.ip_adapter:
             handle.request = await in_thread(partial(_with_pictures, context, request, files))
         context.scheduler.submit(handle)
         yield handle
@@ -106,7 +108,8 @@ def _with_pictures(context: Context, request: Request, files: Mapping[str, File]
     if files:
         pictures = decode(files, size, catalog.latents, most, enlarges=catalog.enlarges, masked=request.masked)
     followed = pictures["image"].size if request.mask_crop is not None else size  # maps are of the whole picture
-    return replace(request, pictures=pictures, control=controls.read(request.control, followed, most))
+    control, ip_adapter = controls.read(request.control, followed, most), controls.shown(request.ip_adapter, most)
+    return replace(request, pictures=pictures, control=control, ip_adapter=ip_adapter)
 
 
 async def all_pictures(
@@ -118,7 +121,7 @@ async def all_pictures(
         LatentrtError: the request failed.
         ClientDisconnect: the client has left.
     """
-    work = asyncio.ensure_future(_collect(handle, encode))
+    work = asyncio.ensure_future(collected(handle, lambda picture: (picture, encode(picture))))
     gone = asyncio.ensure_future(_gone(http))
     try:
         await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -131,11 +134,12 @@ async def all_pictures(
         await asyncio.gather(work, gone, return_exceptions=True)
 
 
-async def _collect(handle: Handle, encode: Callable[[Picture], str]) -> list[tuple[Picture, str]]:
-    made: dict[int, tuple[Picture, str]] = {}
+async def collected(handle: Handle, use: Callable[[Picture], T]) -> list[T]:
+    """Wait for a request's pictures; return what a thread made of each, in order. Raise LatentrtError as it failed."""
+    made: dict[int, T] = {}
     async for event in handle:
         if isinstance(event, Finished):
-            made[event.index] = event.image, await in_thread(partial(encode, event.image))
+            made[event.index] = await in_thread(partial(use, event.image))
     return [made[index] for index in sorted(made)]
 
 

@@ -100,8 +100,10 @@ def _job(handle: Handle) -> Job:
 @router.get("/latentrt/model", responses=documented(401))
 async def model(context: Served) -> dict[str, Any]:
     """What a page or a client may offer: names, sizes, limits, defaults, solvers, and what the model reads: prompts,
-    class labels (below `classes`, where that is known), pictures to edit; `controls` and `loras` by
-    name. `needs_picture`, `needs_mask` and `needs_depth` are those that it draws from alone. `strength` and `masks` say
+    class labels (below `classes`, where that is known), pictures to edit; `controls`, `ip_adapters` and `loras` by
+    name, and each control's kind in `control_kinds`: "controlnet", "controlnet_union", which needs a
+    type, or "t2i_adapter", which has no guess mode.
+    `needs_picture`, `needs_mask` and `needs_depth` are those that it draws from alone. `strength` and `masks` say
     whether edits have them, `enlarges` how many times as large as the given picture the drawn one is (null: as large).
     """
     catalog, settings, defaults = context.catalog, context.settings, context.catalog.defaults
@@ -132,7 +134,9 @@ async def model(context: Served) -> dict[str, Any]:
         "class_labels": "class_label" in catalog.fields,
         **{name: name in catalog.fields for name in fields},
         "refiner": catalog.refiner,
-        "controls": catalog.controls,
+        "controls": tuple(catalog.controls),
+        "control_kinds": catalog.controls,
+        "ip_adapters": catalog.ip_adapters,
         "loras": catalog.loras,
         "classes": catalog.classes,
         "edits": catalog.edits,

@@ -13,8 +13,11 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from latentrt.bundle.bundle import EMBEDDED
 from latentrt.errors import RequestError
 from latentrt.serve.core.rules.terms import Terms, key_and_terms
+from latentrt.serve.process.webhooks.hosts import Hosts
+from latentrt.serve.process.webhooks.signature import secret_of
 
 PREFIX = "LATENTRT_"
+SECRET = ("keys", "webhook_secret")  # no flags: others can read a command line
 # Model names that clients send by default: LibreChat's tool gpt-image-1, Open WebUI dall-e-2.
 OTHER_NAMES = ("gpt-image-1", "gpt-image-1-mini", "gpt-image-1.5", "gpt-image-2", "dall-e-2", "dall-e-3")
 MIB = 2**20
@@ -32,6 +35,8 @@ Origin = Annotated[str, Field(pattern=r"^(\*|https?://[^/\s?#]+)$")]
 Endpoint = Annotated[str, Field(pattern=r"^https?://[^\s?#]+$")]
 Origins = Annotated[tuple[Origin, ...], NoDecode, BeforeValidator(_split)]
 Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)]
+Listed = Annotated[str, Field(pattern=r"^(?i)(https?://)?([a-z0-9._-]+|\[[0-9a-f:]+\])(:[0-9]{1,5})?$")]
+HostNames = Annotated[tuple[Listed, ...], NoDecode, BeforeValidator(_split)]
 Count = Annotated[int, Field(ge=1)]
 Range = Annotated[str, BeforeValidator(str), Field(pattern=r"^[1-9][0-9]{0,3}(:[1-9][0-9]{0,3})?$")]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -100,6 +105,7 @@ class Settings(BaseSettings):
     lora_rank: Count | None = _field(None, "Model", "Largest rank of a picture's LoRAs together; 64 if not given.")
     embedding: Texts = _field((), "Model", "Files of textual inversion, FILE or NAME=FILE, with commas between them.")
     controlnet: Texts = _field((), "Model", "Bundles of ControlNets, NAME=BUNDLE, with commas between them.")
+    ip_adapter_model: Texts = _field((), "Model", "Bundles of IP-Adapters, NAME=BUNDLE, with commas between them.")
     lora: Texts = _field((), "Model", "LoRAs for all pictures, FILE[:STRENGTH[:TEXT]], with commas between them.")
     allow_unmatched: bool = _field(False, "Model", "Leave out keys of LoRAs that have no place.")
     edits: bool = _field(True, "Model", "Take pictures to edit; without it the VAE's encoder is not loaded.")
@@ -111,6 +117,21 @@ class Settings(BaseSettings):
     queue_timeout: Seconds = _field(120.0, "Load", "Most seconds that a request waits.")
     run_timeout: Seconds = _field(300.0, "Load", "Most seconds that a request runs.")
     hang_timeout: Seconds = _field(60.0, "Load", "Seconds after which a step counts as hung.")
+
+    keep_results: Seconds = _field(600.0, "Background", "Seconds that a background job is kept once it is over.")
+    max_results: Count = _field(1000, "Background", "Most jobs that are kept; a quarter of them of one client.")
+    results_memory: Count = _field(
+        256, "Background", "Most MiB of results that are kept; a quarter of them of one client."
+    )
+    webhook_host: HostNames = _field(
+        (), "Background", "Hosts that are told of ended jobs, as hooks.example.org or http://hooks.example.org:8080."
+    )
+    webhook_private_host: HostNames = _field(
+        (), "Background", "The same, for those whose address is private or this machine's."
+    )
+    webhook_secret: Secrets = _field(
+        (), "Background", "Secrets that sign webhooks, as whsec_ and base64; not a flag. All of them sign."
+    )
 
     max_n: Count = _field(10, "Limits", "Most pictures of one request.")
     max_steps: Count | None = _field(
@@ -151,6 +172,13 @@ class Settings(BaseSettings):
             raise ValueError(f"replicas ({self.replicas}) is from more to fewer")
         if self.most_replicas > 1 and not self.ray:
             raise ValueError(f"replicas ({self.replicas}) needs ray")
+        listed = self.webhook_host or self.webhook_private_host
+        if listed and not self.webhook_secret:
+            raise ValueError("webhook_host needs webhook_secret")
+        if listed and self.most_replicas > 1:
+            raise ValueError(f"webhook_host needs one replica: {self.replicas} take no background jobs")
+        self.signing_secrets()
+        self.hosts()
         return self
 
     @property
@@ -172,6 +200,14 @@ class Settings(BaseSettings):
     def max_text(self) -> int:
         """Most bytes of a request without a picture: two prompts as long as JSON can write them, and the rest."""
         return min(self.max_body, 2 * 12 * self.max_prompt + MIB // 16)
+
+    def hosts(self) -> Hosts:
+        """Return the hosts that are told of ended jobs. Raise ValueError where one cannot be."""
+        return Hosts(self.webhook_host, self.webhook_private_host)
+
+    def signing_secrets(self) -> tuple[bytes, ...]:
+        """Return the secrets that sign webhooks. Raise ValueError where one cannot be."""
+        return tuple(secret_of(each.get_secret_value()) for each in self.webhook_secret)
 
     def secrets(self) -> tuple[bytes, ...]:
         """Return all keys, those of the file too. Raise as `clients`."""

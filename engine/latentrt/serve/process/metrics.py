@@ -55,6 +55,11 @@ class Metrics(Observer):
         self._step = self._make(Histogram, "step_seconds", "One step of all running pictures.", buckets=_STEPS)
         self._lanes = self._make(Histogram, "batch_size", "Lanes of a step; guidance takes two.", buckets=_LANES)
         self._stage = self._make(Histogram, "stage_seconds", "Work beside the steps.", "stage", buckets=_STEPS)
+        self._jobs = self._make(Counter, "background_jobs", "Background jobs that ended, by how.", "outcome")
+        self._forgotten = self._make(
+            Counter, "background_results_dropped", "Jobs that are no longer kept, by why.", "reason"
+        )
+        self._webhooks = self._make(Counter, "webhooks", "Webhooks that ended, by how.", "outcome")
         self._faults = self._make(Counter, "engine_faults", "Faults of the engine, by kind.", "kind")
 
     def gauge(self, name: str, help: str, read: Callable[[], float]) -> None:
@@ -92,6 +97,20 @@ class Metrics(Observer):
             if dropped is not None:
                 counter.remove(self._model, dropped)
             counter.labels(self._model, label).inc(pictures)
+
+    def ended_job(self, outcome: str, seconds: float) -> None:
+        """Count a background job that is over, seconds after it came: "completed", or failed with an error's code."""
+        self._jobs.labels(self._model, outcome).inc()
+        if outcome == "completed":
+            self._latency.observe(seconds)
+
+    def forgot(self, reason: str) -> None:
+        """Count a job that is no longer kept: "expired", "room" (for others) or "deleted"."""
+        self._forgotten.labels(self._model, reason).inc()
+
+    def sent(self, outcome: str) -> None:
+        """Count a webhook that is over: "delivered", "failed" or "dropped"."""
+        self._webhooks.labels(self._model, outcome).inc()
 
     # ---- What the scheduler tells
 

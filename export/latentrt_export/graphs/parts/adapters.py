@@ -60,14 +60,14 @@ def _products(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Value]]:
     for node in graph:
         if node.op_type not in ("MatMul", "Conv"):
             continue
-        weight, turned = _weight(node.inputs[1])
+        weight, turned = weight_of(node.inputs[1])
         if weight is None or weight.shape is None or not str(weight.name).endswith(".weight"):
             continue
         if turned if node.op_type == "MatMul" else not turned and is_of_one_pixel(node, weight):
             yield node, weight
 
 
-def _weight(value: ir.Value | None) -> tuple[ir.Value | None, bool]:
+def weight_of(value: ir.Value | None) -> tuple[ir.Value | None, bool]:
     """Return the weight in a file that a value is made of, and whether it is transposed."""
     turned = False
     while value is not None and (producer := value.producer()) is not None:
@@ -97,7 +97,7 @@ def _adapt(graph: ir.Graph, node: ir.Node, module: str, down: ir.Value, up: ir.V
         (last,) = readers
         y = last.outputs[0]
     kind = y.dtype or node.outputs[0].dtype or x.dtype or SINGLE
-    made = _Made(f"{LORA}{module}", kind)
+    made = Made(f"{LORA}{module}", kind)
     a, b = (value if value.dtype == kind else made("Cast", [value], to=int(kind)) for value in (down, up))
     if node.op_type == "MatMul":
         added = made("MatMul", [made("MatMul", [x, a]), b])
@@ -115,7 +115,7 @@ def _adapt(graph: ir.Graph, node: ir.Node, module: str, down: ir.Value, up: ir.V
     graph.insert_after(last, made.nodes)
 
 
-def _of_pixels(graph: ir.Graph, made: _Made, x: ir.Value, y: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
+def _of_pixels(graph: ir.Graph, made: Made, x: ir.Value, y: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
     """Return the product of (batch, channels, height, width), in y's shape.
 
     Its last node pools single pixels, which changes nothing. Through it ONNX Runtime's CPU provider keeps channels in
@@ -133,8 +133,8 @@ def _of_pixels(graph: ir.Graph, made: _Made, x: ir.Value, y: ir.Value, a: ir.Val
     return pooled
 
 
-class _Made:
-    """New nodes of one product, in their order."""
+class Made:
+    """New nodes of one name, in their order."""
 
     def __init__(self, name: str, dtype: ir.DataType) -> None:
         self._name, self._dtype = name, dtype

@@ -11,6 +11,7 @@ import re
 import time
 from typing import Any
 
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
@@ -38,6 +39,7 @@ BODIES = {  # the media type of each body that is read
 EDITING = ("/v1/images/edits", "/sdapi/v1/img2img", *ENLARGING, "/sdapi/v1/png-info")
 CLIENT_GONE = 499  # nginx' number for it; only the log has it
 PIECE = 2**20  # bytes of an answer
+_TAIL = 1024  # bytes of a form in which it must end
 _ID = re.compile(r"[!-~]{1,128}")
 
 
@@ -136,10 +138,14 @@ class _Exchange:
         self.facts: dict[str, Any] = {"id": id, "owner": "", "terms": Terms()}
         self.status: int | None = None
         self.gone = self._closed = self._body_read = self._left_unread = False
+        self._form_end, self._last = _form_end(self.headers), b""
         scope.setdefault("state", {})["facts"] = self.facts
 
     async def receive(self) -> Message:
-        """Return the next message. The body must come within a timeout; after it, only a disconnect can come."""
+        """Return the next message. The body must come within a timeout; after it, only a disconnect can come.
+
+        A form must have its end: Starlette takes one without for whole, and leaves the last file of it open.
+        """
         if not self._body_read:
             try:
                 async with asyncio.timeout(self.began + self._body_timeout - time.monotonic()):
@@ -149,6 +155,10 @@ class _Exchange:
                 raise HTTPException(408, late, {"Connection": "close"}) from None
             self._body_read = not message.get("more_body", False)
             self._left_unread = message["type"] == "http.disconnect"  # frameworks take it for a malformed body
+            if self._form_end:
+                self._last = (self._last + message.get("body", b"")[-_TAIL:])[-_TAIL:]
+                if self._body_read and not self._left_unread and self._form_end not in self._last:
+                    raise HTTPException(400, "the form breaks off: its last boundary is missing")
         else:
             message = await self._receive()
         if message["type"] == "http.disconnect" and not self._closed:
@@ -192,6 +202,13 @@ class _Exchange:
             return CLIENT_GONE, "client_gone"
         status = self.status or CLIENT_GONE
         return status, outcome or ("ok" if status < 400 else "refused")
+
+
+def _form_end(headers: Headers) -> bytes:
+    """Return what ends a form: RFC 2046's close delimiter. Nothing where the body is none, or says no boundary."""
+    kind, about = parse_options_header(headers.get("content-type"))
+    boundary = about.get(b"boundary", b"") if kind == b"multipart/form-data" else b""
+    return b"--" + boundary + b"--" if boundary else b""
 
 
 def _wrong_media(headers: Headers, needed: str) -> Problem | None:

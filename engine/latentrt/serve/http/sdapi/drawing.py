@@ -19,7 +19,7 @@ from latentrt.serve.http.errors import Problem, documented
 from latentrt.serve.http.generation import Context, Served, all_pictures, generating
 from latentrt.serve.http.images import File, Files, ToMask, base64_file, encode, in_thread, shape_of, white_mask
 from latentrt.serve.http.sdapi.answers import Error
-from latentrt.serve.http.sdapi.controlnet import controls_of
+from latentrt.serve.http.sdapi.controlnet import add_ons_of
 from latentrt.serve.http.sdapi.fields import renamed
 from latentrt.serve.http.sdapi.options import FORMATS, Options, check_idle, options_of
 from latentrt.serve.http.sdapi.samplers import solver_of
@@ -32,6 +32,7 @@ from latentrt.serve.http.sdapi.schema import (
     ImageToImage,
     TextToImage,
 )
+from latentrt.serve.http.utf8 import Utf8Response
 
 router = APIRouter()
 DRAWN = documented(400, 401, 404, 408, 409, 413, 415, 422, 429, 500, 503, 504, model=Error)
@@ -118,22 +119,20 @@ async def _answer(
     solver, settings = solver_of(context.catalog, wanted, options)
     previews = PREVIEWS if wanted.force_task_id else 0
     encoding = partial(encode, kind=FORMATS[(options.samples_format or "png").lower()])
-    more["control"] = controls_of(
-        wanted.alwayson_scripts, context.catalog, files.get("image"), context.settings.max_image_bytes
-    )
+    more |= add_ons_of(wanted.alwayson_scripts, context.catalog, files.get("image"), context.settings.max_image_bytes)
     with renamed():
         request = _request(context, wanted, options, size, solver, options=settings, **more)
         async with generating(
             context, http, request, files, api=API, previews=previews, task=wanted.force_task_id
         ) as handle:
             drawn = await all_pictures(http, handle, encoding)
-    parameters = wanted.model_dump(mode="json", include=set(TextToImage.model_fields))
+    parameters = wanted.model_dump(include=set(TextToImage.model_fields))
     images = [file for _, file in drawn] if wanted.send_images is not False else []
     info = _info(request, [picture for picture, _ in drawn])
     info |= {"sd_model_name": context.catalog.name}
     info |= {"sampler_name": wanted.sampler_name} if wanted.sampler_name else {}
     info |= {"warnings": handle.warnings} if handle.warnings else {}
-    return JSONResponse({"images": images, "parameters": parameters, "info": json.dumps(info)})
+    return Utf8Response({"images": images, "parameters": parameters, "info": json.dumps(info)})
 
 
 def _request(

@@ -139,8 +139,8 @@ async def none() -> list[Named]:
 
 @router.get("/scripts")
 async def scripts(context: Served) -> Scripts:
-    """That of ControlNets, where there are some."""
-    names = [SCRIPT] if context.catalog.controls else []
+    """That of ControlNets and IP-Adapters, where there are some."""
+    names = [SCRIPT] if context.catalog.controls or context.catalog.ip_adapters else []
     return Scripts(txt2img=names, img2img=names)
 
 

@@ -46,6 +46,8 @@ IDLE: dict[str, tuple[Any, ...]] = {
     "hr_negative_prompt": ("",),
     "resize_mode": (0,),
     "clip_skip": (1,),
+    "background": (False, None),  # of the Images API
+    "webhook_url": ("", None),
     # Both.
     "s_churn": (0,),
     "s_min_uncond": (0,),
