@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import onnx_ir as ir
 
 from latentrt.bundle.bundle import MANIFEST, write_manifest
+from latentrt.bundle.golden import Golden
 from latentrt.bundle.spec import (
     CONTROL,
     DENOISER,
@@ -21,7 +22,6 @@ from latentrt.bundle.spec import (
     HINT,
     SHALLOW,
     TEXT_ENCODER,
-    Golden,
     ModelSpec,
     NetworkSpec,
     TensorSpec,

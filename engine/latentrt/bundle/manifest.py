@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from latentrt.bundle.golden import Golden
 from latentrt.bundle.manifest1 import upgraded
 from latentrt.bundle.spec import (
     ADD_ONS,
@@ -25,7 +26,6 @@ from latentrt.bundle.spec import (
     TEXT_ENCODER,
     Correction,
     Defaults,
-    Golden,
     Islands,
     LatentSpec,
     ModelSpec,

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from typing import Any, NamedTuple
 
+from latentrt.bundle.golden import Golden
 from latentrt.errors import BundleError, RequestError
 
 ROLES = ("text_encoder", "conditioner", "denoiser", "shallow", "decoder", "encoder", "hint", "control")
@@ -15,12 +16,8 @@ TEXT_ENCODER, CONDITIONER, DENOISER, SHALLOW, DECODER, ENCODER, HINT, CONTROL = 
 KINDS = ("model", "controlnet", "controlnet_union", "t2i_adapter", "ip_adapter")  # of bundles; a VAE alone is a "model"
 MODEL, CONTROLNET, CONTROLNET_UNION, T2I_ADAPTER, IP_ADAPTER = KINDS
 CONTROLNETS = (CONTROLNET, CONTROLNET_UNION)
-ADD_ONS = {  # as people name them
-    CONTROLNET: "ControlNet",
-    CONTROLNET_UNION: "ControlNet Union",
-    T2I_ADAPTER: "T2I-Adapter",
-    IP_ADAPTER: "IP-Adapter",
-}
+_NAMES = ("ControlNet", "ControlNet Union", "T2I-Adapter", "IP-Adapter")  # as people have them
+ADD_ONS = dict(zip(KINDS[1:], _NAMES, strict=True))
 FP32, FP32_ORT_CPU = "fp32", "fp32-ort-cpu"  # variants that export writes; all but the first are optional
 FP16, FP16_ORT_CUDA = "fp16", "fp16-ort-cuda"
 ADAPTED = "+lora"  # ends the names of variants that take LoRAs of each lane too
@@ -237,21 +234,6 @@ class Correction:
 
     def __str__(self) -> str:
         return f"{self.file}: {self.key} is {self.found!r}, and drawn with {self.value!r} ({self.why})"
-
-
-@dataclass(frozen=True, slots=True)
-class Golden:
-    """A run whose latents are known: the cheapest test that a bundle still gives the results it gave when exported."""
-
-    prompt: str
-    negative_prompt: str
-    solver: str
-    steps: int
-    seed: int
-    guidance: float
-    mean: float
-    std: float
-    first: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from latentrt.errors import RequestError
+from latentrt.guides import Control, ImagePrompt
 from latentrt.images.given import open_picture
-from latentrt.request import Control, ImagePrompt
 from latentrt.values import named
 
 NUMBER = r"\d*\.?\d+"

@@ -37,10 +37,11 @@ from latentrt.bundle.spec import (
     TensorSpec,
 )
 from latentrt.errors import EXPORT, BundleError, RequestError
+from latentrt.guides import Control
 from latentrt.model.hoisted import Hoisted
 from latentrt.model.inputs import Inputs, Sides
 from latentrt.model.predictor import OWN, inputs_of
-from latentrt.request import Control, Request
+from latentrt.request import Request
 from latentrt.runtime.base import Backend, DeviceNetwork, call
 from latentrt.runtime.lazy import LazyNetwork
 from latentrt.values import named

@@ -18,7 +18,7 @@ from latentrt.images.depth_map import depth_of
 from latentrt.images.given import inpainted, prepared, prepared_hint, prepared_low
 from latentrt.model import settings
 from latentrt.model.chained import Chained, Chains
-from latentrt.model.codec import Codec, Identity, Vae
+from latentrt.model.codec import Codec, Vae, codec_of
 from latentrt.model.conditioners.adapters import Adapters, adapted, check_ranks, with_adapters
 from latentrt.model.conditioners.beside import Repainted
 from latentrt.model.conditioners.guidance_embedding import GuidanceEmbedding
@@ -88,7 +88,7 @@ class Model:
         self.schedule = Schedule.from_config(bundle.json(schedule), self.spec.corrected(schedule))
         self.networks = Networks(bundle, backend, vae)
         self.tiles = vae.tiles(self.spec)
-        self.codec = self._codec()
+        self.codec = codec_of(self.spec, self.networks, self.tiles)
         self.preview, self._preview_decoder = self._previews(backend)
         if resident:
             self._load()
@@ -124,13 +124,6 @@ class Model:
                 self.networks[name].open()
         if self._preview_decoder is not None:
             self._preview_decoder.open()
-
-    def _codec(self) -> Codec:
-        decoder, encoder = (next(iter(self.spec.named(role)), None) for role in (DECODER, ENCODER))
-        if decoder is None:
-            return Identity()
-        encoders = self.networks[encoder] if encoder else None
-        return Vae(self.networks[decoder], encoders, self.spec.latents, self.tiles)
 
     def _previews(self, backend: Backend) -> tuple[Codec, LazyNetwork | None]:
         """Return the codec of previews, and its network where that is another one than the model's."""

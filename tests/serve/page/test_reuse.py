@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,12 +65,36 @@ def test_a_picture_is_followed(guided: Visitor, scheduler: FakeScheduler) -> Non
     assert (unit.image.size, unit.image.getpixel((0, 0))[:3]) == ((128, 128), (7, 7, 7))
 
 
-def test_only_controlnets_have_a_guess_mode(guided: Visitor, tmp_path: Path) -> None:
+def test_each_kind_has_its_settings(chrome: Chrome, scheduler: FakeScheduler, tmp_path: Path) -> None:
+    """A T2I-Adapter has no guess mode; a ControlNet Union is told what kind of map it follows."""
     (tmp_path / "map.png").write_bytes(png(64, 64))
-    for name in ("edges", "sketch"):
-        guided.one(f"[name='control.{name}.image']").send_keys(str(tmp_path / "map.png"))
-    shown = [guided.one(f"[name='control.{name}.guess']").is_displayed() for name in ("edges", "sketch")]
-    guided.click("Follow a picture")
-    assert shown == [False, False]
-    shown = [guided.one(f"[name='control.{name}.guess']").is_displayed() for name in ("edges", "sketch")]
-    assert shown == [True, False]
+    kinds = {"edges": "controlnet", "sketch": "t2i_adapter", "any": "controlnet_union"}
+    app = guided_by(scheduler, *kinds)
+    app.add_middleware(Told, control_kinds=kinds)
+    with live(app) as url:
+        page = Visitor(chrome, url).visit()
+        page.click("Follow a picture")
+        field = "[name='control.{}.{}']".format
+        for name in kinds:
+            page.one(field(name, "image")).send_keys(str(tmp_path / "map.png"))
+        shown = {
+            kind: [name for name in kinds if page.one(field(name, kind)).is_displayed()] for kind in ("guess", "type")
+        }
+        assert shown == {"guess": ["edges", "any"], "type": ["any"]}
+        page.draw("a fox", num_inference_steps=STEPS)
+        assert page.run("return document.querySelector('input:invalid').name") == "control.any.type"
+        page.run(
+            "window.bodies = []; const ask = fetch; window.fetch = (...all) => (bodies.push(all[1]?.body), ask(...all))"
+        )
+        page.one(field("any", "type")).send_keys("canny")
+        page.expected = ["400"]
+        page.draw("a fox")
+        (body,) = page.until(lambda: page.run("return bodies.filter((one) => typeof one === 'string')"))
+        sent = json.loads(body)["control"]
+        assert {name: sorted(set(unit) - {"image", "scale", "start", "end"}) for name, unit in sent.items()} == {
+            "edges": ["guess"],
+            "sketch": ["guess"],
+            "any": ["guess", "type"],
+        }
+        assert sent["any"]["type"] == "canny"
+        assert page.complaints() == []

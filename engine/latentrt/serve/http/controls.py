@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
-from latentrt.request import Control, ImagePrompt
+from latentrt.guides import Control, ImagePrompt
 from latentrt.serve.http.catalog import Catalog, unknown
 from latentrt.serve.http.images import File, base64_file, loaded
 

@@ -15,9 +15,9 @@ from fastapi import APIRouter
 from PIL import Image, ImageOps
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from latentrt.guides import Control, ImagePrompt
 from latentrt.images.given import WHITE
 from latentrt.images.hints import blurred, edges, inverted
-from latentrt.request import Control, ImagePrompt
 from latentrt.serve.http.catalog import Catalog, unknown
 from latentrt.serve.http.controls import MOST, Sent, check_name
 from latentrt.serve.http.errors import Problem, answer_to_validation

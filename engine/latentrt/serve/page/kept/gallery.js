@@ -194,7 +194,7 @@ function facts({ wanted, facts: own, control, size, made, edited, warnings }) {
     ["Seed", wanted.seed],
     ["Starts from", edited ? `a picture, strength ${own.strength ?? wanted.strength ?? "automatic"}` : undefined],
     ...Object.entries(wanted.lora ?? {}).map(([name, strength]) => ["LoRA", `${name}, strength ${strength}`]),
-    ...Object.entries(own.control ?? control ?? {}).map(([name, unit]) => ["Follows", `${name}, scale ${unit.scale}, ${unit.start} to ${unit.end}${unit.guess ? ", guess mode" : ""}`]),
+    ...Object.entries(own.control ?? control ?? {}).map(([name, unit]) => ["Follows", `${name}, scale ${unit.scale}, ${unit.start} to ${unit.end}${unit.guess ? ", guess mode" : ""}${unit.type === undefined ? "" : `, as ${unit.type}`}`]),
     ["Enlarged", own.hires_scale && `${own.hires_scale} times, strength ${own.hires_strength}`],
     ["Refiner from", own.handoff],
     ["Model", own.model ?? wanted.model],
@@ -221,11 +221,11 @@ async function saveAll() {
 }
 
 /** The body of a request that makes the picture again. */
-async function copy({ wanted, edited, facts: own }) {
+async function copy({ wanted, edited, facts: own, control = own.control ?? {} }) {
   const { partial_images, ...body } = wanted;
   const text = JSON.stringify(body, null, 2);
   const good = await navigator.clipboard?.writeText(text).then(() => true, () => false);
-  find("detail-say").textContent = good || copyOldWay(text) ? `Settings copied, as a request’s body${edited || own.control ? " without the pictures that were given" : ""}` : "The browser does not let this page copy";
+  find("detail-say").textContent = good || copyOldWay(text) ? `Settings copied, as a request’s body${edited || Object.keys(control).length ? " without the pictures that were given" : ""}` : "The browser does not let this page copy";
 }
 
 /** Without TLS only this machine's own pages have a clipboard. */
