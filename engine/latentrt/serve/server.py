@@ -143,7 +143,7 @@ def _measured(engine: Engine, device: Device) -> dict[pipeline.Shape, Footprint]
     for this model.
     """
     try:
-        with device.steps, device.stages:  # what others take meanwhile would count too
+        with device.stages, device.steps:  # what others take meanwhile would count too
             return measured(engine)
     except LatentrtError as error:
         logger().warning("memory could not be measured: it bounds no size", error=str(error))

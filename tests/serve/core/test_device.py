@@ -30,6 +30,9 @@ def test_turns_come_in_the_order_of_coming() -> None:
     for thread in threads:
         thread.join()
     assert order == list(range(5))
+    with turn, turn:  # by the same thread
+        take(5)
+    assert (order[-1], len(turn._line)) == (5, 0)
 
 
 class Counted(Fakes):

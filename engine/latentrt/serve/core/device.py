@@ -8,27 +8,37 @@ from dataclasses import dataclass, field
 
 
 class Turnstile:
-    """A lock that threads get in the order in which they came, so that none waits for more than one turn of each."""
+    """A lock that threads get in the order in which they came, so that none waits for more than one turn of each.
+
+    A thread that has it may take it again.
+    """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._line: deque[object] = deque()  # the first has the turn
+        self._line: deque[int] = deque()  # threads; the first has the turn
+        self._depth = 0  # how often it has it
 
     def __enter__(self) -> None:
-        ticket = object()
+        own = threading.get_ident()
         with self._changed:
-            self._line.append(ticket)
-            self._changed.wait_for(lambda: self._line[0] is ticket)
+            if not self._line or self._line[0] != own:
+                self._line.append(own)
+                self._changed.wait_for(lambda: self._line[0] == own)
+            self._depth += 1
 
     def __exit__(self, *_: object) -> None:
         with self._changed:
-            self._line.popleft()
-            self._changed.notify_all()
+            self._depth -= 1
+            if not self._depth:
+                self._line.popleft()
+                self._changed.notify_all()
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
     """Turns of the services of one process: together they take no more memory than one of them alone may.
+
+    Who needs both takes that of the stages first.
 
     Attributes:
         steps: of the denoiser, and of self-checks.
