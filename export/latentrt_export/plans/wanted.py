@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from latentrt.bundle.bundle import Bundle
-from latentrt.bundle.spec import ADD_ONS
+from latentrt.bundle.spec import ADD_ONS, IP_ADAPTER
 from latentrt.errors import BundleError
 from latentrt.model.conditioners.adapters import adapted
 from latentrt.model.control import check_fits, controlled, controlnets_of
@@ -27,10 +27,13 @@ def bundles_of(folder: Path, controlnets: Sequence[str] = (), *, loras: bool = F
         RequestError: a text is no such pair, or an add-on does not fit the model.
     """
     bundle = Bundle.open(folder)
-    kind = ADD_ONS.get(bundle.spec.kind)
-    if kind is not None:
-        needed, fix = "a model: it is built for that one's lanes", f"latentrt build MODEL --controlnet NAME={folder}"
-        raise BundleError(f"{bundle.spec.id} is a {kind}", needed=needed, fix=fix)
+    kind = bundle.spec.kind
+    if kind in ADD_ONS:
+        fix = "" if kind == IP_ADAPTER else f"latentrt build MODEL --controlnet NAME={folder}"
+        needed = (
+            "a model: there are no plans of these yet" if kind == IP_ADAPTER else "a model, for whose lanes it is built"
+        )
+        raise BundleError(f"{bundle.spec.id} is a {ADD_ONS[kind]}", needed=needed, fix=fix)
     add_ons = {name: Bundle.open(path) for name, path in controlnets_of(controlnets).items()}
     bundle = adapted(bundle) if loras else bundle
     if add_ons:

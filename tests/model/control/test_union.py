@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,11 +15,9 @@ from latentrt import Engine
 from latentrt.command.controls import controls_of
 from latentrt.errors import RequestError
 from latentrt.run.job import Job
-from latentrt.runtime.onnxruntime import OrtBackend
 from latentrt_export.verify.checks import difference
 from tests.support.gpu.emulated import open_backend
 from tests.support.gpu.fake_plans import put_plans
-from tests.support.gpu.host_gpu import host_gpu
 from tests.support.models.controlnets import UNION
 
 Exported = Callable[[str], tuple[Path, Path]]
@@ -66,15 +65,18 @@ def test_each_type_is_its_own(engine: Engine) -> None:
     assert together[0].controls[0].facts["union"]["type"] == "canny"
 
 
-def test_on_a_gpu(engine: Engine, exported: Exported, add_ons: dict[str, Path]) -> None:
+@pytest.mark.parametrize("name", ["onnxruntime", "tensorrt"])
+def test_on_a_gpu(engine: Engine, exported: Exported, add_ons: dict[str, Path], tmp_path: Path, name: str) -> None:
     """On the emulated one: what the host computes."""
     expected = jobs_of(engine)[2:]
     engine.run(expected)
-    bundle = exported("sdxl")[1]
-    with (
-        host_gpu() as gpu,
-        Engine.load(bundle, backend=OrtBackend(threads=1, gpu=gpu), control=add_ons, lanes=4) as there,
-    ):
+    bundle, backend = exported("sdxl")[1], cast(Any, open_backend(name, "fp32", plans=tmp_path / "plans"))
+    if name == "tensorrt":
+        options = [f"controlnet={key}={path}" for key, path in add_ons.items()]
+        shapes, plans = {"lanes": "4", "size": "24x16"}, tmp_path / "plans"
+        fake, gpu = backend.library.module, backend.gpu
+        put_plans(bundle, fake, gpu, shapes, options=options, precision="fp32", plans=plans)
+    with closing(backend.gpu), Engine.load(bundle, backend=backend, control=add_ons, lanes=4) as there:
         ours = jobs_of(there)[2:]
         there.run(ours)
     for a, b in zip(ours, expected, strict=True):
