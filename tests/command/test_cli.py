@@ -14,9 +14,8 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from latentrt import read_settings
-from latentrt.engine import request_from
 from latentrt.errors import RequestError
-from latentrt.request import Request
+from latentrt.request import Request, request_from
 from tests.command.conftest import Run, refused
 
 
