@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from latentrt.bundle.bundle import Bundle
-from latentrt.bundle.spec import ADD_ONS
+from latentrt.bundle.spec import ADD_ONS, IP_ADAPTER
 from latentrt.errors import BundleError
 from latentrt.model.conditioners.adapters import adapted
 from latentrt.model.control import check_fits, controlled, controlnets_of
@@ -28,6 +28,8 @@ def bundles_of(folder: Path, controlnets: Sequence[str] = (), *, loras: bool = F
     """
     bundle = Bundle.open(folder)
     kind = ADD_ONS.get(bundle.spec.kind)
+    if bundle.spec.kind == IP_ADAPTER:
+        raise BundleError(f"{bundle.spec.id} is an IP-Adapter", needed="a model: IP-Adapters run on a CPU")
     if kind is not None:
         needed, fix = "a model: it is built for that one's lanes", f"latentrt build MODEL --controlnet NAME={folder}"
         raise BundleError(f"{bundle.spec.id} is a {kind}", needed=needed, fix=fix)

@@ -17,7 +17,7 @@ from latentrt_export.verify.checks import Check
 from latentrt_export.verify.controls import NAME, controlled_checks, open_theirs, residual_checks
 from latentrt_export.verify.loras import lora_checks
 from latentrt_export.verify.reference import Theirs, incomparable, plain_folder
-from latentrt_export.verify.verify import check_whole
+from latentrt_export.verify.verify import check_measured, check_whole
 
 
 def verify_add_on(
@@ -57,8 +57,9 @@ def _controls(
     add_on: Bundle, base: Bundle, checkpoint: Path, against: str | Path | None, steps: int
 ) -> Iterator[Check]:
     spec = add_on.spec
+    check_measured(add_on)
     if spec.kind not in ADD_ONS:
-        needed = f"the bundle of a {' or '.join(ADD_ONS.values())}, or a LoRA"
+        needed = "the bundle of a ControlNet or T2I-Adapter, or a LoRA"
         raise ExportError(f"{spec.id} with --base is a model", needed=needed, fix="leave out --base")
     part = PART if spec.kind in CONTROLNETS else ADAPTER
     with (

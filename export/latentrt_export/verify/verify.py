@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from latentrt.bundle.bundle import Bundle
-from latentrt.bundle.spec import ADD_ONS, CONDITIONER, SHALLOW
+from latentrt.bundle.spec import ADD_ONS, CONDITIONER, IP_ADAPTER, SHALLOW
 from latentrt.engine import Engine
 from latentrt.errors import ExportError
 from latentrt.golden import TOLERANCE, worst_error
@@ -46,6 +46,7 @@ def verify(
         UnsafeWeightsError: the checkpoint has pickled weights only.
     """
     opened = Bundle.open(bundle)
+    check_measured(opened)
     if opened.spec.kind in ADD_ONS:
         raise ExportError(
             f"{opened.root} is a {ADD_ONS[opened.spec.kind]}",
@@ -55,6 +56,14 @@ def verify(
     check_whole(opened, checkpoint)
     with checkpoint_of(checkpoint, revision, variant, choices) as source:
         yield from _verify(opened, source, steps)
+
+
+def check_measured(opened: Bundle) -> None:
+    """Refuse an IP-Adapter. Raise ExportError."""
+    if opened.spec.kind == IP_ADAPTER:
+        raise ExportError(
+            f"{opened.root} is an IP-Adapter", needed="another add-on, or a model: these are not measured"
+        )
 
 
 def check_whole(opened: Bundle, checkpoint: str | Path) -> None:
