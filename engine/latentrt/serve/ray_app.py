@@ -27,7 +27,6 @@ from latentrt.errors import BackendError
 from latentrt.run.lanes import ON_A_CPU
 from latentrt.runtime.cores import usable_cores
 from latentrt.serve import ray_scaling
-from latentrt.serve.core.scheduler import Scheduler
 from latentrt.serve.process.config import Settings, load_settings
 from latentrt.serve.process.logs import configure, logger
 from latentrt.serve.process.metrics import Metrics
@@ -52,7 +51,7 @@ class Replica:
         Raises:
             BackendError: the engine failed, and no self-check has passed since.
         """
-        if self.app.state.context.scheduler.state == "failed":
+        if self.app.state.models.state == "failed":
             raise BackendError("the engine failed", needed="a self-check that passes", fix="wait for the next replica")
 
     async def drain(self, timeout: float) -> bool:
@@ -61,12 +60,12 @@ class Replica:
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Return what `ByPictures` reads."""
-        scheduler: Scheduler = self.app.state.context.scheduler
-        return {ray_scaling.WAITING: float(scheduler.waiting), ray_scaling.RUNNING: float(scheduler.running)}
+        (entry,) = self.app.state.models.entries
+        return {ray_scaling.WAITING: float(entry.pictures), ray_scaling.RUNNING: float(entry.running)}
 
     async def metrics(self) -> tuple[str, list[Metric]]:
         """Return the replica's name and what it has measured."""
-        metrics = self.app.state.context.metrics
+        metrics: Metrics = self.app.state.metrics
         return ray_serve.get_replica_context().replica_tag, list(metrics.registry.collect())
 
 
@@ -118,6 +117,7 @@ def application(settings: Settings) -> ray_serve.Application:
     Raises:
         BackendError: the settings name a GPU by number; which one a replica has is Ray's to say.
     """
+    (settings,) = settings.each()
     values = settings.model_dump() | {"threads": _threads(settings)}
 
     def build() -> FastAPI:  # runs in the replica
@@ -169,7 +169,7 @@ def _build(settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         with owned:
-            while app.state.context.scheduler.state == "starting":
+            while app.state.models.state == "starting":
                 await asyncio.sleep(_LOOK)
             yield
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from latentrt.adapters.given import parsed
 from latentrt.bundle.bundle import MANIFEST, Bundle, located, located_lora
-from latentrt.bundle.spec import ADD_ONS, CONTROLNETS
+from latentrt.bundle.spec import ADD_ONS, CONTROLNETS, T2I_ADAPTER
 from latentrt.engine import Engine
 from latentrt.errors import ExportError
 from latentrt_export.checkpoint.lone_control import ADAPTER, PART
@@ -17,7 +17,9 @@ from latentrt_export.verify.checks import Check
 from latentrt_export.verify.controls import NAME, controlled_checks, open_theirs, residual_checks
 from latentrt_export.verify.loras import lora_checks
 from latentrt_export.verify.reference import Theirs, incomparable, plain_folder
-from latentrt_export.verify.verify import check_measured, check_whole
+from latentrt_export.verify.verify import check_whole
+
+MEASURED = (*CONTROLNETS, T2I_ADAPTER)
 
 
 def verify_add_on(
@@ -57,10 +59,10 @@ def _controls(
     add_on: Bundle, base: Bundle, checkpoint: Path, against: str | Path | None, steps: int
 ) -> Iterator[Check]:
     spec = add_on.spec
-    check_measured(add_on)
-    if spec.kind not in ADD_ONS:
-        needed = "the bundle of a ControlNet or T2I-Adapter, or a LoRA"
-        raise ExportError(f"{spec.id} with --base is a model", needed=needed, fix="leave out --base")
+    if spec.kind not in MEASURED:
+        fix = "" if spec.kind in ADD_ONS else "leave out --base"
+        needed = f"the bundle of a {', '.join(ADD_ONS[kind] for kind in MEASURED)}, or a LoRA"
+        raise ExportError(f"{spec.id}, with --base, is of the kind {spec.kind}", needed=needed, fix=fix)
     part = PART if spec.kind in CONTROLNETS else ADAPTER
     with (
         checkpoint_of(add_on.root / part if against is None else against) as source,

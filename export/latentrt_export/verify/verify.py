@@ -46,7 +46,8 @@ def verify(
         UnsafeWeightsError: the checkpoint has pickled weights only.
     """
     opened = Bundle.open(bundle)
-    check_measured(opened)
+    if opened.spec.kind == IP_ADAPTER:
+        raise ExportError(f"{opened.root} is an IP-Adapter", needed="a model, or an add-on of another kind")
     if opened.spec.kind in ADD_ONS:
         raise ExportError(
             f"{opened.root} is a {ADD_ONS[opened.spec.kind]}",
@@ -56,14 +57,6 @@ def verify(
     check_whole(opened, checkpoint)
     with checkpoint_of(checkpoint, revision, variant, choices) as source:
         yield from _verify(opened, source, steps)
-
-
-def check_measured(opened: Bundle) -> None:
-    """Refuse an IP-Adapter. Raise ExportError."""
-    if opened.spec.kind == IP_ADAPTER:
-        raise ExportError(
-            f"{opened.root} is an IP-Adapter", needed="another add-on, or a model: these are not measured"
-        )
 
 
 def check_whole(opened: Bundle, checkpoint: str | Path) -> None:

@@ -107,8 +107,10 @@ def test_what_cannot_be_measured(exported: Exported, tmp_path: Path) -> None:
     base, add_on = exported("sd")[1], exported("control-sd-1")[1]
     with pytest.raises(ExportError, match=r"is a ControlNet.*--base BUNDLE"):
         next(verify(add_on, add_on))
-    with pytest.raises(ExportError, match=r"with --base is a model.*leave out --base"):
+    with pytest.raises(ExportError, match=r"with --base, is of the kind model.*leave out --base"):
         next(verify_add_on(str(base), base))
+    with pytest.raises(ExportError, match=r"is of the kind ip_adapter.*T2I-Adapter, or a LoRA"):
+        next(verify_add_on(str(exported("ip-sd-base")[1]), base))
     with pytest.raises(RequestError, match="sdxl has"):
         next(verify_add_on(str(add_on), exported("sdxl")[1]))
     with pytest.raises(ExportError, match="adapter-colour has t2i_adapter"):

@@ -19,6 +19,7 @@ from latentrt_export.verify.checks import difference
 from tests.support.gpu.emulated import open_backend
 from tests.support.gpu.fake_plans import put_plans
 from tests.support.gpu.fake_tensorrt import FakeTensorRt
+from tests.support.models.loras import write_lora
 
 Exported = Callable[[str], tuple[Path, Path]]
 BOUND = 1e-5
@@ -45,9 +46,9 @@ class Here(NamedTuple):
     plain: Engine
 
 
-def build(bundle: Path, add_ons: dict[str, Path], folder: Path, backend: Any) -> list[Any]:
+def build(bundle: Path, add_ons: dict[str, Path], folder: Path, backend: Any, *more: str) -> list[Any]:
     """Put plans for a model with add-ons into a folder."""
-    options = [f"controlnet={name}={path}" for name, path in add_ons.items()]
+    options = [*(f"controlnet={name}={path}" for name, path in add_ons.items()), *more]
     fake: FakeTensorRt = backend.library.module
     return put_plans(bundle, fake, backend.gpu, SHAPES, options=options, precision="fp32", plans=folder)
 
@@ -122,6 +123,30 @@ def test_plans_that_lack_are_named_when_the_engine_is_loaded(here: Here, tmp_pat
     assert f"latentrt build {here.bundle} --controlnet NAME=BUNDLE --plans {backend.plans} (see" in told
     build(here.bundle, {"sketch": here.add_ons["sketch"]}, backend.plans, backend)
     assert f"latentrt build MODEL --controlnet NAME={here.add_ons['edges']} --plans" in missing()
+    backend.gpu.close()
+
+
+def test_merged_loras_change_the_unet_that_reads_residuals(exported: Exported, here: Here, tmp_path: Path) -> None:
+    lora = write_lora(tmp_path / "lora.safetensors", exported("sd")[0], "kohya")
+    backend: Any = open_backend("tensorrt", "fp32", plans=tmp_path / "plans")
+    add_ons, asked = {"edges": here.add_ons["edges"]}, {**SETTINGS, "seed": 3, "control": ASKED["one"]}
+    build(here.bundle, add_ons, backend.plans, backend, "refittable")
+
+    def latents(engine: Engine) -> Any:
+        jobs = engine.requests(["a cat"], asked)
+        engine.run(jobs)
+        return jobs[0].latents
+
+    with Engine.load(here.bundle, backend=backend, check_hashes=False, control=add_ons) as engine:
+        plain = latents(engine)
+        engine.set_lora(f"{lora}:0.6")
+        merged = latents(engine)
+        engine.set_lora()
+        np.testing.assert_array_equal(latents(engine), plain)
+    with Engine.load(here.bundle, threads=1, check_hashes=False, control=add_ons, lora=f"{lora}:0.6") as engine:
+        assert difference(merged, latents(engine)) < BOUND
+    assert difference(merged, plain) > 1e-2
+    assert backend.gpu.in_use == 0
     backend.gpu.close()
 
 

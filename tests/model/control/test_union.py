@@ -16,6 +16,8 @@ from latentrt.errors import RequestError
 from latentrt.run.job import Job
 from latentrt.runtime.onnxruntime import OrtBackend
 from latentrt_export.verify.checks import difference
+from tests.support.gpu.emulated import open_backend
+from tests.support.gpu.fake_plans import put_plans
 from tests.support.gpu.host_gpu import host_gpu
 from tests.support.models.controlnets import UNION
 
@@ -74,6 +76,23 @@ def test_on_a_gpu(engine: Engine, exported: Exported, add_ons: dict[str, Path]) 
         Engine.load(bundle, backend=OrtBackend(threads=1, gpu=gpu), control=add_ons, lanes=4) as there,
     ):
         ours = jobs_of(there)[2:]
+        there.run(ours)
+    for a, b in zip(ours, expected, strict=True):
+        assert difference(a.latents, b.latents) < 1e-5
+
+
+def test_with_tensorrt(engine: Engine, exported: Exported, add_ons: dict[str, Path], tmp_path: Path) -> None:
+    """On the emulated device, with plans built for it: types are lanes' own there too."""
+    bundle, backend = exported("sdxl")[1], open_backend("tensorrt", "fp32", plans=tmp_path)
+    shapes, options = {"lanes": "4", "size": "24x16"}, [f"controlnet=union={add_ons['union']}"]
+    put_plans(bundle, backend.library.module, backend.gpu, shapes, options=options, precision="fp32", plans=tmp_path)
+    expected = jobs_of(engine)[2:4]
+    engine.run(expected)
+    control = {"union": add_ons["union"]}
+    with Engine.load(bundle, backend=backend, check_hashes=False, control=control) as there:
+        ours = [
+            there.requests(["a cat"], {**SETTINGS, "control": {"union": {"image": MAP, "type": t}}})[0] for t in (3, 1)
+        ]
         there.run(ours)
     for a, b in zip(ours, expected, strict=True):
         assert difference(a.latents, b.latents) < 1e-5

@@ -191,15 +191,19 @@ class Scheduler:
 
     # ---- What is done beside the ticks
 
-    def next_side_work(self, *, wait: bool) -> Handle | tuple[Slot, tuple[int, Float32] | None] | None:
-        """Return a request to prepare or a picture to decode, by turns; where neither waits, a picture with a preview.
-
-        It is to be done within `watched("stage")`, and counts as begun from now on: no self-check comes between. With
-        `wait` there always is some, unless the scheduler was closed.
-        """
+    def has_side_work(self, *, wait: bool) -> bool:
+        """Return whether there is work for `next_side_work`; with `wait` once there is, or False after the end."""
         with self._changed:
             if wait:
                 self._changed.wait_for(lambda: self._closed or self._side_work() is not None)
+            return not self._closed and self._side_work() is not None
+
+    def next_side_work(self) -> Handle | tuple[Slot, tuple[int, Float32] | None] | None:
+        """Return a request to prepare or a picture to decode, by turns; where neither waits, a picture with a preview.
+
+        It is to be done within `watched("stage")`, and counts as begun from now on: no self-check comes between.
+        """
+        with self._changed:
             work = None if self._closed else self._side_work()
             self._decodes_next = isinstance(work, Handle)
             if work is not None:

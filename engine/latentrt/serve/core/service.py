@@ -10,6 +10,7 @@ from collections.abc import Callable
 from latentrt.engine import Engine
 from latentrt.errors import BackendError
 from latentrt.serve.core.curve import Curve
+from latentrt.serve.core.device import Device
 from latentrt.serve.core.errors import as_fault
 from latentrt.serve.core.observer import Observer
 from latentrt.serve.core.queue import Limits
@@ -24,6 +25,7 @@ class Service:
     Args:
         engine: resident, and used by nothing else from now on; it is not closed here.
         limits, curve, budget, observer, on_hang: as of `Scheduler`.
+        device: that other services have too; None: this one has it alone.
 
     Raises:
         BackendError: the engine drops its networks after use.
@@ -38,6 +40,7 @@ class Service:
         budget: Budget | None = None,
         observer: Observer | None = None,
         on_hang: Callable[[], None] = lambda: None,
+        device: Device | None = None,
     ) -> None:
         if not engine.model.resident:
             fix = "load it with resident=True"
@@ -52,8 +55,9 @@ class Service:
             budget=budget,
             pauses=engine.denoiser.resumable,
         )
-        side = SideWorker(self.scheduler, engine)
-        worker = Worker(self.scheduler, engine, side if facts.one_stream else None)
+        device = device or Device()
+        side = SideWorker(self.scheduler, engine, device)
+        worker = Worker(self.scheduler, engine, device, side if facts.one_stream else None)
         runs: dict[str, Callable[[], None]] = {"engine": worker.run, "clock": self.scheduler.run_clock}
         if not facts.one_stream:
             runs["side"] = side.run

@@ -16,6 +16,7 @@ from latentrt.engine import Engine
 from latentrt.errors import LatentrtError, NetworkError
 from latentrt.run.job import Float32, Job
 from latentrt.serve.core import pipeline
+from latentrt.serve.core.device import Device
 from latentrt.serve.core.errors import as_error
 from latentrt.serve.core.handle import Handle, Mark, Slot, Stage
 from latentrt.serve.core.rules.turns import Turns
@@ -25,10 +26,14 @@ LOG = logging.getLogger(__name__)
 
 
 class SideWorker:
-    """Makes jobs of requests, pictures of latents, and previews."""
+    """Makes jobs of requests, pictures of latents, and previews.
 
-    def __init__(self, scheduler: Scheduler, engine: Engine) -> None:
-        self._scheduler, self._engine = scheduler, engine
+    Args:
+        device: whose turns it takes.
+    """
+
+    def __init__(self, scheduler: Scheduler, engine: Engine, device: Device) -> None:
+        self._scheduler, self._engine, self._device = scheduler, engine, device
 
     def run(self) -> None:
         """Work until the scheduler is closed."""
@@ -36,18 +41,23 @@ class SideWorker:
             pass
 
     def work(self, *, wait: bool = False) -> bool:
-        """Do one piece of work; return whether there was one."""
-        work = self._scheduler.next_side_work(wait=wait)
-        if work is None:
+        """Do one piece of work, or none where it is over when its turn comes; return whether there was one."""
+        if not self._scheduler.has_side_work(wait=wait):
             return False
-        with self._scheduler.watched("stage", _area(work)):
-            if isinstance(work, Handle):
-                self._prepare(work)
-            elif (preview := work[1]) is not None:
-                self._preview(work[0], *preview)
-            else:
-                self._decode(work[0])
+        with self._device.stages:
+            work = self._scheduler.next_side_work()
+            if work is not None:
+                with self._scheduler.watched("stage", _area(work)):
+                    self._do(work)
         return True
+
+    def _do(self, work: Handle | tuple[Slot, tuple[int, Float32] | None]) -> None:
+        if isinstance(work, Handle):
+            self._prepare(work)
+        elif (preview := work[1]) is not None:
+            self._preview(work[0], *preview)
+        else:
+            self._decode(work[0])
 
     def _prepare(self, handle: Handle) -> None:
         try:
@@ -95,12 +105,13 @@ class Worker:
     """The engine's thread: pictures join and leave between two ticks, and no other thread calls the denoiser.
 
     Args:
+        device: whose turns it takes.
         side: whose work is done between two ticks; None where another thread does it.
     """
 
-    def __init__(self, scheduler: Scheduler, engine: Engine, side: SideWorker | None) -> None:
+    def __init__(self, scheduler: Scheduler, engine: Engine, device: Device, side: SideWorker | None) -> None:
         self._scheduler, self._engine, self._denoiser = scheduler, engine, engine.denoiser
-        self._side = side
+        self._device, self._side = device, side
         self._slots: dict[Job, Slot] = {}  # of the jobs that have lanes
         self._turns = Turns[tuple[int, ...]]()
 
@@ -109,11 +120,13 @@ class Worker:
         while (joining := self._scheduler.next_turn(busy=bool(self._slots))) is not None:
             self._retire([job for job, slot in self._slots.items() if slot.stage is not Stage.RUNNING])
             if self._scheduler.check_due and (not self._slots or self._denoiser.resumable):
-                self._check()
+                with self._device.steps:
+                    self._check()
             for slot in joining:
                 self._admit(slot)
             if self._slots:
-                self._tick()
+                with self._device.steps:
+                    self._tick()
             if self._side is not None:
                 self._side.work()
         self._retire(list(self._slots))

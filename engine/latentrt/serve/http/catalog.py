@@ -61,7 +61,8 @@ class Catalog:
         refiner: str | None = None,
         budget: Budget | None = None,
     ) -> None:
-        self._model, self.settings = model, settings
+        self._model: Model | None = model
+        self._library, self.settings = None if model.adapters is None else model.adapters.library, settings
         self.name = settings.model_name or model.networks.bundle.base.spec.id
         self.names = (self.name, *(alias for alias in settings.aliases if alias != self.name))
         self.prompted = model.text is not None
@@ -88,15 +89,6 @@ class Catalog:
 
     # ---- Names
 
-    def check_model(self, name: str | None) -> None:
-        """Refuse a name that is none of the model's; no name at all is allowed too.
-
-        Raises:
-            Problem: 404 model_not_found.
-        """
-        if name and name not in self.names:
-            raise unknown("model", name, self.names, status=404, code="model_not_found")
-
     def solver(self, name: str | None) -> str | None:
         """Return the engine's name of a solver or diffusers class; None is the default one, or the model's own.
 
@@ -112,7 +104,17 @@ class Catalog:
     @property
     def loras(self) -> Sequence[str]:
         """The names of the LoRAs that a request may name."""
-        return () if self._model.adapters is None else tuple(self._model.adapters.library.files)
+        return () if self._library is None else tuple(self._library.files)
+
+    def forget(self) -> None:
+        """Let the model go, which is closed: it makes no more requests, but what there is to choose from stays."""
+        self._model = None
+
+    @property
+    def model(self) -> Model:
+        """What the engine draws with."""
+        assert self._model is not None
+        return self._model
 
     # ---- Requests
 
@@ -169,7 +171,7 @@ class Catalog:
             **{name: value for name, value in more.items() if value is not None},
         )
         self._check_stages(request)
-        return self._model.filled(request)
+        return self.model.filled(request)
 
     def _check_stages(self, request: Request) -> None:
         if request.handoff is not None and self.refiner is None:
@@ -224,7 +226,7 @@ class Catalog:
 
     def lanes(self, request: Request) -> int:
         """Return the most lanes that each of a request's pictures takes."""
-        return self._model.guidance(request).lanes
+        return self.model.guidance(request).lanes
 
     def work(self, request: Request) -> tuple[int, str]:
         """Return how many network calls each of a request's pictures takes, and the solver that makes them.

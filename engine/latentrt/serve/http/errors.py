@@ -86,6 +86,8 @@ _STATUS = {  # of the service's own errors, by their code
     "deadline_unreachable": 429,
     "not_ready": 503,
     "draining": 503,
+    "model_loading": 503,
+    "model_failed": 503,
     "queue_timeout": 504,
     "run_timeout": 504,
     "cancelled": 409,
@@ -104,7 +106,7 @@ _MEANING = {
     422: "invalid_value: the body does not fit its description",
     429: "queue_full, quota_exceeded or deadline_unreachable; see Retry-After",
     500: "engine_error",
-    503: "not_ready or draining, see Retry-After; or insufficient_storage",
+    503: "not_ready, draining, model_loading or model_failed, see Retry-After; or insufficient_storage",
     504: "queue_timeout or run_timeout",
 }
 

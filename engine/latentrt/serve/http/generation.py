@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any, TypeVar
 
@@ -31,23 +31,33 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """A server's parts."""
+    """A server's parts, as of one of its models."""
 
     scheduler: Scheduler
     settings: Settings
     catalog: Catalog
     metrics: Metrics
     gpu_memory: Callable[[], tuple[int, int]] | None = None
-    created: int = field(default_factory=lambda: int(time.time()))
 
 
-async def _context(http: HttpRequest) -> Context:
-    context = http.app.state.context
+async def _first(http: HttpRequest) -> Context:
+    models = http.app.state.models
+    context = models.described(models.entries[0])
     assert isinstance(context, Context)
     return context
 
 
-Served = Annotated[Context, Depends(_context)]
+async def _chosen(http: HttpRequest) -> Context:
+    models = http.app.state.models
+    context = models.described(models.chosen(http.state.facts["owner"]))
+    assert isinstance(context, Context)
+    return context
+
+
+# What there is to choose from, of the first model, or of the one that a client of A1111's API has chosen. To draw, take
+# `models.serving`: the model may not be loaded.
+Served = Annotated[Context, Depends(_first)]
+Chosen = Annotated[Context, Depends(_chosen)]
 
 
 @asynccontextmanager
@@ -83,7 +93,8 @@ async def generating(
     facts.update(n=request.count, steps=request.steps, solver=solver, rows=rows, size=f"{width}x{height}")
     if context.settings.log_prompts:
         facts["prompt"] = request.prompt
-    shape, deadline = catalog.latents.shape_of(final[1], final[0]), time.monotonic() + timeout
+    shape = catalog.latents.shape_of(final[1], final[0])
+    deadline = time.monotonic() + timeout - facts.get("loading_seconds", 0)
     handle = Handle(request, shape, rows, previews, deadline, facts["id"], facts["owner"], api, task, facts["terms"])
     handle.lanes = catalog.lanes(request)
     context.scheduler.reserve(handle)

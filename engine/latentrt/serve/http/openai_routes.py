@@ -26,7 +26,7 @@ from latentrt.serve.http.background.schema import JobStatus, path_of
 from latentrt.serve.http.background.store import Job, jobs_of
 from latentrt.serve.http.controls import controls_of, image_prompts_of
 from latentrt.serve.http.errors import Problem, answer_to, documented
-from latentrt.serve.http.generation import Context, Served, all_pictures, collected, generating
+from latentrt.serve.http.generation import Context, all_pictures, collected, generating
 from latentrt.serve.http.images import (
     File,
     Files,
@@ -36,6 +36,7 @@ from latentrt.serve.http.images import (
     shape_of,
     too_many_bytes,
 )
+from latentrt.serve.http.models.models import Models, models_of, serving
 from latentrt.serve.http.openai_answers import Style, seed_of
 from latentrt.serve.http.openai_schema import (
     OF_EDITS,
@@ -65,34 +66,35 @@ _DRAWN = {
 
 
 @router.get("/models")
-async def list_models(context: Served) -> ModelList:
-    """The model under all its names."""
-    return ModelList(data=[_model(context, name) for name in context.catalog.names])
+async def list_models(http: HttpRequest) -> ModelList:
+    """The models under all their names; `root` is a model's own."""
+    models = models_of(http)
+    return ModelList(data=[_model(models, name, root) for name, root in models.names.items()])
 
 
 @router.get("/models/{model:path}", responses=documented(404))
-async def retrieve_model(model: str, context: Served) -> Model:
-    """One of its names."""
-    context.catalog.check_model(model)
-    return _model(context, model)
+async def retrieve_model(model: str, http: HttpRequest) -> Model:
+    """One of these names."""
+    models = models_of(http)
+    return _model(models, model, models.find(model).name)
 
 
 @router.post("/images/generations", responses=_DRAWN, response_class=JSONResponse)
-async def generate(wanted: GenerateRequest, http: HttpRequest, context: Served) -> Response:
+async def generate(wanted: GenerateRequest, http: HttpRequest) -> Response:
     """Draw pictures from a prompt."""
+    context = await serving(http, wanted.model, pictures=wanted.n, timeout=wanted.timeout)
     request = _request(context, wanted, context.catalog.sizes.of(wanted.size), **_add_ons(context, wanted))
     return await _answer(context, http, wanted, request, {}, "generation")
 
 
 @router.post("/images/edits", responses=_DRAWN, response_class=JSONResponse)
-async def edit(
-    wanted: Annotated[EditRequest, Form(media_type="multipart/form-data")], http: HttpRequest, context: Served
-) -> Response:
+async def edit(wanted: Annotated[EditRequest, Form(media_type="multipart/form-data")], http: HttpRequest) -> Response:
     """Draw pictures from a prompt and a picture; with a mask only where its alpha is 0, without one only where the
     picture's own is, if it is anywhere.
 
     Models that enlarge pictures draw each so many times as large as it is; `size` is that of the drawn one.
     """
+    context = await serving(http, wanted.model, pictures=wanted.n, timeout=wanted.timeout)
     files, catalog = _files(context, wanted), context.catalog
     if wanted.size in (None, "", "auto"):
         shape = await in_thread(partial(shape_of, files["image"], context.settings.max_image_pixels))
@@ -115,8 +117,8 @@ def _add_ons(context: Context, wanted: GenerateRequest | EditRequest) -> dict[st
     }
 
 
-def _model(context: Context, name: str) -> Model:
-    return Model(id=name, created=context.created, owned_by="latentrt", root=context.catalog.name)
+def _model(models: Models, name: str, root: str) -> Model:
+    return Model(id=name, created=models.created, owned_by="latentrt", root=root)
 
 
 def _request(context: Context, wanted: Wanted, size: tuple[int, int], **more: Any) -> Request:
@@ -127,7 +129,6 @@ def _request(context: Context, wanted: Wanted, size: tuple[int, int], **more: An
             fix="set output_format, or leave output_compression out",
             param="output_compression",
         )
-    context.catalog.check_model(wanted.model)
     return context.catalog.request(
         wanted.prompt or None,
         negative_prompt=wanted.negative_prompt,

@@ -9,6 +9,7 @@ import asyncio
 import random
 import re
 import time
+from contextlib import ExitStack
 from typing import Any
 
 from python_multipart.multipart import parse_options_header
@@ -19,10 +20,10 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from latentrt.serve.core.rules.terms import Terms
-from latentrt.serve.core.scheduler import Scheduler
 from latentrt.serve.http.errors import Answer, Problem, answer_to, too_large
 from latentrt.serve.http.guard.origins import foreign
 from latentrt.serve.http.guard.record import POLLED, Record, route_of
+from latentrt.serve.http.models.models import Models
 from latentrt.serve.http.sdapi.answers import response_to
 from latentrt.serve.process.config import Settings
 from latentrt.serve.process.keys import Keys
@@ -45,17 +46,17 @@ _ID = re.compile(r"[!-~]{1,128}")
 
 def most_bytes(settings: Settings, path: str) -> int:
     """Return the most bytes of a body: many only where pictures are sent, so that many requests fill no memory."""
-    pictures = path in EDITING or (settings.controlnet and path in DRAWING)
+    pictures = path in EDITING or (settings.takes_maps and path in DRAWING)
     return settings.max_body if pictures else settings.max_text
 
 
 class Guard:
     """Refuses, bounds and logs requests around the application; only `origins.cross_origin` is further out."""
 
-    def __init__(self, app: ASGIApp, *, keys: Keys, settings: Settings, scheduler: Scheduler, record: Record) -> None:
+    def __init__(self, app: ASGIApp, *, keys: Keys, settings: Settings, models: Models, record: Record) -> None:
         self._app = app
         self._keys, self._settings = keys, settings
-        self._scheduler, self._record = scheduler, record
+        self._models, self._record = models, record
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -79,6 +80,7 @@ class Guard:
             if exchange.status is None:
                 await exchange.answer(answer_to(error))
         finally:
+            exchange.facts["held"].close()
             self._report(scope, exchange)
 
     def _refusal(self, scope: Scope, exchange: _Exchange, most: int) -> Answer | None:
@@ -93,7 +95,7 @@ class Guard:
         if scope["method"] != "POST" or path not in BODIES:
             return None
         owner = exchange.facts["owner"]
-        refused = (self._scheduler.full(owner) if path in DRAWING else None) or _wrong_media(headers, BODIES[path])
+        refused = (self._models.full(owner) if path in DRAWING else None) or _wrong_media(headers, BODIES[path])
         return None if refused is None else answer_to(refused)
 
     def _stranger(self, scope: Scope, exchange: _Exchange) -> Answer | None:
@@ -122,7 +124,7 @@ class _Exchange:
     """One request on its way in and its answer on the way out.
 
     Attributes:
-        facts: what the log's line says of it; routes add to them in `http.state.facts`.
+        facts: what the log's line says of it; routes add to them in `http.state.facts`. "held" is closed at its end.
         status: of the answer, once it has begun.
         gone: whether the client has left.
     """
@@ -135,7 +137,7 @@ class _Exchange:
         self.headers = Headers(scope=scope)
         given = self.headers.get("x-request-id", "")
         id = given if _ID.fullmatch(given) else f"req_{random.getrandbits(96):024x}"
-        self.facts: dict[str, Any] = {"id": id, "owner": "", "terms": Terms()}
+        self.facts: dict[str, Any] = {"id": id, "owner": "", "terms": Terms(), "held": ExitStack()}
         self.status: int | None = None
         self.gone = self._closed = self._body_read = self._left_unread = False
         self._form_end, self._last = _form_end(self.headers), b""

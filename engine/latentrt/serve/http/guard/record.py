@@ -22,7 +22,7 @@ POLLED = (  # by pages and clients, while they are open or wait
 )
 STATIC = "/static"
 SECOND = 1.0  # in which one refusal of a kind has a line of its own
-_UNTOLD = ("owner", "terms", "outcome", "handle")
+_UNTOLD = ("owner", "terms", "outcome", "handle", "held")
 
 
 def route_of(scope: Scope, known: tuple[str, ...]) -> str:
@@ -63,13 +63,14 @@ class Record:
             facts: what the routes noted of it.
         """
         seconds = time.monotonic() - began
+        metrics = self._of(facts)
         line = {"method": scope["method"], "route": route, "status": status, "outcome": outcome}
         told = _told(facts, seconds)
         if route not in UNCOUNTED:
             drawn = "n" in facts and outcome == "ok" and "job" not in facts
-            self._metrics.ended_request(route, outcome, status, seconds if drawn else None)
+            metrics.ended_request(route, outcome, status, seconds if drawn else None)
         if facts.get("done") and "job" not in facts:
-            self._metrics.drew(facts["done"], facts["size"], told.get("client", "unknown"))
+            metrics.drew(facts["done"], facts["size"], told.get("client", "unknown"))
         quiet = route in UNCOUNTED or (route in (*POLLED, STATIC) and status < 500)
         if self._traces is not None and not quiet and "job" not in facts:
             self._traces.request(scope, route, status, began, facts.get("handle"), {"outcome": outcome, **told})
@@ -88,13 +89,17 @@ class Record:
         """
         handle = facts["handle"]
         seconds = time.monotonic() - handle.came
-        told = _told(facts, seconds)
-        self._metrics.ended_job(outcome, seconds)
+        told, metrics = _told(facts, seconds), self._of(facts)
+        metrics.ended_job(outcome, seconds)
         if facts["done"]:
-            self._metrics.drew(facts["done"], facts["size"], told.get("client", "unknown"))
+            metrics.drew(facts["done"], facts["size"], told.get("client", "unknown"))
         if self._traces is not None:
             self._traces.request(scope, scope["path"], 202, handle.came, handle, {"outcome": outcome, **told})
         logger().info("job", outcome=outcome, **told)
+
+    def _of(self, facts: Mapping[str, Any]) -> Metrics:
+        """Return the metrics of a request's model."""
+        return self._metrics.of(facts["model"]) if "model" in facts else self._metrics
 
     def _counted(self, kind: tuple[str, int, str]) -> bool:
         """Return whether this second had such a refusal before; count it then."""

@@ -21,7 +21,7 @@ from latentrt.images.hints import blurred, edges, inverted
 from latentrt.serve.http.catalog import Catalog, unknown
 from latentrt.serve.http.controls import MOST, Sent, check_name
 from latentrt.serve.http.errors import Problem, answer_to_validation
-from latentrt.serve.http.generation import Served
+from latentrt.serve.http.generation import Chosen
 from latentrt.serve.http.images import File, base64_file
 
 router = APIRouter(prefix="/controlnet", tags=["A1111"])
@@ -209,12 +209,12 @@ async def version() -> dict[str, int]:
 
 
 @router.get("/model_list")
-async def model_list(context: Served) -> dict[str, list[str]]:
+async def model_list(context: Chosen) -> dict[str, list[str]]:
     """Names for a unit's `model`."""
     return {"model_list": [*context.catalog.controls, *context.catalog.ip_adapters]}
 
 
 @router.get("/module_list")
-async def module_list(context: Served) -> dict[str, list[str]]:
+async def module_list(context: Chosen) -> dict[str, list[str]]:
     """Names for a unit's `module`: maps that need no network; an IP-Adapter has its own image encoder."""
     return {"module_list": [*MODULES, *([f"{LOOKING}-auto"] if context.catalog.ip_adapters else [])]}
