@@ -27,13 +27,12 @@ def bundles_of(folder: Path, controlnets: Sequence[str] = (), *, loras: bool = F
         RequestError: a text is no such pair, or an add-on does not fit the model.
     """
     bundle = Bundle.open(folder)
-    kind = bundle.spec.kind
-    if kind in ADD_ONS:
-        fix = "" if kind == IP_ADAPTER else f"latentrt build MODEL --controlnet NAME={folder}"
-        needed = (
-            "a model: there are no plans of these yet" if kind == IP_ADAPTER else "a model, for whose lanes it is built"
-        )
-        raise BundleError(f"{bundle.spec.id} is a {ADD_ONS[kind]}", needed=needed, fix=fix)
+    kind = ADD_ONS.get(bundle.spec.kind)
+    if bundle.spec.kind == IP_ADAPTER:
+        raise BundleError(f"{bundle.spec.id} is an {kind}", needed="a model: IP-Adapters run on a CPU")
+    if kind is not None:
+        needed, fix = "a model, for whose lanes it is built", f"latentrt build MODEL --controlnet NAME={folder}"
+        raise BundleError(f"{bundle.spec.id} is a {kind}", needed=needed, fix=fix)
     add_ons = {name: Bundle.open(path) for name, path in controlnets_of(controlnets).items()}
     bundle = adapted(bundle) if loras else bundle
     if add_ons:

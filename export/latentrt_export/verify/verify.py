@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from latentrt.bundle.bundle import Bundle
-from latentrt.bundle.spec import ADD_ONS, CONDITIONER, SHALLOW
+from latentrt.bundle.spec import ADD_ONS, CONDITIONER, IP_ADAPTER, SHALLOW
 from latentrt.engine import Engine
 from latentrt.errors import ExportError
 from latentrt.golden import TOLERANCE, worst_error
@@ -46,6 +46,8 @@ def verify(
         UnsafeWeightsError: the checkpoint has pickled weights only.
     """
     opened = Bundle.open(bundle)
+    if opened.spec.kind == IP_ADAPTER:
+        raise ExportError(f"{opened.root} is an IP-Adapter", needed="a model, or an add-on of another kind")
     if opened.spec.kind in ADD_ONS:
         raise ExportError(
             f"{opened.root} is a {ADD_ONS[opened.spec.kind]}",

@@ -17,16 +17,19 @@ from PIL import Image
 from latentrt import Engine, ImagePrompt
 from latentrt.bundle.bundle import Bundle
 from latentrt.bundle.spec import TensorSpec
-from latentrt.errors import BundleError, RequestError
+from latentrt.errors import BundleError, ExportError, RequestError
 from latentrt.model.predictor import Predictor
 from latentrt.run.job import Job
 from latentrt.runtime.onnxruntime import OrtBackend
 from latentrt_export.checkpoint.source import open_checkpoint
 from latentrt_export.graphs.to_onnx import quiet
 from latentrt_export.merge_bundle import merge_bundle
+from latentrt_export.plans.wanted import bundles_of
+from latentrt_export.verify.add_ons import verify_add_on
 from latentrt_export.verify.checks import difference, psnr
 from latentrt_export.verify.images import run_engine
 from latentrt_export.verify.reference import Run, Theirs, plain_folder, run_pipeline
+from latentrt_export.verify.verify import verify
 from tests.support.gpu.host_gpu import host_gpu
 from tests.support.models.loras import write_lora
 
@@ -287,6 +290,12 @@ def test_what_cannot_be_loaded(exported: Exported) -> None:
         Engine.load(exported("sdxl")[1], ip_adapter={"it": add_on})
     with pytest.raises(BundleError, match=r"it is an IP-Adapter.*beside one: --ip-adapter-model"):
         Engine.load(add_on)
+    with pytest.raises(ExportError, match=r"is an IP-Adapter.*an add-on of another kind"):
+        next(verify(add_on, add_on))
+    with pytest.raises(ExportError, match="is of the kind ip_adapter"):
+        next(verify_add_on(str(add_on), bundle))
+    with pytest.raises(BundleError, match=r"is an IP-Adapter.*run on a CPU"):
+        bundles_of(add_on)
     with pytest.raises(BundleError, match=r"looks at no pictures.*latentrt export"):
         Engine.load("pixels", ip_adapter={"it": add_on})
     with (
