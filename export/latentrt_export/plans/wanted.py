@@ -29,11 +29,10 @@ def bundles_of(folder: Path, controlnets: Sequence[str] = (), *, loras: bool = F
     bundle = Bundle.open(folder)
     kind = bundle.spec.kind
     if kind in ADD_ONS:
-        fix = "" if kind == IP_ADAPTER else f"latentrt build MODEL --controlnet NAME={folder}"
-        needed = (
-            "a model: there are no plans of these yet" if kind == IP_ADAPTER else "a model, for whose lanes it is built"
-        )
-        raise BundleError(f"{bundle.spec.id} is a {ADD_ONS[kind]}", needed=needed, fix=fix)
+        needed, fix = "a model, for whose lanes it is built", f"latentrt build MODEL --controlnet NAME={folder}"
+        if kind == IP_ADAPTER:
+            needed, fix = "a model: there are no plans of these yet", ""
+        raise BundleError(f"{bundle.spec.id} is no model ({ADD_ONS[kind]})", needed=needed, fix=fix)
     add_ons = {name: Bundle.open(path) for name, path in controlnets_of(controlnets).items()}
     bundle = adapted(bundle) if loras else bundle
     if add_ons:
