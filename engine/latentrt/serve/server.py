@@ -113,7 +113,8 @@ def _opened(settings: Settings, metrics: Metrics, calls: int | None, device: Dev
     with loaded(settings) as engine:
         known = curve.load(engine)
         if known is None:
-            logger().info("no curve was measured: every step may have all lanes", fix="latentrt bench BUNDLE --save")
+            fix = f"latentrt bench {settings.bundle} --save"
+            logger().info("no curve was measured: every step may have all lanes", fix=fix)
         budget = _budget(engine, known or curve.Curve(), settings, calls, device)
         profiles = engine.model.profiles(engine.denoiser.lanes)
         catalog = Catalog(engine.model, profiles, settings, refiner=engine.refiner_name, budget=budget)
