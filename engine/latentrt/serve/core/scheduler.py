@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ from latentrt.run.job import Float32, Job
 from latentrt.runtime.base import Facts
 from latentrt.serve.core.curve import Curve
 from latentrt.serve.core.errors import Cancelled, Draining, QueueFull, as_fault
-from latentrt.serve.core.handle import Finished, Handle, Preview, Slot, Stage
+from latentrt.serve.core.handle import Finished, Handle, Preview, Slot, Stage, Work
 from latentrt.serve.core.health import Health
 from latentrt.serve.core.line import Line
 from latentrt.serve.core.observer import Observer
@@ -170,7 +171,7 @@ class Scheduler:
     def ticked(self, slots: Sequence[Slot], lanes: int, seconds: float) -> None:
         """Record a tick of these pictures; a good one of a single shape is a point of the curve."""
         with self._changed:
-            shapes = {slot.handle.shape for slot in slots}
+            shapes = {slot.shape for slot in slots}
             if len(shapes) == 1 and self._health.fault is None:
                 self._forecast.curve.learn(shapes.pop(), self.lanes if self.facts.fixed_lanes else lanes, seconds)
             moved = {slot.handle for slot in slots if slot.stage < Stage.OVER}
@@ -191,32 +192,31 @@ class Scheduler:
 
     # ---- What is done beside the ticks
 
-    def next_side_work(self, *, wait: bool) -> Handle | tuple[Slot, tuple[int, Float32] | None] | None:
-        """Return a request to prepare or a picture to decode, by turns; where neither waits, a picture with a preview.
+    @contextmanager
+    def side_work(self, *, wait: bool = False, below: float = math.inf) -> Iterator[Work | None]:
+        """Give the next work, of pictures with fewer latents (height times width), and watch it like a call.
 
-        It is to be done within `watched("stage")`, and counts as begun from now on: no self-check comes between. With
-        `wait` there always is some, unless the scheduler was closed.
+        With `wait` there always is some, unless the scheduler was closed.
         """
         with self._changed:
             if wait:
                 self._changed.wait_for(lambda: self._closed or self._side_work() is not None)
-            work = None if self._closed else self._side_work()
-            self._decodes_next = isinstance(work, Handle)
+            work = None if self._closed else self._side_work(below)
+            self._decodes_next = work is not None and work.slot is None
             if work is not None:
-                self._health.begin("stage")
-            if not isinstance(work, Slot):
-                return work
-            if work.stage is Stage.DENOISED:
-                self._line.decode(work)
+                self._line.begin_side_work(work)
+                self._health.begin("stage", work.area)
                 self._changed.notify_all()  # lanes may have waited for this
-            preview, work.preview = work.preview, None
-            return work, preview
+        try:
+            yield work
+        finally:
+            if work is not None:
+                self._end_call("stage")
 
-    def _side_work(self) -> Handle | Slot | None:
+    def _side_work(self, below: float = math.inf) -> Work | None:
         """Return nothing while the engine is not trusted: nothing else may use it during a self-check."""
-        if self._health.state != "ready":
-            return None
-        return self._line.next_side_work(decodes_first=self._decodes_next)
+        trusted = self._health.state == "ready"
+        return self._line.next_side_work(decodes_first=self._decodes_next, below=below) if trusted else None
 
     def prepared(self, handle: Handle, jobs: Sequence[Job], unread: Unread) -> None:
         """Take the jobs of a request, and what the model does not read of its texts."""
@@ -269,15 +269,18 @@ class Scheduler:
 
     @contextmanager
     def watched(self, call: str, area: int = 0) -> Iterator[None]:
-        """Watch a call that may hang: a "step", a "stage" or a "self-check", for so many latents."""
+        """Watch a call that may hang: a "step" or a "self-check", for so many latents."""
         with self._changed:
             self._health.begin(call, area)
         try:
             yield
         finally:
-            with self._changed:
-                if self._health.end(call):
-                    self._changed.notify_all()
+            self._end_call(call)
+
+    def _end_call(self, call: str) -> None:
+        with self._changed:
+            if self._health.end(call):
+                self._changed.notify_all()
 
     def run_clock(self) -> None:
         """Fail pictures that are over their time and find calls that hang, until the scheduler is closed."""

@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 from latentrt.engine import Engine
 from latentrt.errors import BackendError
+from latentrt.model.codec import nothing
+from latentrt.serve.core import pipeline
 from latentrt.serve.core.curve import Curve
 from latentrt.serve.core.errors import as_fault
 from latentrt.serve.core.observer import Observer
@@ -53,6 +55,7 @@ class Service:
             pauses=engine.denoiser.resumable,
         )
         side = SideWorker(self.scheduler, engine)
+        pipeline.divide(engine, side.between)
         worker = Worker(self.scheduler, engine, side if facts.one_stream else None)
         runs: dict[str, Callable[[], None]] = {"engine": worker.run, "clock": self.scheduler.run_clock}
         if not facts.one_stream:
@@ -81,6 +84,8 @@ class Service:
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
         self._engine.served = any(thread.is_alive() for thread in self._threads)
+        if not self._engine.served:
+            pipeline.divide(self._engine, nothing)
 
     def __enter__(self) -> Service:
         return self

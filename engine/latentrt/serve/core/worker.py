@@ -1,7 +1,8 @@
 """The two threads that use the engine: one ticks, the other encodes and decodes beside the ticks.
 
 On a device with one stream of work the second one is not started: the first does one piece of its work between two
-ticks.
+ticks. Pieces for pictures that are cut into tiles are divided: between two tiles there is time for smaller ones, and on
+one stream for a tick.
 """
 
 from __future__ import annotations
@@ -9,50 +10,91 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
 
 from latentrt.engine import Engine
 from latentrt.errors import LatentrtError, NetworkError
 from latentrt.run.job import Float32, Job
 from latentrt.serve.core import pipeline
-from latentrt.serve.core.errors import as_error
-from latentrt.serve.core.handle import Handle, Mark, Slot, Stage
+from latentrt.serve.core.errors import Cancelled, as_error
+from latentrt.serve.core.handle import Handle, Mark, Slot, Stage, Work
 from latentrt.serve.core.rules.turns import Turns
 from latentrt.serve.core.scheduler import Scheduler
 
 LOG = logging.getLogger(__name__)
 
 
+@dataclass(slots=True)
+class _Begun:
+    """A piece of work that was begun: its latents (height times width), and the seconds spent on others meanwhile."""
+
+    work: Work
+    area: int
+    others: float = 0.0
+
+
 class SideWorker:
-    """Makes jobs of requests, pictures of latents, and previews."""
+    """Makes jobs of requests, pictures of latents, and previews.
+
+    Attributes:
+        meanwhile: called between two tiles: on one stream, a tick.
+    """
 
     def __init__(self, scheduler: Scheduler, engine: Engine) -> None:
         self._scheduler, self._engine = scheduler, engine
+        self._begun: list[_Begun] = []  # each between two tiles of the one before it
+        self.meanwhile: Callable[[], object] = lambda: None
 
     def run(self) -> None:
         """Work until the scheduler is closed."""
         while self.work(wait=True):
             pass
 
-    def work(self, *, wait: bool = False) -> bool:
-        """Do one piece of work; return whether there was one."""
-        work = self._scheduler.next_side_work(wait=wait)
-        if work is None:
-            return False
-        with self._scheduler.watched("stage", _area(work)):
-            if isinstance(work, Handle):
-                self._prepare(work)
-            elif (preview := work[1]) is not None:
-                self._preview(work[0], *preview)
-            else:
-                self._decode(work[0])
-        return True
+    def work(self, *, wait: bool = False, below: float = math.inf) -> int:
+        """Do one piece of work, for a picture of fewer latents; return how many it has, 0 where there was none."""
+        with self._scheduler.side_work(wait=wait, below=below) as work:
+            if work is None:
+                return 0
+            self._begun.append(begun := _Begun(work, work.area))
+            try:
+                self._do(work)
+            finally:
+                self._begun.pop()
+        return begun.area
+
+    def between(self, tile: int) -> None:
+        """Do smaller work between two tiles of a picture, as much as costs the same as a tile of so many latents.
+
+        Raises:
+            Cancelled: no client waits for the picture any more.
+        """
+        if not self._begun:  # a self-check's picture
+            return
+        begun, start, left = self._begun[-1], time.monotonic(), tile
+        self.meanwhile()
+        while left > 0 and (done := self.work(below=begun.area)):
+            left -= done
+        begun.others += time.monotonic() - start
+        if begun.work.over:
+            raise Cancelled.of("ended between two tiles")
+
+    def _do(self, work: Work) -> None:
+        if work.slot is None:
+            self._prepare(work.handle)
+        elif work.preview is None:
+            self._decode(work.slot)
+        else:
+            self._preview(work.slot, *work.preview)
 
     def _prepare(self, handle: Handle) -> None:
         try:
             with self._timed("prepare", handle):
                 jobs, unread = pipeline.prepare(self._engine, handle.request)
+        except Cancelled:
+            return  # it has failed
         except Exception as error:
             if pipeline.is_fault(error):
                 self._scheduler.suspect(as_error(error))
@@ -68,6 +110,8 @@ class SideWorker:
         try:
             with self._timed("decode", slot.handle, slot.index):
                 picture = self._engine.picture(job)
+        except Cancelled:
+            return  # it is over
         except Exception as error:
             if not isinstance(error, NetworkError):
                 self._scheduler.suspect(as_error(error))
@@ -88,7 +132,7 @@ class SideWorker:
         yield
         end = time.monotonic()
         handle.marks.append(Mark(stage, index, start, end))
-        self._scheduler.observer.staged(stage, end - start)
+        self._scheduler.observer.staged(stage, end - start - self._begun[-1].others)
 
 
 class Worker:
@@ -103,20 +147,29 @@ class Worker:
         self._side = side
         self._slots: dict[Job, Slot] = {}  # of the jobs that have lanes
         self._turns = Turns[tuple[int, ...]]()
+        if side is not None:
+            side.meanwhile = partial(self._turn, wait=False)
 
     def run(self) -> None:
         """Take turns until the scheduler is closed."""
-        while (joining := self._scheduler.next_turn(busy=bool(self._slots))) is not None:
-            self._retire([job for job, slot in self._slots.items() if slot.stage is not Stage.RUNNING])
-            if self._scheduler.check_due and (not self._slots or self._denoiser.resumable):
-                self._check()
-            for slot in joining:
-                self._admit(slot)
-            if self._slots:
-                self._tick()
+        while self._turn():
             if self._side is not None:
                 self._side.work()
         self._retire(list(self._slots))
+
+    def _turn(self, *, wait: bool = True) -> bool:
+        """Let pictures leave and join, then tick, once there is something to do; return False to end the thread."""
+        joining = self._scheduler.next_turn(busy=bool(self._slots) or not wait)
+        if joining is None:
+            return False
+        self._retire([job for job, slot in self._slots.items() if slot.stage is not Stage.RUNNING])
+        if self._scheduler.check_due and (not self._slots or self._denoiser.resumable):
+            self._check()
+        for slot in joining:
+            self._admit(slot)
+        if self._slots:
+            self._tick()
+        return True
 
     def _retire(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
@@ -229,14 +282,6 @@ class Worker:
         self._scheduler.checked(failed)
         for job in self._slots:
             self._denoiser.admit(job)
-
-
-def _area(work: Handle | tuple[Slot, tuple[int, Float32] | None]) -> int:
-    """Return the latents, height times width, of a piece of work."""
-    if isinstance(work, Handle):
-        return math.prod(work.shape[1:])
-    job = work[0].job
-    return 0 if job is None else math.prod(job.latents.shape[1:])
 
 
 def _cost(shape: tuple[int, ...], group: Mapping[Job, Slot]) -> float:
