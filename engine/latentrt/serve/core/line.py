@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import insort
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from latentrt.serve.core.errors import SOON, QueueFull, QuotaExceeded
@@ -33,7 +34,7 @@ class Line:
     def __init__(self, lanes: int, limits: Limits, forecast: Forecast, *, pauses: bool) -> None:
         self.slots: list[Slot] = []
         self._lanes, self._limits, self._forecast, self._pauses = lanes, limits, forecast, pauses
-        self._shares, self._decodes = Shares(), Turns[Shape]()
+        self._shares, self._decodes = Shares(), Turns[tuple[str, Shape]]()
 
     def at(self, stage: Stage) -> list[Slot]:
         """Return the pictures of a stage, by due time."""
@@ -43,6 +44,14 @@ class Line:
     def waiting(self) -> list[Slot]:
         """Those without lanes, in the order in which they get them."""
         return self._shares.ordered(self.at(Stage.WAITING))
+
+    @property
+    def wanted(self) -> Counter[str]:
+        """The lanes of those that wait or run, by client."""
+        lanes = Counter[str]()
+        for slot in (slot for slot in self.slots if slot.stage <= Stage.RUNNING):
+            lanes[slot.handle.owner] += slot.handle.lanes
+        return lanes
 
     # ---- In and out
 
@@ -126,12 +135,13 @@ class Line:
         """
         smaller = [slot for slot in self.slots if math.prod(slot.shape[1:]) < below]
         waiting = self._shares.ordered([slot for slot in smaller if slot.stage is Stage.WAITING])
-        request = next_to_prepare(waiting, BATCHES * self._lanes)
+        having = {slot.handle.owner for slot in self.slots if slot.job is not None}
+        request = next_to_prepare(waiting, BATCHES * self._lanes, having)
         denoised = [slot for slot in smaller if slot.stage is Stage.DENOISED]
         picture = None
         if denoised:
-            shape = self._decodes.first(_costs(denoised))
-            picture = next(slot for slot in denoised if slot.shape == shape)
+            kind = self._decodes.first(_costs(denoised))
+            picture = next(slot for slot in denoised if _kind(slot) == kind)
         if request is not None and (picture is None or not decodes_first):
             return Work(request)
         if picture is not None:
@@ -143,11 +153,17 @@ class Line:
         """Record that a piece of work is done now."""
         slot = work.slot
         if slot is not None and work.preview is None:
-            self._decodes.take(slot.shape, _costs(self.at(Stage.DENOISED)))
+            self._decodes.take(_kind(slot), _costs(self.at(Stage.DENOISED)))
             slot.stage = Stage.DECODING
         elif slot is not None:
             slot.preview = None
 
 
-def _costs(denoised: Sequence[Slot]) -> Mapping[Shape, float]:
-    return {slot.shape: math.prod(slot.shape) for slot in denoised}
+def _kind(slot: Slot) -> tuple[str, Shape]:
+    return slot.handle.owner, slot.shape
+
+
+def _costs(denoised: Sequence[Slot]) -> Mapping[tuple[str, Shape], float]:
+    """Return what decoding costs each client, by its shapes; clients with the fewest pictures come first."""
+    count = Counter(map(_kind, denoised))
+    return {_kind(slot): math.prod(slot.shape) for slot in sorted(denoised, key=lambda one: count[_kind(one)])}

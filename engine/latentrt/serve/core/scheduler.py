@@ -6,8 +6,8 @@ import asyncio
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 
 from PIL.Image import Image
 
@@ -168,6 +168,12 @@ class Scheduler:
             return [], None
         return self._line.next_running()
 
+    @property
+    def wanted(self) -> Mapping[str, int]:
+        """The lanes of the pictures that wait or run, by client."""
+        with self._changed:
+            return self._line.wanted
+
     def ticked(self, slots: Sequence[Slot], lanes: int, seconds: float) -> None:
         """Record a tick of these pictures; a good one of a single shape is a point of the curve."""
         with self._changed:
@@ -198,20 +204,17 @@ class Scheduler:
 
         With `wait` there always is some, unless the scheduler was closed.
         """
-        with self._changed:
-            if wait:
-                self._changed.wait_for(lambda: self._closed or self._side_work() is not None)
-            work = None if self._closed else self._side_work(below)
-            self._decodes_next = work is not None and work.slot is None
-            if work is not None:
-                self._line.begin_side_work(work)
-                self._health.begin("stage", work.area)
-                self._changed.notify_all()  # lanes may have waited for this
-        try:
+        with ExitStack() as watch:
+            with self._changed:
+                if wait:
+                    self._changed.wait_for(lambda: self._closed or self._side_work() is not None)
+                work = None if self._closed else self._side_work(below)
+                self._decodes_next = work is not None and work.slot is None
+                if work is not None:
+                    self._line.begin_side_work(work)
+                    watch.enter_context(self.watched("stage", work.area))
+                    self._changed.notify_all()  # lanes may have waited for this
             yield work
-        finally:
-            if work is not None:
-                self._end_call("stage")
 
     def _side_work(self, below: float = math.inf) -> Work | None:
         """Return nothing while the engine is not trusted: nothing else may use it during a self-check."""
@@ -269,18 +272,15 @@ class Scheduler:
 
     @contextmanager
     def watched(self, call: str, area: int = 0) -> Iterator[None]:
-        """Watch a call that may hang: a "step" or a "self-check", for so many latents."""
+        """Watch a call that may hang: a "step", a "stage" or a "self-check", for so many latents."""
         with self._changed:
             self._health.begin(call, area)
         try:
             yield
         finally:
-            self._end_call(call)
-
-    def _end_call(self, call: str) -> None:
-        with self._changed:
-            if self._health.end(call):
-                self._changed.notify_all()
+            with self._changed:
+                if self._health.end(call):
+                    self._changed.notify_all()
 
     def run_clock(self) -> None:
         """Fail pictures that are over their time and find calls that hang, until the scheduler is closed."""

@@ -21,6 +21,7 @@ from latentrt.run.job import Float32, Job
 from latentrt.serve.core import pipeline
 from latentrt.serve.core.errors import Cancelled, as_error
 from latentrt.serve.core.handle import Handle, Mark, Slot, Stage, Work
+from latentrt.serve.core.rules.movers import Movers
 from latentrt.serve.core.rules.turns import Turns
 from latentrt.serve.core.scheduler import Scheduler
 
@@ -146,7 +147,7 @@ class Worker:
         self._scheduler, self._engine, self._denoiser = scheduler, engine, engine.denoiser
         self._side = side
         self._slots: dict[Job, Slot] = {}  # of the jobs that have lanes
-        self._turns = Turns[tuple[int, ...]]()
+        self._shapes, self._movers = Turns[tuple[int, ...]](), Movers()
         if side is not None:
             side.meanwhile = partial(self._turn, wait=False)
 
@@ -209,14 +210,18 @@ class Worker:
                 self._hand_over(job, slot, stops=job in stopping and not job.done)
 
     def _next_to_move(self) -> dict[Job, Slot]:
-        """Return the jobs that move in this tick: those of one shape. A shape of more clients has more turns."""
+        """Return the jobs that move in this tick, of one shape. A shape of more clients has more turns."""
         groups: dict[tuple[int, ...], dict[Job, Slot]] = {}
         for job, slot in self._slots.items():
             groups.setdefault(job.latents.shape, {})[job] = slot
         costs = {shape: _cost(shape, group) for shape, group in groups.items()}
-        shape = self._turns.first(costs)
-        self._turns.take(shape, costs)
-        return groups[shape]
+        shape = self._shapes.first(costs)
+        self._shapes.take(shape, costs)
+        group = groups[shape]
+        if self._scheduler.facts.fixed_lanes:
+            return group
+        moving = self._movers.of(list(group.values()), self._scheduler.wanted)
+        return {job: slot for job, slot in group.items() if slot in moving}
 
     def _hand_over(self, job: Job, slot: Slot, *, stops: bool) -> None:
         """Take a job that has moved out if it is done, failed or stops here; pass a preview of it on to the VAE."""
