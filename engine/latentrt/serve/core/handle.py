@@ -136,7 +136,7 @@ class Handle:
 
     Attributes:
         request: what is asked for, the defaults filled in; `count` is the number of pictures.
-        shape: of each picture's latents.
+        shape: of each picture's latents, in the stage that has the most.
         rows: network calls of each picture; a good guess until its job is there.
         previews: to deliver of each picture, spread over its rows; fewer come where decoding, or the client, lags.
         deadline: the `time.monotonic()` by which all pictures must be done; infinity if there is none.

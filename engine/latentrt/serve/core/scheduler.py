@@ -225,7 +225,7 @@ class Scheduler:
         """Take the jobs of a request, and what the model does not read of its texts."""
         with self._changed:
             if not handle.over:
-                channels, height, width = jobs[0].latents.shape
+                channels, height, width = jobs[0].largest
                 handle.shape, handle.lanes = (channels, height, width), jobs[0].most_lanes
                 handle.rows, handle.cut, handle.letters = jobs[0].rows, unread.cut, unread.letters
                 for slot, job in zip(handle.slots, jobs, strict=True):
