@@ -19,15 +19,17 @@ HEAD = (
 
 def section(found: Mapping[str, Any]) -> str:
     """Return what was measured as Markdown."""
-    loads = "; ".join(f"{part['date']}, load average before it {part['load']:g}" for part in found.values())
-    pictures = len(next(iter(found.values()))["alone"][0])
+    loads = "; ".join(
+        f"{COMPANIES[name].words}: {part['date']}, load average before it {part['load']:g}"
+        for name, part in found.items()
+    )
     rows = [
-        [COMPANIES[name].words, str(len(part["alone"])), label, *_cells(part, at)]
+        [COMPANIES[name].words, f"{len(part['alone'])} × {len(part['alone'][0])}", label, *_cells(part, at)]
         for name, part in found.items()
         for label, at in (("p50", 0.5), ("p95", 0.95))
     ]
-    head = ("beside", "rounds", "", "alone, s", "beside, s", "times as long")
-    return f"{HEAD}A round has {pictures} pictures of each. {loads}.\n\n{table(head, rows)}"
+    head = ("beside", "rounds × pictures", "", "alone, s", "beside, s", "times as long")
+    return f"{HEAD}More load than cores is other processes' work. {loads[0].upper()}{loads[1:]}.\n\n{table(head, rows)}"
 
 
 def _cells(part: Mapping[str, Any], at: float) -> list[str]:

@@ -176,5 +176,18 @@ def check_uses(pictures: Collection[str], read: Collection[str], model: str) -> 
             raise RequestError(found, needed="the one it belongs to", fix=fix)
 
 
+def check_resize(request: Request, pictures: Collection[str], enlarges: int) -> None:
+    """Refuse a way of resizing that would mean nothing. Raise RequestError."""
+    found = f"resize is {request.resize}"
+    if request.resize == "stretch":
+        return
+    if "image" not in pictures or enlarges > 1:
+        found += ", and there is no picture" if enlarges == 1 else ", and the model enlarges pictures as they are"
+        raise RequestError(found, needed="a picture that is brought to the run's size", fix="leave resize out")
+    if request.mask_crop is not None:
+        found += f" and mask_crop {request.mask_crop}, which fills the size by itself"
+        raise RequestError(found, needed="one of them", fix="leave one out")
+
+
 def _hash(array: NDArray[Any]) -> str:
     return f"sha256:{hashlib.sha256(array.tobytes()).hexdigest()}"

@@ -14,7 +14,14 @@ _OWN = (
     "mask_crop",
 )
 # The same, where they are not at these values.
-_USUAL = {"cache_interval": 1, "seed_delta": 0, "mask_blur": 0, "mask_fill": "original", "mask_keeps": False}
+_USUAL = {
+    "cache_interval": 1,
+    "seed_delta": 0,
+    "mask_blur": 0,
+    "mask_fill": "original",
+    "mask_keeps": False,
+    "resize": "stretch",
+}
 
 
 def facts_of(request: Request, solver: str, seed: int, index: int, size: tuple[int, int], model: str) -> dict[str, Any]:

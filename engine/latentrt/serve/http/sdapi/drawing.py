@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 from latentrt.images.metadata import prose
 from latentrt.images.picture import Picture
 from latentrt.model.given import STRENGTH
-from latentrt.request import HANDOFF, HIRES_STRENGTH, Request
+from latentrt.request import HANDOFF, HIRES_STRENGTH, RESIZES, Request
 from latentrt.serve.http.catalog import unknown
 from latentrt.serve.http.errors import Problem, documented
 from latentrt.serve.http.generation import Context, Served, all_pictures, generating
@@ -63,8 +63,8 @@ async def img2img(wanted: ImageToImage, http: HttpRequest, context: Served) -> J
         with renamed():
             size = catalog.sizes.fitting(*shape)
     more = {"strength": _strength(context, wanted), "image_guidance": _image_guidance(context, wanted)}
-    more |= _mask(wanted)
-    return await _answer(context, http, wanted, files, size, **more, noise_level=wanted.noise_level)
+    used = {**_mask(wanted), **_resize(context, wanted)}
+    return await _answer(context, http, wanted, files, size, **more, **used, noise_level=wanted.noise_level)
 
 
 def file_of(context: Context, name: str, text: str, to_mask: ToMask | None = None) -> File:
@@ -90,6 +90,22 @@ def _image_guidance(context: Context, wanted: ImageToImage) -> float | None:
         found, needed = f"image_cfg_scale is {asked:g}", f"none: {context.catalog.name} reads none"
         raise Problem(found, needed, fix="leave it out", param="image_cfg_scale")
     return asked
+
+
+def _resize(context: Context, wanted: ImageToImage) -> dict[str, str]:
+    """Return the request's field for how the picture is resized. Raise Problem where that cannot be.
+
+    A mask's surroundings that are drawn alone fill the size in any mode.
+    """
+    mode = wanted.resize_mode or 0
+    if mode == len(RESIZES):
+        raise Problem(
+            f"resize_mode is {mode}", needed=f"0 to {mode - 1}", fix="resize the picture", param="resize_mode"
+        )
+    if mode and context.catalog.enlarges > 1:
+        needed = "0: the model enlarges pictures as they are"
+        raise Problem(f"resize_mode is {mode}", needed, fix="leave it out", param="resize_mode")
+    return {} if wanted.mask and wanted.inpaint_full_res is not False else {"resize": RESIZES[mode]}
 
 
 def _mask(wanted: ImageToImage) -> dict[str, Any]:

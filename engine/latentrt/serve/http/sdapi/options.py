@@ -44,7 +44,6 @@ IDLE: dict[str, tuple[Any, ...]] = {
     "hr_scheduler": ("", "Use same scheduler"),
     "hr_prompt": ("",),
     "hr_negative_prompt": ("",),
-    "resize_mode": (0,),
     "clip_skip": (1,),
     # Both.
     "s_churn": (0,),

@@ -78,6 +78,10 @@ class ImageToImage(TextToImage):
     noise_level: Annotated[NoiseLevel | None, Field(description="latentrt's own: of models that enlarge pictures.")] = (
         None
     )
+    resize_mode: Annotated[
+        Annotated[int, Field(ge=0, le=3), WHOLE] | None,
+        Field(description="0: stretch the picture to the size; 1: crop it; 2: fill what is left; 3 is refused."),
+    ] = 0
     inpainting_mask_invert: Annotated[int, Field(ge=0, le=1), WHOLE] | None = 0
     mask_blur: Annotated[float, Field(ge=0, le=256)] | None = MASK_BLUR
     mask_blur_x: Annotated[float, Field(ge=0, le=256)] | None = None
