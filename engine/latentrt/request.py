@@ -30,6 +30,7 @@ _NUMBERS = {
     "image_guidance": (1.0, 1e6),
     **dict.fromkeys(("aesthetic_score", "negative_aesthetic_score"), (0.0, 1000.0)),
     "mask_blur": (0.0, 256.0),
+    "subseed_strength": (0.0, 1.0),
 }
 
 # What users of other tools type, and the name of it here.
@@ -144,6 +145,8 @@ class Request:
             so with mask_blur or mask_crop.
         resize: how a given picture and its mask are brought to the run's size: "stretch", or with their proportions
             kept "crop" (its middle) or "fill" (all of it; its edges go on at two sides).
+        subseed, subseed_strength: variations: the first noise lies between that of the seed and that of subseed + i,
+            at a strength above 0; then all pictures have the seed itself.
         seed_delta: rows draw the noise that they add from seed + seed_delta; 0: they go on where the first noise ended.
         pictures: the request's pictures by use: "image" to begin on, "mask" for what of it to repaint, "depth" for its
             depth map. PIL images, or uint8 or uint16 arrays.
@@ -187,6 +190,8 @@ class Request:
     mask_fill: str = "original"
     mask_keeps: bool = False
     resize: str = "stretch"
+    subseed: int = 0
+    subseed_strength: float = 0.0
     seed_delta: int = 0
     pictures: Mapping[str, Any] = field(default_factory=dict)
     control: Mapping[str, Any] = field(default_factory=dict)
@@ -213,6 +218,7 @@ class Request:
             _whole("clip_skip", self.clip_skip, 0, 1000)
         if self.mask_crop is not None:
             _whole("mask_crop", self.mask_crop, 0, 65_536)
+        _whole("the last picture's subseed", self.subseed + self.count - 1, 0, MAX_SEED)
         _whole("seed_delta", self.seed_delta, 0, MAX_SEED)
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:

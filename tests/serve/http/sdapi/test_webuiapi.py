@@ -98,6 +98,19 @@ def test_inpainting(api: webuiapi.WebUIApi, scheduler: FakeScheduler) -> None:
         api.img2img(images=[IMAGE], mask_image=MASK, inpainting_fill=4)
 
 
+def test_variations(api: webuiapi.WebUIApi, scheduler: FakeScheduler) -> None:
+    api.txt2img(prompt="a", seed=3, subseed=9, subseed_strength=0, **SIZE)
+    assert asked(scheduler).subseed_strength == 0
+    made = api.txt2img(prompt="a", seed=3, subseed=9, subseed_strength="0.25", **SIZE)
+    assert (asked(scheduler).subseed, asked(scheduler).subseed_strength, made.info["subseed_strength"]) == (
+        9,
+        0.25,
+        0.25,
+    )
+    with pytest.raises(RuntimeError, match=r"400.*seed_resize_from_h is set"):
+        api.txt2img(prompt="a", seed_resize_from_h=64, seed_resize_from_w=64, **SIZE)
+
+
 def test_resize_modes(api: webuiapi.WebUIApi, scheduler: FakeScheduler) -> None:
     for mode, way in enumerate(("stretch", "crop", "fill")):
         api.img2img(images=[IMAGE], prompt="a", resize_mode=mode, width=96, height=64)

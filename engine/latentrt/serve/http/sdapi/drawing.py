@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from functools import partial
 from typing import Any
 
@@ -172,8 +173,17 @@ def _request(
         clip_skip=layers - 1 or None,
         seed_delta=told.eta_noise_seed_delta or None,
         **more,
+        **_variation(wanted),
         **_stages(context, wanted),
     )
+
+
+def _variation(wanted: TextToImage) -> dict[str, Any]:
+    """Return the request's fields for variations, if there are to be some."""
+    if not wanted.subseed_strength:
+        return {}
+    subseed = random.randrange(2**31) if wanted.subseed in (None, -1) else wanted.subseed
+    return {"subseed": subseed, "subseed_strength": wanted.subseed_strength}
 
 
 def _stages(context: Context, wanted: TextToImage) -> dict[str, Any]:
@@ -206,9 +216,9 @@ def _info(request: Request, drawn: list[Picture]) -> dict[str, Any]:
         "all_negative_prompts": [negative] * len(drawn),
         "seed": request.seed,
         "all_seeds": seeds,
-        "subseed": request.seed,
-        "all_subseeds": seeds,
-        "subseed_strength": 0,
+        "subseed": facts[0].get("subseed", request.seed),
+        "all_subseeds": [one.get("subseed", one["seed"]) for one in facts],
+        "subseed_strength": request.subseed_strength,
         "width": request.width,
         "height": request.height,
         "sampler_name": facts[0]["solver"],

@@ -33,6 +33,10 @@ class TextToImage(BaseModel):
     prompt: Text = ""
     negative_prompt: Text = ""
     seed: Annotated[Annotated[int, Field(ge=-1, le=MAX_SEED), WHOLE] | None, Field(description="-1 is any.")] = -1
+    subseed: Annotated[Annotated[int, Field(ge=-1, le=MAX_SEED), WHOLE] | None, Field(description="-1 is any.")] = -1
+    subseed_strength: Annotated[
+        Annotated[float, Field(ge=0, le=1)] | None, Field(description="How much of the subseed's noise there is.")
+    ] = 0
     sampler_name: Annotated[str | None, Field(description="As /sdapi/v1/samplers lists, or a solver's name.")] = None
     sampler_index: str | None = None
     scheduler: Annotated[str | None, Field(description="As /sdapi/v1/schedulers lists.")] = None
