@@ -58,6 +58,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
 
         traces.keep(_shared(tmp_path_factory, "traces"))
         source, target = root / name, root / f"{name}-bundle"
+        source = source / "ip_adapter.safetensors" if name.startswith("ip-") else source
         with locked(root / f"{name}.lock"):
             if not target.exists():
                 with quiet():
@@ -70,11 +71,15 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
 
 def make_checkpoint(name: str, folder: Path) -> None:
     """Write a checkpoint of a kind: "sd", "sd2", "sdxl", "pixels", ...; with "-inpainting", such a one."""
-    from tests.support.models import adapters, checkpoints, controlnets, kinds, pixels
+    from tests.support.models import adapters, checkpoints, controlnets, ip_adapters, kinds, pixels
 
     if name.startswith("control-"):  # of a checkpoint that is there already: control-sd-1
         _, base, number = name.split("-")
         controlnets.tiny_controlnet(folder, folder.with_name(base), int(number))
+        return
+    if name.startswith("ip-"):  # of a checkpoint that is there already: ip-sd-plus
+        _, base, kind = name.split("-")
+        ip_adapters.tiny_ip_adapter(folder, folder.parent.with_name(base), kind)
         return
     if name.startswith("adapter-"):
         adapters.tiny_adapter(folder, name.removeprefix("adapter-"))
@@ -135,6 +140,6 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         return {name: spec}, NetworkSummary(0.0, 1, 5, 0, 0)
 
     monkeypatch.setattr(to_bundle, "_export_network", stand_in)
-    for name in ("add_half", "add_cpu", "add_control"):
+    for name in ("add_half", "add_cpu", "add_control", "add_image_prompts"):
         monkeypatch.setattr(to_bundle, name, lambda root, spec: spec)
     return monkeypatch

@@ -18,7 +18,8 @@ FORBIDDEN = {"torch", "diffusers", "transformers", "onnx", "latentrt_export"}
 # From the bottom to the top; a module imports only from its own room and from rooms before it.
 ROOMS = (
     *("errors", "values", "storage"),
-    *("bundle", "adapters", "sampling", "request", "cuda", "runtime", "images", "model", "run", "engine", "golden"),
+    *("bundle", "adapters", "sampling", "guides", "request", "cuda", "runtime", "images", "model", "run"),
+    *("drawing", "engine", "golden"),
     *("serve.core", "serve.process", "serve.http", "serve", "command", "__main__"),
 )
 EXPORT_ROOMS = (

@@ -11,7 +11,7 @@ import pytest
 
 from latentrt import Engine
 from latentrt.bundle.bundle import Bundle, embedded
-from latentrt.bundle.spec import Golden
+from latentrt.bundle.golden import Golden
 from latentrt.golden import TOLERANCE, measure, worst_error
 
 

@@ -119,7 +119,7 @@ NUMPY: dict[str, Any] = {
 
 def test_numpys_values_are_values() -> None:
     request = Request(**NUMPY)
-    assert set(NUMPY) == set(Request.__dataclass_fields__) - {"pictures", "control", "embeddings", "lora"}
+    assert set(NUMPY) == set(Request.__dataclass_fields__) - {"pictures", "control", "ip_adapter", "embeddings", "lora"}
     wanted = {name: plain(value) for name, value in NUMPY.items()}
     wanted["options"] = {"eta": 0.5, "use_karras_sigmas": False, "disable_corrector": [0, 1]}
     for name, value in wanted.items():

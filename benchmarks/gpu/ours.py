@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from benchmarks.gpu.config import SIDES, Config
 from latentrt import Engine
-from latentrt.bundle.spec import DECODER, DENOISER, TEXT_ENCODER, ModelSpec, TensorSpec
+from latentrt.bundle.spec import DECODER, DENOISER, LORA, TEXT_ENCODER, ModelSpec, TensorSpec
 from latentrt.cuda.array import DeviceArray
 from latentrt.runtime.base import Bound, DeviceNetwork
 from latentrt.runtime.signature import shape_of
@@ -36,14 +36,15 @@ class EngineSide:
         assert self._engine is not None
         return self._engine
 
-    def open(self, batch: int) -> None:
-        """Load the engine with lanes for `batch` guided pictures."""
+    def open(self, batch: int, **loading: Any) -> None:
+        """Load the engine with lanes for `batch` guided pictures, with more arguments of `Engine.load`."""
         if self._engine is not None:
             self._engine.close()
         self._batch = batch
         bundle = self._config.bundle
         assert bundle is not None
-        self._engine = Engine.load(bundle, backend=self._backend, lanes=2 * batch, capture=self._side.capture)
+        capture = self._side.capture
+        self._engine = Engine.load(bundle, backend=self._backend, lanes=2 * batch, capture=capture, **loading)
 
     def draw(self, round_: int) -> tuple[float, float, list[NDArray[np.uint8]]]:
         """Draw a round's pictures: return seconds by the wall clock, milliseconds by the device's, and the pixels."""
@@ -102,6 +103,8 @@ class EngineSide:
     def _arrays(self, network: DeviceNetwork, batch: int) -> dict[str, DeviceArray]:
         """Return inputs of random numbers (a GPU that multiplies zeros draws less power, and is faster) and outputs."""
         sizes, arrays = sizes_of(self.engine.spec, self._config, batch), {}
+        if (loras := self.engine.model.adapters) is not None:
+            sizes["rank"] = loras.rank
         for tensor in (*network.graph.inputs, *network.graph.outputs):
             shape = shape_of(tensor, sizes)
             arrays[tensor.name] = network.gpu.zeros(shape, tensor.dtype)
@@ -130,4 +133,5 @@ def random_input(tensor: TensorSpec, shape: tuple[int, ...]) -> NDArray[Any]:
     if tensor.name in ("timestep", "sigma") or "int" in tensor.dtype:
         return random.integers(1, 100, shape)
     scale = 0.25 if tensor.name == "encoder_hidden_states" else 1  # texts that are noise magnify rounding tenfold
+    scale = 0.01 if tensor.name.startswith(LORA) else scale  # small changes, as theirs are
     return (scale * random.standard_normal(shape)).astype(np.float16)

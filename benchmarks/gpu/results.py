@@ -60,7 +60,7 @@ class Results:
         self._put(self.data["drift"].setdefault(str(steps), {}), kind, found)
 
     def put_in(self, kind: str, name: str, record: dict[str, Any]) -> None:
-        """Replace one of the "variants" or "profiles" of a lease."""
+        """Replace one of the "variants", "profiles" or "loras" of a lease."""
         self._put(self.data.setdefault(kind, {}), name, record)
 
     def put_job(self, name: str, record: dict[str, Any]) -> None:
@@ -83,7 +83,7 @@ class Results:
             self._write()
 
     def _used(self) -> set[str]:
-        of_a_lease = (self.data.get(kind, {}) for kind in ("variants", "profiles", "jobs"))
+        of_a_lease = (self.data.get(kind, {}) for kind in ("variants", "profiles", "loras", "jobs"))
         parts = (*self.data["sides"].values(), *self.data["drift"].values(), *of_a_lease)
         return {record["run"] for part in parts for record in part.values()}
 

@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from latentrt.bundle.bundle import Bundle as Bundle
     from latentrt.engine import Engine as Engine
     from latentrt.errors import LatentrtError as LatentrtError
+    from latentrt.guides import Control as Control
+    from latentrt.guides import ImagePrompt as ImagePrompt
     from latentrt.images.files import save as save
     from latentrt.images.metadata import read_settings as read_settings
     from latentrt.images.sheet import grid as grid
-    from latentrt.request import Control as Control
     from latentrt.request import Request as Request
     from latentrt.run.denoiser import Denoiser as Denoiser
     from latentrt.run.host import HostLanes as HostLanes
@@ -34,11 +35,12 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Bundle": "bundle.bundle",
-    "Control": "request",
+    "Control": "guides",
     "Denoiser": "run.denoiser",
     "Engine": "engine",
     "Guidance": "sampling.guidance",
     "HostLanes": "run.host",
+    "ImagePrompt": "guides",
     "Job": "run.job",
     "LatentrtError": "errors",
     "Request": "request",

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from latentrt.bundle.spec import Golden
+from latentrt.bundle.golden import Golden
 from latentrt.engine import Engine
 from latentrt.model.model import Model
 from latentrt.sampling.table import tabulate

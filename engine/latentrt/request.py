@@ -9,9 +9,10 @@ from typing import Any
 
 from latentrt.adapters.given import strengths_of
 from latentrt.errors import RequestError
+from latentrt.guides import Control, ImagePrompt, check_number
 from latentrt.sampling.settings import KNOWN_KEYS
 from latentrt.sampling.solvers import SOLVERS
-from latentrt.values import did_you_mean, is_number, is_text, is_whole, plain
+from latentrt.values import did_you_mean, is_text, is_whole, plain
 
 MAX_SEED = 2**64 - 1
 PICTURES = ("image", "mask", "depth")  # what a picture may be used for
@@ -54,54 +55,11 @@ _OTHER_NAMES = {
     "control_guidance_start": "control",
     "control_guidance_end": "control",
     "guess_mode": "control",
+    "ip_adapter_image": "ip_adapter",
+    "ip_adapter_scale": "ip_adapter",
     "prompt": "",
     "options": "",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Control:
-    """How a ControlNet or T2I-Adapter acts on a picture.
-
-    Attributes:
-        image: what it follows: edges, a depth map, ... as it was trained with; a PIL image, or a uint8 or
-            uint16 array (height, width, 3) or of grey (height, width). It is brought to the picture's size. Or floats
-            (height, width, 3) of that size, such as `latentrt.images.hints.masked` gives.
-        scale: how strongly, 0 to 1000; 1 is as trained.
-        start, end: the part of the run, as fractions of its rows, in which it acts.
-        guess: whether it acts on the lane with the prompt alone, and less on finer details: diffusers' guess mode,
-            which T2I-Adapters do not have.
-
-    Raises:
-        RequestError: a value is out of range.
-    """
-
-    image: Any
-    scale: float = 1.0
-    start: float = 0.0
-    end: float = 1.0
-    guess: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("scale", "start", "end", "guess"):
-            object.__setattr__(self, name, plain(getattr(self, name)))
-        _number("a control's scale", self.scale, 0.0, 1000.0)
-        _number("a control's start", self.start, 0.0, 1.0)
-        _number("a control's end", self.end, self.start, 1.0)
-        if not isinstance(self.guess, bool):
-            raise RequestError(f"a control's guess is {self.guess!r}", needed="True or False")
-
-    @classmethod
-    def of(cls, value: Any) -> Control:
-        """Return the Control that a picture alone stands for, or a mapping of its fields. Raise RequestError."""
-        if isinstance(value, Control):
-            return value
-        if not isinstance(value, Mapping):
-            return cls(value)
-        if "image" not in value or not set(value) <= set(cls.__dataclass_fields__):
-            fields = ", ".join(cls.__dataclass_fields__)
-            raise RequestError(f"a control has {', '.join(map(repr, value))}", needed=f"image, and others of {fields}")
-        return cls(**value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,6 +110,8 @@ class Request:
             depth map. PIL images, or uint8 or uint16 arrays.
         control: the pictures that the engine's ControlNets follow, by the ControlNets' names; with settings as a
             `Control` or a mapping of its fields.
+        ip_adapter: the pictures that the engine's IP-Adapters show the model, by the IP-Adapters' names; with settings
+            as an `ImagePrompt` or a mapping of its fields.
         hires_scale: by how much the finished latents are enlarged, 1 to 8, to be drawn on (hires fix); None: not.
         hires_steps: of the second run; None is as many as of the first.
         hires_strength: how much of the second run is made, above 0 to 1.
@@ -195,6 +155,7 @@ class Request:
     seed_delta: int = 0
     pictures: Mapping[str, Any] = field(default_factory=dict)
     control: Mapping[str, Any] = field(default_factory=dict)
+    ip_adapter: Mapping[str, Any] = field(default_factory=dict)
     hires_scale: float | None = None
     hires_steps: int | None = None
     hires_strength: float = HIRES_STRENGTH
@@ -202,7 +163,8 @@ class Request:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in set(self.__dataclass_fields__) - {"pictures", "control", "options", "embeddings", "lora"}:
+        mappings = {"pictures", "control", "ip_adapter", "options", "embeddings", "lora"}
+        for name in set(self.__dataclass_fields__) - mappings:
             object.__setattr__(self, name, plain(getattr(self, name)))
         _whole("count", self.count, 1, 10_000)
         _whole("cache_interval", self.cache_interval, 1, 10_000)
@@ -232,7 +194,7 @@ class Request:
                 raise RequestError(f"{name} is {value!r}", needed="text or None" if optional else "text")
         for name, (low, high) in _NUMBERS.items():
             if getattr(self, name) is not None:
-                _number(name, getattr(self, name), low, high)
+                check_number(name, getattr(self, name), low, high)
         interval = self.guidance_interval
         if not isinstance(interval, (list, tuple)) or len(interval) != 2:
             raise RequestError(
@@ -240,14 +202,16 @@ class Request:
                 needed="two numbers: start and end",
                 fix="pass (0.0, 1.0) for the whole run",
             )
-        _number("guidance_interval's start", interval[0], 0.0, 1.0)
-        _number("guidance_interval's end", interval[1], interval[0], 1.0)
+        check_number("guidance_interval's start", interval[0], 0.0, 1.0)
+        check_number("guidance_interval's end", interval[1], interval[0], 1.0)
         if unknown := sorted(set(self.pictures) - set(PICTURES)):
             raise RequestError(f"there is a picture for {unknown[0]!r}", needed=f"one for {' or '.join(PICTURES)}")
-        if not isinstance(self.control, Mapping):
-            found, fix = f"control is a {type(self.control).__name__}", 'pass control={"edges": picture}'
-            raise RequestError(found, needed="pictures by the names of ControlNets", fix=fix)
-        object.__setattr__(self, "control", {name: Control.of(value) for name, value in self.control.items()})
+        for name, what, kind in (("control", "ControlNets", Control), ("ip_adapter", "IP-Adapters", ImagePrompt)):
+            own = getattr(self, name)
+            if not isinstance(own, Mapping):
+                found, fix = f"{name} is a {type(own).__name__}", f'pass {name}={{"NAME": picture}}'
+                raise RequestError(found, needed=f"pictures by the names of {what}", fix=fix)
+            object.__setattr__(self, name, {key: kind.of(value) for key, value in own.items()})
         _check_options(self.options)
         object.__setattr__(self, "options", {key: plain(value) for key, value in self.options.items()})
 
@@ -286,11 +250,6 @@ def _check_options(options: object) -> None:
 def _whole(name: str, value: object, low: int, high: int) -> None:
     if not is_whole(value) or not low <= value <= high:  # type: ignore[operator]
         raise RequestError(f"{name} is {value!r}", needed=f"a whole number from {low} to {high}")
-
-
-def _number(name: str, value: object, low: float, high: float) -> None:
-    if not is_number(value) or not low <= float(value) <= high:  # type: ignore[arg-type]
-        raise RequestError(f"{name} is {value!r}", needed=f"a finite number from {low:g} to {high:g}")
 
 
 def request_from(prompt: str | None, settings: Mapping[str, Any]) -> Request:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from latentrt.bundle.bundle import MANIFEST, located
 from latentrt.command.terminal import show, table_of
 from latentrt.errors import ExportError, MissingDependencyError
 from latentrt_export.checkpoint.onnx_folder import is_onnx_folder
 from latentrt_export.checkpoint.single.choices import AS_THEY_ARE, Choices
+
+if TYPE_CHECKING:
+    from latentrt_export.verify.checks import Check
 
 
 def run_export(
@@ -70,18 +74,25 @@ def _is_merge(source: str, revision: str | None, variant: str | None, choices: C
     return asked and alone and not revision and not variant and (located(source) / MANIFEST).is_file()
 
 
-def run_verify(bundle: Path, against: str | Path, *, steps: int, choices: Choices, as_json: bool) -> int:
-    """Show every check against a checkpoint, of any kind of source; return 1 if any is beyond its bound, else 0."""
+def run_verify(
+    bundle: Path, against: str | Path | None, *, base: Path | None = None, steps: int, choices: Choices, as_json: bool
+) -> int:
+    """Show every check of a bundle; return 1 if any is beyond its bound, else 0.
+
+    Args:
+        bundle: a model's; with `base`, a ControlNet's or T2I-Adapter's, or a LoRA with its strengths.
+        against: the checkpoint, any kind of source; None: the bundle itself.
+        base: the model that an add-on is used with.
+        steps, choices: as of `verify`.
+        as_json: print one JSON object.
+    """
     _need("verify")
     from rich.console import Console
-
-    from latentrt_export.verify.checks import Check
-    from latentrt_export.verify.verify import verify
 
     console = Console(stderr=True, quiet=as_json)
     checks: list[Check] = []
     with console.status("measuring") as status:
-        for check in verify(bundle, against, steps=steps, choices=choices):
+        for check in _measured(bundle, against, base, steps, choices):
             checks.append(check)
             status.update(f"measured {check.depth}: {check.what}")
     failed = sum(check.passed is False for check in checks)
@@ -103,6 +114,20 @@ def run_verify(bundle: Path, against: str | Path, *, steps: int, choices: Choice
     unserved = f", {len(checks) - measured} not measured" if measured < len(checks) else ""
     print(f"{measured - failed} of {measured} within their bounds{unserved}")
     return int(failed > 0)
+
+
+def _measured(
+    bundle: Path, against: str | Path | None, base: Path | None, steps: int, choices: Choices
+) -> Iterator[Check]:
+    from latentrt_export.verify.add_ons import verify_add_on
+    from latentrt_export.verify.verify import verify
+
+    if base is None:
+        return verify(bundle, against or str(bundle), steps=steps, choices=choices)
+    if choices.options:
+        found = f"{' '.join(choices.options)} with --base"
+        raise ExportError(found, needed="none of them", fix="give a LoRA in the place of BUNDLE: FILE:STRENGTH")
+    return verify_add_on(str(bundle), base, against=against, steps=steps)
 
 
 def _need(verb: str, *, torch: bool = True) -> None:

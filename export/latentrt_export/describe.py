@@ -13,10 +13,12 @@ from latentrt.bundle.spec import (
     CONDITIONER,
     CONTROL,
     CONTROLNET,
+    CONTROLNET_UNION,
     DECODER,
     DENOISER,
     ENCODER,
     HINT,
+    IP_ADAPTER,
     MODEL,
     SHALLOW,
     T2I_ADAPTER,
@@ -31,9 +33,10 @@ from latentrt.errors import BundleError, ExportError
 from latentrt.model.prompts.tokenizer import Tokenizer
 from latentrt.sampling.schedule import Schedule
 from latentrt.values import is_whole
+from latentrt_export.checkpoint.add_ons import ip_adapter
 from latentrt_export.checkpoint.corrections import corrections_of, drawn_by
 from latentrt_export.checkpoint.files import read_json
-from latentrt_export.checkpoint.lone_control import ADAPTER, FULL_XL, PART, adapter_factor, hint_levels
+from latentrt_export.checkpoint.lone_control import ADAPTER, FULL_XL, PART, UNION, adapter_factor, hint_levels
 from latentrt_export.checkpoint.served import (
     EDITING,
     EXTRA,
@@ -62,6 +65,8 @@ GRAPHS = {  # where a bundle has each network's graph
     "controlnet": "controlnet/model.onnx",
     "t2i_adapter": "t2i_adapter/model.onnx",
     "t2i_adapter_scaled": "t2i_adapter/scaled.onnx",
+    "image_encoder": "image_encoder/model.onnx",
+    "ip_adapter": "ip_adapter/model.onnx",
 }
 ROLES = {  # all others are text encoders
     "unet_text": CONDITIONER,
@@ -74,8 +79,11 @@ ROLES = {  # all others are text encoders
     "controlnet": CONTROL,
     "t2i_adapter": HINT,
     "t2i_adapter_scaled": CONTROL,
+    "image_encoder": HINT,
+    "ip_adapter": CONDITIONER,
 }
 
+ADD_ONS = {ADAPTER: T2I_ADAPTER, ip_adapter.PART: IP_ADAPTER}  # kinds by their parts; ControlNets are of two
 LCM, PIX2PIX, XL_PIX2PIX, UPSCALER = (4, 8.5), (20, 7.5), (20, 5.0), (75, 9.0)  # steps and guidance
 MAX_NOISE_LEVEL = 350  # diffusers' own default
 TRACING, WRITING = ("torch", "diffusers", "transformers"), ("onnx", "onnx-ir", "onnxscript")  # libraries
@@ -102,9 +110,16 @@ def model_spec(checkpoint: Checkpoint, networks: Mapping[str, NetworkSpec], how:
         defaults=_defaults(checkpoint),
         corrections=_corrections(checkpoint),
         made=how,
-        kind=CONTROLNET if control is not None else T2I_ADAPTER if ADAPTER in configs else MODEL,
+        kind=_kind(configs),
         conditional_only=bool(control and control.get("global_pool_conditions")),
     )
+
+
+def _kind(configs: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return a bundle's kind by its networks' configs."""
+    if PART in configs:
+        return CONTROLNET_UNION if configs[PART].get("_class_name") == UNION else CONTROLNET
+    return next((kind for part, kind in ADD_ONS.items() if part in configs), MODEL)
 
 
 def notes_of(checkpoint: Checkpoint, spec: ModelSpec) -> tuple[str, ...]:
@@ -176,6 +191,8 @@ def latents_of(checkpoint: Checkpoint) -> LatentSpec:
         return _of_control(checkpoint.configs[PART])
     if ADAPTER in checkpoint.configs:
         return _of_adapter(checkpoint.configs[ADAPTER])
+    if ip_adapter.PART in checkpoint.configs:
+        return LatentSpec(4, 8, 1.0, 0.0, 64, 64)  # it reads none
     if "unet" not in checkpoint.configs:
         return _alone(checkpoint.configs["vae"])
     unet, vae = ({**checkpoint.configs.get(name, {}), **_corrected(checkpoint, name)} for name in ("unet", "vae"))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from latentrt.bundle.bundle import Bundle
-from latentrt.bundle.spec import Golden, ModelSpec
+from latentrt.bundle.golden import Golden
+from latentrt.bundle.spec import ModelSpec
 from latentrt.engine import Engine
 from latentrt.golden import measure
 from latentrt.runtime import open_backend

@@ -27,7 +27,7 @@ from latentrt.errors import BundleError
 from latentrt_export.int8 import add_int8
 from latentrt_export.place import place
 from latentrt_export.to_bundle import GRAPH_ROOM, Measure, NetworkSummary, Progress, Summary, finish
-from latentrt_export.variants import add_adapters, add_control, add_cpu, add_half
+from latentrt_export.variants import add_adapters, add_control, add_cpu, add_half, add_image_prompts
 
 STEM = "with_lora"
 LEFT_OUT = (MANIFEST, "model_index.json")
@@ -80,7 +80,8 @@ def merge_bundle(
         command = " ".join(["latentrt export", spec.id, *(f"--lora={lora}" for lora in loras)])
         made = {**before, "command": command, "base": before.get("command"), "notes": list(notes)}
         if loras:
-            spec = add_control(root, add_cpu(root, add_half(root, replace(spec, made=made, golden=()))))
+            spec = add_cpu(root, add_half(root, replace(spec, made=made, golden=())))
+            spec = add_image_prompts(root, add_control(root, spec))
         if loras and INT8_ORT_CPU in spec.networks[spec.denoiser].variants:
             spec, note = add_int8(root, spec)
             told = (*told, note)

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import onnx_ir as ir
 
 from latentrt.bundle.bundle import MANIFEST, write_manifest
+from latentrt.bundle.golden import Golden
 from latentrt.bundle.spec import (
     CONTROL,
     DENOISER,
@@ -21,7 +22,6 @@ from latentrt.bundle.spec import (
     HINT,
     SHALLOW,
     TEXT_ENCODER,
-    Golden,
     ModelSpec,
     NetworkSpec,
     TensorSpec,
@@ -29,6 +29,7 @@ from latentrt.bundle.spec import (
 )
 from latentrt.errors import ExportError, LatentrtError
 from latentrt.runtime.variants import check_int8
+from latentrt_export.checkpoint.add_ons import ip_adapter
 from latentrt_export.checkpoint.lone_control import ADAPTER, PART
 from latentrt_export.checkpoint.single.choices import AS_THEY_ARE, Choices
 from latentrt_export.checkpoint.source import Checkpoint, checkpoint_of, tokenizer_of
@@ -53,7 +54,7 @@ from latentrt_export.graphs.text_inputs import add_text_inputs
 from latentrt_export.graphs.weights import share_weights
 from latentrt_export.int8 import add_int8
 from latentrt_export.place import place
-from latentrt_export.variants import add_adapters, add_control, add_cpu, add_half
+from latentrt_export.variants import add_adapters, add_control, add_cpu, add_half, add_image_prompts
 
 NOT_EXPORTED = ("safety_checker", "feature_extractor", "image_encoder", "depth_estimator", "watermarker")
 GRAPH_ROOM = 4 * 2**20  # bytes per network for its graph, when free space is checked
@@ -170,8 +171,8 @@ def _export(
         spec, remarks = model_spec(checkpoint, networks, how), tuple[str, ...]()
         if checkpoint.graphs:
             spec, remarks = checked(root, spec, (add_half, add_cpu))
-        else:
-            spec = add_control(root, add_cpu(root, add_half(root, spec)))
+        elif ip_adapter.PART not in checkpoint.configs:  # whose networks run in float32, once a picture
+            spec = add_image_prompts(root, add_control(root, add_cpu(root, add_half(root, spec))))
             spec = add_adapters(root, spec) if adapters else spec
         if int8:
             spec, note = add_int8(root, spec)
@@ -211,6 +212,8 @@ def networks_of(checkpoint: Checkpoint) -> tuple[str, ...]:
         return ("hint", PART)
     if ADAPTER in checkpoint.configs:
         return (ADAPTER,)
+    if ip_adapter.PART in checkpoint.configs:
+        return (ip_adapter.ENCODER, ip_adapter.PART)
     unet = ["unet"] if "unet" in checkpoint.configs else []
     return (*checkpoint.text_encoders, *unet, *(("vae_decoder", "vae_encoder") if "vae" in checkpoint.configs else ()))
 
@@ -286,8 +289,9 @@ def _write(checkpoint: Checkpoint, root: Path, name: str, model: ir.Model) -> tu
 
 
 def _leveled(tensor: TensorSpec, value: ir.Value) -> TensorSpec:
-    """Return a tensor of a level of a UNet, or of a hint, with its sides by the latents' own."""
-    return replace(tensor, shape=(*tensor.shape[:2], *sides_of(value)))
+    """Return a tensor of a level of a UNet, or of a hint, with its sides by the latents' own, where it has sides."""
+    leveled = len(tensor.shape) == 4
+    return replace(tensor, shape=(*tensor.shape[:2], *sides_of(value))) if leveled else tensor
 
 
 @contextmanager

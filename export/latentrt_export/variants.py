@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +20,8 @@ from latentrt.bundle.spec import (
     FP16_ORT_CUDA,
     FP32,
     FP32_ORT_CPU,
+    LORA,
+    PROMPTED,
     TEXT_ENCODER,
     Islands,
     ModelSpec,
@@ -32,10 +34,18 @@ from latentrt_export.checkpoint.files import read_json
 from latentrt_export.describe import signature
 from latentrt_export.graphs.cpu_graph import cpu_path, for_cpu
 from latentrt_export.graphs.cuda_graph import cuda_path, for_cuda
+from latentrt_export.graphs.fused.adapters import read_adapters_fused
 from latentrt_export.graphs.half import half_path, to_half
 from latentrt_export.graphs.parts.adapters import adapted_path, read_adapters
 from latentrt_export.graphs.parts.control import adapted_skips, control_path, name_sides, read_residuals
+from latentrt_export.graphs.parts.image_prompts import prompted_path, read_image_prompts
 from latentrt_export.graphs.ranges import measure_networks, overflowing, too_large
+
+# By the variants that LoRAs of each lane can be inputs of.
+READERS = {
+    **dict.fromkeys((FP32, FP32_ORT_CPU, FP16), read_adapters),
+    FP16_ORT_CUDA: read_adapters_fused,
+}
 
 
 def add_control(root: Path, spec: ModelSpec) -> ModelSpec:
@@ -118,30 +128,59 @@ def add_adapters(root: Path, spec: ModelSpec) -> ModelSpec:
     """Write the graphs that LoRAs change again, so that they take LoRAs of each lane (`graphs.parts.adapters`).
 
     Raises:
-        ExportError: there is nothing that a LoRA could change.
+        ExportError: there is nothing that a LoRA could change, or graphs of a network take different ones.
     """
     networks = dict(spec.networks)
     for role in (TEXT_ENCODER, CONDITIONER, DENOISER):
         for name in spec.named(role):
             own = {key: one for key, one in spec.networks[name].variants.items() if not key.endswith(ADAPTED)}
-            plain = [key for key in own if key.partition("+")[0] in (FP32, FP32_ORT_CPU, FP16)]
-            taken = {f"{key}{ADAPTED}": _adapted(root, own[key]) for key in plain}
-            networks[name] = replace(
-                spec.networks[name], variants=own | {key: one for key, one in taken.items() if one is not None}
-            )
+            readers = {key: READERS[kind] for key in own if (kind := key.partition("+")[0]) in READERS}
+            made = {
+                f"{key}{ADAPTED}": _with_inputs(root, own[key], adapted_path, read) for key, read in readers.items()
+            }
+            taken = {key: one for key, one in made.items() if one is not None}
+            _check_alike(name, taken)
+            networks[name] = replace(spec.networks[name], variants=own | taken)
     if not any(key.endswith(ADAPTED) for one in networks.values() for key in one.variants):
         found = f"{spec.id} has no products with weights in files that LoRAs could change"
         raise ExportError(found, needed="a bundle that was exported from a checkpoint")
     return replace(spec, networks=networks)
 
 
-def _adapted(root: Path, known: Variant) -> Variant | None:
-    """Write a graph with LoRAs as inputs; None where it takes none."""
+def _check_alike(network: str, taken: Mapping[str, Variant]) -> None:
+    """Raise ExportError where the graphs of a network do not take the same LoRAs."""
+    modules = {key: {each for each in one.inputs if each.name.startswith(LORA)} for key, one in taken.items()}
+    first, *others = modules.values() or [set()]
+    if odd := sorted({each.name for other in others for each in first ^ other}):
+        found = f"only some of the {network}'s graphs take {odd[0]}, of {len(odd)} such"
+        raise ExportError(found, needed="the same LoRAs in all", fix="report it; export without --adapters")
+
+
+def add_image_prompts(root: Path, spec: ModelSpec) -> ModelSpec:
+    """Write the denoiser's graphs for ONNX Runtime on a CPU again, with and without residuals of ControlNets and
+    T2I-Adapters, so that they look at pictures (`graphs.parts.image_prompts`).
+
+    Denoisers without cross attention to a text stay as they are.
+    """
+    if not spec.draws or not spec.named(TEXT_ENCODER):
+        return spec
+    network = spec.networks[spec.denoiser]
+    own = {key: one for key, one in network.variants.items() if not key.endswith((PROMPTED, ADAPTED))}
+    plain = [key for key in own if key.partition("+")[0] in (FP32, FP32_ORT_CPU)]
+    made = {f"{key}{PROMPTED}": _with_inputs(root, own[key], prompted_path, read_image_prompts) for key in plain}
+    variants = {**network.variants} | {key: one for key, one in made.items() if one is not None}
+    return replace(spec, networks={**spec.networks, spec.denoiser: replace(network, variants=variants)})
+
+
+def _with_inputs(
+    root: Path, known: Variant, path_of: Callable[[str], str], read: Callable[[ir.Model], Sequence[ir.Value]]
+) -> Variant | None:
+    """Write a graph again with the inputs that `read` adds; None where it adds none."""
     model = ir.load(root / known.path)
-    given = signature(read_adapters(model))
+    given = signature(read(model))
     if not given:
         return None
-    path = adapted_path(known.path)
+    path = path_of(known.path)
     ir.save(model, root / path)
     inputs = (*known.inputs, *(TensorSpec(each.name, "float32", each.shape) for each in given))
     dtypes = {**known.dtypes, **{each.name: each.dtype for each in given if each.dtype != "float32"}}

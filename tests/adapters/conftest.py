@@ -11,8 +11,11 @@ from latentrt.adapters.merge import Base, base_of
 from latentrt_export.graphs.to_onnx import quiet
 from latentrt_export.merge_bundle import merge_bundle
 from tests.conftest import make_checkpoint
+from tests.support.models.loras import EVERYWHERE, PRODUCTS, write_lora
 
 Exported = Callable[[str], tuple[Path, Path]]
+Library = Callable[[str], Path]
+LAYOUTS = {"sd": "kohya", "sd2": "diffusers", "sdxl": "ldm"}
 
 
 @pytest.fixture(scope="session")
@@ -39,6 +42,24 @@ def taking(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Expo
         if not (root / name).exists():
             merge_bundle(bundle, root / name, (), adapters=True)
         return checkpoint, root / name
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def library(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Library:
+    """Return a function that makes a folder of LoRAs for a family: a and b of several ranks, "wide", "convs"."""
+    root = tmp_path_factory.mktemp("library")
+
+    def make(family: str) -> Path:
+        folder, (checkpoint, _) = root / family, exported(family)
+        if not folder.exists():
+            folder.mkdir()
+            write_lora(folder / "a.safetensors", checkpoint, LAYOUTS[family], PRODUCTS)
+            write_lora(folder / "b.safetensors", checkpoint, "diffusers", ("to_k", "to_v", "v_proj"), ranks=(3, 5))
+            write_lora(folder / "wide.safetensors", checkpoint, "diffusers", ("to_k",), ranks=(9,))
+            write_lora(folder / "convs.safetensors", checkpoint, "diffusers", EVERYWHERE)
+        return folder
 
     return make
 

@@ -18,35 +18,13 @@ from latentrt.adapters.kept import Kept
 from latentrt.command.main import latentrt
 from latentrt.errors import AdapterError, BackendError, RequestError
 from latentrt.model.prompts.extra_networks import loras_in
-from latentrt.run.job import Job
-from latentrt.runtime.onnxruntime import OrtBackend
 from latentrt_export.verify.checks import psnr
-from tests.support.gpu.host_gpu import host_gpu
-from tests.support.models.loras import EVERYWHERE, PRODUCTS, write_lora
+from tests.adapters.conftest import LAYOUTS
 
 Exported = Callable[[str], tuple[Path, Path]]
 Library = Callable[[str], Path]
 SETTINGS = {"steps": 4, "guidance": 5.0, "seed": 7, "height": 32, "width": 32, "negative_prompt": "a dog"}
-LAYOUTS = {"sd": "kohya", "sd2": "diffusers", "sdxl": "ldm"}
 BOUNDS = {"sd": 60, "sd2": 45, "sdxl": 60}  # SD 2's weights are float16, to which merged ones are rounded
-
-
-@pytest.fixture(scope="module")
-def library(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Library:
-    """Return a function that makes a folder of LoRAs for a family: a and b of several ranks, "wide", "convs"."""
-    root = tmp_path_factory.mktemp("library")
-
-    def make(family: str) -> Path:
-        folder, (checkpoint, _) = root / family, exported(family)
-        if not folder.exists():
-            folder.mkdir()
-            write_lora(folder / "a.safetensors", checkpoint, LAYOUTS[family], PRODUCTS)
-            write_lora(folder / "b.safetensors", checkpoint, "diffusers", ("to_k", "to_v", "v_proj"), ranks=(3, 5))
-            write_lora(folder / "wide.safetensors", checkpoint, "diffusers", ("to_k",), ranks=(9,))
-            write_lora(folder / "convs.safetensors", checkpoint, "diffusers", EVERYWHERE)
-        return folder
-
-    return make
 
 
 @pytest.fixture(scope="module")
@@ -209,22 +187,6 @@ def test_what_was_used_longest_ago_is_dropped() -> None:
     for key, size in (("a", 4), ("b", 4), ("a", 4), ("c", 5), ("a", 4), ("b", 4), ("d", 99), ("d", 99), ("a", 4)):
         assert len(get(key, size)) == size
     assert made == ["a", "b", "c", "b", "d", "a"]
-
-
-def test_on_the_emulated_gpu(taking: Exported, library: Library, engine: Engine) -> None:
-    def jobs_of(own: Engine) -> list[Job]:
-        asked = enumerate(({}, {"a": 0.5}, {"b": 0.5, "a": 0.2}))
-        return [own.requests(["a cat"], SETTINGS | {"lora": lora, "seed": seed})[0] for seed, lora in asked]
-
-    expected = jobs_of(engine)
-    engine.run(expected)
-    loading = {"adapters": library("sd"), "adapter_rank": 9, "lanes": 6}
-    with host_gpu() as gpu, Engine.load(taking("sd")[1], backend=OrtBackend(threads=1, gpu=gpu), **loading) as device:
-        jobs = jobs_of(device)
-        device.run(jobs)
-        for job, known in zip(jobs, expected, strict=True):
-            np.testing.assert_allclose(job.latents, known.latents, atol=1e-4)
-        assert np.abs(jobs[0].latents - jobs[1].latents).max() > 0.1
 
 
 def test_with_a_controlnet(taking: Exported, exported: Exported, library: Library) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from numpy.typing import NDArray
 
@@ -82,7 +83,9 @@ def test_the_bundle_is_whole_and_can_be_read(taking: Exported, exported: Exporte
     unet = spec.networks["unet"]
     assert unet.inputs == plain.networks["unet"].inputs
     assert {"fp32", "fp16", "fp32+control"} <= set(unet.adapted().variants)
-    assert not any(key.startswith("fp16-ort-cuda") for key in unet.adapted().variants)
+    assert {"fp16-ort-cuda", "fp16-ort-cuda+control", "fp16-ort-cuda+adapter"} <= set(unet.adapted().variants)
+    for variant in ("fp16-ort-cuda", "fp16-ort-cuda+adapter"):
+        onnx.checker.check_model(taking("sd")[1] / unet.adapted().variants[variant].path, full_check=True)
     assert len(unet.adapted().inputs) == len(unet.inputs) + 80
     name = "lora.up_blocks.0.attentions.1.proj_out"
     shapes = {tensor.name: tensor.shape for tensor in unet.adapted().inputs}

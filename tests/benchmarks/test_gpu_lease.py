@@ -81,6 +81,8 @@ class FakeChild:
             "kernels": {name: [calls / 3, time / 3] for name, (calls, time) in KERNELS.items()},
             "drift": [1e-3, 2e-3],
         }
+        if self._name == "LoraSide":
+            return {"0": [4.0], "16": [5.0]}
         if method == "write":
             arguments[0].touch()
         return answers.get(method, 0)
@@ -130,6 +132,7 @@ def test_a_whole_lease(config: Config, fake: type[FakeChild], tmp_path: Path) ->
     assert data["jobs"]["profile of the best"]["variant"] == "fused"
     assert set(data["profiles"]) == {"plain", "fused"}
     assert set(data["drift"]) == {"20", "50"}
+    assert data["loras"]["16"]["unet_ms"] == [5.0]
     assert "Drift:fused:drift" in fake.asked
     assert results.measured() == ["ort", "diffusers", "compile-regional", "compile", "trt"]
     fake.asked.clear()
@@ -255,6 +258,7 @@ def test_a_page_of_a_lease(config: Config, fake: type[FakeChild], tmp_path: Path
     assert f"**rewritten graph**: 15 kernels take 6.67 ms, by their names {named}. The longest:" in text
     assert "| `a_light / kernel` | 10 | 0.667 | 10.0 % |" in text
     assert "| ort, batch 16 | done | " in text
+    assert "| 16 | 5 (5 to 5) | 1.25 |" in text
     assert "ONNX Runtime, one launch: rewritten graph." in text
     assert "profiles" in read(tmp_path)
 
@@ -280,6 +284,7 @@ def test_real_children_on_an_emulated_gpu(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     kept = ("profile plain", "variant plain", "variant fused", "ort, batch 1", "compile-regional, batch 1")
+    kept += ("loras by rank",)
     every = {job.name: job for job in jobs_of("sd15-small", alone=True)}
     jobs = [replace(every[name], limit=900.0) for name in kept]
     monkeypatch.setattr(lease, "jobs_of", lambda *_, **__: jobs)
@@ -293,6 +298,7 @@ def test_real_children_on_an_emulated_gpu(
     assert data["profiles"]["plain"]["kernels"]["nvjet_hsh_gemm"] == [3, 2]
     assert data["sides"]["ort"]["1"]["variant"] in ("plain", "fused")
     assert data["sides"]["compile-regional"]["1"]["psnr_db"] > 40
+    assert {rank: len(record["unet_ms"]) for rank, record in data["loras"].items()} == {"0": 3, "16": 3, "64": 3}
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

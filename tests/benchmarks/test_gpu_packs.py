@@ -29,13 +29,13 @@ def bundle(tmp_path: Path) -> Path:
 
 
 def test_the_plain_graph_is_one_more_variant(bundle: Path) -> None:
-    bundles.add_plain(bundle)
+    bundles.add_graphs(bundle)
     opened = Bundle.open(bundle)  # with all hashes
     graph = opened.spec.graph("unet", PLAIN)
     assert graph.path == "unet/model.cuda-plain.onnx"
     assert graph.inputs == opened.spec.graph("unet", "fp16").inputs
     before = (bundle / "manifest.json").stat().st_mtime_ns
-    bundles.add_plain(bundle)
+    bundles.add_graphs(bundle)
     assert (bundle / "manifest.json").stat().st_mtime_ns == before
 
 

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from latentrt.bundle.bundle import EMBEDDED, Bundle
+from latentrt.bundle.golden import Golden
 from latentrt.bundle.manifest import model_from
 from latentrt.bundle.spec import (
     DECODER,
     DENOISER,
     TEXT_ENCODER,
     Defaults,
-    Golden,
     Islands,
     LatentSpec,
     ModelSpec,

@@ -274,7 +274,7 @@ def test_verify_takes_a_hub_id(run: Run, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("latentrt_export.cli.run_verify", lambda bundle, against, **_: seen.append(against) or 1)
     assert run("verify", "--against", "owner/model")[0] == 1
     assert run("verify", "folder")[0] == 1
-    assert seen == ["owner/model", "folder"]
+    assert seen == ["owner/model", None]
 
 
 @pytest.mark.parametrize(

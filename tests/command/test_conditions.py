@@ -78,12 +78,26 @@ def test_controlnets_follow_pictures(run: Run, exported: Exported) -> None:
     assert read_settings("cat.png")["control"]["edges"]["scale"] == 0.8
 
 
-def test_what_the_options_of_controlnets_refuse(run: Run) -> None:
+def test_what_the_options_of_add_ons_refuse(run: Run) -> None:
     for options, found in (
         (["--controlnet", "edges"], "--controlnet is 'edges'"),
         (["--control", "edges.png"], "--control is 'edges.png'"),
         (["--control", "edges=none.png:0.5"], "none.png cannot be read"),
         (["--control", "a=b", "--control", "a=b"], "there are two --control a"),
         (["--guess"], "--guess without a --control"),
+        (["--ip-adapter-model", "style"], "--ip-adapter-model is 'style'"),
+        (["--ip-adapter", "style=none.png:0.5"], "none.png cannot be read"),
     ):
         assert found in refused(run, "generate", "a cat", *options)
+
+
+def test_ip_adapters_show_pictures(run: Run, exported: Exported) -> None:
+    bundle, add_on = exported("sd")[1], exported("ip-sd-base")[1]
+    Image.fromarray(PICTURE).save("apple.png")
+    given = ["-b", str(bundle), "--ip-adapter-model", f"style={add_on}", "--steps", "2"]
+    code, out, _ = run("generate", "a cat", *given, "--ip-adapter", "style=apple.png:0.6", "-o", "cat.png")
+    assert (code, out.split()) == (0, ["cat.png"])
+    with Engine.load(bundle, check_hashes=False, ip_adapter={"style": add_on}) as engine:
+        (expected,) = engine("a cat", steps=2, ip_adapter={"style": {"image": PICTURE, "scale": 0.6}})
+    np.testing.assert_array_equal(np.asarray(Image.open("cat.png")), np.asarray(expected))
+    assert read_settings("cat.png")["ip_adapter"]["style"]["scale"] == 0.6

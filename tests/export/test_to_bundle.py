@@ -17,7 +17,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from latentrt.bundle.bundle import Bundle
-from latentrt.bundle.spec import Golden
+from latentrt.bundle.golden import Golden
 from latentrt.errors import OutputError
 from latentrt.model.prompts.tokenizer import Tokenizer
 from latentrt_export import to_bundle

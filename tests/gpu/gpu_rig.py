@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from latentrt import Engine
-from latentrt.bundle.bundle import EMBEDDED, Bundle
+from latentrt.bundle.bundle import EMBEDDED
 from latentrt.errors import BackendError
 from tests.gpu.kinds import EMULATED
 
@@ -61,9 +61,8 @@ class GpuRig:
     def build(self, *options: str, networks: tuple[str, ...] = ()) -> None:
         """Build plans for `LANES` lanes at the tests' size."""
         if self.built:
-            names = networks or tuple(Bundle.open(self.bundle).spec.graphs())
             size = (SCALE.pixels, SCALE.pixels)
-            self.hardware.build_plans(self.bundle, names, self.kind[0], LANES, size, BUILD_LIMIT, options)
+            self.hardware.build_plans(self.bundle, networks, self.kind[0], LANES, size, BUILD_LIMIT, options)
 
     def engine(self, **options: Any) -> Engine:
         """Return an engine with `LANES` lanes."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from latentrt.images.hints import blurred, edges, inverted
 from latentrt.model.model import Model
 from latentrt.runtime.fake import FakeBackend
 from tests.serve.test_pixel_models import SD, Server, decoded, serving
-from tests.support.serve.fakes import FakeScheduler, app_of, live
+from tests.support.serve.fakes import FakeScheduler, app_of, get, live, post
 
 Exported = Callable[[str], tuple[Path, Path]]
 y, x = np.mgrid[:48, :64]
@@ -40,7 +41,8 @@ MAP_TEXT = text_of(MAP)
 @pytest.fixture(scope="module")
 def served(exported: Exported) -> Iterator[Server]:
     bundle = exported("sd")[1]
-    yield from serving(bundle, control={"edges": exported("control-sd-1")[1], "grey": exported("control-sd-2")[1]})
+    controls = {"edges": exported("control-sd-1")[1], "grey": exported("control-sd-2")[1]}
+    yield from serving(bundle, control=controls, ip_adapter={"style": exported("ip-sd-base")[1]})
 
 
 def test_pictures_are_the_engines(served: Server) -> None:
@@ -66,6 +68,32 @@ def test_pictures_are_the_engines(served: Server) -> None:
     np.testing.assert_array_equal(decoded(edited["data"][0]["b64_json"]), np.asarray(expected))
 
 
+def test_pictures_that_ip_adapters_show(served: Server) -> None:
+    """In generations and in edits, which are forms; and what is refused."""
+    asked = {"seed": 3, "steps": 2, "width": 24, "height": 16}
+    body = {"prompt": "a cat", "num_inference_steps": 2, "seed": 3, "size": "24x16"}
+    given = {"style": {"image": MAP_TEXT, "scale": {"up": 0.7}}}
+    shown = {"style": {"image": MAP, "scale": {"up": 0.7}}}
+    (drawn,) = served.post(DRAW, {**body, "ip_adapter": given})["data"]
+    (expected,) = served.alone("a cat", ip_adapter=shown, **asked)
+    np.testing.assert_array_equal(decoded(drawn["b64_json"]), np.asarray(expected))
+
+    form = {name: str(value) for name, value in body.items()} | {"ip_adapter": json.dumps(given)}
+    edited = served.ask("POST", EDIT, data=form, files={"image": base64.b64decode(MAP_TEXT)}).json()
+    own = {"image": MAP.resize((24, 16), Image.Resampling.LANCZOS), "strength": 0.8}
+    (expected,) = served.alone("a cat", ip_adapter=shown, **own, **asked)
+    np.testing.assert_array_equal(decoded(edited["data"][0]["b64_json"]), np.asarray(expected))
+
+    for wrong, param in (
+        ({"other": given["style"]}, "ip_adapter"),
+        ({"style": {"image": "no base64"}}, "ip_adapter.style.image"),
+        ({"style": {"image": MAP_TEXT, "scale": {"up": "much"}}}, None),
+        ({"style": {"image": MAP_TEXT, "scale": {"sideways": 1}}}, None),
+    ):
+        assert served.refusal(DRAW, {**body, "ip_adapter": wrong})["param"] == param
+    assert served.ask("GET", "/latentrt/model").json()["ip_adapters"] == ["style"]
+
+
 @pytest.fixture
 def scheduler() -> FakeScheduler:
     return FakeScheduler()
@@ -73,9 +101,14 @@ def scheduler() -> FakeScheduler:
 
 @pytest.fixture
 def url(scheduler: FakeScheduler) -> Iterator[str]:
+    yield from served_as("controlnet", scheduler)
+
+
+def served_as(kind: str, scheduler: FakeScheduler) -> Iterator[str]:
     model = Model(Bundle.open(check_hashes=False), FakeBackend())
-    named: Any = SimpleNamespace(name="edges", spec=SimpleNamespace(kind="controlnet"))
+    named: Any = SimpleNamespace(name="edges", spec=SimpleNamespace(kind=kind), type_of=lambda control: control.type)
     model.controls = (named,)
+    model.ip_adapters = (SimpleNamespace(name="style"),)  # type: ignore[assignment]
     with live(app_of(scheduler, model, controlnet=("edges=some/",))) as url:
         yield url
 
@@ -85,6 +118,11 @@ def api(url: str) -> Iterator[webuiapi.WebUIApi]:
     client = webuiapi.WebUIApi(baseurl=f"{url}/sdapi/v1")
     yield client
     client.session.close()
+
+
+def test_kinds_are_told(url: str) -> None:
+    told = get(f"{url}/latentrt/model").json()
+    assert (told["controls"], told["control_kinds"]) == (["edges"], {"edges": "controlnet"})
 
 
 # The client writes units into its default of alwayson_scripts, for all later calls: each call here gives its own.
@@ -119,6 +157,28 @@ def test_units_of_a1111s_client(
     np.testing.assert_array_equal(np.asarray(control.image), np.asarray(expected))
 
 
+def test_types_of_a_union(scheduler: FakeScheduler) -> None:
+    with contextmanager(served_as)("controlnet_union", scheduler) as url:
+        for kind, number in (("Hard Edge", 3), ("Inpaint", 7), ("Unknown", None)):
+            unit = {"image": MAP_TEXT, "model": "edges", "union_control_type": kind}
+            asked = {"prompt": "a", "width": 64, "height": 64, "alwayson_scripts": {"ControlNet": {"args": [unit]}}}
+            assert post(f"{url}/sdapi/v1/txt2img", json=asked).is_success
+            assert followed(scheduler).type == number
+        asked = {"prompt": "a", "size": "64x64", "control": {"edges": {"image": MAP_TEXT, "type": "canny"}}}
+        assert post(f"{url}/v1/images/generations", json=asked).is_success
+        assert followed(scheduler).type == "canny"
+
+
+def test_a_unit_of_an_ip_adapter(api: webuiapi.WebUIApi, scheduler: FakeScheduler) -> None:
+    """It has a unit as ControlNets have them, and its picture is shown as it is."""
+    own = webuiapi.ControlNetUnit(image=MAP, model="style [0a1b2c3d]", module="ip-adapter_clip_sd15", weight=0.6)
+    edge = webuiapi.ControlNetUnit(image=MAP, model="edges")
+    api.txt2img(prompt="a", width=64, height=64, controlnet_units=[own, edge], alwayson_scripts={})
+    request = scheduler.submitted[-1].request
+    assert (request.ip_adapter["style"].scale, list(request.control)) == (0.6, ["edges"])
+    np.testing.assert_array_equal(np.asarray(request.ip_adapter["style"].image), np.asarray(MAP))
+
+
 def test_a_unit_without_a_picture_follows_the_given_one(api: webuiapi.WebUIApi, scheduler: FakeScheduler) -> None:
     """And with a mask whose surroundings alone are drawn, its map is of the whole picture."""
     unit = webuiapi.ControlNetUnit(model="edges")
@@ -132,8 +192,8 @@ def test_a_unit_without_a_picture_follows_the_given_one(api: webuiapi.WebUIApi, 
 
 
 def test_what_there_is_to_choose_from(api: webuiapi.WebUIApi) -> None:
-    assert (api.controlnet_version(), api.controlnet_model_list()) == (2, ["edges"])
-    assert {"none", "canny", "tile_resample"} <= set(api.controlnet_module_list())
+    assert (api.controlnet_version(), api.controlnet_model_list()) == (2, ["edges", "style"])
+    assert {"none", "canny", "tile_resample", "ip-adapter-auto"} <= set(api.controlnet_module_list())
     assert api.get_scripts()["txt2img"] == ["controlnet"]
 
 
@@ -149,6 +209,9 @@ def test_what_there_is_to_choose_from(api: webuiapi.WebUIApi) -> None:
         ({"image": ""}, "a unit has no image"),
         ({"weight": -1}, "alwayson_scripts.controlnet.args.0: weight: "),
         ({"image": "AAAA"}, "image cannot be decoded"),
+        ({"model": "style", "guidance_end": 0.5}, "an IP-Adapter acts from 0 to 0.5"),
+        ({"model": "style", "control_mode": 2}, "control_mode is 'ControlNet is more important'"),
+        ({"model": "style", "module": "canny"}, "there is no module 'canny'"),
     ],
 )
 def test_units_that_are_refused(url: str, unit: dict[str, Any], message: str) -> None:

@@ -67,7 +67,8 @@ QUERIES = [PAGE, *((EXAMPLES / name).read_text(encoding="utf-8") for name in ("a
 @pytest.mark.parametrize("text", QUERIES, ids=["page", "alerts", "dashboard"])
 def test_queries_ask_for_metrics_that_exist(text: str) -> None:
     metrics = Metrics("emoji")
-    for name in ("num_images_running", "num_images_waiting", "ready"):  # made with the application
+    made = ("num_images_running", "num_images_waiting", "ready", "model_loaded")
+    for name in (*made, "background_results", "background_results_bytes"):  # with the application
         metrics.gauge(name, name, lambda: 0.0)
     metrics.gpu_memory(lambda: (1, 2))
     told = set(re.findall(r"latentrt_\w+", asyncio.run(metrics.text()).decode()))
@@ -91,6 +92,11 @@ def test_promtool_likes_names_and_rules(tmp_path: Path) -> None:
     metrics.gauge("ready", "1 if requests are taken.", lambda: 1.0)
     metrics.ended_request("/v1/images/generations", "ok", 200, 1.0)
     metrics.faulted(True)
+    metrics.ended_job("completed", 1.0)
+    metrics.forgot("expired")
+    metrics.sent("delivered")
+    metrics.gauge("background_results_bytes", "Bytes of their pictures.", lambda: 1.0)
+    metrics.of("other").loaded(1.0)
     metrics.drew(2, "512x512", "key-1a2b3c4d")
     metrics.gpu_memory(lambda: (1, 2))
     text = asyncio.run(metrics.text())

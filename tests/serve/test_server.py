@@ -163,7 +163,7 @@ def test_loras_are_merged_for_all_pictures_and_the_model_keeps_its_name(tmp_path
     settings = load_settings({"lora": f"{lora}:0.5", "threads": 1, "edits": False})
     with server.assembled(settings) as app, server.loaded(settings) as engine:
         assert engine.lora == ("bright.safetensors:0.5",)
-        assert app.state.context.catalog.name == "emoji"
+        assert app.state.models.entries[0].name == "emoji"
 
 
 @pytest.mark.parametrize("edits", [True, False])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from benchmarks.gpu.variants import VARIANTS
 
 OTHERS = {"sd15": ("sd21", "sdxl")}  # presets that are measured after this one
-PROFILE, VARIANT, PICTURES, DRIFT = "profile", "variant", "pictures", "drift"
+PROFILE, VARIANT, PICTURES, DRIFT, LORAS = "profile", "variant", "pictures", "drift", "loras"
 SIDES_OF_OTHERS = ("ort", "diffusers")
 
 
@@ -17,7 +17,7 @@ class Job:
     """A piece of work.
 
     Attributes:
-        kind: PROFILE, VARIANT, PICTURES or DRIFT.
+        kind: PROFILE, VARIANT, PICTURES, DRIFT or LORAS.
         limit: in seconds, the start of its process included.
         what: a variant, empty for the best of those that were measured; of PICTURES a side.
         count: of PICTURES the batch, of DRIFT the steps.
@@ -62,6 +62,7 @@ def jobs_of(preset: str, *, alone: bool = False) -> Iterator[Job]:
     for batch in (16, 8, 4):  # there is a goal for the first
         yield pictures("ort", 150, batch)
         yield pictures("diffusers", 180, batch)
+    yield Job(preset, LORAS, 180, "by rank")
     for steps in (20, 50):
         yield Job(preset, DRIFT, 150, count=steps)
     for other in () if alone else OTHERS.get(preset, ()):

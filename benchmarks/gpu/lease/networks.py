@@ -22,6 +22,7 @@ from latentrt.runtime.signature import shape_of
 LANES = {DENOISER: 2, DECODER: 1}  # of one guided picture
 Arrays = dict[str, NDArray[Any]]
 CALLS = 3  # that a profile is the mean of
+RANKS = (0, 16, 64)  # of LoRAs
 NAME = 160  # letters of a kernel's name that are kept
 
 
@@ -75,6 +76,21 @@ class VariantSide(EngineSide):
         for part in parts:
             known |= call(self.engine.model.networks[part], known)
         return known
+
+
+class LoraSide(EngineSide):
+    """The UNet of one guided picture by ONNX Runtime, plain and with LoRAs of each lane."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config, "ort")
+
+    def measure(self) -> dict[str, list[float]]:
+        """Return milliseconds of a call by the rank that all lanes have; 0 is the plain graph."""
+        found = {}
+        for rank in RANKS:
+            self.open(1, **({"adapters": {}, "adapter_rank": rank} if rank else {}))
+            found[str(rank)] = self._time(self.engine.spec.denoiser, LANES[DENOISER])
+        return found
 
 
 class Reference:

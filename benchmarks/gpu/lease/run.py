@@ -13,8 +13,8 @@ from typing import Any
 
 from benchmarks.gpu.child import Deadline, Meter, NotMeasuredError, reason
 from benchmarks.gpu.config import Config
-from benchmarks.gpu.lease.bundles import add_plain
-from benchmarks.gpu.lease.jobs import DRIFT, PICTURES, PROFILE, VARIANT, Job, jobs_of
+from benchmarks.gpu.lease.bundles import add_graphs
+from benchmarks.gpu.lease.jobs import DRIFT, LORAS, PICTURES, PROFILE, VARIANT, Job, jobs_of
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.run import (
     FAILURES,
@@ -158,7 +158,7 @@ class Preset:
             _unpack(config.preset, packed / config.preset, deadline)
         self.config = with_bundle(config, deadline)
         assert self.config.bundle is not None
-        add_plain(self.config.bundle)
+        add_graphs(self.config.bundle)
         hardware = self.config.open_hardware()
         self.results = Results.open(folder, self.config)
         self.results.keeps_figures = True
@@ -226,6 +226,8 @@ class Preset:
             self._variant(replace(config, variant=job.what, repeats=3, calls=20), deadline)
         elif job.kind == PICTURES:
             self._pictures(replace(config, batches=(job.count,), repeats=3), job, deadline)
+        elif job.kind == LORAS:
+            self._loras(replace(config, repeats=3, calls=20), deadline)
         elif job.kind == DRIFT:
             self._drift(replace(config, drift=(job.count,), sides=("diffusers", "ort")), job.count, deadline)
 
@@ -245,6 +247,12 @@ class Preset:
         self.results.put_in("variants", config.variant, found)
         if "missing" in found:
             raise NotMeasuredError(found["missing"])
+
+    def _loras(self, config: Config, deadline: Deadline) -> None:
+        with started(f"{NETWORKS}:LoraSide", config) as child:
+            found = child.ask(deadline.left(config.limit), "measure")
+        for rank, times in found.items():
+            self.results.put_in("loras", rank, {"unet_ms": times})
 
     def _pictures(self, config: Config, job: Job, deadline: Deadline) -> None:
         runner = Runner(job.what, config, self._meter, deadline)

@@ -75,6 +75,16 @@ def _profile(title: str, kernels: Mapping[str, Sequence[float]]) -> str:
     return f"{head}\n\n{table(('kernel', 'calls', 'ms', 'share'), rows)}"
 
 
+def loras(data: Mapping[str, Any]) -> str:
+    """Return the table of LoRAs of each lane; empty where none was measured."""
+    found = {int(rank): Spread.of(record["unet_ms"]) for rank, record in data.get("loras", {}).items()}
+    if 0 not in found:
+        return ""
+    ratios = {rank: number(each.median / found[0].median) for rank, each in found.items()}
+    rows = [(str(rank or "plain graph"), spread(found[rank]), ratios[rank]) for rank in sorted(found)]
+    return table(("rank", "UNet, ms", "of the plain graph"), rows)
+
+
 def jobs(data: Mapping[str, Any]) -> str:
     """Return how the jobs of the leases ended; empty where there was none."""
     states = data.get("jobs", {})

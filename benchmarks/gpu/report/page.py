@@ -99,6 +99,7 @@ def _preset(data: Mapping[str, Any]) -> str:
         "### Variants of ONNX Runtime's graphs and options",
         lease.variants(data),
         *_part("### Where the time of a UNet call goes", lease.profiles(data, goals(data))),
+        *_part("### LoRAs of each lane, one guided picture", lease.loras(data)),
         "### Before the first picture",
         table(PREPARING, _preparing(data)) if _preparing(data) else f"{NOT_MEASURED}\n",
         "### Drift",

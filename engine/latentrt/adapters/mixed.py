@@ -26,7 +26,7 @@ from latentrt.bundle.spec import LORA, TEXT_ENCODER
 from latentrt.errors import AdapterError
 
 Float32 = NDArray[np.float32]
-Arrays = Mapping[str, Float32]
+Arrays = Mapping[str, NDArray[Any]]
 RANK, MOST_BYTES = 64, 2**30
 DOWN, UP = ".down", ".up"
 MERGE = "merge it: Engine.load(lora=FILE), or latentrt export BUNDLE MERGED --lora FILE"
@@ -71,13 +71,16 @@ class Mixed:
         bundle: of the model, whose networks take LoRAs.
         rank: the largest that the LoRAs of one picture may have together, in any module.
         most_bytes: of LoRAs and of inputs made of them that are kept for later pictures; those used longest ago go.
+        half: whether the networks read inputs in half precision.
     """
 
-    def __init__(self, library: Library, bundle: Bundle, *, rank: int = RANK, most_bytes: int = MOST_BYTES) -> None:
+    def __init__(
+        self, library: Library, bundle: Bundle, *, rank: int = RANK, most_bytes: int = MOST_BYTES, half: bool = False
+    ) -> None:
         self.library, self.rank, self._bundle = library, rank, bundle
         self._adapters = Kept[File, Adapter](most_bytes // 2, lambda adapter: adapter.bytes)
         self._inputs = Kept[tuple[str, tuple[Asked, ...]], Arrays](most_bytes // 2, _bytes)
-        self._zeros: dict[tuple[int, ...], Float32] = {}
+        self._zero = np.zeros((), np.float16 if half else np.float32)
 
     def asked(self, strengths: Mapping[str, tuple[float, float]]) -> tuple[Asked, ...]:
         """Return LoRAs by name with their strengths of the UNet and of the text encoders, in this order.
@@ -89,6 +92,8 @@ class Mixed:
 
     def inputs(self, network: str, asked: Sequence[Asked]) -> Arrays:
         """Return a network's inputs for one lane; the same arrays for the same LoRAs, as long as they are kept.
+
+        Those of modules that no LoRA changes are one zero, repeated (strides of 0): they take no memory.
 
         Args:
             network: its name in the bundle.
@@ -128,21 +133,44 @@ class Mixed:
             }
         return found
 
+    @property
+    def lane_bytes(self) -> int:
+        """The most bytes that a lane's LoRAs take: inputs of all networks, and the denoiser's once more in a call."""
+        sizes = {name: sum(map(sum, own.values())) for name, own in self._modules.items()}
+        numbers = sum(sizes.values()) + sizes[self._bundle.spec.denoiser]
+        return numbers * self.rank * np.dtype(np.float32).itemsize
+
     def _made(self, network: str, home: str, asked: Sequence[Asked]) -> Arrays:
         own = [(self._adapter(one).products.get(home, {}), np.float32(one.strength(home))) for one in asked]
-        made: dict[str, Float32] = {}
+        made: dict[str, NDArray[Any]] = {}
         for module, (wide, out) in self._modules[network].items():
             products = [(*each[module], strength) for each, strength in own if module in each]
-            down, up = self._nothing((wide, self.rank)), self._nothing((self.rank, out))
+            down, up = (np.broadcast_to(self._zero, shape) for shape in ((wide, self.rank), (self.rank, out)))
             if products:
                 self._check_rank(asked, module, sum(len(down) for down, _, _ in products))
-                down, up = down.copy(), up.copy()
-            at = 0
-            for a, b, strength in products:
-                down[:, at : at + len(a)], up[at : at + len(a)] = a.T, (strength * b).T
-                at += len(a)
+                down, up = self._side_by_side(down, up, products)
+                self._check_finite(asked, module, down, up)
             made |= {f"{LORA}{module}{DOWN}": down, f"{LORA}{module}{UP}": up}
         return made
+
+    @staticmethod
+    def _side_by_side(
+        down: NDArray[Any], up: NDArray[Any], products: Sequence[tuple[Float32, Float32, np.float32]]
+    ) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Return copies of zeros (in, rank) and (rank, out) with products in them, one after the other."""
+        down, up, at = down.copy(), up.copy(), 0
+        with np.errstate(over="ignore"):  # which is checked
+            for a, b, strength in products:
+                own = slice(at, at + len(a))
+                down[:, own], up[own] = balanced(a.T, (strength * b).T)
+                at += len(a)
+        return down, up
+
+    @staticmethod
+    def _check_finite(asked: Sequence[Asked], module: str, *arrays: NDArray[Any]) -> None:
+        if not all(np.isfinite(array).all() for array in arrays):
+            names, dtype = ", ".join(one.name for one in asked), arrays[0].dtype
+            raise AdapterError(f"{names}: numbers in {module} are too large for {dtype}", needed="smaller strengths")
 
     def _check_rank(self, asked: Sequence[Asked], module: str, rank: int) -> None:
         if rank > self.rank:
@@ -150,9 +178,6 @@ class Mixed:
             found = f"{names} {'have' if len(asked) > 1 else 'has'} rank {rank} in {module}"
             fix = f"load the engine with adapter_rank={rank} (--lora-rank {rank})"
             raise AdapterError(found, needed=f"at most {self.rank} for the LoRAs of a picture together", fix=fix)
-
-    def _nothing(self, shape: tuple[int, ...]) -> Float32:
-        return self._zeros.setdefault(shape, np.zeros(shape, np.float32))
 
     def _adapter(self, one: Asked) -> Adapter:
         return self._adapters(one.file, lambda: self._read(one))
@@ -194,5 +219,18 @@ def _up_of(name: str) -> str:
     return name.removesuffix(DOWN) + UP
 
 
+def balanced(down: Float32, up: Float32) -> tuple[Float32, Float32]:
+    """Return a product's factors (in, rank) and (rank, out) with numbers of like size in both, for half precision.
+
+    Trained ones may be a thousand times apart, and with a small alpha the smaller ones would be less than float16's
+    smallest normal number. For each of the rank one factor is multiplied and the other divided by a power of two, so
+    that the product stays to the bit in float32.
+    """
+    largest = [np.abs(factor).max(axis) for factor, axis in ((down, 0), (up, 1))]
+    a, b = (np.frexp(numbers)[1] for numbers in largest)
+    shift = np.where((largest[0] > 0) & (largest[1] > 0), (a - b) // 2, 0)
+    return np.ldexp(down, -shift), np.ldexp(up, shift[:, None])
+
+
 def _bytes(arrays: Arrays) -> int:
-    return sum(array.nbytes for array in arrays.values())
+    return sum(array.nbytes for array in arrays.values() if any(array.strides))

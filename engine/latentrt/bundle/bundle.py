@@ -116,8 +116,10 @@ class Bundle:
             if path not in listed:
                 raise _unlisted(path)
         for path in sorted(set(self.root.rglob("*")) - listed):
+            if path.is_dir():
+                continue
             named = any(path.name.encode() in graph.read_bytes() for graph in graphs if graph.is_file())
-            if not path.is_dir() and (path.parent in whole or named):
+            if path.parent in whole or named:
                 raise _unlisted(path)
 
     def _check_sizes(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from latentrt.bundle.golden import Golden
 from latentrt.bundle.manifest1 import upgraded
 from latentrt.bundle.spec import (
     ADD_ONS,
@@ -18,13 +19,13 @@ from latentrt.bundle.spec import (
     ENCODER,
     FP32,
     HINT,
+    IP_ADAPTER,
     KINDS,
     ROLES,
     SHALLOW,
     TEXT_ENCODER,
     Correction,
     Defaults,
-    Golden,
     Islands,
     LatentSpec,
     ModelSpec,
@@ -125,13 +126,14 @@ def check(spec: ModelSpec) -> None:
 
 
 def _check_kind(spec: ModelSpec) -> None:
-    """Check that it is a model with one denoiser and its schedule, a VAE alone, or a ControlNet or T2I-Adapter."""
+    """Check that it is a model with one denoiser and its schedule, a VAE alone, or what is added to a model."""
     _need(spec.kind in KINDS, "kind", spec.kind, f"one of {', '.join(KINDS)}")
     roles = {network.role for network in spec.networks.values()}
     if spec.kind in ADD_ONS:
-        one = len(spec.named(HINT)) == len(spec.named(CONTROL)) == 1
-        needed = f"one each with the roles {HINT!r} and {CONTROL!r}, and {CONDITIONER!r} at most"
-        _need(one and roles <= {HINT, CONTROL, CONDITIONER}, "networks", list(spec.networks), needed)
+        acts, more = (CONDITIONER, set[str]()) if spec.kind == IP_ADAPTER else (CONTROL, {CONDITIONER})
+        one = len(spec.named(HINT)) == len(spec.named(acts)) == 1
+        needed = f"one each with the roles {HINT!r} and {acts!r}, and {' or '.join(more) or 'none'} at most"
+        _need(one and roles <= {HINT, acts, *more}, "networks", list(spec.networks), needed)
         _need(spec.schedule is None, "schedule", spec.schedule, "null: there is no denoiser")
         return
     _need(not roles & {HINT, CONTROL}, "networks", list(spec.networks), "those of a model")

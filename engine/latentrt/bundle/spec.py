@@ -8,13 +8,16 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from typing import Any, NamedTuple
 
+from latentrt.bundle.golden import Golden
 from latentrt.errors import BundleError, RequestError
 
 ROLES = ("text_encoder", "conditioner", "denoiser", "shallow", "decoder", "encoder", "hint", "control")
 TEXT_ENCODER, CONDITIONER, DENOISER, SHALLOW, DECODER, ENCODER, HINT, CONTROL = ROLES
-KINDS = ("model", "controlnet", "t2i_adapter")  # of bundles; that of a VAE alone is a part of a model
-MODEL, CONTROLNET, T2I_ADAPTER = KINDS
-ADD_ONS = {CONTROLNET: "ControlNet", T2I_ADAPTER: "T2I-Adapter"}  # as people name them
+KINDS = ("model", "controlnet", "controlnet_union", "t2i_adapter", "ip_adapter")  # of bundles; a VAE alone is a "model"
+MODEL, CONTROLNET, CONTROLNET_UNION, T2I_ADAPTER, IP_ADAPTER = KINDS
+CONTROLNETS = (CONTROLNET, CONTROLNET_UNION)
+_NAMES = ("ControlNet", "ControlNet Union", "T2I-Adapter", "IP-Adapter")  # as people have them
+ADD_ONS = dict(zip(KINDS[1:], _NAMES, strict=True))
 FP32, FP32_ORT_CPU = "fp32", "fp32-ort-cpu"  # variants that export writes; all but the first are optional
 FP16, FP16_ORT_CUDA = "fp16", "fp16-ort-cuda"
 ADAPTED = "+lora"  # ends the names of variants that take LoRAs of each lane too
@@ -23,6 +26,9 @@ CONTROLLED = "+control"  # ends the names of the denoiser's variants that read r
 FEATURED = "+adapter"  # and of those that read features of T2I-Adapters as well
 RESIDUAL = "residual_"  # begins the names of these: residual_0, residual_1, ..., residual_mid
 ADAPTER = "adapter_"  # and of a T2I-Adapter's: adapter_0, adapter_1, ...
+PROMPTED = "+ip_adapter"  # and of those that read keys and values of image prompts, of each of the above too
+IMAGE_KEYS, IMAGE_VALUES = "image_keys.", "image_values."  # begin the names of these: image_keys.PLACE
+TAKEN = {ADAPTED: (LORA,), PROMPTED: (IMAGE_KEYS, IMAGE_VALUES)}
 INT8, INT8_ORT_CPU = "int8", "int8-ort-cpu"  # a precision, and the graph that a denoiser has for it
 
 
@@ -107,9 +113,8 @@ class NetworkSpec:
     Attributes:
         role: one of ROLES.
         inputs, outputs: the signature of its float32 graph.
-        variants: graphs by name: "fp32", "fp32-ort-cpu", "fp16", "fp16-ort-cuda", "int8-ort-cpu". A runtime says which
-            it runs. They may be there again with "+lora" or, a denoiser's, "+control" and "+adapter": see `adapted`,
-            `controlled`.
+        variants: graphs by name: "fp32", "fp32-ort-cpu", "fp16", ... A runtime says which it runs. They may be there
+            again with "+lora" or, a denoiser's, "+control", "+adapter", "+ip_adapter": see `adapted`, `controlled`.
         tokenizer: the folder of a text encoder's tokenizer.
     """
 
@@ -128,14 +133,14 @@ class NetworkSpec:
         )
         return GraphSpec(variant.path, variant.opset, variant.nodes, inputs, outputs)
 
-    def adapted(self) -> NetworkSpec:
-        """Return the network whose graphs take LoRAs of each lane as well; itself where it has no such graphs."""
-        ends = {name: one for name, one in self.variants.items() if name.endswith(ADAPTED)}
+    def adapted(self, ending: str = ADAPTED) -> NetworkSpec:
+        """Return the network of the variants with an ending of TAKEN; itself where it has none."""
+        ends = {name: one for name, one in self.variants.items() if name.endswith(ending)}
         if not ends:
             return self
-        taken = tuple(tensor for tensor in next(iter(ends.values())).inputs if tensor.name.startswith(LORA))
+        taken = tuple(tensor for tensor in next(iter(ends.values())).inputs if tensor.name.startswith(TAKEN[ending]))
         variants = {
-            name.removesuffix(ADAPTED): replace(one, inputs=tuple(t for t in one.inputs if t not in taken))
+            name.removesuffix(ending): replace(one, inputs=tuple(t for t in one.inputs if t not in taken))
             for name, one in ends.items()
         }
         return replace(self, inputs=(*self.inputs, *taken), variants=variants)
@@ -232,21 +237,6 @@ class Correction:
 
 
 @dataclass(frozen=True, slots=True)
-class Golden:
-    """A run whose latents are known: the cheapest test that a bundle still gives the results it gave when exported."""
-
-    prompt: str
-    negative_prompt: str
-    solver: str
-    steps: int
-    seed: int
-    guidance: float
-    mean: float
-    std: float
-    first: tuple[float, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class ModelSpec:
     """Everything the engine needs to know about a model before it loads a weight.
 
@@ -268,7 +258,7 @@ class ModelSpec:
         corrections: settings that are not used as the bundle's files have them.
         made: how the bundle was made.
         golden: runs whose latents are known.
-        kind: "model", or what is added to one: "controlnet", "t2i_adapter".
+        kind: one of KINDS: a model, or what is added to one.
         conditional_only: whether a ControlNet acts on the lane with the prompt alone, as diffusers runs those that pool
             their residuals.
     """
@@ -318,9 +308,10 @@ class ModelSpec:
             BundleError: there is none.
         """
         if not self.draws:
-            name, options = ADD_ONS.get(self.kind, "VAE"), "--vae, --preview-vae"
-            fix = f"pass it beside one: {'--controlnet' if self.kind in ADD_ONS else options}"
-            raise BundleError(f"{self.id} has no denoiser: it is a {name}", needed="a model", fix=fix)
+            name = ADD_ONS.get(self.kind, "VAE")
+            option = {MODEL: "--vae, --preview-vae", IP_ADAPTER: "--ip-adapter-model"}.get(self.kind, "--controlnet")
+            found = f"{self.id} has no denoiser: it is {'an' if self.kind == IP_ADAPTER else 'a'} {name}"
+            raise BundleError(found, needed="a model", fix=f"pass it beside one: {option}")
         return self.named(DENOISER)[0]
 
     def graph(self, network: str, *variants: str) -> GraphSpec:

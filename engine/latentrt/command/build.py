@@ -21,6 +21,18 @@ FOLDER = click.Path(path_type=Path)
 @click.option("--size", help="WIDTHxHEIGHT, or least:best:most of them  [default: the model's own]")
 @click.option("--tokens", help="Tokens of a text, as 77, or 77:77:231 for up to three chunks  [default: one chunk]")
 @click.option(
+    "--controlnet",
+    "controlnets",
+    multiple=True,
+    metavar="NAME=BUNDLE",
+    help="ControlNet or T2I-Adapter to build for as well, with the UNet that reads what it gives; repeatable.",
+)
+@click.option(
+    "--lora-rank",
+    metavar="RANK",
+    help="Build the networks that take LoRAs of each request, of so many ranks together: the engine's --lora-rank.",
+)
+@click.option(
     "--profile",
     "profiles",
     multiple=True,

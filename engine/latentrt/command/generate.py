@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from latentrt.bundle.bundle import EMBEDDED, embedded
-from latentrt.command.controls import controls_of
+from latentrt.command.controls import controls_of, image_prompts_of
 from latentrt.command.options import (
     ADAPTERS,
     AT_LEAST_ONE,
@@ -26,6 +26,7 @@ from latentrt.command.options import (
     option_json,
     runs_in_stages,
     runs_networks,
+    shows_pictures,
     takes_loras,
 )
 from latentrt.command.terminal import progress
@@ -117,6 +118,7 @@ SETTINGS = (
 )
 @edits_pictures
 @controls_pictures
+@shows_pictures
 @names_loras
 @runs_in_stages
 @takes_loras
@@ -132,6 +134,7 @@ def generate(prompts: tuple[str, ...], bundle: Path, lanes: int | None, as_json:
 
     loading = {name: asked.pop(name) for name in (*LOADING, *VAES, *LORAS, "refiner")}
     loading["control"] = controlnets_of(asked["controlnet"])
+    loading["ip_adapter"] = controlnets_of(asked["ip_adapter_model"], "--ip-adapter-model")
     own, loading_loras = loras_of_options(*(asked.pop(name) for name in ADAPTERS))
     loading |= loading_loras
     if loading["refiner"] is not None and asked["handoff"] is None:
@@ -192,6 +195,7 @@ def settings_of(asked: Mapping[str, Any]) -> dict[str, Any]:
     if asked["guess"] and not asked["control"]:
         raise RequestError("--guess without a --control", needed="one or more")
     own["control"] = controls_of(asked["control"], guess=asked["guess"])
+    own["ip_adapter"] = image_prompts_of(asked["ip_adapter"])
     return own | options_of(asked["option"])
 
 

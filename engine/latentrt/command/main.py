@@ -101,6 +101,9 @@ def solvers(as_json: bool) -> None:
 @click.option("--variant", help="Weights variant, such as fp16; networks without it have their plain weights.")
 @options_single
 @click.option("--adapters", is_flag=True, help="Write graphs that take LoRAs with each request, too (docs/lora.md).")
+@click.option(
+    "--image-encoder", type=FOLDER, help="Folder of an IP-Adapter's image encoder  [default: image_encoder beside it]"
+)
 @click.option("--int8", is_flag=True, help="Also write the UNet with 8-bit numbers, for --precision int8 on a CPU.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing bundle.")
 @option_json
@@ -141,20 +144,26 @@ def export(
     "--against",
     help="Checkpoint (a folder, a single file or a hub id)  [default: BUNDLE itself, opened by diffusers]",
 )
+@click.option(
+    "--base", type=FOLDER, help="Model's bundle, where BUNDLE is a ControlNet, a T2I-Adapter, or a LoRA: FILE:0.8."
+)
 @options_single
 @click.option(
     "--steps", type=AT_LEAST_ONE, default=20, show_default=True, help="Solver steps of the step and image depths."
 )
 @option_json
-def verify(bundle: Path, against: str | None, steps: int, as_json: bool, **choices: Any) -> None:
+def verify(bundle: Path, against: str | None, base: Path | None, steps: int, as_json: bool, **choices: Any) -> None:
     """Measure a bundle against diffusers; exit code 1 beyond a bound.
+
+    A ControlNet, T2I-Adapter or LoRA is measured with the model of --base.
 
     Needs the extra `export`.
     """
     from latentrt_export.checkpoint.single.choices import Choices
     from latentrt_export.cli import run_verify
 
-    sys.exit(run_verify(bundle, against or str(bundle), steps=steps, choices=Choices(**choices), as_json=as_json))
+    chosen = Choices(**choices)
+    sys.exit(run_verify(bundle, against, base=base, steps=steps, choices=chosen, as_json=as_json))
 
 
 @latentrt.command()

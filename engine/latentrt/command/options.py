@@ -79,6 +79,23 @@ def decodes_pictures(verb: Verb) -> Verb:
     return verb
 
 
+def shows_pictures(verb: Verb) -> Verb:
+    """Add the options of IP-Adapters."""
+    for option in (
+        click.option(
+            "--ip-adapter",
+            multiple=True,
+            metavar="NAME=PICTURE[:SCALE]",
+            help="Picture that an --ip-adapter-model shows the model, and how strongly; repeatable.",
+        ),
+        click.option(
+            "--ip-adapter-model", multiple=True, metavar="NAME=BUNDLE", help="IP-Adapter, by a name; repeatable."
+        ),
+    ):
+        verb = option(verb)
+    return verb
+
+
 ADAPTERS = ("lora_rank", "lora_dir", "lora_name")  # options of `names_loras`
 
 
@@ -110,8 +127,9 @@ def controls_pictures(verb: Verb) -> Verb:
         click.option(
             "--control",
             multiple=True,
-            metavar="NAME=PICTURE[:SCALE[:START:END]]",
-            help="Picture that a --controlnet follows, how strongly, and in which part of the run; repeatable.",
+            metavar="NAME[@TYPE]=PICTURE[:SCALE[:START:END]]",
+            help="Picture that a --controlnet follows, how strongly, and in which part of the run; repeatable. TYPE is "
+            "of a ControlNet Union: union@canny, or its number.",
         ),
         click.option(
             "--controlnet",

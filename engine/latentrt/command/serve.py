@@ -11,7 +11,7 @@ from typing import Any, get_args, get_origin
 
 import click
 
-from latentrt.errors import MissingDependencyError
+from latentrt.errors import MissingDependencyError, RequestError
 
 # Read when Ray is imported: no usage reports to its makers, no line of the log left out as a duplicate, and proxies
 # that answer as the server does.
@@ -24,7 +24,7 @@ RAY = {
 
 
 class ServeCommand(click.Command):
-    """Options come from the settings, under their headings. Keys are no options: others can read a command line."""
+    """Options come from the settings, under their headings. Secrets are no options: others can read a command line."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """Return the verb's own options, then one for each setting."""
@@ -40,20 +40,42 @@ class ServeCommand(click.Command):
 
 
 @click.command(cls=ServeCommand)
+@click.argument("bundles", nargs=-1, metavar="[BUNDLE | NAME=BUNDLE...]")
 @click.option("--config", type=click.Path(path_type=Path), help="TOML file with settings, as max_steps = 50.")
 @click.option("--print-config", is_flag=True, help="Print the settings that hold, as JSON, and serve nothing.")
-def serve(config: Path | None, print_config: bool, **flags: Any) -> None:
+def serve(bundles: tuple[str, ...], config: Path | None, print_config: bool, **flags: Any) -> None:
     """Serve a bundle: a page at /, the OpenAI Images API, and /sdapi/v1.
 
+    Several bundles have names, by which requests choose: photo=FOLDER emoji=emoji. The first is the default.
+
     Flags have precedence over LATENTRT_* variables (LATENTRT_MAX_STEPS=50), those over a TOML file. Keys come
-    from LATENTRT_KEYS (with commas between them), the TOML file or --keys-file. Needs the extra `serve`.
+    from LATENTRT_KEYS (with commas between them), the TOML file or --keys-file; the secret that signs webhooks
+    from LATENTRT_WEBHOOK_SECRET or the TOML file. Needs the extra `serve`.
     """
     load_settings = _config().load_settings
-    settings = load_settings({name: value for name, value in flags.items() if value not in (None, ())}, config)
+    given = {name: value for name, value in flags.items() if value not in (None, ())}
+    settings = load_settings({**given, **_bundles(bundles, given)}, config)
     if print_config:
         print(json.dumps(settings.model_dump(mode="json"), indent=2))
         return
     sys.exit(_server(settings.ray)(settings))
+
+
+def _bundles(typed: tuple[str, ...], flags: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that the command's own words stand for.
+
+    Raises:
+        RequestError: there are several bundles without names, or --bundle too.
+    """
+    if typed and "bundle" in flags:
+        raise RequestError(f"there are {typed[0]} and --bundle", needed="one of them")
+    if len(typed) == 1 and "=" not in typed[0]:
+        return {"bundle": typed[0]}
+    for text in typed:
+        if "=" not in text:
+            fix = f"give it a name, as {Path(text).name}={text}"
+            raise RequestError(f"there are {len(typed)} bundles, and {text} has no name", "NAME=BUNDLE", fix)
+    return {"models": list(typed)} if typed else {}
 
 
 def _server(by_ray: bool) -> Any:
@@ -85,7 +107,7 @@ def _options() -> dict[str, list[click.Parameter]]:
     """Return an option for each setting, by section. Their values are text: the settings check them."""
     sections: dict[str, list[click.Parameter]] = {}
     for name, field in _config().Settings.model_fields.items():
-        if name == "keys":
+        if name in (*_config().SECRET, "models"):
             continue
         flag = f"--{name.replace('_', '-')}"
         boolean = field.annotation is bool

@@ -169,9 +169,14 @@ def _is_ready(image: Any) -> TypeGuard[NDArray[np.floating[Any]]]:
     return isinstance(image, np.ndarray) and image.dtype.kind == "f" and image.ndim == 3 and image.shape[2] == 3
 
 
-def _hint(image: Any) -> Image:
+def in_rgb(image: Any, name: str) -> Image:
+    """Return a picture that may be grey in RGB, on white; `name` is for errors. Raise RequestError for other kinds."""
     grey = isinstance(image, np.ndarray) and image.ndim == 2
-    return _opaque(_picture(np.stack([image] * 3, axis=-1) if grey else image, "control picture"))
+    return _opaque(_picture(np.stack([image] * 3, axis=-1) if grey else image, name))
+
+
+def _hint(image: Any) -> Image:
+    return in_rgb(image, "control picture")
 
 
 def enlarged_size(width: int, height: int, latents: LatentSpec, times: int) -> tuple[int, int]:

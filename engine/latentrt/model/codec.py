@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Protocol
@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from latentrt.bundle.spec import LatentSpec
+from latentrt.bundle.spec import DECODER, ENCODER, LatentSpec, ModelSpec
 from latentrt.errors import BundleError, NetworkError
 from latentrt.model.tiles import Between, Tiles
 from latentrt.runtime.base import Network, call
@@ -114,6 +114,12 @@ class Identity:
     def decode(self, latents: Float32) -> Float32:
         """Return the pictures."""
         return latents
+
+
+def codec_of(spec: ModelSpec, networks: Mapping[str, Network], tiles: Tiles | None) -> Codec:
+    """Return the codec of a model: its VAE, or the identity for one that draws pixels."""
+    decoder, encoder = (next((networks[name] for name in spec.named(role)), None) for role in (DECODER, ENCODER))
+    return Identity() if decoder is None else Vae(decoder, encoder, spec.latents, tiles)
 
 
 def decode_each(codec: Codec, latents: Iterable[Float32], cores: int) -> Iterator[Float32]:

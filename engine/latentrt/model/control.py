@@ -27,7 +27,8 @@ from latentrt.bundle.spec import (
     CONDITIONER,
     CONTROL,
     CONTROLLED,
-    CONTROLNET,
+    CONTROLNET_UNION,
+    CONTROLNETS,
     FEATURED,
     HINT,
     RESIDUAL,
@@ -36,16 +37,20 @@ from latentrt.bundle.spec import (
     TensorSpec,
 )
 from latentrt.errors import EXPORT, BundleError, RequestError
+from latentrt.guides import Control
 from latentrt.model.hoisted import Hoisted
 from latentrt.model.inputs import Inputs, Sides
 from latentrt.model.predictor import OWN, inputs_of
-from latentrt.request import Control, Request
+from latentrt.request import Request
 from latentrt.runtime.base import Backend, DeviceNetwork, call
 from latentrt.runtime.lazy import LazyNetwork
 from latentrt.values import named
 
 Float32 = NDArray[np.float32]
 SCALE, FACTORS, PICTURE, BEFORE = "scale", "factors", "picture", ".before"
+TYPE = "control_type"  # of a Union: one of so many numbers is 1
+TYPES = ("openpose", "depth", "scribble", "canny", "normal", "segment", "tile", "repaint")  # of those for SDXL
+ALIKE = {"hed": "scribble", "lineart": "canny", "mlsd": "canny"}  # maps of the same type
 NO_CONTROLS: Mapping[str, Bundle] = {}
 KEPT = 4  # embedded hints of each ControlNet
 
@@ -97,6 +102,22 @@ class ControlNet:
         """Of the pictures that it follows."""
         return int(self.spec.networks[self.spec.named(HINT)[0]].inputs[0].shape[1])
 
+    def type_of(self, control: Control) -> int:
+        """Return the number of a control's type, of a ControlNet Union. Raise RequestError."""
+        count, asked = self._types, control.type
+        names = TYPES[:count]
+        number = names.index(name) if (name := ALIKE.get(str(asked), asked)) in names else asked
+        if not isinstance(number, int) or not 0 <= number < count:
+            found = f"the control {self.name!r}, a ControlNet Union, has the type {asked!r}"
+            raise RequestError(found, needed=f"one of {', '.join(names)}, or a number below {count}")
+        return number
+
+    @property
+    def _types(self) -> int:
+        """How many kinds of maps a ControlNet Union reads."""
+        inputs = self.spec.networks[self.spec.named(CONTROL)[0]].inputs
+        return next(int(tensor.shape[1]) for tensor in inputs if tensor.name == TYPE)
+
     def applied(self, control: Control, pixels: Float32, sides: Sides, lanes: int, rows: int) -> Applied:
         """Return the ControlNet or T2I-Adapter on one picture.
 
@@ -116,12 +137,15 @@ class ControlNet:
         pooled = self.spec.conditional_only
         factors = np.logspace(-1, 0, count) if control.guess and not pooled else np.ones(count)
         own = {**self._embedded(pixels, digest), FACTORS: factors.astype(np.float32)}
+        if self.spec.kind == CONTROLNET_UNION:
+            own[TYPE] = np.eye(self._types, dtype=np.float32)[self.type_of(control)]
         told = [
             self._hoisted(Sides.same({name: side[name] for name in self._read})).cond for side in sides.lanes(lanes)
         ]
         conditional = control.guess or pooled
         inputs = [None if conditional and side is not told[-1] else {**side, **own} for side in told]
         facts = {name: getattr(control, name) for name in ("scale", "start", "end", "guess")} | {"image": digest}
+        facts |= {} if control.type is None else {"type": control.type}
         return Applied(self, tuple(inputs), _scales(control, rows), {self.name: facts})
 
     def _check_size(self, size: tuple[int, int]) -> None:
@@ -167,6 +191,11 @@ class ControlNet:
         """The network that rows call, on a GPU."""
         return cast(DeviceNetwork, self._body.open())
 
+    def open(self) -> None:
+        """Load all networks. Raise as `Backend.load`."""
+        for network in self.networks.values():
+            network.open()
+
     def end_of(self, *roles: str) -> None:
         """Drop the networks of roles."""
         for role in roles:
@@ -185,19 +214,21 @@ def _scales(control: Control, rows: int) -> Float32:
     return np.asarray(acts, np.float32) * np.float32(control.scale)
 
 
-def controlnets_of(typed: Iterable[str]) -> dict[str, Path]:
-    """Return bundles by the names that requests have for them, of NAME=BUNDLE. Raise RequestError."""
-    return {name: Path(text) for name, text in named(typed, "--controlnet", "NAME=BUNDLE, as in edges=canny/").items()}
+def controlnets_of(typed: Iterable[str], option: str = "--controlnet") -> dict[str, Path]:
+    """Return bundles by the names that requests have for them, of an option's NAME=BUNDLE. Raise RequestError."""
+    return {name: Path(text) for name, text in named(typed, option, "NAME=BUNDLE, as in edges=canny/").items()}
 
 
 def controlled(bundle: Bundle, add_ons: Iterable[ModelSpec]) -> Bundle:
-    """Return a model's bundle with the denoiser that adds what add-ons give in the place of its own.
+    """Return a model's bundle with the denoiser that adds what add-ons give in the place of its own, if there are any.
 
     Raises:
         BundleError: it has none.
     """
-    spec = bundle.spec
-    adapted = any(one.kind == T2I_ADAPTER for one in add_ons)
+    spec, kinds = bundle.spec, [one.kind for one in add_ons]
+    if not kinds:
+        return bundle
+    adapted = T2I_ADAPTER in kinds
     network = spec.networks[spec.denoiser].controlled(FEATURED if adapted else CONTROLLED)
     if network is None:
         what = "features of T2I-Adapters" if adapted else "residuals of ControlNets"
@@ -206,33 +237,23 @@ def controlled(bundle: Bundle, add_ons: Iterable[ModelSpec]) -> Bundle:
     return replace(bundle, spec=replace(spec, networks={**spec.networks, spec.denoiser: network}))
 
 
-def open_controls(
-    bundles: Mapping[str, Bundle], model: ModelSpec, filled: Mapping[str, TensorSpec], backend: Backend
-) -> tuple[ControlNet, ...]:
-    """Load ControlNets and T2I-Adapters beside a model.
+def open_controls(bundles: Mapping[str, Bundle], model: ModelSpec, backend: Backend) -> tuple[ControlNet, ...]:
+    """Load ControlNets and T2I-Adapters beside a model: on a GPU now, else when a picture needs them.
 
     Args:
         bundles: by the names that requests have for them.
         model: with the denoiser of `controlled`.
-        filled: the inputs that the model's conditioners fill.
         backend: runs the networks.
 
     Raises:
-        RequestError: a bundle is none of these, or of one for other models.
+        RequestError: as of `check_fits`.
+        BackendError, PlanError, DeviceMemoryError: a GPU cannot run one.
     """
-    if bundles and "beside" in filled and filled["beside"].shape[1] == model.latents.channels:
-        found = f"{model.id} edits pictures, and its pictures take three lanes"
-        raise RequestError(found, needed="a model of two lanes for ControlNets")
-    for name, bundle in bundles.items():
-        _check_fits(name, bundle.spec, model, filled)
-    return tuple(ControlNet(name, number, bundles[name], backend) for number, name in enumerate(bundles))
-
-
-def check_device(backend: Backend, bundles: Mapping[str, Bundle]) -> None:
-    """Refuse ControlNets and T2I-Adapters on a GPU, other than by ONNX Runtime. Raise RequestError."""
-    if bundles and backend.gpu is not None and backend.name != "onnxruntime":
-        found = f"ControlNets ({', '.join(bundles)}) with {backend.name}"
-        raise RequestError(found, needed="onnxruntime: there are no plans of theirs yet", fix="backend='onnxruntime'")
+    check_fits(bundles, model)
+    controls = tuple(ControlNet(name, number, bundles[name], backend) for number, name in enumerate(bundles))
+    for one in controls if backend.gpu is not None else ():
+        one.open()
+    return controls
 
 
 def check_request(request: Request, controls: Sequence[ControlNet], model: str) -> None:
@@ -240,10 +261,18 @@ def check_request(request: Request, controls: Sequence[ControlNet], model: str) 
     kinds = {one.name: one.spec.kind for one in controls}
     if unknown := [name for name in request.control if name not in kinds]:
         raise RequestError(
-            f"there is a control {unknown[0]!r}, and {model} is loaded with {', '.join(kinds) or 'no ControlNet'}",
-            needed="a ControlNet of that name",
+            f"there is a control {unknown[0]!r}, and {model} is loaded with {', '.join(kinds) or 'none'}",
+            needed="a ControlNet or T2I-Adapter of that name",
             fix="load it: control={'NAME': folder}, --controlnet NAME=FOLDER",
         )
+    for one in controls:
+        if one.spec.kind == CONTROLNET_UNION and one.name in request.control:
+            one.type_of(request.control[one.name])
+    if typed := [
+        name for name, one in request.control.items() if one.type is not None and kinds[name] != CONTROLNET_UNION
+    ]:
+        found = f"the control {typed[0]!r} has the type {request.control[typed[0]].type!r}"
+        raise RequestError(found, needed="a ControlNet Union: others read one kind", fix="leave type out")
     if guessed := [name for name, one in request.control.items() if one.guess and kinds[name] == T2I_ADAPTER]:
         found = f"guess is set for the T2I-Adapter {guessed[0]!r}"
         raise RequestError(found, needed="a ControlNet: an adapter has no guess mode", fix="leave guess out")
@@ -252,15 +281,32 @@ def check_request(request: Request, controls: Sequence[ControlNet], model: str) 
         raise RequestError(found, needed="one of them: shallow rows read no residuals", fix="leave cache_interval out")
 
 
+def check_fits(bundles: Mapping[str, Bundle], model: ModelSpec) -> None:
+    """Refuse bundles, by the names that requests have for them, that are no add-ons, or are for other models.
+
+    Args:
+        model: with the denoiser of `controlled`.
+
+    Raises:
+        RequestError: one does not fit, or the model takes none.
+    """
+    filled = inputs_of([model.networks[name] for name in (*model.named(CONDITIONER), model.denoiser)])
+    if bundles and "beside" in filled and filled["beside"].shape[1] == model.latents.channels:
+        found = f"{model.id} edits pictures, and its pictures take three lanes"
+        raise RequestError(found, needed="a model of two lanes for ControlNets and T2I-Adapters")
+    for name, bundle in bundles.items():
+        _check_fits(name, bundle.spec, model, filled)
+
+
 def _check_fits(name: str, own: ModelSpec, model: ModelSpec, filled: Mapping[str, TensorSpec]) -> None:
     """Refuse a bundle that is no add-on, or whose latents, inputs or residuals are others than the model's."""
-    if own.kind not in ADD_ONS:
+    if own.kind not in (*CONTROLNETS, T2I_ADAPTER):
         raise RequestError(
             f"{own.id}, loaded as the control {name!r}, is none",
             needed="the bundle of a ControlNet or T2I-Adapter",
             fix="export one: latentrt export CONTROLNET BUNDLE",
         )
-    prefix = RESIDUAL if own.kind == CONTROLNET else ADAPTER
+    prefix = RESIDUAL if own.kind in CONTROLNETS else ADAPTER
     body, denoiser = own.networks[own.named(CONTROL)[0]], model.networks[model.denoiser]
     gives, reads = (
         {tensor.name: tensor.shape for tensor in tensors if tensor.name.startswith(prefix)}
@@ -271,9 +317,9 @@ def _check_fits(name: str, own: ModelSpec, model: ModelSpec, filled: Mapping[str
     expected = {*hints, SCALE, FACTORS, *(f"{key}{BEFORE}" for key in gives)}
     latents, needed = own.latents, model.latents
     pairs: list[tuple[str, Any, Any]] = [("latents of the factor", latents.factor, needed.factor)]
-    if own.kind == CONTROLNET:
+    if own.kind in CONTROLNETS:
         pairs += [("latents of so many channels:", latents.channels, needed.channels), ("hints", hints, [HINT])]
-        expected |= {*OWN}
+        expected |= {*OWN, *([TYPE] if own.kind == CONTROLNET_UNION else [])}
     pairs += [
         (f"the input {key}", one.shape, filled[key].shape if key in filled else None) for key, one in _read(own).items()
     ]
@@ -282,7 +328,7 @@ def _check_fits(name: str, own: ModelSpec, model: ModelSpec, filled: Mapping[str
         ("inputs without", sorted(expected - inputs), []),
     ]
     # A T2I-Adapter may give less than a UNet has places for, as in diffusers.
-    both = gives | reads if own.kind == CONTROLNET else gives
+    both = gives | reads if own.kind in CONTROLNETS else gives
     pairs += [(f"residuals ({len(gives)} and {len(reads)}): {key}", gives.get(key), reads.get(key)) for key in both]
     for what, found, wanted in pairs:
         if found != wanted:
@@ -295,6 +341,6 @@ def _check_fits(name: str, own: ModelSpec, model: ModelSpec, filled: Mapping[str
 
 def _read(spec: ModelSpec) -> dict[str, TensorSpec]:
     """Return what an add-on reads of what a model's conditioners fill."""
-    own = {*OWN, SCALE, FACTORS, *(tensor.name for tensor in spec.networks[spec.named(HINT)[0]].outputs)}
+    own = {*OWN, SCALE, FACTORS, TYPE, *(tensor.name for tensor in spec.networks[spec.named(HINT)[0]].outputs)}
     read = inputs_of([spec.networks[name] for name in (*spec.named(CONDITIONER), *spec.named(CONTROL))])
     return {name: one for name, one in read.items() if name not in own and not name.endswith(BEFORE)}

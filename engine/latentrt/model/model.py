@@ -12,18 +12,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentrt.bundle.bundle import Bundle
-from latentrt.bundle.spec import CONDITIONER, DECODER, DENOISER, ENCODER, ROLES, SHALLOW
+from latentrt.bundle.spec import CONDITIONER, CONTROL, DECODER, DENOISER, ENCODER, ROLES, SHALLOW
 from latentrt.errors import RequestError
 from latentrt.images.depth_map import depth_of
 from latentrt.images.given import inpainted, prepared, prepared_hint, prepared_low
 from latentrt.model import settings
 from latentrt.model.chained import Chained, Chains
-from latentrt.model.codec import Codec, Identity, Vae
-from latentrt.model.conditioners.adapters import Adapters, adapted, with_adapters
+from latentrt.model.codec import Codec, Vae, codec_of
+from latentrt.model.conditioners.adapters import Adapters, adapted, check_ranks, with_adapters
 from latentrt.model.conditioners.beside import Repainted
 from latentrt.model.conditioners.guidance_embedding import GuidanceEmbedding
+from latentrt.model.conditioners.ip_adapter import NO_IP_ADAPTERS, IpAdapter, looking, open_ip_adapters, prompted
 from latentrt.model.conditioners.registry import Parts, conditioners_of
-from latentrt.model.control import NO_CONTROLS, Applied, check_device, controlled, open_controls
+from latentrt.model.control import NO_CONTROLS, Applied, ControlNet, controlled, open_controls
 from latentrt.model.given import Given, check_resize, check_uses
 from latentrt.model.hoisted import Hoisted
 from latentrt.model.inputs import Sides
@@ -55,18 +56,18 @@ class Model:
         tiles: how larger latents are cut for the codec; None: they are not.
         predictor, hoisted: the networks that a row calls, and those that compute some of their inputs once a picture.
         conditioners: fill their inputs and the predictor's others.
-        adapters, controls: the LoRAs that requests may have, and its ControlNets.
+        adapters, controls, ip_adapters: what requests may have: LoRAs, ControlNets, IP-Adapters.
 
     Args:
         bundle: opened.
         backend: runs the networks.
         resident: keep networks loaded; False drops each after use (`end_of`).
         vae: another VAE, a decoder of previews, tiles.
-        adapters, controls: LoRAs, and ControlNets by name, that requests may have.
+        adapters, controls, ip_adapters: LoRAs, and ControlNets and IP-Adapters by name, that requests may have.
 
     Raises:
         BundleError: the bundle has no denoiser, or no conditioner fills one of its inputs.
-        RequestError, BackendError: a VAE, tiles, a ControlNet or LoRAs do not fit the model, or the backend.
+        RequestError, BackendError: a VAE, tiles, or one of these do not fit the model, or the backend.
     """
 
     def __init__(
@@ -78,32 +79,38 @@ class Model:
         vae: VaeOptions = OWN,
         adapters: Adapters | None = None,
         controls: Mapping[str, Bundle] = NO_CONTROLS,
+        ip_adapters: Mapping[str, Bundle] = NO_IP_ADAPTERS,
     ) -> None:
-        check_device(backend, controls)
         bundle, self.adapters = with_adapters(bundle, adapters, backend)
-        bundle = controlled(bundle, [one.spec for one in controls.values()]) if controls else bundle
+        bundle = controlled(prompted(bundle, backend, ip_adapters), [one.spec for one in controls.values()])
         denoiser, schedule = bundle.spec.denoiser, str(bundle.spec.schedule)
         self.spec, self.resident, self._vae = vae.spec(bundle.spec), resident, vae
         self.schedule = Schedule.from_config(bundle.json(schedule), self.spec.corrected(schedule))
         self.networks = Networks(bundle, backend, vae)
         self.tiles = vae.tiles(self.spec)
-        self.codec = self._codec()
+        self.codec = codec_of(self.spec, self.networks, self.tiles)
         self.preview, self._preview_decoder = self._previews(backend)
         if resident:
             self._load()
+        if self.adapters is not None:
+            check_ranks(self.networks.values(), self.adapters.rank)
         without_depth = next((self.networks[name] for name in self.spec.named(SHALLOW)), None)
         self.predictor = Predictor([self.networks[denoiser]], without_depth)
         once = self.spec.named(CONDITIONER)
         self.hoisted = Hoisted(self.networks, self.spec, denoiser)
         inputs = inputs_of([self.spec.networks[name] for name in (*once, denoiser)])
-        self.conditioners = conditioners_of(Parts(bundle, self.networks, self.codec, inputs, self.adapters))
-        self.controls = open_controls(controls, self.spec, inputs, backend)
+        self.ip_adapters = open_ip_adapters(ip_adapters, self.spec, inputs, backend)
+        parts = Parts(bundle, self.networks, self.codec, inputs, self.adapters, self.ip_adapters)
+        self.conditioners = conditioners_of(parts)
+        self.controls = open_controls(controls, self.spec, backend)
+        self._add_ons: tuple[ControlNet | IpAdapter, ...] = (*self.controls, *self.ip_adapters)
         self._chains = None if backend.gpu is None else Chains(self.networks[denoiser], self.controls)
 
     def take(self, bundle: Bundle) -> None:
         """Use the weights of a bundle of the same files, as `Networks.take`; nothing changes where that fails."""
         bundle = bundle if self.adapters is None else adapted(bundle)
-        bundle = controlled(bundle, [one.spec for one in self.controls]) if self.controls else bundle
+        bundle = looking(bundle) if self.ip_adapters else bundle
+        bundle = controlled(bundle, [one.spec for one in self.controls])
         self.networks.take(bundle)
         self.spec = self._vae.spec(bundle.spec)
         self.hoisted.forget()
@@ -117,13 +124,6 @@ class Model:
                 self.networks[name].open()
         if self._preview_decoder is not None:
             self._preview_decoder.open()
-
-    def _codec(self) -> Codec:
-        decoder, encoder = (next(iter(self.spec.named(role)), None) for role in (DECODER, ENCODER))
-        if decoder is None:
-            return Identity()
-        encoders = self.networks[encoder] if encoder else None
-        return Vae(self.networks[decoder], encoders, self.spec.latents, self.tiles)
 
     def _previews(self, backend: Backend) -> tuple[Codec, LazyNetwork | None]:
         """Return the codec of previews, and its network where that is another one than the model's."""
@@ -215,7 +215,7 @@ class Model:
 
     def draws_at_once(self, request: Request) -> bool:
         """Return whether a device can draw the whole of a request's pictures in one launch, from token ids."""
-        if request.control or self.adapters is not None:
+        if request.control:
             return False
         return self.text is None or self.text.draws_at_once(self.filled(request))
 
@@ -302,9 +302,11 @@ class Model:
 
     def profiles(self, lanes: int) -> tuple[Profile, ...] | None:
         """Return the latents' sizes ("height", "width") that TensorRT's plans draw; None without plans: all sizes."""
-        names = [*self.spec.named(DENOISER), *self.spec.named(DECODER)]
-        served = [getattr(self.networks[name].open(), "profiles", None) for name in names]
-        return drawn_by([each for each in served if each is not None], lanes) if all(served) else None
+        called = [(self.networks[name], lanes) for name in self.spec.named(DENOISER)]
+        called += [(self.networks[name], 1) for name in self.spec.named(DECODER)]
+        called += [(one.networks[name], lanes) for one in self.controls for name in one.spec.named(CONTROL)]
+        served = [(getattr(network.open(), "profiles", ()), batch) for network, batch in called]
+        return drawn_by(served) if all(profiles for profiles, _ in served) else None
 
     def check_tiles(self, height: int, width: int) -> None:
         """Raise PlanError where TensorRT's plans do not decode the tiles of latents of this size."""
@@ -334,12 +336,12 @@ class Model:
         if not self.resident:
             for name in (name for role in roles for name in self.spec.named(role)):
                 self.networks[name].drop()
-            for one in self.controls:
+            for one in self._add_ons:
                 one.end_of(*roles)
 
     def close(self) -> None:
         """Free the networks' memory."""
         for network in (*self.networks.values(), *([self._preview_decoder] if self._preview_decoder else [])):
             network.close()
-        for one in self.controls:
+        for one in self._add_ons:
             one.close()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from latentrt.errors import RequestError
 from latentrt.model.conditioners.adapters import check_adapters
+from latentrt.model.conditioners.ip_adapter import check_ip_adapters
 from latentrt.model.control import check_request
 from latentrt.request import Request
 
@@ -35,6 +36,7 @@ def filled(model: Model, request: Request, others: Collection[str]) -> Request:
     steps = defaults.steps if request.steps is None else request.steps
     solver = defaults.solver if request.solver is None else request.solver
     request = replace(request, steps=steps, solver=solver, guidance=guidance)
+    check_ip_adapters(request, model.ip_adapters, model.spec.id)
     for one in model.conditioners:
         one.check_settings(request)
     _check_text(model, request)

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from threading import Lock
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ from latentrt.model.conditioners.adapters import asked_by
 from latentrt.model.given import Given
 from latentrt.model.inputs import Conditioner, Inputs, Sides
 from latentrt.model.prompts.embeddings import read_embedding
-from latentrt.model.prompts.encoder import Encoder
+from latentrt.model.prompts.encoder import IDS, Encoder, text_input
 from latentrt.model.prompts.reading import Reading
 from latentrt.model.prompts.registry import GRAMMARS, foreign
 from latentrt.request import Request
@@ -100,7 +100,8 @@ class Text(Conditioner):
     def tokens(self, request: Request) -> Sides:
         """Return token ids (tokens,) by the encoders' names instead, for networks that read them on a device.
 
-        The uncond side is empty where the states are zeros. Only for requests that `draws_at_once`.
+        LoRAs of the encoders are among them, by the names of `text_input`. The uncond side is empty where the states
+        are zeros. Only for requests that `draws_at_once`.
         """
         told = self._told(request)
         cond = self._by_name(told["prompt"])
@@ -215,7 +216,14 @@ class Text(Conditioner):
 
     def _by_name(self, told: Told) -> Inputs:
         self._warn(told)
-        return {one.name: reading.rows[0].ids for one, reading in zip(self.encoders, self._read(told), strict=True)}
+        made: dict[str, NDArray[Any]] = {}
+        for encoder, reading in zip(self.encoders, self._read(told), strict=True):
+            own = {IDS: reading.rows[0].ids, **self._loras(encoder, told)}
+            made |= {text_input(encoder.name, name): array for name, array in own.items()}
+        return made
+
+    def _loras(self, encoder: Encoder, told: Told) -> Inputs:
+        return {} if self._adapters is None else self._adapters.inputs(encoder.name, told.lora)
 
     def _encode(self, told: Told) -> dict[str, Float32]:
         self._warn(told)
@@ -225,8 +233,7 @@ class Text(Conditioner):
         states, inputs = [], dict[str, Float32]()
         for encoder, reading in zip(self._speaking(told.files), self._read(told), strict=True):
             encoder.check(reading, told.skip)
-            lora = {} if self._adapters is None else self._adapters.inputs(encoder.name, told.lora)
-            own, pooled = encoder(reading, told.skip, lora)
+            own, pooled = encoder(reading, told.skip, self._loras(encoder, told))
             states.append(own)
             if pooled is not None:
                 inputs["text_embeds"] = pooled

@@ -14,15 +14,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from latentrt.bundle.spec import TensorSpec
 from latentrt.cuda import kernels
 from latentrt.cuda.array import DeviceArray
 from latentrt.cuda.gpu import Graph
 from latentrt.cuda.kernels import BLEND, PREVIEW, PROGRESS, ROW_COLUMNS, SLOT, State
 from latentrt.errors import RequestError
 from latentrt.model.predictor import DEEP, OWN, Predictor
-from latentrt.run.job import InputShapes, Job, Shapes
-from latentrt.run.parts import Parts, parts_of
+from latentrt.run.job import Job, Shapes
+from latentrt.run.parts import LaneInputs, Parts, parts_of
 from latentrt.run.pool import Pool
 from latentrt.runtime.base import Bound
 from latentrt.runtime.signature import shape_of, sizes_of
@@ -98,10 +97,10 @@ class Arena:
         scalars = self.shapes.scalars
         stride = -(-self.lanes // ALIGNED) * ALIGNED
         named = {name: self.zeros(shape_of(inputs[name], sizes), inputs[name].dtype) for name in OWN if name in inputs}
-        self._inputs = [
-            self._make_inputs({name: tensor for name, tensor in inputs.items() if name not in (*OWN, *scalars)}, *each)
-            for each in zip(self.parts, self.shapes.sides, strict=True)
-        ]
+        tensors = {name: tensor for name, tensor in inputs.items() if name not in (*OWN, *scalars)}
+        own = [dict(side) for side in self.shapes.sides]
+        known = list(inputs.values())
+        self._lanes = LaneInputs(self.gpu, self.zeros, tensors, known, self.parts, own, latents, self._sizes)
         self.state = State(
             sample=named["sample"],
             timestep=named.get("timestep") or self.zeros((self.lanes,), np.float32),  # which not every denoiser reads
@@ -126,28 +125,18 @@ class Arena:
         self._named: Mapping[str, DeviceArray] = {**named, "out": self.state.out}
         self._bound = self._bind(lambda arrays: predictor.bind(arrays, self.zeros), self._named, {"out", DEEP})
 
-    def _make_inputs(self, tensors: Mapping[str, TensorSpec], lanes: range, own: InputShapes) -> dict[str, DeviceArray]:
-        """Return memory for what a part of the lanes reads besides what the rows fill."""
-        shapes = {name: (len(lanes), *shape) for name, shape in own}
-        known = {"sample": (len(lanes), *self.shapes.latents), **shapes}
-        sizes = {**self._sizes, **sizes_of(list(self._predictor.inputs.values()), known)}
-        return {
-            name: self.zeros(shapes.get(name) or shape_of(tensor, sizes), tensor.dtype)
-            for name, tensor in tensors.items()
-        }
-
     def _bind(
         self, bind: Callable[[Mapping[str, DeviceArray]], Bound], named: Mapping[str, DeviceArray], given: set[str]
     ) -> Bound:
         """Bind all lanes, or each part of them; `given` are the names of what is computed."""
         if len(self.parts) == 1:
-            return bind({**named, **self._inputs[0]})
-        return Parts(self.gpu, bind, self.zeros, self.parts, self._inputs, named, given)
+            return bind({**named, **self._lanes.arrays[0]})
+        return Parts(self.gpu, bind, self.zeros, self.parts, self._lanes.arrays, named, given)
 
     @property
     def inputs(self) -> Mapping[str, DeviceArray]:
         """The predictor's inputs besides what the rows fill, where all lanes have the same shapes."""
-        (own,) = self._inputs
+        (own,) = self._lanes.arrays
         return own
 
     def zeros(self, shape: Sequence[int], dtype: Any) -> DeviceArray:
@@ -221,11 +210,12 @@ class Arena:
         self.gpu.upload(slot_of(job, lanes), self.state.slots.part(slot))
 
     def fill(self, lane: int, inputs: Mapping[str, NDArray[Any]]) -> None:
-        """Queue the copies of one lane's inputs; names that are not inputs of the predictor are left out."""
-        part, own = next(pair for pair in zip(self.parts, self._inputs, strict=True) if lane in pair[0])
-        for name, array in inputs.items():
-            if name in own:
-                self.gpu.upload(array.astype(own[name].dtype)[None], own[name].part(lane - part.start))
+        """Queue the copies of one lane's inputs; see `LaneInputs.fill`."""
+        self._lanes.fill(lane, inputs)
+
+    def clear(self, lane: int) -> None:
+        """Queue zeros for what was copied to a lane that is no longer a job's."""
+        self._lanes.clear(lane)
 
     def empty(self, slot: int) -> None:
         """Queue the copy that makes a slot idle."""

@@ -93,6 +93,8 @@ class _Room:
         self._noises.pop(job)
         self._previewed.discard(job)
         self._arena.empty(slot)
+        for lane in lanes:
+            self._arena.clear(lane)
         self._free_slots = sorted([*self._free_slots, slot])
         for part, free in zip(self._arena.parts, self._free_lanes, strict=True):
             free[:] = sorted([*free, *(lane for lane in lanes if lane in part)])

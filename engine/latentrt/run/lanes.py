@@ -57,13 +57,19 @@ def open_lanes(
             takes.
         refiner: takes over pictures of the model.
         capture: whether work on a GPU is launched as CUDA graphs; None for the backend's own choice.
+
+    Raises:
+        DeviceMemoryError: the LoRAs of so many lanes do not fit on the GPU.
     """
     if backend.gpu is None:
         return HostLanes(model.predictor, count or ON_A_CPU), None
     from latentrt.run.device import DeviceLanes
+    from latentrt.run.parts import check_room
     from latentrt.run.program import Program
 
     each = max(one.most_lanes for one in (model, refiner) if one is not None)
     lanes = count or max(model.predictor.best_lanes, each)
+    if model.adapters is not None:
+        check_room(backend.gpu, model.predictor.inputs.values(), {"batch": lanes, "rank": model.adapters.rank})
     capture = backend.facts.captures if capture is None else capture
     return DeviceLanes(model.predictor, lanes, capture=capture), Program(model, lanes, capture=capture)

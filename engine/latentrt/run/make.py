@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from latentrt.errors import RequestError
 from latentrt.images.given import hint_size
 from latentrt.model.conditioners.adapters import lora_facts
+from latentrt.model.conditioners.ip_adapter import ip_adapter_facts, prepared_prompts
 from latentrt.model.given import Given
 from latentrt.model.model import Model
 from latentrt.request import Request
@@ -52,7 +53,7 @@ def make_jobs(
     request = model.filled(request, refiner.fields if refiner is not None and request.handoff is not None else ())
     if given is None:
         given = model.given(request.pictures, request)
-    request = _placed(model, request, given)
+    request = prepared_prompts(_placed(model, request, given), model.ip_adapters)
     table = table_of(model, request, denoising_end=1.0 if request.handoff is None else request.handoff)
     later = later_stages(model, request, given, refiner)
     guidance = model.guidance(request)
@@ -60,7 +61,8 @@ def make_jobs(
     final = model.spec.latents.enlarged(*size, request.hires_scale or 1.0)
     height, width = model.spec.latents.shape_of(*final)[1:]
     model.check_tiles(height, width)
-    facts = {**model.facts(height, width), **(given.facts if given else {}), **lora_facts(request, model.adapters)}
+    facts = {**model.facts(height, width), **(given.facts if given else {})}
+    facts |= {**lora_facts(request, model.adapters), **ip_adapter_facts(request, model.ip_adapters)}
     hints, jobs = model.hints(request, given), []
     for index in range(first, first + request.count):
         varied = request.subseed_strength > 0

@@ -1,20 +1,21 @@
 """The whole picture in one launch: text encoders, every row, VAE and pixels as one CUDA graph of a fixed shape.
 
-What differs between pictures (token ids, tables, first latents, noise) is copied to the device before the launch, and
-the pixels are copied back after it; between them nothing waits for the host. A graph is captured once for each kind of
-shapes, number of rows and kind of guidance; any solver, prompt, seed and guidance scale runs in it. Models without text
-encoders, or without a VAE, leave these out.
+What differs between pictures (token ids, LoRAs, tables, first latents, noise) is copied to the device before the
+launch, and the pixels are copied back after it; between them nothing waits for the host. A graph is captured once for
+each kind of shapes, number of rows and kind of guidance; any solver, prompt, seed and guidance scale runs in it. Models
+without text encoders, or without a VAE, leave these out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from latentrt.bundle.spec import CONDITIONER, DECODER, TEXT_ENCODER
+from latentrt.bundle.spec import CONDITIONER, DECODER, LORA, TEXT_ENCODER
 from latentrt.cuda import kernels
 from latentrt.cuda.array import DeviceArray
 from latentrt.cuda.kernels import PROGRESS
@@ -22,10 +23,11 @@ from latentrt.errors import NetworkError, RequestError
 from latentrt.model.given import Given
 from latentrt.model.model import Model
 from latentrt.model.predictor import inputs_of
-from latentrt.model.prompts.encoder import IDS, MASK, POOLED, STATES
+from latentrt.model.prompts.encoder import IDS, MASK, POOLED, STATES, text_input
 from latentrt.request import Request
 from latentrt.run.arena import Arena, Depth, check_fresh
 from latentrt.run.job import Job, Shapes
+from latentrt.run.parts import LaneInputs
 from latentrt.run.pool import Pool
 from latentrt.runtime.base import Bound, DeviceNetwork
 from latentrt.runtime.signature import shape_of, sizes_of
@@ -127,24 +129,37 @@ class _Canvas:
             sizes=self._sizes,
         )
         self._gpu = self._arena.gpu
-        self._ids: dict[str, DeviceArray] = {}
         self._states: list[DeviceArray] = []
         self._encoders: list[Bound] = []
         self._hoisted: list[Bound] = []
         self._decoder: Bound | None = None
         try:
-            self._bind_hoisted([on_device(model, name) for name in model.spec.named(CONDITIONER)])
-            encoders = model.spec.named(TEXT_ENCODER)
-            for name in encoders:
-                self._bind_encoder(name, on_device(model, name), alone=len(encoders) == 1)
+            hoisted = [on_device(model, name) for name in model.spec.named(CONDITIONER)]
+            encoders = {name: on_device(model, name) for name in model.spec.named(TEXT_ENCODER)}
+            self._texts = frozenset(encoders)
+            self._told = self._make_told(encoders, hoisted)
+            self._bind_hoisted(hoisted)
+            for name, encoder in encoders.items():
+                self._bind_encoder(name, encoder, alone=len(encoders) == 1)
             self._bind_decoder(next((on_device(model, name) for name in model.spec.named(DECODER)), None))
         except BaseException:
             self.close()
             raise
 
+    def _make_told(self, encoders: Mapping[str, DeviceNetwork], hoisted: Sequence[DeviceNetwork]) -> LaneInputs:
+        """Return memory for what lanes bring for these networks: ids by the encoders' names, and LoRAs."""
+        read = {tensor.name: tensor for network in hoisted for tensor in network.graph.inputs}
+        for name, encoder in encoders.items():
+            read |= {text_input(name, tensor.name): tensor for tensor in encoder.graph.inputs}
+        names = [name for name in read if LORA in name or name in encoders]
+        tensors = {name: replace(read[name], name=name) for name in names}
+        parts, latents = [range(self._arena.lanes)], self._kind.shapes.latents
+        own = [{name: shape for name, shape in self._kind.shapes.sides[0] if name in names}]
+        return LaneInputs(self._gpu, self._arena.zeros, tensors, list(tensors.values()), parts, own, latents, {})
+
     def _bind_hoisted(self, networks: Sequence[DeviceNetwork]) -> None:
         """Bind what is computed once a picture to the predictor's inputs; what it alone reads gets memory here."""
-        self._inputs = dict(self._arena.inputs)
+        self._inputs = {**self._told.arrays[0], **self._arena.inputs}
         for name, tensor in inputs_of([network.graph for network in networks]).items():
             if name not in self._inputs:
                 self._inputs[name] = self._arena.zeros(shape_of(tensor, self._sizes), tensor.dtype)
@@ -154,16 +169,16 @@ class _Canvas:
 
     def _bind_encoder(self, name: str, encoder: DeviceNetwork, *, alone: bool) -> None:
         """Bind an encoder to the predictor's own inputs; states of several are copied side by side."""
-        inputs, lanes = self._inputs, self._arena.lanes
-        tokens = dict(self._kind.shapes.sides[0])[name]
-        sizes = sizes_of(encoder.graph.inputs, {IDS: (lanes, *tokens)})
+        inputs = self._inputs
+        sizes = sizes_of(encoder.graph.inputs, {IDS: inputs[name].shape})
         arrays = {POOLED: inputs[POOLED]} if POOLED in inputs else {}
         arrays |= {STATES: inputs["encoder_hidden_states"]} if alone else {}
+        told = {tensor.name: text_input(name, tensor.name) for tensor in encoder.graph.inputs}
+        arrays |= {own: inputs[known] for own, known in told.items() if known in self._told.arrays[0]}
         tensors = (*encoder.graph.inputs, *encoder.graph.outputs)
         bound = {t.name: arrays.get(t.name) or self._arena.zeros(shape_of(t, sizes), t.dtype) for t in tensors}
         if MASK in bound:  # the vectors beside it stay zeros, which no id asks for
             self._gpu.upload(np.ones(bound[MASK].shape, bound[MASK].dtype), bound[MASK])
-        self._ids[name] = bound[IDS]
         self._states.append(bound[STATES])
         self._encoders.append(encoder.bind(bound))
 
@@ -186,13 +201,16 @@ class _Canvas:
 
     def draw(self, jobs: Sequence[Job]) -> list[Pixels]:
         """Run up to `count` jobs; slots beyond them stay idle."""
-        zeros = bool(self._ids) and not set(self._ids) & set(jobs[0].uncond)
+        zeros = bool(self._texts) and not self._texts & set(jobs[0].uncond)
         course = Course(len(jobs), _depths(jobs[0].table), jobs[0].guidance.rescale > 0, zeros)
         self._arena.make_room_for(jobs)
         for slot, job in enumerate(jobs):
             self._place(slot, job)
         for slot in range(len(jobs), self.count):
             self._arena.empty(slot)
+            for lane in self._lanes_of(slot):
+                self._arena.clear(lane)
+                self._told.clear(lane)
         self._arena.launch(course, lambda: self._enqueue(course), lambda: self._warm_up(course))
         return self._fetch(jobs)
 
@@ -203,15 +221,16 @@ class _Canvas:
             bound.enqueue()
 
     def _place(self, slot: int, job: Job) -> None:
-        lanes = [slot + number * self.count for number in range(self._kind.lanes)]
+        lanes = self._lanes_of(slot)
         for lane, side in zip(lanes, job.sides, strict=True):
-            for name, array in self._ids.items():
-                if name in side:
-                    self._gpu.upload(side[name].astype(array.dtype)[None], array.part(lane))
+            self._told.fill(lane, side)
             self._arena.fill(lane, side)
         self._arena.place(slot, job, lanes)
         for index in range(self._kind.noises):
             self._arena.add_noise(slot, index, job.noise.normal(job.latents.shape))
+
+    def _lanes_of(self, slot: int) -> list[int]:
+        return [slot + number * self.count for number in range(self._kind.lanes)]
 
     def _enqueue(self, course: Course) -> None:
         """Queue the work of whole pictures on the device."""

@@ -113,7 +113,8 @@ def _hires(model: Model, request: Request, scale: float) -> Stage:
 
 def _refined(model: Model, refiner: Model, request: Request, handoff: float) -> Stage:
     """Return the rest of the run by a refiner, as diffusers' denoising_start has it."""
-    own = refiner.filled(replace(without_adapters(request), handoff=None, strength=None, control={}), model.fields)
+    alone = replace(without_adapters(request), control={}, ip_adapter={}, handoff=None, strength=None)
+    own = refiner.filled(alone, model.fields)
     table = table_of(refiner, own, denoising_start=handoff)
     sides = refiner.hoisted(refiner.conditions(own, None, noise_source(request.noise, request.seed)))
     guidance, predictor = refiner.guidance(own), refiner.predictor

@@ -70,6 +70,13 @@ def watched_peak() -> Iterator[Peak]:
         peak.bytes = max(0, _kilobytes(Path("/proc/self/status"), "VmHWM:") - before)
 
 
+def resident_memory() -> int | None:
+    """Return the bytes that this process holds; None where the system does not tell."""
+    with suppress(OSError, KeyError):
+        return _kilobytes(Path("/proc/self/status"), "VmRSS:")
+    return None
+
+
 def usual_area(spec: ModelSpec, network: str) -> int:
     """Return height times width of a network's inputs for a picture of the model's own size; more is a large call."""
     factor = spec.latents.factor if spec.networks[network].role == ENCODER else 1

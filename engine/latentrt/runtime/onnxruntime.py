@@ -89,7 +89,7 @@ class OrtBackend:
         self.gpu = gpu
         on_gpu, self.threads = gpu is not None, threads or usable_cores()
         exact, cores = not on_gpu and precision == FP32, 1 if on_gpu else self.threads
-        adapts = device == "cpu" and precision != INT8
+        adapts = precision != INT8
         self.facts = Facts(
             fixed_lanes=on_gpu, one_stream=on_gpu, exact=exact, replaces=True, adapts=adapts, cores=cores
         )
@@ -104,7 +104,7 @@ class OrtBackend:
             BackendError: ONNX Runtime cannot load the graph, or would not run it on the device.
             BundleError: the bundle has no graph for this precision and device.
         """
-        graph = graph_of(bundle.spec, network, self.device, self.precision)
+        graph = graph_of(bundle.spec, network, self.variants, self.precision)
         weights = replaced_in(bundle, graph)
         path, make = bundle.path(graph.path), partial(self.session, opset=graph.opset, weights=weights)
         saved = SavedGraph(bundle, graph, _build()) if self.cache and not weights else None

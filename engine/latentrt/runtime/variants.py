@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from latentrt.bundle.spec import (
     DENOISER,
     FP16,
@@ -31,8 +33,8 @@ def check_int8() -> None:
         raise BackendError("int8 on a CPU without VNNI", needed=needed, fix=fix)
 
 
-def graph_of(spec: ModelSpec, network: str, device: str, precision: str) -> GraphSpec:
-    """Return the graph that a network of a bundle has for a device and precision of VARIANTS.
+def graph_of(spec: ModelSpec, network: str, variants: Sequence[str], precision: str) -> GraphSpec:
+    """Return the first of these variants that a network of a bundle has, for a precision.
 
     Raises:
         BundleError: it has none.
@@ -41,4 +43,4 @@ def graph_of(spec: ModelSpec, network: str, device: str, precision: str) -> Grap
     if precision == INT8 and INT8_ORT_CPU not in known:
         needed = "one that was exported with it"
         raise BundleError(f"{spec.id} has no graph in int8", needed=needed, fix="latentrt export --int8 SOURCE TARGET")
-    return spec.graph(network, *VARIANTS[device, precision])
+    return spec.graph(network, *variants)

@@ -27,12 +27,11 @@ from latentrt.errors import BackendError
 from latentrt.run.lanes import ON_A_CPU
 from latentrt.runtime.cores import usable_cores
 from latentrt.serve import ray_scaling
-from latentrt.serve.core.scheduler import Scheduler
 from latentrt.serve.process.config import Settings, load_settings
 from latentrt.serve.process.logs import configure, logger
 from latentrt.serve.process.metrics import Metrics
 from latentrt.serve.ray_proxy import WithoutPrefix
-from latentrt.serve.server import UNDRAINED, announce, assembled, listening
+from latentrt.serve.server import UNDRAINED, announce, assembled, drain, listening
 
 NAME = "latentrt"  # of Ray's application and of its one deployment
 BESIDE = 32  # requests at a replica beside those for pictures with a place: refusals, uploads, health
@@ -52,23 +51,21 @@ class Replica:
         Raises:
             BackendError: the engine failed, and no self-check has passed since.
         """
-        if self.app.state.context.scheduler.state == "failed":
+        if self.app.state.models.state == "failed":
             raise BackendError("the engine failed", needed="a self-check that passes", fix="wait for the next replica")
 
     async def drain(self, timeout: float) -> bool:
         """Refuse what is new and finish what has a place; return whether that was done in time (seconds)."""
-        scheduler: Scheduler = self.app.state.context.scheduler
-        scheduler.drain()
-        return await scheduler.drained(timeout)
+        return await drain(self.app, timeout)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Return what `ByPictures` reads."""
-        scheduler: Scheduler = self.app.state.context.scheduler
-        return {ray_scaling.WAITING: float(scheduler.waiting), ray_scaling.RUNNING: float(scheduler.running)}
+        (entry,) = self.app.state.models.entries
+        return {ray_scaling.WAITING: float(entry.pictures), ray_scaling.RUNNING: float(entry.running)}
 
     async def metrics(self) -> tuple[str, list[Metric]]:
         """Return the replica's name and what it has measured."""
-        metrics = self.app.state.context.metrics
+        metrics: Metrics = self.app.state.metrics
         return ray_serve.get_replica_context().replica_tag, list(metrics.registry.collect())
 
 
@@ -120,6 +117,7 @@ def application(settings: Settings) -> ray_serve.Application:
     Raises:
         BackendError: the settings name a GPU by number; which one a replica has is Ray's to say.
     """
+    (settings,) = settings.each()
     values = settings.model_dump() | {"threads": _threads(settings)}
 
     def build() -> FastAPI:  # runs in the replica
@@ -171,7 +169,7 @@ def _build(settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         with owned:
-            while app.state.context.scheduler.state == "starting":
+            while app.state.models.state == "starting":
                 await asyncio.sleep(_LOOK)
             yield
 
@@ -214,6 +212,12 @@ def _join_cluster() -> None:
     try:
         ray.init(log_to_driver=False)
     except ConnectionError as error:
+        if "AuthToken" in str(error.__cause__):
+            raise BackendError(
+                "the cluster asks for a token, and this is none of its",
+                needed="the cluster's, from ~/.ray/auth_token of one of its nodes",
+                fix="RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN",
+            ) from error
         raise BackendError(
             f"the cluster cannot be reached ({error})",
             needed="a running one at RAY_ADDRESS",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
+from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from latentrt.serve.http.errors import Answer
@@ -59,13 +60,18 @@ class InOurForm:
 
 
 class WithoutPrefix:
-    """Hides the prefix below which Ray serves the application, so that all its rules for paths hold."""
+    """Hides the prefix below which Ray serves the application, so that all its rules for paths hold.
+
+    The prefix alone leads to the page with a slash behind it: the page's own addresses are relative.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         root = scope.get("root_path", "").rstrip("/")
-        if root and scope["path"].startswith(root):
+        if root and scope["type"] == "http" and scope["path"].startswith(root):
+            if scope["path"] == root and scope["method"] in ("GET", "HEAD"):
+                return await RedirectResponse(f"{root.rpartition('/')[2]}/")(scope, receive, send)
             scope = {**scope, "root_path": "", "path": scope["path"][len(root) :] or "/"}
         await self._app(scope, receive, send)

@@ -7,27 +7,35 @@ import gc
 import os
 import signal
 import socket
+import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
 from latentrt.adapters.mixed import RANK
+from latentrt.bundle.bundle import Bundle
 from latentrt.engine import Engine
 from latentrt.errors import BackendError, LatentrtError, PromptSyntaxWarning, PromptTruncatedWarning
 from latentrt.model.control import controlnets_of
 from latentrt.model.prompts.embeddings import embeddings_of
 from latentrt.serve.core import curve, pipeline
+from latentrt.serve.core.device import Device
 from latentrt.serve.core.footprint import budget_of, measured
 from latentrt.serve.core.queue import Limits
 from latentrt.serve.core.rules.budget import Budget, Footprint
-from latentrt.serve.core.scheduler import Scheduler
 from latentrt.serve.core.service import Service
-from latentrt.serve.http.app import Lifespan, create_app
+from latentrt.serve.http.app import Lifespan, app_of
+from latentrt.serve.http.background.store import Jobs
 from latentrt.serve.http.catalog import Catalog
+from latentrt.serve.http.generation import Context
 from latentrt.serve.http.guard.origins import LOOPBACK
+from latentrt.serve.http.models.entry import Entry
+from latentrt.serve.http.models.models import Models
+from latentrt.serve.http.models.share import Share, guess_of
 from latentrt.serve.http.sizes import most_pixels
 from latentrt.serve.process.config import MIB, Settings
 from latentrt.serve.process.logs import configure, logger
@@ -60,56 +68,83 @@ def serve(settings: Settings) -> int:
 
 @contextmanager
 def assembled(settings: Settings, kind: type[Metrics] = Metrics, lifespan: Lifespan | None = None) -> Iterator[FastAPI]:
-    """Load the engine that the settings name and start its threads; yield the application around them.
+    """Load the first of the models that the settings name, or all; yield the application around them.
 
     Args:
         kind: of the metrics.
         lifespan: as of `create_app`.
 
     Raises:
-        LatentrtError: the bundle, its curve or the backend cannot be used.
+        LatentrtError: a bundle, its curve or the backend cannot be used.
     """
     configure(settings)
     for told in (PromptTruncatedWarning, PromptSyntaxWarning):  # their texts are what a client wrote
         warnings.simplefilter("ignore", told)
+    each = settings.each()
+    names = [one.model_name or Bundle.open(one.bundle, check_hashes=False).spec.id for one in each]
+    metrics, share, device = kind(names[0]), Share.of(settings, each), Device()
+    by_name = dict(zip(names, each, strict=True))
+
+    def open_one(name: str) -> AbstractContextManager[Context]:
+        return _opened(by_name[name], metrics.of(name), share.calls, device)
+
+    entries = [Entry(name, one, guess_of(one), _aliases(name, one)) for name, one in by_name.items()]
+    models = Models(entries, open_one, metrics, room=share.room, idle=settings.idle_unload)
+    with tracing(settings) as traces, closing(models):
+        for entry in entries if settings.preload else entries[:1]:
+            models.loader.open(entry)
+        yield app_of(models, settings, lifespan=lifespan, traces=traces)
+
+
+def _aliases(name: str, settings: Settings) -> tuple[str, ...]:
+    return tuple(alias for alias in settings.aliases if alias != name)
+
+
+@contextmanager
+def _opened(settings: Settings, metrics: Metrics, calls: int | None, device: Device) -> Iterator[Context]:
+    """Load the engine that a model's settings name and start its threads; yield its parts.
+
+    Args:
+        calls: bytes that network calls may take; None: as of `budget_of`.
+
+    Raises:
+        LatentrtError: the bundle, its curve or the backend cannot be used.
+    """
     with loaded(settings) as engine:
         known = curve.load(engine)
         if known is None:
             logger().info("no curve was measured: every step may have all lanes", fix="latentrt bench BUNDLE --save")
-        budget = _budget(engine, known or curve.Curve(), settings)
+        budget = _budget(engine, known or curve.Curve(), settings, calls, device)
         profiles = engine.model.profiles(engine.denoiser.lanes)
         catalog = Catalog(engine.model, profiles, settings, refiner=engine.refiner_name, budget=budget)
-        metrics = kind(catalog.name)
         limits = Limits(settings.queue, settings.queue_timeout, settings.run_timeout, settings.hang_timeout)
-        with (
-            tracing(settings) as traces,
-            Service(engine, limits, curve=known, budget=budget, observer=metrics, on_hang=_end) as service,
-        ):
+        with Service(
+            engine, limits, curve=known, budget=budget, observer=metrics, on_hang=_end, device=device
+        ) as service:
             memory = None if engine.backend.gpu is None else engine.backend.gpu.memory
-            yield create_app(
-                service.scheduler, catalog, metrics=metrics, lifespan=lifespan, gpu_memory=memory, traces=traces
-            )
+            yield Context(service.scheduler, settings, catalog, metrics, memory)
 
 
-def _budget(engine: Engine, known: curve.Curve, settings: Settings) -> Budget:
+def _budget(engine: Engine, known: curve.Curve, settings: Settings, memory: int | None, device: Device) -> Budget:
     """Return what network calls may have, and write it into the log."""
     latents, enlarges = engine.spec.latents, engine.model.enlarges
     most = most_pixels(latents, settings, enlarges) // latents.factor**2
-    memory = None if settings.memory is None else settings.memory * MIB
-    taken = known.memory or _measured(engine)
+    taken = known.memory or _measured(engine, device)
     budget = budget_of(engine, taken, memory, most, processes=settings.most_replicas)
-    told = {"memory_mib": None if budget.memory is None else budget.memory // MIB}
+    told: dict[str, Any] = {} if settings.model_name is None else {"model": settings.model_name}
+    told["memory_mib"] = None if budget.memory is None else budget.memory // MIB
     told["tile"] = None if budget.tile is None else budget.tile * latents.factor
     logger().info("budget", **told, most_pixels=budget.largest(most) * latents.factor**2)
     return budget
 
 
-def _measured(engine: Engine) -> dict[pipeline.Shape, Footprint]:
+def _measured(engine: Engine, device: Device) -> dict[pipeline.Shape, Footprint]:
     """Return what a picture takes; nothing where the engine fails, which its self-check then shows, or the size is not
     for this model.
     """
     try:
-        return measured(engine)
+        with device.stages, device.steps:  # what others take meanwhile would count too
+            return measured(engine)
     except LatentrtError as error:
         logger().warning("memory could not be measured: it bounds no size", error=str(error))
         return {}
@@ -142,6 +177,7 @@ def loaded(settings: Settings) -> Iterator[Engine]:
         adapters=settings.lora_dir,
         adapter_rank=settings.lora_rank or RANK,
         control=controlnets_of(settings.controlnet),
+        ip_adapter=controlnets_of(settings.ip_adapter_model, "--ip-adapter-model"),
         lora=settings.lora,
         allow_unmatched=settings.allow_unmatched,
     ) as engine:
@@ -189,7 +225,6 @@ class _Server(uvicorn.Server):
 
 async def run(app: FastAPI, settings: Settings, sock: socket.socket) -> int:
     """Serve the application on a bound socket until it is drained; return the exit code."""
-    scheduler: Scheduler = app.state.context.scheduler
     server = _Server(
         uvicorn.Config(
             app,
@@ -210,10 +245,9 @@ async def run(app: FastAPI, settings: Settings, sock: socket.socket) -> int:
     loop, signals = asyncio.get_running_loop(), (signal.SIGTERM, signal.SIGINT)
     tasks: set[asyncio.Task[None]] = set()
 
-    async def drain() -> None:
+    async def end() -> None:
         nonlocal drained
-        scheduler.drain()
-        drained = await scheduler.drained(settings.drain_timeout)
+        drained = await drain(app, settings.drain_timeout)
         if not drained:
             logger().error("not everything was finished in time", seconds=settings.drain_timeout)
         server.should_exit = True
@@ -223,7 +257,7 @@ async def run(app: FastAPI, settings: Settings, sock: socket.socket) -> int:
             logger().warning("a second signal: ending at once", signal=number.name)
             os._exit(128 + number)
         logger().info("draining", signal=number.name, seconds=settings.drain_timeout)
-        tasks.add(loop.create_task(drain()))
+        tasks.add(loop.create_task(end()))
 
     for number in signals:
         loop.add_signal_handler(number, on_signal, number)
@@ -236,10 +270,27 @@ async def run(app: FastAPI, settings: Settings, sock: socket.socket) -> int:
     return 0 if drained else UNDRAINED
 
 
+async def drain(app: FastAPI, seconds: float) -> bool:
+    """Refuse new requests, and finish those that have a place, so many seconds at most; background jobs are told of.
+
+    Return whether all were done.
+    """
+    models: Models = app.state.models
+    jobs: Jobs = app.state.jobs
+    begun = time.monotonic()
+    models.drain()
+    done = await models.drained(seconds)
+    return await jobs.drained(begun, seconds) and done
+
+
 def announce(settings: Settings, host: str, port: int, path: str = "") -> None:
     """Write into the log where clients find the server, below which path, and whether it is open to all."""
     shown = f"[{host}]" if ":" in host else host
     url = f"http://{shown}:{port}{path}"
-    logger().info("serving", url=url, openai=f"{url}/v1", openapi=f"{url}/openapi.json", bundle=str(settings.bundle))
+    logger().info("serving", url=url, openai=f"{url}/v1", openapi=f"{url}/openapi.json", bundle=_bundles(settings))
     if host not in LOOPBACK and not settings.secrets():
         logger().warning("no keys are set: every client that reaches this address may draw", host=host)
+
+
+def _bundles(settings: Settings) -> str:
+    return " ".join(str(one.bundle) for one in settings.each())

@@ -16,18 +16,26 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
     ControlNetModel,
+    ControlNetUnionModel,
     T2IAdapter,
     UNet2DConditionModel,
     UNet2DModel,
 )
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 from latentrt.bundle.tensors import open_tensors
 from latentrt.errors import ExportError
 from latentrt.values import is_number
+from latentrt_export.checkpoint.add_ons import ip_adapter
 from latentrt_export.checkpoint.files import read_json
-from latentrt_export.checkpoint.lone_control import ADAPTER, PART
+from latentrt_export.checkpoint.lone_control import ADAPTER, PART, UNION
 from latentrt_export.checkpoint.served import KL, TINY, vae_class
 from latentrt_export.checkpoint.source import TEXT, TEXT_2, UNET, VAE, Checkpoint
 from latentrt_export.checkpoint.weights import stem_of
@@ -45,6 +53,8 @@ def check_complete(checkpoint: Checkpoint, part: str) -> None:
         ExportError: one of these; the message names the network and the weight.
         Exception: whatever torch, diffusers or transformers raise where a config makes no network.
     """
+    if part == ip_adapter.PART:  # checked when it was opened
+        return
     with torch.device("meta"):
         network = MAKERS[_kind(checkpoint, part)](part, checkpoint.configs[part])
     needed = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
@@ -68,6 +78,8 @@ def check_complete(checkpoint: Checkpoint, part: str) -> None:
 def _kind(checkpoint: Checkpoint, part: str) -> str:
     if part == VAE:
         return vae_class(checkpoint.configs[VAE])
+    if part == PART and checkpoint.configs[PART].get("_class_name") == UNION:
+        return UNION
     pixels = part == UNET and VAE not in checkpoint.configs
     return "pixels" if pixels else part
 
@@ -83,10 +95,10 @@ def _of_diffusers(kind: Any) -> Maker:
     return make
 
 
-def _of_transformers(kind: Any) -> Maker:
+def _of_transformers(kind: Any, settings: Any = CLIPTextConfig) -> Maker:
     def make(part: str, config: Config) -> nn.Module:
-        _check_numbers(CLIPTextConfig().to_dict(), part, config)
-        network: nn.Module = kind(CLIPTextConfig.from_dict(dict(config)))
+        _check_numbers(settings().to_dict(), part, config)
+        network: nn.Module = kind(settings.from_dict(dict(config)))
         return network
 
     return make
@@ -108,7 +120,9 @@ MAKERS: Mapping[str, Maker] = {
     KL: _of_diffusers(AutoencoderKL),
     TINY: _of_diffusers(AutoencoderTiny),
     PART: _of_diffusers(ControlNetModel),
+    UNION: _of_diffusers(ControlNetUnionModel),
     ADAPTER: _of_diffusers(T2IAdapter),
+    ip_adapter.ENCODER: _of_transformers(CLIPVisionModelWithProjection, CLIPVisionConfig),
 }
 
 

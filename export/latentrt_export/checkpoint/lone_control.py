@@ -13,18 +13,19 @@ from latentrt_export.checkpoint.weights import choose_weights
 
 Config = Mapping[str, Any]
 KIND, PART = "ControlNetModel", "controlnet"
+UNION = "ControlNetUnionModel"  # one that reads several kinds of maps, and is told which
 ADAPTER_KIND, ADAPTER = "T2IAdapter", "t2i_adapter"
 FULL_XL = "full_adapter_xl"  # of its types, the one whose first features have half the latents' sides
 TYPES = ("full_adapter", FULL_XL, "light_adapter")
-OTHERS = ("ControlNetUnionModel", "ControlNetXSAdapter", "SparseControlNetModel", "MultiControlNetModel")
-EMBEDDING = (16, 32, 96, 256)  # channels of the hint's embedding, where a config has none
+OTHERS = ("ControlNetXSAdapter", "SparseControlNetModel", "MultiControlNetModel")
+EMBEDDING = (16, 32, 96, 256)  # channels of the hint's embedding, where a config has none; a Union's has as many
 
 
 def is_add_on(folder: Path) -> bool:
     """Return whether a folder holds a ControlNet or T2I-Adapter, or a network like one that is refused."""
     if (folder / "model_index.json").is_file() or not (folder / CONFIG).is_file():
         return False
-    return read_json(folder / CONFIG).get("_class_name") in (KIND, ADAPTER_KIND, *OTHERS)
+    return read_json(folder / CONFIG).get("_class_name") in (KIND, UNION, ADAPTER_KIND, *OTHERS)
 
 
 def add_on_folder(folder: Path, variant: str | None = None) -> tuple[str, Config, dict[str, Path], tuple[str, ...]]:
@@ -44,8 +45,11 @@ def add_on_folder(folder: Path, variant: str | None = None) -> tuple[str, Config
 
 def check_controlnet(config: Config) -> None:
     """Refuse a ControlNet that the engine cannot serve. Raise ExportError."""
-    if config.get("_class_name") != KIND:
-        raise unsupported(f"a network of the class {config.get('_class_name')!r}", KIND)
+    union = config.get("_class_name") == UNION
+    if not union and config.get("_class_name") != KIND:
+        raise unsupported(f"a network of the class {config.get('_class_name')!r}", f"{KIND} or {UNION}")
+    if union and not is_size(config.get("num_control_type", 6)):
+        raise unsupported(f"a ControlNet with num_control_type {config['num_control_type']!r}", "a whole number")
     xl = config.get("addition_embed_type") is not None
     wanted = {
         "class_embed_type": None,
@@ -59,8 +63,9 @@ def check_controlnet(config: Config) -> None:
         if config.get(key, value if key == "conditioning_channels" else None) != value:
             raise unsupported(f"a ControlNet with {key} {config.get(key)!r}", f"{key} {value!r}")
     order = config.get("controlnet_conditioning_channel_order", "rgb")
-    if order not in ("rgb", "bgr"):
-        raise unsupported(f"a ControlNet with controlnet_conditioning_channel_order {order!r}", "'rgb' or 'bgr'")
+    orders = ("rgb",) if union else ("rgb", "bgr")
+    if order not in orders:
+        raise unsupported(f"a ControlNet with controlnet_conditioning_channel_order {order!r}", " or ".join(orders))
     for key in ("addition_time_embed_dim", "projection_class_embeddings_input_dim") if xl else ():
         if not is_size(config.get(key)):
             raise unsupported(f"a ControlNet with {key} {config.get(key)!r}", "a whole number in one for SDXL")

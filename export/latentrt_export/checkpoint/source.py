@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from latentrt.bundle.bundle import PICKLES
+from latentrt.bundle.tensors import open_tensors
 from latentrt.errors import ExportError, LatentrtError, OutputError, UnsafeWeightsError
+from latentrt_export.checkpoint.add_ons import ip_adapter
 from latentrt_export.checkpoint.files import AGAIN, license_of, read_json, read_schedule, texts_of, tokenizer_files
 from latentrt_export.checkpoint.hub import download
 from latentrt_export.checkpoint.lone_control import add_on_folder, is_add_on
@@ -31,6 +33,7 @@ from latentrt_export.checkpoint.served import (
     vae_class,
 )
 from latentrt_export.checkpoint.single.choices import AS_THEY_ARE, Choices
+from latentrt_export.checkpoint.single.controlnet.file import is_controlnet, make_controlnet
 from latentrt_export.checkpoint.single.folder import make_folder
 from latentrt_export.checkpoint.single.vae_file import vae_files
 from latentrt_export.checkpoint.weights import choose_weights
@@ -79,7 +82,7 @@ class Checkpoint:
         id, revision, license: where known.
         index: model_index.json, with the pipeline's class and a class for each part; of a network alone, its class.
         configs: config.json of each network that it has: "text_encoder", "text_encoder_2", "unet", "vae"; "controlnet",
-            "t2i_adapter".
+            "t2i_adapter"; "image_encoder" and "ip_adapter".
         scheduler: scheduler_config.json; empty for a VAE or an add-on alone.
         files: where each file of a bundle is now: configs, tokenizers and weights (safetensors, chosen variants under
             their plain names).
@@ -146,9 +149,17 @@ def _checkpoint(
 ) -> Checkpoint:
     """Open any source; folders that have to be made go into `room`."""
     name, path = str(source), Path(source)
+    if choices.image_encoder and not (path.is_file() and ip_adapter.is_ip_adapter(path)):
+        raise ExportError(f"--image-encoder with {source}", needed="an IP-Adapter's .safetensors file")
     if path.is_file() and path.suffix not in PICKLES:
         if revision or variant:
             raise ExportError(f"a revision or variant of the file {path}", needed="a folder, or the id of one")
+        if ip_adapter.is_ip_adapter(path):
+            return _ip_adapter(path, choices)
+        tensors = open_tensors(path)
+        if is_controlnet(tensors.shapes):
+            notes = make_controlnet(tensors, room, choices)
+            return replace(open_checkpoint(room), id=path.name, notes=notes)
         folder = choices.vae if choices.vae and Path(choices.vae).is_dir() else None
         notes = make_folder(path, room, replace(choices, vae=None) if folder else choices)
         single = replace(open_checkpoint(room), id=path.name, notes=notes)
@@ -163,6 +174,15 @@ def _checkpoint(
     if not choices.vae:
         return checkpoint
     return _with_vae(checkpoint, Path(choices.vae), room, choices.vae_note)
+
+
+def _ip_adapter(path: Path, choices: Choices) -> Checkpoint:
+    """Open an IP-Adapter's file, and its image encoder. Raise ExportError."""
+    if options := replace(choices, image_encoder=None).options:
+        option = options[0].partition("=")[0]
+        raise ExportError(f"{option} with the IP-Adapter {path.name}", needed="a model", fix=f"leave out {option}")
+    configs, files, notes = ip_adapter.ip_adapter_files(path, choices.image_encoder)
+    return Checkpoint(path.parent, path.name, None, None, {"_class_name": "IP-Adapter"}, configs, {}, files, notes)
 
 
 def _with_vae(checkpoint: Checkpoint, vae: Path, room: Path, note: str) -> Checkpoint:

@@ -47,7 +47,7 @@ class Weights:
 
 def stem_of(part: str) -> str:
     """Return what the names of a network's weight files begin with."""
-    return "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
+    return "model" if part.startswith(("text_encoder", "image_encoder")) else "diffusion_pytorch_model"
 
 
 def choose_weights(homes: Mapping[str, Path], variant: str | None) -> dict[str, Weights]:

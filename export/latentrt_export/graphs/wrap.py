@@ -16,16 +16,20 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
     ControlNetModel,
+    ControlNetUnionModel,
     T2IAdapter,
     UNet2DConditionModel,
     UNet2DModel,
 )
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
 from latentrt.errors import ExportError
+from latentrt.model.conditioners.ip_adapter import IMAGE_EMBEDS, IMAGE_STATES, KEYS, VALUES
+from latentrt_export.checkpoint.add_ons import ip_adapter
 from latentrt_export.checkpoint.files import read_json
-from latentrt_export.checkpoint.lone_control import ADAPTER, PART, adapter_factor, hint_levels
+from latentrt_export.checkpoint.lone_control import ADAPTER, PART, UNION, adapter_factor, hint_levels
 from latentrt_export.checkpoint.served import (
     INPUTS,
     KL,
@@ -39,7 +43,8 @@ from latentrt_export.checkpoint.served import (
     vae_class,
 )
 from latentrt_export.graphs.modules.adapter import Adapter
-from latentrt_export.graphs.modules.controlnet import ControlNet, Hint
+from latentrt_export.graphs.modules.controlnet import ControlNet, ControlNetUnion, Hint
+from latentrt_export.graphs.modules.ip_adapter import ImageEncoder, ImagePrompt
 from latentrt_export.graphs.modules.text import PenultimateTextEncoder, TextEncoder
 from latentrt_export.graphs.modules.unet import PixelUNet, UNet
 from latentrt_export.graphs.modules.upscaler import LatentUpscaler, PooledTextEncoder
@@ -84,7 +89,8 @@ def load_network(root: Path, name: str, *, tokens: int = 77) -> Network:
 
     Args:
         root: a diffusers checkpoint whose weights are safetensors, each network in a folder of its name.
-        name: text_encoder, text_encoder_2, unet, vae_decoder or vae_encoder; hint or controlnet; t2i_adapter.
+        name: text_encoder, text_encoder_2, unet, vae_decoder or vae_encoder; hint or controlnet; t2i_adapter;
+            image_encoder or ip_adapter.
         tokens: length of a text chunk (77).
     """
     network = _LOADERS[name](root, name, tokens)
@@ -183,20 +189,22 @@ def _vae(root: Path) -> Any:
 
 
 def _hint(root: Path, name: str, tokens: int) -> Network:
-    model = _load(ControlNetModel, root / PART)
+    model = _load(_control_class(root), root / PART)
     factor = 2 ** (hint_levels(model.config) - 1)
     inputs = _examples({"picture": ((model.config.conditioning_channels, 16 * factor, 24 * factor), IMAGE_AXES)})
     return Network(Hint(model), inputs, ("hint",), PART)
 
 
 def _controlnet(root: Path, name: str, tokens: int) -> Network:
-    model = _load(ControlNetModel, root / PART)
+    model = _load(_control_class(root), root / PART)
+    union = isinstance(model, ControlNetUnionModel)
     config, skips = model.config, len(model.controlnet_down_blocks)
     sizes: dict[str, tuple[tuple[int, ...], Axes]] = {
         "sample": ((config.in_channels, 16, 24), IMAGE_AXES),
         "timestep": ((), BATCH),
         "encoder_hidden_states": ((TOKENS, config.cross_attention_dim), TEXT_AXES),
         "hint": ((config.block_out_channels[0], 16, 24), IMAGE_AXES),
+        **({"control_type": ((config.num_control_type,), BATCH)} if union else {}),
     }
     if config.addition_embed_type is not None:
         numbers = 6 * config.addition_time_embed_dim
@@ -204,7 +212,12 @@ def _controlnet(root: Path, name: str, tokens: int) -> Network:
             "text_embeds": ((config.projection_class_embeddings_input_dim - numbers,), BATCH),
             "time_ids": ((6,), BATCH),
         }
-    return Network(ControlNet(model), _examples(sizes), tuple(residual_names(skips + 1)), PART)
+    wrapper = ControlNetUnion if union else ControlNet
+    return Network(wrapper(model), _examples(sizes), tuple(residual_names(skips + 1)), PART)
+
+
+def _control_class(root: Path) -> Any:
+    return ControlNetUnionModel if read_json(root / PART / "config.json")["_class_name"] == UNION else ControlNetModel
 
 
 def _t2i_adapter(root: Path, name: str, tokens: int) -> Network:
@@ -212,6 +225,27 @@ def _t2i_adapter(root: Path, name: str, tokens: int) -> Network:
     factor = adapter_factor(model.config)
     inputs = _examples({"picture": ((model.config.in_channels, 16 * factor, 24 * factor), IMAGE_AXES)})
     return Network(Adapter(model), inputs, tuple(map(hint_name, range(len(model.adapter.body)))), ADAPTER)
+
+
+def _image_encoder(root: Path, name: str, tokens: int) -> Network:
+    states = ip_adapter.read_ip_adapter(root / ip_adapter.FILE).reads_states
+    model = _load(CLIPVisionModelWithProjection, root / name)
+    side = model.config.image_size
+    inputs = _examples({"pixel_values": ((3, side, side), BATCH)})
+    return Network(ImageEncoder(model, states=states), inputs, (IMAGE_STATES if states else IMAGE_EMBEDS,), name)
+
+
+def _ip_adapter(root: Path, name: str, tokens: int) -> Network:
+    own = ip_adapter.read_ip_adapter(root / ip_adapter.FILE)
+    module = ImagePrompt(own)
+    weights = load_file(root / ip_adapter.FILE)
+    module.model.load_state_dict({key: value.to(torch.float32) for key, value in weights.items()})
+    sides = (read_json(root / ip_adapter.ENCODER / "config.json"), ip_adapter.ENCODERS)
+    size, patch = (next(one[key] for one in sides if key in one) for key in ("image_size", "patch_size"))
+    shape = ((size // patch) ** 2 + 1, own.width) if own.reads_states else (own.width,)
+    inputs = _examples({IMAGE_STATES if own.reads_states else IMAGE_EMBEDS: (shape, BATCH)})
+    outputs = (f"{kind}{layer}" for layer in range(len(own.channels)) for kind in (KEYS, VALUES))
+    return Network(module, inputs, tuple(outputs), name)
 
 
 _LOADERS: Mapping[str, Callable[[Path, str, int], Network]] = {
@@ -223,6 +257,8 @@ _LOADERS: Mapping[str, Callable[[Path, str, int], Network]] = {
     "hint": _hint,
     "controlnet": _controlnet,
     "t2i_adapter": _t2i_adapter,
+    "image_encoder": _image_encoder,
+    "ip_adapter": _ip_adapter,
 }
 
 

@@ -19,9 +19,12 @@ if TYPE_CHECKING:
     from latentrt.cuda.gpu import Gpu
     from latentrt.runtime.tensorrt.library import Library
     from latentrt_export.plans.build_process import Progress
+    from latentrt_export.plans.plan_builder import Order
     from latentrt_export.plans.plan_memory import Estimate
     from latentrt_export.plans.plan_shapes import Shapes
     from latentrt_export.plans.to_tensorrt import Absent, Built
+
+Wanted = Sequence[tuple[Bundle, tuple[str, ...]]]  # bundles, and those of their networks that are built
 
 
 def run_build(
@@ -31,7 +34,9 @@ def run_build(
     pictures: str | None,
     size: str | None,
     tokens: str | None,
+    lora_rank: str | None,
     profiles: Sequence[str],
+    controlnets: Sequence[str],
     library: str,
     device: str,
     compute_capability: str | None,
@@ -43,33 +48,33 @@ def run_build(
     **how: Any,
 ) -> int:
     """Build, estimate, check, list or remove plans; return the exit code. See `latentrt build --help`."""
-    opened = Bundle.open(bundle)
-    store = PlanStore(opened, plans)
     if list_plans or remove:
-        return _list(store, remove, as_json)
+        return _list(PlanStore(Bundle.open(bundle), plans), remove, as_json)
     _need_onnx()
     from latentrt_export.plans.plan_shapes import shapes_of
     from latentrt_export.plans.to_tensorrt import open_target
+    from latentrt_export.plans.wanted import bundles_of, networks_of
 
-    asked = {"lanes": lanes, "pictures": pictures, "size": size, "tokens": tokens}
-    shapes = shapes_of(opened.spec, {name: text for name, text in asked.items() if text is not None}, profiles)
+    bundles = bundles_of(bundle, controlnets, loras=lora_rank is not None)
+    asked = {"lanes": lanes, "pictures": pictures, "size": size, "tokens": tokens, "rank": lora_rank}
+    shapes = shapes_of(bundles[0].spec, {name: text for name, text in asked.items() if text is not None}, profiles)
+    wanted = networks_of(bundles, how.pop("networks"))
     if check:
-        return _check(opened, library, how["precision"], how["networks"], shapes, as_json)
+        return _check(wanted, library, how["precision"], shapes, as_json)
     opened_library, gpu = open_target(library, device, compute_capability)
     try:
-        return _build(opened, opened_library, gpu, shapes, plans, as_json=as_json, **how)
+        return _build(wanted, opened_library, gpu, shapes, plans, as_json=as_json, **how)
     finally:
         gpu.close()
 
 
 def _build(
-    bundle: Bundle,
+    wanted: Wanted,
     library: Library,
     gpu: Gpu | Absent,
     shapes: Sequence[Shapes],
     plans: Path | None,
     *,
-    networks: Sequence[str],
     precision: str,
     workspace: float | None,
     strip: bool,
@@ -85,27 +90,23 @@ def _build(
 
     flags = {STRIPPED: strip, REFITTABLE: refittable, VERSION_COMPATIBLE: version_compatible}
     levels = [] if optimization_level is None else [f"{LEVEL}{optimization_level}"]
-    orders = orders_of(
-        bundle,
-        library,
-        gpu,
-        shapes,
-        precision=precision,
-        networks=networks,
-        options=[name for name, wanted in flags.items() if wanted] + levels,
-        workspace=None if workspace is None else int(workspace * 2**30),
-        plans=plans,
-    )
-    estimates = estimates_of(bundle, library, orders)
+    common: dict[str, Any] = {
+        "precision": precision,
+        "options": [name for name, asked in flags.items() if asked] + levels,
+        "workspace": None if workspace is None else int(workspace * 2**30),
+        "plans": plans,
+    }
+    orders = [order for one, own in wanted for order in orders_of(one, library, gpu, shapes, networks=own, **common)]
+    estimates = estimates_of(library, orders)
     free = free_memory(gpu)
     if not as_json:
-        _show_estimates(estimates, ["; ".join(map(str, order.key.profiles)) for order in orders], free)
+        _show_estimates(estimates, orders, free)
     gpu.close()  # its memory is for the process that builds
     built: list[Built] = []
     if not dry_run:
         with _bars(quiet=as_json) as progress:
             how = {"rebuild": rebuild, "ignore_estimate": ignore_estimate}
-            built = build_plans(bundle, orders, estimates, free=free, progress=progress, **how)
+            built = build_plans(orders, estimates, free=free, progress=progress, **how)
     if as_json:
         facts = {
             "library": library.name,
@@ -117,28 +118,30 @@ def _build(
         plans_made = [{"seconds": each.seconds, "path": str(each.path), **_facts(each.record)} for each in built]
         print(json.dumps({**facts, "estimates": [asdict(each) for each in estimates], "plans": plans_made}))
     elif built:
-        _show_built(built)
+        _show_built(built, orders)
     return 0
 
 
-def _show_estimates(estimates: Sequence[Estimate], shapes: Sequence[str], free: int | None) -> None:
+def _show_estimates(estimates: Sequence[Estimate], orders: Sequence[Order], free: int | None) -> None:
     table = table_of("network", "shapes", "weights", "activations", "plan", "GPU", "host", "last build")
-    for each, profile in zip(estimates, shapes, strict=True):
+    for each, order in zip(estimates, orders, strict=True):
         sizes = (each.weights, each.activations, each.plan, each.device, each.host)
         last = "" if each.seconds is None else f"{each.seconds:.0f} s"
-        table.add_row(each.network, profile, *map(_megabytes, sizes), last)
+        table.add_row(order.label, "; ".join(map(str, order.key.profiles)), *map(_megabytes, sizes), last)
     show(table)
     here = "" if free is None else f" The GPU has {_megabytes(free)} free."
     print(f"Estimates; GPU and host are what building one network takes.{here}")
 
 
-def _show_built(built: Sequence[Built]) -> None:
+def _show_built(built: Sequence[Built], orders: Sequence[Order]) -> None:
     table = table_of("network", "plan", "size", "seconds")
-    for each in built:
+    table.columns[1].overflow = "fold"  # as in the list
+    for each, order in zip(built, orders, strict=True):
         seconds = f"{each.seconds:.1f}" if each.seconds else "built before"
-        table.add_row(each.record.key.network, each.record.name, _megabytes(each.record.bytes), seconds)
+        table.add_row(order.label, each.record.name, _megabytes(each.record.bytes), seconds)
     show(table)
-    print(built[0].path.parent)
+    for folder in dict.fromkeys(each.path.parent for each in built):
+        print(folder)
 
 
 @contextmanager
@@ -164,9 +167,7 @@ def _bars(*, quiet: bool) -> Iterator[Progress]:
             bars.update(task, completed=1.0, doing="")
 
 
-def _check(
-    bundle: Bundle, name: str, precision: str, networks: Sequence[str], shapes: Sequence[Shapes], as_json: bool
-) -> int:
+def _check(wanted: Wanted, name: str, precision: str, shapes: Sequence[Shapes], as_json: bool) -> int:
     """Show what the parser refuses; return 1 if it refuses anything, else 0."""
     from rich.markup import escape
 
@@ -176,8 +177,9 @@ def _check(
 
     library = open_library(name)
     found = [
-        capability(bundle, library, network, precision, profiles_of(bundle.spec, network, shapes))
-        for network in networks or bundle.spec.networks
+        capability(one, library, network, precision, profiles_of(one.spec, network, shapes))
+        for one, own in wanted
+        for network in own
     ]
     if as_json:
         print(json.dumps({"library": name, "version": library.version, "networks": [each.to_dict() for each in found]}))
@@ -203,7 +205,7 @@ def _list(store: PlanStore, remove: Sequence[str], as_json: bool) -> int:
         return 0
     from rich.markup import escape
 
-    table = table_of("plan", "size", "precision", "built for", "shapes")
+    table = table_of("plan", "size", "graph", "built for", "shapes")
     table.columns[0].overflow = table.columns[3].overflow = "fold"  # --remove needs the whole name
     for record in records:
         key = record.key
@@ -211,7 +213,7 @@ def _list(store: PlanStore, remove: Sequence[str], as_json: bool) -> int:
             filter(None, (key.gpu, f"SM {key.compute_capability}", key.library, key.version, *key.options))
         )
         shapes = "; or ".join(map(str, key.profiles))
-        table.add_row(record.name, _megabytes(record.bytes), key.precision, device, shapes)
+        table.add_row(record.name, _megabytes(record.bytes), store.named(key.graph), device, shapes)
     for name, error in refused.items():
         table.add_row(name, "", "", escape(f"not loaded: {error.found}"), "")
     show(table)

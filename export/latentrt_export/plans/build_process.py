@@ -77,7 +77,7 @@ def _listen(
             raise message
         if message is not None:
             phase, share = message
-        progress(order.key.network, phase, share, _left(time.monotonic() - start, share, known))
+        progress(order.label, phase, share, _left(time.monotonic() - start, share, known))
 
 
 def _left(elapsed: float, share: float, known: float | None) -> float | None:
@@ -92,7 +92,7 @@ def _crash(order: Order, code: int | None, folder: Path) -> PlanError:
     how = f"exit code {code}" if code is None or code >= 0 else signal.Signals(-code).name
     if code == -signal.SIGKILL:
         how += ", as a system does that runs out of memory"
-    found = f"the build of the {order.key.network} crashed ({'; '.join([how, *said])})"
+    found = f"the build of the {order.label} crashed ({'; '.join([how, *said])})"
     return PlanError(
         found, needed="a build that ends well", fix="more free memory, fewer lanes, or another version of the library"
     )

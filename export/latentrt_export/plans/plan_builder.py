@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from latentrt.bundle.bundle import Bundle
-from latentrt.bundle.spec import GraphSpec
+from latentrt.bundle.spec import ADD_ONS, GraphSpec
 from latentrt.errors import DeviceMemoryError, PlanError
 from latentrt.runtime.tensorrt.library import Library, open_library
 from latentrt.runtime.tensorrt.plans import PlanStore
@@ -32,7 +32,7 @@ class Order:
 
     Attributes:
         key: everything that it depends on.
-        bundle: the bundle's folder.
+        bundle: the bundle, with the graph in its spec.
         plans: the folder where the plan will lie.
         device: the GPU, as "cuda:0"; empty where none is needed.
         workspace: the most bytes of device memory that a tactic may take; None for all that are free.
@@ -40,11 +40,22 @@ class Order:
     """
 
     key: PlanKey
-    bundle: Path
+    bundle: Bundle
     plans: Path
     device: str = ""
     workspace: int | None = None
     made: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def graph(self) -> GraphSpec:
+        """The graph that the plan is built from."""
+        return self.bundle.spec.graph(self.key.network, self.key.precision)
+
+    @property
+    def label(self) -> str:
+        """The network's name, for people: an add-on's beside those of its model."""
+        spec = self.bundle.spec
+        return f"{self.key.network} of {spec.id}" if spec.kind in ADD_ONS else self.key.network
 
 
 class Cancelled(Exception):  # noqa: N818
@@ -66,9 +77,7 @@ def build(order: Order, folder: Path, report: Report, cancelled: Callable[[], bo
         Cancelled: `cancelled` returned true.
     """
     start = time.monotonic()
-    library = open_library(order.key.library)
-    bundle = Bundle.open(order.bundle, check_hashes=False)
-    graph = bundle.spec.graph(order.key.network, order.key.precision)
+    library, bundle, graph = open_library(order.key.library), order.bundle, order.graph
     opset = building.opset(library)
     model = load_graph(bundle, graph, order.key.profiles, opset)
     weights = weights_of(model, graph)

@@ -75,11 +75,11 @@ def serialized(model: ir.Model, path: Path, folder: Path) -> tuple[bytes, Path]:
 
 def fix_shapes(model: ir.Model, profiles: Sequence[Profile]) -> None:
     """Fix the size of those dimensions of inputs that are the same in all profiles: the builder can rely on it."""
-    ranges = [profile.ranges for profile in profiles]
     for value in model.graph.inputs:
         sides: list[int | ir.SymbolicDim] = []
         for side in value.shape or ():
-            sizes = {size for named in ranges for size in ((side,) if isinstance(side, int) else named[str(side)])}
+            told = side if isinstance(side, int) else str(side.value)
+            sizes = {size for profile in profiles for size in profile.side(told)}
             sides.append(sizes.pop() if len(sizes) == 1 else side)
         value.shape = ir.Shape(sides)
 

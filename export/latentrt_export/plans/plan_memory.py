@@ -188,7 +188,7 @@ def _tensors(model: onnx.ModelProto, profile: Profile) -> dict[str, _Tensor]:
     for value in sized.graph.input:
         for side in value.type.tensor_type.shape.dim:
             if side.dim_param:
-                side.dim_value = profile.ranges[side.dim_param][2]
+                side.dim_value = profile.side(side.dim_param)[2]
     for value in sized.graph.output:
         for side in value.type.tensor_type.shape.dim:
             side.Clear()

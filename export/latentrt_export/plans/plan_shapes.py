@@ -5,16 +5,30 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from latentrt.bundle.spec import CONDITIONER, DENOISER, ENCODER, SHALLOW, TEXT_ENCODER, LatentSpec, ModelSpec
+from latentrt.adapters.mixed import RANK
+from latentrt.bundle.spec import (
+    CONDITIONER,
+    CONTROL,
+    DENOISER,
+    ENCODER,
+    HINT,
+    SHALLOW,
+    TEXT_ENCODER,
+    LatentSpec,
+    ModelSpec,
+)
 from latentrt.errors import PlanError, RequestError
+from latentrt.runtime.signature import symbols
 from latentrt.runtime.tensorrt.record import Profile, Range
 from latentrt.values import parse_size, parse_whole
+
+SETTINGS = ("lanes", "pictures", "size", "tokens")
 
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
-    """The shapes that one profile serves, as (least, best, most): lanes of the UNet, pictures of the VAE, pixels, and
-    tokens of a text.
+    """The shapes that one profile serves, as (least, best, most): lanes of the UNet, pictures of the VAE, pixels,
+    tokens of a text, and the rank of a picture's LoRAs.
     """
 
     lanes: Range
@@ -22,6 +36,7 @@ class Shapes:
     height: Range
     width: Range
     tokens: Range
+    rank: Range
 
 
 def shapes_of(spec: ModelSpec, settings: Mapping[str, str], profiles: Sequence[str] = ()) -> tuple[Shapes, ...]:
@@ -29,10 +44,11 @@ def shapes_of(spec: ModelSpec, settings: Mapping[str, str], profiles: Sequence[s
 
     Args:
         spec: the model; its own size is the default.
-        settings: "lanes", "pictures", "size" and "tokens" as typed: one value ("2", "512x512"), or least:best:most.
-            What is missing is the lanes of one guided picture (mostly two), one picture, the model's own size, and
-            prompts of one chunk: fixed shapes, which make the fastest plans.
-        profiles: further settings for each of several profiles, as "lanes=2,size=512x512".
+        settings: "lanes", "pictures", "size", "tokens" and "rank" as typed: one value ("2", "512x512"), or
+            least:best:most. What is missing is the lanes of one guided picture (mostly two), one picture, the model's
+            own size, prompts of one chunk, and the rank that engines have by default: fixed shapes, which make the
+            fastest plans.
+        profiles: further settings for each of several profiles, as "lanes=2,size=512x512"; the rank is one for all.
 
     Raises:
         RequestError: a setting is unknown or not a range.
@@ -40,9 +56,9 @@ def shapes_of(spec: ModelSpec, settings: Mapping[str, str], profiles: Sequence[s
     """
     latents = spec.latents
     sides = latents.height * latents.factor, latents.width * latents.factor
-    own = Shapes(*((size,) * 3 for size in (_lanes(spec), 1, *sides, spec.tokens)))
-    base = _with(own, settings, latents)
-    return tuple(_with(base, _pairs(text), latents) for text in profiles) or (base,)
+    own = Shapes(*((size,) * 3 for size in (_lanes(spec), 1, *sides, spec.tokens, RANK)))
+    base = _with(own, settings, latents, (*SETTINGS, "rank"))
+    return tuple(_with(base, _pairs(text), latents, SETTINGS) for text in profiles) or (base,)
 
 
 def _lanes(spec: ModelSpec) -> int:
@@ -54,15 +70,16 @@ def _lanes(spec: ModelSpec) -> int:
 
 
 def profiles_of(spec: ModelSpec, network: str, asked: Sequence[Shapes]) -> tuple[Profile, ...]:
-    """Return a network's profiles, each once: the ranges of its graph's symbolic dimensions.
+    """Return a network's profiles, each once: the ranges of the names in its graph's symbolic dimensions.
 
     Text encoders and conditioners have two for each of `asked`: one prompt, and as many as the lanes, for a picture in
-    one launch.
+    one launch. What a ControlNet or T2I-Adapter follows is embedded picture by picture.
 
     Raises:
-        PlanError: its graph has an unknown symbolic dimension.
+        PlanError: its graph has an unknown symbolic dimension, or reads no pictures of these sizes.
     """
-    names = [side for tensor in spec.networks[network].inputs for side in tensor.shape if isinstance(side, str)]
+    _check_sides(spec, asked)
+    names = symbols(spec.networks[network].inputs)
     found: list[Profile] = []
     for ranges in (ranges for shapes in asked for ranges in _ranges(spec, network, shapes)):
         if unknown := sorted(set(names) - set(ranges)):
@@ -71,20 +88,30 @@ def profiles_of(spec: ModelSpec, network: str, asked: Sequence[Shapes]) -> tuple
                 needed=f"{', '.join(ranges)} alone",
                 fix="export it again",
             )
-        profile = Profile({name: ranges[name] for name in dict.fromkeys(names)})
+        profile = Profile({name: ranges[name] for name in names})
         if profile not in found:
             found.append(profile)
     return tuple(found)
 
 
+def _check_sides(spec: ModelSpec, asked: Sequence[Shapes]) -> None:
+    step = spec.latents.step
+    if odd := [pixels for one in asked for pixels in (*one.height, *one.width) if pixels % step]:
+        found, needed = f"size has {odd[0]} pixels", f"multiples of {step}, as {spec.id} reads"
+        raise PlanError(found, needed=needed, fix="pass another --size")
+
+
 def _ranges(spec: ModelSpec, network: str, shapes: Shapes) -> list[dict[str, Range]]:
-    if spec.networks[network].role in (TEXT_ENCODER, CONDITIONER):
-        batches = [(1, 1, 1), shapes.lanes]
-    else:
-        batches = [shapes.lanes if spec.networks[network].role in (DENOISER, SHALLOW) else shapes.pictures]
-    factor = 1 if spec.networks[network].role == ENCODER else spec.latents.factor  # it reads pixels, the others latents
+    role, one = spec.networks[network].role, (1, 1, 1)
+    batches = [shapes.lanes if role in (DENOISER, SHALLOW, CONTROL) else shapes.pictures]
+    if role in (TEXT_ENCODER, CONDITIONER):
+        batches = [one, shapes.lanes]
+    elif role == HINT:
+        batches = [one]
+    factor = 1 if role in (ENCODER, HINT) else spec.latents.factor  # these read pixels, the others latents
     height, width = (_divided(side, factor) for side in (shapes.height, shapes.width))
-    return [{"batch": batch, "height": height, "width": width, "tokens": shapes.tokens} for batch in batches]
+    common = {"height": height, "width": width, "tokens": shapes.tokens, "rank": shapes.rank}
+    return [{"batch": batch, **common} for batch in batches]
 
 
 def _divided(side: Range, factor: int) -> Range:
@@ -99,8 +126,7 @@ def _pairs(text: str) -> dict[str, str]:
     return {name.strip(): value for name, _, value in pairs}
 
 
-def _with(shapes: Shapes, settings: Mapping[str, str], latents: LatentSpec) -> Shapes:
-    known = ("lanes", "pictures", "size", "tokens")
+def _with(shapes: Shapes, settings: Mapping[str, str], latents: LatentSpec, known: Sequence[str]) -> Shapes:
     for name, text in settings.items():
         if name not in known:
             raise RequestError(f"a profile has the setting {name!r}", needed=f"one of {', '.join(known)}")

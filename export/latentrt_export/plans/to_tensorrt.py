@@ -13,7 +13,7 @@ import fcntl
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -114,7 +114,7 @@ def orders_of(
     """Return the plans to build, in the order in which a picture needs the networks.
 
     Args:
-        bundle: the bundle.
+        bundle: the bundle; its graphs are those that its spec has.
         library: the library that builds.
         gpu: the GPU that the plans are for.
         shapes: one optimization profile each.
@@ -144,11 +144,11 @@ def orders_of(
         if library.rtx:  # it compiles kernels where the plan runs
             key = replace(key, gpu="", driver="")
         device = "" if isinstance(gpu, Absent) else f"cuda:{gpu.ordinal}"
-        orders.append(Order(key, bundle.root, folder, device, workspace))
+        orders.append(Order(key, bundle, folder, device, workspace))
     return orders
 
 
-def estimates_of(bundle: Bundle, library: Library, orders: Sequence[Order]) -> list[Estimate]:
+def estimates_of(library: Library, orders: Sequence[Order]) -> list[Estimate]:
     """Return an estimate of each plan, from its graph.
 
     Raises:
@@ -157,16 +157,15 @@ def estimates_of(bundle: Bundle, library: Library, orders: Sequence[Order]) -> l
     """
     found, opset = [], building.opset(library)
     for order in orders:
-        graph = bundle.spec.graph(order.key.network, order.key.precision)
-        model = load_graph(bundle, graph, order.key.profiles, opset)
-        weights = weights_of(model, graph).values()
-        found.append(estimate(order.key, ir.to_proto(model), weights, _seconds_before(bundle, order)))
+        model = load_graph(order.bundle, order.graph, order.key.profiles, opset)
+        weights = weights_of(model, order.graph).values()
+        found.append(estimate(order.key, ir.to_proto(model), weights, _seconds_before(order)))
     return found
 
 
-def _seconds_before(bundle: Bundle, order: Order) -> float | None:
+def _seconds_before(order: Order) -> float | None:
     """Return the build time of this network's last plan with this library; None if there is none."""
-    records, _ = PlanStore(bundle, order.plans).survey(order.key.network)
+    records, _ = PlanStore(order.bundle, order.plans).survey(order.key.network)
     times = [record.made.get("seconds") for record in records if record.key.library == order.key.library]
     return times[-1] if times else None
 
@@ -177,7 +176,6 @@ def free_memory(gpu: Gpu | Absent) -> int | None:
 
 
 def build_plans(
-    bundle: Bundle,
     orders: Sequence[Order],
     estimates: Sequence[Estimate],
     *,
@@ -189,8 +187,7 @@ def build_plans(
     """Build the plans that do not exist yet. If it is stopped, the plans that were built stay.
 
     Args:
-        bundle: the bundle.
-        orders: of one bundle, for one folder.
+        orders: of any bundles and folders.
         estimates: of the orders; measurements are recorded beside them.
         free: free bytes of the GPU's memory; None where it is not in this machine.
         progress: an exception that it raises ends the build.
@@ -199,20 +196,22 @@ def build_plans(
 
     Raises:
         DeviceMemoryError: there is too little memory; nothing has been started then.
-        PlanError: a plan cannot be built or written, or another build is working in that folder.
-        UntrustedFileError: another user may write to the folder.
+        PlanError: a plan cannot be built or written, or another build is working in a folder.
+        UntrustedFileError: another user may write to a folder.
     """
     if not orders:
         return []
-    with _alone(orders[0].plans):
-        remove_parts(orders[0].plans)
-        store = PlanStore(bundle, orders[0].plans)
-        found = [None if rebuild else _built(store, order.key) for order in orders]
+    with ExitStack() as locks:
+        for folder in dict.fromkeys(order.plans for order in orders):
+            locks.enter_context(_alone(folder))
+            remove_parts(folder)
+        stores = [PlanStore(order.bundle, order.plans) for order in orders]
+        found = [None if rebuild else _built(store, order.key) for store, order in zip(stores, orders, strict=True)]
         if not ignore_estimate:
             waiting = [each for each, record in zip(estimates, found, strict=True) if record is None]
-            check_room(waiting, store.folder, free, orders[0].key.compute_capability)
+            check_room(waiting, orders[0].plans, free, orders[0].key.compute_capability)
         built = []
-        for order, each, record in zip(orders, estimates, found, strict=True):
+        for order, store, each, record in zip(orders, stores, estimates, found, strict=True):
             start, seconds = time.monotonic(), 0.0
             if record is None:
                 record = build_in_child(replace(order, made={"estimate": asdict(each)}), each.seconds, progress)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,8 @@ from latentrt.bundle.spec import (
     SHALLOW,
     TEXT_ENCODER,
     GraphSpec,
+    LatentSpec,
+    TensorSpec,
 )
 from latentrt.engine import Engine
 from latentrt.model.conditioners.sizes import ScoredSizes, Sizes
@@ -54,7 +56,7 @@ def network_checks(engine: Engine, checkpoint: Path) -> Iterator[Check]:
         inputs = [each.name for each in theirs_of.inputs]
         outputs = [tensor.name for tensor in own.outputs if tensor.name != DEEP]
         pairs: dict[str, list[tuple[Array, Array]]] = {output: [] for output in outputs}
-        for prompts, size in zip((PROMPTS, PROMPTS[:1]), _sizes(engine), strict=True):
+        for prompts, size in zip((PROMPTS, PROMPTS[:1]), sizes_of(spec.latents), strict=True):
             feeds = make_feeds(engine, parts, prompts, size)
             known = dict(feeds)
             for network in networks.values():
@@ -124,20 +126,32 @@ def make_feeds(engine: Engine, parts: Sequence[str], prompts: Sequence[str], siz
 
     `size` is the latents' (height, width).
     """
-    spec, text, draw = engine.spec, engine.model.text, np.random.default_rng(0)
+    spec, text = engine.spec, engine.model.text
     network = spec.networks[parts[-1]]
     if network.role == TEXT_ENCODER:
         assert text is not None
         (own,) = (encoder for encoder in text.encoders if encoder.name == parts[-1])
         ids = np.stack([own.tokenizer.encode(prompt).ids for prompt in prompts])
         return feeds_of(own.network.graph.inputs, ids)
-    texts = _texts(text, prompts)
     scale = spec.latents.factor if network.role == ENCODER else 1
-    height, width = (side * scale for side in size)
+    scaled = (size[0] * scale, size[1] * scale)
+    return drawn(engine, inputs_of([spec.networks[part] for part in parts]).values(), prompts, scaled)
+
+
+def drawn(
+    engine: Engine, tensors: Iterable[TensorSpec], prompts: Sequence[str], size: tuple[int, int]
+) -> dict[str, Array]:
+    """Return values of inputs: the prompts' text states, timesteps, sizes, and normal numbers for all others.
+
+    `size` is what the inputs' height and width are.
+    """
+    spec, draw = engine.spec, np.random.default_rng(0)
+    texts = _texts(engine.model.text, prompts)
+    height, width = size
     sizes = {"batch": len(prompts), "height": height, "width": width, "tokens": spec.tokens}
     pixels = [side * spec.latents.factor for side in size]
     feeds: dict[str, Array] = {}
-    for tensor in inputs_of([spec.networks[part] for part in parts]).values():
+    for tensor in tensors:
         shape = shape_of(tensor, sizes)
         if tensor.name in texts:
             feeds[tensor.name] = texts[tensor.name]
@@ -156,9 +170,8 @@ def make_feeds(engine: Engine, parts: Sequence[str], prompts: Sequence[str], siz
     return feeds
 
 
-def _sizes(engine: Engine) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The latents' (height, width): the model's own, and one with sides as odd as the model takes them."""
-    latents = engine.spec.latents
+def sizes_of(latents: LatentSpec) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return two (height, width) of latents: the model's own, and one with sides as odd as it takes them."""
     own, step = (latents.height, latents.width), latents.multiple
     if step == 1:
         return own, (min(own[0], ODD_SIDE) - 3, min(own[1], ODD_SIDE) + 2)

@@ -30,6 +30,7 @@ from latentrt_export.graphs.to_onnx import quiet
 from latentrt_export.to_bundle import NOT_EXPORTED, plain_index
 
 Array = NDArray[Any]
+NOTHING: Mapping[str, Any] = {}
 PROMPTS = ("a red apple", "a cat face")
 CONDITIONS = ("aesthetic_score", "negative_aesthetic_score", "noise_level")  # settings that both sides name alike
 
@@ -93,10 +94,10 @@ class Theirs:
         if kind == "LatentConsistencyModelPipeline":  # which runs one scheduler alone
             self._loaded = diffusers.StableDiffusionPipeline(**self._loaded.components, requires_safety_checker=False)
 
-    def pipeline(self, solver: str | None = None, kind: str | None = None) -> Any:
+    def pipeline(self, solver: str | None = None, kind: str | None = None, **parts: Any) -> Any:
         """Return the pipeline with the scheduler of a solver of ours; None is the checkpoint's own.
 
-        `kind` is the diffusers class, where it is not the one that draws from a prompt.
+        `kind` is the diffusers class, where it is not the one that draws from a prompt, and `parts` what that has more.
         """
         pipe = self._loaded
         if not hasattr(pipe, "vae"):  # pixels: these pipelines belong to their schedulers
@@ -104,9 +105,8 @@ class Theirs:
             pipe = (diffusers.DDIMPipeline if ddim else diffusers.DDPMPipeline)(pipe.unet, self.scheduler)
             pipe.scheduler = pipe.scheduler if ddim else diffusers_scheduler(solver, self.scheduler)
         else:
-            pipe = (
-                pipe if kind is None else getattr(diffusers, kind).from_pipe(pipe, vae=pipe.vae)
-            )  # else it drops a tiny VAE
+            if kind is not None:  # without its VAE it drops a tiny one
+                pipe = getattr(diffusers, kind).from_pipe(pipe, vae=pipe.vae, **parts)
             pipe.scheduler = diffusers_scheduler(solver, self.scheduler)
         pipe.set_progress_bar_config(disable=True)
         return pipe
@@ -136,8 +136,11 @@ def scheduler_of(schedule: Schedule) -> Any:
         return getattr(diffusers, schedule.scheduler).from_config(dict(schedule.config))
 
 
-def run_pipeline(pipe: Any, run: Run) -> tuple[list[Array], Array]:
-    """Return the diffusers pipeline's latents after every step and its pixels, in the forms of `run_engine`."""
+def run_pipeline(pipe: Any, run: Run, told: Mapping[str, Any] = NOTHING) -> tuple[list[Array], Array]:
+    """Return the diffusers pipeline's latents after every step and its pixels, in the forms of `run_engine`.
+
+    `told` are arguments of this pipeline alone.
+    """
     steps: list[Array] = []
     step = pipe.scheduler.step
 
@@ -155,7 +158,7 @@ def run_pipeline(pipe: Any, run: Run) -> tuple[list[Array], Array]:
         pipe.unet.forward = functools.partial(pipe.unet.forward, class_labels=labels)
     try:
         with quiet():
-            result = pipe(generator=generators, num_inference_steps=settings["steps"], **own)
+            result = pipe(generator=generators, num_inference_steps=settings["steps"], **{**own, **told})
     finally:
         pipe.scheduler.step = step
     return steps, np.stack([np.asarray(image) for image in result.images])

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from latentrt.bundle.bundle import Bundle
-from latentrt.bundle.spec import CONDITIONER, SHALLOW
+from latentrt.bundle.spec import ADD_ONS, CONDITIONER, SHALLOW
 from latentrt.engine import Engine
 from latentrt.errors import ExportError
 from latentrt.golden import TOLERANCE, worst_error
@@ -46,14 +46,25 @@ def verify(
         UnsafeWeightsError: the checkpoint has pickled weights only.
     """
     opened = Bundle.open(bundle)
+    if opened.spec.kind in ADD_ONS:
+        raise ExportError(
+            f"{opened.root} is a {ADD_ONS[opened.spec.kind]}",
+            needed="the model that it is used with, too",
+            fix=f"latentrt verify {opened.root} --base BUNDLE",
+        )
+    check_whole(opened, checkpoint)
+    with checkpoint_of(checkpoint, revision, variant, choices) as source:
+        yield from _verify(opened, source, steps)
+
+
+def check_whole(opened: Bundle, checkpoint: str | Path) -> None:
+    """Refuse a bundle whose LoRAs diffusers would not see, where it is the checkpoint too. Raise ExportError."""
     if "base" in opened.spec.made and Path(checkpoint) == opened.root:
         raise ExportError(
             f"{opened.root} has LoRAs merged into a bundle's weights, and diffusers would read those without them",
             needed="the checkpoint that the bundle came from, and the LoRAs",
             fix=f"latentrt verify {opened.root} --against CHECKPOINT --lora FILE:STRENGTH",
         )
-    with checkpoint_of(checkpoint, revision, variant, choices) as source:
-        yield from _verify(opened, source, steps)
 
 
 def _verify(opened: Bundle, source: Checkpoint, steps: int) -> Iterator[Check]:

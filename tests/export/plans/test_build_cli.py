@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import signal
 import subprocess
@@ -13,8 +14,11 @@ from typing import Any
 
 import pytest
 
-from latentrt.bundle.bundle import EMBEDDED
+from latentrt.bundle.bundle import EMBEDDED, Bundle
 from latentrt.command import main as cli
+from latentrt.runtime.tensorrt.plans import PlanStore
+from latentrt.runtime.tensorrt.record import PlanRecord
+from latentrt_export.plans.plan_builder import Order
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has wheels for Linux on x86-64, and Windows")
 Run = Callable[..., tuple[int, str, str]]
@@ -66,6 +70,34 @@ def test_a_dry_run_estimates_and_builds_nothing(run: Run) -> None:
     assert code == 0
     assert "batch 2, height 16, width 16" in out
     assert not list(Path().iterdir())
+
+
+def test_what_goes_with_a_model_is_built_with_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The UNet that reads a ControlNet's residuals and takes LoRAs, and the ControlNet; one command for all."""
+    monkeypatch.setattr("latentrt_export.plans.to_tensorrt.build_in_child", stand_in)
+    chosen = ("--controlnet", "grey=emoji-grey", "--lora-rank", "8", "--lanes", "4")
+    answer = told(run, *AHEAD, *chosen)
+    keys = {plan["key"]["network"]: plan["key"] for plan in answer["plans"]}
+    assert list(keys) == [*NETWORKS, "hint", "controlnet"]
+    files = {record.sha256: name for name, record in Bundle.open().files.items()}
+    assert files[keys["unet"]["graph"]] == "unet/model.fp16.control.lora.onnx"
+    assert keys["unet"]["profiles"][0]["ranges"]["rank"] == [8, 8, 8]
+    assert keys["controlnet"]["profiles"][0]["ranges"]["batch"] == keys["unet"]["profiles"][0]["ranges"]["batch"]
+    plain = told(run, *AHEAD, "--network", "unet")["plans"][0]["key"]
+    assert files[plain["graph"]] == "unet/model.fp16.onnx"
+    out = run("build", "--plans", "plans", "--list")[1]
+    assert "unet/model.fp16.control.lora.onnx" in out
+    out = run(*AHEAD, *chosen, "--network", "controlnet")[1]
+    assert "controlnet of emoji-grey" in out
+    assert "built before" in out
+    assert run(*AHEAD, *chosen, "--network", "hint", "--network", "unet", "--check")[0] == 0
+
+
+def stand_in(order: Order, known: float | None, progress: Any) -> PlanRecord:
+    """Put a few bytes in the place of a plan."""
+    record = PlanRecord(order.key, hashlib.sha256(b"plan").hexdigest(), 4)
+    PlanStore(order.bundle, order.plans).put(record, b"plan")
+    return record
 
 
 def test_build_list_and_remove(run: Run) -> None:
@@ -164,6 +196,12 @@ def odd(*_: Any) -> Any:
         (["--library", "tensorrt-lean"], "tensorrt_lean cannot be imported"),
         (["--library", "cudnn"], "'cudnn'"),
         (["--library", "tensorrt"], "pip install 'latentrt[tensorrt]'"),
+        (["--controlnet", "emoji-grey"], "NAME=BUNDLE"),
+        (["--controlnet", "grey=emoji"], "loaded as the control 'grey', is none"),
+        (["emoji-grey"], "latentrt build MODEL --controlnet NAME=emoji-grey"),
+        (["pixels", "--controlnet", "grey=emoji-grey"], "reads no residuals"),
+        (["pixels", "--lora-rank", "8"], "take no LoRAs"),
+        (["--lora-rank", "0"], "rank has '0'"),
         (["--strip"], "without a GPU"),
         (["--refittable"], "without a GPU"),
         (["--version-compatible"], "--version-compatible"),

@@ -8,10 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentrt.bundle.bundle import Bundle
+from latentrt.adapters.mixed import RANK
+from latentrt.bundle.bundle import EMBEDDED, Bundle
 from latentrt.errors import PlanError, RequestError
 from latentrt.runtime.tensorrt.record import PlanKey, PlanRecord
 from latentrt_export.plans.plan_shapes import profiles_of, shapes_of
+from latentrt_export.plans.wanted import bundles_of
 
 EMOJI = Bundle.open(check_hashes=False)
 FIXED = shapes_of(EMOJI.spec, {})
@@ -80,6 +82,8 @@ def test_texts_are_encoded_alone_or_for_all_lanes(lanes: str) -> None:
         ({"lanes": "²"}, [], "lanes has"),
         ({"lanes": "99999"}, [], "1 to 65536"),
         ({}, ["lanes=2,steps=3"], "'steps'"),
+        ({}, ["lanes=2,rank=8"], "'rank'"),
+        ({"rank": "0"}, [], "rank has '0'"),
         ({}, ["lanes"], "settings, each once"),
         ({}, ["lanes=2,lanes=4"], "settings, each once"),
         ({}, ["size=:64:128"], "size has ''"),
@@ -98,6 +102,31 @@ def test_profiles_cover_exactly_what_was_asked(lanes: list[int], eighths: list[i
     (profile,) = profiles_of(EMOJI.spec, "unet", shapes_of(EMOJI.spec, {"lanes": text[0], "size": text[1]}))
     assert profile.ranges["batch"] == tuple(lanes)
     assert profile.ranges["height"] == profile.ranges["width"] == tuple(eighths)
+
+
+def test_add_ons_have_the_shapes_of_their_model() -> None:
+    """Their own manifest says neither lanes nor tokens. What they follow is pixels, one picture at a time."""
+    model, add_on = bundles_of(EMBEDDED, ["grey=emoji-grey"])
+    asked = shapes_of(model.spec, {"lanes": "2:4:8", "size": "120x64"})
+    (hint,), (body,) = (profiles_of(add_on.spec, name, asked) for name in ("hint", "controlnet"))
+    assert str(hint) == "batch 1, height 64, width 120"
+    assert str(body) == "batch 2 to 8 (best 4), height 8, width 15"
+    (unet,) = profiles_of(model.spec, "unet", asked)
+    residuals = {tensor.name: tensor for tensor in model.spec.networks["unet"].inputs if "residual" in tensor.name}
+    assert unet.shapes(residuals["residual_2"]) == ((2, 64, 4, 8), (4, 64, 4, 8), (8, 64, 4, 8))
+    assert unet.shapes(residuals["residual_mid"])[0] == (2, 160, 2, 4)
+    divides = replace(add_on.spec, latents=replace(add_on.spec.latents, multiple=2))  # as T2I-Adapters of SDXL
+    with pytest.raises(PlanError, match=r"size has 120 pixels.*multiples of 16, as emoji-grey reads"):
+        profiles_of(divides, "hint", asked)
+
+
+def test_networks_that_take_loras_have_the_engines_rank() -> None:
+    (model,) = bundles_of(EMBEDDED, loras=True)
+    for settings, rank in (({}, RANK), ({"rank": "8"}, 8)):
+        asked = shapes_of(model.spec, settings)
+        for name in ("unet", "unet_text", "text_encoder"):
+            assert {one.ranges["rank"] for one in profiles_of(model.spec, name, asked)} == {(rank,) * 3}
+    assert "rank" not in profiles_of(EMOJI.spec, "unet", FIXED)[0].ranges
 
 
 def test_a_dimension_nobody_knows_is_refused() -> None:

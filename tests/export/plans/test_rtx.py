@@ -24,6 +24,7 @@ from latentrt_export.plans.capability import capability, refused
 from latentrt_export.plans.plan_graph import load_graph, serialized, weights_of
 from latentrt_export.plans.plan_shapes import profiles_of, shapes_of
 from latentrt_export.plans.to_tensorrt import Built, build_plans, estimates_of, open_target, orders_of
+from latentrt_export.plans.wanted import bundles_of, networks_of
 from latentrt_export.to_bundle import export_bundle
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has wheels for Linux on x86-64, and Windows")
@@ -65,7 +66,7 @@ def build(bundles: Callable[[str], Bundle], tmp_path_factory: pytest.TempPathFac
         bundle, (library, gpu) = bundles(name), open_target("tensorrt-rtx", "cuda", compute_capability)
         shapes = shapes_of(bundle.spec, asked)
         orders = orders_of(bundle, library, gpu, shapes, networks=networks, plans=folders[name])
-        return build_plans(bundle, orders, estimates_of(bundle, library, orders))
+        return build_plans(orders, estimates_of(library, orders))
 
     return build
 
@@ -88,6 +89,35 @@ def test_every_graph_becomes_a_plan(build: Build, name: str, compute_capability:
     check(build(name, compute_capability, SHAPES[shapes]), compute_capability)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("controlnets", "loras", "shapes"),
+    [(("grey=emoji-grey",), False, "static"), (("grey=emoji-grey",), False, "ranges"), ((), True, "static")],
+    ids=["control", "control, ranges", "lora"],
+)
+def test_graphs_for_add_ons_become_plans(
+    tmp_path: Path, controlnets: tuple[str, ...], loras: bool, shapes: str
+) -> None:
+    """The UNet that reads residuals with a ControlNet's networks; those that take LoRAs, 140 inputs of the UNet's."""
+    library, gpu = open_target("tensorrt-rtx", "cuda", "8.9")
+    bundles = bundles_of(EMBEDDED, controlnets, loras=loras)
+    asked = shapes_of(bundles[0].spec, {**SHAPES[shapes], "rank": "16"})
+    changed = ("unet", "unet_text", "text_encoder") if loras else ("unet", "hint", "controlnet")
+    orders = [
+        order
+        for one, own in networks_of(bundles, changed)
+        for order in orders_of(one, library, gpu, asked, networks=own, plans=tmp_path / "plans")
+    ]
+    built = build_plans(orders, estimates_of(library, orders))
+    assert {each.record.key.network for each in built} == set(changed)
+    for each in built:
+        made, estimated = each.record.made, each.record.made["estimate"]
+        assert each.path.stat().st_size == each.record.bytes
+        assert made["weights"] == pytest.approx(estimated["weights"], rel=0.02, abs=1e6)
+        scratch = 2**23  # which small ones may have once more
+        assert made["activations"] == pytest.approx(estimated["activations"], rel=0.6, abs=scratch)
+
+
 @pytest.mark.parametrize("compute_capability", CAPABILITIES)
 def test_several_profiles_become_one_plan(
     bundles: Callable[[str], Bundle], tmp_path: Path, compute_capability: str
@@ -95,7 +125,7 @@ def test_several_profiles_become_one_plan(
     bundle, (library, gpu) = bundles("emoji"), open_target("tensorrt-rtx", "cuda", compute_capability)
     shapes = shapes_of(bundle.spec, {}, ["lanes=2,size=128x128", "lanes=4,size=64x64"])
     orders = orders_of(bundle, library, gpu, shapes, networks=["vae_decoder"], plans=tmp_path / "plans")
-    (built,) = build_plans(bundle, orders, estimates_of(bundle, library, orders))
+    (built,) = build_plans(orders, estimates_of(library, orders))
     assert [str(profile) for profile in built.record.key.profiles] == [
         f"batch 1, height {side}, width {side}" for side in (16, 8)
     ]
@@ -140,12 +170,13 @@ def test_what_is_built_is_found_and_not_built_again(build: Build, bundles: Calla
 
 def test_weights_are_known_to_the_network_by_their_names(rtx: Library, tmp_path: Path) -> None:
     """The weights for refitting a stripped plan: RTX itself strips only where there is a GPU."""
-    bundle, opset = Bundle.open(EMBEDDED), building.opset(rtx)
-    for name in NETWORKS:
+    opset, add_ons = building.opset(rtx), bundles_of(EMBEDDED, ["grey=emoji-grey"], loras=True)
+    wanted = [*networks_of(bundles_of(EMBEDDED), NETWORKS), *networks_of(add_ons, ("unet", "hint", "controlnet"))]
+    for number, (bundle, name) in enumerate((bundle, name) for bundle, own in wanted for name in own):
         graph = bundle.spec.graph(name, "fp16")
-        model = load_graph(bundle, graph, profiles_of(bundle.spec, name, shapes_of(bundle.spec, {})), opset)
+        model = load_graph(bundle, graph, profiles_of(bundle.spec, name, FIXED), opset)
         weights = weights_of(model, graph)
-        folder = tmp_path / name
+        folder = tmp_path / str(number)
         folder.mkdir()
         data, path = serialized(model, bundle.path(graph.path), folder)
         logger = rtx.logger()
@@ -202,7 +233,7 @@ def test_an_interrupt_stops_the_real_builder(bundles: Callable[[str], Bundle], t
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build_plans(bundle, orders, estimates_of(bundle, library, orders), progress=interrupt)
+        build_plans(orders, estimates_of(library, orders), progress=interrupt)
     assert not list((tmp_path / "plans").iterdir())
 
 
@@ -210,7 +241,7 @@ def test_too_little_memory_is_told_before_the_build(bundles: Callable[[str], Bun
     bundle, (library, gpu) = bundles("emoji"), open_target("tensorrt-rtx", "cuda", "8.9")
     orders = orders_of(bundle, library, gpu, shapes_of(bundle.spec, {}), plans=tmp_path / "plans")
     with pytest.raises(DeviceMemoryError, match="the GPU has"):
-        build_plans(bundle, orders, estimates_of(bundle, library, orders), free=10_000_000)
+        build_plans(orders, estimates_of(library, orders), free=10_000_000)
 
 
 def odd_graph() -> onnx.ModelProto:
@@ -226,12 +257,25 @@ def odd_graph() -> onnx.ModelProto:
     )
 
 
-def test_every_node_of_our_graphs_is_supported(rtx: Library) -> None:
-    bundle = Bundle.open(EMBEDDED)
-    for name in NETWORKS:
-        found = capability(bundle, rtx, name, "fp16", profiles_of(bundle.spec, name, shapes_of(bundle.spec, {})))
-        assert found.refused == ()
-        assert found.nodes == bundle.spec.graph(name, "fp16").nodes
+@pytest.mark.parametrize(
+    ("controlnets", "loras", "networks"),
+    [
+        ((), False, NETWORKS),
+        (("grey=emoji-grey",), False, ("unet", "hint", "controlnet")),
+        (("grey=emoji-grey",), True, ("unet", "unet_text", "text_encoder")),
+    ],
+    ids=["plain", "control", "control, lora"],
+)
+def test_every_node_of_our_graphs_is_supported(
+    rtx: Library, controlnets: tuple[str, ...], loras: bool, networks: tuple[str, ...]
+) -> None:
+    bundles = bundles_of(EMBEDDED, controlnets, loras=loras)
+    shapes = shapes_of(bundles[0].spec, {})
+    for bundle, own in networks_of(bundles, networks):
+        for name in own:
+            found = capability(bundle, rtx, name, "fp16", profiles_of(bundle.spec, name, shapes))
+            assert found.refused == ()
+            assert found.nodes == bundle.spec.graph(name, "fp16").nodes
 
 
 def test_unsupported_nodes_are_named_as_polygraphy_names_them(rtx: Library, tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def plain_orders(library: Library = FAKE, plans: Path | None = None, **how: Any)
 def built_plans(library: Library, plans: Path, **how: Any) -> list[dict[str, Any]]:
     """Build, and return the builder's inputs."""
     orders = plain_orders(library, plans, **how)
-    built = build_plans(EMOJI, orders, estimates_of(EMOJI, library, orders))
+    built = build_plans(orders, estimates_of(library, orders))
     return [json.loads(PlanStore(EMOJI, plans).read(each.record)) for each in built]
 
 
@@ -92,8 +92,8 @@ def test_a_build_puts_every_plan_in_its_place(fake: Fake, tmp_path: Path) -> Non
     orders = plain_orders(library, tmp_path / "plans", workspace=2**30)
     assert {order.key.gpu for order in orders} == {"NVIDIA Fake"}
     assert {order.key.driver for order in orders} == {"13.0"}
-    estimates = estimates_of(EMOJI, library, orders)
-    built = build_plans(EMOJI, orders, estimates, progress=lambda n, phase, share, left: told.append((n, share)))
+    estimates = estimates_of(library, orders)
+    built = build_plans(orders, estimates, progress=lambda n, phase, share, left: told.append((n, share)))
     store = PlanStore(EMOJI, tmp_path / "plans")
     assert [each.record.key.network for each in built] == list(EMOJI.spec.graphs())
     assert {name for name, _ in told} == set(EMOJI.spec.graphs())
@@ -112,9 +112,9 @@ def test_a_build_puts_every_plan_in_its_place(fake: Fake, tmp_path: Path) -> Non
     assert unet["opset"] == 23
     assert unet["decomposable"]
     assert all(unet["decomposable"])
-    again = build_plans(EMOJI, orders, estimates)
+    again = build_plans(orders, estimates)
     assert [each.seconds for each in again] == [0.0] * len(orders)
-    assert estimates_of(EMOJI, library, orders)[0].seconds == built[0].record.made["seconds"]
+    assert estimates_of(library, orders)[0].seconds == built[0].record.made["seconds"]
 
 
 def test_older_versions_get_older_graphs(fake: Fake, tmp_path: Path) -> None:
@@ -164,11 +164,11 @@ def test_what_a_version_cannot_build_is_refused(fake: Fake, version: str, option
 def test_too_little_memory_is_said_before_the_build(fake: Fake, tmp_path: Path) -> None:
     library = fake()
     orders = plain_orders(library, tmp_path / "plans", networks=["text_encoder"])
-    estimates = estimates_of(EMOJI, library, orders)
+    estimates = estimates_of(library, orders)
     with pytest.raises(DeviceMemoryError, match=r"GPU has 0\.0 GiB free.*build the text_encoder.*--ignore-estimate"):
-        build_plans(EMOJI, orders, estimates, free=2**20)
+        build_plans(orders, estimates, free=2**20)
     assert not list((tmp_path / "plans").iterdir())
-    assert len(build_plans(EMOJI, orders, estimates, free=2**20, ignore_estimate=True)) == 1
+    assert len(build_plans(orders, estimates, free=2**20, ignore_estimate=True)) == 1
 
 
 def test_an_interrupt_leaves_what_was_built(fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,11 +183,11 @@ def test_an_interrupt_leaves_what_was_built(fake: Fake, tmp_path: Path, monkeypa
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build_plans(EMOJI, orders, estimates_of(EMOJI, library, orders), progress=interrupt)
+        build_plans(orders, estimates_of(library, orders), progress=interrupt)
     assert {path: path.read_bytes() for path in plans.iterdir()} == before
     assert not list(Path(os.environ.get("TMPDIR", "/tmp")).glob("latentrt-*/weights.bin"))
     library = fake()
-    built = build_plans(EMOJI, orders, estimates_of(EMOJI, library, orders))
+    built = build_plans(orders, estimates_of(library, orders))
     assert [each.seconds == 0 for each in built] == [True, *[False] * (len(orders) - 1)]
 
 
@@ -233,14 +233,14 @@ def test_nothing_is_built_for_a_folder_that_others_can_write_to(fake: Fake, tmp_
     (tmp_path / "plans").chmod(0o777)
     orders = plain_orders(fake(), tmp_path / "plans", networks=["text_encoder"])
     with pytest.raises(UntrustedFileError, match=r"has mode 777.*chmod go-w"):
-        build_plans(EMOJI, orders, [])
+        build_plans(orders, [])
     assert not list((tmp_path / "plans").iterdir())
 
 
 def test_plans_lie_in_the_users_cache(fake: Fake, tmp_path: Path) -> None:
     library = fake()
     orders = plain_orders(library, networks=["text_encoder"])
-    (built,) = build_plans(EMOJI, orders, estimates_of(EMOJI, library, orders))
+    (built,) = build_plans(orders, estimates_of(library, orders))
     assert built.path.parent == PlanStore(EMOJI).folder
     assert built.path.is_relative_to(tmp_path / "cache" / "latentrt" / "plans")
 

@@ -83,11 +83,13 @@ def test_profiles_give_shapes_and_say_what_they_cover() -> None:
 
 def test_what_is_drawn_is_what_unet_and_vae_both_serve() -> None:
     vae = Profile({"batch": (1, 1, 4), "height": (16, 16, 80), "width": (72, 80, 96)})
-    assert drawn_by([[SQUARE, SMALL], [vae]], 2) == (Profile({"height": (64, 64, 80), "width": (72, 72, 96)}),)
-    assert drawn_by([[SQUARE, SQUARE], [SQUARE, vae]], 2) == drawn_by([[SQUARE], [vae]], 2)  # no VAE of one picture
-    assert drawn_by([[SQUARE], [SMALL]], 2) == ()
-    assert drawn_by([[SQUARE], [vae]], 9) == ()
-    assert drawn_by([[SQUARE]], 2) == (Profile({side: SQUARE.ranges[side] for side in ("height", "width")}),)  # pixels
+    assert drawn_by([([SQUARE, SMALL], 2), ([vae], 1)]) == (Profile({"height": (64, 64, 80), "width": (72, 72, 96)}),)
+    both = drawn_by([([SQUARE], 2), ([vae], 1)])
+    assert drawn_by([([SQUARE, SQUARE], 2), ([SQUARE, vae], 1)]) == both  # no VAE of one picture
+    assert drawn_by([([SQUARE], 2), ([SMALL], 1)]) == ()
+    assert drawn_by([([SQUARE], 9), ([vae], 1)]) == ()
+    assert drawn_by([([SQUARE], 2), ([vae], 1), ([SMALL], 2)]) == ()  # a ControlNet of one lane
+    assert drawn_by([([SQUARE], 2)]) == (Profile({side: SQUARE.ranges[side] for side in ("height", "width")}),)
 
 
 # Records

@@ -55,7 +55,7 @@ def test_the_embedded_unet_runs_as_on_onnx_runtime(gpu: HostGpu, fake: FakeTenso
 
 def test_half_precision_uses_the_half_graph(bundle: Bundle, fake: FakeTensorRt, gpu: HostGpu) -> None:
     put_plan(bundle, "unet", fake, gpu, WIDE, precision="fp16")
-    with pytest.raises(PlanError, match=r"built for graph \w{12}, precision fp16"):
+    with pytest.raises(PlanError, match=r"built for graph unet/model.fp16.onnx, precision fp16"):
         load(bundle, fake, gpu)
     network = load(bundle, fake, gpu, precision="fp16")
     for fed in rounded_once("float16"):

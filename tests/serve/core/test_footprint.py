@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from latentrt import Engine
+from latentrt.bundle.spec import LORA
 from latentrt.serve.core.footprint import budget_of, measured
 from latentrt.serve.core.rules.budget import Footprint
 
@@ -39,3 +40,15 @@ def test_without_a_number_it_is_half_of_what_is_free(engine: Engine, monkeypatch
     assert budget_of(engine, {}, None, 1).memory == 500
     monkeypatch.setattr("latentrt.serve.core.footprint.free_memory", lambda: None)
     assert budget_of(engine, {}, None, 1).memory is None
+
+
+def test_loras_of_each_lane_count() -> None:
+    """What a picture with a LoRA holds, and what a call stacks of it."""
+    with Engine.load(adapters={"ink": "emoji-ink"}, adapter_rank=8, check_hashes=False, threads=1) as engine:
+        (job,) = engine.requests(["a cat"], {"steps": 1, "lora": {"ink": 1.0}})
+        mixed = engine.model.adapters
+        assert mixed is not None
+        asked = mixed.asked({"ink": (1.0, 1.0)})
+        held = sum(array.nbytes for name in engine.spec.networks for array in mixed.inputs(name, asked).values())
+        called = sum(array.nbytes for name, array in job.sides[-1].items() if name.startswith(LORA))
+        assert budget_of(engine, {}, None, 1).adapters == held + called > 0

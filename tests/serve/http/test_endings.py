@@ -130,7 +130,7 @@ def test_what_is_asked_all_the_time_is_not_worth_a_line(app: Any, log: list[Muta
     assert statuses == [200, 200, 200, 200, 404]
     assert [line["route"] for line in lines_of(log)] == [*paths[:3], "/static", "/static"]
     assert {line["log_level"] for line in lines_of(log)} == {"debug"}
-    text = asyncio.run(app.state.context.metrics.text()).decode()
+    text = asyncio.run(app.state.metrics.text()).decode()
     assert 'requests_total{model_name="emoji",outcome="ok",route="/static"} 1.0' in text
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from benchmarks.serving.clients import DRAW, EDIT
 from tests.support.serve.fakes import FakeScheduler, app_of, png
 
-APP = app_of(FakeScheduler(), max_pixels=128 * 128, max_side=128, max_body=200_000)
+APP = app_of(FakeScheduler(), max_pixels=128 * 128, max_side=128, max_body=2_000_000)
 SD = ("/sdapi/v1/txt2img", "/sdapi/v1/img2img")
 few = settings(max_examples=60, deadline=None)
 
@@ -27,9 +28,9 @@ def answered(path: str, body: bytes, kind: str) -> int:
             return await client.post(path, content=body, headers={"content-type": kind})
 
     answer = asyncio.run(go())
-    if answer.status_code != 200 and path in SD:
+    if answer.status_code >= 400 and path in SD:
         assert set(answer.json()) == {"error", "detail", "errors", "body", "param", "code"}
-    elif answer.status_code != 200:
+    elif answer.status_code >= 400:
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
     assert answer.status_code < 500, answer.text
     return answer.status_code
@@ -40,7 +41,18 @@ anything = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=8,
 )
-FIELDS = ("model", "n", "size", "seed", "num_inference_steps", "guidance_scale", "scheduler", "stream", "timeout")
+FIELDS = (
+    "model",
+    "n",
+    "size",
+    "seed",
+    "num_inference_steps",
+    "guidance_scale",
+    "scheduler",
+    "stream",
+    "timeout",
+    "background",
+)
 
 
 @few
@@ -57,7 +69,24 @@ def test_bytes_as_json(path: str, body: bytes) -> None:
 )
 def test_fields_of_any_kind(path: str, fields: dict[str, Any], prompt: Any) -> None:
     body = json.dumps({**fields, "prompt": prompt}).encode()
-    assert answered(path, body, "application/json") in (200, 400, 404, 413, 422)
+    assert answered(path, body, "application/json") in (200, 202, 400, 404, 413, 422)
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        (DRAW, {"user": "\ud800"}),
+        (DRAW, {"safety_identifier": "\ud800", "stream": True}),
+        (DRAW, {"scheduler": "\ud800"}),
+        (DRAW, {"control": {"\ud800": {"image": "\ud800"}}}),
+        (SD[0], {"hr_upscaler": "\ud800"}),
+        (SD[0], {"alwayson_scripts": {"\ud800": {"\ud800": ["\ud800"]}}}),
+        (SD[0], {"override_settings": {"\ud800": "\ud800"}}),
+    ],
+)
+def test_half_a_surrogate_pair_can_be_repeated(path: str, fields: dict[str, Any]) -> None:
+    """JSON's escapes may say one, and no answer can be sent with it."""
+    assert answered(path, json.dumps({"prompt": "a", **fields}).encode(), "application/json") in (200, 400, 422)
 
 
 PICTURE = png(64, 64)
@@ -73,8 +102,6 @@ parts = st.lists(
 )
 
 
-# Starlette leaves the parts of a form that breaks off to the garbage collector.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @few
 @given(parts=parts, end=st.sampled_from((b"--x--\r\n", b"--x--", b"--x", b"")), line=st.sampled_from((b"\r\n", b"\n")))
 def test_forms_with_missing_duplicate_and_broken_parts(
@@ -86,6 +113,13 @@ def test_forms_with_missing_duplicate_and_broken_parts(
         head = f'Content-Disposition: form-data; name="{name}"{named}'.encode()
         body += b"--x" + line + head + line + line + content + line
     assert answered(EDIT, body + end, "multipart/form-data; boundary=x") in (200, 400, 413)
+
+
+def test_a_form_that_breaks_off_leaves_no_file() -> None:
+    """One of more than a MiB is on the disk until it is closed."""
+    head = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n'
+    assert answered(EDIT, head + bytes(2**20 + 1), "multipart/form-data; boundary=x") == 400
+    gc.collect()  # what is left open warns, and warnings are errors
 
 
 @few

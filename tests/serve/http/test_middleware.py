@@ -228,7 +228,7 @@ def test_only_where_pictures_are_sent_a_body_may_be_large() -> None:
     ):
         for body in (b" " * 2**20, chunks()):
             assert ask(app, "POST", path, content=body, headers={"content-type": kind}).status_code == status
-    assert least < app.state.context.settings.max_text < 2**17
+    assert least < app.state.settings.max_text < 2**17
 
 
 def test_a_body_of_another_type_is_refused_unread(app: Any) -> None:
@@ -271,7 +271,7 @@ def test_where_nobody_can_have_a_place_nothing_is_read(log: list[MutableMapping[
     assert (wrong["status"], wrong["route"]) == (401, path)
     assert (
         'request_rejected_total{model_name="emoji",reason="queue_full"} 1.0'
-        in asyncio.run(app.state.context.metrics.text()).decode()
+        in asyncio.run(app.state.metrics.text()).decode()
     )
     scheduler.empty()
     readable = {**key, "content-type": "application/json", "content-length": "9"}

@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 
+from latentrt.serve.http.generation import Context
 from latentrt.serve.http.guard.middleware import PIECE, Guard
 from latentrt.serve.http.guard.record import Record
+from latentrt.serve.http.models.models import Models
 from latentrt.serve.process.config import Settings
 from latentrt.serve.process.metrics import Metrics
 from tests.support.serve.fake_engine import PATIENCE
-from tests.support.serve.fakes import FakeScheduler, live, until
+from tests.support.serve.fakes import FakeScheduler, catalog_of, live, until
 
 EVENT = b"x" * (4 * PIECE)  # more than the kernel keeps for a client
 STALL = 0.5
@@ -40,7 +42,9 @@ class App:
 def asked(app: App, stall: float, room: int = 4096) -> Iterator[socket.socket]:
     """A client of it that has asked, with so much room for what it does not read."""
     settings = Settings(stall_timeout=stall)
-    guard = Guard(app, keys=(), settings=settings, scheduler=FakeScheduler(), record=Record(Metrics("emoji"), None))
+    catalog, metrics = catalog_of(), Metrics("emoji")
+    models = Models.of(Context(FakeScheduler(), settings, catalog, metrics))
+    guard = Guard(app, keys=(), settings=settings, models=models, record=Record(metrics, None))
     with live(guard, http="h11") as url, socket.socket() as sock:
         host, _, port = url.removeprefix("http://").rpartition(":")
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, room)

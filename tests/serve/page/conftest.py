@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import parse_qs
 
 import pytest
 from selenium.webdriver import Chrome
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from latentrt.bundle.bundle import Bundle
+from latentrt.model.model import Model
+from latentrt.runtime.fake import FakeBackend
 from latentrt.serve.core.service import Service
 from latentrt.serve.http.app import create_app
 from tests.serve.conftest import eventually
@@ -63,3 +72,34 @@ def flat(chrome: Chrome, url: str) -> Iterator[Visitor]:
     visitor = Visitor(chrome, url)
     yield visitor.visit()
     assert visitor.complaints() == []
+
+
+def guided_by(scheduler: FakeScheduler, *names: str) -> Any:
+    """Return the application of a server with these ControlNets."""
+    model = Model(Bundle.open(check_hashes=False), FakeBackend())
+    named: Any = [SimpleNamespace(name=name, spec=SimpleNamespace(kind="controlnet")) for name in names]
+    model.controls = tuple(named)
+    return app_of(scheduler, model, controlnet=tuple(f"{name}=some/" for name in names))
+
+
+class Told:
+    """Adds to what /latentrt/model tells: to all, and `of` one by its name; others than these cannot be loaded."""
+
+    def __init__(self, app: ASGIApp, of: Mapping[str, Any] | None = None, **more: Any) -> None:
+        self._app, self._of, self._more = app, of or {}, more
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] != "/latentrt/model":
+            return await self._app(scope, receive, send)
+        told: list[Message] = []
+
+        async def keep(message: Message) -> None:
+            told.append(message)
+
+        await self._app({**scope, "query_string": b""}, receive, keep)  # of the one that there is
+        body = json.loads(b"".join(message.get("body", b"") for message in told))
+        (name,) = parse_qs(scope["query_string"].decode()).get("model", [body["model"]])
+        if name not in (body["model"], *self._of):
+            error = {"message": f"{name} does not load", "code": "not_ready"}
+            return await JSONResponse({"error": error}, 503)(scope, receive, send)
+        await JSONResponse({**body, **self._more, "model": name, **self._of.get(name, {})})(scope, receive, send)

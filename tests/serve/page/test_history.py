@@ -74,6 +74,7 @@ def test_favourites_stay_pictures_are_compared_and_saved(flat: Visitor, tmp_path
     flat.click("Zoom", "#detail")
     assert flat.one("#detail-image").rect["width"] > 1000
     flat.press(Keys.ESCAPE)
+    flat.press(Keys.ESCAPE)
     behaviour = {"behavior": "allow", "downloadPath": str(tmp_path)}
     flat.chrome.execute_cdp_cmd("Browser.setDownloadBehavior", behaviour)
     flat.click("Download all")

@@ -13,6 +13,7 @@ from selenium.webdriver import Chrome, Keys
 from latentrt.bundle.bundle import Bundle
 from latentrt.model.model import Model
 from latentrt.runtime.fake import FakeBackend
+from tests.serve.page.conftest import guided_by
 from tests.serve.page.test_drawing import CARD, STEPS, TILE
 from tests.support.serve.browser import Visitor
 from tests.support.serve.fakes import FakeScheduler, app_of, live, png
@@ -21,10 +22,7 @@ from tests.support.serve.fakes import FakeScheduler, app_of, live, png
 @pytest.fixture
 def guided(chrome: Chrome, scheduler: FakeScheduler) -> Iterator[Visitor]:
     """The page of a server with two ControlNets."""
-    model = Model(Bundle.open(check_hashes=False), FakeBackend())
-    named: Any = [SimpleNamespace(name=name, spec=SimpleNamespace(kind="controlnet")) for name in ("edges", "depth")]
-    model.controls = tuple(named)
-    with live(app_of(scheduler, model, controlnet=("edges=some/", "depth=other/"))) as url:
+    with live(guided_by(scheduler, "edges", "depth")) as url:
         visitor = Visitor(chrome, url)
         yield visitor.visit()
         assert visitor.complaints() == []

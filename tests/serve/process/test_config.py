@@ -15,6 +15,8 @@ from latentrt.command.serve import serve
 from latentrt.errors import LatentrtError, RequestError
 from latentrt.serve.process.config import Settings, load_settings
 
+SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+
 
 @pytest.fixture(autouse=True)
 def _bare(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,11 +83,18 @@ def test_keys_come_from_a_file_too(tmp_path: Path) -> None:
         ({"nothing": "1"}, "nothing"),
         ({"cors_origin": "a.example"}, "cors_origin"),
         ({"cors_origin": "https://a.example/page"}, "cors_origin"),
+        ({"webhook_host": "ftp://a.example"}, "webhook_host"),
+        ({"webhook_host": "a.example/path", "webhook_secret": SECRET}, "webhook_host"),
+        ({"webhook_host": "a.example:99999", "webhook_secret": SECRET}, "Port out of range"),
+        ({"webhook_host": "a.example"}, "webhook_host needs webhook_secret"),
+        ({"webhook_secret": "whsec_c2hvcnQ="}, "base64 of 24 to 64"),
+        ({"webhook_host": "a.example", "webhook_secret": SECRET, "ray": True, "replicas": "2"}, "needs one replica"),
     ],
 )
 def test_bad_values_are_named(flags: dict[str, Any], named: str) -> None:
-    with pytest.raises(RequestError, match=named):
+    with pytest.raises(RequestError, match=named) as caught:
         load_settings(flags)
+    assert "whsec_c" not in str(caught.value)
 
 
 def test_bad_files_are_named(tmp_path: Path) -> None:
@@ -108,10 +117,11 @@ def test_no_more_pictures_than_the_queue_holds() -> None:
 # ---- The verb
 
 
-def test_help_lists_every_setting_but_the_keys() -> None:
+def test_help_lists_every_setting_but_secrets() -> None:
     text = CliRunner().invoke(serve, ["--help"]).output
     for name in Settings.model_fields:
-        assert (f"--{name.replace('_', '-')} " in text) == (name != "keys"), name
+        flagless = ("keys", "webhook_secret", "models")
+        assert (f"--{name.replace('_', '-')} " in text) == (name not in flagless), name
     for section in ("Network:", "Model:", "Load:", "Limits:", "Defaults:", "Logs:"):
         assert section in text
     assert "[default: 127.0.0.1]" in " ".join(text.split())

@@ -53,10 +53,13 @@ def url(spans: Any) -> Iterator[str]:
             yield url
 
 
-def test_each_part_of_a_request_is_a_span_below_its_callers(url: str, spans: Any) -> None:
+@pytest.mark.parametrize("background", [False, True])
+def test_each_part_of_a_request_is_a_span_below_its_callers(url: str, spans: Any, background: bool) -> None:
     headers = {"authorization": "Bearer one", "traceparent": f"00-{TRACE}-{PARENT}-01", "x-request-id": "mine"}
-    body = {"prompt": "a secret", "n": 2, "num_inference_steps": 3, "size": "64x64"}
-    assert post(f"{url}{DRAW}", json=body, headers=headers).status_code == 200
+    body = {"prompt": "a secret", "n": 2, "num_inference_steps": 3, "size": "64x64", "background": background}
+    status = 202 if background else 200
+    assert post(f"{url}{DRAW}", json=body, headers=headers).status_code == status
+    eventually(lambda: len(spans.get_finished_spans()) == 7)  # of a job: once it is over
     get(f"{url}/latentrt/queue", headers=headers)  # polled: no span
     assert post(f"{url}{DRAW}", json=body).status_code == 401
     eventually(lambda: len(spans.get_finished_spans()) == 8)
@@ -64,7 +67,7 @@ def test_each_part_of_a_request_is_a_span_below_its_callers(url: str, spans: Any
     assert (whole.name, f"{whole.context.trace_id:032x}") == (f"POST {DRAW}", TRACE)
     assert f"{whole.parent.span_id:016x}" == PARENT
     told = whole.attributes
-    assert (told["http.route"], told["http.response.status_code"]) == (DRAW, 200)
+    assert (told["http.route"], told["http.response.status_code"]) == (DRAW, status)
     assert [told[f"latentrt.{name}"] for name in ("id", "n", "steps", "size")] == ["mine", 2, 3, "64x64"]
     assert "secret" not in str(told)
     assert sorted(part.name for part in parts) == ["decode", "decode", "prepare", "queue", "steps", "steps"]

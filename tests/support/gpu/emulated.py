@@ -10,15 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
-
-from latentrt.bundle.bundle import Bundle
-from latentrt.bundle.spec import CONDITIONER, DENOISER, TEXT_ENCODER
 from latentrt.runtime.base import Backend
 from latentrt.runtime.onnxruntime import OrtBackend
 from latentrt.runtime.tensorrt.backend import TensorRtBackend
-from latentrt_export.plans.plan_graph import weights_of
-from tests.support.gpu.fake_plans import put_plan
+from tests.support.gpu.fake_plans import put_plans
 from tests.support.gpu.fake_tensorrt import FakeTensorRt
 from tests.support.gpu.host_gpu import HostGpu
 
@@ -40,14 +35,19 @@ class ClockedGpu(HostGpu):
 
 
 def open_backend(
-    name: str, precision: str = "fp16", *, graph: str = "", options: Mapping[str, str] | None = None
+    name: str,
+    precision: str = "fp16",
+    *,
+    graph: str = "",
+    options: Mapping[str, str] | None = None,
+    plans: Path | None = None,
 ) -> Backend:
     """Return a backend on an emulated GPU of its own; graphs for CUDA and its options are left to real ones."""
     gpu = ClockedGpu()
     if name == "onnxruntime":
         return OrtBackend(threads=1, precision=precision, gpu=gpu)
     fake = FakeTensorRt(name, submit=gpu.call)
-    return TensorRtBackend(gpu, fake.library, precision=precision)
+    return TensorRtBackend(gpu, fake.library, precision=precision, plans=plans)
 
 
 def build_plans(
@@ -60,31 +60,12 @@ def build_plans(
     options: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Write fake plans for a number of lanes and a size in pixels."""
-    opened, gpu = Bundle.open(bundle, check_hashes=False), HostGpu()
-    fake, factor = FakeTensorRt(library, submit=gpu.call), opened.spec.latents.factor
-    built = []
-    for network in networks:
-        graph, divisor = opened.spec.graphs("fp16")[network], 1 if network == "vae_encoder" else factor
-        role = opened.spec.networks[network].role
-        batch = (1, 1, lanes) if role in (TEXT_ENCODER, CONDITIONER) else (lanes if role == DENOISER else 1,) * 3
-        ranges = {
-            "tokens": (77,) * 3,
-            "batch": batch,
-            "height": (size[1] // divisor,) * 3,
-            "width": (size[0] // divisor,) * 3,
-        }
-        names = {side for tensor in graph.inputs for side in tensor.shape if isinstance(side, str)}
-        settable = {"stripped", "refittable"} & set(options)
-        refit = weights_of(ir.load(opened.path(graph.path)), graph) if settable else {}
-        record = put_plan(
-            *(opened, network, fake, gpu, {name: ranges[name] for name in ranges if name in names}),
-            precision="fp16",
-            options=[option.replace("=", "-") for option in options],
-            refit=refit,
-        )
-        built.append({"network": network, "seconds": 1.0, "bytes": record.bytes})
+    gpu = HostGpu()
+    fake = FakeTensorRt(library, submit=gpu.call)
+    shapes = {"lanes": str(lanes), "size": "{}x{}".format(*size)}
+    records = put_plans(bundle, fake, gpu, shapes, networks=networks, options=options)
     gpu.close()
-    return built
+    return [{"network": record.key.network, "seconds": 1.0, "bytes": record.bytes} for record in records]
 
 
 def compile_options(mode: str) -> dict[str, Any]:

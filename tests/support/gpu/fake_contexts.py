@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from latentrt.bundle.spec import TensorSpec
 from latentrt.runtime.signature import shape_of, sizes_of
+from latentrt.runtime.tensorrt.record import Profile
 from tests.support.gpu.fake_types import Severity
 
 
@@ -32,9 +33,9 @@ class IExecutionContext:
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         tensor = self._engine._tensors[name]
-        ranges = self._engine._plan["profiles"][self._profile]
+        profile = Profile(self._engine._plan["profiles"][self._profile])
         for side, size in zip(tensor["shape"], shape, strict=True):
-            low, _, high = ranges[side] if isinstance(side, str) else (side,) * 3
+            low, _, high = profile.side(side)
             if not low <= size <= high:
                 return self._refuse(f"Set dimension {size} of {name} does not satisfy [{low}, {high}]")
         self._shapes[name] = tuple(shape)

@@ -9,12 +9,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
+
 from latentrt.bundle.bundle import Bundle
 from latentrt.bundle.spec import GraphSpec
 from latentrt.cuda.gpu import Gpu
 from latentrt.runtime.tensorrt.library import wanted_key
 from latentrt.runtime.tensorrt.plans import PlanStore
 from latentrt.runtime.tensorrt.record import STRIPPED, PlanRecord, Profile, Range, Weight
+from latentrt_export.plans.plan_graph import weights_of
+from latentrt_export.plans.plan_shapes import profiles_of, shapes_of
+from latentrt_export.plans.wanted import bundles_of, networks_of
 from tests.support.gpu.fake_tensorrt import MAGIC, FakeTensorRt
 
 
@@ -72,6 +77,41 @@ def put_plan(
     more = {"stripped": STRIPPED in options, "refittable": "refittable" in options, **more}
     plan = fake_plan(fake, bundle.path(graph.path), graph, profiles, **more)
     return put_bytes(bundle, network, fake, gpu, plan, profiles, precision, folder, options, refit)
+
+
+def put_plans(
+    folder: Path,
+    fake: FakeTensorRt,
+    gpu: Gpu,
+    shapes: Mapping[str, str],
+    *,
+    networks: Sequence[str] = (),
+    options: Sequence[str] = (),
+    precision: str = "fp16",
+    plans: Path | None = None,
+) -> list[PlanRecord]:
+    """Put fake plans of a bundle's networks, and of those of its add-ons, as `latentrt build` does.
+
+    Args:
+        shapes: as of `shapes_of`.
+        networks: names; none means all.
+        options: of the command without their dashes: "refittable", "controlnet=NAME=BUNDLE", "lora-rank=8".
+    """
+    told = [option.partition("=")[::2] for option in options]
+    more = dict(told)
+    bundles = bundles_of(folder, [pair for name, pair in told if name == "controlnet"], loras="lora-rank" in more)
+    asked = shapes_of(bundles[0].spec, {**shapes, **({"rank": more["lora-rank"]} if "lora-rank" in more else {})})
+    own = ["-".join(filter(None, pair)) for pair in told if pair[0] not in ("controlnet", "lora-rank")]
+    records = []
+    for bundle, names in networks_of(bundles, networks):
+        for name in names:
+            graph = bundle.spec.graph(name, precision)
+            settable = {"stripped", "refittable"} & set(own)
+            refit = weights_of(ir.load(bundle.path(graph.path)), graph) if settable else {}
+            ranges = [profile.ranges for profile in profiles_of(bundle.spec, name, asked)]
+            how: dict[str, Any] = {"precision": precision, "options": own, "refit": refit, "folder": plans}
+            records.append(put_plan(bundle, name, fake, gpu, *ranges, **how))
+    return records
 
 
 def put_bytes(

@@ -209,10 +209,10 @@ def live(app: Any, **config: Any) -> Iterator[str]:
                 app,
                 loop="asyncio",
                 log_config=None,
-                lifespan="off",
                 ws="none",
                 timeout_graceful_shutdown=1,
-                **{"timeout_keep_alive": round(PATIENCE), **config},  # clients on a busy machine come late
+                # Clients on a busy machine come late.
+                **{"lifespan": "off", "timeout_keep_alive": round(PATIENCE), **config},
             )
         )
         thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -10,16 +10,19 @@ from latentrt.adapters.library import Given as Files
 from latentrt.adapters.library import Library
 from latentrt.adapters.mixed import RANK, Asked, Mixed
 from latentrt.bundle.bundle import Bundle
-from latentrt.bundle.spec import LORA
-from latentrt.errors import AdapterError, BackendError, RequestError
+from latentrt.bundle.spec import FP16, LORA
+from latentrt.errors import AdapterError, BackendError, PlanError, RequestError
 from latentrt.model.given import Given
 from latentrt.model.inputs import Conditioner, Inputs, Sides
 from latentrt.model.prompts.extra_networks import loras_in, without_loras
 from latentrt.request import Request
 from latentrt.runtime.base import Backend
+from latentrt.runtime.lazy import LazyNetwork
+from latentrt.runtime.tensorrt.record import Profile
 from latentrt.sampling.noise import NoiseSource
 
 MOST_RANK = 1024
+TAKE = "latentrt export BUNDLE TARGET --adapters"
 LOAD = "load them: adapters=FOLDER, --lora-dir FOLDER"
 
 
@@ -68,15 +71,34 @@ def with_adapters(bundle: Bundle, adapters: Adapters | None, backend: Backend) -
 
     Raises:
         BackendError: the backend runs no such networks.
-        AdapterError: the bundle has none.
+        AdapterError: the bundle has none, or none for the backend.
     """
     if adapters is None:
         return bundle, None
     if not backend.facts.adapts:
-        found = f"LoRAs of each request with {backend.name} on {backend.device}"
-        raise BackendError(found, needed="onnxruntime on a CPU", fix="merge them when exporting, or take device='cpu'")
-    bundle = adapted(bundle)
-    return bundle, Mixed(adapters.library, bundle, rank=adapters.rank)
+        found = f"LoRAs of each request with {backend.name} on {backend.device}, in {backend.precision}"
+        fix = "merge them when exporting, or take backend='onnxruntime'"
+        raise BackendError(found, needed="onnxruntime or tensorrt, in fp32 or fp16", fix=fix)
+    before, bundle = bundle.spec, adapted(bundle)
+    for name, network in bundle.spec.networks.items():
+        if network != before.networks[name] and not set(backend.variants) & set(network.variants):
+            found = f"the {name} of {before.id} takes LoRAs of each request in {', '.join(network.variants)}"
+            raise AdapterError(found, needed=" or ".join(backend.variants), fix=TAKE)
+    return bundle, Mixed(adapters.library, bundle, rank=adapters.rank, half=backend.precision == FP16)
+
+
+def check_ranks(networks: Iterable[LazyNetwork], rank: int) -> None:
+    """Refuse networks whose plans take LoRAs of other ranks than an engine's. Raise PlanError."""
+    for network in networks:
+        profiles: Sequence[Profile] = getattr(network.open(), "profiles", ()) if network.loaded else ()
+        ranks = [profile.ranges["rank"] for profile in profiles if "rank" in profile.ranges]
+        if ranks and not any(low <= rank <= high for low, _, high in ranks):
+            own = ", ".join(dict.fromkeys(str(low) if low == high else f"{low} to {high}" for low, _, high in ranks))
+            raise PlanError(
+                f"the plans of {network.graph.path} take LoRAs of rank {own}",
+                needed=f"{rank}, the engine's adapter_rank",
+                fix=f"latentrt build BUNDLE --lora-rank {rank}; or take adapter_rank={ranks[0][2]} (--lora-rank)",
+            )
 
 
 def adapted(bundle: Bundle) -> Bundle:
@@ -89,7 +111,7 @@ def adapted(bundle: Bundle) -> Bundle:
     networks = {name: network.adapted() for name, network in spec.networks.items()}
     if networks == spec.networks:
         found = f"the networks of {spec.id} take no LoRAs of each request"
-        raise AdapterError(found, needed="a bundle that does", fix="latentrt export BUNDLE TARGET --adapters")
+        raise AdapterError(found, needed="a bundle that does", fix=TAKE)
     return replace(bundle, spec=replace(spec, networks=networks))
 
 

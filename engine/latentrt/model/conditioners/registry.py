@@ -7,7 +7,16 @@ from typing import NamedTuple
 
 from latentrt.adapters.mixed import Mixed
 from latentrt.bundle.bundle import Bundle
-from latentrt.bundle.spec import ADAPTER, CONDITIONER, LORA, RESIDUAL, TEXT_ENCODER, TensorSpec
+from latentrt.bundle.spec import (
+    ADAPTER,
+    CONDITIONER,
+    IMAGE_KEYS,
+    IMAGE_VALUES,
+    LORA,
+    RESIDUAL,
+    TEXT_ENCODER,
+    TensorSpec,
+)
 from latentrt.errors import EXPORT, BundleError
 from latentrt.model.codec import Codec
 from latentrt.model.conditioners.adapters import Adapted
@@ -15,6 +24,7 @@ from latentrt.model.conditioners.beside import Edited, Repainted
 from latentrt.model.conditioners.class_label import ClassLabel
 from latentrt.model.conditioners.depth_map import DepthMap
 from latentrt.model.conditioners.guidance_embedding import GuidanceEmbedding
+from latentrt.model.conditioners.ip_adapter import ImagePrompts, IpAdapter
 from latentrt.model.conditioners.low_latents import LowLatents, Sigma
 from latentrt.model.conditioners.low_picture import LowPicture
 from latentrt.model.conditioners.sizes import ScoredSizes, Sizes
@@ -26,15 +36,20 @@ from latentrt.model.text import Text
 from latentrt.runtime.base import Network
 from latentrt.sampling.schedule import Schedule
 
+MANY = (LORA, IMAGE_KEYS, IMAGE_VALUES)  # begin names of inputs that one conditioner fills
+
 
 class Parts(NamedTuple):
-    """The parts of conditioners: the bundle, its networks by name, the codec, the inputs that they fill, its LoRAs."""
+    """The parts of conditioners: the bundle, its networks by name, the codec, the inputs that they fill, what requests
+    may have beside it: LoRAs, IP-Adapters.
+    """
 
     bundle: Bundle
     networks: Mapping[str, Network]
     codec: Codec
     inputs: Mapping[str, TensorSpec]
     adapters: Mixed | None = None
+    ip_adapters: tuple[IpAdapter, ...] = ()
 
 
 def conditioners_of(parts: Parts) -> tuple[Conditioner, ...]:
@@ -47,7 +62,7 @@ def conditioners_of(parts: Parts) -> tuple[Conditioner, ...]:
     for name in parts.inputs:
         if name in OWN or name.startswith((RESIDUAL, ADAPTER)):  # of rows, and of add-ons
             continue
-        kind = LORA if name.startswith(LORA) else name
+        kind = next((prefix for prefix in MANY if name.startswith(prefix)), name)
         if kind not in MAKERS:
             raise _unknown(parts, f"has the input {name!r}", f"inputs among {', '.join((*OWN, *MAKERS))}")
         if MAKERS[kind] not in made:
@@ -124,6 +139,10 @@ def _adapted(parts: Parts) -> Conditioner:
     return Adapted(parts.adapters, (*spec.named(CONDITIONER), spec.denoiser))
 
 
+def _image_prompts(parts: Parts) -> Conditioner:
+    return ImagePrompts(parts.ip_adapters, parts.inputs)
+
+
 def _unknown(parts: Parts, found: str, needed: str) -> BundleError:
     return BundleError(f"the denoiser of {parts.bundle.spec.id} {found}", needed=needed, fix="update latentrt")
 
@@ -141,4 +160,6 @@ MAKERS: Mapping[str, Callable[[Parts], Conditioner]] = {
     "low_latents": _low_latents,
     "sigma": _sigma,
     LORA: _adapted,
+    IMAGE_KEYS: _image_prompts,
+    IMAGE_VALUES: _image_prompts,
 }

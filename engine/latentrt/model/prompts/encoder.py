@@ -94,6 +94,11 @@ class Encoder:
         return RequestError(found, needed="a bundle of a newer export", fix=EXPORT)
 
 
+def text_input(encoder: str, name: str) -> str:
+    """Return the name that an encoder's input has beside those of other networks; ids have the encoder's own."""
+    return encoder if name == IDS else f"{encoder}.{name}"
+
+
 def feeds_of(
     inputs: Sequence[TensorSpec], ids: Ids, *, table: Float32 | None = None, mask: Ids | None = None
 ) -> dict[str, NDArray[Any]]:

@@ -25,7 +25,6 @@ from latentrt.runtime.tensorrt.record import REFITTABLE, PlanKey, PlanRecord, Pr
 from latentrt.runtime.tensorrt.refit import as_wanted, replaced_in, replaced_places
 
 ALIGNMENT = 256  # bytes, of every address that TensorRT is given
-BUILD = "latentrt build BUNDLE --refittable"
 SHAPES_KEPT = 4  # the number of shapes that a network keeps memory for when it is called with host arrays
 
 
@@ -42,7 +41,7 @@ class TensorRtBackend:
         BackendError: TensorRT finds no driver or device.
     """
 
-    facts = Facts(fixed_lanes=True, one_stream=True, exact=False, captures=True, replaces=True)
+    facts = Facts(fixed_lanes=True, one_stream=True, exact=False, captures=True, replaces=True, adapts=True)
 
     def __init__(self, gpu: Gpu, library: Library, *, precision: str = "fp16", plans: Path | None = None) -> None:
         self.name, self.device = library.name, "cuda"
@@ -63,10 +62,10 @@ class TensorRtBackend:
         """
         graph = bundle.spec.graph(network, *self.variants)
         wanted = wanted_key(bundle, network, self.precision, self.library, self.gpu)
-        store, places = PlanStore(bundle.base, self.plans), replaced_places(bundle, graph)
+        store, places = PlanStore(bundle.base, self.plans, graph), replaced_places(bundle, graph)
         fitting = store.fitting(wanted)
         if places:
-            fitting = [one for one in fitting if REFITTABLE in one.key.options] or [_refittable(fitting[0])]
+            fitting = [one for one in fitting if REFITTABLE in one.key.options] or [_refittable(fitting[0], store)]
         loaded = TensorRtNetwork(self._host, store, graph, wanted, fitting)
         if places:
             try:
@@ -154,7 +153,7 @@ class TensorRtNetwork:
                 TensorRT's refusal the network is closed, since some weights may be new.
         """
         for record in self._fitting:
-            _check_names(_refittable(record), weights)
+            _check_names(_refittable(record, self._store), weights, self._store)
         table = self._fitting[0].refit
         self._replaced = {name: as_wanted(name, values, table[name]) for name, values in weights.items()}
         try:
@@ -231,14 +230,15 @@ def _check_alignment(graph: GraphSpec, arrays: Mapping[str, DeviceArray]) -> Non
             )
 
 
-def _refittable(record: PlanRecord) -> PlanRecord:
+def _refittable(record: PlanRecord, store: PlanStore) -> PlanRecord:
     """Return a plan that takes other weights. Raise PlanError where it does not."""
     if REFITTABLE not in record.key.options:
-        raise PlanError(f"the plan {record.name} takes no weights but its own", needed="a refittable plan", fix=BUILD)
+        found = f"the plan {record.name} takes no weights but its own"
+        raise PlanError(found, needed="a refittable plan", fix=f"{store.command} --refittable")
     return record
 
 
-def _check_names(record: PlanRecord, weights: Iterable[str]) -> None:
+def _check_names(record: PlanRecord, weights: Iterable[str], store: PlanStore) -> None:
     if unknown := sorted(set(weights) - set(record.refit)):
         found = f"{record.key.network} has no weight {', '.join(unknown)}"
-        raise PlanError(found, needed="the names of its graph", fix=BUILD)
+        raise PlanError(found, needed="the names of its graph", fix=f"{store.command} --refittable")

@@ -12,12 +12,12 @@ import hashlib
 import os
 import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from latentrt.bundle.bundle import Bundle, read_manifest
-from latentrt.bundle.spec import GraphSpec
+from latentrt.bundle.spec import ADAPTER, ADD_ONS, LORA, RESIDUAL, GraphSpec
 from latentrt.errors import BundleError, LatentrtError, PlanError, UntrustedFileError
 from latentrt.runtime.tensorrt.record import PlanKey, PlanRecord
 from latentrt.storage import cache_folder, check_trusted, read_trusted, write_atomic
@@ -32,13 +32,14 @@ class PlanStore:
     Args:
         bundle: the bundle that the plans are for.
         folder: where they lie; None is the bundle's own place in the user's cache.
+        graph: whose plans are wanted: errors then say what builds these.
 
     Raises:
         PlanError: the folder lies in a bundle.
     """
 
-    def __init__(self, bundle: Bundle, folder: str | Path | None = None) -> None:
-        self.bundle, own = bundle, _cached(bundle)
+    def __init__(self, bundle: Bundle, folder: str | Path | None = None, graph: GraphSpec | None = None) -> None:
+        self.bundle, self._graph, own = bundle, graph, _cached(bundle)
         self.folder = own if folder is None else Path(folder)
         self._named = self.folder != own
         if around := _bundle_around(self.folder):
@@ -66,8 +67,8 @@ class PlanStore:
                 "a plan that was built for this device",
             )
         nearest = min((record.key.mismatches(wanted) for record in records), key=len)
-        found = ", ".join(f"{what} {_short(mine)}" for what, mine, _ in nearest)
-        needed = ", ".join(f"{what} {_short(theirs)}" for what, _, theirs in nearest)
+        found = ", ".join(f"{what} {self.named(mine)}" for what, mine, _ in nearest)
+        needed = ", ".join(f"{what} {self.named(theirs)}" for what, _, theirs in nearest)
         raise self._error(f"the nearest plan of the {wanted.network} was built for {found}", needed)
 
     def choose(self, records: Sequence[PlanRecord], sizes: Mapping[str, int]) -> PlanRecord:
@@ -165,7 +166,7 @@ class PlanStore:
             raise PlanError(
                 f"{self.folder} has no plan {name!r}",
                 needed="the name of one that it has",
-                fix=f"{self.command} --list",
+                fix=f"{_command(self.bundle)}{self._folder_told} --list",
             )
         try:
             for file in (self.folder / f"{name}.json", *self._plans(name)):
@@ -176,7 +177,18 @@ class PlanStore:
     @property
     def command(self) -> str:
         """The command that builds into this folder."""
-        return _command(self.bundle) + (f" --plans {shlex.quote(str(self.folder))}" if self._named else "")
+        if self.bundle.spec.kind in ADD_ONS:  # which are built for a model
+            return f"latentrt build MODEL --controlnet NAME={shlex.quote(str(self.bundle.root))}{self._folder_told}"
+        return _command(self.bundle) + "".join(_options(self._graph)) + self._folder_told
+
+    @property
+    def _folder_told(self) -> str:
+        return f" --plans {shlex.quote(str(self.folder))}" if self._named else ""
+
+    def named(self, value: str) -> str:
+        """Return the name of the bundle's file with this hash, or a hash's beginning; what is none stays as it is."""
+        names = {record.sha256: name for name, record in self.bundle.files.items()}
+        return names.get(value) or (value[:12] if len(value) == 64 else value)
 
     def _names(self) -> list[str]:
         """Return the names of the records in the folder: none where there is no folder."""
@@ -257,6 +269,10 @@ def _command(bundle: Bundle) -> str:
     return f"latentrt build {shlex.quote(str(bundle.root))}"
 
 
-def _short(value: str) -> str:
-    """Shorten a hash to its beginning."""
-    return value[:12] if len(value) == 64 else value
+def _options(graph: GraphSpec | None) -> Iterator[str]:
+    """Yield the options of `latentrt build` that choose this graph of a model's network."""
+    read = () if graph is None else tuple(tensor.name for tensor in graph.inputs)
+    if any(name.startswith((RESIDUAL, ADAPTER)) for name in read):
+        yield " --controlnet NAME=BUNDLE"
+    if any(name.startswith(LORA) for name in read):
+        yield " --lora-rank RANK"

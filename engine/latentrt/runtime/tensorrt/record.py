@@ -10,7 +10,7 @@ from functools import reduce
 from itertools import product
 from typing import Any
 
-from latentrt.bundle.spec import TensorSpec
+from latentrt.bundle.spec import TensorSpec, dimension
 
 SCHEMA = 1
 STRIPPED, REFITTABLE, VERSION_COMPATIBLE = "stripped", "refittable", "version-compatible"
@@ -21,7 +21,7 @@ Range = tuple[int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """The shapes of one optimization profile: ranges (least, best, most) of a graph's symbolic dimensions."""
+    """The shapes of one optimization profile: ranges (least, best, most) of the names in its dimensions."""
 
     ranges: Mapping[str, Range]
 
@@ -34,12 +34,17 @@ class Profile:
         ranges = [(self.ranges[name], size) for name, size in sizes.items()]
         return sum(abs(size - best) + most - least for (least, best, most), size in ranges)
 
+    def side(self, side: int | str) -> Range:
+        """Return the (least, best, most) of a dimension: a number, a name, or a product of one ("8*height")."""
+        if isinstance(side, int):
+            return side, side, side
+        symbol = dimension(side)
+        least, best, most = map(symbol.of, self.ranges[symbol.name])
+        return least, best, most
+
     def shapes(self, tensor: TensorSpec) -> tuple[tuple[int, ...], ...]:
         """Return a tensor's (least, best, most) shapes."""
-        return tuple(
-            tuple(self.ranges[side][which] if isinstance(side, str) else side for side in tensor.shape)
-            for which in range(3)
-        )
+        return tuple(tuple(self.side(side)[which] for side in tensor.shape) for which in range(3))
 
     def __str__(self) -> str:
         return ", ".join(
@@ -48,13 +53,14 @@ class Profile:
         )
 
 
-def drawn_by(networks: Sequence[Iterable[Profile]], lanes: int) -> tuple[Profile, ...]:
-    """Return the latents' sizes ("height", "width") that all networks serve, each once: the denoiser with so many lanes
-    and, where there is one, the VAE's decoder with one picture.
+def drawn_by(networks: Sequence[tuple[Iterable[Profile], int]]) -> tuple[Profile, ...]:
+    """Return the latents' sizes ("height", "width") that all networks serve, each once; of each its profiles, and the
+    batch that it is called with.
     """
     found: list[Profile] = []
-    for profiles in product(*networks):
-        if all(one.covers({"batch": count}) for one, count in zip(profiles, (lanes, 1), strict=False)):
+    batches = [batch for _, batch in networks]
+    for profiles in product(*(own for own, _ in networks)):
+        if all(one.covers({"batch": batch}) for one, batch in zip(profiles, batches, strict=True)):
             shared = {side: reduce(_shared, [one.ranges[side] for one in profiles]) for side in ("height", "width")}
             profile = Profile(shared)
             if all(low <= high for low, _, high in shared.values()) and profile not in found:

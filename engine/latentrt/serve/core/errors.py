@@ -50,6 +50,18 @@ class NotReady(ServiceError):
     code = "not_ready"
 
 
+class ModelLoading(ServiceError):
+    """The model that the request names was not loaded in time."""
+
+    code = "model_loading"
+
+
+class ModelFailed(ServiceError):
+    """The model that the request names could not be loaded, and is tried again later."""
+
+    code = "model_failed"
+
+
 class Draining(ServiceError):
     """The server is ending and takes no new requests."""
 

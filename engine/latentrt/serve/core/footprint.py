@@ -99,4 +99,6 @@ def _part_of_free(processes: int = 1) -> int | None:
 def _budget(engine: Engine, known: Mapping[Shape, Footprint], memory: int | None) -> Budget:
     shape, tiles = engine.spec.latents.shape_of(None, None), engine.model.tiles
     fixed, tile = engine.backend.facts.fixed_lanes, None if tiles is None else tiles.side
-    return Budget(engine.denoiser.lanes, shape, memory, known, fixed, tile)
+    mixed = engine.model.adapters
+    adapters = 0 if mixed is None else mixed.lane_bytes
+    return Budget(engine.denoiser.lanes, shape, memory, known, fixed, tile, adapters)

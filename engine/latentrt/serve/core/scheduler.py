@@ -33,8 +33,7 @@ class Scheduler:
     """A monitor: any thread may call any method, and no code but its own takes its lock or changes its state.
 
     Args:
-        lanes: of the network.
-        shape: of the model's own latents.
+        lanes, shape: of the network, and of the model's own latents.
         facts: how the engine's backend works.
         curve: what was measured; an empty one lets every tick have all lanes, and times are learnt.
         observer: is told of everything.
@@ -198,16 +197,18 @@ class Scheduler:
 
     # ---- What is done beside the ticks
 
-    @contextmanager
-    def side_work(self, *, wait: bool = False, below: float = math.inf) -> Iterator[Work | None]:
-        """Give the next work, of pictures with fewer latents (height times width), and watch it like a call.
+    def has_side_work(self, *, wait: bool) -> bool:
+        """Return whether there is work for `side_work`; with `wait` once there is, or False after the end."""
+        with self._changed:
+            if wait:
+                self._changed.wait_for(lambda: self._closed or self._side_work() is not None)
+            return not self._closed and self._side_work() is not None
 
-        With `wait` there always is some, unless the scheduler was closed.
-        """
+    @contextmanager
+    def side_work(self, below: float = math.inf) -> Iterator[Work | None]:
+        """Give the next work, of pictures with fewer latents (height times width), and watch it like a call."""
         with ExitStack() as watch:
             with self._changed:
-                if wait:
-                    self._changed.wait_for(lambda: self._closed or self._side_work() is not None)
                 work = None if self._closed else self._side_work(below)
                 self._decodes_next = work is not None and work.slot is None
                 if work is not None:

@@ -12,6 +12,7 @@ from latentrt.errors import BackendError
 from latentrt.model.codec import nothing
 from latentrt.serve.core import pipeline
 from latentrt.serve.core.curve import Curve
+from latentrt.serve.core.device import Device
 from latentrt.serve.core.errors import as_fault
 from latentrt.serve.core.observer import Observer
 from latentrt.serve.core.queue import Limits
@@ -26,6 +27,7 @@ class Service:
     Args:
         engine: resident, and used by nothing else from now on; it is not closed here.
         limits, curve, budget, observer, on_hang: as of `Scheduler`.
+        device: that other services have too; None: this one has it alone.
 
     Raises:
         BackendError: the engine drops its networks after use.
@@ -40,6 +42,7 @@ class Service:
         budget: Budget | None = None,
         observer: Observer | None = None,
         on_hang: Callable[[], None] = lambda: None,
+        device: Device | None = None,
     ) -> None:
         if not engine.model.resident:
             fix = "load it with resident=True"
@@ -54,9 +57,10 @@ class Service:
             budget=budget,
             pauses=engine.denoiser.resumable,
         )
-        side = SideWorker(self.scheduler, engine)
+        device = device or Device()
+        side = SideWorker(self.scheduler, engine, device)
         pipeline.divide(engine, side.between)
-        worker = Worker(self.scheduler, engine, side if facts.one_stream else None)
+        worker = Worker(self.scheduler, engine, device, side if facts.one_stream else None)
         runs: dict[str, Callable[[], None]] = {"engine": worker.run, "clock": self.scheduler.run_clock}
         if not facts.one_stream:
             runs["side"] = side.run

@@ -19,6 +19,7 @@ from latentrt.engine import Engine
 from latentrt.errors import LatentrtError, NetworkError
 from latentrt.run.job import Float32, Job
 from latentrt.serve.core import pipeline
+from latentrt.serve.core.device import Device
 from latentrt.serve.core.errors import Cancelled, as_error
 from latentrt.serve.core.handle import Handle, Mark, Slot, Stage, Work
 from latentrt.serve.core.rules.movers import Movers
@@ -40,12 +41,15 @@ class _Begun:
 class SideWorker:
     """Makes jobs of requests, pictures of latents, and previews.
 
+    Args:
+        device: whose turns it takes.
+
     Attributes:
         meanwhile: called between two tiles: on one stream, a tick.
     """
 
-    def __init__(self, scheduler: Scheduler, engine: Engine) -> None:
-        self._scheduler, self._engine = scheduler, engine
+    def __init__(self, scheduler: Scheduler, engine: Engine, device: Device) -> None:
+        self._scheduler, self._engine, self._device = scheduler, engine, device
         self._begun: list[_Begun] = []  # each between two tiles of the one before it
         self.meanwhile: Callable[[], object] = lambda: None
 
@@ -54,9 +58,17 @@ class SideWorker:
         while self.work(wait=True):
             pass
 
-    def work(self, *, wait: bool = False, below: float = math.inf) -> int:
+    def work(self, *, wait: bool = False) -> bool:
+        """Do one piece of work, or none where it is over when its turn comes; return whether there was one."""
+        if not self._scheduler.has_side_work(wait=wait):
+            return False
+        with self._device.stages:
+            self._piece()
+        return True
+
+    def _piece(self, below: float = math.inf) -> int:
         """Do one piece of work, for a picture of fewer latents; return how many it has, 0 where there was none."""
-        with self._scheduler.side_work(wait=wait, below=below) as work:
+        with self._scheduler.side_work(below) as work:
             if work is None:
                 return 0
             self._begun.append(begun := _Begun(work, work.area))
@@ -75,8 +87,9 @@ class SideWorker:
         if not self._begun:  # a self-check's picture
             return
         begun, start, left = self._begun[-1], time.monotonic(), tile
-        self.meanwhile()
-        while left > 0 and (done := self.work(below=begun.area)):
+        with self._device.stages.lent():  # to other services too
+            self.meanwhile()
+        while left > 0 and (done := self._piece(begun.area)):
             left -= done
         begun.others += time.monotonic() - start
         if begun.work.over:
@@ -140,12 +153,13 @@ class Worker:
     """The engine's thread: pictures join and leave between two ticks, and no other thread calls the denoiser.
 
     Args:
+        device: whose turns it takes.
         side: whose work is done between two ticks; None where another thread does it.
     """
 
-    def __init__(self, scheduler: Scheduler, engine: Engine, side: SideWorker | None) -> None:
+    def __init__(self, scheduler: Scheduler, engine: Engine, device: Device, side: SideWorker | None) -> None:
         self._scheduler, self._engine, self._denoiser = scheduler, engine, engine.denoiser
-        self._side = side
+        self._device, self._side = device, side
         self._slots: dict[Job, Slot] = {}  # of the jobs that have lanes
         self._shapes, self._movers = Turns[tuple[int, ...]](), Movers()
         if side is not None:
@@ -165,11 +179,13 @@ class Worker:
             return False
         self._retire([job for job, slot in self._slots.items() if slot.stage is not Stage.RUNNING])
         if self._scheduler.check_due and (not self._slots or self._denoiser.resumable):
-            self._check()
+            with self._device.steps:
+                self._check()
         for slot in joining:
             self._admit(slot)
         if self._slots:
-            self._tick()
+            with self._device.steps:
+                self._tick()
         return True
 
     def _retire(self, jobs: Sequence[Job]) -> None:

@@ -40,7 +40,8 @@ class Catalog:
         fields: those of a request that some models do not read, and this one does.
         pictures: those that every request brings, by their use.
         reads: those that a request may bring.
-        controls: the names of its ControlNets.
+        controls: its ControlNets' and T2I-Adapters' kinds ("controlnet", ...) by name.
+        ip_adapters: the names of its IP-Adapters.
         shows_picture: whether the model reads the given picture beside the latents, so that an edit has no strength.
         enlarges: how many times as large as the given picture the drawn one is.
         own_solver: the engine's name of the usual solver.
@@ -61,14 +62,16 @@ class Catalog:
         refiner: str | None = None,
         budget: Budget | None = None,
     ) -> None:
-        self._model, self.settings = model, settings
+        self._model: Model | None = model
+        self._library, self.settings = None if model.adapters is None else model.adapters.library, settings
         self.name = settings.model_name or model.networks.bundle.base.spec.id
         self.names = (self.name, *(alias for alias in settings.aliases if alias != self.name))
         self.prompted = model.text is not None
         self.fields, self.classes = model.fields, model.spec.classes
         self.edits = settings.edits and model.edits
         self.pictures, self.reads, self.shows_picture = model.pictures, model.reads, model.shows_picture
-        self.controls = tuple(one.name for one in model.controls)
+        self.controls = {one.name: one.spec.kind for one in model.controls}
+        self.ip_adapters = tuple(one.name for one in model.ip_adapters)
         self.max_noise_level, self.refiner = model.spec.max_noise_level, refiner
         if self.pictures and not self.edits:
             found, fix = f"edits is off, and {model.spec.id} draws on pictures", "leave --no-edits out"
@@ -87,15 +90,6 @@ class Catalog:
 
     # ---- Names
 
-    def check_model(self, name: str | None) -> None:
-        """Refuse a name that is none of the model's; no name at all is allowed too.
-
-        Raises:
-            Problem: 404 model_not_found.
-        """
-        if name and name not in self.names:
-            raise unknown("model", name, self.names, status=404, code="model_not_found")
-
     def solver(self, name: str | None) -> str | None:
         """Return the engine's name of a solver or diffusers class; None is the default one, or the model's own.
 
@@ -111,7 +105,17 @@ class Catalog:
     @property
     def loras(self) -> Sequence[str]:
         """The names of the LoRAs that a request may name."""
-        return () if self._model.adapters is None else tuple(self._model.adapters.library.files)
+        return () if self._library is None else tuple(self._library.files)
+
+    def forget(self) -> None:
+        """Let the model go, which is closed: it makes no more requests, but what there is to choose from stays."""
+        self._model = None
+
+    @property
+    def model(self) -> Model:
+        """What the engine draws with."""
+        assert self._model is not None
+        return self._model
 
     # ---- Requests
 
@@ -168,7 +172,7 @@ class Catalog:
             **{name: value for name, value in more.items() if value is not None},
         )
         self._check_stages(request)
-        return self._model.filled(request)
+        return self.model.filled(request)
 
     def _check_stages(self, request: Request) -> None:
         if request.handoff is not None and self.refiner is None:
@@ -229,7 +233,7 @@ class Catalog:
 
     def lanes(self, request: Request) -> int:
         """Return the most lanes that each of a request's pictures takes."""
-        return self._model.guidance(request).lanes
+        return self.model.guidance(request).lanes
 
     def work(self, request: Request) -> tuple[int, str]:
         """Return how many network calls each of a request's pictures takes, and the solver that makes them.

@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse
 
 from latentrt.errors import LatentrtError, RequestError, ScheduleError, UnknownSolverError
 from latentrt.serve.core.errors import ServiceError
+from latentrt.serve.http.utf8 import Utf8Response
 
 
 class Problem(RequestError):  # noqa: N818 - as RFC 9457 calls it
@@ -74,7 +75,7 @@ class Answer:
     @property
     def response(self) -> JSONResponse:
         """The same as a response."""
-        return JSONResponse(self.body, self.status, self.headers)
+        return Utf8Response(self.body, self.status, self.headers)
 
 
 STORAGE = "insufficient_storage"  # as WebDAV calls it
@@ -85,6 +86,8 @@ _STATUS = {  # of the service's own errors, by their code
     "deadline_unreachable": 429,
     "not_ready": 503,
     "draining": 503,
+    "model_loading": 503,
+    "model_failed": 503,
     "queue_timeout": 504,
     "run_timeout": 504,
     "cancelled": 409,
@@ -95,15 +98,15 @@ _OF_STATUS = {404: "not_found", 405: "method_not_allowed", 408: "body_timeout", 
 _MEANING = {
     400: "invalid_value, unsupported_size, beyond_memory or image_decode_failed; `param` names the field",
     401: "invalid_api_key",
-    404: "model_not_found, or not_found",
+    404: "model_not_found, not_found or no_preview",
     408: "body_timeout",
-    409: "cancelled, by the client or by another request of the same key",
+    409: "cancelled, by the client or by another request of the same key; or not_finished",
     413: "body_too_large or image_too_large",
     415: "unsupported_media_type",
     422: "invalid_value: the body does not fit its description",
     429: "queue_full, quota_exceeded or deadline_unreachable; see Retry-After",
     500: "engine_error",
-    503: "not_ready or draining, see Retry-After; or insufficient_storage",
+    503: "not_ready, draining, model_loading or model_failed, see Retry-After; or insufficient_storage",
     504: "queue_timeout or run_timeout",
 }
 
@@ -132,7 +135,8 @@ def documented(*statuses: int, model: type[BaseModel] = ErrorResponse) -> dict[i
 def answer_to(error: BaseException) -> Answer:
     """Return the answer to an error; one that is not latentrt's own is an engine_error without details."""
     if isinstance(error, Problem):
-        return Answer(error.status, error.code, str(error), error.param)
+        headers = {"x-should-retry": "false"} if error.status in _NO_RETRY else {}
+        return Answer(error.status, error.code, str(error), error.param, headers)
     if isinstance(error, ServiceError) and error.code in _STATUS:
         status, headers = _STATUS[error.code], {}
         if error.retry_after is not None and math.isfinite(error.retry_after):

@@ -7,9 +7,9 @@ import math
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends
 from fastapi import Request as HttpRequest
@@ -26,26 +26,38 @@ from latentrt.serve.http.images import File, decode, in_thread
 from latentrt.serve.process.config import Settings
 from latentrt.serve.process.metrics import Metrics
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """A server's parts."""
+    """A server's parts, as of one of its models."""
 
     scheduler: Scheduler
     settings: Settings
     catalog: Catalog
     metrics: Metrics
     gpu_memory: Callable[[], tuple[int, int]] | None = None
-    created: int = field(default_factory=lambda: int(time.time()))
 
 
-async def _context(http: HttpRequest) -> Context:
-    context = http.app.state.context
+async def _first(http: HttpRequest) -> Context:
+    models = http.app.state.models
+    context = models.described(models.entries[0])
     assert isinstance(context, Context)
     return context
 
 
-Served = Annotated[Context, Depends(_context)]
+async def _chosen(http: HttpRequest) -> Context:
+    models = http.app.state.models
+    context = models.described(models.chosen(http.state.facts["owner"]))
+    assert isinstance(context, Context)
+    return context
+
+
+# What there is to choose from, of the first model, or of the one that a client of A1111's API has chosen. To draw, take
+# `models.serving`: the model may not be loaded.
+Served = Annotated[Context, Depends(_first)]
+Chosen = Annotated[Context, Depends(_chosen)]
 
 
 @asynccontextmanager
@@ -81,13 +93,14 @@ async def generating(
     facts.update(n=request.count, steps=request.steps, solver=solver, rows=rows, size=f"{width}x{height}")
     if context.settings.log_prompts:
         facts["prompt"] = request.prompt
-    shape, deadline = catalog.latents.shape_of(final[1], final[0]), time.monotonic() + timeout
+    shape = catalog.latents.shape_of(final[1], final[0])
+    deadline = time.monotonic() + timeout - facts.get("loading_seconds", 0)
     handle = Handle(request, shape, rows, previews, deadline, facts["id"], facts["owner"], api, task, facts["terms"])
     handle.lanes = catalog.lanes(request)
     context.scheduler.reserve(handle)
     facts["handle"] = handle
     try:
-        if files or request.control:
+        if files or request.control or request.ip_adapter:
             handle.request = await in_thread(partial(_with_pictures, context, request, files))
         context.scheduler.submit(handle)
         yield handle
@@ -111,7 +124,8 @@ def _with_pictures(context: Context, request: Request, files: Mapping[str, File]
             resize=request.resize,
         )
     followed = pictures["image"].size if request.mask_crop is not None else size  # maps are of the whole picture
-    return replace(request, pictures=pictures, control=controls.read(request.control, followed, most))
+    control, ip_adapter = controls.read(request.control, followed, most), controls.shown(request.ip_adapter, most)
+    return replace(request, pictures=pictures, control=control, ip_adapter=ip_adapter)
 
 
 async def all_pictures(
@@ -123,7 +137,7 @@ async def all_pictures(
         LatentrtError: the request failed.
         ClientDisconnect: the client has left.
     """
-    work = asyncio.ensure_future(_collect(handle, encode))
+    work = asyncio.ensure_future(collected(handle, lambda picture: (picture, encode(picture))))
     gone = asyncio.ensure_future(_gone(http))
     try:
         await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -136,11 +150,12 @@ async def all_pictures(
         await asyncio.gather(work, gone, return_exceptions=True)
 
 
-async def _collect(handle: Handle, encode: Callable[[Picture], str]) -> list[tuple[Picture, str]]:
-    made: dict[int, tuple[Picture, str]] = {}
+async def collected(handle: Handle, use: Callable[[Picture], T]) -> list[T]:
+    """Wait for a request's pictures; return what a thread made of each, in order. Raise LatentrtError as it failed."""
+    made: dict[int, T] = {}
     async for event in handle:
         if isinstance(event, Finished):
-            made[event.index] = event.image, await in_thread(partial(encode, event.image))
+            made[event.index] = await in_thread(partial(use, event.image))
     return [made[index] for index in sorted(made)]
 
 

@@ -145,13 +145,16 @@ def white_mask(mask: Image.Image, name: str, *, inverted: bool = False) -> Image
     return ImageChops.invert(grey) if inverted else grey
 
 
-def encode(image: Image.Image, kind: str = "png", quality: int | None = None, **more: Any) -> str:
-    """Return the base64 of a file: png, jpeg or webp; a picture of the engine takes its settings along. `more` is
-    PIL's.
-    """
+def file_of(image: Image.Image, kind: str = "png", quality: int | None = None, **more: Any) -> bytes:
+    """Return a file: png, jpeg or webp; a picture of the engine takes its settings along. `more` is PIL's."""
     buffer = BytesIO()
     image.save(buffer, kind, **more, **({} if quality is None or kind == "png" else {"quality": quality}))
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
+    return buffer.getvalue()
+
+
+def encode(image: Image.Image, kind: str = "png", quality: int | None = None, **more: Any) -> str:
+    """Return the base64 of such a file."""
+    return base64.b64encode(file_of(image, kind, quality, **more)).decode("ascii")
 
 
 def from_base64(text: str, name: str, most_bytes: int) -> bytes:

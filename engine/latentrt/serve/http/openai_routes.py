@@ -18,22 +18,26 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from latentrt.errors import RequestError
 from latentrt.model.given import MASKED_STRENGTH, STRENGTH
 from latentrt.request import Request
 from latentrt.serve.core.handle import Handle, Preview
-from latentrt.serve.http.controls import controls_of
+from latentrt.serve.http.background.schema import JobStatus, path_of
+from latentrt.serve.http.background.store import Job, jobs_of
+from latentrt.serve.http.controls import controls_of, image_prompts_of
 from latentrt.serve.http.errors import Problem, answer_to, documented
-from latentrt.serve.http.generation import Context, Served, all_pictures, generating
+from latentrt.serve.http.generation import Context, all_pictures, collected, generating
 from latentrt.serve.http.images import (
     File,
     Files,
     alpha_mask,
-    encode,
     in_thread,
     may_be_clear,
     shape_of,
     too_many_bytes,
 )
+from latentrt.serve.http.models.models import Models, models_of, serving
+from latentrt.serve.http.openai_answers import Style, seed_of
 from latentrt.serve.http.openai_schema import (
     OF_EDITS,
     OWN,
@@ -45,7 +49,9 @@ from latentrt.serve.http.openai_schema import (
     ModelList,
     Wanted,
 )
+from latentrt.serve.http.utf8 import Utf8Response
 from latentrt.serve.process.logs import logger
+from latentrt.serve.process.webhooks.hosts import Target
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"], responses=documented(400, 401, 404))
 _DRAWN = {
@@ -54,40 +60,41 @@ _DRAWN = {
         "description": "The pictures; with `stream`, events.",
         "content": {"text/event-stream": {"schema": {"type": "string"}}},
     },
+    202: {"model": JobStatus, "description": "With `background`: the job. Location has its path."},
     **documented(400, 401, 404, 408, 409, 413, 415, 429, 500, 503, 504),
 }
 
 
 @router.get("/models")
-async def list_models(context: Served) -> ModelList:
-    """The model under all its names."""
-    return ModelList(data=[_model(context, name) for name in context.catalog.names])
+async def list_models(http: HttpRequest) -> ModelList:
+    """The models under all their names; `root` is a model's own."""
+    models = models_of(http)
+    return ModelList(data=[_model(models, name, root) for name, root in models.names.items()])
 
 
 @router.get("/models/{model:path}", responses=documented(404))
-async def retrieve_model(model: str, context: Served) -> Model:
-    """One of its names."""
-    context.catalog.check_model(model)
-    return _model(context, model)
+async def retrieve_model(model: str, http: HttpRequest) -> Model:
+    """One of these names."""
+    models = models_of(http)
+    return _model(models, model, models.find(model).name)
 
 
 @router.post("/images/generations", responses=_DRAWN, response_class=JSONResponse)
-async def generate(wanted: GenerateRequest, http: HttpRequest, context: Served) -> Response:
+async def generate(wanted: GenerateRequest, http: HttpRequest) -> Response:
     """Draw pictures from a prompt."""
-    more = {"control": controls_of(wanted.control, context.catalog, context.settings.max_image_bytes)}
-    request = _request(context, wanted, context.catalog.sizes.of(wanted.size), **more)
+    context = await serving(http, wanted.model, pictures=wanted.n, timeout=wanted.timeout)
+    request = _request(context, wanted, context.catalog.sizes.of(wanted.size), **_add_ons(context, wanted))
     return await _answer(context, http, wanted, request, {}, "generation")
 
 
 @router.post("/images/edits", responses=_DRAWN, response_class=JSONResponse)
-async def edit(
-    wanted: Annotated[EditRequest, Form(media_type="multipart/form-data")], http: HttpRequest, context: Served
-) -> Response:
+async def edit(wanted: Annotated[EditRequest, Form(media_type="multipart/form-data")], http: HttpRequest) -> Response:
     """Draw pictures from a prompt and a picture; with a mask only where its alpha is 0, without one only where the
     picture's own is, if it is anywhere.
 
     Models that enlarge pictures draw each so many times as large as it is; `size` is that of the drawn one.
     """
+    context = await serving(http, wanted.model, pictures=wanted.n, timeout=wanted.timeout)
     files, catalog = _files(context, wanted), context.catalog
     if wanted.size in (None, "", "auto"):
         shape = await in_thread(partial(shape_of, files["image"], context.settings.max_image_pixels))
@@ -96,13 +103,22 @@ async def edit(
         size = catalog.sizes.of(wanted.size)
     default = await _strength(context, files)
     more = {name: getattr(wanted, name) for name in OF_EDITS}
-    more["control"] = controls_of(wanted.control, catalog, context.settings.max_image_bytes)
+    more |= _add_ons(context, wanted)
     request = _request(context, wanted, size, strength=wanted.strength or default, **more)
     return await _answer(context, http, wanted, request, files, "edit")
 
 
-def _model(context: Context, name: str) -> Model:
-    return Model(id=name, created=context.created, owned_by="latentrt", root=context.catalog.name)
+def _add_ons(context: Context, wanted: GenerateRequest | EditRequest) -> dict[str, Any]:
+    """Return the settings of add-ons that bring pictures. Raise as `controls_of` and `image_prompts_of`."""
+    catalog, most = context.catalog, context.settings.max_image_bytes
+    return {
+        "control": controls_of(wanted.control, catalog, most),
+        "ip_adapter": image_prompts_of(wanted.ip_adapter, catalog, most),
+    }
+
+
+def _model(models: Models, name: str, root: str) -> Model:
+    return Model(id=name, created=models.created, owned_by="latentrt", root=root)
 
 
 def _request(context: Context, wanted: Wanted, size: tuple[int, int], **more: Any) -> Request:
@@ -113,7 +129,6 @@ def _request(context: Context, wanted: Wanted, size: tuple[int, int], **more: An
             fix="set output_format, or leave output_compression out",
             param="output_compression",
         )
-    context.catalog.check_model(wanted.model)
     return context.catalog.request(
         wanted.prompt or None,
         negative_prompt=wanted.negative_prompt,
@@ -181,35 +196,59 @@ def _rewound(upload: UploadFile) -> BinaryIO:
 async def _answer(
     context: Context, http: HttpRequest, wanted: Wanted, request: Request, files: Files, verb: str
 ) -> Response:
-    own = {"background": "opaque", "output_format": wanted.kind, "size": f"{request.width}x{request.height}"}
-    if safety := wanted.safety_identifier or wanted.user:
-        own["safety_identifier"] = safety
+    style = Style.of(wanted, f"{request.width}x{request.height}")
+    target = _target(context, http, wanted)
     begun = generating(
         context,
         http,
         request,
         files,
         api=f"{verb}s",
-        previews=wanted.partial_images or 0 if wanted.stream else 0,
+        previews=wanted.previews,
         timeout=wanted.timeout or math.inf,
     )
-    encoding = partial(encode, kind=wanted.kind, quality=wanted.output_compression)
-    if wanted.stream:
-        # Entered here and left by the stream: a refusal must still be a status, not an event.
+    if wanted.stream or wanted.background is True:
+        # Entered here and left by the stream or the job: a refusal must still be a status, not an event.
         stack = AsyncExitStack()
         handle = await stack.enter_async_context(begun)
-        return _Stream(_events(http, handle, encoding, f"image_{verb}", own), stack, context.settings.heartbeat)
+        if wanted.stream:
+            return _Stream(_events(http, handle, style, f"image_{verb}"), stack, context.settings.heartbeat)
+        return _begun(context, http, handle, style, target, stack)
     async with begun as handle:
-        drawn = await all_pictures(http, handle, encoding)
-    # OpenAI's first models answered with URLs by default, and clients of these still expect them.
-    urls = (wanted.response_format or ("url" if (wanted.model or "").startswith("dall-e") else "")) == "url"
-    data = [
-        {"b64_json": file, "seed": picture.info["latentrt"]["seed"]}
-        | ({"url": f"data:image/{wanted.kind};base64,{file}"} if urls else {})
-        for picture, file in drawn
-    ]
-    warnings = {"warnings": handle.warnings} if handle.warnings else {}
-    return JSONResponse({"created": int(time.time()), "data": data, **own, "usage": USAGE, **warnings})
+        drawn = await all_pictures(http, handle, style.encoded)
+    return Utf8Response(style.body(((seed_of(picture), file) for picture, file in drawn), handle.warnings))
+
+
+def _target(context: Context, http: HttpRequest, wanted: Wanted) -> Target | None:
+    """Return where a background job's webhook goes. Raise Problem where what is asked for cannot be."""
+    if wanted.background is not True:
+        if wanted.webhook_url is not None:
+            fix = "set background to true"
+            raise Problem("there is a webhook_url and no background job", "one", fix, param="webhook_url")
+        return None
+    if wanted.stream:
+        fix = "leave one of them out"
+        raise Problem("background and stream are both true", "one of them", fix, param="background")
+    if context.settings.most_replicas > 1:
+        found = "background is true, and this server has several replicas, which do not know each other's jobs"
+        raise Problem(found, needed="an open connection", fix="leave background out", param="background")
+    if wanted.webhook_url is None:
+        return None
+    try:
+        return jobs_of(http).webhooks.hosts.target(wanted.webhook_url)
+    except RequestError as error:
+        raise Problem(error.found, error.needed, error.fix, param="webhook_url") from error
+
+
+def _begun(
+    context: Context, http: HttpRequest, handle: Handle, style: Style, target: Target | None, begun: AsyncExitStack
+) -> JSONResponse:
+    """Return the answer to a request that goes on as a job."""
+    jobs, facts = jobs_of(http), http.state.facts
+    job = Job(facts["owner"], context.catalog.name, style, context.scheduler, handle, facts, http.scope, target)
+    jobs.begin(job, begun, partial(collected, handle, style.drawn))
+    location = path_of(job.id).removeprefix("/v1/images/")  # relative: a proxy may have a prefix
+    return JSONResponse(jobs.status(job).model_dump(mode="json"), 202, {"location": location})
 
 
 class _Stream(EventSourceResponse):
@@ -224,22 +263,20 @@ class _Stream(EventSourceResponse):
             await super().__call__(scope, receive, send)
 
 
-async def _events(
-    http: HttpRequest, handle: Handle, encoding: partial[str], kind: str, own: dict[str, Any]
-) -> AsyncIterator[ServerSentEvent]:
+async def _events(http: HttpRequest, handle: Handle, style: Style, kind: str) -> AsyncIterator[ServerSentEvent]:
     """Yield partial_image and completed events, or an error as the last one."""
     try:
         async for event in handle:
             data = {
-                "b64_json": await in_thread(partial(encoding, event.image)),
+                "b64_json": await in_thread(partial(style.encoded, event.image)),
                 "index": event.index,
                 "quality": "auto",
-                **own,
+                **style.own,
             }
             if isinstance(event, Preview):
                 yield _event(f"{kind}.partial_image", {**data, "partial_image_index": event.number})
             else:
-                seed = event.image.info["latentrt"]["seed"]
+                seed = seed_of(event.image)
                 warnings = {"warnings": handle.warnings} if handle.warnings else {}
                 yield _event(f"{kind}.completed", {**data, "usage": USAGE, "seed": seed, **warnings})
     except Exception as error:

@@ -2,7 +2,8 @@
 
 A field whose type is None alone is one that the client knows and that is not supported: null passes, anything else is
 refused by name. `seed`, `negative_prompt`, `num_inference_steps`, `guidance_scale`, `scheduler`, `class_label`,
-`strength`, `depth`, `control`, `timeout`, OWN and OF_EDITS are latentrt's own (`extra_body` in the client).
+`strength`, `depth`, `control`, `ip_adapter`, `timeout`, `webhook_url`, `background` as a truth, OWN and OF_EDITS are
+latentrt's own (`extra_body` in the client).
 
 Source: openai.types.image_generate_params, image_edit_params, images_response and the stream events, openai 3.54.
 """
@@ -16,7 +17,7 @@ from fastapi import UploadFile
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from latentrt.request import MAX_SEED
-from latentrt.serve.http.controls import Unit
+from latentrt.serve.http.controls import Shown, Unit
 
 
 def _whole(value: object) -> object:
@@ -29,7 +30,7 @@ def _json(value: object) -> object:
     try:
         return json.loads(value) if isinstance(value, str) else value
     except ValueError as error:
-        raise ValueError("control is no JSON") from error
+        raise ValueError("it is no JSON") from error
 
 
 def _without_null(schema: dict[str, Any]) -> None:
@@ -41,7 +42,7 @@ def _without_null(schema: dict[str, Any]) -> None:
         kinds = [kind for kind in field.get("anyOf", ()) if kind != {"type": "null"}]
         if kinds:
             del field["anyOf"]
-            field.update(kinds[0])
+            field.update(kinds[0] if len(kinds) == 1 else {"anyOf": kinds})
             field.pop("default", None)
 
 
@@ -80,10 +81,18 @@ class Wanted(BaseModel):
     output_compression: Annotated[
         Percent | None, Field(description="Quality of jpeg and webp; 100 is all that png takes.")
     ] = None
-    background: Literal["opaque", "auto"] | None = None
+    background: Annotated[
+        Literal["opaque", "auto"] | bool | None,
+        Field(description="true: answer at once with a job, whose result is fetched later."),
+    ] = None
+    webhook_url: Annotated[
+        Annotated[str, Field(max_length=2048)] | None,
+        Field(description="Is told when the background job is over; of a host that the server's operator lists."),
+    ] = None
     stream: Annotated[bool | None, Field(description="Answer with server-sent events.")] = None
     partial_images: Annotated[
-        Annotated[int, Field(ge=0, le=3), WHOLE] | None, Field(description="Previews of each picture in a stream.")
+        Annotated[int, Field(ge=0, le=3), WHOLE] | None,
+        Field(description="Previews of each picture in a stream or of a background job."),
     ] = None
     # Accepted, and without effect here.
     moderation: Literal["low", "auto"] | None = None
@@ -127,6 +136,11 @@ class Wanted(BaseModel):
     ] = None
 
     @property
+    def previews(self) -> int:
+        """How many of each picture are delivered."""
+        return self.partial_images or 0 if self.stream or self.background is True else 0
+
+    @property
     def kind(self) -> OutputFormat:
         """The format of the pictures' files."""
         return self.output_format or "png"
@@ -139,6 +153,9 @@ class GenerateRequest(Wanted):
 
     control: Annotated[
         dict[str, Unit] | None, Field(description="What ControlNets do, by the names that /latentrt/model lists.")
+    ] = None
+    ip_adapter: Annotated[
+        dict[str, Shown] | None, Field(description="What IP-Adapters show, by the names that /latentrt/model lists.")
     ] = None
     style: Annotated[Literal["vivid", "natural"] | None, Field(description="Without effect here.")] = None
     lora: Annotated[
@@ -169,6 +186,9 @@ class EditRequest(Wanted):
     ] = None
     control: Annotated[
         dict[str, Unit] | None, BeforeValidator(_json), Field(description="As of generations, as JSON.")
+    ] = None
+    ip_adapter: Annotated[
+        dict[str, Shown] | None, BeforeValidator(_json), Field(description="As of generations, as JSON.")
     ] = None
     image_guidance: Annotated[
         ImageGuidance | None,

@@ -27,15 +27,37 @@ async function learn(now) {
   state = now;
   if (now === "locked" && before !== "locked") openKey();
   if (["locked", "offline"].includes(now) || (model && before !== "offline")) return;
-  try {
-    model = await (await ask("latentrt/model")).json();
-  } catch {
-    return; // asked again with the next look at the queue
-  }
+  const told = await described(form.chosen()).catch(() => null); // asked again with the next look at the queue
+  if (told) offer(told);
+}
+
+/** What a model can: this one, or the first where the server has none of this name. */
+async function described(name) {
+  const about = async (query) => (await ask(`latentrt/model${query}`)).json();
+  if (!name) return about("");
+  return about(`?model=${encodeURIComponent(name)}`).catch((error) => {
+    if (error.code === "model_not_found") return about("");
+    throw error;
+  });
+}
+
+function offer(told) {
+  model = told;
   find("model-name").textContent = model.model;
-  form.offered(model);
-  source.offered(model);
-  controls.offered(model);
+  for (const part of [form, source, controls, gallery]) part.offered(model);
+}
+
+/** Turn to another model; the server may have to load it first. */
+async function turn(name) {
+  if (!model.models?.includes(name) || name === model.model) return;
+  form.fill({ model: name });
+  find("model-say").textContent = `Asks after ${name}; it may have to be loaded`;
+  let why = "";
+  const told = await described(name).catch((error) => (why = `${name} cannot be had: ${error.found ?? error}`) && null);
+  if (form.chosen() !== name) return; // another was chosen meanwhile
+  find("model-say").textContent = why;
+  if (told) offer(told);
+  else form.fill({ model: model.model });
 }
 
 function openKey() {
@@ -53,12 +75,15 @@ function keyClosed() {
   watch.look();
 }
 
-function reuse({ wanted }) {
+async function reuse({ wanted, control = {}, facts }) {
+  await turn(wanted.model);
   form.reset();
   form.fill({ negative_prompt: "", ...wanted, n: 1 });
   form.keep();
+  controls.fill(control);
   toForm();
-  say("The settings stand in the form");
+  const lost = Object.keys(facts.control ?? {}).filter((name) => !control[name] || !model.controls.includes(name));
+  say(`The settings stand in the form${lost.length ? `, but not what ${lost.join(" and ")} followed` : ""}`);
 }
 
 function edit({ blob, wanted }) {
@@ -69,7 +94,7 @@ function edit({ blob, wanted }) {
 }
 
 function shortcut(event) {
-  if (event.isComposing || document.querySelector("dialog[open]")) return;
+  if (event.isComposing || document.querySelector("dialog[open], .large")) return;
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
     event.preventDefault();
     find("form").requestSubmit();
@@ -90,6 +115,7 @@ find("defaults").addEventListener("click", () => {
 find("key-open").addEventListener("click", openKey);
 find("key-cancel").addEventListener("click", () => find("key-dialog").close(""));
 find("key-dialog").addEventListener("close", keyClosed);
+form.field("model").addEventListener("change", ({ target }) => turn(target.value));
 document.addEventListener("keydown", shortcut);
 for (const [id, seed] of [["seed-any", () => ""], ["seed-same", () => gallery.newest()?.wanted.seed]]) {
   find(id).addEventListener("click", () => {
@@ -102,4 +128,4 @@ form.begin();
 source.begin(form.startsFrom);
 jobs.begin({ drawn: gallery.add, stirred: watch.look, field: form.field });
 watch.begin({ busy: jobs.busy, queue: jobs.told, state: learn, mine: jobs.byId });
-gallery.begin({ reuse, edit });
+gallery.begin({ reuse, edit, follow: ({ blob }, name) => controls.follow(name, blob) });

@@ -17,12 +17,19 @@ export function make(tag, attributes = {}, ...children) {
 export const button = (text, onclick, attributes = {}) => make("button", { type: "button", ...attributes, onclick }, text);
 
 /** Put the cursor into the first field of the form. */
-export const toForm = () => [...find("form").elements].find((element) => element.offsetParent && !element.disabled)?.focus();
+export const toForm = () => [...find("form").elements].find((element) => element.offsetParent && !element.disabled && element.name !== "model")?.focus();
 
 /** Press a button, or let it up again; whether it is pressed now. */
 export function toggle(one, pressed = one.ariaPressed !== "true") {
   one.ariaPressed = String(pressed);
   return pressed;
+}
+
+/** Put all but an element, those around it and what is told aloud out of reach, or back into it. */
+export function alone(element, on) {
+  for (let one = element; one !== document.body; one = one.parentElement) {
+    for (const other of one.parentElement.children) other.inert = on && other !== one && other.id !== "say" && other.localName !== "dialog";
+  }
 }
 
 /** Tell those who listen to the page instead of looking at it. */

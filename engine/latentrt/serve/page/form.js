@@ -19,10 +19,9 @@ export const field = (name) => form.elements.namedItem(name);
 let offer = null; // what /latentrt/model said
 let fromPicture = false;
 
-/** Take the server's names, limits and defaults over; what was typed or drafted remains. */
+/** Take the names, limits and defaults of a model over; what was typed or drafted remains. */
 export function offered(model) {
-  const first = offer === null;
-  const typed = first ? draft() : values();
+  const typed = offer === null ? draft() : changed();
   offer = model;
   const { limits, step, prompted } = model;
   for (const name of ["prompt", "guidance_scale"]) show(name, prompted);
@@ -41,13 +40,31 @@ export function offered(model) {
     negative_prompt: { maxLength: limits.max_prompt },
   };
   for (const [name, limit] of Object.entries(bounds)) Object.assign(field(name), limit);
-  field("model").replaceChildren(...model.names.map((name) => new Option(name, name === model.model ? "" : name)));
+  models(model);
   field("scheduler").replaceChildren(...solvers(model));
   loras.offered(model);
   sizes();
-  if (first) reset();
+  reset();
   fill(typed);
 }
+
+/** What was typed that is not the model's default: another model has others. */
+function changed() {
+  const wanted = values();
+  if (wanted.num_inference_steps === offer.defaults.steps) delete wanted.num_inference_steps;
+  if (wanted.guidance_scale === offer.defaults.guidance) delete wanted.guidance_scale;
+  return wanted;
+}
+
+/** All models by name, where there are several: other names of one are no choice. */
+function models({ models: several = [] }) {
+  const names = several.length > 1 ? several : [];
+  field("model").replaceChildren(...names.map((name) => new Option(name)));
+  field("model").closest("label").hidden = !names.length;
+}
+
+/** The name of the model that was chosen, or drafted before the server told what it has. */
+export const chosen = () => (offer ? values() : draft()).model;
 
 /** Show a field, or take it out of the form where the model does not read it. */
 function show(name, wanted) {
@@ -144,6 +161,7 @@ export function reset() {
     if (field(name).options) field(name).selectedIndex = 0;
     else field(name).value = "";
   }
+  choose("model", offer?.model ?? "");
   field("n").value = 1;
   field("num_inference_steps").value = offer?.defaults.steps ?? "";
   field("guidance_scale").value = offer?.defaults.guidance ?? "";

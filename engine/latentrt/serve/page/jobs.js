@@ -135,7 +135,7 @@ class Job {
     const facts = await settingsOf(blob).catch(() => ({}));
     const { n, ...wanted } = { ...this.wanted, seed: data.seed, size: data.size };
     const id = `${this.id}-${data.index ?? 0}`;
-    await hooks.drawn({ id, made: Date.now(), blob, size: data.size, wanted, facts, edited: Boolean(this.given.image), warnings: data.warnings ?? [] });
+    await hooks.drawn({ id, made: Date.now(), blob, size: data.size, wanted, facts, control: this.given.control ?? {}, edited: Boolean(this.given.image), warnings: data.warnings ?? [] });
   }
 
   /** An entry of the server's queue; `ahead` is how many wait before it. */

@@ -13,28 +13,30 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from latentrt.bundle.bundle import EMBEDDED
 from latentrt.errors import RequestError
 from latentrt.serve.core.rules.terms import Terms, key_and_terms
+from latentrt.serve.process.tables import check_table, split, tables_of
+from latentrt.serve.process.webhooks.hosts import Hosts
+from latentrt.serve.process.webhooks.signature import secret_of
 
 PREFIX = "LATENTRT_"
+SECRET = ("keys", "webhook_secret")  # no flags: others can read a command line
 # Model names that clients send by default: LibreChat's tool gpt-image-1, Open WebUI dall-e-2.
 OTHER_NAMES = ("gpt-image-1", "gpt-image-1-mini", "gpt-image-1.5", "gpt-image-2", "dall-e-2", "dall-e-3")
 MIB = 2**20
 
 
-def _split(value: object) -> object:
-    """Split text with commas into a list: environment variables have lists so, and options that are given twice."""
-    texts = value if isinstance(value, list | tuple) else [value]
-    parts = [part.strip() for text in texts if isinstance(text, str) for part in text.split(",")]
-    return [part for part in parts if part] if all(isinstance(text, str) for text in texts) else value
-
-
-Texts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+Texts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(split)]
 Origin = Annotated[str, Field(pattern=r"^(\*|https?://[^/\s?#]+)$")]
 Endpoint = Annotated[str, Field(pattern=r"^https?://[^\s?#]+$")]
-Origins = Annotated[tuple[Origin, ...], NoDecode, BeforeValidator(_split)]
-Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)]
+Origins = Annotated[tuple[Origin, ...], NoDecode, BeforeValidator(split)]
+Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(split)]
+Listed = Annotated[str, Field(pattern=r"^(?i)(https?://)?([a-z0-9._-]+|\[[0-9a-f:]+\])(:[0-9]{1,5})?$")]
+HostNames = Annotated[tuple[Listed, ...], NoDecode, BeforeValidator(split)]
 Count = Annotated[int, Field(ge=1)]
 Range = Annotated[str, BeforeValidator(str), Field(pattern=r"^[1-9][0-9]{0,3}(:[1-9][0-9]{0,3})?$")]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+ModelName = Annotated[str, Field(pattern=r"^[^\s,=]{1,64}$")]
+# Each model's own settings, by its name; text, or a list of it, is NAME=BUNDLE.
+ModelTables = Annotated[dict[ModelName, dict[str, Any]], NoDecode, BeforeValidator(tables_of)]
 
 
 def _field(default: Any, section: str, description: str) -> Any:
@@ -100,9 +102,19 @@ class Settings(BaseSettings):
     lora_rank: Count | None = _field(None, "Model", "Largest rank of a picture's LoRAs together; 64 if not given.")
     embedding: Texts = _field((), "Model", "Files of textual inversion, FILE or NAME=FILE, with commas between them.")
     controlnet: Texts = _field((), "Model", "Bundles of ControlNets, NAME=BUNDLE, with commas between them.")
+    ip_adapter_model: Texts = _field((), "Model", "Bundles of IP-Adapters, NAME=BUNDLE, with commas between them.")
     lora: Texts = _field((), "Model", "LoRAs for all pictures, FILE[:STRENGTH[:TEXT]], with commas between them.")
     allow_unmatched: bool = _field(False, "Model", "Leave out keys of LoRAs that have no place.")
     edits: bool = _field(True, "Model", "Take pictures to edit; without it the VAE's encoder is not loaded.")
+
+    models: ModelTables = _field({}, "Several models", "NAME=BUNDLE of each; in TOML a table [models.NAME].")
+    preload: bool = _field(False, "Several models", "Load all of them at the start, and not at their first request.")
+    model_memory: Count | None = _field(
+        None, "Several models", "Most MiB that those that are loaded may take; half of what is free if not given."
+    )
+    idle_unload: Seconds | None = _field(
+        None, "Several models", "Seconds after which a model that nobody uses is dropped; never if not given."
+    )
 
     queue: Count = _field(64, "Load", "Most pictures that wait.")
     memory: Count | None = _field(
@@ -111,6 +123,21 @@ class Settings(BaseSettings):
     queue_timeout: Seconds = _field(120.0, "Load", "Most seconds that a request waits.")
     run_timeout: Seconds = _field(300.0, "Load", "Most seconds that a request runs.")
     hang_timeout: Seconds = _field(60.0, "Load", "Seconds after which a step counts as hung.")
+
+    keep_results: Seconds = _field(600.0, "Background", "Seconds that a background job is kept once it is over.")
+    max_results: Count = _field(1000, "Background", "Most jobs that are kept; a quarter of them of one client.")
+    results_memory: Count = _field(
+        256, "Background", "Most MiB of results that are kept; a quarter of them of one client."
+    )
+    webhook_host: HostNames = _field(
+        (), "Background", "Hosts that are told of ended jobs, as hooks.example.org or http://hooks.example.org:8080."
+    )
+    webhook_private_host: HostNames = _field(
+        (), "Background", "The same, for those whose address is private or this machine's."
+    )
+    webhook_secret: Secrets = _field(
+        (), "Background", "Secrets that sign webhooks, as whsec_ and base64; not a flag. All of them sign."
+    )
 
     max_n: Count = _field(10, "Limits", "Most pictures of one request.")
     max_steps: Count | None = _field(
@@ -151,7 +178,63 @@ class Settings(BaseSettings):
             raise ValueError(f"replicas ({self.replicas}) is from more to fewer")
         if self.most_replicas > 1 and not self.ray:
             raise ValueError(f"replicas ({self.replicas}) needs ray")
+        listed = self.webhook_host or self.webhook_private_host
+        if listed and not self.webhook_secret:
+            raise ValueError("webhook_host needs webhook_secret")
+        if listed and self.most_replicas > 1:
+            raise ValueError(f"webhook_host needs one replica: {self.replicas} take no background jobs")
+        self.signing_secrets()
+        self.hosts()
+        if self.ray and self.idle_unload:
+            raise ValueError("idle_unload is for a server without ray: Ray ends replicas by load")
+        if self.models:
+            self._check_models()
         return self
+
+    def _check_models(self) -> None:
+        for name in ("bundle", "model_name"):
+            if name in self.model_fields_set:
+                raise ValueError(f"{name} and models are both set: take one of them")
+        several = self.each()
+        if len(several) == 1:
+            return
+        if self.ray:
+            raise ValueError(f"there are {len(several)} models, and a server by Ray has one: start one for each")
+        for one in several:
+            if not one.on_cpu:
+                device = one.device or one.backend
+                raise ValueError(f"{one.model_name} is on {device}: several models are served on a CPU, one on a GPU")
+
+    def each(self) -> tuple[Settings, ...]:
+        """Return the settings of each model, the first one's first: the server's, with the model's own in their place.
+
+        Raises:
+            ValueError: a model has a setting that models have none of, or a value that it cannot have.
+        """
+        if not self.models:
+            return (self,)
+        shared = self.model_dump() | {"models": {}}
+        found: list[Settings] = []
+        for name, own in self.models.items():
+            check_table(name, own, {key: field.json_schema_extra for key, field in type(self).model_fields.items()})
+            aliases = {} if not found else {"aliases": ()}
+            try:
+                found.append(Settings(**{**shared, **aliases, "model_name": name, **own}))
+            except ValidationError as error:
+                first = error.errors(include_url=False, include_input=False)[0]
+                raise ValueError(f"{name}: {'.'.join(map(str, first['loc'][:1]))}: {first['msg']}") from error
+        return tuple(found)
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the backend runs on the CPU."""
+        return (self.device or "cpu").lower() == "cpu" and not self.backend.startswith("tensorrt")
+
+    @property
+    def takes_maps(self) -> bool:
+        """Whether requests may have pictures for ControlNets or IP-Adapters, whose pictures are fields of forms."""
+        owns = (own.get(name) for own in self.models.values() for name in ("controlnet", "ip_adapter_model"))
+        return bool(self.controlnet or self.ip_adapter_model) or any(owns)
 
     @property
     def fewest_replicas(self) -> int:
@@ -172,6 +255,14 @@ class Settings(BaseSettings):
     def max_text(self) -> int:
         """Most bytes of a request without a picture: two prompts as long as JSON can write them, and the rest."""
         return min(self.max_body, 2 * 12 * self.max_prompt + MIB // 16)
+
+    def hosts(self) -> Hosts:
+        """Return the hosts that are told of ended jobs. Raise ValueError where one cannot be."""
+        return Hosts(self.webhook_host, self.webhook_private_host)
+
+    def signing_secrets(self) -> tuple[bytes, ...]:
+        """Return the secrets that sign webhooks. Raise ValueError where one cannot be."""
+        return tuple(secret_of(each.get_secret_value()) for each in self.webhook_secret)
 
     def secrets(self) -> tuple[bytes, ...]:
         """Return all keys, those of the file too. Raise as `clients`."""
@@ -225,10 +316,16 @@ def load_settings(flags: dict[str, Any], config: Path | None = None) -> Settings
         raise RequestError(
             f"{name}: {message}" if name else message,
             needed="settings that `latentrt serve --help` lists, within their ranges",
-            fix=f"change --{name.replace('_', '-')}, {PREFIX}{name.upper()} or {name} in the TOML file"
-            if name
-            else "change one of them",
+            fix=_fix(name),
         ) from error
+
+
+def _fix(name: str) -> str:
+    """Return where a setting may come from."""
+    if not name:
+        return "change one of them"
+    flag = "NAME=BUNDLE" if name == "models" else f"--{name.replace('_', '-')}"
+    return f"change {flag}, {PREFIX}{name.upper()} or {name} in the TOML file"
 
 
 def _lines_of(path: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
@@ -27,7 +28,7 @@ def refused(outcome: str, status: int) -> bool:
 
 
 class Metrics(Observer):
-    """All metrics of one server, in a registry of their own.
+    """All metrics of one server, in a registry of their own, as one of its models tells them.
 
     Args:
         model: its name for clients, a label of everything.
@@ -37,7 +38,19 @@ class Metrics(Observer):
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
+        self._families: dict[str, Any] = {}
+        self._models: dict[str, Metrics] = {}
+        self._bind(model)
+
+    def of(self, model: str) -> Metrics:
+        """Return the same metrics, in the same registry, of another model of this server."""
+        if model not in self._models:
+            copy(self)._bind(model)
+        return self._models[model]
+
+    def _bind(self, model: str) -> None:
         self._model = model
+        self._models[model] = self
         self._requests = self._make(Counter, "requests", "Requests that ended, by how.", "route", "outcome")
         self._rejected = self._make(Counter, "request_rejected", "Requests that were refused, by reason.", "reason")
         self._latency = self._make(
@@ -55,7 +68,14 @@ class Metrics(Observer):
         self._step = self._make(Histogram, "step_seconds", "One step of all running pictures.", buckets=_STEPS)
         self._lanes = self._make(Histogram, "batch_size", "Lanes of a step; guidance takes two.", buckets=_LANES)
         self._stage = self._make(Histogram, "stage_seconds", "Work beside the steps.", "stage", buckets=_STEPS)
+        self._jobs = self._make(Counter, "background_jobs", "Background jobs that ended, by how.", "outcome")
+        self._forgotten = self._make(
+            Counter, "background_results_dropped", "Jobs that are no longer kept, by why.", "reason"
+        )
+        self._webhooks = self._make(Counter, "webhooks", "Webhooks that ended, by how.", "outcome")
         self._faults = self._make(Counter, "engine_faults", "Faults of the engine, by kind.", "kind")
+        self._loads = self._make(Counter, "model_loads", "Loads of the model while serving, by how.", "outcome")
+        self._load = self._make(Histogram, "model_load_seconds", "One load of the model.", buckets=_WAITS)
 
     def gauge(self, name: str, help: str, read: Callable[[], float]) -> None:
         """Add a gauge that is read at each scrape."""
@@ -93,6 +113,26 @@ class Metrics(Observer):
                 counter.remove(self._model, dropped)
             counter.labels(self._model, label).inc(pictures)
 
+    def ended_job(self, outcome: str, seconds: float) -> None:
+        """Count a background job that is over, seconds after it came: "completed", or failed with an error's code."""
+        self._jobs.labels(self._model, outcome).inc()
+        if outcome == "completed":
+            self._latency.observe(seconds)
+
+    def forgot(self, reason: str) -> None:
+        """Count a job that is no longer kept: "expired", "room" (for others) or "deleted"."""
+        self._forgotten.labels(self._model, reason).inc()
+
+    def sent(self, outcome: str) -> None:
+        """Count a webhook that is over: "delivered", "failed" or "dropped"."""
+        self._webhooks.labels(self._model, outcome).inc()
+
+    def loaded(self, seconds: float | None) -> None:
+        """Count a load of the model while the server serves; None: it failed."""
+        self._loads.labels(self._model, "failed" if seconds is None else "done").inc()
+        if seconds is not None:
+            self._load.observe(seconds)
+
     # ---- What the scheduler tells
 
     def begun(self, waited: float) -> None:
@@ -116,6 +156,9 @@ class Metrics(Observer):
         return self._make(Counter, name, help, label), Frequent(most)
 
     def _make(self, kind: Any, name: str, help: str, *labels: str, **options: Any) -> Any:
-        """Add a metric whose first label is the model; bound to it at once where it is the only one."""
-        metric = kind(PREFIX + name, help, ("model_name", *labels), registry=self.registry, **options)
+        """Return a metric whose first label is the model; bound to it at once where it is the only one."""
+        metric = self._families.get(name)
+        if metric is None:
+            metric = kind(PREFIX + name, help, ("model_name", *labels), registry=self.registry, **options)
+            self._families[name] = metric
         return metric if labels else metric.labels(self._model)

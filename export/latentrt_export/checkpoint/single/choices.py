@@ -24,6 +24,7 @@ class Choices:
         lora: LoRAs to merge into the weights, in this order; see `latentrt.adapters.given.loras_of`.
         allow_unmatched: whether keys of a LoRA without a place in the model are left out; they are an error otherwise.
         adapters: whether to write graphs that take LoRAs with each request, too.
+        image_encoder: the folder of an IP-Adapter's image encoder; None: "image_encoder" beside its file.
 
     Raises:
         ExportError: there is no such model or prediction type.
@@ -37,6 +38,7 @@ class Choices:
     lora: Loras = ()
     allow_unmatched: bool = False
     adapters: bool = False
+    image_encoder: str | Path | None = None
 
     def __post_init__(self) -> None:
         loras_of(self.lora, allow_unmatched=self.allow_unmatched)
@@ -56,6 +58,7 @@ class Choices:
         options += [f"--vae={Path(self.vae).name}"] if self.vae else []
         options += [f"--lora={lora}" for lora in self.loras]
         options += ["--allow-unmatched"] if self.allow_unmatched else []
+        options += [f"--image-encoder={Path(self.image_encoder).name}"] if self.image_encoder else []
         return [*options, *(["--adapters"] if self.adapters else [])]
 
     @property

@@ -86,7 +86,6 @@ _TOP = rf"^(?:{re.escape(UNET)})?"
 OTHERS = (
     ("a LoRA", r"\.lora_(?:up|down|mid|A|B)\.|\.lora\.(?:up|down)\.|\.hada_w1_|\.lokr_w1|\.dora_scale$", ""),
     ("a textual inversion", r"^(?:emb_params|string_to_param.*|clip_l|clip_g|<.*>)$", ""),
-    ("a ControlNet", r"^control_model\.|^(?:input_hint_block|controlnet_cond_embedding|controlnet_down_blocks)\.", ""),
     ("a T2I-Adapter", r"^(?:adapter\.)?body\.\d+\.(?:block1|resnets)\.", ""),
     ("an IP-Adapter", r"^(?:ip_adapter|image_proj)\.", ""),
     ("a motion module (AnimateDiff)", r"\.motion_modules\.", ""),

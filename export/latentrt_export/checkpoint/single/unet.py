@@ -26,7 +26,7 @@ def unet_config(shapes: Shapes, heads: int | None) -> Config:
     Raises:
         ExportError: a weight is missing from which the config is read.
     """
-    levels = _levels(shapes)
+    levels = levels_of(shapes)
     layers = len(levels[0])
     channels = [size(shapes, f"input_blocks.{level[0]}.0.out_layers.3.weight", 0, UNET) for level in levels]
     down = [[_depth(shapes, f"input_blocks.{i}.1") for i in level] for level in levels]
@@ -44,7 +44,7 @@ def unet_config(shapes: Shapes, heads: int | None) -> Config:
         "attention_head_dim": heads or [heads_of(width, UNET) for width in channels],
         "cross_attention_dim": size(shapes, attention, 1, UNET),
         "use_linear_projection": len(shapes.get(linear, ())) == 2,
-        **_depths(down, up, _depth(shapes, "middle_block.1")),
+        **depths_of(down, up, _depth(shapes, "middle_block.1")),
     }
     if not _depth(shapes, "middle_block.1"):
         config["mid_block_type"] = "UNetMidBlock2D" if "middle_block.0.in_layers.2.weight" in shapes else None
@@ -73,12 +73,12 @@ def unet_pieces(config: Config) -> list[Piece]:
         pieces += both("label_emb.0.2", "add_embedding.linear_2", times, times)
     down, up = _rows(config)
     skips: list[int] = []
-    pieces += _down(config, down, times, skips)
-    pieces += _middle(config, times)
+    pieces += down_pieces(config, down, skips)
+    pieces += middle_pieces(config)
     return [*pieces, *_up(config, up, times, skips)]
 
 
-def _levels(shapes: Shapes) -> list[list[int]]:
+def levels_of(shapes: Shapes) -> list[list[int]]:
     """Return the numbers of the input blocks with a resnet, by resolution: as many for each."""
     levels: list[list[int]] = [[]]
     for i in itertools.count(1):
@@ -99,13 +99,13 @@ def _depth(shapes: Shapes, block: str) -> int:
     return count(shapes, f"{block}.transformer_blocks")
 
 
-def _depths(down: Rows, up: Rows, middle: int) -> Config:
-    """Return how many transformer layers follow each resnet, as the config says it.
+def depths_of(down: Rows, up: Rows, middle: int) -> Config:
+    """Return how many transformer layers follow each resnet, as the config says it; `up` is empty without that way.
 
     Published models have as many throughout a block, and as many up as down; distilled ones may not (SSD-1B).
     """
     blocks = [row[0] for row in down]
-    if down != _alike(blocks, down) or up != _alike(blocks[::-1], up):
+    if down != _alike(blocks, down) or (up and up != _alike(blocks[::-1], up)):
         ways = {"transformer_layers_per_block": down, "reverse_transformer_layers_per_block": up}
         return {key: [row if len(set(row)) > 1 else row[0] or 1 for row in rows] for key, rows in ways.items()}
     blocks[-1] = blocks[-1] or middle  # the middle's, in a config
@@ -124,18 +124,24 @@ def _rows(config: Config) -> tuple[Rows, Rows]:
     depth, layers = config["transformer_layers_per_block"], config["layers_per_block"]
     down = depth if isinstance(depth, list) else [depth] * len(config["down_block_types"])
     up = config.get("reverse_transformer_layers_per_block", down[::-1])
-    return _spread(down, config["down_block_types"], layers), _spread(up, config["up_block_types"], layers + 1)
+    return spread(down, config["down_block_types"], layers), spread(up, config["up_block_types"], layers + 1)
 
 
-def _spread(depths: list[int | list[int]], kinds: list[str], layers: int) -> Rows:
+def spread(depths: list[int | list[int]], kinds: list[str], layers: int) -> Rows:
     rows = [depth if isinstance(depth, list) else [depth] * layers for depth in depths]
     return [row if kind in (CROSS_DOWN, CROSS_UP) else [] for row, kind in zip(rows, kinds, strict=True)]
 
 
-def _down(config: Config, rows: Rows, times: int, skips: list[int]) -> Iterator[Piece]:
-    """Yield the weights on the way down; what the way up will read beside its own is appended to `skips`."""
+def down_pieces(config: Config, rows: Rows, skips: list[int]) -> Iterator[Piece]:
+    """Yield the weights on the way down.
+
+    Args:
+        config: of the network.
+        rows: transformer layers after each resnet of each block; nothing for blocks without attention.
+        skips: the channels of what the way up will read beside its own are appended.
+    """
     channels = config["block_out_channels"]
-    here, i = channels[0], 1
+    here, i, times = channels[0], 1, 4 * channels[0]
     skips.append(here)
     for level, (width, row) in enumerate(zip(channels, rows, strict=True)):
         block = f"down_blocks.{level}"
@@ -151,8 +157,10 @@ def _down(config: Config, rows: Rows, times: int, skips: list[int]) -> Iterator[
             skips.append(width)
 
 
-def _middle(config: Config, times: int) -> Iterator[Piece]:
+def middle_pieces(config: Config) -> Iterator[Piece]:
+    """Yield the weights of the middle."""
     width, kind = config["block_out_channels"][-1], config.get("mid_block_type", CROSS_MIDDLE)
+    times = 4 * config["block_out_channels"][0]
     if kind:
         yield from _resnet("middle_block.0", "mid_block.resnets.0", width, width, times)
     if kind == CROSS_MIDDLE:

@@ -38,17 +38,21 @@ def read_adapters(model: ir.Model) -> tuple[ir.Value, ...]:
         The new inputs, in the dtype of the first: for each module lora.MODULE.down (batch, in, rank) and
         lora.MODULE.up (batch, rank, out).
     """
-    graph = model.graph
-    batch, dtype = next((value.shape[0], value.dtype) for value in graph.inputs if value.dtype != ir.DataType.INT64)
-    inputs = []
-    for node, weight in list(_products(graph)):
-        module = str(weight.name).removesuffix(".weight")
-        out, wide = weight.shape[0], weight.shape[1]
-        down = _input(graph, f"{LORA}{module}.down", (batch, wide, RANK), dtype)
-        up = _input(graph, f"{LORA}{module}.up", (batch, RANK, out), dtype)
-        _adapt(graph, node, module, down, up)
+    inputs: list[ir.Value] = []
+    for node, weight in list(_products(model.graph)):
+        down, up = declare_adapters(model.graph, weight)
+        _adapt(model.graph, node, str(weight.name).removesuffix(".weight"), down, up)
         inputs += [down, up]
     return tuple(inputs)
+
+
+def declare_adapters(graph: ir.Graph, weight: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Add the two inputs of the LoRAs of a weight, (out, in) or (out, in, 1, 1), to a graph; return them."""
+    batch, dtype = next((value.shape[0], value.dtype) for value in graph.inputs if value.dtype != ir.DataType.INT64)
+    module = str(weight.name).removesuffix(".weight")
+    out, wide = weight.shape[0], weight.shape[1]
+    down = _input(graph, f"{LORA}{module}.down", (batch, wide, RANK), dtype)
+    return down, _input(graph, f"{LORA}{module}.up", (batch, RANK, out), dtype)
 
 
 def _products(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Value]]:
@@ -56,14 +60,14 @@ def _products(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Value]]:
     for node in graph:
         if node.op_type not in ("MatMul", "Conv"):
             continue
-        weight, turned = _weight(node.inputs[1])
+        weight, turned = weight_of(node.inputs[1])
         if weight is None or weight.shape is None or not str(weight.name).endswith(".weight"):
             continue
-        if turned if node.op_type == "MatMul" else not turned and _is_of_one_pixel(node, weight):
+        if turned if node.op_type == "MatMul" else not turned and is_of_one_pixel(node, weight):
             yield node, weight
 
 
-def _weight(value: ir.Value | None) -> tuple[ir.Value | None, bool]:
+def weight_of(value: ir.Value | None) -> tuple[ir.Value | None, bool]:
     """Return the weight in a file that a value is made of, and whether it is transposed."""
     turned = False
     while value is not None and (producer := value.producer()) is not None:
@@ -75,7 +79,8 @@ def _weight(value: ir.Value | None) -> tuple[ir.Value | None, bool]:
     return (value, turned) if stored else (None, False)
 
 
-def _is_of_one_pixel(node: ir.Node, weight: ir.Value) -> bool:
+def is_of_one_pixel(node: ir.Node, weight: ir.Value) -> bool:
+    """Return whether a convolution, or the product that it became, is a product that keeps the channels."""
     assert weight.shape is not None
     out, wide, *kernel = weight.shape
     plain = {"strides": [1, 1], "pads": [0, 0, 0, 0], "dilations": [1, 1]}
@@ -92,7 +97,7 @@ def _adapt(graph: ir.Graph, node: ir.Node, module: str, down: ir.Value, up: ir.V
         (last,) = readers
         y = last.outputs[0]
     kind = y.dtype or node.outputs[0].dtype or x.dtype or SINGLE
-    made = _Made(f"{LORA}{module}", kind)
+    made = Made(f"{LORA}{module}", kind)
     a, b = (value if value.dtype == kind else made("Cast", [value], to=int(kind)) for value in (down, up))
     if node.op_type == "MatMul":
         added = made("MatMul", [made("MatMul", [x, a]), b])
@@ -110,7 +115,7 @@ def _adapt(graph: ir.Graph, node: ir.Node, module: str, down: ir.Value, up: ir.V
     graph.insert_after(last, made.nodes)
 
 
-def _of_pixels(graph: ir.Graph, made: _Made, x: ir.Value, y: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
+def _of_pixels(graph: ir.Graph, made: Made, x: ir.Value, y: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
     """Return the product of (batch, channels, height, width), in y's shape.
 
     Its last node pools single pixels, which changes nothing. Through it ONNX Runtime's CPU provider keeps channels in
@@ -128,8 +133,8 @@ def _of_pixels(graph: ir.Graph, made: _Made, x: ir.Value, y: ir.Value, a: ir.Val
     return pooled
 
 
-class _Made:
-    """New nodes of one product, in their order."""
+class Made:
+    """New nodes of one name, in their order."""
 
     def __init__(self, name: str, dtype: ir.DataType) -> None:
         self._name, self._dtype = name, dtype

@@ -90,8 +90,6 @@ def test_cut_files(made: Make, tmp_path: Path, kept: float) -> None:
         (["lora_unet_mid_block_attentions_0_proj_in.hada_w1_a"], "a LoRA"),
         (["emb_params"], "a textual inversion"),
         (["clip_l", "clip_g"], "a textual inversion"),
-        (["control_model.input_blocks.0.0.weight", f"{UNET}input_blocks.0.0.weight"], "a ControlNet"),
-        (["controlnet_cond_embedding.conv_in.weight", "down_blocks.0.resnets.0.norm1.weight"], "a ControlNet"),
         (["adapter.body.0.resnets.0.block1.weight"], "a T2I-Adapter"),
         (["image_proj.proj.weight", "ip_adapter.1.to_k_ip.weight"], "an IP-Adapter"),
         (["down_blocks.0.motion_modules.0.temporal_transformer.norm.weight"], "a motion module"),

@@ -27,6 +27,14 @@ def test_memory_bounds_the_lanes_of_a_call() -> None:
     assert budget.lanes_of_call((4, 32, 32)) == 16
 
 
+def test_loras_take_as_much_at_every_size() -> None:
+    budget = Budget(1024, OWN, 400 * MIB, KNOWN, adapters=50 * MIB)
+    assert budget.lanes_of_call((4, 64, 64)) == 2
+    assert budget.lanes_of_call((4, 32, 32)) == 3  # of 62.5 MiB, not 12.5
+    assert Budget(1024, OWN, 400 * MIB, adapters=50 * MIB).lanes_of_call((4, 32, 32)) == 4
+    assert Budget(16, OWN, 200 * MIB, {(4, 64, 64): Footprint(50 * MIB, 0)}, adapters=50 * MIB).largest(10**6) == 64**2
+
+
 def test_what_was_not_measured_grows_faster_than_its_area() -> None:
     exactly = 2 * 50 * MIB * 4**GROWTH
     assert Budget(16, OWN, math.ceil(exactly), {(4, 64, 64): Footprint(50 * MIB, 0)}).largest(10**6) == 128 * 128

@@ -40,6 +40,7 @@ class Budget:
         fixed: every call has all lanes, whatever the size: a GPU, where a call that finds no memory fails its own
             request alone, so that sizes are refused only where they surely do not fit.
         tile: the side in latents of the tiles in which larger pictures are decoded; None: they are not.
+        adapters: bytes of a lane's LoRAs, which do not grow with its picture and are no part of what was measured.
     """
 
     lanes: int
@@ -48,6 +49,7 @@ class Budget:
     measured: Mapping[Shape, Footprint] = field(default_factory=dict)
     fixed: bool = False
     tile: int | None = None
+    adapters: int = 0
 
     def cap(self, shape: Shape) -> int:
         """Return the most lanes of running pictures of a shape; one picture may have more."""
@@ -58,7 +60,7 @@ class Budget:
     def lanes_of_call(self, shape: tuple[int, ...]) -> int:
         """Return the most lanes of one call, at least 1."""
         most = self.lanes * math.prod(self.own) // math.prod(shape)
-        lane = self._bytes(math.prod(shape[1:]), "lane")
+        lane = self._lane(math.prod(shape[1:]))
         if self.memory is not None and lane:
             most = min(most, int(self.denoising / lane))
         return max(1, most)
@@ -76,7 +78,7 @@ class Budget:
     def fits(self, area: int) -> bool:
         """Return whether pictures with so many latents (height times width) can be made within the memory."""
         decoded = area if self.tile is None else min(area, self.tile**2)
-        lane, decode = self._bytes(area, "lane"), self._bytes(decoded, "decode")
+        lane, decode = self._lane(area), self._bytes(decoded, "decode")
         return area <= math.prod(self.own[1:]) or (lane <= self.denoising and decode <= self.decoding)
 
     def largest(self, most: int) -> int:
@@ -92,6 +94,10 @@ class Budget:
             side for side in range(STEP, math.isqrt(most) + 1, STEP) if self._bytes(side**2, "decode") <= self.decoding
         )
         return replace(self, tile=max([-(-own // STEP) * STEP, *fitting]))
+
+    def _lane(self, area: int) -> float:
+        """Return the bytes of a call of one lane."""
+        return self._bytes(area, "lane") + self.adapters
 
     def _bytes(self, area: int, of: str) -> float:
         """Return what was measured for the size next to this one, as this one would need it; 0 where nothing was."""

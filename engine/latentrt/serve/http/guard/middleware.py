@@ -9,8 +9,10 @@ import asyncio
 import random
 import re
 import time
+from contextlib import ExitStack
 from typing import Any
 
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
@@ -18,10 +20,10 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from latentrt.serve.core.rules.terms import Terms
-from latentrt.serve.core.scheduler import Scheduler
 from latentrt.serve.http.errors import Answer, Problem, answer_to, too_large
 from latentrt.serve.http.guard.origins import foreign
 from latentrt.serve.http.guard.record import POLLED, Record, route_of
+from latentrt.serve.http.models.models import Models
 from latentrt.serve.http.sdapi.answers import response_to
 from latentrt.serve.process.config import Settings
 from latentrt.serve.process.keys import Keys
@@ -38,22 +40,23 @@ BODIES = {  # the media type of each body that is read
 EDITING = ("/v1/images/edits", "/sdapi/v1/img2img", *ENLARGING, "/sdapi/v1/png-info")
 CLIENT_GONE = 499  # nginx' number for it; only the log has it
 PIECE = 2**20  # bytes of an answer
+_TAIL = 1024  # bytes of a form in which it must end
 _ID = re.compile(r"[!-~]{1,128}")
 
 
 def most_bytes(settings: Settings, path: str) -> int:
     """Return the most bytes of a body: many only where pictures are sent, so that many requests fill no memory."""
-    pictures = path in EDITING or (settings.controlnet and path in DRAWING)
+    pictures = path in EDITING or (settings.takes_maps and path in DRAWING)
     return settings.max_body if pictures else settings.max_text
 
 
 class Guard:
     """Refuses, bounds and logs requests around the application; only `origins.cross_origin` is further out."""
 
-    def __init__(self, app: ASGIApp, *, keys: Keys, settings: Settings, scheduler: Scheduler, record: Record) -> None:
+    def __init__(self, app: ASGIApp, *, keys: Keys, settings: Settings, models: Models, record: Record) -> None:
         self._app = app
         self._keys, self._settings = keys, settings
-        self._scheduler, self._record = scheduler, record
+        self._models, self._record = models, record
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -77,6 +80,7 @@ class Guard:
             if exchange.status is None:
                 await exchange.answer(answer_to(error))
         finally:
+            exchange.facts["held"].close()
             self._report(scope, exchange)
 
     def _refusal(self, scope: Scope, exchange: _Exchange, most: int) -> Answer | None:
@@ -91,7 +95,7 @@ class Guard:
         if scope["method"] != "POST" or path not in BODIES:
             return None
         owner = exchange.facts["owner"]
-        refused = (self._scheduler.full(owner) if path in DRAWING else None) or _wrong_media(headers, BODIES[path])
+        refused = (self._models.full(owner) if path in DRAWING else None) or _wrong_media(headers, BODIES[path])
         return None if refused is None else answer_to(refused)
 
     def _stranger(self, scope: Scope, exchange: _Exchange) -> Answer | None:
@@ -120,7 +124,7 @@ class _Exchange:
     """One request on its way in and its answer on the way out.
 
     Attributes:
-        facts: what the log's line says of it; routes add to them in `http.state.facts`.
+        facts: what the log's line says of it; routes add to them in `http.state.facts`. "held" is closed at its end.
         status: of the answer, once it has begun.
         gone: whether the client has left.
     """
@@ -133,13 +137,17 @@ class _Exchange:
         self.headers = Headers(scope=scope)
         given = self.headers.get("x-request-id", "")
         id = given if _ID.fullmatch(given) else f"req_{random.getrandbits(96):024x}"
-        self.facts: dict[str, Any] = {"id": id, "owner": "", "terms": Terms()}
+        self.facts: dict[str, Any] = {"id": id, "owner": "", "terms": Terms(), "held": ExitStack()}
         self.status: int | None = None
         self.gone = self._closed = self._body_read = self._left_unread = False
+        self._form_end, self._last = _form_end(self.headers), b""
         scope.setdefault("state", {})["facts"] = self.facts
 
     async def receive(self) -> Message:
-        """Return the next message. The body must come within a timeout; after it, only a disconnect can come."""
+        """Return the next message. The body must come within a timeout; after it, only a disconnect can come.
+
+        A form must have its end: Starlette takes one without for whole, and leaves the last file of it open.
+        """
         if not self._body_read:
             try:
                 async with asyncio.timeout(self.began + self._body_timeout - time.monotonic()):
@@ -149,6 +157,10 @@ class _Exchange:
                 raise HTTPException(408, late, {"Connection": "close"}) from None
             self._body_read = not message.get("more_body", False)
             self._left_unread = message["type"] == "http.disconnect"  # frameworks take it for a malformed body
+            if self._form_end:
+                self._last = (self._last + message.get("body", b"")[-_TAIL:])[-_TAIL:]
+                if self._body_read and not self._left_unread and self._form_end not in self._last:
+                    raise HTTPException(400, "the form breaks off: its last boundary is missing")
         else:
             message = await self._receive()
         if message["type"] == "http.disconnect" and not self._closed:
@@ -192,6 +204,13 @@ class _Exchange:
             return CLIENT_GONE, "client_gone"
         status = self.status or CLIENT_GONE
         return status, outcome or ("ok" if status < 400 else "refused")
+
+
+def _form_end(headers: Headers) -> bytes:
+    """Return what ends a form: RFC 2046's close delimiter. Nothing where the body is none, or says no boundary."""
+    kind, about = parse_options_header(headers.get("content-type"))
+    boundary = about.get(b"boundary", b"") if kind == b"multipart/form-data" else b""
+    return b"--" + boundary + b"--" if boundary else b""
 
 
 def _wrong_media(headers: Headers, needed: str) -> Problem | None:

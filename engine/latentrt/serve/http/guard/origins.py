@@ -27,7 +27,11 @@ def cross_origin(origins: Sequence[str]) -> list[Middleware]:
     It is outside the guard: a browser's preflight request has no key, and refusals must be readable too.
     """
     told = ("x-request-id", "retry-after", "x-should-retry")
-    options: dict[str, Any] = {"allow_methods": ("GET", "POST"), "allow_headers": ("*",), "expose_headers": told}
+    options: dict[str, Any] = {
+        "allow_methods": ("GET", "POST", "DELETE"),
+        "allow_headers": ("*",),
+        "expose_headers": told,
+    }
     return [Middleware(CORSMiddleware, allow_origins=origins, **options)] if origins else []
 
 

@@ -16,10 +16,13 @@ from latentrt.serve.process.metrics import Metrics, refused
 from latentrt.serve.process.traces import Traces
 
 UNCOUNTED = ("/health/live", "/health/ready", "/metrics")
-POLLED = ("/latentrt/queue", "/sdapi/v1/progress")  # by pages and clients, while they are open
+POLLED = (  # by pages and clients, while they are open or wait
+    *("/latentrt/queue", "/sdapi/v1/progress"),
+    *("/v1/images/jobs", "/v1/images/jobs/{job}", "/v1/images/jobs/{job}/preview"),
+)
 STATIC = "/static"
 SECOND = 1.0  # in which one refusal of a kind has a line of its own
-_UNTOLD = ("owner", "terms", "outcome", "handle")
+_UNTOLD = ("owner", "terms", "outcome", "handle", "held")
 
 
 def route_of(scope: Scope, known: tuple[str, ...]) -> str:
@@ -60,22 +63,43 @@ class Record:
             facts: what the routes noted of it.
         """
         seconds = time.monotonic() - began
+        metrics = self._of(facts)
         line = {"method": scope["method"], "route": route, "status": status, "outcome": outcome}
-        told = {"seconds": round(seconds, 4)} | {name: value for name, value in facts.items() if name not in _UNTOLD}
-        if facts["owner"]:
-            told["client"] = label_of(facts["owner"])
+        told = _told(facts, seconds)
         if route not in UNCOUNTED:
-            drawn = "n" in facts and outcome == "ok"
-            self._metrics.ended_request(route, outcome, status, seconds if drawn else None)
-        if facts.get("done"):
-            self._metrics.drew(facts["done"], facts["size"], told.get("client", "unknown"))
+            drawn = "n" in facts and outcome == "ok" and "job" not in facts
+            metrics.ended_request(route, outcome, status, seconds if drawn else None)
+        if facts.get("done") and "job" not in facts:
+            metrics.drew(facts["done"], facts["size"], told.get("client", "unknown"))
         quiet = route in UNCOUNTED or (route in (*POLLED, STATIC) and status < 500)
-        if self._traces is not None and not quiet:
+        if self._traces is not None and not quiet and "job" not in facts:
             self._traces.request(scope, route, status, began, facts.get("handle"), {"outcome": outcome, **told})
         if not quiet and refused(outcome, status):
             quiet = self._counted((route, status, outcome))
         write = logger().debug if quiet else logger().info
         write("request", **line, **told)
+
+    def ended_job(self, scope: Scope, outcome: str, facts: Mapping[str, Any]) -> None:
+        """Count a background job that is over, write its line, make the spans of the request that ordered it.
+
+        Args:
+            scope: of that request.
+            outcome: "completed", or an error's code.
+            facts: what was noted of it.
+        """
+        handle = facts["handle"]
+        seconds = time.monotonic() - handle.came
+        told, metrics = _told(facts, seconds), self._of(facts)
+        metrics.ended_job(outcome, seconds)
+        if facts["done"]:
+            metrics.drew(facts["done"], facts["size"], told.get("client", "unknown"))
+        if self._traces is not None:
+            self._traces.request(scope, scope["path"], 202, handle.came, handle, {"outcome": outcome, **told})
+        logger().info("job", outcome=outcome, **told)
+
+    def _of(self, facts: Mapping[str, Any]) -> Metrics:
+        """Return the metrics of a request's model."""
+        return self._metrics.of(facts["model"]) if "model" in facts else self._metrics
 
     def _counted(self, kind: tuple[str, int, str]) -> bool:
         """Return whether this second had such a refusal before; count it then."""
@@ -93,3 +117,9 @@ class Record:
         for (route, status, outcome), count in more.items():
             if count:
                 logger().info("refusals", route=route, status=status, outcome=outcome, count=count)
+
+
+def _told(facts: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    """Return what a line says of a request, beside how it ended."""
+    told = {"seconds": round(seconds, 4)} | {name: value for name, value in facts.items() if name not in _UNTOLD}
+    return told | ({"client": label_of(facts["owner"])} if facts["owner"] else {})

@@ -19,6 +19,7 @@ from pydantic import BaseModel
 from starlette.responses import JSONResponse
 
 from latentrt.serve.http.errors import Answer
+from latentrt.serve.http.utf8 import Utf8Response
 
 PREFIX = "/sdapi/", "/controlnet/"
 _WORDS = {  # what A1111 says of it
@@ -58,4 +59,4 @@ def response_to(answer: Answer, path: str) -> JSONResponse:
         detail = [{"type": answer.code, "loc": where, "msg": message}]
     known = {"error": "HTTPException", "detail": detail, "errors": message, "body": ""}
     body = {**known, "param": answer.param, "code": answer.code}
-    return JSONResponse(body, 422 if answer.misfit else answer.status, answer.headers)
+    return Utf8Response(body, 422 if answer.misfit else answer.status, answer.headers)

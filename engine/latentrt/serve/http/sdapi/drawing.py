@@ -17,10 +17,11 @@ from latentrt.model.given import STRENGTH
 from latentrt.request import HANDOFF, HIRES_STRENGTH, RESIZES, Request
 from latentrt.serve.http.catalog import unknown
 from latentrt.serve.http.errors import Problem, documented
-from latentrt.serve.http.generation import Context, Served, all_pictures, generating
+from latentrt.serve.http.generation import Context, all_pictures, generating
 from latentrt.serve.http.images import File, Files, ToMask, base64_file, encode, in_thread, shape_of, white_mask
+from latentrt.serve.http.models.models import models_of, serving
 from latentrt.serve.http.sdapi.answers import Error
-from latentrt.serve.http.sdapi.controlnet import controls_of
+from latentrt.serve.http.sdapi.controlnet import add_ons_of
 from latentrt.serve.http.sdapi.fields import renamed
 from latentrt.serve.http.sdapi.options import FORMATS, Options, check_idle, options_of
 from latentrt.serve.http.sdapi.samplers import solver_of
@@ -33,6 +34,7 @@ from latentrt.serve.http.sdapi.schema import (
     ImageToImage,
     TextToImage,
 )
+from latentrt.serve.http.utf8 import Utf8Response
 
 router = APIRouter()
 DRAWN = documented(400, 401, 404, 408, 409, 413, 415, 422, 429, 500, 503, 504, model=Error)
@@ -42,17 +44,21 @@ UPSCALERS = ("Latent",)  # of hires fix
 
 
 @router.post("/txt2img", responses={200: {"model": Images}, **DRAWN}, response_class=JSONResponse)
-async def txt2img(wanted: TextToImage, http: HttpRequest, context: Served) -> JSONResponse:
+async def txt2img(wanted: TextToImage, http: HttpRequest) -> JSONResponse:
     """Draw pictures from a prompt."""
-    return await _answer(context, http, wanted, {}, context.catalog.sizes.own)
+    options = options_of(wanted.override_settings)
+    context = await _served(http, wanted, options)
+    return await _answer(context, http, wanted, options, {}, context.catalog.sizes.own)
 
 
 @router.post("/img2img", responses={200: {"model": Images}, **DRAWN}, response_class=JSONResponse)
-async def img2img(wanted: ImageToImage, http: HttpRequest, context: Served) -> JSONResponse:
+async def img2img(wanted: ImageToImage, http: HttpRequest) -> JSONResponse:
     """Draw pictures from a prompt and a picture; with a mask only where it is white.
 
     Models that enlarge pictures draw each so many times as large as it is, unless a width and height are given.
     """
+    options = options_of(wanted.override_settings)
+    context = await _served(http, wanted, options)
     catalog = context.catalog
     files = {"image": file_of(context, "init_images", wanted.init_images[0])}
     if wanted.mask:
@@ -65,7 +71,19 @@ async def img2img(wanted: ImageToImage, http: HttpRequest, context: Served) -> J
             size = catalog.sizes.fitting(*shape)
     more = {"strength": _strength(context, wanted), "image_guidance": _image_guidance(context, wanted)}
     used = {**_mask(wanted), **_resize(context, wanted)}
-    return await _answer(context, http, wanted, files, size, **more, **used, noise_level=wanted.noise_level)
+    return await _answer(context, http, wanted, options, files, size, **more, **used, noise_level=wanted.noise_level)
+
+
+async def _served(http: HttpRequest, wanted: TextToImage, options: Options) -> Context:
+    """Return the parts of the model that a request names, or that its client has chosen, loaded."""
+    models, owner = models_of(http), http.state.facts["owner"]
+    with renamed():
+        name = options.sd_model_checkpoint or models.chosen(owner).name
+        pictures = (wanted.batch_size or 1) * (wanted.n_iter or 1)
+        context = await serving(http, name, pictures=pictures)
+    if (wanted.model_extra or {}).get("override_settings_restore_afterwards") is False:
+        models.choose(owner, name)
+    return context
 
 
 def file_of(context: Context, name: str, text: str, to_mask: ToMask | None = None) -> File:
@@ -127,37 +145,39 @@ def _mask(wanted: ImageToImage) -> dict[str, Any]:
 
 
 async def _answer(
-    context: Context, http: HttpRequest, wanted: TextToImage, files: Files, size: tuple[int, int], **more: Any
+    context: Context,
+    http: HttpRequest,
+    wanted: TextToImage,
+    options: Options,
+    files: Files,
+    size: tuple[int, int],
+    **more: Any,
 ) -> JSONResponse:
-    options = options_of(wanted.override_settings)
     extra = (wanted.model_extra or {}).items()
     check_idle({name: value for name, value in extra if wanted.enable_hr or not name.startswith("hr_")})
     solver, settings = solver_of(context.catalog, wanted, options)
     previews = PREVIEWS if wanted.force_task_id else 0
     encoding = partial(encode, kind=FORMATS[(options.samples_format or "png").lower()])
-    more["control"] = controls_of(
-        wanted.alwayson_scripts, context.catalog, files.get("image"), context.settings.max_image_bytes
-    )
+    more |= add_ons_of(wanted.alwayson_scripts, context.catalog, files.get("image"), context.settings.max_image_bytes)
     with renamed():
         request = _request(context, wanted, options, size, solver, options=settings, **more)
         async with generating(
             context, http, request, files, api=API, previews=previews, task=wanted.force_task_id
         ) as handle:
             drawn = await all_pictures(http, handle, encoding)
-    parameters = wanted.model_dump(mode="json", include=set(TextToImage.model_fields))
+    parameters = wanted.model_dump(include=set(TextToImage.model_fields))
     images = [file for _, file in drawn] if wanted.send_images is not False else []
     info = _info(request, [picture for picture, _ in drawn])
     info |= {"sd_model_name": context.catalog.name}
     info |= {"sampler_name": wanted.sampler_name} if wanted.sampler_name else {}
     info |= {"warnings": handle.warnings} if handle.warnings else {}
-    return JSONResponse({"images": images, "parameters": parameters, "info": json.dumps(info)})
+    return Utf8Response({"images": images, "parameters": parameters, "info": json.dumps(info)})
 
 
 def _request(
     context: Context, wanted: TextToImage, told: Options, size: tuple[int, int], solver: str | None, **more: Any
 ) -> Request:
     catalog = context.catalog
-    catalog.check_model(told.sd_model_checkpoint)
     layers = told.CLIP_stop_at_last_layers or 1  # counts the last one too; diffusers those that are left out
     return catalog.request(
         wanted.prompt,

@@ -17,8 +17,9 @@ from PIL.PngImagePlugin import PngInfo as PngTexts
 from latentrt.images.metadata import read_prose, texts_of
 from latentrt.serve.http.catalog import Catalog, unknown
 from latentrt.serve.http.errors import Problem
-from latentrt.serve.http.generation import Context, Served, generating
+from latentrt.serve.http.generation import Chosen, Context, generating
 from latentrt.serve.http.images import File, encode, in_thread, loaded
+from latentrt.serve.http.models.models import serving
 from latentrt.serve.http.sdapi.drawing import API, DRAWN, file_of
 from latentrt.serve.http.sdapi.fields import renamed
 from latentrt.serve.http.sdapi.schema import (
@@ -44,7 +45,7 @@ def upscalers_of(catalog: Catalog) -> dict[str, float]:
 
 
 @router.post("/extra-single-image", responses=DRAWN)
-async def extra_single_image(wanted: ExtrasOfOne, http: HttpRequest, context: Served) -> ExtrasOfOneAnswer:
+async def extra_single_image(wanted: ExtrasOfOne, http: HttpRequest, context: Chosen) -> ExtrasOfOneAnswer:
     """Enlarge a picture."""
     _check(context, wanted)
     file, told, _ = await _enlarged(context, http, wanted, file_of(context, "image", wanted.image))
@@ -52,7 +53,7 @@ async def extra_single_image(wanted: ExtrasOfOne, http: HttpRequest, context: Se
 
 
 @router.post("/extra-batch-images", responses=DRAWN)
-async def extra_batch_images(wanted: ExtrasOfSeveral, http: HttpRequest, context: Served) -> ExtrasOfSeveralAnswer:
+async def extra_batch_images(wanted: ExtrasOfSeveral, http: HttpRequest, context: Chosen) -> ExtrasOfSeveralAnswer:
     """Enlarge several pictures, one after the other; together they may have as many pixels as one."""
     _check(context, wanted)
     files = [file_of(context, "imageList", one.data) for one in wanted.files]
@@ -64,7 +65,7 @@ async def extra_batch_images(wanted: ExtrasOfSeveral, http: HttpRequest, context
 
 
 @router.post("/png-info", responses=DRAWN)
-async def png_info(wanted: PngInfo, context: Served) -> PngInfoAnswer:
+async def png_info(wanted: PngInfo, context: Chosen) -> PngInfoAnswer:
     """Read what a picture's file says of how it was made."""
     file = file_of(context, "image", wanted.image.strip())
     image = await in_thread(partial(loaded, file, context.settings.max_image_pixels, deep=True))
@@ -102,10 +103,10 @@ async def _enlarged(
         raise Problem(found, needed=f"at most {most} in all", fix="enlarge it by less", param=param)
     told: dict[str, Any] = {}
     if wanted.upscaler_1 != NONE:
-        made = await _by(context, http, wanted.upscaler_1, picture, file, size)
+        made = await _by(http, wanted.upscaler_1, picture, file, size)
         told = {"Postprocess upscale": f"{size[0]}x{size[1]}", "Postprocess upscaler": wanted.upscaler_1}
         if wanted.upscaler_2 != NONE and wanted.extras_upscaler_2_visibility:
-            second = await _by(context, http, wanted.upscaler_2, picture, file, size)
+            second = await _by(http, wanted.upscaler_2, picture, file, size)
             made = Image.blend(made, second, wanted.extras_upscaler_2_visibility)
             told |= {"Postprocess upscaler 2": wanted.upscaler_2}
         picture = made if crop == size else _cropped(made, crop)
@@ -125,12 +126,11 @@ def _sizes(wanted: Extras, own: tuple[int, int]) -> tuple[tuple[int, int], tuple
     return size, target if wanted.resize_mode == 1 and wanted.upscaling_crop else size
 
 
-async def _by(
-    context: Context, http: HttpRequest, name: str, picture: Image.Image, file: File, size: tuple[int, int]
-) -> Image.Image:
+async def _by(http: HttpRequest, name: str, picture: Image.Image, file: File, size: tuple[int, int]) -> Image.Image:
     """Return a picture at a size, by one of the upscalers."""
     if name in _FILTERS:
         return await in_thread(partial(picture.resize, size, _FILTERS[name]))
+    context = await serving(http, name)
     catalog = context.catalog
     with renamed():
         request = catalog.request(

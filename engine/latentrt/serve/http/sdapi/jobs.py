@@ -9,8 +9,9 @@ from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 
 from latentrt.serve.core.handle import Handle
-from latentrt.serve.http.generation import Context, Served
 from latentrt.serve.http.images import encode, in_thread
+from latentrt.serve.http.models.entry import Entry
+from latentrt.serve.http.models.models import models_of
 from latentrt.serve.http.sdapi.drawing import API
 from latentrt.serve.http.sdapi.schema import ProgressReport, State
 
@@ -18,11 +19,9 @@ router = APIRouter()
 
 
 @router.get("/progress")
-async def progress(
-    context: Served, http: HttpRequest, id_task: str | None = None, skip_current_image: bool = False
-) -> ProgressReport:
+async def progress(http: HttpRequest, id_task: str | None = None, skip_current_image: bool = False) -> ProgressReport:
     """Of one task, or of the oldest that runs."""
-    handles = _own(context, http, id_task)
+    handles = [handle for _, handle in _own(http, id_task)]
     if not handles:
         return ProgressReport(progress=0.0, eta_relative=0.0, state=State())
     handle = next((handle for handle in handles if handle.started is not None), handles[0])
@@ -43,26 +42,30 @@ async def progress(
 
 
 @router.post("/interrupt")
-async def interrupt(context: Served, http: HttpRequest, id_task: str | None = None) -> dict[str, str]:
+async def interrupt(http: HttpRequest, id_task: str | None = None) -> dict[str, str]:
     """End one task, or all that this key's A1111 clients have, with what they drew so far; never those of others.
 
     Pictures that run end with the prediction of one more row, those that wait are left out. A request of which nothing
     has begun gets 409.
     """
-    for handle in _own(context, http, id_task):
-        context.scheduler.stop(handle)
+    _stop(http, id_task, waiting=True)
     return {}
 
 
 @router.post("/skip")
-async def skip(context: Served, http: HttpRequest, id_task: str | None = None) -> None:
+async def skip(http: HttpRequest, id_task: str | None = None) -> None:
     """End pictures that run in the same way; those that wait are drawn."""
-    for handle in _own(context, http, id_task):
-        context.scheduler.stop(handle, waiting=False)
+    _stop(http, id_task, waiting=False)
 
 
-def _own(context: Context, http: HttpRequest, task: str | None) -> list[Handle]:
-    """Return this key's requests by this API, oldest first; those of one task, if it is given."""
+def _stop(http: HttpRequest, task: str | None, *, waiting: bool) -> None:
+    for entry, handle in _own(http, task):
+        if entry.scheduler is not None:
+            entry.scheduler.stop(handle, waiting=waiting)
+
+
+def _own(http: HttpRequest, task: str | None) -> list[tuple[Entry, Handle]]:
+    """Return this key's requests by this API, oldest first, each with its model; those of one task, if it is given."""
     owner = http.state.facts["owner"]
-    own = [handle for handle in context.scheduler.handles if (handle.api, handle.owner) == (API, owner)]
-    return [handle for handle in own if task in (None, handle.task)]
+    own = [(one, handle) for one, handle in models_of(http).handles if (handle.api, handle.owner) == (API, owner)]
+    return [(one, handle) for one, handle in own if task in (None, handle.task)]

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter
+from fastapi import Request as HttpRequest
 
 from latentrt.errors import LatentrtError
 from latentrt.model.prompts.embeddings import embeddings_of, read_embedding
 from latentrt.serve.http.errors import documented
-from latentrt.serve.http.generation import Served
+from latentrt.serve.http.generation import Chosen, Served
 from latentrt.serve.http.images import in_thread
+from latentrt.serve.http.models.models import models_of, serving
 from latentrt.serve.http.sdapi import options as known
 from latentrt.serve.http.sdapi.answers import Error
 from latentrt.serve.http.sdapi.controlnet import SCRIPT
@@ -38,26 +40,30 @@ router = APIRouter()
 
 
 @router.get("/options")
-async def options(context: Served) -> dict[str, Any]:
+async def options(context: Chosen) -> dict[str, Any]:
     """Those that change pictures, as they are for requests that override none."""
     return known.present(context.catalog.name)
 
 
 @router.post("/options", responses=documented(400, 404, 415, 422, model=Error))
-async def set_options(values: dict[str, Any], context: Served) -> None:
-    """Clients write options back to choose a checkpoint: there is one. Options that would change pictures are refused
-    unless they hold anyway.
+async def set_options(values: dict[str, Any], http: HttpRequest) -> None:
+    """Choose a checkpoint for this client's later requests, by `sd_model_checkpoint`; it is loaded. Options that would
+    change pictures are refused unless they hold anyway.
     """
+    models, name = models_of(http), known.options_of(values).sd_model_checkpoint
     with renamed():
-        context.catalog.check_model(known.options_of(values).sd_model_checkpoint)
-    known.check_present(values, context.catalog.name)
+        models.find(name)
+    known.check_present(values, models.entries[0].name)
+    if name:
+        await serving(http, name)
+        models.choose(http.state.facts["owner"], name)
 
 
 @router.get("/sd-models")
-async def sd_models(context: Served) -> list[Checkpoint]:
-    """The model under its own name."""
-    name = context.catalog.name
-    return [Checkpoint(title=name, model_name=name, filename=name)]
+async def sd_models(http: HttpRequest) -> list[Checkpoint]:
+    """The models under their own names."""
+    names = [one.name for one in models_of(http).entries]
+    return [Checkpoint(title=name, model_name=name, filename=name) for name in names]
 
 
 @router.post("/refresh-checkpoints")
@@ -69,7 +75,7 @@ async def refresh() -> None:
 
 
 @router.get("/samplers")
-async def samplers(context: Served) -> list[SamplerItem]:
+async def samplers(context: Chosen) -> list[SamplerItem]:
     """By A1111's names, then by ours."""
     found = offered(context.catalog).items()
     return [
@@ -89,7 +95,7 @@ async def schedulers() -> list[SchedulerItem]:
 
 
 @router.get("/upscalers")
-async def upscalers(context: Served) -> list[UpscalerItem]:
+async def upscalers(context: Chosen) -> list[UpscalerItem]:
     """What /sdapi/v1/extra-single-image enlarges with."""
     return [
         UpscalerItem(name=name, model_name=name if scale > 1 else None, scale=scale)
@@ -104,19 +110,19 @@ async def latent_upscale_modes() -> list[Named]:
 
 
 @router.get("/loras")
-async def loras(context: Served) -> list[LoraItem]:
+async def loras(context: Chosen) -> list[LoraItem]:
     """Those that prompts may name."""
     names = await in_thread(lambda: context.catalog.loras)
     return [LoraItem(name=name, alias=name, path=f"{name}.safetensors") for name in names]
 
 
 @router.get("/embeddings")
-async def embeddings(context: Served) -> Embeddings:
+async def embeddings(context: Chosen) -> Embeddings:
     """Those that every prompt may name."""
     return await in_thread(partial(_embeddings, tuple(context.settings.embedding)))
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=8)
 def _embeddings(typed: tuple[str, ...]) -> Embeddings:
     loaded = {}
     for token, path in embeddings_of(typed).items():
@@ -138,9 +144,9 @@ async def none() -> list[Named]:
 
 
 @router.get("/scripts")
-async def scripts(context: Served) -> Scripts:
-    """That of ControlNets, where there are some."""
-    names = [SCRIPT] if context.catalog.controls else []
+async def scripts(context: Chosen) -> Scripts:
+    """That of ControlNets and IP-Adapters, where there are some."""
+    names = [SCRIPT] if context.catalog.controls or context.catalog.ip_adapters else []
     return Scripts(txt2img=names, img2img=names)
 
 

@@ -44,6 +44,8 @@ IDLE: dict[str, tuple[Any, ...]] = {
     "hr_prompt": ("",),
     "hr_negative_prompt": ("",),
     "clip_skip": (1,),
+    "background": (False, None),  # of the Images API
+    "webhook_url": ("", None),
     # Both.
     "s_churn": (0,),
     "s_min_uncond": (0,),

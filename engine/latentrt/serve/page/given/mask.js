@@ -1,6 +1,6 @@
 // The mask that is painted over the picture to start from: strokes, an eraser and undo, by pointer or by keyboard.
 
-import { find, toggle } from "../dom.js";
+import { alone, find, toggle } from "../dom.js";
 
 const MOVES = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 const SIGNS = { e: () => toggle(eraser), i: () => add("invert"), "[": () => resize(-2), "]": () => resize(2) };
@@ -29,7 +29,7 @@ export function begin(onchange) {
   find("mask-invert").addEventListener("click", () => add("invert"));
   eraser.addEventListener("click", () => toggle(eraser));
   large.addEventListener("click", enlarge);
-  panel.addEventListener("keydown", leave);
+  document.addEventListener("keydown", leave, true);
   brush.addEventListener("input", point);
   canvas.addEventListener("pointerdown", press);
   canvas.addEventListener("pointermove", move);
@@ -50,6 +50,7 @@ export function fit(width, height) {
 
 export function forget() {
   [deeds, stroke] = [[], null];
+  if (large.ariaPressed === "true") enlarge();
   draw();
 }
 
@@ -178,15 +179,19 @@ function resize(change) {
 
 // The larger canvas
 
+/** Over the whole page, which then is out of reach; or back. */
 function enlarge() {
-  panel.classList.toggle("large", toggle(large));
+  const on = panel.classList.toggle("large", toggle(large));
+  alone(panel, on);
+  [panel.role, panel.ariaModal, panel.ariaLabel] = on ? ["dialog", "true", "Mask"] : [null, null, null];
+  (on ? canvas : large).focus();
 }
 
 function leave(event) {
-  if (event.key !== "Escape" || large.ariaPressed !== "true") return;
+  if (event.key !== "Escape" || large.ariaPressed !== "true" || document.querySelector("dialog[open]")) return;
+  event.preventDefault();
   event.stopPropagation(); // it cancels jobs elsewhere
   enlarge();
-  large.focus();
 }
 
 /** A PNG of the picture's size: opaque, with what was painted cut out of it. */

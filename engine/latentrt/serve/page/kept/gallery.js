@@ -18,7 +18,7 @@ let other = null; // that is compared with it
 let only = false; // whether favourites alone are shown
 let ontop = false; // it was opened by the newest picture's button
 
-/** `reuse(record)` and `edit(record)` are what a picture's buttons do. */
+/** `reuse(record)`, `edit(record)` and `follow(record, name)` are what a picture's buttons do. */
 export async function begin(given) {
   hooks = given;
   const question = find("clear-dialog");
@@ -38,7 +38,7 @@ export async function begin(given) {
   });
   find("save-all").addEventListener("click", saveAll);
   act("detail-favourite", favour);
-  act("detail-zoom", () => detail.classList.toggle("zoomed", toggle(find("detail-zoom"))));
+  act("detail-zoom", zoom);
   act("detail-compare", compare);
   act("detail-close", () => detail.close());
   act("detail-reuse", (record) => leave(hooks.reuse, record));
@@ -46,6 +46,7 @@ export async function begin(given) {
   act("detail-copy", copy);
   act("detail-delete", remove);
   detail.addEventListener("keydown", turn);
+  detail.addEventListener("cancel", endZoom);
   detail.addEventListener("close", closed);
   detail.addEventListener("click", (event) => event.target === detail && detail.close());
   opening = History.open();
@@ -55,6 +56,12 @@ export async function begin(given) {
   tally();
 }
 
+/** Offer a picture to each of the model's ControlNets. */
+export function offered({ controls }) {
+  const one = (name) => button(controls.length > 1 ? `Follow it: ${name}` : "Follow it", () => leave(hooks.follow, shown, name));
+  find("detail-follow").replaceChildren(...controls.map(one));
+}
+
 /** Show a new picture and keep it; the oldest go where there are too many. */
 export async function add(record) {
   await opening;
@@ -62,14 +69,17 @@ export async function add(record) {
   tally();
   await history.put(record).catch(() => say("The picture could not be kept: the browser has no room"));
   let size = 0;
-  for (const one of tiles.keys()) size += one.blob.size;
+  for (const one of tiles.keys()) size += sizeOf(one);
   for (const oldest of [...tiles.keys()].filter(({ favourite }) => !favourite)) {
     if (tiles.size <= MOST && size <= MOST_BYTES) break;
-    size -= oldest.blob.size;
+    size -= sizeOf(oldest);
     await drop(oldest);
   }
   tally();
 }
+
+/** Bytes of a picture and of what it followed. */
+const sizeOf = ({ blob, control = {} }) => Object.values(control).reduce((size, { image }) => size + image.size, blob.size);
 
 function place(record) {
   const image = make("img", { alt: "", loading: "lazy", src: URL.createObjectURL(record.blob) });
@@ -143,6 +153,16 @@ async function favour(record) {
   await history.put(record).catch(() => say("The mark could not be kept: the browser has no room"));
 }
 
+const zoom = () => detail.classList.toggle("zoomed", toggle(find("detail-zoom")));
+
+/** Escape ends the zoom before it closes the picture. */
+function endZoom(event) {
+  if (!detail.classList.contains("zoomed")) return;
+  event.preventDefault();
+  zoom();
+  find("detail-zoom").focus();
+}
+
 /** Hold this picture beside those that are opened next, or end that. */
 function compare(record) {
   other = other ? null : record;
@@ -163,7 +183,7 @@ function closed() {
 }
 
 /** What made the picture: what the file itself says, else what was asked for. */
-function facts({ wanted, facts: own, size, made, edited, warnings }) {
+function facts({ wanted, facts: own, control, size, made, edited, warnings }) {
   const rows = [
     ["Negative prompt", wanted.negative_prompt],
     ["Class", wanted.class_label],
@@ -174,7 +194,7 @@ function facts({ wanted, facts: own, size, made, edited, warnings }) {
     ["Seed", wanted.seed],
     ["Starts from", edited ? `a picture, strength ${own.strength ?? wanted.strength ?? "automatic"}` : undefined],
     ...Object.entries(wanted.lora ?? {}).map(([name, strength]) => ["LoRA", `${name}, strength ${strength}`]),
-    ...Object.entries(own.control ?? {}).map(([name, unit]) => ["Follows", `${name}, scale ${unit.scale}, ${unit.start} to ${unit.end}${unit.guess ? ", guess mode" : ""}`]),
+    ...Object.entries(own.control ?? control ?? {}).map(([name, unit]) => ["Follows", `${name}, scale ${unit.scale}, ${unit.start} to ${unit.end}${unit.guess ? ", guess mode" : ""}${unit.type === undefined ? "" : `, as ${unit.type}`}`]),
     ["Enlarged", own.hires_scale && `${own.hires_scale} times, strength ${own.hires_strength}`],
     ["Refiner from", own.handoff],
     ["Model", own.model ?? wanted.model],
@@ -201,11 +221,11 @@ async function saveAll() {
 }
 
 /** The body of a request that makes the picture again. */
-async function copy({ wanted, edited, facts: own }) {
+async function copy({ wanted, edited, facts: own, control = own.control ?? {} }) {
   const { partial_images, ...body } = wanted;
   const text = JSON.stringify(body, null, 2);
   const good = await navigator.clipboard?.writeText(text).then(() => true, () => false);
-  find("detail-say").textContent = good || copyOldWay(text) ? `Settings copied, as a request’s body${edited || own.control ? " without the pictures that were given" : ""}` : "The browser does not let this page copy";
+  find("detail-say").textContent = good || copyOldWay(text) ? `Settings copied, as a request’s body${edited || Object.keys(control).length ? " without the pictures that were given" : ""}` : "The browser does not let this page copy";
 }
 
 /** Without TLS only this machine's own pages have a clipboard. */
@@ -230,10 +250,10 @@ async function remove(record) {
 }
 
 /** Close the one picture and go on elsewhere, not at its tile. */
-function leave(work, record) {
+function leave(work, ...given) {
   shown = null;
   detail.close();
-  work(record);
+  work(...given);
 }
 
 const neighbour = (record, way) => {

@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import pytest
+import torch
 from diffusers import MultiAdapter, T2IAdapter
 from PIL import Image
 
@@ -22,10 +22,12 @@ from latentrt.run.job import Job
 from latentrt.runtime.onnxruntime import OrtBackend
 from latentrt_export.checkpoint.source import open_checkpoint
 from latentrt_export.graphs.to_onnx import quiet
+from latentrt_export.merge_bundle import merge_bundle
 from latentrt_export.verify.checks import difference, psnr
 from latentrt_export.verify.images import run_engine
 from latentrt_export.verify.reference import Run, Theirs, plain_folder, run_pipeline
 from tests.support.gpu.host_gpu import host_gpu
+from tests.support.models.loras import PRODUCTS, write_lora
 
 Exported = Callable[[str], tuple[Path, Path]]
 Given = Mapping[str, Mapping[str, Any]]
@@ -37,6 +39,8 @@ HINTS = {  # of another size than the run
     "grey": Image.fromarray(((np.hypot(x - 0.5, y - 0.3) * 20 % 2) < 1).astype(np.uint8) * np.uint8(255)),
 }
 HINTS |= {"full": HINTS["colour"], "light": HINTS["colour"], "edges": HINTS["grey"]}
+PICTURE = np.asarray(HINTS["colour"])[::-1]
+MASK = (np.hypot(x - 0.4, y - 0.3) < 0.2).astype(np.uint8) * 255
 SETTINGS: Mapping[str, Any] = {"seed": 7, "steps": 5, "width": 24, "height": 16, "negative_prompt": "a"}
 TWO: Given = {"colour": {"scale": 0.7}, "grey": {"scale": 1.3}}
 CASES: Mapping[str, tuple[str, Given, Mapping[str, Any]]] = {
@@ -73,30 +77,27 @@ def asked(given: Given) -> dict[str, Any]:
     return {name: {"image": HINTS[name], **own} for name, own in given.items()}
 
 
-def run_theirs(exported: Exported, engine: Engine, name: str, given: Given, settings: Mapping[str, Any]) -> Any:
-    """Return the latents after every row and the pixels of diffusers' adapter pipeline."""
+def run_theirs(
+    exported: Exported, engine: Engine, name: str, given: Given, settings: Mapping[str, Any], lora: Path | None = None
+) -> Any:
+    """Return the latents after every row and the pixels of diffusers' adapter pipeline, with 0.6 of a LoRA fused."""
     with plain_folder(open_checkpoint(exported(name)[0])) as folder, quiet():
-        loaded = Theirs(folder, engine).pipeline(settings["solver"])
         adapters = [T2IAdapter.from_pretrained(exported(f"adapter-{one}")[0]) for one in given]
-        kind = getattr(diffusers, f"StableDiffusion{'XL' if name == 'sdxl' else ''}AdapterPipeline")
-        pipe = kind.from_pipe(
-            loaded, vae=loaded.vae, adapter=MultiAdapter(adapters) if len(adapters) > 1 else adapters[0]
-        )
-    pipe.scheduler = loaded.scheduler
-    pipe.set_progress_bar_config(disable=True)
+        kind = f"StableDiffusion{'XL' if name == 'sdxl' else ''}AdapterPipeline"
+        adapter = MultiAdapter(adapters) if len(adapters) > 1 else adapters[0]
+        sides = Theirs(folder, engine)
+        if lora is not None:  # the adapter pipeline loads none: its networks are those of the plain one
+            plain = sides.pipeline(settings["solver"])
+            plain.load_lora_weights(lora.parent, weight_name=lora.name)
+            plain.fuse_lora(lora_scale=0.6)
+        pipe = sides.pipeline(settings["solver"], kind, adapter=adapter)
     scales, pictures = [own.get("scale", 1.0) for own in given.values()], [[HINTS[one]] * len(PROMPTS) for one in given]
     told: dict[str, Any] = {"adapter_conditioning_scale": scales, "image": pictures}
     told = {key: value if len(given) > 1 else value[0] for key, value in told.items()}
     if name == "sdxl":
         told["adapter_conditioning_factor"] = next(iter(given.values())).get("end", 1.0)
 
-    @functools.wraps(type(pipe).__call__)
-    def call(self: Any, **own: Any) -> Any:
-        return pipe(**own | told)
-
-    return run_pipeline(
-        type("Told", (), {"__call__": call, "scheduler": pipe.scheduler})(), Run(PROMPTS, {**SETTINGS, **settings}, {})
-    )
+    return run_pipeline(pipe, Run(PROMPTS, {**SETTINGS, **settings}, {}), told)
 
 
 @pytest.mark.parametrize(
@@ -117,6 +118,65 @@ def test_pictures_are_those_of_the_pipelines(
     assert psnr(pictures, expected) > PSNR_BOUND
     without, _ = run_engine(opened(name), run._replace(settings={**SETTINGS, **settings}))
     assert difference(without[-1], ours[-1]) > 1e-2  # they do something
+
+
+@pytest.mark.parametrize("kind", ["Img2Img", "Inpaint"])
+def test_on_a_given_picture(opened: Callable[[str], Engine], exported: Exported, kind: str) -> None:
+    """diffusers has no such pipeline with adapters: its plain one, whose UNet is given the features all the same."""
+    pictures = {"image": PICTURE} | ({"mask": MASK} if kind == "Inpaint" else {})
+    settings = {**SETTINGS, "solver": "ddim", "guidance": 3.0, "strength": 0.6, "width": 28, "height": 20}
+    engine = opened("sd")
+    run = Run(PROMPTS, {**settings, "control": asked({"colour": {"scale": 0.8}})}, pictures)
+    ours, drawn = run_engine(engine, run)
+    with plain_folder(open_checkpoint(exported("sd")[0])) as folder, quiet():
+        pipe = Theirs(folder, engine).pipeline("ddim", f"StableDiffusion{kind}Pipeline")
+        features = features_of(T2IAdapter.from_pretrained(exported("adapter-colour")[0]), 0.8)
+        theirs, expected = run_pipeline(with_features(pipe, features), run)
+    if kind == "Img2Img":
+        assert max(difference(a, b) for a, b in zip(ours, theirs, strict=True)) < LATENTS_BOUND
+    assert psnr(drawn, expected) > PSNR_BOUND
+    plain, _ = run_engine(engine, run._replace(settings=settings))
+    assert difference(plain[-1], ours[-1]) > 1e-2
+
+
+def features_of(adapter: T2IAdapter, scale: float) -> list[torch.Tensor]:
+    """Return an adapter's features of HINTS["colour"]."""
+    picture = torch.from_numpy(np.asarray(HINTS["colour"]).transpose(2, 0, 1)[None].astype(np.float32) / 255)
+    with torch.no_grad():
+        return [scale * one for one in adapter(picture)]
+
+
+def with_features(pipe: Any, features: list[torch.Tensor]) -> Any:
+    """Return a pipeline whose UNet adds an adapter's features on every lane."""
+    forward = pipe.unet.forward
+
+    def adding(sample: torch.Tensor, *given: Any, **named: Any) -> Any:
+        own = [one.expand(len(sample), -1, -1, -1).clone() for one in features]
+        return forward(sample, *given, **named, down_intrablock_additional_residuals=own)
+
+    pipe.unet.forward = adding
+    return pipe
+
+
+def test_with_loras(exported: Exported, tmp_path: Path) -> None:
+    """Merged as in diffusers, fused into the networks of its adapter pipeline; with a request as merged."""
+    source, plain = exported("sd")
+    lora = write_lora(tmp_path / "lora.safetensors", source, "kohya", PRODUCTS)
+    bundle = tmp_path / "bundle"
+    merge_bundle(plain, bundle, (), adapters=True)
+    load = functools.partial(Engine.load, bundle, threads=1, check_hashes=False, cache=False)
+    control = {"colour": add_on(exported, "colour")}
+    settings: dict[str, Any] = {"solver": "ddim", "guidance": 3.0}
+    run = Run(PROMPTS, {**SETTINGS, **settings, "control": asked({"colour": {}})}, {})
+    with load(control=control, lora=f"{lora}:0.6") as engine:
+        _, merged = run_engine(engine, run)
+        _, expected = run_theirs(exported, engine, "sd", {"colour": {}}, settings, lora)
+    assert psnr(merged, expected) > PSNR_BOUND
+    with load(control=control, adapters={"style": lora}) as engine:
+        _, named = run_engine(engine, run._replace(settings={**run.settings, "lora": {"style": 0.6}}))
+        _, without = run_engine(engine, run)
+    assert psnr(named, merged) > PSNR_BOUND
+    assert psnr(without, merged) < 40
 
 
 def jobs_of(engine: Engine) -> list[Job]:

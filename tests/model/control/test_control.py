@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import diffusers
 import numpy as np
 import pytest
 import torch
@@ -85,24 +84,21 @@ class Both(NamedTuple):
 
     def run_theirs(self, case: Case) -> tuple[list[Any], Any]:
         """Return theirs."""
-        loaded = self.theirs.pipeline(case.settings["solver"])
-        xl = "XL" if hasattr(loaded, "text_encoder_2") else ""
-        kind = getattr(diffusers, f"StableDiffusion{xl}ControlNet{case.kind}Pipeline")
         nets = [self.nets[name] for name in case.controls]
+        xl = "XL" if hasattr(self.theirs.pipeline(), "text_encoder_2") else ""
+        kind = f"StableDiffusion{xl}ControlNet{case.kind}Pipeline"
         with quiet():
-            pipe = kind.from_pipe(loaded, vae=loaded.vae, controlnet=nets if len(nets) > 1 else nets[0])
-        pipe.scheduler = loaded.scheduler
-        pipe.set_progress_bar_config(disable=True)
-        settings = {**SETTINGS, **case.settings}
-        return run_pipeline(_told(pipe, case), Run(PROMPTS, settings, _given(case)))
+            net = nets if len(nets) > 1 else nets[0]
+            pipe = self.theirs.pipeline(case.settings["solver"], kind, controlnet=net)
+        return run_pipeline(pipe, Run(PROMPTS, {**SETTINGS, **case.settings}, _given(case)), _told(case))
 
 
 def _given(case: Case) -> dict[str, Any]:
     return {TEXT: {}, EDIT: {"image": PICTURE}, INPAINT: {"image": PICTURE, "mask": MASK}}[case.kind]
 
 
-def _told(pipe: Any, case: Case) -> Any:
-    """Return a pipeline that is called with the ControlNets' arguments too."""
+def _told(case: Case) -> dict[str, Any]:
+    """Return the arguments of the ControlNets."""
     own = list(case.controls.values())
     told = {
         "controlnet_conditioning_scale": [one.get("scale", 1.0) for one in own],
@@ -113,13 +109,7 @@ def _told(pipe: Any, case: Case) -> Any:
         ],
     }
     told = {name: value if len(own) > 1 else value[0] for name, value in told.items()}
-    told["guess_mode"] = own[0].get("guess", False)
-
-    @functools.wraps(type(pipe).__call__)
-    def call(self: Any, **given: Any) -> Any:
-        return pipe(**given | told)
-
-    return type("Told", (), {"__call__": call, "scheduler": pipe.scheduler})()
+    return {**told, "guess_mode": own[0].get("guess", False)}
 
 
 def _map(image: np.ndarray[Any, Any]) -> Any:

@@ -29,7 +29,7 @@ from latentrt.errors import BackendError, MissingDependencyError, RequestError
 from latentrt.serve import ray_scaling
 from latentrt.serve.process.config import Settings, load_settings
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "serve" / "ray.yaml"
+EXAMPLE = Path(__file__).parents[3] / "examples" / "serve" / "ray.yaml"
 KEY = "a-key"
 HEADERS = {"authorization": f"Bearer {KEY}"}
 LONG = {"prompt": "an owl", "num_inference_steps": 60, "size": "256x256"}

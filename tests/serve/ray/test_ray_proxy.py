@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import urljoin
 
 import httpx
 import pytest
@@ -73,6 +74,25 @@ def test_below_a_prefix_all_rules_for_paths_hold() -> None:
         app, "POST", "/draw/v1/images/generations", json={"prompt": "a"}, headers={"authorization": "Bearer one"}
     )
     assert (drawn.status_code, len(drawn.json()["data"])) == (200, 1)
+
+
+@pytest.mark.parametrize("outer", ["", "/pictures"])  # of a proxy before Ray's, which takes it away
+def test_below_a_prefix_page_and_description_lead_to_it(outer: str) -> None:
+    own = app_of(FakeScheduler())
+    own.add_middleware(WithoutPrefix)
+
+    async def routed(scope: Any, receive: Any, send: Any) -> None:
+        await own({**scope, "root_path": "/draw"}, receive, send)
+
+    page = ask(routed, "GET", "/draw")
+    assert urljoin(f"https://a.example{outer}/draw", page.headers["location"]) == f"https://a.example{outer}/draw/"
+    assert ask(routed, "GET", "/draw/").headers["content-type"].startswith("text/html")
+    description = ask(routed, "GET", "/draw/openapi.json").json()
+    (url,) = [urljoin(f"https://a.example{outer}/draw/openapi.json", one["url"]) for one in description["servers"]]
+    path = next(path for path in description["paths"] if path.endswith("/models"))
+    assert f"{url.rstrip('/')}{path}" == f"https://a.example{outer}/draw/v1/models"
+    assert ask(routed, "GET", "/draw/v1/models").status_code == 200
+    assert ask(routed, "GET", "/draw/latentrt/queue/").status_code == 404  # no redirect to an address without a prefix
 
 
 @pytest.mark.parametrize(
