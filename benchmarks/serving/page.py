@@ -13,6 +13,7 @@ from typing import Any
 from benchmarks.markdown import number, spread, table
 from benchmarks.measures import Spread
 from benchmarks.serving import policies, refusals, soak
+from benchmarks.serving.beside import page as beside
 from benchmarks.serving.policies import ALONE, BY_REQUEST, BY_STEP, HTTP
 from benchmarks.serving.traffic import QUANTILES, Outcome, in_common, loads_of, select
 
@@ -91,6 +92,8 @@ def render(found: Mapping[str, Any], soaked: Mapping[str, Any] | None) -> str:
         _http(parts[0], found["config"]["emoji"]["http_load"]),
         "## Refusals",
         _refusals(found["refusals"]),
+        "## A modest client",
+        beside.section(found["beside"]) if "beside" in found else f"{NOT_MEASURED.capitalize()}.",
         "## Soak",
         _soak(soaked),
     ]

@@ -17,11 +17,13 @@ from latentrt.values import did_you_mean, is_text, is_whole, plain
 MAX_SEED = 2**64 - 1
 PICTURES = ("image", "mask", "depth")  # what a picture may be used for
 SYNTAXES = ("plain", "a1111", "compel")  # of prompts
+RESIZES = ("stretch", "crop", "fill")  # of pictures to a run's size
 FILLS = ("original", "fill", "noise", "nothing")  # of what a mask repaints
 HIRES_STRENGTH = 0.7
 HANDOFF = 0.8  # of a run with a refiner, where nothing else is said
 
 _WHOLE = {"steps": 10_000, "hires_steps": 10_000, "height": 65_536, "width": 65_536}  # from 1 to these
+_CHOICES = {"prompt_syntax": SYNTAXES, "mask_fill": FILLS, "mask_keeps": (False, True), "resize": RESIZES}
 _NUMBERS = {
     "guidance": (0.0, 1e6),
     **dict.fromkeys(("guidance_rescale", "strength", "hires_strength", "handoff"), (0.0, 1.0)),
@@ -29,6 +31,7 @@ _NUMBERS = {
     "image_guidance": (1.0, 1e6),
     **dict.fromkeys(("aesthetic_score", "negative_aesthetic_score"), (0.0, 1000.0)),
     "mask_blur": (0.0, 256.0),
+    "subseed_strength": (0.0, 1.0),
 }
 
 # What users of other tools type, and the name of it here.
@@ -98,6 +101,10 @@ class Request:
             own "noise", or "nothing" (zeros); with a strength of 1 it begins on noise anyway.
         mask_keeps: give back the picture's own pixels where it is not repainted, not what the VAE makes of them; always
             so with mask_blur or mask_crop.
+        resize: how a given picture and its mask are brought to the run's size: "stretch", or with their proportions
+            kept "crop" (its middle) or "fill" (all of it; its edges go on at two sides).
+        subseed, subseed_strength: variations: the first noise lies between that of the seed and that of subseed + i,
+            at a strength above 0; then all pictures have the seed itself.
         seed_delta: rows draw the noise that they add from seed + seed_delta; 0: they go on where the first noise ended.
         pictures: the request's pictures by use: "image" to begin on, "mask" for what of it to repaint, "depth" for its
             depth map. PIL images, or uint8 or uint16 arrays.
@@ -142,6 +149,9 @@ class Request:
     mask_crop: int | None = None
     mask_fill: str = "original"
     mask_keeps: bool = False
+    resize: str = "stretch"
+    subseed: int = 0
+    subseed_strength: float = 0.0
     seed_delta: int = 0
     pictures: Mapping[str, Any] = field(default_factory=dict)
     control: Mapping[str, Any] = field(default_factory=dict)
@@ -170,8 +180,9 @@ class Request:
             _whole("clip_skip", self.clip_skip, 0, 1000)
         if self.mask_crop is not None:
             _whole("mask_crop", self.mask_crop, 0, 65_536)
+        _whole("the last picture's subseed", self.subseed + self.count - 1, 0, MAX_SEED)
         _whole("seed_delta", self.seed_delta, 0, MAX_SEED)
-        for name, known in (("prompt_syntax", SYNTAXES), ("mask_fill", FILLS), ("mask_keeps", (False, True))):
+        for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 found, needed = f"{name} is {getattr(self, name)!r}", f"one of {', '.join(map(str, known))}"
                 raise RequestError(found, needed=needed)

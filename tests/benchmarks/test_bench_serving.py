@@ -199,6 +199,16 @@ def test_the_page_has_medians_and_spreads_and_says_what_was_not_measured(found: 
     assert text.partition("## Soak")[2].strip().startswith("Not measured.")
 
 
+def test_the_page_tells_of_a_modest_client(found: dict[str, Any]) -> None:
+    assert "## A modest client\n\nNot measured." in page.render(found, None)
+    part = {"date": "2026-01-01", "load": 1.5, "alone": [[1.0, 2.0], [1.0, 3.0]], "beside": [[2.0, 8.0], [3.0, 6.0]]}
+    text = page.render({**found, "beside": {"greedy": part}}, None)
+    words = "three clients with sixty pictures each"
+    assert row(text, words, "2 × 2", "p50") == ["1 (1 to 1)", "2.5 (2 to 3)", "2.5 (2 to 3)"]
+    assert row(text, words, "2 × 2", "p95") == ["2.5 (2 to 3)", "7 (6 to 8)", "3 (2 to 4)"]
+    assert "load average before it 1.5" in text
+
+
 def test_the_page_tells_of_a_soak(found: dict[str, Any]) -> None:
     seconds = [float(n) for n in range(1, 301)]
     samples = {

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from latentrt.errors import RequestError
-from latentrt.images.inpaint import Overlay, blurred, doubled, filled, fitted, region
+from latentrt.images.inpaint import Overlay, blurred, doubled, filled, region
+from latentrt.images.resize import fitted
 from latentrt_export.verify.checks import psnr
 from tests.model.test_edit import mask_for, picture
 

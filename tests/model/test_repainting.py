@@ -14,6 +14,7 @@ from PIL import Image
 from latentrt import Engine
 from latentrt.errors import RequestError
 from latentrt.images.inpaint import blurred, doubled
+from latentrt.images.resize import covering
 from latentrt.run.job import Job
 from latentrt.runtime.onnxruntime import OrtBackend
 from latentrt_export.checkpoint.source import open_checkpoint
@@ -104,6 +105,9 @@ def test_a_run_begins_on_what_fills_the_mask(engine: Engine) -> None:
     [
         ({"mask_blur": 4}, "settings of a mask .* and no mask"),
         ({"mask_fill": "blue", "mask": AREA}, "mask_fill is 'blue'.*original, fill, noise, nothing"),
+        ({"resize": "tile"}, "resize is 'tile'.*stretch, crop, fill"),
+        ({"resize": "crop", "mask_crop": 0, "mask": AREA}, "resize is crop and mask_crop 0"),
+        ({"resize": "fill", "image": None}, "resize is fill, and there is no picture"),
         ({"mask_crop": -1, "mask": AREA}, "mask_crop is -1"),
         ({"mask_crop": 0, "mask": Image.new("L", IMAGE.size)}, "the mask repaints nothing"),
         ({"mask_crop": 0, "mask": Image.new("L", (3, 3))}, "the mask is 3x3"),
@@ -111,7 +115,18 @@ def test_a_run_begins_on_what_fills_the_mask(engine: Engine) -> None:
 )
 def test_what_a_mask_cannot_do_is_said(engine: Engine, asked: dict[str, Any], words: str) -> None:
     with pytest.raises(RequestError, match=words):
-        engine("a", image=IMAGE, steps=2, **asked)
+        engine("a", **{"image": IMAGE, "steps": 2, **asked})
+
+
+@pytest.mark.parametrize("masked", [{}, {"mask": AREA, "mask_keeps": True}])
+def test_a_picture_that_keeps_its_proportions(engine: Engine, masked: dict[str, Any]) -> None:
+    """It is the run on one that was cropped before."""
+    asked = {"steps": 2, "strength": 0.5, "seed": 3, **SIZE}
+    cropped = {name: one if name == "mask_keeps" else covering(one, (64, 64)) for name, one in masked.items()}
+    (expected,) = engine("a", image=covering(IMAGE, (64, 64)), **cropped, **asked)
+    (made,) = engine("a", image=IMAGE, **masked, **asked, resize="crop")
+    assert made.tobytes() == expected.tobytes()
+    assert made.info["latentrt"]["resize"] == "crop"
 
 
 def test_rows_may_draw_their_noise_from_another_seed(engine: Engine) -> None:

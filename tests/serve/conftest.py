@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from latentrt.engine import Engine
-from latentrt.serve.core.handle import Handle, Slot, Stage
+from latentrt.serve.core.handle import Slot, Stage
 from latentrt.serve.core.queue import Limits
 from latentrt.serve.core.service import Service
 from tests.support.serve.fake_engine import PATIENCE, Fakes, fake_engine
@@ -82,4 +82,4 @@ def at_stage(service: Service, *stages: Stage) -> list[Slot]:
 def all_prepared(service: Service) -> None:
     """Wait until there is nothing to prepare now."""
     scheduler = service.scheduler
-    eventually(lambda: not isinstance(scheduler._side_work(), Handle))
+    eventually(lambda: (work := scheduler._side_work()) is None or work.slot is not None)

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 SETTINGS = (
     *("steps", "solver", "seed", "guidance", "image_guidance", "count", "strength", "class_label", "cache_interval"),
     *("hires_scale", "hires_steps", "hires_strength", "handoff"),
-    *("mask_blur", "mask_crop", "mask_fill"),
+    *("mask_blur", "mask_crop", "mask_fill", "resize"),
     *("noise_level", "aesthetic_score", "negative_aesthetic_score"),
     *("prompt_syntax", "clip_skip"),
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from latentrt.bundle.bundle import EMBEDDED
-from latentrt.request import FILLS, HIRES_STRENGTH
+from latentrt.request import FILLS, HIRES_STRENGTH, RESIZES
 
 Verb = Callable[..., None]
 FOLDER = click.Path(path_type=Path)
@@ -148,6 +148,12 @@ def edits_pictures(verb: Verb) -> Verb:
         click.option("--mask-fill", type=click.Choice(FILLS), default="original", help="What the run begins on there."),
         click.option("--mask-crop", type=int, help="Draw the mask's surroundings alone, padded by so many pixels."),
         click.option("--mask-blur", type=float, default=0.0, help="How soft its edge is, in pixels."),
+        click.option(
+            "--resize",
+            type=click.Choice(RESIZES),
+            default="stretch",
+            help="How the --image is brought to the --size; crop and fill keep its proportions.",
+        ),
         click.option("--mask", type=FOLDER, help="What of it to repaint: white; as large as the picture."),
         click.option(
             "--strength",

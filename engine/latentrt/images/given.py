@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from latentrt.bundle.spec import LatentSpec
 from latentrt.errors import RequestError
 from latentrt.images.depth import DEEP, scaled, to_eight_bits, white_of
-from latentrt.images.inpaint import Overlay, blurred, doubled, filled, fitted, region
+from latentrt.images.inpaint import Overlay, blurred, doubled, filled, region
+from latentrt.images.resize import fitted, resized
 from latentrt.request import Request
 
 if TYPE_CHECKING:
@@ -25,7 +26,12 @@ MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB"
 
 
 def prepared(
-    image: Source, mask: Source | None, height: int | None, width: int | None, latents: LatentSpec
+    image: Source,
+    mask: Source | None,
+    height: int | None,
+    width: int | None,
+    latents: LatentSpec,
+    resize: str = "stretch",
 ) -> tuple[Pixels, NDArray[np.bool_] | None]:
     """Bring a picture and its mask to the run's size.
 
@@ -34,6 +40,7 @@ def prepared(
         mask: of the picture's own size, white where to repaint; a PIL image, or bool, uint8 or uint16 (height, width).
         height, width: of the run in pixels; None is the picture's own, rounded down to a size of the model's.
         latents: which sizes the model takes, and whether it draws in colour.
+        resize: how it is brought there; see `Request`.
 
     Returns:
         Pixels (height, width, channels), and which of them to repaint, (height, width); None: no mask was given.
@@ -44,8 +51,8 @@ def prepared(
     picture = _opaque(_picture(image, "image"))
     own, size = (picture.width, picture.height), _size_of(picture, height, width, latents)
     grey = latents.factor == 1 and latents.channels == 1
-    pixels = np.asarray(_resized(picture.convert("L") if grey else picture, size))
-    repaint = None if mask is None else _repaint(_picture(mask, "mask"), own, size)
+    pixels = np.asarray(resized(picture.convert("L") if grey else picture, size, resize))
+    repaint = None if mask is None else _repaint(_picture(mask, "mask"), own, size, resize)
     return (pixels[..., None] if grey else pixels), repaint
 
 
@@ -72,7 +79,7 @@ def inpainted(
     area = blurred(area.convert("L"), request.mask_blur)
     if request.mask_crop is None:
         width, height = _size_of(picture, request.height, request.width, latents)
-        picture, area = _resized(picture, (width, height)), _resized(area, (width, height))
+        picture, area = (resized(one, (width, height), request.resize) for one in (picture, area))
         overlay = Overlay(picture, doubled(area))
     else:
         height, width = latents.pixels_of(request.height, request.width)
@@ -152,8 +159,8 @@ def prepared_hint(
     else:
         hint = _hint(image)
         if overlay is not None and overlay.box is not None:
-            hint = fitted(_resized(hint, overlay.picture.size).crop(overlay.box), (width, height))
-        hint = _resized(hint if channels == 3 else hint.convert("L"), (width, height))
+            hint = fitted(resized(hint, overlay.picture.size).crop(overlay.box), (width, height))
+        hint = resized(hint if channels == 3 else hint.convert("L"), (width, height))
         pixels = (np.asarray(hint, np.float32) / np.float32(255)).reshape(height, width, channels)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
@@ -239,9 +246,9 @@ def _opaque(picture: Image) -> Image:
     return ground.convert("RGB")
 
 
-def _repaint(mask: Image, own: tuple[int, int], size: tuple[int, int]) -> NDArray[np.bool_]:
+def _repaint(mask: Image, own: tuple[int, int], size: tuple[int, int], resize: str) -> NDArray[np.bool_]:
     _check_mask(mask, own)
-    return np.asarray(_resized(mask, size).convert("L")) >= WHITE
+    return np.asarray(resized(mask, size, resize).convert("L")) >= WHITE
 
 
 def _check_mask(mask: Image, own: tuple[int, int]) -> None:
@@ -258,9 +265,3 @@ def _check_mask(mask: Image, own: tuple[int, int]) -> None:
             needed="white where to repaint and black elsewhere",
             fix="flatten the mask",
         )
-
-
-def _resized(picture: Image, size: tuple[int, int]) -> Image:
-    from PIL import Image
-
-    return picture.resize(size, Image.Resampling.LANCZOS)

@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 from latentrt.errors import RequestError
 from latentrt.images.pixels import to_pil
+from latentrt.images.resize import Size, covering
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 Pixels = NDArray[np.uint8]
 Box = tuple[int, int, int, int]  # left, top, right, bottom
-Size = tuple[int, int]  # width, height
 _RADII = (256, 64, 16, 4)  # of a fill, coarse to fine
 
 
@@ -47,7 +47,7 @@ class Overlay:
             ground = drawn
         else:
             left, top, right, bottom = self.box
-            ground.paste(_covering(drawn, (right - left, bottom - top)), (left, top))
+            ground.paste(covering(drawn, (right - left, bottom - top)), (left, top))
         return np.asarray(Image.composite(ground, self.picture, self.area)).reshape(*ground.size[::-1], -1)
 
 
@@ -88,28 +88,6 @@ def _widened(low: int, high: int, length: int, limit: int) -> tuple[int, int]:
     low -= (length - (high - low)) // 2
     low = max(0, min(low, limit - length))
     return low, min(low + length, limit)
-
-
-def fitted(picture: Image, size: Size) -> Image:
-    """Return a picture at another size with its proportions kept; what is left at two sides repeats its edges."""
-    from PIL import Image
-
-    width, height = size
-    inner = min(width, picture.width * height // picture.height), min(height, picture.height * width // picture.width)
-    resized = np.asarray(picture.resize(inner, Image.Resampling.LANCZOS))
-    left, top = width // 2 - inner[0] // 2, height // 2 - inner[1] // 2
-    sides = ((top, height - inner[1] - top), (left, width - inner[0] - left), (0, 0))
-    return Image.fromarray(np.pad(resized, sides[: resized.ndim], mode="edge"))
-
-
-def _covering(picture: Image, size: Size) -> Image:
-    """Return the middle of a picture at another size, with its proportions kept: what `fitted` added is gone."""
-    from PIL import Image
-
-    width, height = size
-    outer = max(width, picture.width * height // picture.height), max(height, picture.height * width // picture.width)
-    left, top = outer[0] // 2 - width // 2, outer[1] // 2 - height // 2
-    return picture.resize(outer, Image.Resampling.LANCZOS).crop((left, top, left + width, top + height))
 
 
 def filled(picture: Image, area: Image) -> Image:

@@ -152,6 +152,8 @@ def prose(settings: Settings, size: tuple[int, int]) -> str:
         "Denoising strength": settings.get("strength", settings.get("hires_strength")),
         "Clip skip": None if skipped is None else int(str(skipped)) + 1,
         "Eta": settings.get("eta"),
+        "Variation seed": settings.get("subseed"),
+        "Variation seed strength": settings.get("subseed_strength"),
         "ENSD": settings.get("seed_delta"),
         "Mask blur": settings.get("mask_blur"),
         "Masked area padding": settings.get("mask_crop"),

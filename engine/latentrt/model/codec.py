@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from latentrt.bundle.spec import DECODER, ENCODER, LatentSpec, ModelSpec
 from latentrt.errors import BundleError, NetworkError
-from latentrt.model.tiles import Tiles
+from latentrt.model.tiles import Between, Tiles
 from latentrt.runtime.base import Network, call
 from latentrt.sampling.noise import NoiseSource
 
@@ -30,6 +30,10 @@ class Encoded:
     def draw(self, noise: NoiseSource) -> Float32:
         """Return one sample of the picture's latents; without a standard deviation no noise is drawn."""
         return self.mean if self.std is None else self.mean + self.std * noise.normal(self.mean.shape)
+
+
+def nothing(latents: int) -> None:
+    """Do nothing between two tiles."""
 
 
 class Codec(Protocol):
@@ -56,6 +60,9 @@ class Vae:
             bundle has none.
         latents: scale and shift.
         tiles: how latents that are larger than one tile are cut; None: they are not.
+
+    Attributes:
+        between: called between two tiles, with the latents (height times width) of one. It may call the networks.
     """
 
     def __init__(
@@ -63,6 +70,7 @@ class Vae:
     ) -> None:
         self._decoder, self._encoder = decoder, encoder
         self._spec, self.tiles = latents, tiles
+        self.between: Between = nothing
 
     def encode(self, image: Float32) -> Encoded:
         """See `Codec.encode`."""
@@ -74,7 +82,7 @@ class Vae:
         def run(images: Float32) -> Float32:
             return call(encoder, {"image": images})[output.name]
 
-        (found,) = run(image[None]) if self.tiles is None else self.tiles.encode(run, image[None])
+        (found,) = run(image[None]) if self.tiles is None else self.tiles.encode(run, image[None], self.between)
         if not np.isfinite(found).all():
             raise NetworkError(
                 "the VAE encoder's numbers are not finite", needed="finite numbers", fix="take --precision fp32"
@@ -93,7 +101,7 @@ class Vae:
             return call(self._decoder, {"latents": unscaled})["image"]
 
         unscaled = latents / self._spec.scale + self._spec.shift
-        return run(unscaled) if self.tiles is None else self.tiles.decode(run, unscaled)
+        return run(unscaled) if self.tiles is None else self.tiles.decode(run, unscaled, self.between)
 
 
 class Identity:

@@ -10,7 +10,7 @@ gives the same picture.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -130,7 +130,15 @@ class Given:
                 raise RequestError(f"{side} is {wanted}, and the picture was encoded at {own}", needed=f"{side} {own}")
         return replace(request, height=size[0], width=size[1])
 
-    def begin(self, table: Table, noise: NoiseSource, strength: float, *, blends: bool) -> tuple[Float32, Kept | None]:
+    def begin(
+        self,
+        table: Table,
+        noise: NoiseSource,
+        strength: float,
+        *,
+        first: Callable[[Sequence[int]], Float32],
+        blends: bool,
+    ) -> tuple[Float32, Kept | None]:
         """Return a job's first latents, and the part of the picture that it keeps.
 
         The draws are diffusers': the VAE's, the run's own, and with a mask one more, by which the inpainting pipelines
@@ -140,6 +148,7 @@ class Given:
             table: of the run.
             noise: of the job.
             strength: how much of the run is made.
+            first: draws the run's own noise of a shape: `noise.normal`, or a variation of it.
             blends: whether what is not repainted is put back after every row; False where the denoiser reads the mask
                 itself, and draws the masked picture's latents after this.
         """
@@ -147,16 +156,16 @@ class Given:
         shape = self.encoded.mean.shape
         from_noise = self.mask is not None and strength == 1
         clean = None if from_noise and not blends else self.encoded.draw(noise)
-        unit = noise.normal(shape)
-        first = unit * np.float32(table.start)
+        unit = first(shape)
+        begun = unit * np.float32(table.start)
         if not from_noise:
             assert clean is not None
-            first = noised(table.known[0], self._filled(clean, unit), unit)
+            begun = noised(table.known[0], self._filled(clean, unit), unit)
         if self.mask is None or not blends:
-            return first, None
+            return begun, None
         assert clean is not None
         self.encoded.draw(noise)
-        return first, Kept(np.broadcast_to(self.mask, shape), clean, unit)
+        return begun, Kept(np.broadcast_to(self.mask, shape), clean, unit)
 
     def _filled(self, clean: Float32, unit: Float32) -> Float32:
         """Return the clean latents with what the run begins on where it repaints; pixels were filled before."""
@@ -174,6 +183,19 @@ def check_uses(pictures: Collection[str], read: Collection[str], model: str) -> 
         if "image" not in pictures:
             found, fix = f"there is a {what} and no picture", "pass it: image=, --image"
             raise RequestError(found, needed="the one it belongs to", fix=fix)
+
+
+def check_resize(request: Request, pictures: Collection[str], enlarges: int) -> None:
+    """Refuse a way of resizing that would mean nothing. Raise RequestError."""
+    found = f"resize is {request.resize}"
+    if request.resize == "stretch":
+        return
+    if "image" not in pictures or enlarges > 1:
+        found += ", and there is no picture" if enlarges == 1 else ", and the model enlarges pictures as they are"
+        raise RequestError(found, needed="a picture that is brought to the run's size", fix="leave resize out")
+    if request.mask_crop is not None:
+        found += f" and mask_crop {request.mask_crop}, which fills the size by itself"
+        raise RequestError(found, needed="one of them", fix="leave one out")
 
 
 def _hash(array: NDArray[Any]) -> str:

@@ -25,7 +25,7 @@ from latentrt.model.conditioners.guidance_embedding import GuidanceEmbedding
 from latentrt.model.conditioners.ip_adapter import NO_IP_ADAPTERS, IpAdapter, looking, open_ip_adapters, prompted
 from latentrt.model.conditioners.registry import Parts, conditioners_of
 from latentrt.model.control import NO_CONTROLS, Applied, ControlNet, controlled, open_controls
-from latentrt.model.given import Given, check_uses
+from latentrt.model.given import Given, check_resize, check_uses
 from latentrt.model.hoisted import Hoisted
 from latentrt.model.inputs import Sides
 from latentrt.model.networks import Networks
@@ -233,6 +233,7 @@ class Model:
         if request.masked and "mask" not in pictures:
             found = "there are settings of a mask (mask_blur, mask_crop, mask_fill, mask_keeps), and no mask"
             raise RequestError(found, needed="a mask", fix="pass it: mask=, --mask; or leave them out")
+        check_resize(request, pictures, self.enlarges)
         if "image" not in pictures:
             return None
         if (times := self.enlarges) > 1:
@@ -242,7 +243,7 @@ class Model:
         if request.masked:
             pixels, mask, overlay = inpainted(pictures["image"], pictures["mask"], request, latents)
             return replace(Given.of(pixels, mask, self.codec, depth), overlay=overlay, fill=request.mask_fill)
-        pixels, repaint = prepared(pictures["image"], pictures.get("mask"), height, width, latents)
+        pixels, repaint = prepared(pictures["image"], pictures.get("mask"), height, width, latents, request.resize)
         return Given.of(pixels, repaint, self.codec, depth)
 
     def drawn_first(self, request: Request, given: Given | None, noise: NoiseSource) -> Sides:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,7 @@ from latentrt.values import is_whole
 
 Float32 = NDArray[np.float32]
 Run = Callable[[Float32], Float32]  # a network: (count, channels, height, width) to another such array
+Between = Callable[[int], None]  # called before each tile but the first, with the latents of a whole one
 PARTS = 4  # of a tile's side; the last part overlaps with the next tile
 
 
@@ -64,19 +66,21 @@ class Tiles:
                     fix=f"latentrt build BUNDLE --profile size={size}, beside those that it has",
                 )
 
-    def decode(self, run: Run, latents: Float32) -> Float32:
+    def decode(self, run: Run, latents: Float32, between: Between) -> Float32:
         """Return the pictures of latents (count, channels, height, width)."""
-        return (
-            _joined(run, latents, self.side, self.side * self.factor) if self.cut(*latents.shape[2:]) else run(latents)
-        )
+        if not self.cut(*latents.shape[2:]):
+            return run(latents)
+        return _joined(run, latents, self.side, self.side * self.factor, partial(between, self.side**2))
 
-    def encode(self, run: Run, images: Float32) -> Float32:
+    def encode(self, run: Run, images: Float32, between: Between) -> Float32:
         """Return what an encoder gives for pictures (count, channels, height, width)."""
         height, width = (side // self.factor for side in images.shape[2:])
-        return _joined(run, images, self.side * self.factor, self.side) if self.cut(height, width) else run(images)
+        if not self.cut(height, width):
+            return run(images)
+        return _joined(run, images, self.side * self.factor, self.side, partial(between, self.side**2))
 
 
-def _joined(run: Run, array: Float32, side: int, made: int) -> Float32:
+def _joined(run: Run, array: Float32, side: int, made: int, between: Callable[[], None]) -> Float32:
     """Run tiles of an array one by one, and join what comes out.
 
     Args:
@@ -84,6 +88,7 @@ def _joined(run: Run, array: Float32, side: int, made: int) -> Float32:
         array: (count, channels, height, width).
         side: of a tile of the array.
         made: of what the network makes of it.
+        between: called before each tile but the first.
     """
     step, fade = side - side // PARTS, made // PARTS
     kept = made - fade
@@ -92,6 +97,8 @@ def _joined(run: Run, array: Float32, side: int, made: int) -> Float32:
     for top in range(0, array.shape[2], step):
         row: list[Float32] = []
         for left in range(0, array.shape[3], step):
+            if top or left:
+                between()
             tile = np.array(run(np.ascontiguousarray(array[:, :, top : top + side, left : left + side])))
             if above:
                 _fade(above[len(row)], tile, fade)

@@ -14,7 +14,14 @@ _OWN = (
     "mask_crop",
 )
 # The same, where they are not at these values.
-_USUAL = {"cache_interval": 1, "seed_delta": 0, "mask_blur": 0, "mask_fill": "original", "mask_keeps": False}
+_USUAL = {
+    "cache_interval": 1,
+    "seed_delta": 0,
+    "mask_blur": 0,
+    "mask_fill": "original",
+    "mask_keeps": False,
+    "resize": "stretch",
+}
 
 
 def facts_of(request: Request, solver: str, seed: int, index: int, size: tuple[int, int], model: str) -> dict[str, Any]:
@@ -31,9 +38,15 @@ def facts_of(request: Request, solver: str, seed: int, index: int, size: tuple[i
         "model": model,
         **{name: getattr(request, name) for name in _OWN if getattr(request, name) is not None},
         **{name: getattr(request, name) for name, usual in _USUAL.items() if getattr(request, name) != usual},
+        **_of_variation(request, index),
         **_of_hires(request),
         **request.options,
     }
+
+
+def _of_variation(request: Request, index: int) -> dict[str, Any]:
+    strength = request.subseed_strength
+    return {"subseed": request.subseed + index, "subseed_strength": strength} if strength else {}
 
 
 def _of_hires(request: Request) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -47,6 +48,7 @@ class Stage:
     Attributes:
         table, uncond, cond, guidance, predictor, image, controls: as a job's own.
         begin: turns the latents that the stage before left, and the job's noise, into this one's first latents.
+        shape: of these; None: as before.
     """
 
     table: Table
@@ -57,6 +59,7 @@ class Stage:
     predictor: Predictor | None = None
     image: Inputs | None = None
     controls: tuple[Applied, ...] = ()
+    shape: Shape | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -186,6 +189,12 @@ class Job:
         """The latents at the scale of the model's own (variance-preserving) ones, for previews."""
         rows = self.table.rows
         return self.latents * rows[self.row].c_in if self.row < len(rows) else self.latents
+
+    @property
+    def largest(self) -> Shape:
+        """The shape of its latents in the stage with the most of them."""
+        later = (stage.shape for stage in self.later if stage.shape is not None)
+        return max([self.latents.shape, *later], key=math.prod)
 
     @property
     def most_lanes(self) -> int:

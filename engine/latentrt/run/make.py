@@ -21,6 +21,7 @@ from latentrt.run.job import Job
 from latentrt.run.stages import later_stages, table_of
 from latentrt.sampling.noise import NoiseSource, TorchCudaNoise, noise_source
 from latentrt.sampling.table import Kept, Table
+from latentrt.sampling.variation import Variation
 
 
 def make_jobs(
@@ -64,12 +65,15 @@ def make_jobs(
     facts |= {**lora_facts(request, model.adapters), **ip_adapter_facts(request, model.ip_adapters)}
     hints, jobs = model.hints(request, given), []
     for index in range(first, first + request.count):
-        seed = request.seed + index
+        varied = request.subseed_strength > 0
+        seed = request.seed if varied else request.seed + index
         noise = noise_source(request.noise, seed)
+        other = noise_source(request.noise, request.subseed + index)
+        variation = Variation(noise, other, request.subseed_strength) if varied else None
         drawn = model.drawn_first(request, given, noise)
         on_device = draws_on_device and (given is None or model.shows_picture) and isinstance(noise, TorchCudaNoise)
-        on_device &= not request.seed_delta
-        latents, kept = _begin(model, request, table, given, noise, on_device=on_device)
+        on_device &= not (request.seed_delta or varied)
+        latents, kept = _begin(model, request, table, given, noise, variation, on_device=on_device)
         told = model.conditions(request, given, noise, drawn, tokens=tokens)
         controls = model.applied(request, hints, told, len(table))
         if controls:
@@ -128,12 +132,21 @@ def _placed(model: Model, request: Request, given: Given | None) -> Request:
 
 
 def _begin(
-    model: Model, request: Request, table: Table, given: Given | None, noise: NoiseSource, *, on_device: bool
+    model: Model,
+    request: Request,
+    table: Table,
+    given: Given | None,
+    noise: NoiseSource,
+    variation: Variation | None,
+    *,
+    on_device: bool,
 ) -> tuple[NDArray[np.float32], Kept | None]:
     """Return a job's first latents, and what it keeps of a given picture."""
     if given is not None and not model.shows_picture:
-        return given.begin(table, noise, request.strength or 1.0, blends=not model.reads_masks)
+        first = noise.normal if variation is None else variation.first
+        return given.begin(table, noise, request.strength or 1.0, first=first, blends=not model.reads_masks)
     shape = model.spec.latents.shape_of(request.height, request.width)
     if on_device:
         return np.zeros(shape, np.float32), None
-    return noise.normal(shape) * np.float32(table.start), None
+    unit = noise.normal(shape) if variation is None else variation.first(shape)
+    return unit * np.float32(table.start), None

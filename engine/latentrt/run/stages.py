@@ -108,7 +108,7 @@ def _hires(model: Model, request: Request, scale: float) -> Stage:
         return noised(table.known[0], enlarged(latents, shape[1], shape[2]), noise.normal(shape))
 
     guidance = model.guidance(second)
-    return Stage(rows, sides.uncond, sides.cond, begin, guidance, predictor, sides.image, controls)
+    return Stage(rows, sides.uncond, sides.cond, begin, guidance, predictor, sides.image, controls, shape)
 
 
 def _refined(model: Model, refiner: Model, request: Request, handoff: float) -> Stage:

@@ -17,7 +17,7 @@ from tests.support.serve.fake_engine import SHAPE, Fakes, events, handle_of, sub
 LARGE = {"width": 512, "height": 512}
 
 
-def of(owner: str, *, terms: Terms = Terms(), **settings: int) -> Handle:  # noqa: B008
+def of(owner: str, *, terms: Terms = Terms(), **settings: float) -> Handle:  # noqa: B008
     handle = handle_of(**settings)
     handle.owner, handle.terms = owner, terms
     return handle
@@ -111,6 +111,17 @@ def test_large_pictures_run_one_by_one_in_calls_of_one_lane(serve: Serve, fakes:
     assert len(wait(large.pictures())) == 3
     assert set(at_once) == {1}
     assert fakes.lanes == [1] * 3 * 2 * 2
+
+
+def test_pictures_that_are_enlarged_run_as_the_large_ones_that_they_become(serve: Serve, fakes: Fakes) -> None:
+    service, at_once = serve(), list[int]()
+    fakes.hold()
+    large = submit(service, of("a", count=2, steps=2, hires_scale=4.0))
+    fakes.on_step = lambda step: at_once.append(sum(slot.stage is Stage.RUNNING for slot in large.slots))
+    fakes.allow(None)
+    assert len(wait(large.pictures())) == 2
+    assert large.shape == (4, 64, 64)
+    assert set(at_once) == {1}
 
 
 # ---- At the door

@@ -18,14 +18,14 @@ def slot(
     lanes: int = 2, shape: Any = SHAPES[0], *, prepared: bool = True, submitted: bool = True, running: bool = False
 ) -> Slot:
     job: Any = SimpleNamespace(moved=0) if prepared else None
-    handle: Any = SimpleNamespace(shape=shape, lanes=lanes, rows=4, due=0.0, submitted=submitted)
+    handle: Any = SimpleNamespace(shape=shape, lanes=lanes, rows=4, due=0.0, submitted=submitted, owner="a")
     return Slot(handle, 0, 100.0, Stage.RUNNING if running else Stage.WAITING, job)
 
 
 def test_requests_that_have_no_jobs_yet_are_passed_and_prepared_in_order() -> None:
     waiting = [slot(prepared=False, submitted=False), slot(prepared=False), slot()]
     assert next_to_run(waiting, 4, lambda shape: 4) == waiting[2:]
-    assert next_to_prepare(waiting, 9) is waiting[1].handle
+    assert next_to_prepare(waiting, 9, {"a"}) is waiting[1].handle
 
 
 def test_no_more_is_prepared_than_can_have_lanes_soon() -> None:
@@ -34,10 +34,11 @@ def test_no_more_is_prepared_than_can_have_lanes_soon() -> None:
     waiting = [first, second, third, small]
     for prepared, expected in ((first, second), (second, small)):
         prepared.job = SimpleNamespace(moved=0)  # type: ignore[assignment]
-        assert next_to_prepare(waiting, 2) is expected.handle
+        assert next_to_prepare(waiting, 2, {"a"}) is expected.handle
     small.job = SimpleNamespace(moved=0)  # type: ignore[assignment]
-    assert next_to_prepare(waiting, 2) is None
-    assert next_to_prepare(waiting[1:], 2) is third.handle
+    assert next_to_prepare(waiting, 2, {"a"}) is None
+    assert next_to_prepare(waiting[1:], 2, {"a"}) is third.handle
+    assert next_to_prepare(waiting, 2, {"b"}) is third.handle  # its client has nothing prepared
 
 
 def test_a_shape_at_its_cap_is_passed_by_others_and_not_by_its_own() -> None:

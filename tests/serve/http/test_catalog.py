@@ -69,6 +69,15 @@ def test_a_size_beyond_the_memory_is_refused_with_the_largest_that_fits() -> Non
     assert catalog_of(budget=Budget(16, SHAPE, 1, budget.measured)).sizes.of("auto") == (128, 128)
 
 
+def test_a_second_stage_beyond_the_memory_is_refused_with_the_largest_that_fits() -> None:
+    catalog = catalog_of(budget=Budget(16, SHAPE, 2000, {(4, 64, 64): Footprint(1000, 0)}))
+    asked = {**PLAIN, "size": (320, 256)}
+    with pytest.raises(Problem, match=r"makes 640x512.* as 568x456.* at most 1\.78") as refused:
+        catalog.request("an owl", **asked, hires_scale=2.0)
+    assert (refused.value.code, refused.value.param) == ("beyond_memory", "hires_scale")
+    assert catalog.final_size(catalog.request("an owl", **asked, hires_scale=1.78)) == (568, 448)
+
+
 def test_limits_follow_the_settings_or_the_model() -> None:
     latents = CATALOG.latents
     assert [most_pixels(latents, Settings(), times) for times in (1, 2, 4)] == [1536 * 1024, 1536 * 1024, 2048**2]

@@ -125,7 +125,7 @@ class FakeScheduler(Scheduler):
         super().fail(handle, error)
 
     async def _draw(self, handle: Handle) -> None:
-        job: Any = SimpleNamespace(moved=0)
+        job: Any = SimpleNamespace(moved=0, latents=np.zeros(handle.shape, np.float32))
         handle.rows, handle.cut = ROWS, self.cut
         for row in range(1, ROWS + 1):
             await asyncio.sleep(self.delay)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 
@@ -25,6 +27,15 @@ class Turnstile:
                 self._line.append(own)
                 self._changed.wait_for(lambda: self._line[0] == own)
             self._depth += 1
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """Let others have the turn that a thread has, if any wait; it has it again at the end."""
+        self.__exit__()
+        try:
+            yield
+        finally:
+            self.__enter__()
 
     def __exit__(self, *_: object) -> None:
         with self._changed:

@@ -92,10 +92,42 @@ class Slot:
             self.handle.marks.append(Mark("steps", self.index, self.began, time.monotonic()))
 
     @property
+    def shape(self) -> Shape:
+        """Of its latents as they are now: hires fix enlarges them."""
+        job = self.job
+        if job is None:
+            return self.handle.shape
+        channels, height, width = job.latents.shape
+        return channels, height, width
+
+    @property
     def row(self) -> int:
         """Rows that have run."""
         job = self.job
         return self.handle.rows if self.stage is Stage.OVER else 0 if job is None else job.moved
+
+
+class Work(NamedTuple):
+    """A piece of work beside the ticks: a request to prepare, or of a picture the decoding, or that of a preview.
+
+    Attributes:
+        slot: the picture; None: the request is prepared.
+        preview: its number and its latents; None: the picture itself is decoded.
+    """
+
+    handle: Handle
+    slot: Slot | None = None
+    preview: tuple[int, Float32] | None = None
+
+    @property
+    def area(self) -> int:
+        """Latents, height times width, of one picture."""
+        return math.prod((self.handle if self.slot is None else self.slot).shape[1:])
+
+    @property
+    def over(self) -> bool:
+        """Whether no client waits for it any more."""
+        return self.handle.over if self.slot is None else self.slot.stage is Stage.OVER
 
 
 @dataclass(slots=True, eq=False)
@@ -104,7 +136,7 @@ class Handle:
 
     Attributes:
         request: what is asked for, the defaults filled in; `count` is the number of pictures.
-        shape: of each picture's latents.
+        shape: of each picture's latents, in the stage that has the most.
         rows: network calls of each picture; a good guess until its job is there.
         previews: to deliver of each picture, spread over its rows; fewer come where decoding, or the client, lags.
         deadline: the `time.monotonic()` by which all pictures must be done; infinity if there is none.

@@ -22,7 +22,8 @@ class Health:
         self.hang = hang
         self.fault: EngineFault | None = None
         self._check_at: float | None = 0.0  # when the next self-check is due; None where the last one passed
-        self._calls: dict[str, tuple[float, float]] = {}  # what the engine does now: since when, in usual calls
+        # What the engine does now: since when, in usual calls. One call may be made within another, the last one.
+        self._calls: dict[str, list[tuple[float, float]]] = {}
         self._hung: set[str] = set()
 
     @property
@@ -55,23 +56,32 @@ class Health:
 
     def begin(self, call: str, area: int = 0) -> None:
         """Record that a call of the engine begins; `area` is that of the latents, height times width."""
-        self._calls[call] = time.monotonic(), max(1.0, area / USUAL)
+        self._calls.setdefault(call, []).append((time.monotonic(), max(1.0, area / USUAL)))
 
     def end(self, call: str) -> bool:
-        """Record that a call has returned; return whether a self-check waited for that."""
-        del self._calls[call]
+        """Record that a call has returned; return whether a self-check waited for that.
+
+        The one within which it was made, if any, has its whole time again.
+        """
+        calls = self._calls[call]
+        calls.pop()
+        if calls:
+            calls[-1] = time.monotonic(), calls[-1][1]
+        else:
+            del self._calls[call]
         self._hung.discard(call)
         return self._check_at is not None
 
     def found_hung(self, now: float) -> list[EngineFault]:
         """Return a fault for each call that was not yet known to hang."""
-        found = {call: now - since for call, (since, size) in self._calls.items() if now - since > self.hang * size}
+        last = {call: calls[-1] for call, calls in self._calls.items()}
+        found = {call: now - since for call, (since, size) in last.items() if now - since > self.hang * size}
         new = found.keys() - self._hung
         self._hung |= new
         return [
             EngineFault(
                 f"the engine's {call} has not returned for {found[call]:.1f} s",
-                needed=f"{self.hang * self._calls[call][1]:g} s",
+                needed=f"{self.hang * last[call][1]:g} s",
                 fix="ask again",
             )
             for call in sorted(new)
@@ -79,4 +89,4 @@ class Health:
 
     def is_lost(self, now: float) -> bool:
         """Return whether a call that hangs has not returned after as long again."""
-        return any(now - since > 2 * self.hang * size for since, size in self._calls.values())
+        return any(now - since > 2 * self.hang * size for *_, (since, size) in self._calls.values())

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from bisect import insort
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from latentrt.serve.core.errors import SOON, QueueFull, QuotaExceeded
-from latentrt.serve.core.handle import Handle, Slot, Stage
+from latentrt.serve.core.handle import Handle, Slot, Stage, Work
 from latentrt.serve.core.pipeline import Shape
 from latentrt.serve.core.queue import Forecast, Limits, next_to_pause, next_to_prepare, next_to_run
 from latentrt.serve.core.rules.shares import Shares
@@ -33,7 +34,7 @@ class Line:
     def __init__(self, lanes: int, limits: Limits, forecast: Forecast, *, pauses: bool) -> None:
         self.slots: list[Slot] = []
         self._lanes, self._limits, self._forecast, self._pauses = lanes, limits, forecast, pauses
-        self._shares, self._decodes = Shares(), Turns[Shape]()
+        self._shares, self._decodes = Shares(), Turns[tuple[str, Shape]]()
 
     def at(self, stage: Stage) -> list[Slot]:
         """Return the pictures of a stage, by due time."""
@@ -43,6 +44,14 @@ class Line:
     def waiting(self) -> list[Slot]:
         """Those without lanes, in the order in which they get them."""
         return self._shares.ordered(self.at(Stage.WAITING))
+
+    @property
+    def wanted(self) -> Counter[str]:
+        """The lanes of those that wait or run, by client."""
+        lanes = Counter[str]()
+        for slot in (slot for slot in self.slots if slot.stage <= Stage.RUNNING):
+            lanes[slot.handle.owner] += slot.handle.lanes
+        return lanes
 
     # ---- In and out
 
@@ -117,20 +126,44 @@ class Line:
         for slot in joining:
             slot.limit = min(now + run, slot.handle.deadline)
 
-    def next_side_work(self, *, decodes_first: bool) -> Handle | Slot | None:
-        """Return a request to prepare or a picture to decode; where neither waits, a picture with a preview."""
-        request, costs = next_to_prepare(self.waiting, BATCHES * self._lanes), self._costs()
+    def next_side_work(self, *, decodes_first: bool, below: float = math.inf) -> Work | None:
+        """Return a request to prepare or a picture to decode; where neither waits, a picture with a preview.
+
+        Args:
+            decodes_first: where both wait.
+            below: take only pictures with fewer latents (height times width).
+        """
+        smaller = [slot for slot in self.slots if math.prod(slot.shape[1:]) < below]
+        waiting = self._shares.ordered([slot for slot in smaller if slot.stage is Stage.WAITING])
+        having = {slot.handle.owner for slot in self.slots if slot.job is not None}
+        request = next_to_prepare(waiting, BATCHES * self._lanes, having)
+        denoised = [slot for slot in smaller if slot.stage is Stage.DENOISED]
         picture = None
-        if costs:
-            shape = self._decodes.first(costs)
-            picture = next(slot for slot in self.at(Stage.DENOISED) if slot.handle.shape == shape)
-        first, second = (picture, request) if decodes_first else (request, picture)
-        return first or second or next((slot for slot in self.slots if slot.preview is not None), None)
+        if denoised:
+            kind = self._decodes.first(_costs(denoised))
+            picture = next(slot for slot in denoised if _kind(slot) == kind)
+        if request is not None and (picture is None or not decodes_first):
+            return Work(request)
+        if picture is not None:
+            return Work(picture.handle, picture)
+        previews = (Work(slot.handle, slot, slot.preview) for slot in smaller if slot.preview is not None)
+        return next(previews, None)
 
-    def decode(self, slot: Slot) -> None:
-        """Record that a picture is decoded now."""
-        self._decodes.take(slot.handle.shape, self._costs())
-        slot.stage = Stage.DECODING
+    def begin_side_work(self, work: Work) -> None:
+        """Record that a piece of work is done now."""
+        slot = work.slot
+        if slot is not None and work.preview is None:
+            self._decodes.take(_kind(slot), _costs(self.at(Stage.DENOISED)))
+            slot.stage = Stage.DECODING
+        elif slot is not None:
+            slot.preview = None
 
-    def _costs(self) -> Mapping[Shape, float]:
-        return {slot.handle.shape: math.prod(slot.handle.shape) for slot in self.at(Stage.DENOISED)}
+
+def _kind(slot: Slot) -> tuple[str, Shape]:
+    return slot.handle.owner, slot.shape
+
+
+def _costs(denoised: Sequence[Slot]) -> Mapping[tuple[str, Shape], float]:
+    """Return what decoding costs each client, by its shapes; clients with the fewest pictures come first."""
+    count = Counter(map(_kind, denoised))
+    return {_kind(slot): math.prod(slot.shape) for slot in sorted(denoised, key=lambda one: count[_kind(one)])}

@@ -8,7 +8,9 @@ from latentrt.bundle.spec import ENCODER
 from latentrt.engine import Engine
 from latentrt.errors import BundleError, DeviceMemoryError, PlanError, RequestError, ScheduleError
 from latentrt.golden import SIDE, TOLERANCE, example, worst_error
+from latentrt.model.codec import Vae
 from latentrt.model.text import Unread
+from latentrt.model.tiles import Between
 from latentrt.request import Request
 from latentrt.run.job import Job
 from latentrt.serve.core.errors import EngineFault
@@ -41,6 +43,13 @@ def prepare(engine: Engine, request: Request) -> tuple[list[Job], Unread]:
     """
     jobs, text = engine.jobs(request), engine.model.text
     return jobs, Unread({}, {}) if text is None else text.unread(request)
+
+
+def divide(engine: Engine, between: Between) -> None:
+    """Have this called between two tiles of every picture that the engine encodes or decodes from now on."""
+    for codec in (engine.model.codec, engine.model.preview):
+        if isinstance(codec, Vae):
+            codec.between = between
 
 
 def check(engine: Engine) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from copy import deepcopy
 from typing import NamedTuple
 
@@ -16,18 +16,20 @@ from latentrt.serve.core.pipeline import Shape
 from latentrt.serve.core.rules.budget import Budget
 
 
-def next_to_prepare(slots: Iterable[Slot], ahead: int) -> Handle | None:
+def next_to_prepare(slots: Iterable[Slot], ahead: int, having: Collection[str]) -> Handle | None:
     """Return the first request that has no jobs yet and could soon need some.
 
     Args:
         slots: pictures in the order of the queue.
         ahead: those of each shape that may wait prepared. The turn of all others is far off, so that a burst of
             requests does not wait until all of it is prepared.
+        having: clients that have pictures with jobs. Those that have none may get lanes at once (`next_to_pause`).
     """
     seen = Counter[Shape]()
     for slot in (slot for slot in slots if slot.stage is Stage.WAITING):
         seen[slot.handle.shape] += 1
-        if slot.job is None and slot.handle.submitted and seen[slot.handle.shape] <= ahead:
+        near = seen[slot.handle.shape] <= ahead or slot.handle.owner not in having
+        if slot.job is None and slot.handle.submitted and near:
             return slot.handle
     return None
 

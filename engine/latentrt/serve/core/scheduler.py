@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 
 from PIL.Image import Image
 
@@ -17,7 +18,7 @@ from latentrt.run.job import Float32, Job
 from latentrt.runtime.base import Facts
 from latentrt.serve.core.curve import Curve
 from latentrt.serve.core.errors import Cancelled, Draining, QueueFull, as_fault
-from latentrt.serve.core.handle import Finished, Handle, Preview, Slot, Stage
+from latentrt.serve.core.handle import Finished, Handle, Preview, Slot, Stage, Work
 from latentrt.serve.core.health import Health
 from latentrt.serve.core.line import Line
 from latentrt.serve.core.observer import Observer
@@ -32,8 +33,7 @@ class Scheduler:
     """A monitor: any thread may call any method, and no code but its own takes its lock or changes its state.
 
     Args:
-        lanes: of the network.
-        shape: of the model's own latents.
+        lanes, shape: of the network, and of the model's own latents.
         facts: how the engine's backend works.
         curve: what was measured; an empty one lets every tick have all lanes, and times are learnt.
         observer: is told of everything.
@@ -167,10 +167,16 @@ class Scheduler:
             return [], None
         return self._line.next_running()
 
+    @property
+    def wanted(self) -> Mapping[str, int]:
+        """The lanes of the pictures that wait or run, by client."""
+        with self._changed:
+            return self._line.wanted
+
     def ticked(self, slots: Sequence[Slot], lanes: int, seconds: float) -> None:
         """Record a tick of these pictures; a good one of a single shape is a point of the curve."""
         with self._changed:
-            shapes = {slot.handle.shape for slot in slots}
+            shapes = {slot.shape for slot in slots}
             if len(shapes) == 1 and self._health.fault is None:
                 self._forecast.curve.learn(shapes.pop(), self.lanes if self.facts.fixed_lanes else lanes, seconds)
             moved = {slot.handle for slot in slots if slot.stage < Stage.OVER}
@@ -192,41 +198,35 @@ class Scheduler:
     # ---- What is done beside the ticks
 
     def has_side_work(self, *, wait: bool) -> bool:
-        """Return whether there is work for `next_side_work`; with `wait` once there is, or False after the end."""
+        """Return whether there is work for `side_work`; with `wait` once there is, or False after the end."""
         with self._changed:
             if wait:
                 self._changed.wait_for(lambda: self._closed or self._side_work() is not None)
             return not self._closed and self._side_work() is not None
 
-    def next_side_work(self) -> Handle | tuple[Slot, tuple[int, Float32] | None] | None:
-        """Return a request to prepare or a picture to decode, by turns; where neither waits, a picture with a preview.
+    @contextmanager
+    def side_work(self, below: float = math.inf) -> Iterator[Work | None]:
+        """Give the next work, of pictures with fewer latents (height times width), and watch it like a call."""
+        with ExitStack() as watch:
+            with self._changed:
+                work = None if self._closed else self._side_work(below)
+                self._decodes_next = work is not None and work.slot is None
+                if work is not None:
+                    self._line.begin_side_work(work)
+                    watch.enter_context(self.watched("stage", work.area))
+                    self._changed.notify_all()  # lanes may have waited for this
+            yield work
 
-        It is to be done within `watched("stage")`, and counts as begun from now on: no self-check comes between.
-        """
-        with self._changed:
-            work = None if self._closed else self._side_work()
-            self._decodes_next = isinstance(work, Handle)
-            if work is not None:
-                self._health.begin("stage")
-            if not isinstance(work, Slot):
-                return work
-            if work.stage is Stage.DENOISED:
-                self._line.decode(work)
-                self._changed.notify_all()  # lanes may have waited for this
-            preview, work.preview = work.preview, None
-            return work, preview
-
-    def _side_work(self) -> Handle | Slot | None:
+    def _side_work(self, below: float = math.inf) -> Work | None:
         """Return nothing while the engine is not trusted: nothing else may use it during a self-check."""
-        if self._health.state != "ready":
-            return None
-        return self._line.next_side_work(decodes_first=self._decodes_next)
+        trusted = self._health.state == "ready"
+        return self._line.next_side_work(decodes_first=self._decodes_next, below=below) if trusted else None
 
     def prepared(self, handle: Handle, jobs: Sequence[Job], unread: Unread) -> None:
         """Take the jobs of a request, and what the model does not read of its texts."""
         with self._changed:
             if not handle.over:
-                channels, height, width = jobs[0].latents.shape
+                channels, height, width = jobs[0].largest
                 handle.shape, handle.lanes = (channels, height, width), jobs[0].most_lanes
                 handle.rows, handle.cut, handle.letters = jobs[0].rows, unread.cut, unread.letters
                 for slot, job in zip(handle.slots, jobs, strict=True):

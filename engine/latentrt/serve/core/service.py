@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 from latentrt.engine import Engine
 from latentrt.errors import BackendError
+from latentrt.model.codec import nothing
+from latentrt.serve.core import pipeline
 from latentrt.serve.core.curve import Curve
 from latentrt.serve.core.device import Device
 from latentrt.serve.core.errors import as_fault
@@ -57,6 +59,7 @@ class Service:
         )
         device = device or Device()
         side = SideWorker(self.scheduler, engine, device)
+        pipeline.divide(engine, side.between)
         worker = Worker(self.scheduler, engine, device, side if facts.one_stream else None)
         runs: dict[str, Callable[[], None]] = {"engine": worker.run, "clock": self.scheduler.run_clock}
         if not facts.one_stream:
@@ -85,6 +88,8 @@ class Service:
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
         self._engine.served = any(thread.is_alive() for thread in self._threads)
+        if not self._engine.served:
+            pipeline.divide(self._engine, nothing)
 
     def __enter__(self) -> Service:
         return self

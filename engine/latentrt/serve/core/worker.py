@@ -1,7 +1,8 @@
 """The two threads that use the engine: one ticks, the other encodes and decodes beside the ticks.
 
 On a device with one stream of work the second one is not started: the first does one piece of its work between two
-ticks.
+ticks. Pieces for pictures that are cut into tiles are divided: between two tiles there is time for smaller ones, and on
+one stream for a tick.
 """
 
 from __future__ import annotations
@@ -9,20 +10,32 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
 
 from latentrt.engine import Engine
 from latentrt.errors import LatentrtError, NetworkError
 from latentrt.run.job import Float32, Job
 from latentrt.serve.core import pipeline
 from latentrt.serve.core.device import Device
-from latentrt.serve.core.errors import as_error
-from latentrt.serve.core.handle import Handle, Mark, Slot, Stage
+from latentrt.serve.core.errors import Cancelled, as_error
+from latentrt.serve.core.handle import Handle, Mark, Slot, Stage, Work
+from latentrt.serve.core.rules.movers import Movers
 from latentrt.serve.core.rules.turns import Turns
 from latentrt.serve.core.scheduler import Scheduler
 
 LOG = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Begun:
+    """A piece of work that was begun: its latents (height times width), and the seconds spent on others meanwhile."""
+
+    work: Work
+    area: int
+    others: float = 0.0
 
 
 class SideWorker:
@@ -30,10 +43,15 @@ class SideWorker:
 
     Args:
         device: whose turns it takes.
+
+    Attributes:
+        meanwhile: called between two tiles: on one stream, a tick.
     """
 
     def __init__(self, scheduler: Scheduler, engine: Engine, device: Device) -> None:
         self._scheduler, self._engine, self._device = scheduler, engine, device
+        self._begun: list[_Begun] = []  # each between two tiles of the one before it
+        self.meanwhile: Callable[[], object] = lambda: None
 
     def run(self) -> None:
         """Work until the scheduler is closed."""
@@ -45,24 +63,52 @@ class SideWorker:
         if not self._scheduler.has_side_work(wait=wait):
             return False
         with self._device.stages:
-            work = self._scheduler.next_side_work()
-            if work is not None:
-                with self._scheduler.watched("stage", _area(work)):
-                    self._do(work)
+            self._piece()
         return True
 
-    def _do(self, work: Handle | tuple[Slot, tuple[int, Float32] | None]) -> None:
-        if isinstance(work, Handle):
-            self._prepare(work)
-        elif (preview := work[1]) is not None:
-            self._preview(work[0], *preview)
+    def _piece(self, below: float = math.inf) -> int:
+        """Do one piece of work, for a picture of fewer latents; return how many it has, 0 where there was none."""
+        with self._scheduler.side_work(below) as work:
+            if work is None:
+                return 0
+            self._begun.append(begun := _Begun(work, work.area))
+            try:
+                self._do(work)
+            finally:
+                self._begun.pop()
+        return begun.area
+
+    def between(self, tile: int) -> None:
+        """Do smaller work between two tiles of a picture, as much as costs the same as a tile of so many latents.
+
+        Raises:
+            Cancelled: no client waits for the picture any more.
+        """
+        if not self._begun:  # a self-check's picture
+            return
+        begun, start, left = self._begun[-1], time.monotonic(), tile
+        with self._device.stages.lent():  # to other services too
+            self.meanwhile()
+        while left > 0 and (done := self._piece(begun.area)):
+            left -= done
+        begun.others += time.monotonic() - start
+        if begun.work.over:
+            raise Cancelled.of("ended between two tiles")
+
+    def _do(self, work: Work) -> None:
+        if work.slot is None:
+            self._prepare(work.handle)
+        elif work.preview is None:
+            self._decode(work.slot)
         else:
-            self._decode(work[0])
+            self._preview(work.slot, *work.preview)
 
     def _prepare(self, handle: Handle) -> None:
         try:
             with self._timed("prepare", handle):
                 jobs, unread = pipeline.prepare(self._engine, handle.request)
+        except Cancelled:
+            return  # it has failed
         except Exception as error:
             if pipeline.is_fault(error):
                 self._scheduler.suspect(as_error(error))
@@ -78,6 +124,8 @@ class SideWorker:
         try:
             with self._timed("decode", slot.handle, slot.index):
                 picture = self._engine.picture(job)
+        except Cancelled:
+            return  # it is over
         except Exception as error:
             if not isinstance(error, NetworkError):
                 self._scheduler.suspect(as_error(error))
@@ -98,7 +146,7 @@ class SideWorker:
         yield
         end = time.monotonic()
         handle.marks.append(Mark(stage, index, start, end))
-        self._scheduler.observer.staged(stage, end - start)
+        self._scheduler.observer.staged(stage, end - start - self._begun[-1].others)
 
 
 class Worker:
@@ -113,23 +161,32 @@ class Worker:
         self._scheduler, self._engine, self._denoiser = scheduler, engine, engine.denoiser
         self._device, self._side = device, side
         self._slots: dict[Job, Slot] = {}  # of the jobs that have lanes
-        self._turns = Turns[tuple[int, ...]]()
+        self._shapes, self._movers = Turns[tuple[int, ...]](), Movers()
+        if side is not None:
+            side.meanwhile = partial(self._turn, wait=False)
 
     def run(self) -> None:
         """Take turns until the scheduler is closed."""
-        while (joining := self._scheduler.next_turn(busy=bool(self._slots))) is not None:
-            self._retire([job for job, slot in self._slots.items() if slot.stage is not Stage.RUNNING])
-            if self._scheduler.check_due and (not self._slots or self._denoiser.resumable):
-                with self._device.steps:
-                    self._check()
-            for slot in joining:
-                self._admit(slot)
-            if self._slots:
-                with self._device.steps:
-                    self._tick()
+        while self._turn():
             if self._side is not None:
                 self._side.work()
         self._retire(list(self._slots))
+
+    def _turn(self, *, wait: bool = True) -> bool:
+        """Let pictures leave and join, then tick, once there is something to do; return False to end the thread."""
+        joining = self._scheduler.next_turn(busy=bool(self._slots) or not wait)
+        if joining is None:
+            return False
+        self._retire([job for job, slot in self._slots.items() if slot.stage is not Stage.RUNNING])
+        if self._scheduler.check_due and (not self._slots or self._denoiser.resumable):
+            with self._device.steps:
+                self._check()
+        for slot in joining:
+            self._admit(slot)
+        if self._slots:
+            with self._device.steps:
+                self._tick()
+        return True
 
     def _retire(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
@@ -169,14 +226,18 @@ class Worker:
                 self._hand_over(job, slot, stops=job in stopping and not job.done)
 
     def _next_to_move(self) -> dict[Job, Slot]:
-        """Return the jobs that move in this tick: those of one shape. A shape of more clients has more turns."""
+        """Return the jobs that move in this tick, of one shape. A shape of more clients has more turns."""
         groups: dict[tuple[int, ...], dict[Job, Slot]] = {}
         for job, slot in self._slots.items():
             groups.setdefault(job.latents.shape, {})[job] = slot
         costs = {shape: _cost(shape, group) for shape, group in groups.items()}
-        shape = self._turns.first(costs)
-        self._turns.take(shape, costs)
-        return groups[shape]
+        shape = self._shapes.first(costs)
+        self._shapes.take(shape, costs)
+        group = groups[shape]
+        if self._scheduler.facts.fixed_lanes:
+            return group
+        moving = self._movers.of(list(group.values()), self._scheduler.wanted)
+        return {job: slot for job, slot in group.items() if slot in moving}
 
     def _hand_over(self, job: Job, slot: Slot, *, stops: bool) -> None:
         """Take a job that has moved out if it is done, failed or stops here; pass a preview of it on to the VAE."""
@@ -242,14 +303,6 @@ class Worker:
         self._scheduler.checked(failed)
         for job in self._slots:
             self._denoiser.admit(job)
-
-
-def _area(work: Handle | tuple[Slot, tuple[int, Float32] | None]) -> int:
-    """Return the latents, height times width, of a piece of work."""
-    if isinstance(work, Handle):
-        return math.prod(work.shape[1:])
-    job = work[0].job
-    return 0 if job is None else math.prod(job.latents.shape[1:])
 
 
 def _cost(shape: tuple[int, ...], group: Mapping[Job, Slot]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache, partial
@@ -181,6 +182,12 @@ class Catalog:
             width, height = self.final_size(request)
             if not self.sizes.draws(width, height):
                 found = f"hires_scale is {request.hires_scale:g}, which makes {width}x{height}"
+                large = self.sizes.too_large(width, height)
+                if large is not None:
+                    first = math.prod(self.latents.pixels_of(request.height, request.width))
+                    most = math.floor(100 * math.sqrt(self.sizes.most_pixels / first)) / 100
+                    found, fix = f"{found}; {large.found}", f"take a hires_scale of at most {most:g}"
+                    raise Problem(found, needed=large.needed, fix=fix, param="hires_scale", code=large.code)
                 raise Problem(found, needed=f"{self.sizes.needed()}, enlarged", param="hires_scale")
 
     def final_size(self, request: Request) -> Size:

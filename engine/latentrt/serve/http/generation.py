@@ -117,7 +117,12 @@ def _with_pictures(context: Context, request: Request, files: Mapping[str, File]
     height, width = catalog.latents.pixels_of(request.height, request.width)
     size, pictures = (width, height), dict[str, Any]()
     if files:
-        pictures = decode(files, size, catalog.latents, most, enlarges=catalog.enlarges, masked=request.masked)
+        pictures = decode(
+            *(files, size, catalog.latents, most),
+            enlarges=catalog.enlarges,
+            masked=request.masked,
+            resize=request.resize,
+        )
     followed = pictures["image"].size if request.mask_crop is not None else size  # maps are of the whole picture
     control, ip_adapter = controls.read(request.control, followed, most), controls.shown(request.ip_adapter, most)
     return replace(request, pictures=pictures, control=control, ip_adapter=ip_adapter)

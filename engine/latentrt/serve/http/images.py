@@ -62,6 +62,7 @@ def decode(
     *,
     enlarges: int = 1,
     masked: bool = False,
+    resize: str = "stretch",
 ) -> dict[str, Source]:
     """Return the pictures of files: pixels, a mask that is 255 where to repaint, and a depth map as it came.
 
@@ -72,6 +73,7 @@ def decode(
         most_pixels: that a file may have.
         enlarges: how many times as large the model draws the picture: its pixels have that part of the size.
         masked: whether the request says how its mask is used: then picture and mask are as they came.
+        resize: how they are brought to the size.
 
     Raises:
         Problem: 400 image_decode_failed, a mask that does not fit the picture, or what is no depth map.
@@ -96,7 +98,7 @@ def decode(
         return dict(images)
     if enlarges > 1:
         return {"image": prepared_low(images["image"], height, width, latents, enlarges)}
-    pixels, repaint = prepared(images["image"], images.get("mask"), height, width, latents)
+    pixels, repaint = prepared(images["image"], images.get("mask"), height, width, latents, resize)
     pictures: dict[str, Source] = {"image": pixels.repeat(3 // pixels.shape[2], axis=2)}  # grey ones in colour too
     if repaint is not None:
         pictures["mask"] = repaint.astype(np.uint8) * np.uint8(255)

@@ -83,10 +83,10 @@ class Sizes:
     def sides(self, width: int, height: int) -> Size:
         """Return the same for two numbers."""
         if not self.draws(width, height):
-            raise self._too_large(width, height) or self._unsupported(f"{width}x{height}")
+            raise self.too_large(width, height) or self._unsupported(f"{width}x{height}")
         return width, height
 
-    def _too_large(self, width: int, height: int) -> Problem | None:
+    def too_large(self, width: int, height: int) -> Problem | None:
         """Return the refusal of a size that would be drawn with more memory; None for others."""
         if self.listed or max(width, height) > self.most_side or not self.most_pixels < width * height <= self._asked:
             return None
@@ -120,7 +120,7 @@ class Sizes:
             found = f"the picture is {_text((width, height))}, and drawn as {_text(size)}"
             fix = "send another, or name the size: the picture is resized to fit it"
             other = Problem(found, self.needed(), fix, param="size", code="unsupported_size")
-            raise self._too_large(*size) or other
+            raise self.too_large(*size) or other
         return size
 
     def draws(self, width: int, height: int) -> bool:

@@ -15,6 +15,7 @@ import pytest
 import webuiapi
 from PIL import Image
 
+from latentrt.images.resize import resized
 from tests.model.test_edit import mask_for, picture
 from tests.serve.conftest import eventually
 from tests.support.serve.fakes import FakeScheduler, app_of, live
@@ -95,6 +96,33 @@ def test_inpainting(api: webuiapi.WebUIApi, scheduler: FakeScheduler) -> None:
     np.testing.assert_array_equal(np.asarray(other.pictures["mask"]), 255 - np.asarray(MASK))
     with pytest.raises(RuntimeError, match=r"422.*inpainting_fill"):
         api.img2img(images=[IMAGE], mask_image=MASK, inpainting_fill=4)
+
+
+def test_variations(api: webuiapi.WebUIApi, scheduler: FakeScheduler) -> None:
+    api.txt2img(prompt="a", seed=3, subseed=9, subseed_strength=0, **SIZE)
+    assert asked(scheduler).subseed_strength == 0
+    made = api.txt2img(prompt="a", seed=3, subseed=9, subseed_strength="0.25", **SIZE)
+    assert (asked(scheduler).subseed, asked(scheduler).subseed_strength, made.info["subseed_strength"]) == (
+        9,
+        0.25,
+        0.25,
+    )
+    with pytest.raises(RuntimeError, match=r"400.*seed_resize_from_h is set"):
+        api.txt2img(prompt="a", seed_resize_from_h=64, seed_resize_from_w=64, **SIZE)
+
+
+def test_resize_modes(api: webuiapi.WebUIApi, scheduler: FakeScheduler) -> None:
+    for mode, way in enumerate(("stretch", "crop", "fill")):
+        api.img2img(images=[IMAGE], prompt="a", resize_mode=mode, width=96, height=64)
+        request = asked(scheduler)
+        assert request.resize == way
+        np.testing.assert_array_equal(request.pictures["image"], np.asarray(resized(IMAGE, (96, 64), way)))
+    api.img2img(images=[IMAGE], mask_image=MASK, prompt="a", resize_mode=1, inpaint_full_res=False, **SIZE)
+    assert (asked(scheduler).resize, asked(scheduler).mask_crop) == ("crop", None)
+    api.img2img(images=[IMAGE], mask_image=MASK, prompt="a", resize_mode=1, **SIZE)  # the whole size is filled then
+    assert (asked(scheduler).resize, asked(scheduler).mask_crop) == ("stretch", 0)
+    with pytest.raises(RuntimeError, match=r"400.*resize_mode is 3"):
+        api.img2img(images=[IMAGE], prompt="a", resize_mode=3, **SIZE)
 
 
 def test_hires_fix(api: webuiapi.WebUIApi, scheduler: FakeScheduler) -> None:

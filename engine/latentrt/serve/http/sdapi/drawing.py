@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from fastapi.responses import JSONResponse
 from latentrt.images.metadata import prose
 from latentrt.images.picture import Picture
 from latentrt.model.given import STRENGTH
-from latentrt.request import HANDOFF, HIRES_STRENGTH, Request
+from latentrt.request import HANDOFF, HIRES_STRENGTH, RESIZES, Request
 from latentrt.serve.http.catalog import unknown
 from latentrt.serve.http.errors import Problem, documented
 from latentrt.serve.http.generation import Context, all_pictures, generating
@@ -69,8 +70,8 @@ async def img2img(wanted: ImageToImage, http: HttpRequest) -> JSONResponse:
         with renamed():
             size = catalog.sizes.fitting(*shape)
     more = {"strength": _strength(context, wanted), "image_guidance": _image_guidance(context, wanted)}
-    more |= _mask(wanted)
-    return await _answer(context, http, wanted, options, files, size, **more, noise_level=wanted.noise_level)
+    used = {**_mask(wanted), **_resize(context, wanted)}
+    return await _answer(context, http, wanted, options, files, size, **more, **used, noise_level=wanted.noise_level)
 
 
 async def _served(http: HttpRequest, wanted: TextToImage, options: Options) -> Context:
@@ -108,6 +109,22 @@ def _image_guidance(context: Context, wanted: ImageToImage) -> float | None:
         found, needed = f"image_cfg_scale is {asked:g}", f"none: {context.catalog.name} reads none"
         raise Problem(found, needed, fix="leave it out", param="image_cfg_scale")
     return asked
+
+
+def _resize(context: Context, wanted: ImageToImage) -> dict[str, str]:
+    """Return the request's field for how the picture is resized. Raise Problem where that cannot be.
+
+    A mask's surroundings that are drawn alone fill the size in any mode.
+    """
+    mode = wanted.resize_mode or 0
+    if mode == len(RESIZES):
+        raise Problem(
+            f"resize_mode is {mode}", needed=f"0 to {mode - 1}", fix="resize the picture", param="resize_mode"
+        )
+    if mode and context.catalog.enlarges > 1:
+        needed = "0: the model enlarges pictures as they are"
+        raise Problem(f"resize_mode is {mode}", needed, fix="leave it out", param="resize_mode")
+    return {} if wanted.mask and wanted.inpaint_full_res is not False else {"resize": RESIZES[mode]}
 
 
 def _mask(wanted: ImageToImage) -> dict[str, Any]:
@@ -176,8 +193,17 @@ def _request(
         clip_skip=layers - 1 or None,
         seed_delta=told.eta_noise_seed_delta or None,
         **more,
+        **_variation(wanted),
         **_stages(context, wanted),
     )
+
+
+def _variation(wanted: TextToImage) -> dict[str, Any]:
+    """Return the request's fields for variations, if there are to be some."""
+    if not wanted.subseed_strength:
+        return {}
+    subseed = random.randrange(2**31) if wanted.subseed in (None, -1) else wanted.subseed
+    return {"subseed": subseed, "subseed_strength": wanted.subseed_strength}
 
 
 def _stages(context: Context, wanted: TextToImage) -> dict[str, Any]:
@@ -210,9 +236,9 @@ def _info(request: Request, drawn: list[Picture]) -> dict[str, Any]:
         "all_negative_prompts": [negative] * len(drawn),
         "seed": request.seed,
         "all_seeds": seeds,
-        "subseed": request.seed,
-        "all_subseeds": seeds,
-        "subseed_strength": 0,
+        "subseed": facts[0].get("subseed", request.seed),
+        "all_subseeds": [one.get("subseed", one["seed"]) for one in facts],
+        "subseed_strength": request.subseed_strength,
         "width": request.width,
         "height": request.height,
         "sampler_name": facts[0]["solver"],

@@ -23,6 +23,7 @@ NAMES = {  # by OpenAI's names and the engine's
     "hires_strength": "denoising_strength",
     "handoff": "refiner_switch_at",
     "clip_skip": "CLIP_stop_at_last_layers",
+    "resize": "resize_mode",
     "seed_delta": "eta_noise_seed_delta",
     "mask_crop": "inpaint_full_res",
     "mask_fill": "inpainting_fill",

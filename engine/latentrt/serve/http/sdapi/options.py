@@ -30,7 +30,6 @@ IDLE: dict[str, tuple[Any, ...]] = {
     "script_name": ("", "None"),
     "infotext": ("",),
     "disable_extra_networks": (False,),
-    "subseed_strength": (0,),
     "seed_resize_from_h": (0, -1),
     "seed_resize_from_w": (0, -1),
     "firstphase_width": (0,),
@@ -44,7 +43,6 @@ IDLE: dict[str, tuple[Any, ...]] = {
     "hr_scheduler": ("", "Use same scheduler"),
     "hr_prompt": ("",),
     "hr_negative_prompt": ("",),
-    "resize_mode": (0,),
     "clip_skip": (1,),
     "background": (False, None),  # of the Images API
     "webhook_url": ("", None),

@@ -33,6 +33,10 @@ class TextToImage(BaseModel):
     prompt: Text = ""
     negative_prompt: Text = ""
     seed: Annotated[Annotated[int, Field(ge=-1, le=MAX_SEED), WHOLE] | None, Field(description="-1 is any.")] = -1
+    subseed: Annotated[Annotated[int, Field(ge=-1, le=MAX_SEED), WHOLE] | None, Field(description="-1 is any.")] = -1
+    subseed_strength: Annotated[
+        Annotated[float, Field(ge=0, le=1)] | None, Field(description="How much of the subseed's noise there is.")
+    ] = 0
     sampler_name: Annotated[str | None, Field(description="As /sdapi/v1/samplers lists, or a solver's name.")] = None
     sampler_index: str | None = None
     scheduler: Annotated[str | None, Field(description="As /sdapi/v1/schedulers lists.")] = None
@@ -78,6 +82,10 @@ class ImageToImage(TextToImage):
     noise_level: Annotated[NoiseLevel | None, Field(description="latentrt's own: of models that enlarge pictures.")] = (
         None
     )
+    resize_mode: Annotated[
+        Annotated[int, Field(ge=0, le=3), WHOLE] | None,
+        Field(description="0: stretch the picture to the size; 1: crop it; 2: fill what is left; 3 is refused."),
+    ] = 0
     inpainting_mask_invert: Annotated[int, Field(ge=0, le=1), WHOLE] | None = 0
     mask_blur: Annotated[float, Field(ge=0, le=256)] | None = MASK_BLUR
     mask_blur_x: Annotated[float, Field(ge=0, le=256)] | None = None
