@@ -62,6 +62,7 @@ class Peak:
 def watched_peak() -> Iterator[Peak]:
     """Measure the memory that this process takes in the block, in all of its threads; Linux alone tells it."""
     peak, before = Peak(), None
+    give_back()  # what was freed before would be taken again, and not be seen
     with suppress(OSError, KeyError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the highest so far
         before = _kilobytes(Path("/proc/self/status"), "VmRSS:")

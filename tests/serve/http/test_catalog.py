@@ -214,11 +214,6 @@ def test_what_a_solver_cannot_do_is_said_before_it_runs() -> None:
 def test_names() -> None:
     catalog: Catalog = catalog_of(model_name="mine", aliases=("other", "mine"))
     assert catalog.names == ("mine", "other")
-    for name in (None, "", "mine", "other"):
-        catalog.check_model(name)
-    with pytest.raises(Problem, match="did you mean other") as caught:
-        catalog.check_model("othre")
-    assert (caught.value.status, caught.value.code) == (404, "model_not_found")
 
 
 def test_an_edm_model_offers_its_own_solvers() -> None:
