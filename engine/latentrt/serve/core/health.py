@@ -54,8 +54,8 @@ class Health:
         else:
             self.fault, self._check_at = as_fault(error), time.monotonic() + CHECK_AGAIN
 
-    def begin(self, call: str, area: int = 0) -> None:
-        """Record that a call of the engine begins; `area` is that of the latents, height times width."""
+    def begin(self, call: str, area: float = 0) -> None:
+        """Record that a call of the engine begins; `area` is that of the latents; infinity: it only waits."""
         self._calls.setdefault(call, []).append((time.monotonic(), max(1.0, area / USUAL)))
 
     def end(self, call: str) -> bool:

@@ -272,8 +272,8 @@ class Scheduler:
             self._changed.notify_all()
 
     @contextmanager
-    def watched(self, call: str, area: int = 0) -> Iterator[None]:
-        """Watch a call that may hang: a "step", a "stage" or a "self-check", for so many latents."""
+    def watched(self, call: str, area: float = 0) -> Iterator[None]:
+        """Watch a call that may hang: a "step", a "stage" or a "self-check", for so many latents; infinity: a wait."""
         with self._changed:
             self._health.begin(call, area)
         try:
