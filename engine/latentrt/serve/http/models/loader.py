@@ -66,6 +66,8 @@ class Loader:
                     entry.yields = False
                 elif await self._make_room(entry):
                     await self._run(self._opened, entry)
+                    if entry.opened is None:
+                        await self._run(_give_back)
         finally:
             entry.loading = None
 
@@ -174,5 +176,10 @@ def _closed(stack: ExitStack, context: Context) -> None:
     except Exception as error:
         logger().error("a model could not be closed", model=context.catalog.name, exc_info=error)
     context.catalog.forget()
+    _give_back()
+
+
+def _give_back() -> None:
+    """Give back what a model held that is gone."""
     gc.collect()
     give_back()
