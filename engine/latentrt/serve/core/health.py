@@ -33,6 +33,11 @@ class Health:
             return "failed"
         return "ready" if self._check_at is None else "starting"
 
+    @property
+    def calling(self) -> bool:
+        """Whether a call is under way."""
+        return bool(self._calls)
+
     def until_check(self) -> float | None:
         """Return the seconds until the next self-check; None where none is due. During another call none can be."""
         return None if self._check_at is None or self._calls else max(0.0, self._check_at - time.monotonic())

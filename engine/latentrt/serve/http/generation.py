@@ -26,6 +26,7 @@ from latentrt.serve.http.images import File, decode, in_thread
 from latentrt.serve.process.config import Settings
 from latentrt.serve.process.metrics import Metrics
 
+LOOK = 0.02  # seconds between looks at what other threads do
 T = TypeVar("T")
 
 

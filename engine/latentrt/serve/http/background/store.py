@@ -16,9 +16,10 @@ from starlette.types import Scope
 
 from latentrt.serve.core.errors import Cancelled
 from latentrt.serve.core.handle import Handle
-from latentrt.serve.core.scheduler import LOOK, Scheduler
+from latentrt.serve.core.scheduler import Scheduler
 from latentrt.serve.http.background.schema import JobStatus, Progress, status_of
 from latentrt.serve.http.errors import Answer, Problem, answer_to
+from latentrt.serve.http.generation import LOOK
 from latentrt.serve.http.guard.record import Record
 from latentrt.serve.http.openai_answers import Drawn, Style
 from latentrt.serve.process.config import MIB, Settings

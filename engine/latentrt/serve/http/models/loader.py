@@ -12,8 +12,8 @@ from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, s
 from latentrt.runtime.memory import free_memory, give_back, resident_memory
 from latentrt.serve.core.errors import ModelFailed
 from latentrt.serve.core.rules.room import Resident, to_drop
-from latentrt.serve.core.scheduler import LOOK, Scheduler
-from latentrt.serve.http.generation import Context
+from latentrt.serve.core.scheduler import Scheduler
+from latentrt.serve.http.generation import LOOK, Context
 from latentrt.serve.http.models.entry import Entry
 from latentrt.serve.process.config import MIB
 from latentrt.serve.process.logs import logger

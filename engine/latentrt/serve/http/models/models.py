@@ -17,9 +17,9 @@ from starlette.requests import ClientDisconnect
 
 from latentrt.serve.core.errors import SOON, Draining, ModelFailed, ModelLoading, QueueFull
 from latentrt.serve.core.handle import Handle
-from latentrt.serve.core.scheduler import LOOK, Scheduler
+from latentrt.serve.core.scheduler import Scheduler
 from latentrt.serve.http.catalog import unknown
-from latentrt.serve.http.generation import Context, left
+from latentrt.serve.http.generation import LOOK, Context, left
 from latentrt.serve.http.models.entry import ON_DEMAND, Entry
 from latentrt.serve.http.models.loader import Loader, Open
 from latentrt.serve.process.metrics import Metrics
