@@ -132,7 +132,7 @@ def add_ons(path: Path = IMAGES / "add-ons.png") -> None:
 
 
 def scribbles(path: Path = IMAGES / "scribbles.png") -> None:
-    """Drawings of a few lines, and what is made of them, plainly and in other colours. Chosen by looking: a key failed."""
+    """Drawings of a few lines, what is made of them, and in other colours. Chosen by looking: a key failed."""
     settings, colours = {**SETTINGS, "guidance": 1.5}, ("green", "yellow", "red", "blue", "purple")
     names = [f"{'an' if thing[0] in 'aeiou' else 'a'} {thing}" for thing in DRAWN]
     wanted = [f"a {colour} {thing}" for colour, thing in zip(colours, DRAWN, strict=True)]
