@@ -89,6 +89,7 @@ def test_a_lane_is_the_same_in_any_company(written: Bundle) -> None:
         np.testing.assert_array_equal(together[lane], alone[0])
 
 
+@pytest.mark.slow
 def test_what_a_picture_loses(written: Bundle, tmp_path: Path) -> None:
     """As little with a LoRA: scales are of the weights that the graph is loaded with."""
     lora = write_lora(tmp_path / "lora.safetensors", EMBEDDED, "kohya")
