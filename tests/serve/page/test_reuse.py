@@ -1,4 +1,4 @@
-"""Pictures that are used again: their settings with the maps that they followed, and themselves as maps."""
+"""Pictures that are used again: their settings with the pictures that were given, and they themselves."""
 
 from __future__ import annotations
 
@@ -65,6 +65,47 @@ def test_a_picture_is_followed(guided: Visitor, scheduler: FakeScheduler) -> Non
     assert (unit.image.size, unit.image.getpixel((0, 0))[:3]) == ((128, 128), (7, 7, 7))
 
 
+def test_pictures_that_are_shown(chrome: Chrome, scheduler: FakeScheduler, tmp_path: Path) -> None:
+    """From noise and in an edit, again after a reload, and a picture of the history itself."""
+    (tmp_path / "picture.png").write_bytes(png(64, 48, colour=(9, 90, 200)))
+    picture = str(tmp_path / "picture.png")
+    with live(guided_by(scheduler, shows=("style", "face"))) as url:
+        page = Visitor(chrome, url).visit()
+        assert not page.one("#controls").is_displayed()
+        page.click("Show a picture")
+        assert [one.text for one in page.all("#ip_adapters legend")] == ["style", "face"]
+        page.one("[name='ip_adapter.style.image']").send_keys(picture)
+        page.one("[name='ip_adapter.style.scale']").clear()
+        page.one("[name='ip_adapter.style.scale']").send_keys("0.6")
+        shown = [one.get_attribute("name") for one in page.all("#ip_adapters .follows input") if one.is_displayed()]
+        assert (shown, page.nameless()) == (["ip_adapter.style.scale"], [])
+        page.draw("a fox", num_inference_steps=STEPS, seed=3)
+        page.count(1, TILE)
+        page.one("#source-file").send_keys(picture)
+        page.draw("a cat")
+        page.count(2, TILE)
+        page.visit()
+        page.count(2, TILE)[0].click()
+        page.reads("style, scale 0.6", "#detail-facts")
+        page.click("Reuse settings", "#detail")
+        page.until(lambda: page.focused == "Prompt")
+        page.draw("an owl")
+        page.count(3, TILE)
+        for handle in scheduler.submitted:
+            ((name, unit),) = handle.request.ip_adapter.items()
+            assert (name, unit.scale, unit.image.size) == ("style", 0.6, (64, 48))
+            assert unit.image.getpixel((0, 0))[:3] == (9, 90, 200)
+        page.click("Remove", "#ip_adapters")
+        page.all(TILE)[2].click()
+        page.click("Show it: face", "#detail")
+        page.until(lambda: page.focused == "Scale")
+        page.draw("a pear")
+        page.count(4, TILE)
+        ((name, unit),) = scheduler.submitted[3].request.ip_adapter.items()
+        assert (name, unit.scale, unit.image.size) == ("face", 1.0, (128, 128))
+        assert page.complaints() == []
+
+
 def test_each_kind_has_its_settings(chrome: Chrome, scheduler: FakeScheduler, tmp_path: Path) -> None:
     """A T2I-Adapter has no guess mode; a ControlNet Union is told what kind of map it follows."""
     (tmp_path / "map.png").write_bytes(png(64, 64))
@@ -93,7 +134,7 @@ def test_each_kind_has_its_settings(chrome: Chrome, scheduler: FakeScheduler, tm
         sent = json.loads(body)["control"]
         assert {name: sorted(set(unit) - {"image", "scale", "start", "end"}) for name, unit in sent.items()} == {
             "edges": ["guess"],
-            "sketch": ["guess"],
+            "sketch": [],
             "any": ["guess", "type"],
         }
         assert sent["any"]["type"] == "canny"

@@ -16,6 +16,13 @@ export function make(tag, attributes = {}, ...children) {
 
 export const button = (text, onclick, attributes = {}) => make("button", { type: "button", ...attributes, onclick }, text);
 
+/** Put a picture into a field for files, or with null what is there out of it. */
+export function hand(input, blob) {
+  const data = new DataTransfer(); // it takes files of nothing else
+  if (blob) data.items.add(new File([blob], blob.name ?? "picture", { type: blob.type }));
+  input.files = data.files;
+}
+
 /** Put the cursor into the first field of the form. */
 export const toForm = () => [...find("form").elements].find((element) => element.offsetParent && !element.disabled && element.name !== "model")?.focus();
 
