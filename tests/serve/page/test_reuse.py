@@ -6,7 +6,9 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from selenium.webdriver import Chrome
 
 from tests.serve.page.conftest import Told, guided_by
@@ -51,6 +53,41 @@ def test_settings_are_used_again_with_their_maps(guided: Visitor, scheduler: Fak
         unit = handle.request.control[name]
         assert (name, unit.scale, unit.start, unit.end, unit.guess) == ("edges", 0.7, 0.0, 1.0, True)
         assert (unit.image.size, unit.image.getpixel((0, 0))[:3]) == ((64, 48), (9, 90, 200))
+
+
+def test_an_edit_is_used_again(flat: Visitor, scheduler: FakeScheduler, tmp_path: Path) -> None:
+    """With its picture and mask, after a reload too; a picture that is too large to be kept is told."""
+    picture, drawn = tmp_path / "picture.png", Image.new("RGBA", (96, 96), (0, 0, 0, 255))
+    picture.write_bytes(png(96, 96, colour=(200, 30, 30)))
+    drawn.paste((0, 0, 0, 0), (8, 16, 40, 80))
+    drawn.save(tmp_path / "mask.png")
+    flat.click("Start from a picture")
+    flat.one("#source-file").send_keys(str(picture))
+    flat.one("#mask-file").send_keys(str(tmp_path / "mask.png"))
+    flat.draw("a fox", num_inference_steps=STEPS, seed=3, strength=0.5)
+    flat.count(1, TILE)
+    flat.visit()
+    flat.count(1, TILE)[0].click()
+    flat.click("Reuse settings", "#detail")
+    flat.until(lambda: flat.focused == "Prompt")
+    flat.reads("Redraws 22 % of the picture.", "#mask-say")
+    flat.draw("a fox")
+    flat.count(2, TILE)
+    first, again = (handle.request for handle in scheduler.submitted)
+    assert (again.strength, again.width, again.height) == (0.5, first.width, first.height)
+    for name in ("image", "mask"):
+        np.testing.assert_array_equal(again.pictures[name], first.pictures[name])
+    flat.click("Remove picture")
+    flat.draw("a pear")
+    flat.count(3, TILE)
+    picture.write_bytes(picture.read_bytes() + bytes(4 * 2**20))
+    flat.one("#source-file").send_keys(str(picture))
+    flat.draw("an owl")
+    flat.count(4, TILE)[0].click()
+    flat.reads("a picture that is not kept", "#detail-facts")
+    flat.click("Reuse settings", "#detail")
+    flat.until(lambda: "not the picture to start from" in flat.one("#say").get_attribute("textContent"))
+    assert not flat.one("#source-panel").is_displayed()
 
 
 def test_a_picture_is_followed(guided: Visitor, scheduler: FakeScheduler) -> None:

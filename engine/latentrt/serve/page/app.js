@@ -75,14 +75,16 @@ function keyClosed() {
   watch.look();
 }
 
-async function reuse({ wanted, control = {}, ip_adapter = {}, facts }) {
+async function reuse({ wanted, edited, image, mask, depth, control = {}, ip_adapter = {}, facts }) {
   await turn(wanted.model);
+  await source.use(model.edits && image ? image : null, mask, depth);
   form.reset();
   form.fill({ negative_prompt: "", ...wanted, n: 1 });
   form.keep();
-  const lost = [...controls.fill(control, facts.control), ...shown.fill(ip_adapter, facts.ip_adapter)];
+  const lost = [...controls.fill(control, facts.control), ...shown.fill(ip_adapter, facts.ip_adapter)].map((name) => `of ${name}`);
+  if (edited && !(model.edits && image)) lost.unshift("to start from");
   toForm();
-  say(`The settings stand in the form${lost.length ? `, but not the picture of ${lost.join(" and ")}` : ""}`);
+  say(`The settings stand in the form${lost.length ? `, but not the picture ${lost.join(" and ")}` : ""}`);
 }
 
 function edit({ blob, wanted }) {

@@ -135,8 +135,7 @@ class Job {
     const facts = await settingsOf(blob).catch(() => ({}));
     const { n, ...wanted } = { ...this.wanted, seed: data.seed, size: data.size };
     const id = `${this.id}-${data.index ?? 0}`;
-    const { control, ip_adapter } = this.given;
-    await hooks.drawn({ id, made: Date.now(), blob, size: data.size, wanted, facts, control, ip_adapter, edited: Boolean(this.given.image), warnings: data.warnings ?? [] });
+    await hooks.drawn({ id, made: Date.now(), blob, size: data.size, wanted, facts, ...this.given, edited: Boolean(this.given.image), warnings: data.warnings ?? [] });
   }
 
   /** An entry of the server's queue; `ahead` is how many wait before it. */

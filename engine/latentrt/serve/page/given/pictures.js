@@ -1,6 +1,6 @@
 // Pictures beside the prompt, and how they act: each ControlNet follows one, each IP-Adapter shows one.
 
-import { button, find, hand, make, say } from "../dom.js";
+import { button, find, hand, make, say, tooLarge } from "../dom.js";
 
 const NUMBERS = { scale: ["Scale", 1, 1000], start: ["From", 0, 1], end: ["To", 1, 1] }; // label, usual, most
 const SETTINGS = {
@@ -103,9 +103,7 @@ function partOf(name, { key, does }) {
 }
 
 function check({ file, fields: { start, end } }) {
-  const mebibytes = (bytes) => `${(bytes / 2 ** 20).toPrecision(3)} MiB`;
-  const size = file.files[0]?.size ?? 0;
-  file.setCustomValidity(size > most ? `The file has ${mebibytes(size)}; this server takes ${mebibytes(most)}` : "");
+  file.setCustomValidity(tooLarge(file.files[0], most));
   end.setCustomValidity(Number(start.value) > Number(end.value) ? "It ends before it begins" : "");
 }
 

@@ -6,6 +6,7 @@ import { zip } from "./zip.js";
 
 const MOST = 200; // pictures
 const MOST_BYTES = 256 * 2 ** 20;
+const MOST_SOURCE = 4 * 2 ** 20; // of the picture that one starts from, its mask and its depth map
 
 const list = find("history");
 const detail = find("detail");
@@ -65,6 +66,7 @@ export function offered({ controls, ip_adapters }) {
 /** Show a new picture and keep it; the oldest go where there are too many. */
 export async function add(record) {
   await opening;
+  if (sum(sourceOf(record)) > MOST_SOURCE) record.image = record.mask = record.depth = null;
   place(record);
   tally();
   await history.put(record).catch(() => say("The picture could not be kept: the browser has no room"));
@@ -79,10 +81,13 @@ export async function add(record) {
 }
 
 /** Bytes of a picture and of those that were given for it. */
-function sizeOf({ blob, control = {}, ip_adapter = {} }) {
-  const units = [control, ip_adapter].flatMap(Object.values);
-  return units.reduce((size, { image }) => size + image.size, blob.size);
+function sizeOf(record) {
+  const units = [record.control ?? {}, record.ip_adapter ?? {}].flatMap(Object.values);
+  return sum([record.blob, ...sourceOf(record), ...units.map(({ image }) => image)]);
 }
+
+const sourceOf = ({ image, mask, depth }) => [image, mask, depth];
+const sum = (blobs) => blobs.reduce((size, blob) => size + (blob?.size ?? 0), 0);
 
 function place(record) {
   const image = make("img", { alt: "", loading: "lazy", src: URL.createObjectURL(record.blob) });
@@ -186,7 +191,7 @@ function closed() {
 }
 
 /** What made the picture: what the file itself says, else what was asked for. */
-function facts({ wanted, facts: own, control, ip_adapter, size, made, edited, warnings }) {
+function facts({ wanted, facts: own, control, ip_adapter, size, made, edited, image, warnings }) {
   const rows = [
     ["Negative prompt", wanted.negative_prompt],
     ["Class", wanted.class_label],
@@ -195,7 +200,7 @@ function facts({ wanted, facts: own, control, ip_adapter, size, made, edited, wa
     ["Solver", own.solver ?? wanted.scheduler],
     ["Guidance", own.guidance ?? wanted.guidance_scale],
     ["Seed", wanted.seed],
-    ["Starts from", edited ? `a picture, strength ${own.strength ?? wanted.strength ?? "automatic"}` : undefined],
+    ["Starts from", edited ? `a picture${image ? "" : " that is not kept"}, strength ${own.strength ?? wanted.strength ?? "automatic"}` : undefined],
     ...Object.entries(wanted.lora ?? {}).map(([name, strength]) => ["LoRA", `${name}, strength ${strength}`]),
     ...Object.entries(own.control ?? control ?? {}).map(([name, unit]) => ["Follows", `${name}, scale ${unit.scale}, ${unit.start} to ${unit.end}${unit.guess ? ", guess mode" : ""}${unit.type === undefined ? "" : `, as ${unit.type}`}`]),
     ...Object.entries(own.ip_adapter ?? ip_adapter ?? {}).map(([name, { scale }]) => ["Shows", `${name}, scale ${scale}`]),
