@@ -14,10 +14,12 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from scribbles import THINGS as DRAWN
+from scribbles import scribble
 
 from latentrt import Engine, grid, save
 from latentrt.bundle.bundle import EMBEDDED
-from latentrt.images.hints import grey
+from latentrt.images.hints import grey, inverted
 from latentrt.request import request_from
 
 IMAGES = Path(__file__).parent / "images"
@@ -129,6 +131,19 @@ def add_ons(path: Path = IMAGES / "add-ons.png") -> None:
     save(grid(drawn, count, under), path, settings={"prompt": "; ".join(names), **SETTINGS})
 
 
+def scribbles(path: Path = IMAGES / "scribbles.png") -> None:
+    """Drawings of a few lines, what is made of them, and in other colours. Chosen by looking: a key failed."""
+    settings, colours = {**SETTINGS, "guidance": 1.5}, ("green", "yellow", "red", "blue", "purple")
+    names = [f"{'an' if thing[0] in 'aeiou' else 'a'} {thing}" for thing in DRAWN]
+    wanted = [f"a {colour} {thing}" for colour, thing in zip(colours, DRAWN, strict=True)]
+    lines = [scribble(thing) for thing in DRAWN]
+    with Engine.load(control={"edges": "emoji-edges"}) as engine:
+        asked = zip([*names, *wanted], 2 * lines, strict=True)
+        drawn = [engine(name, control={"edges": inverted(one)}, **settings)[0] for name, one in asked]
+    shown = [*(one.convert("RGB") for one in lines), *drawn]
+    save(grid(shown, len(names), ["a drawing"] * len(names) + names + wanted), path, settings=settings)
+
+
 if __name__ == "__main__":
     with Engine.load() as engine:
         sheet(engine)
@@ -142,3 +157,4 @@ if __name__ == "__main__":
     forward_noise()
     tiles()
     add_ons()
+    scribbles()

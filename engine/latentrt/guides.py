@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from latentrt.errors import RequestError
-from latentrt.values import is_number, is_text, is_whole, plain
+from latentrt.values import check_number, is_text, is_whole, plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +96,3 @@ def _scale(value: Any) -> Any:
     value = plain(value)
     check_number("an ip_adapter's scale", value, 0.0, 1000.0)
     return value
-
-
-def check_number(name: str, value: object, low: float, high: float) -> None:
-    """Raise RequestError where a value is no finite number, or out of range."""
-    if not is_number(value) or not low <= float(value) <= high:  # type: ignore[arg-type]
-        raise RequestError(f"{name} is {value!r}", needed=f"a finite number from {low:g} to {high:g}")

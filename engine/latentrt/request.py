@@ -9,10 +9,10 @@ from typing import Any
 
 from latentrt.adapters.given import strengths_of
 from latentrt.errors import RequestError
-from latentrt.guides import Control, ImagePrompt, check_number
+from latentrt.guides import Control, ImagePrompt
 from latentrt.sampling.settings import KNOWN_KEYS
 from latentrt.sampling.solvers import SOLVERS
-from latentrt.values import did_you_mean, is_text, is_whole, plain
+from latentrt.values import check_number, did_you_mean, is_text, is_whole, plain
 
 MAX_SEED = 2**64 - 1
 PICTURES = ("image", "mask", "depth")  # what a picture may be used for
@@ -168,8 +168,10 @@ class Request:
             object.__setattr__(self, name, plain(getattr(self, name)))
         _whole("count", self.count, 1, 10_000)
         _whole("cache_interval", self.cache_interval, 1, 10_000)
-        _whole("seed", self.seed, 0, MAX_SEED)
-        _whole("the last picture's seed (seed + count - 1)", self.seed + self.count - 1, 0, MAX_SEED)
+        for name in ("seed", "subseed"):
+            _whole(name, getattr(self, name), 0, MAX_SEED)
+            last = getattr(self, name) + self.count - 1
+            _whole(f"the last picture's {name} ({name} + count - 1)", last, 0, MAX_SEED)
         for name, largest in _WHOLE.items():
             if getattr(self, name) is not None:
                 _whole(name, getattr(self, name), 1, largest)
@@ -180,7 +182,6 @@ class Request:
             _whole("clip_skip", self.clip_skip, 0, 1000)
         if self.mask_crop is not None:
             _whole("mask_crop", self.mask_crop, 0, 65_536)
-        _whole("the last picture's subseed", self.subseed + self.count - 1, 0, MAX_SEED)
         _whole("seed_delta", self.seed_delta, 0, MAX_SEED)
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:

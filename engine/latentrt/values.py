@@ -24,6 +24,12 @@ def is_number(value: object) -> bool:
         return False
 
 
+def check_number(name: str, value: object, low: float, high: float) -> None:
+    """Raise RequestError where a value is no finite number, or out of range."""
+    if not is_number(value) or not low <= float(value) <= high:  # type: ignore[arg-type]
+        raise RequestError(f"{name} is {value!r}", needed=f"a finite number from {low:g} to {high:g}")
+
+
 def is_text(value: object) -> bool:
     """Return whether it is a str that is not empty."""
     return isinstance(value, str) and value != ""

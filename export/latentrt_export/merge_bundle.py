@@ -23,7 +23,7 @@ from latentrt.adapters.merge import Merge, Weight
 from latentrt.bundle.bundle import MANIFEST, Bundle
 from latentrt.bundle.spec import ADAPTED, FP32, INT8_ORT_CPU
 from latentrt.bundle.tensors import header_of, open_tensors
-from latentrt.errors import BundleError
+from latentrt.errors import BundleError, ExportError
 from latentrt_export.int8 import add_int8
 from latentrt_export.place import place
 from latentrt_export.to_bundle import GRAPH_ROOM, Measure, NetworkSummary, Progress, Summary, finish
@@ -55,11 +55,13 @@ def merge_bundle(
 
     Raises:
         AdapterError: as of `merge_into` and `Merge.value`.
-        ExportError: as of `add_adapters`.
+        ExportError: the bundle is no model's; or as of `add_adapters`.
         BundleError: the source is damaged.
         OutputError: the target exists, or cannot be written, or has no room.
     """
     bundle = Bundle.open(source)
+    if not bundle.spec.draws:
+        raise ExportError(f"LoRAs for {bundle.spec.id}, which has no UNet", needed="the bundle of a model")
     merge, places = merge_into(bundle, loras, allow_unmatched=allow_unmatched) if loras else (Merge({}, {}), {})
     networks = bundle.spec.networks
     adapters |= any(name.endswith(ADAPTED) for one in networks.values() for name in one.variants)

@@ -153,8 +153,10 @@ def _export(
     parts = ("copy", *names, "half precision", "manifest")
     sources = {*checkpoint.files.values(), *checkpoint.graphs.values()}
     size = sum(path.stat().st_size for path in sources) + 2 * GRAPH_ROOM * len(names)
-    if int8 and "unet" not in names:
-        raise ExportError("--int8 for a VAE alone", needed="a model with a UNet", fix="leave it out")
+    for option, asked in (("--int8", int8), ("--adapters", adapters)):
+        if asked and "unet" not in names:
+            found = f"{option} for {checkpoint.id}, which has {', '.join(names)}"
+            raise ExportError(found, needed="a model with a UNet", fix="leave it out")
     if int8:
         check_int8()  # it draws with the graph
     with place(target, checkpoint.root, size, overwrite=overwrite) as root:

@@ -187,6 +187,10 @@ def test_what_was_used_longest_ago_is_dropped() -> None:
     for key, size in (("a", 4), ("b", 4), ("a", 4), ("c", 5), ("a", 4), ("b", 4), ("d", 99), ("d", 99), ("a", 4)):
         assert len(get(key, size)) == size
     assert made == ["a", "b", "c", "b", "d", "a"]
+    counted = Kept[str, bytes](2)
+    for key in ("a", "b", "a", "c", "b"):
+        counted(key, lambda key=key: made.append(key) or b"")  # type: ignore[misc, func-returns-value]
+    assert made[6:] == ["a", "b", "c", "b"]
 
 
 def test_with_a_controlnet(taking: Exported, exported: Exported, library: Library) -> None:

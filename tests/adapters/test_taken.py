@@ -19,7 +19,9 @@ from latentrt.model.control import controlled
 from latentrt.runtime.base import Network
 from latentrt.runtime.onnxruntime import OrtBackend
 from latentrt.runtime.signature import shape_of
+from latentrt_export.checkpoint.single.choices import Choices
 from latentrt_export.merge_bundle import merge_bundle
+from latentrt_export.to_bundle import export_bundle
 from latentrt_export.variants import add_adapters
 
 Exported = Callable[[str], tuple[Path, Path]]
@@ -94,6 +96,11 @@ def test_the_bundle_is_whole_and_can_be_read(taking: Exported, exported: Exporte
     assert plain.networks["unet"].adapted() is plain.networks["unet"]
     with pytest.raises(ExportError, match="no products with weights in files"):
         add_adapters(exported("tiny-vae")[1], Bundle.open(exported("taesd")[1]).spec)
+    control, net = exported("control-sd-1")
+    with pytest.raises(ExportError, match=r"--adapters for .*, which has hint, controlnet.*a model with a UNet"):
+        export_bundle(control, tmp_path / "net", choices=Choices(adapters=True))
+    with pytest.raises(ExportError, match=r"LoRAs for .*, which has no UNet"):
+        merge_bundle(net, tmp_path / "net", (), adapters=True)
     again = merge_bundle(taking("sd")[1], tmp_path / "again", (), adapters=True)
     assert again.notes == ("takes LoRAs with each request",)
     assert Bundle.open(tmp_path / "again").spec == spec

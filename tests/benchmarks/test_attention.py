@@ -10,6 +10,7 @@ from benchmarks.cpu import attention
 from latentrt.bundle.bundle import EMBEDDED
 
 
+@pytest.mark.slow
 def test_sides_run_in_turn_and_agree(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--size", "64", "--repeats", "2", "--sides", "fp32", "diffusers"]
     monkeypatch.setattr(sys, "argv", ["attention", str(EMBEDDED), *options])

@@ -217,7 +217,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         *(("networks.unet.variants.fp16.islands.nodes", value) for value in ([3], [""], None)),
         *(("networks.unet.inputs.0.dtype", value) for value in ("zz", None, [])),
         ("networks.unet.inputs.0.name", 3),
-        *(("networks.unet.inputs.0.shape", value) for value in ([-1], [1.5], ["height + 1"], ["8*(4*height)"])),
+        *(("networks.unet.inputs.0.shape", value) for value in ([-1], [1.5], ["height + 1"], ["8*(4*height)"], [[1]])),
         ("networks.unet.inputs", 3),
         ("golden.0.std", 0),
         ("golden.0.steps", "4"),

@@ -36,7 +36,9 @@ KINDS = {  # of the page's bundles, as the fixture `exported` has them
     **{"LCM": "lcm", "LCMXL": "lcm-sdxl", "PIX2PIX": "pix2pix", "PIX2PIXXL": "pix2pix-sdxl"},
     **{"DDPM": "pixels", "CLASSES": "classes"},
 }
-SLOW = dict.fromkeys(("lcm-sdxl", "pix2pix-sdxl"), pytest.mark.slow)  # which other tests export if they are slow
+SLOW = dict.fromkeys(
+    ("lcm-sdxl", "pix2pix-sdxl", "sdxl-inpainting"), pytest.mark.slow
+)  # which other tests export if they are slow
 SOLVERS = {  # that they have, where it is not pndm
     **dict.fromkeys(("SD2", "SD21", "DEPTH", "X4"), "ddim"),
     **dict.fromkeys(("SDXL", "REFINER", "SDXLINPAINT", "PIX2PIXXL"), "euler"),

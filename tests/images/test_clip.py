@@ -28,3 +28,5 @@ def test_grey_and_deep_arrays() -> None:
     np.testing.assert_array_equal(clip_pixels(grey.astype(np.uint16) * 257, 32), expected)
     with pytest.raises(RequestError, match="the image prompt is float64"):
         clip_pixels(grey / 255, 32)
+    with pytest.raises(RequestError, match=r"is 2x300, and brought to 32x32. Needed: one at most 100 times"):
+        clip_pixels(np.zeros((300, 2), np.uint8), 32)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from latentrt.errors import RequestError
 from latentrt.images.resize import resized
 
 PROCESSOR = VaeImageProcessor()
@@ -37,3 +38,12 @@ def test_what_is_cut_and_what_is_added(turned: bool) -> None:
     np.testing.assert_array_equal(added[16:48], pixels)
     assert set(added[:16].flat) == {round(40 * 9 / 8 - 41 / 8)}
     assert set(added[48:].flat) == {round(71 * 9 / 8 - 70 / 8)}
+
+
+def test_strips_are_refused_and_narrow_pictures_are_not() -> None:
+    strip, narrow = Image.new("RGB", (1, 16_000)), Image.new("RGB", (1, 90), "red")
+    for way in ("crop", "fill"):
+        with pytest.raises(RequestError, match="the picture is 1x16000, and brought to 64x64"):
+            resized(strip, (64, 64), way)
+        assert resized(narrow, (64, 64), way).getpixel((20, 30)) == (255, 0, 0)
+    assert resized(strip, (64, 64)).size == (64, 64)

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 
 from latentrt import Engine
 from latentrt.bundle.bundle import EMBEDDED, embedded
-from latentrt.images.hints import grey
+from latentrt.images.hints import edges, grey
 
 NAMES = json.loads((EMBEDDED / "captions.json").read_text(encoding="utf-8"))[::160]  # held out of ControlNets' training
 SETTINGS = {"solver": "dpmpp-2m", "steps": 10}
@@ -22,8 +22,8 @@ OWN = np.arange(len(NAMES))
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    """The embedded model with its ControlNet, by name."""
-    with Engine.load(threads=1, control={"grey": "emoji-grey"}) as sd:
+    """The embedded model with its ControlNets, by name."""
+    with Engine.load(threads=1, control={"grey": "emoji-grey", "edges": "emoji-edges"}) as sd:
         yield sd
 
 
@@ -40,6 +40,14 @@ def test_a_grey_picture_gets_its_colours_back(engine: Engine, plain: Sequence[Im
     drawn = [engine(name, seed=3, guidance=1.5, control={"grey": grey(one)}, **SETTINGS)[0] for name, one in asked]
     assert (nearest(pixels(drawn), pixels([*wanted, *plain])) == OWN).mean() >= 0.9
     assert (nearest(pixels(drawn), pixels([*wanted, *map(grey, wanted)])) == OWN).mean() >= 0.6
+
+
+def test_lines_become_pictures(engine: Engine, plain: Sequence[Image.Image]) -> None:
+    """In a corner, where the model alone draws none of them."""
+    wanted = [in_corner(image) for image in plain]
+    asked = zip(NAMES, wanted, strict=True)
+    drawn = [engine(name, seed=3, guidance=1, control={"edges": edges(one)}, **SETTINGS)[0] for name, one in asked]
+    assert (nearest(pixels(drawn), pixels([*wanted, *plain])) == OWN).mean() >= 0.8
 
 
 def test_looks_are_told_apart(engine: Engine, plain: Sequence[Image.Image]) -> None:

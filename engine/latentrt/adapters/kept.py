@@ -1,4 +1,4 @@
-"""What was made lately, by key, within a bound of bytes."""
+"""What was made lately, by key, within a bound."""
 
 from __future__ import annotations
 
@@ -10,15 +10,21 @@ K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
 
+def _one(value: object) -> int:
+    return 1
+
+
 class Kept(Generic[K, V]):
-    """Keeps values until they are too large together; those used longest ago go first, the newest always stays.
+    """Keeps values until they are too many, or too large together; those used longest ago go first, the newest stays.
+
+    Any thread may ask.
 
     Args:
-        most: bytes.
-        size: of a value, in bytes.
+        most: values, or bytes.
+        size: of a value, in bytes; without it values are counted.
     """
 
-    def __init__(self, most: int, size: Callable[[V], int]) -> None:
+    def __init__(self, most: int, size: Callable[[V], int] = _one) -> None:
         self._most, self._size = most, size
         self._known: dict[K, V] = {}  # the least recently used first
         self._lock = Lock()
@@ -39,3 +45,8 @@ class Kept(Generic[K, V]):
                 total -= sizes[old]
                 del self._known[old]
         return value
+
+    def clear(self) -> None:
+        """Forget all."""
+        with self._lock:
+            self._known.clear()

@@ -73,12 +73,11 @@ class Bundle:
         spec = model_from(manifest["model"], manifest["schema"])
         files = _records(manifest["files"])
         bundle = cls(root, spec, files, check_hashes)
-        for name in files:
-            bundle.path(name)
-        bundle._check_listed()
-        bundle._check_sizes()
+        paths = {name: bundle.path(name) for name in files}
+        bundle._check_listed(paths)
+        bundle._check_sizes(paths)
         if check_hashes:
-            bundle._check_hashes(cache=cache)
+            bundle._check_hashes(paths, cache=cache)
         return bundle
 
     @property
@@ -104,14 +103,15 @@ class Bundle:
         """Return one of the bundle's JSON files."""
         return read_json(self.path(name))
 
-    def _check_listed(self) -> None:
+    def _check_listed(self, paths: Mapping[str, Path]) -> None:
         """Refuse a bundle that does not list a file to be read: graphs, the files in them, tokenizers, schedules."""
         networks = self.spec.networks.values()
-        graphs = [self.path(variant.path) for network in networks for variant in network.variants.values()]
+        names = [variant.path for network in networks for variant in network.variants.values()]
+        graphs = [paths.get(name) or self.path(name) for name in names]
         tokenizers = (network.tokenizer for network in networks if network.tokenizer is not None)
         schedules = [self.path(name) for name in (self.spec.schedule, self.spec.low_schedule) if name is not None]
         whole = {self.path(name) for name in tokenizers} | {path.parent for path in schedules}
-        listed = {self.path(name) for name in self.files} | {self.root / MANIFEST}
+        listed = {*paths.values(), self.root / MANIFEST}
         for path in [*graphs, *schedules]:
             if path not in listed:
                 raise _unlisted(path)
@@ -122,17 +122,16 @@ class Bundle:
             if path.parent in whole or named:
                 raise _unlisted(path)
 
-    def _check_sizes(self) -> None:
+    def _check_sizes(self, paths: Mapping[str, Path]) -> None:
         for name, record in self.files.items():
-            path = self.path(name)
+            path = paths[name]
             if not path.is_file():
                 raise BundleError(f"{path} is missing", needed="every file that the manifest lists")
             size = path.stat().st_size
             if size != record.bytes:
                 raise HashMismatchError(f"{path} has {size} bytes", needed=f"{record.bytes}, as in the manifest")
 
-    def _check_hashes(self, *, cache: bool) -> None:
-        paths = {name: self.path(name) for name in self.files}
+    def _check_hashes(self, paths: Mapping[str, Path], *, cache: bool) -> None:
         states, needed = states_of(paths), {name: record.sha256 for name, record in self.files.items()}
         if cache and was_checked(self.root, states, needed):
             return

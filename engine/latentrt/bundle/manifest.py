@@ -50,12 +50,12 @@ def model_from(data: Mapping[str, Any], schema: int = SCHEMA) -> ModelSpec:
     """
     try:
         spec = _read(data if schema == SCHEMA else upgraded(data))
+        check(spec)
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise BundleError(
             f"manifest.json has a model part that cannot be read ({error!r})",
             needed=f"the fields of manifest schema {schema}",
         ) from error
-    check(spec)
     return spec
 
 
@@ -166,12 +166,12 @@ def _check_network(where: str, network: NetworkSpec) -> None:
     else:
         _need(tokenizer is None, f"{where}.tokenizer", tokenizer, "null: it reads no text")
     _need(FP32 in network.variants, f"{where}.variants", list(network.variants), f"a graph {FP32!r}")
-    for tensor in (*network.inputs, *network.outputs):
+    own = (*network.inputs, *network.outputs)
+    more = (tensor for variant in network.variants.values() for tensor in variant.inputs)
+    for tensor in dict.fromkeys((*own, *more)):  # variants have mostly the same ones
         _check_tensor(where, tensor)
-    names = {tensor.name for tensor in (*network.inputs, *network.outputs)}
+    names = {tensor.name for tensor in own}
     for name, variant in network.variants.items():
-        for tensor in variant.inputs:
-            _check_tensor(f"{where}.variants.{name}", tensor)
         _check_variant(f"{where}.variants.{name}", variant, names | {tensor.name for tensor in variant.inputs})
 
 

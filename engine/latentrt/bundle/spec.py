@@ -138,9 +138,10 @@ class NetworkSpec:
         ends = {name: one for name, one in self.variants.items() if name.endswith(ending)}
         if not ends:
             return self
-        taken = tuple(tensor for tensor in next(iter(ends.values())).inputs if tensor.name.startswith(TAKEN[ending]))
+        given = TAKEN[ending]
+        taken = tuple(t for t in next(iter(ends.values())).inputs if t.name.startswith(given))
         variants = {
-            name.removesuffix(ending): replace(one, inputs=tuple(t for t in one.inputs if t not in taken))
+            name.removesuffix(ending): replace(one, inputs=tuple(t for t in one.inputs if not t.name.startswith(given)))
             for name, one in ends.items()
         }
         return replace(self, inputs=(*self.inputs, *taken), variants=variants)

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latentrt.images.given import in_rgb
+from latentrt.images.resize import check_proportions
 
 if TYPE_CHECKING:
     from latentrt.images.given import Source
@@ -28,11 +29,12 @@ def clip_pixels(image: Source | Any, size: int) -> NDArray[np.float32]:
         (3, size, size) float32.
 
     Raises:
-        RequestError: a kind or mode that cannot be used.
+        RequestError: a kind or mode that cannot be used, or a strip.
     """
     from PIL import Image
 
     picture = in_rgb(image, "image prompt")
+    check_proportions(picture, (size, size), "image prompt")
     short, long = sorted(picture.size)
     other = int(size * long / short)
     width, height = (size, other) if picture.width <= picture.height else (other, size)

@@ -9,17 +9,15 @@ https://arxiv.org/abs/2302.08453. Lanes, scales and rows are those of diffusers'
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from threading import Lock
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from latentrt.adapters.kept import Kept
 from latentrt.bundle.bundle import Bundle
 from latentrt.bundle.spec import (
     ADAPTER,
@@ -40,10 +38,10 @@ from latentrt.errors import EXPORT, BundleError, RequestError
 from latentrt.guides import Control
 from latentrt.model.hoisted import Hoisted
 from latentrt.model.inputs import Inputs, Sides
+from latentrt.model.networks import AddOn
 from latentrt.model.predictor import OWN, inputs_of
 from latentrt.request import Request
 from latentrt.runtime.base import Backend, DeviceNetwork, call
-from latentrt.runtime.lazy import LazyNetwork
 from latentrt.values import named
 
 Float32 = NDArray[np.float32]
@@ -73,29 +71,28 @@ class Applied:
     facts: Mapping[str, Any]
 
 
-class ControlNet:
+class ControlNet(AddOn):
     """A ControlNet's networks, or a T2I-Adapter's, on a backend. Any thread may call it.
 
     Attributes:
-        name: that requests have for it.
         number: its place among the engine's; residuals are added in this order.
 
     Args:
-        name, number: as above.
+        name: that requests have for it.
+        number: as above.
         bundle: its own.
         backend: runs the networks.
     """
 
     def __init__(self, name: str, number: int, bundle: Bundle, backend: Backend) -> None:
-        self.name, self.number, self.spec = name, number, bundle.spec
-        self.networks = {each: LazyNetwork(partial(backend.load, bundle, each)) for each in self.spec.networks}
+        super().__init__(name, bundle, backend)
+        self.number = number
         (hint,), (body,) = self.spec.named(HINT), self.spec.named(CONTROL)
         self._hint, self._body = self.networks[hint], self.networks[body]
         self._hoisted = Hoisted(self.networks, self.spec, body)
         self._residuals = [tensor.name for tensor in self.spec.networks[body].outputs]
         self._read = _read(self.spec)
-        self._hints: OrderedDict[tuple[str, int, int], Inputs] = OrderedDict()
-        self._lock = Lock()
+        self._hints = Kept[tuple[str, tuple[int, ...]], Inputs](KEPT)
 
     @property
     def channels(self) -> int:
@@ -158,17 +155,10 @@ class ControlNet:
             )
 
     def _embedded(self, pixels: Float32, digest: str) -> Inputs:
-        key = digest, *pixels.shape[1:]
-        with self._lock:
-            known = self._hints.get(key)
-        if known is None:
-            known = {name: array[0] for name, array in call(self._hint, {PICTURE: pixels[None]}).items()}
-        with self._lock:
-            self._hints[key] = known
-            self._hints.move_to_end(key)
-            while len(self._hints) > KEPT:
-                self._hints.popitem(last=False)
-        return known
+        def made() -> Inputs:
+            return {name: array[0] for name, array in call(self._hint, {PICTURE: pixels[None]}).items()}
+
+        return self._hints((digest, pixels.shape), made)
 
     def __call__(
         self, sample: Float32, timestep: Float32, inputs: Inputs, scale: Float32, before: Mapping[str, Float32]
@@ -190,22 +180,6 @@ class ControlNet:
     def body(self) -> DeviceNetwork:
         """The network that rows call, on a GPU."""
         return cast(DeviceNetwork, self._body.open())
-
-    def open(self) -> None:
-        """Load all networks. Raise as `Backend.load`."""
-        for network in self.networks.values():
-            network.open()
-
-    def end_of(self, *roles: str) -> None:
-        """Drop the networks of roles."""
-        for role in roles:
-            for name in self.spec.named(role):
-                self.networks[name].drop()
-
-    def close(self) -> None:
-        """Free the networks' memory."""
-        for network in self.networks.values():
-            network.close()
 
 
 def _scales(control: Control, rows: int) -> Float32:

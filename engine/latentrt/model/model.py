@@ -22,13 +22,13 @@ from latentrt.model.codec import Codec, Vae, codec_of
 from latentrt.model.conditioners.adapters import Adapters, adapted, check_ranks, with_adapters
 from latentrt.model.conditioners.beside import Repainted
 from latentrt.model.conditioners.guidance_embedding import GuidanceEmbedding
-from latentrt.model.conditioners.ip_adapter import NO_IP_ADAPTERS, IpAdapter, looking, open_ip_adapters, prompted
+from latentrt.model.conditioners.ip_adapter import NO_IP_ADAPTERS, looking, open_ip_adapters, prompted
 from latentrt.model.conditioners.registry import Parts, conditioners_of
-from latentrt.model.control import NO_CONTROLS, Applied, ControlNet, controlled, open_controls
+from latentrt.model.control import NO_CONTROLS, Applied, controlled, open_controls
 from latentrt.model.given import Given, check_resize, check_uses
 from latentrt.model.hoisted import Hoisted
 from latentrt.model.inputs import Sides
-from latentrt.model.networks import Networks
+from latentrt.model.networks import AddOn, Networks, check_precision
 from latentrt.model.other_vae import OWN, VaeOptions
 from latentrt.model.predictor import Predictor, inputs_of
 from latentrt.model.text import Text
@@ -82,11 +82,17 @@ class Model:
         ip_adapters: Mapping[str, Bundle] = NO_IP_ADAPTERS,
     ) -> None:
         bundle, self.adapters = with_adapters(bundle, adapters, backend)
-        bundle = controlled(prompted(bundle, backend, ip_adapters), [one.spec for one in controls.values()])
+        plain, bundle = bundle.spec, prompted(bundle, backend, ip_adapters)
+        bundle = controlled(bundle, [one.spec for one in controls.values()])
+        check_precision(plain, bundle.spec, backend)
         denoiser, schedule = bundle.spec.denoiser, str(bundle.spec.schedule)
         self.spec, self.resident, self._vae = vae.spec(bundle.spec), resident, vae
         self.schedule = Schedule.from_config(bundle.json(schedule), self.spec.corrected(schedule))
         self.networks = Networks(bundle, backend, vae)
+        inputs = inputs_of([self.spec.networks[name] for name in (*self.spec.named(CONDITIONER), denoiser)])
+        self.ip_adapters = open_ip_adapters(ip_adapters, self.spec, inputs, backend)
+        self.controls = open_controls(controls, self.spec, backend)
+        self._add_ons: tuple[AddOn, ...] = (*self.controls, *self.ip_adapters)
         self.tiles = vae.tiles(self.spec)
         self.codec = codec_of(self.spec, self.networks, self.tiles)
         self.preview, self._preview_decoder = self._previews(backend)
@@ -96,14 +102,9 @@ class Model:
             check_ranks(self.networks.values(), self.adapters.rank)
         without_depth = next((self.networks[name] for name in self.spec.named(SHALLOW)), None)
         self.predictor = Predictor([self.networks[denoiser]], without_depth)
-        once = self.spec.named(CONDITIONER)
         self.hoisted = Hoisted(self.networks, self.spec, denoiser)
-        inputs = inputs_of([self.spec.networks[name] for name in (*once, denoiser)])
-        self.ip_adapters = open_ip_adapters(ip_adapters, self.spec, inputs, backend)
         parts = Parts(bundle, self.networks, self.codec, inputs, self.adapters, self.ip_adapters)
         self.conditioners = conditioners_of(parts)
-        self.controls = open_controls(controls, self.spec, backend)
-        self._add_ons: tuple[ControlNet | IpAdapter, ...] = (*self.controls, *self.ip_adapters)
         self._chains = None if backend.gpu is None else Chains(self.networks[denoiser], self.controls)
 
     def take(self, bundle: Bundle) -> None:

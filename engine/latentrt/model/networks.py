@@ -1,4 +1,4 @@
-"""A model's networks: loaded when they are needed, and again with other weights."""
+"""A model's networks, and those of add-ons: loaded when they are needed, a model's again with other weights."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from contextlib import ExitStack
 from functools import partial
 
 from latentrt.bundle.bundle import Bundle
+from latentrt.bundle.spec import INT8, INT8_ORT_CPU, ModelSpec
+from latentrt.errors import BackendError
 from latentrt.model.other_vae import VaeOptions
 from latentrt.runtime.base import Backend, Network
 from latentrt.runtime.lazy import LazyNetwork
@@ -75,3 +77,54 @@ class Networks(Mapping[str, LazyNetwork]):
 
     def _load(self, name: str) -> Network:
         return self._backend.load(self._home(name), name)
+
+
+class AddOn:
+    """The networks of an add-on, each loaded when it is needed.
+
+    Attributes:
+        name: that requests have for it.
+        spec: of its bundle.
+        networks: by their names in it.
+    """
+
+    def __init__(self, name: str, bundle: Bundle, backend: Backend) -> None:
+        self.name, self.spec = name, bundle.spec
+        self.networks = {each: LazyNetwork(partial(backend.load, bundle, each)) for each in self.spec.networks}
+
+    def open(self) -> None:
+        """Load all networks. Raise as `Backend.load`."""
+        for network in self.networks.values():
+            network.open()
+
+    def end_of(self, *roles: str) -> None:
+        """Drop the networks of roles."""
+        for role in roles:
+            for name in self.spec.named(role):
+                self.networks[name].drop()
+
+    def close(self) -> None:
+        """Free the networks' memory."""
+        for network in self.networks.values():
+            network.close()
+
+
+def check_precision(own: ModelSpec, read: ModelSpec, backend: Backend) -> None:
+    """Refuse a precision in which a backend runs a model, and not with what is loaded beside it.
+
+    Args:
+        own: the model.
+        read: the same, with the denoiser that reads what add-ons give.
+        backend: runs the networks.
+
+    Raises:
+        BackendError: there is no such denoiser in its precision.
+    """
+    variants = {INT8_ORT_CPU} if backend.precision == INT8 else set(backend.variants)
+    before, now = (spec.networks[spec.denoiser].variants for spec in (own, read))
+    if variants & set(before) and not variants & set(now):
+        raise BackendError(
+            f"{own.id} in {backend.precision}, with add-ons beside it for which it has graphs in {', '.join(now)}",
+            needed="a precision of these graphs",
+            fix="take precision='fp32' (--precision fp32), or leave the add-ons out",
+        )

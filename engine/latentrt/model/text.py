@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from threading import Lock
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from latentrt.adapters.kept import Kept
 from latentrt.adapters.mixed import Asked, Mixed
 from latentrt.errors import EXPORT, PromptSyntaxWarning, PromptTruncatedWarning, RequestError
 from latentrt.model.conditioners.adapters import asked_by
@@ -25,8 +25,6 @@ from latentrt.sampling.noise import NoiseSource
 
 Float32 = NDArray[np.float32]
 CACHED_PROMPTS, CACHED_EMBEDDINGS = 64, 4
-K = TypeVar("K", bound=Hashable)
-V = TypeVar("V")
 
 
 class Told(NamedTuple):
@@ -81,9 +79,9 @@ class Text(Conditioner):
         self.fields = ("prompt", *(["negative_prompt"] if guided else []), "clip_skip")
         self._zero_negative, self._most = zero_negative, most
         self._files: Mapping[str, Path] = {}
-        self._taught = _Recent[Hashable, tuple[Encoder, ...]](CACHED_EMBEDDINGS)
-        self._readings = _Recent[Told, tuple[Reading, ...]](CACHED_PROMPTS)
-        self._known = _Recent[Told, dict[str, Float32]](CACHED_PROMPTS)
+        self._taught = Kept[Hashable, tuple[Encoder, ...]](CACHED_EMBEDDINGS)
+        self._readings = Kept[Told, tuple[Reading, ...]](CACHED_PROMPTS)
+        self._known = Kept[Told, dict[str, Float32]](CACHED_PROMPTS)
         self._warned = False
 
     def __call__(self, request: Request, given: Given | None, noise: NoiseSource) -> Sides:
@@ -247,29 +245,6 @@ class Text(Conditioner):
         if not self._warned and (found := foreign(told.text, told.syntax)) is not None:
             self._warned = True
             warnings.warn(str(found), PromptSyntaxWarning, 4)
-
-
-class _Recent(Generic[K, V]):
-    """What was made lately, by key."""
-
-    def __init__(self, most: int) -> None:
-        self._most, self._known, self._lock = most, dict[K, V](), Lock()
-
-    def __call__(self, key: K, make: Callable[[], V]) -> V:
-        """Return what is known, or else make it."""
-        with self._lock:
-            known = self._known.get(key)
-        value = make() if known is None else known
-        with self._lock:
-            self._known.pop(key, None)
-            self._known[key] = value  # the least recently used comes first
-            for old in list(self._known)[: -self._most]:
-                del self._known[old]
-        return value
-
-    def clear(self) -> None:
-        with self._lock:
-            self._known.clear()
 
 
 def _dropped(readings: Sequence[Reading]) -> str:

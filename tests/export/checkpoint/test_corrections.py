@@ -132,6 +132,7 @@ def old(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return source, root / "bundle"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", [None, "ddpm", "dpmpp-2m"])
 def test_a_checkpoint_that_clips_is_drawn_as_its_pipeline_draws(old: tuple[Path, Path], solver: str | None) -> None:
     source, bundle = old
@@ -156,6 +157,7 @@ def test_a_checkpoint_that_clips_is_drawn_as_its_pipeline_draws(old: tuple[Path,
     assert psnr(ours, theirs) > 60
 
 
+@pytest.mark.slow
 def test_verify_compares_with_the_pipeline_as_it_is_loaded(old: tuple[Path, Path]) -> None:
     """A bundle that does not correct the schedule fails; a scheduler made from the file would hide it."""
     source, bundle = old

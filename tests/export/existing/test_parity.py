@@ -110,7 +110,7 @@ def test_every_network_and_picture_is_diffusers_own(made: Make, name: str) -> No
     assert [check for check in checks if check.passed is False] == []
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", ["sd", "plain", *(pytest.param(name, marks=pytest.mark.slow) for name in QUICK[2:])])
 def test_graphs_are_in_the_forms_of_export_s_own(made: Make, name: str) -> None:
     """What hoisting, step caching, and the CUDA and CPU graphs need is found; every node has a CUDA kernel."""
     root = made(name).bundle

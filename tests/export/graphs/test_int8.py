@@ -89,6 +89,7 @@ def test_a_lane_is_the_same_in_any_company(written: Bundle) -> None:
         np.testing.assert_array_equal(together[lane], alone[0])
 
 
+@pytest.mark.slow
 def test_what_a_picture_loses(written: Bundle, tmp_path: Path) -> None:
     """As little with a LoRA: scales are of the weights that the graph is loaded with."""
     lora = write_lora(tmp_path / "lora.safetensors", EMBEDDED, "kohya")
@@ -171,6 +172,6 @@ def test_a_bundle_that_a_lora_is_merged_into(written: Bundle, tmp_path: Path, mo
 
 
 def test_a_vae_alone_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="--int8 for a VAE alone"):
+    with pytest.raises(ExportError, match=r"--int8 for .*, which has vae_decoder"):
         export_bundle(EMBEDDED / "vae", tmp_path / "bundle", int8=True)
     assert not list(tmp_path.iterdir())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,22 +14,15 @@ from diffusers import ControlNetModel
 from PIL import Image
 
 from latentrt import Engine, ImagePrompt
-from latentrt.bundle.bundle import Bundle
-from latentrt.bundle.spec import TensorSpec
-from latentrt.errors import BundleError, ExportError, RequestError
+from latentrt.errors import RequestError
 from latentrt.model.predictor import Predictor
 from latentrt.run.job import Job
-from latentrt.runtime.onnxruntime import OrtBackend
 from latentrt_export.checkpoint.source import open_checkpoint
 from latentrt_export.graphs.to_onnx import quiet
 from latentrt_export.merge_bundle import merge_bundle
-from latentrt_export.plans.wanted import bundles_of
-from latentrt_export.verify.add_ons import verify_add_on
 from latentrt_export.verify.checks import difference, psnr
 from latentrt_export.verify.images import run_engine
 from latentrt_export.verify.reference import Run, Theirs, plain_folder, run_pipeline
-from latentrt_export.verify.verify import verify
-from tests.support.gpu.host_gpu import host_gpu
 from tests.support.models.loras import write_lora
 
 Exported = Callable[[str], tuple[Path, Path]]
@@ -278,67 +270,3 @@ def test_settings_that_are_not_ours(both: Callable[[str], Both]) -> None:
         both("sd").engine("a cat", ip_adapter_image=PICTURE)
     with pytest.raises(RequestError, match="an ip_adapter's scale is -1"):
         ImagePrompt(PICTURE, {"up": [0.5, -1]})
-
-
-def test_what_cannot_be_loaded(exported: Exported) -> None:
-    bundle, add_on, control = (exported(name)[1] for name in ("sd", "ip-sd-base", "control-sd-1"))
-    with pytest.raises(RequestError, match="loaded as the ip_adapter 'it', is none"):
-        Engine.load(bundle, ip_adapter={"it": control})
-    with pytest.raises(RequestError, match="loaded as the control 'it', is none"):
-        Engine.load(bundle, control={"it": add_on})
-    with pytest.raises(RequestError, match=r"is for 4 cross attentions of 32 channels. Needed: .*as sdxl has"):
-        Engine.load(exported("sdxl")[1], ip_adapter={"it": add_on})
-    with pytest.raises(BundleError, match=r"it is an IP-Adapter.*beside one: --ip-adapter-model"):
-        Engine.load(add_on)
-    with pytest.raises(ExportError, match=r"is an IP-Adapter.*an add-on of another kind"):
-        next(verify(add_on, add_on))
-    with pytest.raises(ExportError, match="is of the kind ip_adapter"):
-        next(verify_add_on(str(add_on), bundle))
-    with pytest.raises(BundleError, match=r"is an IP-Adapter.*run on a CPU"):
-        bundles_of(add_on)
-    with pytest.raises(BundleError, match=r"looks at no pictures.*latentrt export"):
-        Engine.load("pixels", ip_adapter={"it": add_on})
-    with (
-        host_gpu() as gpu,
-        pytest.raises(RequestError, match=r"IP-Adapters \(it\) with onnxruntime on .*Needed: a CPU"),
-    ):
-        Engine.load(bundle, backend=OrtBackend(threads=1, gpu=gpu), ip_adapter={"it": add_on})
-
-
-@pytest.mark.parametrize(
-    ("tensor", "change"),
-    [
-        ("pixel_values", {"shape": ("batch", 3, "height", "width")}),
-        ("image_embeds", {"name": "other"}),
-        ("keys.0", {"name": "other"}),
-        ("keys.0", {"shape": ("batch", "tokens", 32)}),
-        ("values.3", {"shape": ("batch", 5, 32)}),
-        ("values.3", {"shape": ()}),
-    ],
-)
-def test_add_ons_with_other_tensors(exported: Exported, tensor: str, change: dict[str, Any]) -> None:
-    """What a manifest says is not believed: each is refused before a network is loaded."""
-    bundle, add_on = (Bundle.open(exported(name)[1], check_hashes=False) for name in ("sd", "ip-sd-base"))
-
-    def changed(tensors: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-        return tuple(replace(one, **change) if one.name == tensor else one for one in tensors)
-
-    networks = {
-        name: replace(one, inputs=changed(one.inputs), outputs=changed(one.outputs))
-        for name, one in add_on.spec.networks.items()
-    }
-    other = replace(add_on, spec=replace(add_on.spec, networks=networks))
-    with pytest.raises(BundleError, match="other networks than an IP-Adapter"):
-        Engine(bundle, OrtBackend(threads=1), ip_adapters={"it": other})
-
-
-@pytest.mark.parametrize("change", [{"name": "image_keys.elsewhere"}, {"shape": ("batch", "adapters", 4, 32)}])
-def test_denoisers_with_other_inputs(exported: Exported, change: dict[str, Any]) -> None:
-    bundle, add_on = (Bundle.open(exported(name)[1], check_hashes=False) for name in ("sd", "ip-sd-base"))
-    unet = bundle.spec.networks["unet"]
-    first, *rest = unet.variants["fp32+ip_adapter"].inputs
-    known = replace(unet.variants["fp32+ip_adapter"], inputs=(replace(first, **change), *rest))
-    network = replace(unet, variants={**unet.variants, "fp32+ip_adapter": known})
-    other = replace(bundle, spec=replace(bundle.spec, networks={**bundle.spec.networks, "unet": network}))
-    with pytest.raises(BundleError, match=r"has the input image_keys.*Needed: a place"):
-        Engine(other, OrtBackend(threads=1), ip_adapters={"it": add_on})

@@ -144,7 +144,7 @@ def both(exported: Exported) -> Iterator[Callable[[str], Both]]:
     ("name", "case"),
     [
         *(pytest.param("sd", case, id=f"sd {name}") for name, case in CASES.items()),
-        *(pytest.param("sdxl", case, id=f"sdxl {name}") for name, case in XL_CASES.items()),
+        *(pytest.param("sdxl", case, id=f"sdxl {name}", marks=pytest.mark.slow) for name, case in XL_CASES.items()),
         pytest.param("sd2", CASES["parts"], id="sd2 parts", marks=pytest.mark.slow),
     ],
 )
@@ -159,7 +159,10 @@ def test_pictures_are_those_of_the_pipelines(both: Callable[[str], Both], name: 
     assert difference(without[-1], ours[-1]) > 1e-2  # they do something
 
 
-@pytest.mark.parametrize(("number", "guess"), [(POOLS, True), (SMALL, False)], ids=["pools", "small"])
+@pytest.mark.parametrize(
+    ("number", "guess"),
+    [pytest.param(POOLS, True, id="pools"), pytest.param(SMALL, False, id="small", marks=pytest.mark.slow)],
+)
 def test_other_kinds(exported: Exported, number: int, guess: bool) -> None:
     """One that reads BGR, pools, and acts on the prompt's lane alone in any case; and one that reads no text."""
     source, bundle = exported("sd")

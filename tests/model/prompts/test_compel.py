@@ -77,7 +77,7 @@ class Oracle:
         return np.asarray(pooled.numpy())
 
 
-@pytest.fixture(scope="module", params=["sd", "sdxl"])
+@pytest.fixture(scope="module", params=["sd", pytest.param("sdxl", marks=pytest.mark.slow)])
 def both(request: pytest.FixtureRequest, exported: Exported) -> Any:
     """Yield a text conditioner of ours, for prompts of any length, and compel."""
     _, bundle = exported(request.param)
@@ -149,7 +149,7 @@ def check_parse(prompt: str) -> None:
             assert np.allclose([fragment.weight for fragment in one], [fragment.weight for fragment in other]), prompt
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl"])
+@pytest.mark.parametrize("name", ["sd", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_pictures_are_those_of_the_library_and_the_pipeline(exported: Exported, name: str) -> None:
     _, bundle = exported(name)
     pipe, prompt, negative = pipeline(bundle, name), "a cat++ and (a dog)0.6", "dog-"

@@ -78,6 +78,30 @@ def test_a1111s_client_switches(several: Serve) -> None:
     assert api.util_get_current_model() == "c"
 
 
+def test_a1111s_client_drops_and_loads_what_it_has_chosen(several: Serve) -> None:
+    server = several("a", "b")
+    api = webuiapi.WebUIApi(baseurl=f"{server.url}/sdapi/v1")
+
+    def ask(what: str) -> object:
+        return api.custom_post(f"sdapi/v1/{what}-checkpoint").json
+
+    beside: dict[str, set[str]] = {"a": set(), "b": {"a"}}
+    for chosen, left in beside.items():
+        api.util_set_model(chosen)
+        for _ in range(2):  # what is done already is no error
+            assert (ask("unload"), server.loaded) == ({}, left)
+        assert server.ready()[chosen] == "unloaded"
+        for _ in range(2):
+            assert (ask("reload"), server.loaded) == ({}, {*left, chosen})
+    assert server.loads == {"a": 2, "b": 2}
+    with server.waiting("b"):
+        refused = server.ask("POST", "/sdapi/v1/unload-checkpoint")
+        assert (refused.status_code, refused.json()["code"]) == (409, "model_in_use")
+        assert "requests need the model b" in refused.json()["detail"]
+    assert ask("unload") == {}
+    assert api.txt2img(prompt="an owl", steps=3, alwayson_scripts={}).info["sd_model_name"] == "b"
+
+
 def test_each_key_has_its_own_choice(several: Serve) -> None:
     server = several("a", "b", keys=["one", "two"])
     keys = [{"authorization": f"Bearer {key}"} for key in ("one", "two")]

@@ -74,11 +74,13 @@ def flat(chrome: Chrome, url: str) -> Iterator[Visitor]:
     assert visitor.complaints() == []
 
 
-def guided_by(scheduler: FakeScheduler, *names: str) -> Any:
-    """Return the application of a server with these ControlNets."""
+def guided_by(scheduler: FakeScheduler, *names: str, shows: tuple[str, ...] = ()) -> Any:
+    """Return the application of a server with these ControlNets, and IP-Adapters that show pictures."""
     model = Model(Bundle.open(check_hashes=False), FakeBackend())
     named: Any = [SimpleNamespace(name=name, spec=SimpleNamespace(kind="controlnet")) for name in names]
     model.controls = tuple(named)
+    looks: Any = tuple(SimpleNamespace(name=name) for name in shows)
+    model.ip_adapters = looks
     return app_of(scheduler, model, controlnet=tuple(f"{name}=some/" for name in names))
 
 

@@ -50,8 +50,9 @@ def test_there_is_nothing_else_below_static(url: str) -> None:
 
 def test_the_files_are_small_and_name_no_other_place() -> None:
     texts = {part.name: part.read_text(encoding="utf-8") for part in PARTS}
-    # Less than a few pictures; raised from 60,000 for ControlNets, the mask editor, comparing, maps and models.
-    assert sum(map(len, texts.values())) < 92_000
+    # Less than a few pictures; raised from 60,000 for ControlNets, the mask editor, comparing, maps, models
+    # and pictures that are shown.
+    assert sum(map(len, texts.values())) < 93_000
     assert all(text.count("\n") <= 350 for text in texts.values())
     for text in texts.values():
         assert set(re.findall(r"https?://[^\s\"']+", text)) <= {"http://www.w3.org/2000/svg"}

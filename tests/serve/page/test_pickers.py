@@ -63,8 +63,8 @@ def test_controls_are_sent(guided: Visitor, scheduler: FakeScheduler, tmp_path: 
     assert not scheduler.submitted[2].request.control
 
 
-def test_a_server_without_controlnets_offers_none(flat: Visitor) -> None:
-    assert not flat.one("#controls").is_displayed()
+def test_a_server_without_them_offers_none(flat: Visitor) -> None:
+    assert not any(flat.one(part).is_displayed() for part in ("#controls", "#ip_adapters"))
 
 
 def test_loras_are_sent_and_kept(chrome: Chrome, scheduler: FakeScheduler, tmp_path: Path) -> None:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from latentrt.adapters.kept import Kept
 from latentrt.bundle.bundle import Bundle
 from latentrt.bundle.spec import (
     CONDITIONER,
@@ -28,20 +28,21 @@ from latentrt.bundle.spec import (
     ModelSpec,
     TensorSpec,
 )
-from latentrt.errors import EXPORT, BundleError, RequestError
+from latentrt.bundle.tensors import open_tensors
+from latentrt.errors import EXPORT, BackendError, BundleError, RequestError
 from latentrt.images.clip import clip_pixels
 from latentrt.model.conditioners.block_scales import PLACE, scales_of
-from latentrt.model.conditioners.kept import Kept
 from latentrt.model.given import Given
 from latentrt.model.inputs import Conditioner, Inputs, Sides
+from latentrt.model.networks import AddOn
 from latentrt.request import Request
 from latentrt.runtime.base import Backend, call
-from latentrt.runtime.lazy import LazyNetwork
 from latentrt.sampling.noise import NoiseSource
 
 Float32 = NDArray[np.float32]
 NO_IP_ADAPTERS: Mapping[str, Bundle] = {}
 IMAGE_EMBEDS, IMAGE_STATES = "image_embeds", "image_states"  # what image encoders give, one of both
+KEYS_WEIGHT = ".to_k_ip.weight"  # ends the names of weights: (channels, the width of the model's texts)
 KEYS, VALUES = "keys.", "values."  # begin the names of what an add-on gives: keys.0, values.0, ...
 KEPT = 4  # pictures of each add-on
 MOST_TOKENS = 4096  # to which those of several are brought
@@ -55,26 +56,22 @@ class Seen(NamedTuple):
     digest: str
 
 
-class IpAdapter:
+class IpAdapter(AddOn):
     """An IP-Adapter's networks on a backend. Any thread may call it.
 
-    Attributes:
-        name: that requests have for it.
-
     Args:
-        name: as above.
+        name: that requests have for it.
         bundle: its own.
         backend: runs the networks.
     """
 
     def __init__(self, name: str, bundle: Bundle, backend: Backend) -> None:
-        self.name, self.spec = name, bundle.spec
-        self.networks = {each: LazyNetwork(partial(backend.load, bundle, each)) for each in self.spec.networks}
+        super().__init__(name, bundle, backend)
         (encoder,), (body,) = self.spec.named(HINT), self.spec.named(CONDITIONER)
         self._encoder, self._body = self.networks[encoder], self.networks[body]
         (self._reads,), (gives,) = self.spec.networks[encoder].inputs, self.spec.networks[encoder].outputs
         self._gives = gives.name
-        self._seen: Kept[Seen] = Kept(KEPT)
+        self._seen = Kept[str, Seen](KEPT)
 
     @property
     def tokens(self) -> int:
@@ -105,17 +102,6 @@ class IpAdapter:
     def _keys(self, states: Float32) -> Inputs:
         return {name: array[0] for name, array in call(self._body, {self._gives: states}).items()}
 
-    def end_of(self, *roles: str) -> None:
-        """Drop the networks of roles."""
-        for role in roles:
-            for name in self.spec.named(role):
-                self.networks[name].drop()
-
-    def close(self) -> None:
-        """Free the networks' memory."""
-        for network in self.networks.values():
-            network.close()
-
 
 class ImagePrompts(Conditioner):
     """Fills the keys and values of pictures, of all IP-Adapters that an engine has.
@@ -141,7 +127,7 @@ class ImagePrompts(Conditioner):
             for place, channels in self._places.items()
             for kind in self.inputs
         }
-        self._sides: Kept[Sides] = Kept(KEPT)  # pictures of one request share them
+        self._sides = Kept[Hashable, Sides](KEPT)  # pictures of one request share them
 
     def __call__(self, request: Request, given: Given | None, noise: NoiseSource) -> Sides:
         """See `Conditioner`."""
@@ -184,13 +170,16 @@ def prompted(bundle: Bundle, backend: Backend, adapters: Mapping[str, Bundle]) -
     """Return a model's bundle with the denoiser that looks at pictures in the place of its own, if there are adapters.
 
     Raises:
-        RequestError: the backend runs no such denoiser.
+        BackendError: the backend runs no such denoiser.
         BundleError: as of `looking`.
     """
-    if adapters and backend.gpu is not None:
+    if not adapters:
+        return bundle
+    if backend.gpu is not None:
         found = f"IP-Adapters ({', '.join(adapters)}) with {backend.name} on {backend.device}"
-        raise RequestError(found, needed="a CPU: there are no graphs for a GPU yet", fix="device='cpu'")
-    return looking(bundle) if adapters else bundle
+        needed = "a CPU: there are no graphs for a GPU yet"
+        raise BackendError(found, needed=needed, fix="take device='cpu' (--device cpu)")
+    return looking(bundle)
 
 
 def looking(bundle: Bundle) -> Bundle:
@@ -229,7 +218,7 @@ def open_ip_adapters(
         BundleError: an IP-Adapter has other networks than this version makes.
     """
     for name, bundle in bundles.items():
-        _check_fits(name, bundle.spec, model, tuple(places_of(read).values()))
+        _check_fits(name, bundle, model, read)
     opened = tuple(IpAdapter(name, bundle, backend) for name, bundle in bundles.items())
     tokens = [one.tokens for one in opened]
     if tokens and math.lcm(*tokens) > MOST_TOKENS:
@@ -268,7 +257,8 @@ def ip_adapter_facts(request: Request, adapters: Sequence[IpAdapter]) -> dict[st
     return {"ip_adapter": facts} if facts else {}
 
 
-def _check_fits(name: str, own: ModelSpec, model: ModelSpec, channels: Sequence[int]) -> None:
+def _check_fits(name: str, bundle: Bundle, model: ModelSpec, read: Mapping[str, TensorSpec]) -> None:
+    own = bundle.spec
     if own.kind != IP_ADAPTER:
         raise RequestError(
             f"{own.id}, loaded as the ip_adapter {name!r}, is none",
@@ -277,13 +267,28 @@ def _check_fits(name: str, own: ModelSpec, model: ModelSpec, channels: Sequence[
         )
     _check_networks(own)
     body = own.networks[own.named(CONDITIONER)[0]]
-    found = tuple(tensor.shape[-1] for tensor in body.outputs[::2])
-    if found != tuple(channels):
+    found = [tensor.shape[-1] for tensor in body.outputs[::2]], _text_width(bundle)
+    needed = list(places_of(read).values()), read["encoder_hidden_states"].shape[2]
+    if found != needed:
         raise RequestError(
-            f"the IP-Adapter {own.id} is for {_told(found)}",
-            needed=f"{_told(channels)}, as {model.id} has",
+            f"the IP-Adapter {own.id} is for {_told(*found)}",
+            needed=f"{_told(*needed)}, as {model.id} has",
             fix="take an IP-Adapter that was trained for this kind of model",
         )
+
+
+def _text_width(bundle: Bundle) -> int:
+    """Return how wide the texts are of the model that an IP-Adapter was trained for; its tokens are as wide.
+
+    No input tells it: the models of Stable Diffusion 1 and 2 differ in nothing else. Raise BundleError.
+    """
+    files = [name for name in bundle.files if name.endswith(".safetensors")]
+    shapes = [open_tensors(bundle.path(name), BundleError).shapes for name in files]
+    widths = {shape[-1] for each in shapes for name, shape in each.items() if name.endswith(KEYS_WEIGHT) and shape}
+    if len(widths) != 1:
+        needed = f"weights {KEYS_WEIGHT} of one width"
+        raise BundleError(f"{bundle.spec.id} has no keys of pictures", needed=needed, fix=EXPORT)
+    return widths.pop()
 
 
 def _check_networks(own: ModelSpec) -> None:
@@ -306,5 +311,6 @@ def _check_networks(own: ModelSpec) -> None:
         raise BundleError(f"{own.id} has other networks than an IP-Adapter", needed="those of this version", fix=EXPORT)
 
 
-def _told(channels: Sequence[Any]) -> str:
-    return f"{len(channels)} cross attentions of {', '.join(map(str, dict.fromkeys(channels)))} channels"
+def _told(channels: Sequence[Any], width: Any) -> str:
+    count, wide = len(channels), ", ".join(map(str, dict.fromkeys(channels)))
+    return f"{count} cross attentions of {wide} channels, with texts of {width}"

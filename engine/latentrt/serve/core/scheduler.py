@@ -326,10 +326,9 @@ class Scheduler:
             return tuple(self._handles)
 
     @property
-    def idle(self) -> bool:
-        """Whether no client waits for anything and no call is under way: that of a client that left goes on."""
-        with self._changed:
-            return not self._handles and not self._health.calling
+    def calling(self) -> bool:
+        """Whether a call is under way: that of a client that left goes on."""
+        return self._health.calling
 
     def drain(self) -> None:
         """Refuse new requests; those that have a place are finished."""

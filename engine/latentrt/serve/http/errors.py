@@ -100,7 +100,7 @@ _MEANING = {
     401: "invalid_api_key",
     404: "model_not_found, not_found or no_preview",
     408: "body_timeout",
-    409: "cancelled, by the client or by another request of the same key; or not_finished",
+    409: "cancelled, by the client or by another request of the same key; not_finished or model_in_use",
     413: "body_too_large or image_too_large",
     415: "unsupported_media_type",
     422: "invalid_value: the body does not fit its description",

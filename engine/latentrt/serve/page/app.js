@@ -3,7 +3,7 @@
 import { ask, key, setKey } from "./api.js";
 import { find, say, short, titleOf, toForm } from "./dom.js";
 import * as form from "./form.js";
-import * as controls from "./given/controls.js";
+import { controls, shown } from "./given/pictures.js";
 import * as source from "./given/source.js";
 import * as jobs from "./jobs.js";
 import * as gallery from "./kept/gallery.js";
@@ -15,7 +15,7 @@ let state = "";
 
 async function draw() {
   const { strength, ...wanted } = form.values();
-  const given = { ...(await source.source()), control: controls.controls() };
+  const given = { ...(await source.source()), control: controls.given(), ip_adapter: shown.given() };
   if (given.image && strength !== undefined) wanted.strength = strength;
   const job = jobs.start(wanted, given);
   say(`Drawing ${short(titleOf(wanted))}`);
@@ -44,7 +44,7 @@ async function described(name) {
 function offer(told) {
   model = told;
   find("model-name").textContent = model.model;
-  for (const part of [form, source, controls, gallery]) part.offered(model);
+  for (const part of [form, source, controls, shown, gallery]) part.offered(model);
 }
 
 /** Turn to another model; the server may have to load it first. */
@@ -75,15 +75,16 @@ function keyClosed() {
   watch.look();
 }
 
-async function reuse({ wanted, control = {}, facts }) {
+async function reuse({ wanted, edited, image, mask, depth, control = {}, ip_adapter = {}, facts }) {
   await turn(wanted.model);
+  await source.use(model.edits && image ? image : null, mask, depth);
   form.reset();
   form.fill({ negative_prompt: "", ...wanted, n: 1 });
   form.keep();
-  controls.fill(control);
+  const lost = [...controls.fill(control, facts.control), ...shown.fill(ip_adapter, facts.ip_adapter)].map((name) => `of ${name}`);
+  if (edited && !(model.edits && image)) lost.unshift("to start from");
   toForm();
-  const lost = Object.keys(facts.control ?? {}).filter((name) => !control[name] || !model.controls.includes(name));
-  say(`The settings stand in the form${lost.length ? `, but not what ${lost.join(" and ")} followed` : ""}`);
+  say(`The settings stand in the form${lost.length ? `, but not the picture ${lost.join(" and ")}` : ""}`);
 }
 
 function edit({ blob, wanted }) {
@@ -128,4 +129,4 @@ form.begin();
 source.begin(form.startsFrom);
 jobs.begin({ drawn: gallery.add, stirred: watch.look, field: form.field });
 watch.begin({ busy: jobs.busy, queue: jobs.told, state: learn, mine: jobs.byId });
-gallery.begin({ reuse, edit, follow: ({ blob }, name) => controls.follow(name, blob) });
+gallery.begin({ reuse, edit, follow: ({ blob }, name) => controls.use(name, blob), show: ({ blob }, name) => shown.use(name, blob) });

@@ -16,6 +16,19 @@ export function make(tag, attributes = {}, ...children) {
 
 export const button = (text, onclick, attributes = {}) => make("button", { type: "button", ...attributes, onclick }, text);
 
+/** What is wrong with a file that is larger than the server takes: while it is sent, the server would hang up. */
+export function tooLarge(blob, most) {
+  const mebibytes = (bytes) => `${(bytes / 2 ** 20).toPrecision(3)} MiB`;
+  return blob?.size > most ? `The file has ${mebibytes(blob.size)}; this server takes ${mebibytes(most)}` : "";
+}
+
+/** Put a picture into a field for files, or with null what is there out of it. */
+export function hand(input, blob) {
+  const data = new DataTransfer(); // it takes files of nothing else
+  if (blob) data.items.add(new File([blob], blob.name ?? "picture", { type: blob.type }));
+  input.files = data.files;
+}
+
 /** Put the cursor into the first field of the form. */
 export const toForm = () => [...find("form").elements].find((element) => element.offsetParent && !element.disabled && element.name !== "model")?.focus();
 

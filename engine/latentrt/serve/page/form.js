@@ -151,7 +151,7 @@ export function fill(wanted) {
 function fillSize(size) {
   const select = field("size");
   const listed = [...select.options].some((option) => option.value === size);
-  choose("size", listed ? size : size === offer?.size ? "" : OTHER);
+  choose("size", listed ? size : size === offer?.size && !fromPicture ? "" : OTHER);
   [field("width").value, field("height").value] = size.split("x");
 }
 

@@ -2,7 +2,7 @@
 
 import { Refusal, ask, broken, events } from "./api.js";
 import { button, count, find, make, say, short, titleOf, toForm } from "./dom.js";
-import { encoded } from "./given/controls.js";
+import { encoded } from "./given/pictures.js";
 import { settingsOf } from "./kept/png.js";
 
 const MOST_AT_ONCE = 4; // a browser has six connections to a server, and cancelling needs one
@@ -32,7 +32,7 @@ export function told(entries) {
   for (const entry of entries) byId(entry.id)?.follow(entry, ahead.indexOf(entry.id));
 }
 
-/** `given` are pictures: {image, mask, depth, control}, each only where there is one. */
+/** `given` are pictures: {image, mask, depth}, each only where there is one, and {control, ip_adapter}, by name. */
 export function start(wanted, given) {
   const job = new Job(wanted, given);
   jobs.add(job);
@@ -88,9 +88,9 @@ class Job {
   }
 
   async #request() {
-    const { image, mask, depth, control } = this.given;
+    const { image, mask, depth, ...units } = this.given;
     const wanted = { output_format: "png", ...this.wanted, stream: true };
-    if (control) wanted.control = await encoded(control);
+    for (const [key, given] of Object.entries(units)) if (Object.keys(given).length) wanted[key] = await encoded(given);
     const options = { method: "POST", headers: { "x-request-id": this.id }, signal: this.abort.signal };
     if (!image) {
       options.headers["content-type"] = "application/json";
@@ -135,7 +135,7 @@ class Job {
     const facts = await settingsOf(blob).catch(() => ({}));
     const { n, ...wanted } = { ...this.wanted, seed: data.seed, size: data.size };
     const id = `${this.id}-${data.index ?? 0}`;
-    await hooks.drawn({ id, made: Date.now(), blob, size: data.size, wanted, facts, control: this.given.control ?? {}, edited: Boolean(this.given.image), warnings: data.warnings ?? [] });
+    await hooks.drawn({ id, made: Date.now(), blob, size: data.size, wanted, facts, ...this.given, edited: Boolean(this.given.image), warnings: data.warnings ?? [] });
   }
 
   /** An entry of the server's queue; `ahead` is how many wait before it. */

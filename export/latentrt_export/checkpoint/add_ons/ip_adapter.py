@@ -77,8 +77,10 @@ def read_ip_adapter(path: Path) -> IpAdapter:
         raise unsupported(f"{path.name}, an IP-Adapter of another kind, such as FaceID", f"one of {', '.join(KINDS)}")
     try:
         own = _plus(shapes) if kind == PLUS else _base(shapes) if kind == BASE else _full(shapes)
-    except (KeyError, ValueError) as error:
-        raise ExportError(f"{path} lacks {error}", needed="the weights of an IP-Adapter", fix=AGAIN) from error
+    except (KeyError, IndexError, ValueError) as error:
+        raise ExportError(
+            f"{path} lacks weights, or has others ({error})", needed="the weights of an IP-Adapter", fix=AGAIN
+        ) from error
     needed = _needed(own)
     for name in sorted({*shapes, *needed}):
         if shapes.get(name) != needed.get(name):

@@ -27,7 +27,7 @@ PROMPT, NEGATIVE = "a photo of a cat", "a dog"
 PREDICTIONS = {"sd2": "v_prediction"}
 PSNR_BOUND = 50.0
 SIZE = {"height": 32, "width": 48}
-SLOW = [("sd1", 4, False), ("sd1", 9, False), ("sd1", 4, True), ("xl", 4, False), ("xl", 4, True)]
+KINDS = [("sd2", 4, False), ("sd1", 4, False), ("sd1", 9, False), ("sd1", 4, True), ("xl", 4, False), ("xl", 4, True)]
 
 
 @pytest.fixture
@@ -38,10 +38,8 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
-@pytest.mark.parametrize(
-    ("family", "channels", "distilled"),
-    [("sd2", 4, False), *(pytest.param(*kind, marks=pytest.mark.slow) for kind in SLOW)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "channels", "distilled"), KINDS)
 def test_pictures_are_those_of_from_single_file(
     made: Make, tmp_path: Path, no_network: None, family: str, channels: int, distilled: bool
 ) -> None:

@@ -40,6 +40,8 @@ CASES = {
     ("emoji", "unet"): 70,
     ("emoji", "vae_decoder"): 5,
 }
+LONG = (("sdxl", "unet"), ("emoji", "vae_decoder"))
+EVERY = [pytest.param(case, marks=pytest.mark.slow if case in LONG else (), id="-".join(case)) for case in CASES]
 
 
 def feeds_of(model: ir.Model) -> Arrays:
@@ -54,7 +56,7 @@ def feeds_of(model: ir.Model) -> Arrays:
     return feeds
 
 
-@pytest.mark.parametrize("case", CASES, ids="-".join)
+@pytest.mark.parametrize("case", EVERY)
 def test_zeros_are_exact_and_others_are_near(exported: Exported, case: tuple[str, str]) -> None:
     _, root = exported(case[0])
     spec = Bundle.open(root).spec

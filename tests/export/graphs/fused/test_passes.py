@@ -107,7 +107,7 @@ def test_half_graphs(exported: Exported, case: tuple[str, str]) -> None:
     assert ours < 1.25 * distance(open_session(before, folder).run(None, feeds), expected)
 
 
-@pytest.mark.parametrize("case", CASES, ids="-".join)
+@pytest.mark.parametrize("case", EVERY)
 def test_counts_by_type(exported: Exported, case: tuple[str, str]) -> None:
     _, root = exported(case[0])
     path = Bundle.open(root).spec.graphs("fp16")[case[1]].path

@@ -190,6 +190,9 @@ def test_lists(api: webuiapi.WebUIApi) -> None:
     ram = api.get_memory()["ram"]
     assert 2**20 < ram["used"] < ram["total"] == ram["used"] + ram["free"]
     assert api.refresh_checkpoints() is None
+    assert api.custom_post("sdapi/v1/reload-checkpoint").json == {}
+    with pytest.raises(RuntimeError, match="has one model, which stays loaded"):
+        api.custom_post("sdapi/v1/unload-checkpoint")
     api.util_wait_for_ready()
 
 

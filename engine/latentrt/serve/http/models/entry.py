@@ -53,10 +53,15 @@ class Entry:
         return None if self.opened is None or self.context is None else self.context.scheduler
 
     @property
-    def busy(self) -> bool:
-        """Whether it must stay: requests wait for it or run, or a call goes on, which only its scheduler watches."""
+    def needed(self) -> bool:
+        """Whether requests wait for it or run."""
         waits = self.waiting > 0 and not self.yields
-        return waits or self.held > 0 or (self.scheduler is not None and not self.scheduler.idle)
+        return waits or self.held > 0 or (self.scheduler is not None and bool(self.scheduler.handles))
+
+    @property
+    def busy(self) -> bool:
+        """Whether it must stay: it is needed, or a call goes on, which only its scheduler watches."""
+        return self.needed or (self.scheduler is not None and self.scheduler.calling)
 
     @property
     def state(self) -> str:

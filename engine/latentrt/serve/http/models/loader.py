@@ -59,6 +59,15 @@ class Loader:
         entry.loading = entry.loading or asyncio.create_task(self._load(entry))
         return entry.loading
 
+    async def drop(self, entry: Entry) -> bool:
+        """Drop a model because a client asks for it; return False where requests wait for it or run."""
+        async with self._turn:
+            while entry.busy and not entry.needed:
+                await asyncio.sleep(LOOK)
+            if not entry.busy:
+                await self._drop(entry, "asked")
+            return entry.opened is None
+
     async def _load(self, entry: Entry) -> None:
         try:
             async with self._turn:

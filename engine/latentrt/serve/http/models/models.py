@@ -19,6 +19,7 @@ from latentrt.serve.core.errors import SOON, Draining, ModelFailed, ModelLoading
 from latentrt.serve.core.handle import Handle
 from latentrt.serve.core.scheduler import Scheduler
 from latentrt.serve.http.catalog import unknown
+from latentrt.serve.http.errors import Problem
 from latentrt.serve.http.generation import LOOK, Context, left
 from latentrt.serve.http.models.entry import ON_DEMAND, Entry
 from latentrt.serve.http.models.loader import Loader, Open
@@ -134,6 +135,19 @@ class Models:
         entry.held += 1
         entry.used = time.monotonic()
         return self.described(entry)
+
+    async def drop(self, entry: Entry) -> None:
+        """Drop a model, if it is loaded; the next request that needs it loads it again.
+
+        Raises:
+            Problem: 400 where it is the only one, 409 model_in_use where requests wait for it or run.
+        """
+        if not self.several:
+            found, fix = "this server has one model, which stays loaded", "latentrt serve NAME=BUNDLE NAME=BUNDLE"
+            raise Problem(found, needed="one of several", fix=fix)
+        if not await self.loader.drop(entry):
+            found, needed = f"requests need the model {entry.name}", "one that none waits for or runs on"
+            raise Problem(found, needed, fix="ask again when they are done", status=409, code="model_in_use")
 
     def release(self, entry: Entry) -> None:
         """Let a model go that was held."""

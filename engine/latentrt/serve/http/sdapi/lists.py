@@ -74,6 +74,21 @@ async def refresh() -> None:
     """Do nothing: what a server offers is known when it starts, and the folder of LoRAs is listed for each request."""
 
 
+@router.post("/unload-checkpoint", responses=documented(400, 409, model=Error))
+async def unload_checkpoint(http: HttpRequest) -> dict[str, str]:
+    """Drop the model that this client has chosen, of several, unless requests need it. The next one loads it again."""
+    models = models_of(http)
+    await models.drop(models.chosen(http.state.facts["owner"]))
+    return {}
+
+
+@router.post("/reload-checkpoint", responses=documented(429, 503, model=Error))
+async def reload_checkpoint(http: HttpRequest) -> dict[str, str]:
+    """Load the model that this client has chosen, if it is not."""
+    await serving(http, models_of(http).chosen(http.state.facts["owner"]).name)
+    return {}
+
+
 @router.get("/samplers")
 async def samplers(context: Chosen) -> list[SamplerItem]:
     """By A1111's names, then by ours."""

@@ -15,7 +15,7 @@ const eraser = find("mask-eraser");
 const large = find("mask-large");
 const ink = canvas.getContext("2d", { willReadFrequently: true });
 
-let deeds = []; // strokes {erase, width, points}, "invert", "clear": all drawn again where the last is undone
+let deeds = []; // strokes {erase, width, points}, "invert", "clear", an ImageBitmap: all drawn again where the last is undone
 let stroke = null; // that is being painted
 let at = [0, 0]; // where the brush is
 let changed = () => {};
@@ -40,16 +40,16 @@ export function begin(onchange) {
   canvas.addEventListener("focus", point);
 }
 
-/** Begin anew, for a picture of this size. */
-export function fit(width, height) {
+/** Begin anew, for a picture of this size; with what is cut out of a mask, an ImageBitmap. */
+export function fit(width, height, cut = null) {
   [canvas.width, canvas.height] = [width, height];
   panel.style.setProperty("--ratio", width / height);
   at = [width / 2, height / 2];
-  forget();
+  forget(cut ? [cut] : []);
 }
 
-export function forget() {
-  [deeds, stroke] = [[], null];
+export function forget(left = []) {
+  [deeds, stroke] = [left, null];
   if (large.ariaPressed === "true") enlarge();
   draw();
 }
@@ -74,6 +74,7 @@ function draw() {
   for (const deed of deeds) {
     if (deed === "clear") wipe();
     else if (deed === "invert") invert();
+    else if (deed instanceof ImageBitmap) lay(deed);
     else deed.points.forEach((_, index) => segment(deed, index));
   }
   tell();
@@ -85,6 +86,13 @@ function invert() {
   ink.globalCompositeOperation = "xor";
   ink.fillStyle = COLOUR;
   ink.fillRect(0, 0, canvas.width, canvas.height);
+}
+
+/** Paint, where nothing is painted yet, what is cut out of a mask. */
+function lay(cut) {
+  invert();
+  ink.globalCompositeOperation = "destination-out";
+  ink.drawImage(cut, 0, 0);
 }
 
 /** Draw a stroke's line to one of its points; to the first, a dot. */

@@ -1,6 +1,6 @@
 // The picture to start from, and a mask that is painted over it (mask.js) or comes from a file.
 
-import { find, say } from "../dom.js";
+import { find, hand, say, tooLarge } from "../dom.js";
 import * as mask from "./mask.js";
 
 const file = find("source-file");
@@ -26,14 +26,13 @@ export function begin(onchange) {
     mask.clear();
     check();
   });
-  image.addEventListener("load", () => mask.fit(image.naturalWidth, image.naturalHeight));
   mask.begin(check);
   document.addEventListener("paste", (event) => take(event, event.clipboardData));
   document.addEventListener("dragover", (event) => event.dataTransfer.types.includes("Files") && event.preventDefault());
   document.addEventListener("drop", (event) => take(event, event.dataTransfer));
 }
 
-/** Which pictures the server takes, and how large ones: while a larger one is sent it would hang up. */
+/** Which pictures the server takes, and how large ones. */
 export function offered(model) {
   const { edits, limits, masks, needs_depth, needs_picture } = model;
   [most, needs] = [limits.max_image_bytes, model];
@@ -46,7 +45,6 @@ export function offered(model) {
 }
 
 function check() {
-  const mebibytes = (bytes) => `${(bytes / 2 ** 20).toPrecision(3)} MiB`;
   const [drawn, depth] = [maskFile.files[0], depthFile.files[0]];
   const missing = (needed, given, what) => (needed && !given ? `This model needs ${what}` : "");
   for (const [input, blob, lack] of [
@@ -54,13 +52,12 @@ function check() {
     [maskFile, drawn, picture ? missing(needs.needs_mask, drawn || mask.painted, "a mask") : ""],
     [depthFile, depth, picture ? missing(needs.needs_depth, depth, "a depth map") : ""],
   ]) {
-    const large = blob?.size > most;
-    input.setCustomValidity(large ? `The file has ${mebibytes(blob.size)}; this server takes ${mebibytes(most)}` : lack);
+    input.setCustomValidity(tooLarge(blob, most) || lack);
   }
 }
 
-/** Start from this picture; null: from none. */
-export function use(blob) {
+/** Start from this picture, with a mask and a depth map that were given before; null: from none. */
+export async function use(blob, drawn = null, depth = null) {
   URL.revokeObjectURL(image.src);
   picture = blob;
   find("source-panel").hidden = !blob;
@@ -69,8 +66,13 @@ export function use(blob) {
   if (blob) find("source").open = true;
   if (file.files[0] !== blob) file.value = "";
   maskFile.value = "";
+  if (depth) hand(depthFile, depth);
   mask.forget();
   changed(Boolean(blob));
+  if (!blob) return;
+  const loaded = new Promise((resolve) => (image.onload = image.onerror = resolve));
+  const [cut] = await Promise.all([drawn && createImageBitmap(drawn), loaded]);
+  if (picture === blob && image.naturalWidth) mask.fit(image.naturalWidth, image.naturalHeight, cut);
 }
 
 /** {image, mask, depth} as Blobs, or {} where pictures start from noise. */

@@ -6,6 +6,7 @@ import { zip } from "./zip.js";
 
 const MOST = 200; // pictures
 const MOST_BYTES = 256 * 2 ** 20;
+const MOST_SOURCE = 4 * 2 ** 20; // of the picture that one starts from, its mask and its depth map
 
 const list = find("history");
 const detail = find("detail");
@@ -18,7 +19,7 @@ let other = null; // that is compared with it
 let only = false; // whether favourites alone are shown
 let ontop = false; // it was opened by the newest picture's button
 
-/** `reuse(record)`, `edit(record)` and `follow(record, name)` are what a picture's buttons do. */
+/** `reuse(record)`, `edit(record)`, `follow(record, name)` and `show(record, name)` are what a picture's buttons do. */
 export async function begin(given) {
   hooks = given;
   const question = find("clear-dialog");
@@ -56,15 +57,16 @@ export async function begin(given) {
   tally();
 }
 
-/** Offer a picture to each of the model's ControlNets. */
-export function offered({ controls }) {
-  const one = (name) => button(controls.length > 1 ? `Follow it: ${name}` : "Follow it", () => leave(hooks.follow, shown, name));
-  find("detail-follow").replaceChildren(...controls.map(one));
+/** Offer a picture to each of the model's ControlNets and IP-Adapters. */
+export function offered({ controls, ip_adapters }) {
+  const each = (names, text, hook) => names.map((name) => button(names.length > 1 ? `${text}: ${name}` : text, () => leave(hooks[hook], shown, name)));
+  find("detail-follow").replaceChildren(...each(controls, "Follow it", "follow"), ...each(ip_adapters, "Show it", "show"));
 }
 
 /** Show a new picture and keep it; the oldest go where there are too many. */
 export async function add(record) {
   await opening;
+  if (sum(sourceOf(record)) > MOST_SOURCE) record.image = record.mask = record.depth = null;
   place(record);
   tally();
   await history.put(record).catch(() => say("The picture could not be kept: the browser has no room"));
@@ -78,8 +80,14 @@ export async function add(record) {
   tally();
 }
 
-/** Bytes of a picture and of what it followed. */
-const sizeOf = ({ blob, control = {} }) => Object.values(control).reduce((size, { image }) => size + image.size, blob.size);
+/** Bytes of a picture and of those that were given for it. */
+function sizeOf(record) {
+  const units = [record.control ?? {}, record.ip_adapter ?? {}].flatMap(Object.values);
+  return sum([record.blob, ...sourceOf(record), ...units.map(({ image }) => image)]);
+}
+
+const sourceOf = ({ image, mask, depth }) => [image, mask, depth];
+const sum = (blobs) => blobs.reduce((size, blob) => size + (blob?.size ?? 0), 0);
 
 function place(record) {
   const image = make("img", { alt: "", loading: "lazy", src: URL.createObjectURL(record.blob) });
@@ -183,7 +191,7 @@ function closed() {
 }
 
 /** What made the picture: what the file itself says, else what was asked for. */
-function facts({ wanted, facts: own, control, size, made, edited, warnings }) {
+function facts({ wanted, facts: own, control, ip_adapter, size, made, edited, image, warnings }) {
   const rows = [
     ["Negative prompt", wanted.negative_prompt],
     ["Class", wanted.class_label],
@@ -192,9 +200,10 @@ function facts({ wanted, facts: own, control, size, made, edited, warnings }) {
     ["Solver", own.solver ?? wanted.scheduler],
     ["Guidance", own.guidance ?? wanted.guidance_scale],
     ["Seed", wanted.seed],
-    ["Starts from", edited ? `a picture, strength ${own.strength ?? wanted.strength ?? "automatic"}` : undefined],
+    ["Starts from", edited ? `a picture${image ? "" : " that is not kept"}, strength ${own.strength ?? wanted.strength ?? "automatic"}` : undefined],
     ...Object.entries(wanted.lora ?? {}).map(([name, strength]) => ["LoRA", `${name}, strength ${strength}`]),
     ...Object.entries(own.control ?? control ?? {}).map(([name, unit]) => ["Follows", `${name}, scale ${unit.scale}, ${unit.start} to ${unit.end}${unit.guess ? ", guess mode" : ""}${unit.type === undefined ? "" : `, as ${unit.type}`}`]),
+    ...Object.entries(own.ip_adapter ?? ip_adapter ?? {}).map(([name, { scale }]) => ["Shows", `${name}, scale ${scale}`]),
     ["Enlarged", own.hires_scale && `${own.hires_scale} times, strength ${own.hires_strength}`],
     ["Refiner from", own.handoff],
     ["Model", own.model ?? wanted.model],
@@ -221,11 +230,12 @@ async function saveAll() {
 }
 
 /** The body of a request that makes the picture again. */
-async function copy({ wanted, edited, facts: own, control = own.control ?? {} }) {
+async function copy({ wanted, edited, facts: own, control, ip_adapter }) {
   const { partial_images, ...body } = wanted;
+  const given = Object.keys({ ...own.control, ...own.ip_adapter, ...control, ...ip_adapter });
   const text = JSON.stringify(body, null, 2);
   const good = await navigator.clipboard?.writeText(text).then(() => true, () => false);
-  find("detail-say").textContent = good || copyOldWay(text) ? `Settings copied, as a request’s body${edited || Object.keys(control).length ? " without the pictures that were given" : ""}` : "The browser does not let this page copy";
+  find("detail-say").textContent = good || copyOldWay(text) ? `Settings copied, as a request’s body${edited || given.length ? " without the pictures that were given" : ""}` : "The browser does not let this page copy";
 }
 
 /** Without TLS only this machine's own pages have a clipboard. */
