@@ -72,7 +72,7 @@ def assembled(settings: Settings, kind: type[Metrics] = Metrics, lifespan: Lifes
 
     Args:
         kind: of the metrics.
-        lifespan: as of `create_app`.
+        lifespan: as of `app_of`.
 
     Raises:
         LatentrtError: a bundle, its curve or the backend cannot be used.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from latentrt.engine import Engine
 from latentrt.runtime.base import Facts
+from latentrt.serve.core.device import Device
 from latentrt.serve.core.errors import Cancelled
 from latentrt.serve.core.handle import Stage
 from latentrt.serve.core.service import Service
@@ -130,6 +132,29 @@ def test_what_no_client_waits_for_ends_between_two_tiles(serve: Serve, fakes: Or
         wait(gone.pictures())
     assert len(wait(submit(service, handle_of(**SMALL)).pictures())) == 1
     assert (fakes.tiles, service.scheduler.ready) == (1, True)
+
+
+def test_waiting_for_the_turn_of_another_service_is_no_hang(serve: Serve, engine: Engine, fakes: Ordered) -> None:
+    device = Device()
+    service, seen = serve(device=device), list[Any]()
+    health = service.scheduler._health
+
+    def other() -> None:
+        with device.stages:
+            seen.append((health.found_hung(math.inf), health.is_lost(math.inf)))
+
+    thread = threading.Thread(target=other)
+
+    def on_tile(number: int) -> None:
+        if number == 1:
+            thread.start()
+            eventually(lambda: len(device.stages._line) == 2)
+
+    fakes.on_tile = on_tile
+    fakes.tiles = 0
+    assert len(wait(submit(service, handle_of("a cat", **LARGE)).pictures())) == 1
+    thread.join()
+    assert seen == [([], False)]
 
 
 def test_on_one_stream_ticks_come_between_tiles(serve: Serve, engine: Engine, fakes: Ordered) -> None:

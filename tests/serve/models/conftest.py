@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -37,6 +38,7 @@ class Several:
         may_load: the events that loads wait for; set unless a test clears them.
         broken: models that cannot be loaded.
         loaded: those that are.
+        engine: the last one that was loaded, while anything holds it.
     """
 
     def __init__(self, *names: str) -> None:
@@ -47,6 +49,7 @@ class Several:
             event.set()
         self.broken: set[str] = set()
         self.loaded: set[str] = set()
+        self.engine: Callable[[], Engine | None] = lambda: None
         self.app = FastAPI()
         self.url = ""
         self._clients = ThreadPoolExecutor(32)
@@ -68,6 +71,7 @@ class Several:
             raise BundleError("the bundle is damaged", needed="a whole one")
         with fake_engine(self.fakes[name]) as engine:
             self.loaded.add(name)
+            self.engine = weakref.ref(engine)
             yield engine
         self.loaded.remove(name)
 

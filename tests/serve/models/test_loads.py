@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import math
 
-from tests.serve.models.conftest import Serve
+import httpx
+import pytest
+
+from tests.serve.models.conftest import DRAW, Serve
 from tests.support.serve.fake_engine import PATIENCE
 from tests.support.serve.fakes import code_of
 
@@ -49,6 +52,28 @@ def test_a_load_that_takes_too_long_is_refused_by_name(several: Serve) -> None:
     assert server.loads["b"] == 1
 
 
+def test_a_client_that_leaves_waits_no_more(several: Serve) -> None:
+    server = several("a", "b")
+    server.may_load["b"].clear()
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{server.url}{DRAW}", json={"prompt": "an owl", "model": "b"}, timeout=0.2)
+    server.until(lambda: server.loads["b"])
+    server.until(lambda: not server.entry("b").waiting)
+    assert server.ready()["b"] == "loading"
+    server.may_load["b"].set()
+    assert server.draw("b").status_code == 200
+    assert server.loads["b"] == 1
+
+
+def test_one_that_cannot_be_loaded_does_not_make_the_server_unready(several: Serve) -> None:
+    server = several("a", "b", idle_unload=0.1)
+    server.until(lambda: not server.loaded)
+    server.broken.add("b")
+    assert server.draw("b").status_code == 503
+    assert server.ready() == {"a": "unloaded", "b": "failed"}
+    assert server.ask("GET", "/health/ready").status_code == 200
+
+
 def test_what_cannot_be_loaded_is_tried_again_later(several: Serve) -> None:
     server = several("a", "b")
     server.broken.add("b")
@@ -74,6 +99,7 @@ def test_a_model_that_fails_its_self_check_is_not_loaded(several: Serve) -> None
     failed = server.draw("b")
     assert (failed.status_code, code_of(failed.json())) == (503, "model_failed")
     assert server.loaded == {"a"}
+    server.until(lambda: server.engine() is None)  # its memory is given back
     assert server.draw("a").status_code == 200
 
 

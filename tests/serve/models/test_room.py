@@ -46,6 +46,23 @@ def test_one_with_requests_stays(several: Serve) -> None:
         assert server.loaded == {"a", "c"}
 
 
+def test_one_whose_call_goes_on_stays(several: Serve) -> None:
+    """Dropped, it would keep its memory, and the device's turn, and nobody would notice if the call hung."""
+    server = several("a", "b", model_memory=150)
+    before = len(server.fakes["a"].decoded)
+    server.fakes["a"].decoding.clear()
+    drawing = server.drawing("a")
+    server.until(lambda: len(server.fakes["a"].decoded) > before)
+    (job,) = server.ask("GET", "/latentrt/queue").json()["jobs"]
+    assert server.ask("POST", f"/latentrt/jobs/{job['id']}/cancel").status_code == 200
+    assert drawing.result().status_code == 409
+    late = server.draw("b", timeout=0.05)
+    assert (late.status_code, code_of(late.json())) == (503, "model_loading")
+    assert "beside a" in late.json()["error"]["message"]
+    server.fakes["a"].decoding.set()
+    assert server.draw("b").status_code == 200
+
+
 def test_a_model_in_use_yields_in_the_end(several: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever asks for one without a pause does not keep another out."""
     monkeypatch.setattr(loader, "PATIENCE", 0.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -212,5 +213,8 @@ def test_a_gpus_memory_is_told() -> None:
         told = values(get(f"{url}/metrics").text)
         assert (told["latentrt_gpu_memory_free_bytes"], told["latentrt_gpu_memory_total_bytes"]) == (3, 8)
         memory = get(f"{url}/sdapi/v1/memory").json()
+        (entry,) = app.state.models.entries
+        entry.context = replace(entry.context, gpu_memory=lambda: (4, 8))  # dropped, and loaded again
+        assert values(get(f"{url}/metrics").text)["latentrt_gpu_memory_free_bytes"] == 4
     assert memory["cuda"] == {"system": {"free": 3, "used": 5, "total": 8}}
     assert memory["ram"]["used"] > 0

@@ -33,6 +33,11 @@ class Health:
             return "failed"
         return "ready" if self._check_at is None else "starting"
 
+    @property
+    def calling(self) -> bool:
+        """Whether a call is under way."""
+        return bool(self._calls)
+
     def until_check(self) -> float | None:
         """Return the seconds until the next self-check; None where none is due. During another call none can be."""
         return None if self._check_at is None or self._calls else max(0.0, self._check_at - time.monotonic())
@@ -54,8 +59,8 @@ class Health:
         else:
             self.fault, self._check_at = as_fault(error), time.monotonic() + CHECK_AGAIN
 
-    def begin(self, call: str, area: int = 0) -> None:
-        """Record that a call of the engine begins; `area` is that of the latents, height times width."""
+    def begin(self, call: str, area: float = 0) -> None:
+        """Record that a call of the engine begins; `area` is that of the latents; infinity: it only waits."""
         self._calls.setdefault(call, []).append((time.monotonic(), max(1.0, area / USUAL)))
 
     def end(self, call: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import threading
 import time
@@ -25,8 +24,6 @@ from latentrt.serve.core.observer import Observer
 from latentrt.serve.core.pipeline import Shape
 from latentrt.serve.core.queue import Forecast, Limits, too_late
 from latentrt.serve.core.rules.budget import Budget
-
-LOOK = 0.02  # seconds between looks at whether a drain is over
 
 
 class Scheduler:
@@ -272,8 +269,8 @@ class Scheduler:
             self._changed.notify_all()
 
     @contextmanager
-    def watched(self, call: str, area: int = 0) -> Iterator[None]:
-        """Watch a call that may hang: a "step", a "stage" or a "self-check", for so many latents."""
+    def watched(self, call: str, area: float = 0) -> Iterator[None]:
+        """Watch a call that may hang: a "step", a "stage" or a "self-check", for so many latents; infinity: a wait."""
         with self._changed:
             self._health.begin(call, area)
         try:
@@ -328,19 +325,16 @@ class Scheduler:
         with self._changed:
             return tuple(self._handles)
 
+    @property
+    def idle(self) -> bool:
+        """Whether no client waits for anything and no call is under way: that of a client that left goes on."""
+        with self._changed:
+            return not self._handles and not self._health.calling
+
     def drain(self) -> None:
         """Refuse new requests; those that have a place are finished."""
         with self._changed:
             self._draining = True
-
-    async def drained(self, timeout: float) -> bool:
-        """Wait until no picture waits or runs, `timeout` seconds at most; then close. Return whether all were done."""
-        end = time.monotonic() + timeout
-        while self._line.slots and time.monotonic() < end:
-            await asyncio.sleep(LOOK)
-        done = not self._line.slots
-        self.close()  # requests that are left fail
-        return done
 
     def close(self) -> None:
         """End the threads; requests that are left fail."""

@@ -87,7 +87,7 @@ class SideWorker:
         if not self._begun:  # a self-check's picture
             return
         begun, start, left = self._begun[-1], time.monotonic(), tile
-        with self._device.stages.lent():  # to other services too
+        with self._scheduler.watched("stage", math.inf), self._device.stages.lent():  # waiting for others is no hang
             self.meanwhile()
         while left > 0 and (done := self._piece(begun.area)):
             left -= done

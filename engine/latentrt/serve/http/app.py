@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -92,7 +93,7 @@ def app_of(
     for entry in models.entries:
         _add_gauges(metrics.of(entry.name), entry)
     if first.gpu_memory is not None:
-        metrics.gpu_memory(first.gpu_memory)
+        metrics.gpu_memory(partial(_gpu_memory, models))
     record = Record(metrics, traces)
     app = FastAPI(
         title="latentrt",
@@ -151,6 +152,13 @@ def _add_gauges(metrics: Metrics, entry: Entry) -> None:
     metrics.gauge("num_images_waiting", "Pictures that wait for lanes, or for their model.", lambda: entry.pictures)
     metrics.gauge("ready", "1 if requests are taken.", lambda: float(entry.state in ("ready", *ON_DEMAND)))
     metrics.gauge("model_loaded", "1 if the model is loaded.", lambda: float(entry.opened is not None))
+
+
+def _gpu_memory(models: Models) -> tuple[int, int]:
+    """Return the bytes of the GPU of the first model, as it is now: it may have been dropped and loaded again."""
+    read = models.described(models.entries[0]).gpu_memory
+    assert read is not None
+    return read()
 
 
 async def _answer(http: Request, error: Exception) -> JSONResponse:

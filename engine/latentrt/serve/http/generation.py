@@ -26,6 +26,7 @@ from latentrt.serve.http.images import File, decode, in_thread
 from latentrt.serve.process.config import Settings
 from latentrt.serve.process.metrics import Metrics
 
+LOOK = 0.02  # seconds between looks at what other threads do
 T = TypeVar("T")
 
 
@@ -138,7 +139,7 @@ async def all_pictures(
         ClientDisconnect: the client has left.
     """
     work = asyncio.ensure_future(collected(handle, lambda picture: (picture, encode(picture))))
-    gone = asyncio.ensure_future(_gone(http))
+    gone = asyncio.ensure_future(left(http))
     try:
         await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
@@ -159,7 +160,7 @@ async def collected(handle: Handle, use: Callable[[Picture], T]) -> list[T]:
     return [made[index] for index in sorted(made)]
 
 
-async def _gone(http: HttpRequest) -> None:
-    """Wait until the client has left; the body has been read before, so nothing else can come."""
+async def left(http: HttpRequest) -> None:
+    """Wait until the client has left; the body has been read before, or there is none, so nothing else can come."""
     while (await http.receive())["type"] != "http.disconnect":
         pass

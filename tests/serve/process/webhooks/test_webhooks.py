@@ -57,12 +57,18 @@ async def receiving(*statuses: int | None, tls: ssl.SSLContext | None = None) ->
         yield receiver
 
 
-def webhooks(told: Counter[str], *private: str, public: tuple[str, ...] = (), delays: Any = (0.01, 0.01)) -> Webhooks:
+def webhooks(
+    told: Counter[str],
+    *private: str,
+    public: tuple[str, ...] = (),
+    delays: Any = (0.01, 0.01),
+    lasting: float = 60,
+) -> Webhooks:
     def count(outcome: str) -> None:
         told[outcome] += 1
 
     secrets = [secret_of(one) for one in SECRETS]
-    return Webhooks(Hosts(public, private), secrets, lasting=60, told=count, delays=delays)
+    return Webhooks(Hosts(public, private), secrets, lasting=lasting, told=count, delays=delays)
 
 
 def test_signatures_are_the_standards() -> None:
@@ -128,6 +134,22 @@ def test_a_slow_receiver_holds_nobody_and_the_end_is_a_last_chance(monkeypatch: 
     asyncio.run(go())
 
 
+def test_a_message_that_waited_too_long_for_others_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sender, "ATTEMPT", 0.1)
+    told = Counter[str]()
+
+    async def go() -> None:
+        async with receiving(None) as slow:
+            sends = webhooks(told, origin := f"http://127.0.0.1:{slow.port}", delays=(), lasting=0.15)
+            for _ in range(5):
+                sends.send("a", sends.hosts.target(origin), KIND, DATA)
+            await until(lambda: not sends.tasks)
+            assert len(slow.got) < 5  # two at once
+        assert told == {"failed": 5}
+
+    asyncio.run(go())
+
+
 @pytest.mark.parametrize(
     "url",
     [
@@ -154,6 +176,7 @@ def test_urls_of_other_hosts_are_refused(url: str) -> None:
         *((address, False) for address in ("127.0.0.1", "10.1.2.3", "169.254.169.254", "100.64.0.1", "0.0.0.0")),
         *((address, False) for address in ("::1", "fe80::1%1", "fc00::1", "::ffff:127.0.0.1", "64:ff9b::7f00:1")),
         *((address, False) for address in ("224.0.0.1", "2002:7f00:1::", "ff02::1")),
+        *((address, False) for address in ("::127.0.0.1", "fec0::1", "64:ff9b:1::7f00:1", "::ffff:0:127.0.0.1")),
     ],
 )
 def test_private_addresses_are_known(address: str, public: bool) -> None:

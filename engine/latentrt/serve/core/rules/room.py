@@ -13,7 +13,7 @@ class Resident(NamedTuple):
         name: of the model.
         bytes: that it takes.
         used: when it was used last; the smaller, the longer ago.
-        busy: whether requests wait for it or run, so that it stays.
+        busy: whether it is in use, so that it stays.
     """
 
     name: str

@@ -19,6 +19,7 @@ from latentrt.serve.core.handle import Handle
 from latentrt.serve.core.scheduler import Scheduler
 from latentrt.serve.http.background.schema import JobStatus, Progress, status_of
 from latentrt.serve.http.errors import Answer, Problem, answer_to
+from latentrt.serve.http.generation import LOOK
 from latentrt.serve.http.guard.record import Record
 from latentrt.serve.http.openai_answers import Drawn, Style
 from latentrt.serve.process.config import MIB, Settings
@@ -30,7 +31,6 @@ from latentrt.serve.process.webhooks.sender import Webhooks
 PART = 4  # of all that is kept, one client may have one in so many
 LATE = 0.05  # seconds: a timer of the event loop may be a little early
 LAST_RESULTS = 10.0  # seconds that clients have for what was finished while the server ends
-LOOK = 0.02  # seconds between looks at whether they have it
 
 
 @dataclass(slots=True, eq=False)

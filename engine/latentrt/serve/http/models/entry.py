@@ -54,9 +54,9 @@ class Entry:
 
     @property
     def busy(self) -> bool:
-        """Whether it must stay: requests wait for it or run."""
+        """Whether it must stay: requests wait for it or run, or a call goes on, which only its scheduler watches."""
         waits = self.waiting > 0 and not self.yields
-        return waits or self.held > 0 or (self.scheduler is not None and bool(self.scheduler.handles))
+        return waits or self.held > 0 or (self.scheduler is not None and not self.scheduler.idle)
 
     @property
     def state(self) -> str:

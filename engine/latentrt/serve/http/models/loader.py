@@ -12,8 +12,8 @@ from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, s
 from latentrt.runtime.memory import free_memory, give_back, resident_memory
 from latentrt.serve.core.errors import ModelFailed
 from latentrt.serve.core.rules.room import Resident, to_drop
-from latentrt.serve.core.scheduler import LOOK, Scheduler
-from latentrt.serve.http.generation import Context
+from latentrt.serve.core.scheduler import Scheduler
+from latentrt.serve.http.generation import LOOK, Context
 from latentrt.serve.http.models.entry import Entry
 from latentrt.serve.process.config import MIB
 from latentrt.serve.process.logs import logger
@@ -73,6 +73,8 @@ class Loader:
                     entry.yields = False
                 elif await self._make_room(entry):
                     await self._run(self._opened, entry)
+                    if entry.opened is None:
+                        await self._run(_give_back)
         finally:
             entry.loading = None
 
@@ -181,5 +183,10 @@ def _closed(stack: ExitStack, context: Context) -> None:
     except Exception as error:
         logger().error("a model could not be closed", model=context.catalog.name, exc_info=error)
     context.catalog.forget()
+    _give_back()
+
+
+def _give_back() -> None:
+    """Give back what a model held that is gone."""
     gc.collect()
     give_back()

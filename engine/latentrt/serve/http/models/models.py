@@ -13,13 +13,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 
 from fastapi import Request as HttpRequest
+from starlette.requests import ClientDisconnect
 
 from latentrt.serve.core.errors import SOON, Draining, ModelFailed, ModelLoading, QueueFull
 from latentrt.serve.core.handle import Handle
-from latentrt.serve.core.scheduler import LOOK, Scheduler
+from latentrt.serve.core.scheduler import Scheduler
 from latentrt.serve.http.catalog import unknown
 from latentrt.serve.http.errors import Problem
-from latentrt.serve.http.generation import Context
+from latentrt.serve.http.generation import LOOK, Context, left
 from latentrt.serve.http.models.entry import ON_DEMAND, Entry
 from latentrt.serve.http.models.loader import Loader, Open
 from latentrt.serve.process.metrics import Metrics
@@ -110,22 +111,24 @@ class Models:
 
     # ---- Holding
 
-    async def hold(self, entry: Entry, pictures: int, timeout: float) -> Context:
+    async def hold(self, entry: Entry, http: HttpRequest, pictures: int, timeout: float) -> Context:
         """Load a model, if it is not; it stays until `release`.
 
         Args:
+            http: whose client waits for it.
             pictures: that wait for it meanwhile.
             timeout: seconds; not more than the model's `queue_timeout`.
 
         Raises:
             Draining, QueueFull, ModelFailed, ModelLoading: it is not loaded now.
+            ClientDisconnect: the client has left.
         """
         within = min(entry.settings.queue_timeout, timeout)
         end, pictures = time.monotonic() + within, min(pictures, entry.settings.queue)
         if self._draining and entry.state != "draining":  # else its scheduler refuses
             raise Draining("the server is ending", needed="one that runs", fix="send the request to another")
         while entry.opened is None or entry.yields:
-            if not await self._wait(entry, pictures, end):
+            if not await self._wait(entry, http, pictures, end):
                 others = [one.name for one in self.entries if one.scheduler and one.busy and one is not entry]
                 found = f"the model {entry.name} was not loaded" + (f" beside {', '.join(others)}" if others else "")
                 raise ModelLoading(found, needed=f"within {within:g} s", fix="try again later", retry_after=SOON)
@@ -151,8 +154,8 @@ class Models:
         entry.held -= 1
         entry.used = time.monotonic()
 
-    async def _wait(self, entry: Entry, pictures: int, end: float) -> bool:
-        """Wait until a load of a model is over; return whether it was by then."""
+    async def _wait(self, entry: Entry, http: HttpRequest, pictures: int, end: float) -> bool:
+        """Wait until a load of a model is over; return whether it was by then. Raise as `hold`."""
         now, places = time.monotonic(), entry.settings.queue
         if self._ended:
             raise Draining("the server was stopped", needed="a server that runs", fix="ask again")
@@ -167,11 +170,15 @@ class Models:
             found = f"{entry.waiting} pictures wait until {entry.name} is loaded"
             raise QueueFull(found, needed=f"at most {places}", fix="try again later", retry_after=SOON)
         entry.waiting += pictures
+        load, gone = self.loader.start(entry), asyncio.ensure_future(left(http))
         try:
-            done, _ = await asyncio.wait({self.loader.start(entry)}, timeout=max(0.0, end - now))
+            await asyncio.wait({load, gone}, timeout=max(0.0, end - now), return_when=asyncio.FIRST_COMPLETED)
         finally:
-            entry.waiting -= pictures
-        return bool(done)
+            gone.cancel()
+            entry.waiting -= pictures  # no other task runs before the caller holds the model
+        if gone.done() and not load.done():
+            raise ClientDisconnect
+        return load.done()
 
     # ---- What others see, and the end
 
@@ -185,11 +192,10 @@ class Models:
         """Return "ready" where any model takes requests, or else "starting", "draining" or "failed"."""
         if self._draining:
             return "draining"
-        states = [one.state for one in self.entries]
-        known = [state for state in states if state not in ON_DEMAND]
-        if "ready" in known or not known:
-            return "ready"
-        return known[0]
+        states = [scheduler.state for scheduler in self.loaded]
+        if not states:  # a request would load one, but those that could not be loaded lately
+            states = ["ready" if one.state in ON_DEMAND else one.state for one in self.entries]
+        return "ready" if "ready" in states else states[0]
 
     @property
     def handles(self) -> list[tuple[Entry, Handle]]:
@@ -241,12 +247,13 @@ async def serving(
     Raises:
         Problem: 404 model_not_found.
         Draining, QueueFull, ModelFailed, ModelLoading: it is not loaded now.
+        ClientDisconnect: the client has left.
     """
     models, facts = models_of(http), http.state.facts
     entry, start = models.find(name), time.monotonic()
     if models.several:
         facts["model"] = entry.name
-    context = await models.hold(entry, pictures or 1, math.inf if timeout is None else timeout)
+    context = await models.hold(entry, http, pictures or 1, math.inf if timeout is None else timeout)
     facts["held"].callback(models.release, entry)
     waited = time.monotonic() - start
     if waited > LOOK:

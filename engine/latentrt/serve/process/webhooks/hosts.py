@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from latentrt.errors import RequestError
 
 PORTS = {"https": 443, "http": 80}
-_NAT64 = IPv6Network("64:ff9b::/96")
+_NAT64, _UNICAST = IPv6Network("64:ff9b::/96"), IPv6Network("2000::/3")  # the latter is all that IANA gives out
 _URL = re.compile(r"[!-~]{1,2048}")
 
 
@@ -85,6 +85,8 @@ def is_public(text: str) -> bool:
     """Return whether an address is one of the open Internet, also where another one is written inside it."""
     address = ip_address(text)
     inner = _inside(address)
+    if isinstance(address, IPv6Address) and not inner and address not in _UNICAST:
+        return False  # also what this Python does not know as private: site-local, a network's own NAT64
     return all(each.is_global and not each.is_multicast for each in (address, *inner))
 
 

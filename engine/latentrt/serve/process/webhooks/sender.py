@@ -95,10 +95,10 @@ class Webhooks:
         try:
             for delay in (0.0, *self._delays):
                 await self._pause(delay * random.uniform(1, 1.2))
-                if time.monotonic() > end:
-                    break
-                last = self._ending.is_set()
                 async with self._places[target.authority]:
+                    if time.monotonic() > end:
+                        break
+                    last = self._ending.is_set()
                     why = await self._attempt(target, id, body)
                 if not why:
                     outcome = "delivered"
