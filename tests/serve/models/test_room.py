@@ -59,7 +59,9 @@ def test_one_whose_call_goes_on_stays(several: Serve) -> None:
     late = server.draw("b", timeout=0.05)
     assert (late.status_code, code_of(late.json())) == (503, "model_loading")
     assert "beside a" in late.json()["error"]["message"]
+    dropping = server.call(lambda: server.ask("POST", "/sdapi/v1/unload-checkpoint"))
     server.fakes["a"].decoding.set()
+    assert dropping.result().status_code == 200
     assert server.draw("b").status_code == 200
 
 
