@@ -212,7 +212,7 @@ def controlled(bundle: Bundle, add_ons: Iterable[ModelSpec]) -> Bundle:
 
 
 def open_controls(bundles: Mapping[str, Bundle], model: ModelSpec, backend: Backend) -> tuple[ControlNet, ...]:
-    """Load ControlNets and T2I-Adapters beside a model: on a GPU now, else when a picture needs them.
+    """Return ControlNets and T2I-Adapters beside a model; their networks are loaded when they are needed.
 
     Args:
         bundles: by the names that requests have for them.
@@ -221,13 +221,9 @@ def open_controls(bundles: Mapping[str, Bundle], model: ModelSpec, backend: Back
 
     Raises:
         RequestError: as of `check_fits`.
-        BackendError, PlanError, DeviceMemoryError: a GPU cannot run one.
     """
     check_fits(bundles, model)
-    controls = tuple(ControlNet(name, number, bundles[name], backend) for number, name in enumerate(bundles))
-    for one in controls if backend.gpu is not None else ():
-        one.open()
-    return controls
+    return tuple(ControlNet(name, number, bundles[name], backend) for number, name in enumerate(bundles))
 
 
 def check_request(request: Request, controls: Sequence[ControlNet], model: str) -> None:

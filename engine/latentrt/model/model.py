@@ -105,6 +105,8 @@ class Model:
         self.hoisted = Hoisted(self.networks, self.spec, denoiser)
         parts = Parts(bundle, self.networks, self.codec, inputs, self.adapters, self.ip_adapters)
         self.conditioners = conditioners_of(parts)
+        for one in self.controls if backend.gpu is not None else ():
+            one.open()
         self._chains = None if backend.gpu is None else Chains(self.networks[denoiser], self.controls)
 
     def take(self, bundle: Bundle) -> None:

@@ -123,8 +123,9 @@ def check_precision(own: ModelSpec, read: ModelSpec, backend: Backend) -> None:
     variants = {INT8_ORT_CPU} if backend.precision == INT8 else set(backend.variants)
     before, now = (spec.networks[spec.denoiser].variants for spec in (own, read))
     if variants & set(before) and not variants & set(now):
+        has = ", ".join(name for name in now if "+" not in name)
         raise BackendError(
-            f"{own.id} in {backend.precision}, with add-ons beside it for which it has graphs in {', '.join(now)}",
+            f"{own.id} in {backend.precision}, with add-ons beside it for which it has graphs in {has}",
             needed="a precision of these graphs",
             fix="take precision='fp32' (--precision fp32), or leave the add-ons out",
         )

@@ -29,7 +29,7 @@ def bundles_of(folder: Path, controlnets: Sequence[str] = (), *, loras: bool = F
     bundle = Bundle.open(folder)
     kind = ADD_ONS.get(bundle.spec.kind)
     if bundle.spec.kind == IP_ADAPTER:
-        raise BundleError(f"{bundle.spec.id} is an {kind}", needed="a model: IP-Adapters run on a CPU")
+        raise BundleError(f"{bundle.spec.id} is an {kind}", needed="a model: IP-Adapters run on a CPU", fix="")
     if kind is not None:
         needed, fix = "a model, for whose lanes it is built", f"latentrt build MODEL --controlnet NAME={folder}"
         raise BundleError(f"{bundle.spec.id} is a {kind}", needed=needed, fix=fix)
