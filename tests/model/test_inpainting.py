@@ -29,7 +29,8 @@ ASKED = {"seed": 7, "width": 24, "height": 16, "negative_prompt": "a"}
 
 
 @pytest.fixture(
-    scope="module", params=["sd-inpainting", pytest.param("sd2-inpainting", marks=pytest.mark.slow), "sdxl-inpainting"]
+    scope="module",
+    params=["sd-inpainting", *(pytest.param(f"{name}-inpainting", marks=pytest.mark.slow) for name in ("sd2", "sdxl"))],
 )
 def pair(exported: Exported, request: pytest.FixtureRequest) -> Iterator[tuple[Engine, Path]]:
     """Yield our engine, and the checkpoint as diffusers opens it."""

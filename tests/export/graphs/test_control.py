@@ -53,7 +53,7 @@ def feeds_of(size: tuple[int, int], *, xl: bool) -> tuple[Arrays, np.ndarray]:
     return made, draw.uniform(0, 1, (2, 3, 2 * size[0], 2 * size[1])).astype(np.float32)
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl"])
+@pytest.mark.parametrize("name", ["sd", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_graphs_compute_what_torch_does(exported: Callable[[str], tuple[Path, Path]], name: str) -> None:
     """The ControlNet twice, as a chain; then the UNet, with features of T2I-Adapters too."""
     source, base = exported(name)

@@ -69,7 +69,7 @@ def test_families(exported: Callable[[str], tuple[Path, Path]], name: str) -> No
 
 
 @pytest.mark.parametrize(
-    "solver", [None, "euler-ancestral", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dpmpp-2m", "unipc"))]
+    "solver", [None, *(pytest.param(name, marks=pytest.mark.slow) for name in ("euler-ancestral", "dpmpp-2m", "unipc"))]
 )
 def test_image(engine: Engine, theirs: Theirs, solver: str | None) -> None:
     """Eight prompts in one batch, guided and not, with a negative prompt: latents at every step, pixels."""
