@@ -66,7 +66,7 @@ def test_one_whose_call_goes_on_stays(several: Serve) -> None:
 
 
 def test_a_model_in_use_yields_in_the_end(several: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever asks for one without a pause does not keep another out."""
+    """A client that keeps asking for one model does not keep the other from loading."""
     monkeypatch.setattr(loader, "PATIENCE", 0.0)
     server = several("a", "b", model_memory=150)
     with server.waiting("a"):

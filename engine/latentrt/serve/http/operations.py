@@ -170,7 +170,7 @@ async def model(http: Request, model: str | None = None) -> dict[str, Any]:
 
 
 async def _described(http: Request, name: str | None) -> Context:
-    """Return a model's parts; those of before, where it was dropped."""
+    """Return a model's parts. A dropped model keeps its catalog, so it can still be described."""
     return models_of(http).find(name).context or await serving(http, name)
 
 

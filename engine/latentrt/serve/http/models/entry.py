@@ -24,7 +24,7 @@ class Entry:
         name: for clients, in logs and in metrics; `aliases` are its other names.
         settings: its own.
         bytes: of memory that it takes: at first a guess, then as measured.
-        context: its parts; after it was dropped, those of before, which tell clients what there is to choose from.
+        context: its parts; a dropped model keeps them, without weights, so that clients see its sizes.
         opened: closes it; None where it is not loaded.
         loading: loads it.
         waiting: pictures that wait for that.
