@@ -26,7 +26,7 @@ from latentrt.bundle.bundle import Bundle
 from latentrt.bundle.spec import CONDITIONER, FP32, FP32_ORT_CPU
 from latentrt.model.predictor import inputs_of
 from latentrt.runtime.base import call
-from latentrt.runtime.memory import return_freed_pages
+from latentrt.runtime.machine.memory import return_freed_pages
 from latentrt.runtime.onnxruntime import OrtBackend
 from latentrt.runtime.signature import shape_of
 

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from benchmarks.cpu.attention import peak_mebibytes
 from latentrt.bundle.bundle import Bundle
 from latentrt.engine import Engine
-from latentrt.model.codec import Vae
-from latentrt.model.tiles import Tiles
+from latentrt.model.vae.codec import Vae
+from latentrt.model.vae.tiles import Tiles
 from latentrt.runtime import open_backend
 
 Float32 = NDArray[np.float32]

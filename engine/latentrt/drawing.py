@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from latentrt.bundle.bundle import Bundle
 from latentrt.bundle.spec import CONDITIONER, CONTROL, DENOISER, ENCODER, HINT, SHALLOW, TEXT_ENCODER
 from latentrt.images.pixels import to_picture, to_pil, to_uint8
-from latentrt.model.codec import decode_each
 from latentrt.model.conditioners.adapters import Adapters
 from latentrt.model.conditioners.ip_adapter import NO_IP_ADAPTERS
 from latentrt.model.control import NO_CONTROLS
 from latentrt.model.given import Given
 from latentrt.model.model import Model
-from latentrt.model.other_vae import OWN, VaeOptions
 from latentrt.model.prompts.embeddings import files_of
+from latentrt.model.vae.codec import decode_each
+from latentrt.model.vae.other_vae import OWN, VaeOptions
 from latentrt.request import Request, request_from
 from latentrt.run.denoiser import Denoiser, OnTick
 from latentrt.run.job import Job

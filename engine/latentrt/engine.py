@@ -14,7 +14,7 @@ from latentrt.bundle.bundle import EMBEDDED, Bundle
 from latentrt.drawing import Drawing
 from latentrt.errors import RequestError
 from latentrt.model.conditioners.adapters import Adapters
-from latentrt.model.other_vae import VaeOptions
+from latentrt.model.vae.other_vae import VaeOptions
 from latentrt.run.denoiser import OnTick
 from latentrt.runtime import open_backend
 from latentrt.runtime.base import Backend

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from latentrt.model.codec import Encoded, decode_each
+from latentrt.model.vae.codec import Encoded, decode_each
 
 Float32 = NDArray[np.float32]
 

@@ -15,7 +15,7 @@ from latentrt import Engine
 from latentrt.bundle.bundle import EMBEDDED, Bundle
 from latentrt.errors import BundleError, PlanError, RequestError
 from latentrt.images.pixels import to_uint8
-from latentrt.model.tiles import Tiles
+from latentrt.model.vae.tiles import Tiles
 from latentrt.runtime.fake import FakeBackend
 from latentrt.runtime.tensorrt.record import Profile
 from latentrt_export.graphs.to_onnx import quiet

@@ -14,7 +14,7 @@ from latentrt.bundle.bundle import EMBEDDED, Bundle
 from latentrt.errors import DeviceMemoryError, NetworkError, RequestError
 from latentrt.model.predictor import Predictor
 from latentrt.run.denoiser import Denoiser
-from latentrt.run.device import ROOMS_KEPT, DeviceLanes
+from latentrt.run.gpu.device import ROOMS_KEPT, DeviceLanes
 from latentrt.run.host import HostLanes
 from latentrt.run.job import Job
 from latentrt.runtime.base import DeviceNetwork

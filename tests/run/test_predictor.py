@@ -15,7 +15,7 @@ from latentrt.bundle.spec import GraphSpec, TensorSpec
 from latentrt.errors import NetworkError
 from latentrt.model.predictor import Predictor
 from latentrt.run.denoiser import Denoiser
-from latentrt.run.device import DeviceLanes
+from latentrt.run.gpu.device import DeviceLanes
 from latentrt.run.host import HostLanes
 from latentrt.run.job import Job
 from latentrt.runtime.onnxruntime import OrtBackend, OrtDeviceNetwork

@@ -13,7 +13,7 @@ from latentrt import Engine
 from latentrt.command.bench import measure
 from latentrt.errors import DeviceMemoryError, NetworkError, RequestError
 from latentrt.request import Request
-from latentrt.run.arena import GRAPHS_KEPT
+from latentrt.run.gpu.arena import GRAPHS_KEPT
 from latentrt.runtime.onnxruntime import OrtBackend
 from latentrt.sampling.noise import TorchCudaNoise
 from latentrt_export.verify.checks import psnr

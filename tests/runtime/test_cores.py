@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from latentrt.runtime.cores import multiplies_bytes, usable_cores
+from latentrt.runtime.machine.cores import multiplies_bytes, usable_cores
 from latentrt.runtime.onnxruntime import OrtBackend
 
 V2 = "30 23 0:26 {root} {point} rw,nosuid - cgroup2 cgroup2 rw,nsdelegate"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from latentrt.bundle.bundle import Bundle
-from latentrt.runtime.memory import free_memory, watched_peak
+from latentrt.runtime.machine.memory import free_memory, watched_peak
 from latentrt.runtime.onnxruntime import OrtBackend
 from tests.runtime.test_cores import ROOT_FS, V1_MEMORY, V2, write
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from latentrt.cuda.driver import DRIVERS
 from latentrt.errors import LatentrtError, MissingDependencyError, UntrustedFileError
-from latentrt.runtime.cores import usable_cores
+from latentrt.runtime.machine.cores import usable_cores
 from latentrt.runtime.onnxruntime import load_onnxruntime
 from latentrt.runtime.tensorrt.library import LIBRARIES, open_library
 from latentrt.storage import cache_folder, check_trusted

@@ -130,7 +130,7 @@ def generate(prompts: tuple[str, ...], bundle: Path, lanes: int | None, as_json:
     from latentrt.command.output import check_animation, check_folder, check_grid, with_suffix
     from latentrt.engine import Engine
     from latentrt.images.given import open_picture
-    from latentrt.runtime.memory import return_freed_pages
+    from latentrt.runtime.machine.memory import return_freed_pages
 
     loading = {name: asked.pop(name) for name in (*LOADING, *VAES, *LORAS, "refiner")}
     loading["control"] = controlnets_of(asked["controlnet"])

@@ -21,7 +21,7 @@ from latentrt.errors import RequestError
 from latentrt.images.depth_map import relative
 from latentrt.images.inpaint import Overlay
 from latentrt.images.pixels import from_uint8
-from latentrt.model.codec import Codec, Encoded
+from latentrt.model.vae.codec import Codec, Encoded
 from latentrt.request import Request
 from latentrt.sampling.noise import NoiseSource
 from latentrt.sampling.table import Kept, Table, noised

@@ -18,7 +18,6 @@ from latentrt.images.depth_map import depth_of
 from latentrt.images.given import inpainted, prepared, prepared_hint, prepared_low
 from latentrt.model import settings
 from latentrt.model.chained import Chained, Chains
-from latentrt.model.codec import Codec, Vae, codec_of
 from latentrt.model.conditioners.adapters import Adapters, adapted, check_ranks, with_adapters
 from latentrt.model.conditioners.beside import Repainted
 from latentrt.model.conditioners.guidance_embedding import GuidanceEmbedding
@@ -29,9 +28,10 @@ from latentrt.model.given import Given, check_resize, check_uses
 from latentrt.model.hoisted import Hoisted
 from latentrt.model.inputs import Sides
 from latentrt.model.networks import AddOn, Networks, check_precision
-from latentrt.model.other_vae import OWN, VaeOptions
 from latentrt.model.predictor import Predictor, inputs_of
 from latentrt.model.text import Text
+from latentrt.model.vae.codec import Codec, Vae, codec_of
+from latentrt.model.vae.other_vae import OWN, VaeOptions
 from latentrt.request import Request
 from latentrt.runtime.base import Backend
 from latentrt.runtime.lazy import LazyNetwork

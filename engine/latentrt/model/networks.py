@@ -9,7 +9,7 @@ from functools import partial
 from latentrt.bundle.bundle import Bundle
 from latentrt.bundle.spec import INT8, INT8_ORT_CPU, ModelSpec
 from latentrt.errors import BackendError
-from latentrt.model.other_vae import VaeOptions
+from latentrt.model.vae.other_vae import VaeOptions
 from latentrt.runtime.base import Backend, Network
 from latentrt.runtime.lazy import LazyNetwork
 from latentrt.runtime.replaced import check_replaces, same_weights

@@ -10,7 +10,7 @@ from latentrt.run.job import Job
 from latentrt.runtime.base import Backend
 
 if TYPE_CHECKING:
-    from latentrt.run.program import Program
+    from latentrt.run.gpu.program import Program
 
 ON_A_CPU = 16  # lanes, unless the caller says how many
 
@@ -63,9 +63,9 @@ def open_lanes(
     """
     if backend.gpu is None:
         return HostLanes(model.predictor, count or ON_A_CPU), None
-    from latentrt.run.device import DeviceLanes
+    from latentrt.run.gpu.device import DeviceLanes
+    from latentrt.run.gpu.program import Program
     from latentrt.run.parts import check_room
-    from latentrt.run.program import Program
 
     each = max(one.most_lanes for one in (model, refiner) if one is not None)
     lanes = count or max(model.predictor.best_lanes, each)

@@ -20,8 +20,8 @@ from latentrt.cuda.gpu import Gpu
 from latentrt.errors import BackendError, MissingDependencyError, NetworkError
 from latentrt.runtime import spread
 from latentrt.runtime.base import Facts
-from latentrt.runtime.cores import usable_cores
-from latentrt.runtime.memory import give_back, usual_area
+from latentrt.runtime.machine.cores import usable_cores
+from latentrt.runtime.machine.memory import give_back, usual_area
 from latentrt.runtime.optimized import WEIGHTS, SavedGraph
 from latentrt.runtime.replaced import NONE, Weights, replaced_in, set_weights
 from latentrt.runtime.signature import Arrays, check_arrays, check_feeds

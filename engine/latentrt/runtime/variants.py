@@ -16,7 +16,7 @@ from latentrt.bundle.spec import (
     ModelSpec,
 )
 from latentrt.errors import BackendError, BundleError
-from latentrt.runtime.cores import multiplies_bytes
+from latentrt.runtime.machine.cores import multiplies_bytes
 
 VARIANTS = {
     ("cpu", FP32): (FP32_ORT_CPU, FP32),

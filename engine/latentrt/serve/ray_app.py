@@ -25,7 +25,7 @@ from ray.serve.exceptions import RayServeException
 
 from latentrt.errors import BackendError
 from latentrt.run.lanes import ON_A_CPU
-from latentrt.runtime.cores import usable_cores
+from latentrt.runtime.machine.cores import usable_cores
 from latentrt.serve import ray_scaling
 from latentrt.serve.process.config import Settings, load_settings
 from latentrt.serve.process.logs import configure, logger

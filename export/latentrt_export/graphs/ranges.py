@@ -33,8 +33,8 @@ from latentrt.bundle.spec import (
 from latentrt.cuda.gpu import Gpu
 from latentrt.engine import Engine
 from latentrt.golden import example
-from latentrt.model.codec import Vae
 from latentrt.model.control import FACTORS, SCALE
+from latentrt.model.vae.codec import Vae
 from latentrt.runtime.base import Facts
 from latentrt.runtime.onnxruntime import load_onnxruntime
 from latentrt.runtime.signature import Arrays, shape_of

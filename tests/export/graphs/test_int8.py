@@ -19,7 +19,7 @@ from latentrt.bundle.spec import FP32, INT8, INT8_ORT_CPU
 from latentrt.engine import Engine
 from latentrt.errors import BackendError, BundleError, ExportError
 from latentrt.runtime import open_backend
-from latentrt.runtime.cores import multiplies_bytes
+from latentrt.runtime.machine.cores import multiplies_bytes
 from latentrt.runtime.onnxruntime import OrtBackend
 from latentrt.runtime.signature import shape_of
 from latentrt_export import int8

@@ -18,7 +18,7 @@ from structlog.testing import capture_logs
 
 from latentrt.errors import NetworkError
 from latentrt.serve.core.errors import QueueTimeout
-from latentrt.serve.http.openai_schema import EditRequest, GenerateRequest
+from latentrt.serve.http.openai.schema import EditRequest, GenerateRequest
 from tests.support.serve.fake_engine import SPEC
 from tests.support.serve.fakes import FakeScheduler, app_of, live, png, post
 

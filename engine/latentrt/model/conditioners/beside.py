@@ -10,9 +10,9 @@ import numpy as np
 
 from latentrt.bundle.spec import LatentSpec
 from latentrt.errors import RequestError
-from latentrt.model.codec import Codec, Encoded
 from latentrt.model.given import Given
 from latentrt.model.inputs import Conditioner, Sides
+from latentrt.model.vae.codec import Codec, Encoded
 from latentrt.request import Request
 from latentrt.sampling.noise import NoiseSource
 

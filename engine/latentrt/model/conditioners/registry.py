@@ -18,7 +18,6 @@ from latentrt.bundle.spec import (
     TensorSpec,
 )
 from latentrt.errors import EXPORT, BundleError
-from latentrt.model.codec import Codec
 from latentrt.model.conditioners.adapters import Adapted
 from latentrt.model.conditioners.beside import Edited, Repainted
 from latentrt.model.conditioners.class_label import ClassLabel
@@ -33,6 +32,7 @@ from latentrt.model.predictor import OWN
 from latentrt.model.prompts.encoder import Encoder
 from latentrt.model.prompts.tokenizer import Tokenizer
 from latentrt.model.text import Text
+from latentrt.model.vae.codec import Codec
 from latentrt.runtime.base import Network
 from latentrt.sampling.schedule import Schedule
 

@@ -22,7 +22,7 @@ import numpy as np
 from latentrt.bundle.bundle import MANIFEST, sha256_of
 from latentrt.engine import Engine
 from latentrt.errors import BundleError, OutputError
-from latentrt.runtime.cores import usable_cores
+from latentrt.runtime.machine.cores import usable_cores
 from latentrt.serve.core.footprint import LARGE, measured
 from latentrt.serve.core.pipeline import GUIDED, Shape
 from latentrt.serve.core.rules.budget import Footprint

@@ -10,7 +10,7 @@ from latentrt.engine import Engine
 from latentrt.golden import SIDE as SMALL
 from latentrt.golden import example
 from latentrt.run.job import Job
-from latentrt.runtime.memory import free_memory, watched_peak
+from latentrt.runtime.machine.memory import free_memory, watched_peak
 from latentrt.serve.core.pipeline import Shape
 from latentrt.serve.core.rules.budget import Budget, Footprint
 

@@ -8,9 +8,9 @@ from latentrt.bundle.spec import ENCODER
 from latentrt.engine import Engine
 from latentrt.errors import BundleError, DeviceMemoryError, PlanError, RequestError, ScheduleError
 from latentrt.golden import SIDE, TOLERANCE, example, worst_error
-from latentrt.model.codec import Vae
 from latentrt.model.text import Unread
-from latentrt.model.tiles import Between
+from latentrt.model.vae.codec import Vae
+from latentrt.model.vae.tiles import Between
 from latentrt.request import Request
 from latentrt.run.job import Job
 from latentrt.serve.core.errors import EngineFault

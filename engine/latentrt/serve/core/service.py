@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from latentrt.engine import Engine
 from latentrt.errors import BackendError
-from latentrt.model.codec import nothing
+from latentrt.model.vae.codec import nothing
 from latentrt.serve.core import pipeline
 from latentrt.serve.core.curve import Curve
 from latentrt.serve.core.device import Device

@@ -16,7 +16,7 @@ from starlette.middleware import Middleware
 from latentrt import __version__
 from latentrt.errors import LatentrtError
 from latentrt.serve.core.scheduler import Scheduler
-from latentrt.serve.http import openai_routes, operations
+from latentrt.serve.http import operations
 from latentrt.serve.http.background.routes import router as background
 from latentrt.serve.http.background.store import Jobs
 from latentrt.serve.http.catalog import Catalog
@@ -34,6 +34,7 @@ from latentrt.serve.http.guard.origins import cross_origin
 from latentrt.serve.http.guard.record import Record
 from latentrt.serve.http.models.entry import ON_DEMAND, Entry
 from latentrt.serve.http.models.models import Models
+from latentrt.serve.http.openai import routes as openai_routes
 from latentrt.serve.http.page import add_page
 from latentrt.serve.http.sdapi.answers import response_to
 from latentrt.serve.http.sdapi.controlnet import router as controlnet

@@ -13,7 +13,7 @@ from latentrt.serve.http.background.schema import JOBS, JobDeleted, JobList, Job
 from latentrt.serve.http.background.store import Job, jobs_of
 from latentrt.serve.http.errors import Problem, documented
 from latentrt.serve.http.images import in_thread
-from latentrt.serve.http.openai_schema import ImagesResponse
+from latentrt.serve.http.openai.schema import ImagesResponse
 from latentrt.serve.http.utf8 import Utf8Response
 
 router = APIRouter(tags=["background jobs"], responses=documented(401, 404))

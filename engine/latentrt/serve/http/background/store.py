@@ -21,7 +21,7 @@ from latentrt.serve.http.background.schema import JobStatus, Progress, status_of
 from latentrt.serve.http.errors import Answer, Problem, answer_to
 from latentrt.serve.http.generation import LOOK
 from latentrt.serve.http.guard.record import Record
-from latentrt.serve.http.openai_answers import Drawn, Style
+from latentrt.serve.http.openai.answers import Drawn, Style
 from latentrt.serve.process.config import MIB, Settings
 from latentrt.serve.process.logs import logger
 from latentrt.serve.process.metrics import Metrics

@@ -8,7 +8,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
-from latentrt.runtime.memory import resident_memory
+from latentrt.runtime.machine.memory import resident_memory
 from latentrt.serve.core.scheduler import Scheduler
 from latentrt.serve.http.generation import Context
 from latentrt.serve.process.config import Settings

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, suppress
 
-from latentrt.runtime.memory import free_memory, give_back, resident_memory
+from latentrt.runtime.machine.memory import free_memory, give_back, resident_memory
 from latentrt.serve.core.errors import ModelFailed
 from latentrt.serve.core.rules.room import Resident, to_drop
 from latentrt.serve.core.scheduler import Scheduler

@@ -104,7 +104,7 @@ class Models:
         return self._chosen.get(owner, self.entries[0])
 
     def described(self, entry: Entry) -> Context:
-        """Return a model's parts: where it was dropped, those of its last load; where it was never loaded, the first's."""
+        """Return a model's parts: of its last load where it was dropped, the first's where it was never loaded."""
         context = entry.context or self.entries[0].context
         assert context is not None  # the first is loaded before the server serves
         return context

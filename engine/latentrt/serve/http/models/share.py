@@ -9,7 +9,7 @@ from pathlib import Path
 from latentrt.bundle.bundle import Bundle
 from latentrt.errors import RequestError
 from latentrt.model.control import controlnets_of
-from latentrt.runtime.memory import free_memory
+from latentrt.runtime.machine.memory import free_memory
 from latentrt.serve.process.config import MIB, Settings
 from latentrt.serve.process.logs import logger
 

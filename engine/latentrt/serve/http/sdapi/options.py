@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from latentrt.request import MAX_SEED
 from latentrt.serve.http.errors import Problem, answer_to_validation
-from latentrt.serve.http.openai_schema import WHOLE
+from latentrt.serve.http.openai.schema import WHOLE
 
 MOST_LAYERS = 12  # of CLIP_stop_at_last_layers
 FORMATS = {"png": "png", "jpg": "jpeg", "jpeg": "jpeg", "webp": "webp"}

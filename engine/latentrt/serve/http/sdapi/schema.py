@@ -18,7 +18,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from latentrt.request import MAX_SEED
-from latentrt.serve.http.openai_schema import WHOLE, Count, Guidance, ImageGuidance, Label, NoiseLevel, Part, Text
+from latentrt.serve.http.openai.schema import WHOLE, Count, Guidance, ImageGuidance, Label, NoiseLevel, Part, Text
 
 DENOISING_STRENGTH, IMAGE_CFG_SCALE = 0.75, 1.5  # as clients send them that were told nothing
 MASK_BLUR = 4

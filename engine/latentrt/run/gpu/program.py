@@ -25,7 +25,7 @@ from latentrt.model.model import Model
 from latentrt.model.predictor import inputs_of
 from latentrt.model.prompts.encoder import IDS, MASK, POOLED, STATES, text_input
 from latentrt.request import Request
-from latentrt.run.arena import Arena, Depth, check_fresh
+from latentrt.run.gpu.arena import Arena, Depth, check_fresh
 from latentrt.run.job import Job, Shapes
 from latentrt.run.parts import LaneInputs
 from latentrt.run.pool import Pool

@@ -8,7 +8,7 @@ from pathlib import Path
 from latentrt.bundle.bundle import Bundle
 from latentrt.bundle.spec import DECODER, ENCODER, ModelSpec
 from latentrt.errors import RequestError
-from latentrt.model.tiles import Tiles
+from latentrt.model.vae.tiles import Tiles
 
 VAE = (DECODER, ENCODER)  # its roles
 

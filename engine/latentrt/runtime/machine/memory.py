@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from latentrt.bundle.spec import ENCODER, ModelSpec
-from latentrt.runtime.cgroups import SYSTEM, control_groups
+from latentrt.runtime.machine.cgroups import SYSTEM, control_groups
 
 NAMES = {  # of the limit and the use, and of the page cache that the system takes back before it kills
     1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),

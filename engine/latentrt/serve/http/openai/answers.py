@@ -12,7 +12,7 @@ from PIL import Image
 
 from latentrt.images.picture import Picture
 from latentrt.serve.http.images import encode, file_of
-from latentrt.serve.http.openai_schema import USAGE, OutputFormat, Wanted
+from latentrt.serve.http.openai.schema import USAGE, OutputFormat, Wanted
 
 
 @dataclass(frozen=True, slots=True)

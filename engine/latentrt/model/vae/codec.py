@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from latentrt.bundle.spec import DECODER, ENCODER, LatentSpec, ModelSpec
 from latentrt.errors import BundleError, NetworkError
-from latentrt.model.tiles import Between, Tiles
+from latentrt.model.vae.tiles import Between, Tiles
 from latentrt.runtime.base import Network, call
 from latentrt.sampling.noise import NoiseSource
 

@@ -37,8 +37,8 @@ from latentrt.serve.http.images import (
     too_many_bytes,
 )
 from latentrt.serve.http.models.models import Models, models_of, serving
-from latentrt.serve.http.openai_answers import Style, seed_of
-from latentrt.serve.http.openai_schema import (
+from latentrt.serve.http.openai.answers import Style, seed_of
+from latentrt.serve.http.openai.schema import (
     OF_EDITS,
     OWN,
     USAGE,

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from latentrt.runtime.cgroups import SYSTEM, control_groups
+from latentrt.runtime.machine.cgroups import SYSTEM, control_groups
 
 
 def usable_cores(system: Path = SYSTEM, cpus: Collection[int] | None = None) -> int:

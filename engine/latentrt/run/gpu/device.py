@@ -6,7 +6,7 @@ from collections import deque
 from typing import Any
 
 from latentrt.model.predictor import Predictor
-from latentrt.run.arena import Arena, Depth, check_fresh
+from latentrt.run.gpu.arena import Arena, Depth, check_fresh
 from latentrt.run.job import Job, Shapes
 from latentrt.run.pool import Pool
 from latentrt.sampling.noise import TorchCudaNoise

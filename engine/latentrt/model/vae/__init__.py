@@ -1,0 +1,1 @@
+"""Between pixels and latents: the model's VAE, another one, tiles."""

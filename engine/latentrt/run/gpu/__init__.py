@@ -1,0 +1,1 @@
+"""Lanes and whole pictures in device memory."""

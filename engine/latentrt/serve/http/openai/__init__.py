@@ -1,0 +1,1 @@
+"""OpenAI's Images API: routes, bodies and answers."""
