@@ -28,7 +28,7 @@ from benchmarks.serving.process import running
 from benchmarks.serving.traffic import Outcome, arrivals, crowd
 from latentrt import Engine
 from latentrt.command.bench import measure as measure_engine
-from latentrt.serve.core import curve
+from latentrt.serve.core.measured import curve
 from latentrt.serve.core.pipeline import GUIDED, Shape
 from latentrt.serve.core.queue import Limits
 from latentrt.serve.core.service import Service

@@ -14,7 +14,7 @@ from latentrt.errors import PlanError
 from tests.adapters.test_mixed import SETTINGS, drawn
 from tests.adapters.test_on_gpu import ASKED, jobs_of, run
 from tests.support.gpu.emulated import open_backend
-from tests.support.gpu.fake_plans import put_plans
+from tests.support.gpu.fakes.fake_plans import put_plans
 
 Exported = Callable[[str], tuple[Path, Path]]
 Library = Callable[[str], Path]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from latentrt.runtime import onnxruntime
-from latentrt.serve.core import curve
+from latentrt.serve.core.measured import curve
 from tests.command.conftest import Run, refused
 
 

@@ -16,8 +16,8 @@ from latentrt.command import doctor
 from latentrt.command import main as cli
 from latentrt.cuda.driver import Driver
 from latentrt.storage import write_atomic
-from tests.support.gpu import fake_tensorrt
-from tests.support.gpu.fake_tensorrt import FakeTensorRt
+from tests.support.gpu.fakes import fake_tensorrt
+from tests.support.gpu.fakes.fake_tensorrt import FakeTensorRt
 from tests.support.gpu.host_gpu import HostDriver, HostGpu
 
 Run = Callable[..., tuple[int, str]]

@@ -227,7 +227,7 @@ def bench(
     """Time this machine: latency and throughput by batch, and the engine's share outside the networks."""
     from latentrt.command.bench import measure
     from latentrt.engine import Engine
-    from latentrt.serve.core import curve
+    from latentrt.serve.core.measured import curve
 
     sizes = [parse_whole(size, "--batches") for size in batches.split(",")] if batches is not None else []
     spins = click.get_current_context().get_parameter_source("spin")

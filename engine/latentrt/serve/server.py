@@ -22,9 +22,10 @@ from latentrt.engine import Engine
 from latentrt.errors import BackendError, LatentrtError, PromptSyntaxWarning, PromptTruncatedWarning
 from latentrt.model.control import controlnets_of
 from latentrt.model.prompts.embeddings import embeddings_of
-from latentrt.serve.core import curve, pipeline
+from latentrt.serve.core import pipeline
 from latentrt.serve.core.device import Device
-from latentrt.serve.core.footprint import budget_of, measured
+from latentrt.serve.core.measured import curve
+from latentrt.serve.core.measured.footprint import budget_of, measured
 from latentrt.serve.core.queue import Limits
 from latentrt.serve.core.rules.budget import Budget, Footprint
 from latentrt.serve.core.service import Service

@@ -24,7 +24,7 @@ from latentrt_export.plans import build_process, timing_cache, to_tensorrt
 from latentrt_export.plans.plan_builder import Order
 from latentrt_export.plans.plan_shapes import shapes_of
 from latentrt_export.plans.to_tensorrt import build_plans, estimates_of, orders_of
-from tests.support.gpu import fake_builder
+from tests.support.gpu.fakes import fake_builder
 
 EMOJI = Bundle.open(check_hashes=False)
 FIXED = shapes_of(EMOJI.spec, {})

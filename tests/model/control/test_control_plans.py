@@ -17,8 +17,8 @@ from latentrt.run.job import Job
 from latentrt.runtime.tensorrt.record import Profile
 from latentrt_export.verify.checks import difference
 from tests.support.gpu.emulated import open_backend
-from tests.support.gpu.fake_plans import put_plans
-from tests.support.gpu.fake_tensorrt import FakeTensorRt
+from tests.support.gpu.fakes.fake_plans import put_plans
+from tests.support.gpu.fakes.fake_tensorrt import FakeTensorRt
 from tests.support.models.loras import write_lora
 
 Exported = Callable[[str], tuple[Path, Path]]

@@ -17,7 +17,7 @@ from latentrt.errors import RequestError
 from latentrt.run.job import Job
 from latentrt_export.verify.checks import difference
 from tests.support.gpu.emulated import open_backend
-from tests.support.gpu.fake_plans import put_plans
+from tests.support.gpu.fakes.fake_plans import put_plans
 from tests.support.models.controlnets import UNION
 
 Exported = Callable[[str], tuple[Path, Path]]

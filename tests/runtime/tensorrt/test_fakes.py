@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from latentrt.runtime.tensorrt.library import Library, open_library
-from tests.support.gpu import fake_tensorrt, fake_types
-from tests.support.gpu.fake_tensorrt import FakeTensorRt
+from tests.support.gpu.fakes import fake_tensorrt, fake_types
+from tests.support.gpu.fakes.fake_tensorrt import FakeTensorRt
 
 
 @pytest.fixture(scope="module")

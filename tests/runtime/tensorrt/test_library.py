@@ -16,8 +16,8 @@ from latentrt.errors import BackendError, BundleError, MissingDependencyError, P
 from latentrt.runtime.tensorrt import library as trt
 from latentrt.runtime.tensorrt.library import LIBRARIES, Library, open_library, wanted_key
 from latentrt.runtime.tensorrt.plans import weights_digest
-from tests.support.gpu import fake_tensorrt
-from tests.support.gpu.fake_tensorrt import FakeTensorRt
+from tests.support.gpu.fakes import fake_tensorrt
+from tests.support.gpu.fakes.fake_tensorrt import FakeTensorRt
 
 GPU: Any = SimpleNamespace(name="NVIDIA H200", compute_capability=(9, 0), driver="13.0")
 

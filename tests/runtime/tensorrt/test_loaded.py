@@ -15,8 +15,8 @@ from latentrt.errors import BackendError, DeviceMemoryError, NetworkError, PlanE
 from latentrt.runtime.tensorrt.backend import TensorRtBackend, TensorRtNetwork
 from latentrt.runtime.tensorrt.plans import PlanStore
 from latentrt.runtime.tensorrt.record import Profile
-from tests.support.gpu.fake_plans import fake_plan, put_bytes, put_plan
-from tests.support.gpu.fake_tensorrt import FakeTensorRt
+from tests.support.gpu.fakes.fake_plans import fake_plan, put_bytes, put_plan
+from tests.support.gpu.fakes.fake_tensorrt import FakeTensorRt
 from tests.support.gpu.host_gpu import HostGpu, host_gpu, view
 from tests.support.models import small_bundle
 from tests.support.models.small_bundle import BIG, SHAPE, SQUARE, WIDE, Arrays, expected, feeds, load

@@ -11,7 +11,7 @@ from latentrt.bundle.bundle import Bundle, FileRecord
 from latentrt.errors import PlanError
 from latentrt.runtime.tensorrt.plans import PlanStore, weights_digest
 from latentrt.runtime.tensorrt.record import REFITTABLE, STRIPPED, PlanKey, Profile, Weight
-from tests.support.gpu.plan_records import KEY, PLAN, SIZES, SMALL, SQUARE, find, record
+from tests.support.gpu.fakes.plan_records import KEY, PLAN, SIZES, SMALL, SQUARE, find, record
 
 
 @pytest.fixture(scope="module")

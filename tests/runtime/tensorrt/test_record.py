@@ -21,7 +21,7 @@ from latentrt.runtime.tensorrt.record import (
     Weight,
     drawn_by,
 )
-from tests.support.gpu.plan_records import KEY, SIZES, SMALL, SQUARE, record
+from tests.support.gpu.fakes.plan_records import KEY, SIZES, SMALL, SQUARE, record
 
 # Keys
 

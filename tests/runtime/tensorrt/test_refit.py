@@ -21,8 +21,8 @@ from latentrt.bundle.bundle import Bundle
 from latentrt.errors import BackendError, LatentrtError, PlanError, UnsafePathError
 from latentrt.runtime.tensorrt.record import REFITTABLE, STRIPPED, Weight
 from latentrt.runtime.tensorrt.refit import STORED, StoredWeights, as_wanted
-from tests.support.gpu.fake_plans import put_plan
-from tests.support.gpu.fake_tensorrt import FakeTensorRt
+from tests.support.gpu.fakes.fake_plans import put_plan
+from tests.support.gpu.fakes.fake_tensorrt import FakeTensorRt
 from tests.support.gpu.host_gpu import HostGpu
 from tests.support.models import small_bundle
 from tests.support.models.small_bundle import (

@@ -17,8 +17,8 @@ from latentrt.runtime.tensorrt.backend import SHAPES_KEPT, TensorRtBackend, Tens
 from latentrt.runtime.tensorrt.plans import PlanStore
 from latentrt.runtime.tensorrt.record import VERSION_COMPATIBLE, Profile, Range
 from latentrt_export.plans.plan_shapes import profiles_of, shapes_of
-from tests.support.gpu.fake_plans import put_plan
-from tests.support.gpu.fake_tensorrt import FakeTensorRt
+from tests.support.gpu.fakes.fake_plans import put_plan
+from tests.support.gpu.fakes.fake_tensorrt import FakeTensorRt
 from tests.support.gpu.host_gpu import HostGpu
 from tests.support.models import small_bundle, texts
 from tests.support.models.small_bundle import BIG, SQUARE, WIDE, expected, feeds, load, rounded_once

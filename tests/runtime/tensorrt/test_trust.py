@@ -16,7 +16,7 @@ from latentrt.bundle.bundle import Bundle
 from latentrt.errors import PlanError, UntrustedFileError
 from latentrt.runtime.tensorrt.plans import PlanStore
 from latentrt.runtime.tensorrt.record import Weight
-from tests.support.gpu.plan_records import KEY, PLAN, find, record
+from tests.support.gpu.fakes.plan_records import KEY, PLAN, find, record
 
 # Bundles
 

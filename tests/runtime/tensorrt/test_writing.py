@@ -9,7 +9,7 @@ import pytest
 
 from latentrt.errors import PlanError
 from latentrt.runtime.tensorrt.plans import PlanStore
-from tests.support.gpu.plan_records import KEY, PLAN, find, record
+from tests.support.gpu.fakes.plan_records import KEY, PLAN, find, record
 
 
 def files(store: PlanStore) -> list[str]:

@@ -14,9 +14,9 @@ from latentrt import Engine
 from latentrt.request import Request
 from latentrt.run.denoiser import Denoiser
 from latentrt.run.host import HostLanes
-from latentrt.serve.core.curve import Curve
 from latentrt.serve.core.errors import Cancelled
 from latentrt.serve.core.handle import Handle
+from latentrt.serve.core.measured.curve import Curve
 from latentrt.serve.core.service import Service
 from tests.serve.conftest import eventually
 from tests.support.serve.fake_engine import SHAPE, SPEC, Fakes, recorded, submit, wait

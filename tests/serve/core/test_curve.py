@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from latentrt.command import bench
 from latentrt.engine import Engine
 from latentrt.errors import BundleError, OutputError
-from latentrt.serve.core import curve as curves
-from latentrt.serve.core.curve import Curve
+from latentrt.serve.core.measured import curve as curves
+from latentrt.serve.core.measured.curve import Curve
 from latentrt.serve.core.rules.budget import Footprint
 from tests.support.serve.fake_engine import SHAPE, SMALL
 

@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-from latentrt.serve.core.curve import Curve
 from latentrt.serve.core.errors import DeadlineUnreachable, QueueFull, QuotaExceeded
 from latentrt.serve.core.handle import Handle, Stage
+from latentrt.serve.core.measured.curve import Curve
 from latentrt.serve.core.rules.terms import Terms
 from latentrt.serve.core.service import Service
 from tests.serve.conftest import Serve, all_prepared, eventually

@@ -8,7 +8,7 @@ import pytest
 
 from latentrt import Engine
 from latentrt.bundle.spec import LORA
-from latentrt.serve.core.footprint import budget_of, measured
+from latentrt.serve.core.measured.footprint import budget_of, measured
 from latentrt.serve.core.rules.budget import Footprint
 
 MIB = 2**20
@@ -36,9 +36,9 @@ def test_what_cannot_be_decoded_at_once_is_decoded_in_tiles(engine: Engine) -> N
 
 
 def test_without_a_number_it_is_half_of_what_is_free(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("latentrt.serve.core.footprint.free_memory", lambda: 1000)
+    monkeypatch.setattr("latentrt.serve.core.measured.footprint.free_memory", lambda: 1000)
     assert budget_of(engine, {}, None, 1).memory == 500
-    monkeypatch.setattr("latentrt.serve.core.footprint.free_memory", lambda: None)
+    monkeypatch.setattr("latentrt.serve.core.measured.footprint.free_memory", lambda: None)
     assert budget_of(engine, {}, None, 1).memory is None
 
 

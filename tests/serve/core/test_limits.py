@@ -7,8 +7,8 @@ import time
 import pytest
 
 from latentrt.errors import LatentrtError
-from latentrt.serve.core.curve import Curve
 from latentrt.serve.core.errors import Cancelled, DeadlineUnreachable, QueueFull, QueueTimeout, RunTimeout
+from latentrt.serve.core.measured.curve import Curve
 from tests.serve.conftest import Serve, all_prepared, eventually
 from tests.support.serve.fake_engine import PATIENCE, SHAPE, Fakes, events, handle_of, submit, wait
 

@@ -11,8 +11,8 @@ import pytest
 from latentrt import Engine
 from latentrt.runtime.onnxruntime import OrtBackend
 from latentrt.serve.core.errors import Cancelled, EngineFault
-from latentrt.serve.core.footprint import budget_of, measured
 from latentrt.serve.core.handle import Finished, Preview
+from latentrt.serve.core.measured.footprint import budget_of, measured
 from latentrt.serve.core.service import Service
 from tests.serve.conftest import eventually
 from tests.support.gpu.host_gpu import HostGpu

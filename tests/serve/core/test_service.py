@@ -11,9 +11,9 @@ import pytest
 
 from latentrt import Engine
 from latentrt.errors import BackendError, RequestError, UnknownSolverError
-from latentrt.serve.core.curve import Curve
 from latentrt.serve.core.errors import Draining, QueueFull
 from latentrt.serve.core.handle import Finished, Preview, Stage
+from latentrt.serve.core.measured.curve import Curve
 from latentrt.serve.core.observer import Observer
 from latentrt.serve.core.service import Service
 from tests.serve.conftest import Serve, all_prepared, at_stage, eventually

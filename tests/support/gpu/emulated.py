@@ -13,8 +13,8 @@ from typing import Any
 from latentrt.runtime.base import Backend
 from latentrt.runtime.onnxruntime import OrtBackend
 from latentrt.runtime.tensorrt.backend import TensorRtBackend
-from tests.support.gpu.fake_plans import put_plans
-from tests.support.gpu.fake_tensorrt import FakeTensorRt
+from tests.support.gpu.fakes.fake_plans import put_plans
+from tests.support.gpu.fakes.fake_tensorrt import FakeTensorRt
 from tests.support.gpu.host_gpu import HostGpu
 
 DEVICE = "cpu"

@@ -21,8 +21,8 @@ from latentrt.bundle.spec import DENOISER, FP16, FP32, TEXT_ENCODER, NetworkSpec
 from latentrt.cuda.array import DeviceArray
 from latentrt.runtime.tensorrt.backend import TensorRtBackend, TensorRtNetwork
 from latentrt.runtime.tensorrt.record import Range
-from tests.support.gpu.fake_plans import put_plan
-from tests.support.gpu.fake_tensorrt import FakeTensorRt
+from tests.support.gpu.fakes.fake_plans import put_plan
+from tests.support.gpu.fakes.fake_tensorrt import FakeTensorRt
 from tests.support.gpu.host_gpu import HostGpu, host_gpu
 
 WIDE: dict[str, Range] = {"batch": (1, 2, 4), "height": (2, 4, 8), "width": (2, 4, 8)}

@@ -27,8 +27,8 @@ from latentrt.request import Request
 from latentrt.runtime.base import Facts
 from latentrt.runtime.fake import FakeBackend
 from latentrt.runtime.tensorrt.record import Profile
-from latentrt.serve.core.curve import Curve
 from latentrt.serve.core.handle import Handle, Stage
+from latentrt.serve.core.measured.curve import Curve
 from latentrt.serve.core.observer import Observer
 from latentrt.serve.core.queue import Limits
 from latentrt.serve.core.rules.budget import Budget

@@ -9,9 +9,9 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from copy import deepcopy
 from typing import NamedTuple
 
-from latentrt.serve.core.curve import Curve
 from latentrt.serve.core.errors import SOON, DeadlineUnreachable, QueueFull, QueueTimeout, RunTimeout
 from latentrt.serve.core.handle import Handle, Slot, Stage
+from latentrt.serve.core.measured.curve import Curve
 from latentrt.serve.core.pipeline import Shape
 from latentrt.serve.core.rules.budget import Budget
 

@@ -15,11 +15,11 @@ from latentrt.images.picture import Picture
 from latentrt.model.text import Unread
 from latentrt.run.job import Float32, Job
 from latentrt.runtime.base import Facts
-from latentrt.serve.core.curve import Curve
 from latentrt.serve.core.errors import Cancelled, Draining, QueueFull, as_fault
 from latentrt.serve.core.handle import Finished, Handle, Preview, Slot, Stage, Work
 from latentrt.serve.core.health import Health
 from latentrt.serve.core.line import Line
+from latentrt.serve.core.measured.curve import Curve
 from latentrt.serve.core.observer import Observer
 from latentrt.serve.core.pipeline import Shape
 from latentrt.serve.core.queue import Forecast, Limits, too_late

@@ -11,9 +11,9 @@ from latentrt.engine import Engine
 from latentrt.errors import BackendError
 from latentrt.model.vae.codec import nothing
 from latentrt.serve.core import pipeline
-from latentrt.serve.core.curve import Curve
 from latentrt.serve.core.device import Device
 from latentrt.serve.core.errors import as_fault
+from latentrt.serve.core.measured.curve import Curve
 from latentrt.serve.core.observer import Observer
 from latentrt.serve.core.queue import Limits
 from latentrt.serve.core.rules.budget import Budget

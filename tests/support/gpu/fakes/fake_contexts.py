@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from latentrt.bundle.spec import TensorSpec
 from latentrt.runtime.signature import shape_of, sizes_of
 from latentrt.runtime.tensorrt.record import Profile
-from tests.support.gpu.fake_types import Severity
+from tests.support.gpu.fakes.fake_types import Severity
 
 
 class IExecutionContext:

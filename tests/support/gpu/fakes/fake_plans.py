@@ -20,7 +20,7 @@ from latentrt.runtime.tensorrt.record import STRIPPED, PlanRecord, Profile, Rang
 from latentrt_export.plans.plan_graph import weights_of
 from latentrt_export.plans.plan_shapes import profiles_of, shapes_of
 from latentrt_export.plans.wanted import bundles_of, networks_of
-from tests.support.gpu.fake_tensorrt import MAGIC, FakeTensorRt
+from tests.support.gpu.fakes.fake_tensorrt import MAGIC, FakeTensorRt
 
 
 def fake_plan(

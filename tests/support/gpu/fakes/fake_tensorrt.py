@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from latentrt.runtime.tensorrt.library import Library
-from tests.support.gpu.fake_contexts import IExecutionContext
-from tests.support.gpu.fake_types import (
+from tests.support.gpu.fakes.fake_contexts import IExecutionContext
+from tests.support.gpu.fakes.fake_types import (
     TYPES,
     DataType,
     DynamicShapesKernelSpecializationStrategy,

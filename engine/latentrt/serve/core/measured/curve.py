@@ -23,7 +23,7 @@ from latentrt.bundle.bundle import MANIFEST, sha256_of
 from latentrt.engine import Engine
 from latentrt.errors import BundleError, OutputError
 from latentrt.runtime.machine.cores import usable_cores
-from latentrt.serve.core.footprint import LARGE, measured
+from latentrt.serve.core.measured.footprint import LARGE, measured
 from latentrt.serve.core.pipeline import GUIDED, Shape
 from latentrt.serve.core.rules.budget import Footprint
 from latentrt.storage import cache_folder, write_atomic

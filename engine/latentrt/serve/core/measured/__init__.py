@@ -1,0 +1,1 @@
+"""What was measured of an engine: the time of steps, the memory of pictures."""

@@ -1,0 +1,1 @@
+"""TensorRT, as far as the tests need it."""
